@@ -1,0 +1,41 @@
+"""Starting the processes of a command, and adding up over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
+
+from configs.schema import Compute
+
+
+def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
+    """The Accelerator of a command, with this process's share of the cores.
+
+    Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
+    broadcast by DDP: that the codebooks of all processes are equal is ours to keep.
+    """
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(compute.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+    return Accelerator(
+        mixed_precision=compute.mixed_precision,
+        log_with=compute.tracker,
+        project_dir=logging_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def summed(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor's sum over the processes, by one collective; as given on one process.
+
+    Every process must call it with the same names and shapes.
+    """
+    if accelerator.num_processes == 1:
+        return dict(tensors)
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
+    parts: Any = accelerator.reduce(flat, "sum").split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view_as(tensor).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
