@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from configs.errors import UserError, fail
 from configs.run_dir import REPOSITORY, RunDir
@@ -51,7 +52,16 @@ class Command:
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(str(message))
+        raise UserError(_plainly(str(message)))
+
+
+def _plainly(message: str) -> str:
+    """jsonargparse's message on a wrong type, in the words of all our messages."""
+    found = re.search(r'Parser key "(?P<key>[^"]+)":\s+Expected an? (?P<type>.+)\. Got value: (?P<value>.+)', message, re.DOTALL)
+    if not found:
+        return message
+    expected = re.sub(r"<class '(.+?)'>", r"\1", found["type"]).replace("typing.Literal", "one of ")
+    return f"{found['key']}: expected {expected}, found {found['value']}"
 
 
 def _parser(sections: Sequence[str], flat: str | None = None, **kwargs: Any) -> _Parser:
@@ -90,12 +100,9 @@ def load_recipe(path: Path) -> Recipe:
         unknown = [f"{name}.{key}" for key in section if key not in known] if name in SECTIONS else [name]
         if unknown:
             raise UserError(f"{path}: unknown key {unknown[0]}; known are {', '.join(known)}")
-    parser = _Parser(allow_abbrev=False, exit_on_error=False)
-    for name in SECTIONS:
-        parser.add_class_arguments(SECTIONS[name], name)
     try:
-        return _build(parser.parse_object(content), tuple(SECTIONS), None, None)
-    except (ValueError, TypeError, argparse.ArgumentError) as error:
+        return _build(_parser(tuple(SECTIONS)).parse_object(content), tuple(SECTIONS), None, None)
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -144,7 +151,8 @@ def parse(
     try:
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
         run, base = _locate(known, starts_run, help_wanted)
-        parser = _parser(sections, flat, description=description, formatter_class=_Help)
+        usage = "%(prog)s [--option value ...]"
+        parser = _parser(sections, flat, usage=usage, description=description, formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
         parser.add_argument("--run", help="name of a run in runs/, or a path (default: the recipe's, else the run last touched)")
         parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
@@ -195,5 +203,5 @@ def _locate(known: argparse.Namespace, starts_run: bool, help_wanted: bool) -> t
     raise UserError(f"{run}: there is no such run; start it with: {TRAIN_TOKENIZER}")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands, options with their defaults."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class ImageSplit:
     """One split, decoded: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray | None) -> None:
-        assert pixels.dtype == np.uint8 and pixels.ndim == 4
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 4
         self.pixels = torch.from_numpy(pixels)
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
@@ -311,8 +312,3 @@ def _fitted(pixels: np.ndarray, labels: np.ndarray, data: Data) -> ImageSplit:
 def batches(count: int, size: int) -> list[slice]:
     """0..count in slices of `size`, the last one shorter."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def show_label(label_names: Sequence[str] | None, label: int) -> str:
-    """A label's name."""
-    return str(label) if label_names is None else label_names[label]

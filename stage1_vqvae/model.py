@@ -21,6 +21,7 @@ from stage1_vqvae.networks import Decoder, Encoder
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.quantizers.vector import GradientVectorQuantizer, MovingAverageVectorQuantizer, VectorQuantizer
 
+_HEADER = "header"
 _QUANTIZERS: dict[str, type[VectorQuantizer]] = {"ema": MovingAverageVectorQuantizer, "gradient": GradientVectorQuantizer}
 
 
@@ -84,16 +85,17 @@ class VQVAE(nn.Module):
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write weights with a JSON header, atomically."""
+    """Write weights with a JSON header, atomically; equal weights and headers give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_bytes(path, safetensors.torch.save(tensors, {name: json.dumps(value) for name, value in header.items()}))
+    # One entry, because safetensors writes several in an order that changes from run to run.
+    write_bytes(path, safetensors.torch.save(tensors, {_HEADER: json.dumps(header)}))
 
 
 def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote. Errors: UserError if it is missing, truncated or of another kind."""
     try:
         with safe_open(path, "pt") as file:
-            header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except FileNotFoundError:
         raise UserError(f"{path}: expected the weights of a {kind}, found nothing") from None

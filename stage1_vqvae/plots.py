@@ -91,13 +91,12 @@ def codebook_picture(path: Path, codebook: Tensor, counts: Tensor) -> None:
     points = centred @ variances.Vh[:2].T
     points = torch.nn.functional.pad(points, (0, 2 - points.shape[1]))
     explained = float(variances.S[:2].square().sum() / variances.S.square().sum().clamp(min=1e-30))
-    used = counts.cpu() > 0
+    counts = counts.cpu()
+    used = counts > 0
     figure = Figure(figsize=(5.4, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.scatter(points[~used, 0], points[~used, 1], marker="x", color="crimson", s=16, label=f"unused: {int((~used).sum())}")
-    shown = axes.scatter(
-        points[used, 0], points[used, 1], c=counts.cpu()[used].log10(), s=16, cmap="viridis", label=f"used: {int(used.sum())}"
-    )
+    shown = axes.scatter(points[used, 0], points[used, 1], c=counts[used].log10(), s=16, cmap="viridis", label=f"used: {int(used.sum())}")
     figure.colorbar(shown, label="log10 of uses in the validation split")
     axes.set(title=f"codebook on its first two principal axes ({explained:.0%} of variance)", xlabel="axis 1", ylabel="axis 2")
     axes.legend(fontsize=8)

@@ -66,9 +66,8 @@ def _is_done(run: RunDir, config: Extraction) -> bool:
         print(f"{run}: the codes are another tokenizer's; extracting anew")
         return False
     if manifest.augmentation != config.augmentation:
-        raise UserError(
-            f"{run}: the codes there have augmentation {manifest.augmentation}, asked for was {config.augmentation}; add --overwrite to replace them"
-        )
+        found = f"the codes there have augmentation {manifest.augmentation}, asked for was {config.augmentation}"
+        raise UserError(f"{run}: {found}; add --overwrite to replace them")
     return True
 
 

@@ -53,7 +53,7 @@ class Checkpoints:
         try:
             state = torch.load(paths[-1], map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-            raise UserError(f"{expected}, found a truncated or foreign file ({str(error).splitlines()[0][:80]}){remedy}") from None
+            raise UserError(f"{expected}, found a truncated or foreign file ({type(error).__name__}){remedy}") from None
         if not isinstance(state, dict) or state.get("format") != _FORMAT or state.get("stage") != self.stage:
             found = f"stage {state.get('stage')}, format {state.get('format')}" if isinstance(state, dict) else type(state).__name__
             raise UserError(f"{expected}, format {_FORMAT}, found {found}{remedy}")

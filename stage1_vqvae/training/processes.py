@@ -21,12 +21,18 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
     """
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(compute.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
-    return Accelerator(
+    accelerator = Accelerator(
+        # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=compute.mixed_precision,
         log_with=compute.tracker,
         project_dir=logging_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Processes that do not know of each other would all train on the same data and write the same files.
+    assert accelerator.num_processes == launched, (accelerator.num_processes, launched)
+    return accelerator
 
 
 def summed(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,106 @@
+"""Writing that loses nothing, and where things lie."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UserError
+from configs.run_dir import REPOSITORY, RunDir, read_json, replacing_folder, write_bytes, write_json
+
+
+def test_a_bare_name_lies_in_the_repositorys_runs_and_a_path_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunDir.named("mine").path == REPOSITORY / "runs" / "mine"
+    assert RunDir.named("./mine").path.resolve() == tmp_path / "mine"
+    assert RunDir.named(str(tmp_path / "x")).path == tmp_path / "x"
+
+
+def test_a_failed_write_keeps_the_old_file_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_bytes(path, b"new")
+    assert error.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "codes"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(RuntimeError), replacing_folder(folder) as new:
+        (new / "half").touch()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["codes"]
+    assert os.listdir(folder) == ["old"]
+    (tmp_path / "codes.tmp-1").mkdir()  # what a killed command left
+    with replacing_folder(folder) as new:
+        (new / "whole").touch()
+    assert os.listdir(tmp_path) == ["codes"]
+    assert os.listdir(folder) == ["whole"]
+
+
+def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    assert not RunDir(tmp_path / "nothing").exists()
+    assert not RunDir(tmp_path).exists()
+    (tmp_path / "letter.txt").touch()
+    for path in (tmp_path, tmp_path / "letter.txt"):
+        with pytest.raises(UserError, match=r"expected a run \(a folder with recipe.yaml\)"):
+            RunDir(path).exists()
+
+
+def test_two_commands_cannot_write_into_one_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with run.lock(), pytest.raises(UserError, match="another command is writing"), RunDir(tmp_path).lock():
+        pass
+    with run.lock():
+        pass
+
+
+def test_samples_are_numbered_and_never_overwritten(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert [run.new_samples().name for _ in range(3)] == ["000", "001", "002"]
+    (run.samples / "007").mkdir()
+    assert run.new_samples().name == "008"
+
+
+def test_the_prior_last_finished_is_the_default(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.last_prior() is None
+    for age, name in ((1, "new"), (2, "old")):
+        path = run.prior(name) / "prior.safetensors"
+        write_bytes(path, b"")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    (run.prior("unfinished")).mkdir()
+    assert run.last_prior() == "new"
+
+
+def test_history_notes_what_was_asked_and_with_which_versions(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.record("train.py", ["--stage1.lr", "1"], {"stage1": {"lr": 1.0}})
+    run.record("extract_codes.py", [], {})
+    first, second = map(json.loads, run.history.read_text().splitlines())
+    assert first["arguments"] == ["--stage1.lr", "1"]
+    assert first["versions"]["torch"]
+    assert second["command"] == "extract_codes.py"
+
+
+def test_json_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found nothing"):
+        read_json(tmp_path / "a.json")
+    write_bytes(tmp_path / "a.json", b"{")
+    with pytest.raises(UserError, match=r"a\.json: expected JSON"):
+        read_json(tmp_path / "a.json")
+    write_json(tmp_path / "a.json", {"a": [1]})
+    assert read_json(tmp_path / "a.json") == {"a": [1]}

@@ -1,0 +1,137 @@
+"""Small real files for all tests: a folder of pictures, a recipe for it, a finished run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from configs.run_dir import REPOSITORY
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+# Non-square, so that height and width cannot be swapped unnoticed: 8x12 pixels, 2x3 codes.
+TINY = {
+    "data": {"height": 8, "width": 12, "channels": 3, "validation_share": 0.25},
+    "tokenizer": {"num_codes": 16, "code_dim": 4, "hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1},
+    "stage1": {
+        "steps": 8,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "log_interval": 2,
+        "validation_interval": 4,
+        "checkpoint_interval": 4,
+        "restart_interval": 3,
+        "augmentation": "horizontal_flip",
+    },
+    "extraction": {"batch_size": 7},
+    "prior": {"layers": 2, "width": 16, "heads": 2, "dropout": 0.1},
+    "stage2": {
+        "steps": 8,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "warmup_steps": 2,
+        "log_interval": 2,
+        "validation_interval": 4,
+        "checkpoint_interval": 4,
+        "label_dropout": 0.3,
+    },
+}
+
+
+def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (12, 8)) -> None:
+    """Two labels, `count` pictures each: colour gradients along one axis or the other, from fixed seeds."""
+    for label, name in enumerate(("across", "down")):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            colours = np.random.default_rng((label, number)).uniform(0, 255, (2, 3))
+            ramp = np.linspace(0, 1, size[label])[:, None] * (colours[1] - colours[0]) + colours[0]
+            pixels = np.broadcast_to(ramp[None] if label == 0 else ramp[:, None], (size[1], size[0], 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "path": str(pictures)}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    """A run with tokenizer, codes and prior. Never write into it: take `run_copy`."""
+    from stage1_vqvae.train import main as train_tokenizer
+    from stage2_prior.extract_codes import main as extract_codes
+    from stage2_prior.train import main as train_prior
+
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run)])
+    extract_codes(["--run", str(run)])
+    train_prior(["--run", str(run)])
+    return run
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state() -> None:
+    """Accelerate keeps its settings in singletons; each test may have its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def script() -> Script:
+    """Run a script of the repository as a user does, in a process of its own (or several)."""
+
+    def run(
+        path: str, *arguments: object, processes: int = 1, cwd: Path = REPOSITORY, threads: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
+        options = [] if threads is None else ["--compute.threads", str(threads)]
+        command = [sys.executable, *(torchrun if processes > 1 else []), str(REPOSITORY / path), *map(str, arguments), *options]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+    return run
+
+
+@pytest.fixture
+def one_line_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a script's `main`; it must end with exit code 2 and one line on standard error, which is returned."""
+    from configs.errors import run_entry
+
+    def run(main: Callable[[list[str]], None], *arguments: object) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            run_entry(lambda: main([str(argument) for argument in arguments]))
+        captured = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+        assert exit_info.value.code == 2
+        assert len(captured) == 1, captured
+        assert captured[0].startswith("error: ")
+        return captured[0]
+
+    return run

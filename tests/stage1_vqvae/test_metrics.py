@@ -1,0 +1,36 @@
+"""Metrics on known cases and against an independent formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
+
+
+def test_errors_and_psnr_are_of_8_bit_pixels_as_unit_range() -> None:
+    originals = torch.randint(0, 256, (5, 8, 12, 3), dtype=torch.uint8)
+    pictures = torch.randint(0, 256, (5, 8, 12, 3), dtype=torch.uint8)
+    mse = torch.stack([((a.double() / 255 - b.double() / 255) ** 2).mean() for a, b in zip(pictures, originals, strict=True)])
+    assert torch.allclose(squared_errors(pictures, originals), mse)
+    assert torch.allclose(psnr(pictures, originals), 10 * torch.log10(1 / mse))
+    black, white = torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.full((1, 8, 8, 1), 255, dtype=torch.uint8)
+    assert squared_errors(black, white).item() == 1
+    assert psnr(black, white).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_usage_and_perplexity_of_known_counts() -> None:
+    assert usage(torch.tensor([3, 0, 1, 0])) == 0.5
+    assert perplexity(torch.tensor([5, 5, 5, 5])) == pytest.approx(4)
+    assert perplexity(torch.tensor([7, 0, 0])) == pytest.approx(1)
+    assert perplexity(torch.tensor([1, 3])) == pytest.approx(2 ** (0.25 * 2 + 0.75 * math.log2(4 / 3)))
+    assert perplexity(torch.zeros(4)) == pytest.approx(1)
+
+
+def test_the_compression_report_of_the_4x4_recipe() -> None:
+    assert raw_bits(32, 32, 3) == 24_576
+    assert index_bits([(4, 4)], [1024]) == 160
+    assert raw_bits(32, 32, 3) / index_bits([(4, 4)], [1024]) == pytest.approx(153.6)
+    assert index_bits([(2, 3), (4, 6)], [8, 16]) == 6 * 3 + 24 * 4

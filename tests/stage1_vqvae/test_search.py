@@ -1,0 +1,76 @@
+"""The nearest-code search against brute force in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stage1_vqvae.quantizers.search as search
+from stage1_vqvae.quantizers.search import nearest_codes
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """By definition, not by the expansion the search uses."""
+    return (vectors.double()[:, None] - codebook.double()[None]).square().sum(-1)
+
+
+@pytest.mark.parametrize(("count", "num_codes", "width"), [(1000, 512, 64), (300, 1024, 8), (7, 2, 1), (1, 5, 3)])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_the_choice_is_the_nearest_to_float32_rounding(count: int, num_codes: int, width: int, offset: float) -> None:
+    """Latents far from the origin are where the expanded distance loses its digits."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(count, width, generator=generator) + offset
+    codebook = torch.randn(num_codes, width, generator=generator) + offset
+    distances = squared_distances(vectors, codebook)
+    chosen = distances.gather(1, nearest_codes(vectors, codebook)[:, None])[:, 0]
+    # Measured from the codebook's mean, where the search works; the bound from the origin is far wider.
+    centre = codebook.double().mean(0)
+    squares = (vectors.double() - centre).square().sum(1) + (codebook.double() - centre).square().sum(1).max()
+    rounding = 8 * EPS * squares + 4 * EPS * abs(offset) * squares.sqrt()
+    assert bool((chosen <= distances.min(1).values + rounding).all())
+
+
+def test_a_coded_vector_finds_its_own_code_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    codebook = torch.randn(100, 16)
+    order = torch.randperm(100).repeat(3)
+    for block_bytes in (1, 100 * 4 * 7, 2**20):
+        monkeypatch.setattr(search, "_BLOCK_BYTES", block_bytes)
+        assert torch.equal(nearest_codes(codebook[order], codebook), order)
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    assert nearest_codes(torch.zeros(2, 2), codebook).tolist() == [0, 0]
+    assert nearest_codes(torch.tensor([[-2.0, 0.0]]), codebook).tolist() == [1]
+
+
+def test_nothing_in_nothing_out() -> None:
+    found = nearest_codes(torch.empty(0, 4), torch.randn(3, 4))
+    assert found.shape == (0,)
+    assert found.dtype == torch.int64
+
+
+def test_a_wrong_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected \(N, 4\), found \(5, 3\)"):
+        nearest_codes(torch.randn(5, 3), torch.randn(2, 4))
+
+
+def test_autocast_does_not_reach_the_search() -> None:
+    """In bfloat16 (8 bits) these neighbours cannot be told apart."""
+    codebook = torch.linspace(0, 1, 512)[:, None].repeat(1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nearest_codes(codebook, codebook)
+    assert torch.equal(found, torch.arange(512))
+
+
+def test_memory_stays_far_below_all_distances() -> None:
+    """65,536 x 4,096 distances would take 1 GiB."""
+    from torch.profiler import ProfilerActivity, profile
+
+    vectors, codebook = torch.randn(65_536, 4), torch.randn(4_096, 4)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        nearest_codes(vectors, codebook)
+    largest = max(event.self_cpu_memory_usage for event in profiled.events())
+    assert largest <= 16 * 2**20

@@ -1,0 +1,223 @@
+"""The stage 1 loop as its user meets it: results, resume, stopping, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from configs.run_dir import REPOSITORY, read_json
+from stage1_vqvae.train import main
+from stage1_vqvae.training.metrics_log import read_metrics
+from tests.conftest import Script
+
+
+def files(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
+    found = files(finished_run)
+    assert {"recipe.yaml", "history.jsonl", "tokenizer.safetensors", "stage1/metrics.jsonl", "stage1/report.json"} <= found
+    assert {"stage1/training.png", "stage1/codebook.png", "stage1/reconstructions/step-000000008.png"} <= found
+    assert not [name for name in found if ".tmp-" in name]
+    report = read_json(finished_run / "stage1" / "report.json")
+    assert report["bits_per_image"] == {"raw": 8 * 12 * 3 * 8, "indices": 6 * 4}
+    assert set(report["validation"]) == {"mse", "psnr", "loss", "usage", "perplexity"}
+
+
+def test_what_is_logged(finished_run: Path) -> None:
+    records = read_metrics(finished_run / "stage1" / "metrics.jsonl")
+    train = [record for record in records if record["split"] == "train"]
+    assert [record["step"] for record in train] == [2, 4, 6, 8]
+    for record in train:
+        assert {"reconstruction", "commitment", "loss", "psnr", "usage", "perplexity", "images_per_second", "lr"} <= set(record)
+        assert record["loss"] == pytest.approx(record["reconstruction"] + record["commitment"], rel=1e-5)
+    assert [record["step"] for record in records if record["split"] == "validation"] == [4, 8]
+
+
+def test_reconstructions_stand_under_their_originals(finished_run: Path) -> None:
+    scale = 8  # to about 64 pixels high
+    with Image.open(finished_run / "stage1" / "reconstructions" / "step-000000008.png") as grid:
+        assert grid.size[1] == (2 * (8 + 2) + 2) * scale  # 12 validation images: one row of originals, one beneath
+
+
+def test_validation_metrics_are_those_of_the_saved_tokenizer(finished_run: Path) -> None:
+    """Recomputed by a loop over single images."""
+    from configs.cli import load_recipe
+    from configs.run_dir import RunDir
+    from stage1_vqvae.images import VALIDATION, load_images, to_model
+    from stage1_vqvae.model import load_tokenizer
+
+    tokenizer = load_tokenizer(RunDir(finished_run))
+    split = load_images(load_recipe(finished_run / "recipe.yaml").data).splits[VALIDATION]
+    errors, used = [], set()
+    for pixels in split.pixels:
+        output = tokenizer(to_model(pixels[None]))
+        picture = ((output.reconstruction.clamp(-1, 1) + 1) / 2 * 255).round() / 255
+        errors.append((picture - pixels.permute(2, 0, 1) / 255).square().mean().item())
+        used |= set(output.codes[0].flatten().tolist())
+    report = read_json(finished_run / "stage1" / "report.json")["validation"]
+    assert report["mse"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert report["usage"] == pytest.approx(len(used) / 16)
+
+
+def kill_after_checkpoint(command: list[str], checkpoint: Path, metrics: Path, last_step: int) -> None:
+    """Start, wait until it has gone on past the checkpoint, then SIGKILL."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (checkpoint.exists() and any(record["step"] >= last_step for record in read_metrics(metrics))):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "gradient"])
+def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
+    quantizer: str, tiny_recipe: Path, tmp_path: Path, script: Script
+) -> None:
+    settings = [
+        "--config",
+        str(tiny_recipe),
+        "--tokenizer.quantizer",
+        quantizer,
+        "--stage1.steps",
+        "120",
+        "--stage1.checkpoint_interval",
+        "40",
+    ]
+    settings += ["--stage1.validation_interval", "60", "--compute.threads", "1"]
+    whole = script("stage1_vqvae/train.py", *settings, "--run", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    run = tmp_path / "killed"
+    command = [sys.executable, str(REPOSITORY / "stage1_vqvae" / "train.py"), *settings, "--run", str(run)]
+    kill_after_checkpoint(command, run / "stage1/checkpoints/step-000000040.pt", run / "stage1/metrics.jsonl", 44)
+    assert not (run / "tokenizer.safetensors").exists()
+    refused = script("stage1_vqvae/train.py", *settings, "--run", run)
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    resumed = script("stage1_vqvae/train.py", *settings, "--run", run, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"going on after step (40|80)", resumed.stdout)
+    assert (run / "tokenizer.safetensors").read_bytes() == (tmp_path / "whole" / "tokenizer.safetensors").read_bytes()
+    timeless = [
+        [
+            {key: value for key, value in record.items() if key != "images_per_second"}
+            for record in read_metrics(path / "stage1/metrics.jsonl")
+        ]
+        for path in (run, tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number: signal.Signals, tiny_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(tiny_recipe), "--run", str(run)]
+    process = subprocess.Popen([*command, "--stage1.steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not read_metrics(run / "stage1/metrics.jsonl"):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    step = int(re.findall(r"stopped after step (\d+) and saved; go on with: .*--resume --run", out)[0])
+    newest = max((run / "stage1/checkpoints").iterdir())
+    assert newest.name == f"step-{step:09d}.pt"
+    assert torch.load(newest, weights_only=True)["step"] == step
+
+
+def test_a_finished_stage_says_so_and_changes_nothing(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {name: (run_copy / name).read_bytes() for name in files(run_copy)}
+    main(["--run", str(run_copy)])
+    out = capsys.readouterr().out
+    assert "already finished" in out
+    assert "--resume" in out
+    assert "--run" in out
+    assert {name: (run_copy / name).read_bytes() for name in files(run_copy) if name != ".lock"} == {
+        k: v for k, v in before.items() if k != ".lock"
+    }
+
+
+def test_a_finished_stage_can_be_trained_longer(run_copy: Path) -> None:
+    before = (run_copy / "tokenizer.safetensors").read_bytes()
+    main(["--run", str(run_copy), "--resume", "--stage1.steps", "12"])
+    assert (run_copy / "tokenizer.safetensors").read_bytes() != before
+    assert read_json(run_copy / "stage1" / "report.json")["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--stage1.lr", "0.5"], ["stage1.lr: 0.5, not 0.001", "--run"]),
+        (["--stage1.steps", "3"], ["finished after 8 steps", "--resume", "--run"]),
+        (["--resume", "--data.seed", "9"], ["data.seed: 9, not 0"]),
+    ],
+)
+def test_a_runs_recipe_is_fixed(run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]) -> None:
+    line = one_line_error(main, "--run", run_copy, *arguments)
+    assert all(part in line for part in parts), line
+
+
+def test_resume_without_a_checkpoint_starts(tiny_recipe: Path, tmp_path: Path) -> None:
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--resume", "--stage1.steps", "2"])
+    assert (tmp_path / "new" / "tokenizer.safetensors").exists()
+
+
+def test_a_broken_checkpoint_is_named(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    folder = tmp_path / "new" / "stage1" / "checkpoints"
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "2"])
+    (tmp_path / "new" / "tokenizer.safetensors").unlink()
+    (folder / "step-000000002.pt").write_bytes(b"nonsense")
+    assert "step-000000002.pt" in one_line_error(main, "--run", tmp_path / "new", "--resume")
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.warmup_steps", "4"]
+    line = one_line_error(main, *settings, "--stage1.lr", "1e30", "--stage1.checkpoint_interval", "1", "--stage1.log_interval", "1")
+    step = int(re.findall(r"step (\d+): expected a finite loss", line)[0])
+    kept = [torch.load(path, weights_only=True) for path in (tmp_path / "new" / "stage1" / "checkpoints").iterdir()]
+    assert max((state["step"] for state in kept), default=step - 1) == step - 1
+
+
+def test_a_batch_that_does_not_divide_is_named(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
+    settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.batch_size", "7"]
+    done = script("stage1_vqvae/train.py", *settings, processes=2)
+    assert "error: stage1.batch_size: expected a multiple of 2 (2 processes x 1 micro-steps), found 7" in done.stderr
+
+
+def test_accumulation_changes_memory_and_not_the_result(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Without layer dropout one step in two halves is one step, to float rounding."""
+    for name, accumulation in (("one", 1), ("four", 4)):
+        settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / name), "--stage1.steps", "1"]
+        main([*settings, "--stage1.accumulation", str(accumulation)])
+    one, four = (load_file(tmp_path / name / "tokenizer.safetensors") for name in ("one", "four"))
+    for name in one:
+        assert torch.allclose(one[name], four[name], atol=1e-5), name
+
+
+def test_tensorboard_when_asked(tiny_recipe: Path, tmp_path: Path) -> None:
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "2", "--compute.tracker", "tensorboard"])
+    assert list((tmp_path / "new" / "stage1" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert read_metrics(tmp_path / "new" / "stage1" / "metrics.jsonl")
+
+
+def test_the_history_says_what_was_typed(finished_run: Path, tiny_recipe: Path) -> None:
+    entries = [json.loads(line) for line in (finished_run / "history.jsonl").read_text().splitlines()]
+    assert entries[0]["arguments"][:2] == ["--config", str(tiny_recipe)]
+    assert entries[0]["resolved"]["stage1"]["steps"] == 8
