@@ -11,6 +11,7 @@ from typing import NoReturn
 # What the file system answers when the user's place to write to (or read from) is at fault, not our code.
 _PLACE_AT_FAULT = {
     errno.EACCES,
+    errno.EEXIST,
     errno.EPERM,
     errno.EROFS,
     errno.ENOSPC,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_bytes
 from configs.schema import Tokenizer
-from stage1_vqvae.losses import binary_cross_entropy, squared_error
+from stage1_vqvae.losses import binary_cross_entropy, full_precision, squared_error
 from stage1_vqvae.networks import Decoder, Encoder
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.quantizers.vector import GradientVectorQuantizer, MovingAverageVectorQuantizer, VectorQuantizer
@@ -80,7 +80,7 @@ class VQVAE(nn.Module):
         return self._pixels(self.decoder(self.quantizer.lookup(codes)))
 
     def _pixels(self, output: Tensor) -> Tensor:
-        output = output.float()
+        output = full_precision(output)
         return 2 * output.sigmoid() - 1 if self.config.reconstruction == "bce" else output
 
 

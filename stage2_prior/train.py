@@ -23,6 +23,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
 from stage1_vqvae.images import TRAIN, VALIDATION, batches
+from stage1_vqvae.losses import full_precision
 from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.model import fingerprint
 from stage1_vqvae.plots import training_graph
@@ -228,14 +229,13 @@ def train(
         channels, height, width = manifest.image_shape
         raw, indices = raw_bits(height, width, channels), index_bits(manifest.grids, manifest.num_codes)
         in_bits = {"raw": raw, "indices": indices, "prior": best["bits"] * prior.layout.length}
+        ratio = raw / in_bits["prior"]
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes, "parameters": parameters}
         write_json(folder / "report.json", {**report, "validation": learned, "bits_per_image": in_bits})
         training_graph(folder / "training.png", read_metrics(log.path), ("bits_per_token",), references)
         shown = f"{best['bits']:.3f} (step {best['step']}), unigram {references['unigram']:.3f}, uniform {references['uniform']:.3f}"
         print(f"validation bits a token: learned prior {shown}")
-        print(
-            f"an image: {raw} bits raw, {indices:.0f} as indices, {in_bits['prior']:.0f} under the prior; ratio {raw / in_bits['prior']:.1f}"
-        )
+        print(f"an image: {raw} bits raw, {indices:.0f} as indices, {in_bits['prior']:.0f} under the prior; ratio {ratio:.1f}")
         print(f"wrote {run.show(folder / 'prior.safetensors')} and training.png beside it")
     accelerator.end_training()
 
@@ -259,7 +259,7 @@ def training_tokens(
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean nats a token of tokens (b, T) under logits (b, T, V)."""
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    return torch.nn.functional.cross_entropy(full_precision(logits).flatten(0, 1), tokens.flatten())
 
 
 @torch.no_grad()

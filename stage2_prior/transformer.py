@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import Prior
+from stage1_vqvae.losses import full_precision
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.sequence import SequenceLayout
 
@@ -46,7 +47,7 @@ class Transformer(nn.Module):
         self.place = nn.Parameter(torch.zeros(layout.length, width))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.dropout) for _ in range(config.layers))  # type: ignore[assignment]
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.head = nn.Linear(width, layout.vocabulary, bias=False)
         cosines, sines = rotary_angles(layout.positions(), width // config.heads)
         self.register_buffer("cosines", cosines, persistent=False)
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
     def log_prob(self, codes: Codes, labels: Tensor | None) -> Tensor:
         """log p of each token given those before it, (B, T), in nats, float32."""
         tokens = self.layout.to_tokens(codes)
-        logits = self(tokens, labels).float()
+        logits = full_precision(self(tokens, labels))
         return -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
 
     def new_cache(self, batch: int) -> KeyValueCache:
@@ -117,9 +118,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width)
+        self.attention_norm = RMSNorm(width)
         self.attention = Attention(width, heads)
-        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp_norm = RMSNorm(width)
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -142,8 +143,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.query_norm = nn.RMSNorm(width // heads)
-        self.key_norm = nn.RMSNorm(width // heads)
+        self.query_norm = RMSNorm(width // heads)
+        self.key_norm = RMSNorm(width // heads)
 
     def _project(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
@@ -162,6 +163,14 @@ class Attention(nn.Module):
         values[:, :, t : t + 1] = value
         attended = F.scaled_dot_product_attention(query, keys[:, :, : t + 1], values[:, :, : t + 1])
         return self.out(rearrange(attended, "b h t d -> b t (h d)"))
+
+
+class RMSNorm(nn.RMSNorm):
+    """In its weights' precision, which autocast leaves at float32: a sum of squares needs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same shape."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 class SwiGLU(nn.Module):

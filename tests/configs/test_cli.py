@@ -65,7 +65,7 @@ def test_overrides_win_over_the_recipe_in_any_order(tiny_recipe: Path, tmp_path:
     after = resolved("--config", str(tiny_recipe), "--run", run, "--stage1.lr=5e-4")
     assert before == after
     assert before.stage1.lr == 5e-4
-    assert differences(before, load_recipe(tiny_recipe)) == ["stage1.lr: 0.0005, not 0.001"]
+    assert differences(before, load_recipe(tiny_recipe)) == ["stage1.lr: 0.0005, not 0.003"]
 
 
 def test_hyphens_are_underscores(tmp_path: Path) -> None:

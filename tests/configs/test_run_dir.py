@@ -39,9 +39,14 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "codes"
     folder.mkdir()
     (folder / "old").touch()
-    with pytest.raises(RuntimeError), replacing_folder(folder) as new:
-        (new / "half").touch()
-        raise RuntimeError
+
+    def fill_and_fail() -> None:
+        with replacing_folder(folder) as new:
+            (new / "half").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fill_and_fail()
     assert os.listdir(tmp_path) == ["codes"]
     assert os.listdir(folder) == ["old"]
     (tmp_path / "codes.tmp-1").mkdir()  # what a killed command left

@@ -149,7 +149,7 @@ def test_idx_files_gzipped_or_not(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 15, VALIDATION: 5, TEST: 3}
     assert np.array_equal(source.splits[TEST].pixels[..., 0].numpy(), pixels[:3])
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes((tmp_path / "t10k-images-idx3-ubyte").read_bytes()[:-1])
-    with pytest.raises(UserError, match="t10k-images-idx3-ubyte: expected an IDX file"):
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte: expected an IDX file"):
         load_images(data(tmp_path, channels=1))
 
 

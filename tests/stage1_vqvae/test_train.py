@@ -29,7 +29,7 @@ def files(run: Path) -> set[str]:
 def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
     found = files(finished_run)
     assert {"recipe.yaml", "history.jsonl", "tokenizer.safetensors", "stage1/metrics.jsonl", "stage1/report.json"} <= found
-    assert {"stage1/training.png", "stage1/codebook.png", "stage1/reconstructions/step-000000008.png"} <= found
+    assert {"stage1/training.png", "stage1/codebook.png", "stage1/reconstructions/step-000000060.png"} <= found
     assert not [name for name in found if ".tmp-" in name]
     report = read_json(finished_run / "stage1" / "report.json")
     assert report["bits_per_image"] == {"raw": 8 * 12 * 3 * 8, "indices": 6 * 4}
@@ -39,16 +39,16 @@ def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
 def test_what_is_logged(finished_run: Path) -> None:
     records = read_metrics(finished_run / "stage1" / "metrics.jsonl")
     train = [record for record in records if record["split"] == "train"]
-    assert [record["step"] for record in train] == [2, 4, 6, 8]
+    assert [record["step"] for record in train] == [10, 20, 30, 40, 50, 60]
     for record in train:
         assert {"reconstruction", "commitment", "loss", "psnr", "usage", "perplexity", "images_per_second", "lr"} <= set(record)
         assert record["loss"] == pytest.approx(record["reconstruction"] + record["commitment"], rel=1e-5)
-    assert [record["step"] for record in records if record["split"] == "validation"] == [4, 8]
+    assert [record["step"] for record in records if record["split"] == "validation"] == [30, 60]
 
 
 def test_reconstructions_stand_under_their_originals(finished_run: Path) -> None:
     scale = 8  # to about 64 pixels high
-    with Image.open(finished_run / "stage1" / "reconstructions" / "step-000000008.png") as grid:
+    with Image.open(finished_run / "stage1" / "reconstructions" / "step-000000060.png") as grid:
         assert grid.size[1] == (2 * (8 + 2) + 2) * scale  # 12 validation images: one row of originals, one beneath
 
 
@@ -103,7 +103,7 @@ def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "killed"
     command = [sys.executable, str(REPOSITORY / "stage1_vqvae" / "train.py"), *settings, "--run", str(run)]
-    kill_after_checkpoint(command, run / "stage1/checkpoints/step-000000040.pt", run / "stage1/metrics.jsonl", 44)
+    kill_after_checkpoint(command, run / "stage1/checkpoints/step-000000040.pt", run / "stage1/metrics.jsonl", 50)
     assert not (run / "tokenizer.safetensors").exists()
     refused = script("stage1_vqvae/train.py", *settings, "--run", run)
     assert refused.returncode == 2
@@ -154,16 +154,16 @@ def test_a_finished_stage_says_so_and_changes_nothing(run_copy: Path, capsys: py
 
 def test_a_finished_stage_can_be_trained_longer(run_copy: Path) -> None:
     before = (run_copy / "tokenizer.safetensors").read_bytes()
-    main(["--run", str(run_copy), "--resume", "--stage1.steps", "12"])
+    main(["--run", str(run_copy), "--resume", "--stage1.steps", "70"])
     assert (run_copy / "tokenizer.safetensors").read_bytes() != before
-    assert read_json(run_copy / "stage1" / "report.json")["steps"] == 12
+    assert read_json(run_copy / "stage1" / "report.json")["steps"] == 70
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--stage1.lr", "0.5"], ["stage1.lr: 0.5, not 0.001", "--run"]),
-        (["--stage1.steps", "3"], ["finished after 8 steps", "--resume", "--run"]),
+        (["--stage1.lr", "0.5"], ["stage1.lr: 0.5, not 0.003", "--run"]),
+        (["--stage1.steps", "3"], ["finished after 60 steps", "--resume", "--run"]),
         (["--resume", "--data.seed", "9"], ["data.seed: 9, not 0"]),
     ],
 )
@@ -220,4 +220,4 @@ def test_tensorboard_when_asked(tiny_recipe: Path, tmp_path: Path) -> None:
 def test_the_history_says_what_was_typed(finished_run: Path, tiny_recipe: Path) -> None:
     entries = [json.loads(line) for line in (finished_run / "history.jsonl").read_text().splitlines()]
     assert entries[0]["arguments"][:2] == ["--config", str(tiny_recipe)]
-    assert entries[0]["resolved"]["stage1"]["steps"] == 8
+    assert entries[0]["resolved"]["stage1"]["steps"] == 60

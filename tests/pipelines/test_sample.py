@@ -1,0 +1,139 @@
+"""Sampling as its user meets it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from configs.run_dir import RunDir
+from pipelines.sample import main
+from stage1_vqvae.images import to_uint8
+from stage1_vqvae.model import load_tokenizer
+from stage2_prior.train import main as train_prior
+
+
+def sampled(run: Path, *arguments: object) -> Path:
+    before = set((run / "samples").glob("*")) if (run / "samples").exists() else set()
+    main(["--run", str(run), *map(str, arguments)])
+    (new,) = set((run / "samples").glob("*")) - before
+    return new
+
+
+def test_it_leaves_what_the_readme_says(run_copy: Path) -> None:
+    folder = sampled(run_copy, "--n", 10, "--npz")
+    assert {path.name for path in folder.iterdir()} == {"grid.png", "images", "codes.safetensors", "samples.json", "samples.npz"}
+    pictures = np.load(folder / "samples.npz")["arr_0"]
+    assert pictures.shape == (10, 8, 12, 3)
+    assert pictures.dtype == np.uint8
+    for number in range(10):
+        with Image.open(folder / "images" / f"{number:05d}.png") as image:
+            assert np.array_equal(np.asarray(image), pictures[number])
+    codes = load_file(folder / "codes.safetensors")
+    tokenizer = load_tokenizer(RunDir(run_copy))
+    assert np.array_equal(to_uint8(tokenizer.decode((codes["level0"],))).numpy(), pictures)
+    details = json.loads((folder / "samples.json").read_text())
+    assert details["labels"] == codes["labels"].tolist() == [0, 1] * 5
+    assert details["prior"] == "transformer"
+
+
+def test_a_second_call_writes_beside_the_first(run_copy: Path) -> None:
+    first = sampled(run_copy, "--n", 2)
+    content = (first / "grid.png").read_bytes()
+    second = sampled(run_copy, "--n", 2, "--seed", 1)
+    assert (first.name, second.name) == ("000", "001")
+    assert (first / "grid.png").read_bytes() == content
+
+
+@pytest.mark.parametrize("arguments", [[], ["--guidance", "2.5", "--top-p", "0.9"], ["--prior", "uniform"]])
+def test_codes_are_equal_at_any_batch_size(run_copy: Path, arguments: list[str]) -> None:
+    folders = [sampled(run_copy, "--n", 64, "--npz", "--batch-size", size, *arguments) for size in (64, 1, 7)]
+    codes = [load_file(folder / "codes.safetensors")["level0"] for folder in folders]
+    pictures = [np.load(folder / "samples.npz")["arr_0"].astype(int) for folder in folders]
+    for other in (1, 2):
+        assert torch.equal(codes[0], codes[other])
+        assert np.abs(pictures[0] - pictures[other]).max() <= 1
+
+
+def test_more_samples_begin_with_the_same_ones(run_copy: Path) -> None:
+    few, many = (load_file(sampled(run_copy, "--n", n) / "codes.safetensors")["level0"] for n in (3, 20))
+    assert torch.equal(few, many[:3])
+
+
+def test_a_label_by_name_or_number(run_copy: Path) -> None:
+    by_name, by_number = (sampled(run_copy, "--n", 4, "--label", label) for label in ("down", "1"))
+    assert json.loads((by_name / "samples.json").read_text())["labels"] == [1, 1, 1, 1]
+    assert (by_name / "grid.png").read_bytes() == (by_number / "grid.png").read_bytes()
+
+
+def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:
+    shutil.rmtree(run_copy / "priors")
+    folder = sampled(run_copy, "--n", 4, "--prior", "uniform")
+    assert json.loads((folder / "samples.json").read_text())["bits_per_token"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--n", "0"], ["--n", "at least 1", "0"]),
+        (["--label", "2"], ["--label", "0 to 1", "2"]),
+        (["--label", "-1"], ["--label", "-1"]),
+        (["--label", "sideways"], ["--label", "across, down", "sideways"]),
+        (["--prior", "best"], ["--prior best", "transformer, uniform"]),
+        (["--prior", "uniform", "--label", "1"], ["--label", "no labels"]),
+        (["--temperature", "-1"], ["temperature", "at least 0"]),
+        (["--top-p", "0"], ["top_p", "above 0"]),
+        (["--top-k", "-1"], ["top_k", "at least 0"]),
+        (["--guidance", "nan"], ["guidance", "nan"]),
+        (["--n", "many"], ["n: expected", "int", "many"]),
+        (["--stage2.lr", "1"], ["--stage2.lr"]),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(
+    run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
+) -> None:
+    line = one_line_error(main, "--run", run_copy, *arguments)
+    assert all(part in line for part in parts), line
+    assert not (run_copy / "samples").exists()
+
+
+def test_guidance_needs_a_prior_that_knows_no_label(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    assert "label_dropout 0" in one_line_error(main, "--run", run_copy, "--guidance", "2")
+    assert sampled(run_copy, "--n", 2).exists()
+
+
+def test_out_of_order_it_names_the_missing_command(tmp_path: Path, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    assert "accelerate launch stage1_vqvae/train.py" in one_line_error(main, "--run", tmp_path / "nothing")
+    shutil.rmtree(run_copy / "priors")
+    assert "accelerate launch stage2_prior/train.py" in one_line_error(main, "--run", run_copy)
+
+
+def test_a_prior_of_another_tokenizer_is_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    path = run_copy / "tokenizer.safetensors"
+    content = path.read_bytes()
+    # One more space at the end of the header: other bytes, the same weights.
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 8).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 8 + content[8 + length :])
+    assert "expected a prior over codes of the run's tokenizer" in one_line_error(main, "--run", run_copy)
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    run_copy: Path, one_line_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_copy / "samples").write_text("in the way")
+    assert "samples" in one_line_error(main, "--run", run_copy, "--n", "1")
+
+
+def test_a_copied_run_still_samples(finished_run: Path, run_copy: Path) -> None:
+    shutil.move(run_copy / "recipe.yaml", run_copy / "kept.yaml")
+    recipe = (run_copy / "kept.yaml").read_text()
+    (run_copy / "recipe.yaml").write_text(recipe.replace("path:", "path: /not/on/this/machine #"))
+    assert sampled(run_copy, "--n", 2).exists()

@@ -1,0 +1,101 @@
+"""Extraction as its user meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.cli import load_recipe
+from configs.run_dir import RunDir
+from stage1_vqvae.images import TRAIN, VALIDATION, load_images, to_model, to_uint8
+from stage1_vqvae.model import fingerprint, load_tokenizer
+from stage2_prior import extract_codes
+from stage2_prior.code_store import CodeStore, read_manifest
+from stage2_prior.extract_codes import main
+
+
+def test_codes_are_the_tokenizers_one_a_sample_in_order(finished_run: Path) -> None:
+    run = RunDir(finished_run)
+    tokenizer = load_tokenizer(run)
+    source = load_images(load_recipe(run.recipe).data)
+    assert {path.name for path in run.codes.iterdir()} == set(source.splits) == {TRAIN, VALIDATION}
+    for name, split in source.splits.items():
+        store = CodeStore(run.codes / name, fingerprint(run.tokenizer))
+        assert len(store) == len(split)
+        (codes,) = store.codes(torch.arange(len(split)))
+        (own,) = tokenizer.encode(to_model(split.pixels))
+        assert torch.equal(codes, own)
+        assert torch.equal(store.labels, split.labels)
+        pictures = to_uint8(tokenizer.decode((codes,))).int()
+        assert int((pictures - to_uint8(tokenizer(to_model(split.pixels)).reconstruction).int()).abs().max()) <= 1
+    manifest = read_manifest(run.codes / TRAIN)
+    assert (manifest.grids, manifest.num_codes, manifest.label_names) == ([(2, 3)], [16], ["across", "down"])
+
+
+def test_variants_are_an_axis_of_the_training_codes(run_copy: Path) -> None:
+    main(["--run", str(run_copy), "--extraction.augmentation", "horizontal_flip", "--overwrite"])
+    run = RunDir(run_copy)
+    tokenizer = load_tokenizer(run)
+    pixels = load_images(load_recipe(run.recipe).data).splits[TRAIN].pixels
+    store = CodeStore(run.codes / TRAIN)
+    assert store.manifest.variants == 2
+    everything = torch.arange(len(store))
+    (mirrored,) = store.codes(everything, torch.ones(len(store), dtype=torch.int64))
+    assert torch.equal(mirrored, tokenizer.encode(to_model(pixels.flip(2)))[0])
+    assert CodeStore(run.codes / VALIDATION).manifest.variants == 1
+
+
+def test_extracting_again_says_so_and_other_settings_need_overwrite(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    before = (run_copy / "codes/train/manifest.json").stat().st_mtime_ns
+    main(["--run", str(run_copy)])
+    assert "already extracted" in capsys.readouterr().out
+    line = one_line_error(main, "--run", run_copy, "--extraction.augmentation", "shift")
+    assert "--overwrite" in line
+    assert (run_copy / "codes/train/manifest.json").stat().st_mtime_ns == before
+
+
+def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from stage1_vqvae.train import main as train_tokenizer
+    from stage2_prior.train import main as train_prior
+
+    train_tokenizer(["--run", str(run_copy), "--resume", "--stage1.steps", "66"])
+    with pytest.raises(ValueError, match="expected codes of the run's tokenizer"):
+        train_prior(["--run", str(run_copy), "--name", "second"])
+    main(["--run", str(run_copy)])
+    assert "extracting anew" in capsys.readouterr().out
+    assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
+
+
+def test_a_failure_leaves_the_old_codes(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (run_copy / "codes/train/manifest.json").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", "codes")
+
+    monkeypatch.setattr(extract_codes, "check", fail)
+    with pytest.raises(OSError, match="No space"):
+        main(["--run", str(run_copy), "--overwrite"])
+    assert (run_copy / "codes/train/manifest.json").read_bytes() == before
+    assert not list(run_copy.glob("codes.*"))
+
+
+def test_codes_that_decode_to_something_else_are_caught(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    real = extract_codes.encode_share
+    monkeypatch.setattr(extract_codes, "encode_share", lambda *args: [(level + 1) % 16 for level in real(*args)])
+    assert "expected stored codes to decode to the tokenizer's own reconstructions" in one_line_error(
+        main, "--run", run_copy, "--overwrite"
+    )
+
+
+def test_without_a_tokenizer_it_names_the_missing_command(tmp_path: Path, finished_run: Path, one_line_error: Callable[..., str]) -> None:
+    assert "accelerate launch stage1_vqvae/train.py" in one_line_error(main, "--run", tmp_path / "nothing")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").write_bytes((finished_run / "recipe.yaml").read_bytes())
+    assert "accelerate launch stage1_vqvae/train.py --resume" in one_line_error(main, "--run", tmp_path / "begun")

@@ -1,0 +1,137 @@
+"""The stage 2 loop as its user meets it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.run_dir import REPOSITORY, RunDir, read_json
+from stage1_vqvae.model import fingerprint
+from stage1_vqvae.training.metrics_log import read_metrics
+from stage2_prior.code_store import CodeStore
+from stage2_prior.likelihood import rises_while_training_falls, uniform_bits, unigram_bits
+from stage2_prior.prior_file import load_prior
+from stage2_prior.train import main
+from tests.conftest import Script
+from tests.stage1_vqvae.test_train import kill_after_checkpoint
+
+
+def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
+    folder = finished_run / "priors" / "transformer"
+    assert {path.name for path in folder.iterdir()} == {
+        "prior.safetensors",
+        "recipe.yaml",
+        "report.json",
+        "metrics.jsonl",
+        "training.png",
+        "checkpoints",
+    }
+
+
+def test_the_reported_likelihood_is_that_of_the_saved_prior(finished_run: Path) -> None:
+    run = RunDir(finished_run)
+    folder = run.prior("transformer")
+    prior, header = load_prior(folder / "prior.safetensors", fingerprint(run.tokenizer))
+    store = CodeStore(run.codes / "validation")
+    assert store.labels is not None
+    nats = [-prior.log_prob(store.codes(torch.tensor([row])), store.labels[row : row + 1]) for row in range(len(store))]
+    bits = torch.cat(nats).mean().item() / math.log(2)
+    report = read_json(folder / "report.json")
+    assert report["validation"]["bits_per_token"] == header.validation["bits_per_token"] == pytest.approx(bits, rel=1e-5)
+    assert report["bits_per_image"]["prior"] == pytest.approx(6 * bits, rel=1e-5)
+    validations = [record["bits_per_token"] for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
+    assert min(validations) == report["validation"]["bits_per_token"]
+
+
+def test_references_by_hand(finished_run: Path) -> None:
+    training, validation = CodeStore(finished_run / "codes/train"), CodeStore(finished_run / "codes/validation")
+    seen = [int(code) for code in training.levels[0].ravel()]
+    probability = [(seen.count(code) + 1) / (len(seen) + 16) for code in range(16)]
+    tokens = [int(code) for code in validation.levels[0].ravel()]
+    assert unigram_bits(training, validation) == pytest.approx(-sum(math.log2(probability[code]) for code in tokens) / len(tokens))
+    assert uniform_bits([(2, 3)], [16]) == 4
+    assert uniform_bits([(1, 1), (1, 3)], [4, 16]) == (2 + 3 * 4) / 4
+
+
+def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(run_copy: Path, script: Script) -> None:
+    settings = ["--run", str(run_copy), "--stage2.steps", "150", "--stage2.checkpoint_interval", "40", "--compute.threads", "1"]
+    settings += ["--stage2.accumulation", "2"]
+    whole = script("stage2_prior/train.py", *settings, "--name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    folder = run_copy / "priors" / "killed"
+    command = [sys.executable, str(REPOSITORY / "stage2_prior/train.py"), *settings, "--name", "killed"]
+    kill_after_checkpoint(command, folder / "checkpoints/step-000000040.pt", folder / "metrics.jsonl", 44)
+    assert not (folder / "prior.safetensors").exists()
+    assert "--resume" in script("stage2_prior/train.py", *settings, "--name", "killed").stderr
+    resumed = script("stage2_prior/train.py", *settings, "--name", "killed", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after step" in resumed.stdout
+    assert (folder / "prior.safetensors").read_bytes() == (run_copy / "priors/whole/prior.safetensors").read_bytes()
+    newest = [torch.load(max((run_copy / "priors" / name / "checkpoints").iterdir()), weights_only=True) for name in ("whole", "killed")]
+    assert all(torch.equal(newest[0]["model"][key], newest[1]["model"][key]) for key in newest[0]["model"])
+
+
+def test_a_finished_prior_says_so_and_another_name_is_another_prior(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    main(["--run", str(run_copy)])
+    assert "already finished" in capsys.readouterr().out
+    line = one_line_error(main, "--run", run_copy, "--prior.layers", "1")
+    assert "prior.layers: 1, not 2" in line
+    assert "--name" in line
+    main(["--run", str(run_copy), "--prior.layers", "1", "--name", "flat", "--stage2.steps", "2"])
+    assert RunDir(run_copy).last_prior() == "flat"
+    assert len(load_prior(run_copy / "priors/flat/prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))[0].blocks) == 1
+
+
+def test_unconditional_priors(run_copy: Path) -> None:
+    main(["--run", str(run_copy), "--prior.conditional", "false", "--name", "blind", "--stage2.steps", "2"])
+    prior, header = load_prior(run_copy / "priors/blind/prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))
+    assert prior.num_labels == 0
+    assert header.label_names is None
+    assert header.knows_no_label
+
+
+def test_without_codes_it_names_the_missing_command(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    import shutil
+
+    shutil.rmtree(run_copy / "codes")
+    assert "python stage2_prior/extract_codes.py" in one_line_error(main, "--run", run_copy)
+
+
+def test_codes_of_another_tokenizer_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    path = run_copy / "tokenizer.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert "extract them anew" in one_line_error(main, "--run", run_copy, "--name", "new")
+
+
+def test_the_overfitting_warning_needs_rising_validation_and_falling_training() -> None:
+    assert rises_while_training_falls([5.0, 5.1, 5.2], [4.0, 3.5, 3.0])
+    assert not rises_while_training_falls([5.0, 5.1], [4.0, 3.5])
+    assert not rises_while_training_falls([5.0, 5.1, 5.0], [4.0, 3.5, 3.0])
+    assert not rises_while_training_falls([5.0, 5.1, 5.2], [4.0, 4.0, 4.1])
+
+
+def test_learning_a_few_images_by_heart_is_warned_of_and_the_best_weights_kept(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [
+        "--stage2.steps",
+        "300",
+        "--stage2.lr",
+        "0.02",
+        "--stage2.validation_interval",
+        "50",
+        "--prior.dropout",
+        "0",
+        "--prior.width",
+        "64",
+    ]
+    main(["--run", str(run_copy), "--name", "heart", *settings, "--stage2.weight_decay", "0", "--stage2.label_dropout", "0"])
+    out = capsys.readouterr().out
+    report = read_json(run_copy / "priors/heart/report.json")
+    assert "warning: validation rises while training falls since step" in out
+    assert report["best_step"] < 300
