@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from configs.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_LOCK = ".lock"
 _VERSIONS_OF = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -139,7 +140,7 @@ class RunDir:
         """Whether it is a run. Errors: UserError for a path that is something else."""
         if self.recipe.is_file():
             return True
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(path.name != _LOCK for path in self.path.iterdir())):
             raise UserError(f"{self}: expected a run (a folder with recipe.yaml) or nothing, found something else")
         return False
 
@@ -189,7 +190,7 @@ class RunDir:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / _LOCK)
         try:
             lock.acquire(blocking=False)
         except Timeout:

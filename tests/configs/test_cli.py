@@ -129,7 +129,6 @@ def test_mistakes_get_one_line(arguments: list[str], parts: list[str], tmp_path:
         ("{data: {path: x}, stage1: {lr: 0}}", ["stage1.lr", "above 0"]),
         ("stage1: 3", ["sections"]),
         ("a: [", ["YAML"]),
-        ("data: {path: null, name: null}", ["data.path"]),
     ],
 )
 def test_bad_recipes_are_named(content: str, parts: list[str], tmp_path: Path) -> None:

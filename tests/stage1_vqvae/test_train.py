@@ -177,6 +177,17 @@ def test_resume_without_a_checkpoint_starts(tiny_recipe: Path, tmp_path: Path) -
     assert (tmp_path / "new" / "tokenizer.safetensors").exists()
 
 
+def test_killed_after_the_last_checkpoint_it_only_writes_its_results(tiny_recipe: Path, tmp_path: Path) -> None:
+    settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "4"]
+    main(settings)
+    written = (tmp_path / "new" / "tokenizer.safetensors").read_bytes()
+    report = read_json(tmp_path / "new" / "stage1" / "report.json")
+    (tmp_path / "new" / "tokenizer.safetensors").unlink()
+    main([*settings, "--resume"])
+    assert (tmp_path / "new" / "tokenizer.safetensors").read_bytes() == written
+    assert read_json(tmp_path / "new" / "stage1" / "report.json")["validation"] == report["validation"]
+
+
 def test_a_broken_checkpoint_is_named(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     folder = tmp_path / "new" / "stage1" / "checkpoints"
     main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "2"])

@@ -1,0 +1,36 @@
+# Each target makes .venv first if it is missing. Needs Python 3.11 or later; nothing else has to be installed.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint bench install
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: expected Python 3.11 or later, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Both stages on 5,000 real digits; run again, it skips what is finished and resumes what is not.
+demo: install
+	$(BIN)/accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --resume
+	$(BIN)/python stage2_prior/extract_codes.py --config configs/digits.yaml
+	$(BIN)/accelerate launch stage2_prior/train.py --config configs/digits.yaml --resume
+	@if [ -e runs/digits/samples/000/samples.json ]; then echo "runs/digits: samples are already there"; else \
+	  $(BIN)/python pipelines/sample.py --config configs/digits.yaml --n 64 && \
+	  $(BIN)/python pipelines/sample.py --config configs/digits.yaml --n 64 --prior uniform; fi
+	$(BIN)/python pipelines/summary.py --config configs/digits.yaml
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/sampling.py
