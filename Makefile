@@ -19,9 +19,9 @@ demo: install
 	$(BIN)/accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --resume
 	$(BIN)/python stage2_prior/extract_codes.py --config configs/digits.yaml
 	$(BIN)/accelerate launch stage2_prior/train.py --config configs/digits.yaml --resume
-	@if [ -e runs/digits/samples/000/samples.json ]; then echo "runs/digits: samples are already there"; else \
-	  $(BIN)/python pipelines/sample.py --config configs/digits.yaml --n 64 && \
-	  $(BIN)/python pipelines/sample.py --config configs/digits.yaml --n 64 --prior uniform; fi
+	@for prior in transformer uniform; do \
+	  if grep -qs "\"prior\": \"$$prior\"" runs/digits/samples/*/samples.json; then echo "runs/digits: samples of the $$prior prior are already there"; \
+	  else $(BIN)/python pipelines/sample.py --config configs/digits.yaml --n 64 --prior $$prior || exit; fi; done
 	$(BIN)/python pipelines/summary.py --config configs/digits.yaml
 
 test: install lint

@@ -45,9 +45,11 @@ class Command:
     """As typed."""
 
     def next(self, command: str) -> str:
-        """The command to type next, with `--run` where the run last touched is not sure to be this one."""
-        named = any(argument.startswith(("--run", "--config")) for argument in self.arguments)
-        return f"{command} --run {self.run.path.name if self.run.path.parent == REPOSITORY / 'runs' else self.run}" if named else command
+        """The command to type next, with `--run` unless this run is the one last touched."""
+        last = RunDir.last_touched()
+        if last is not None and last.path.resolve() == self.run.path.resolve():
+            return command
+        return f"{command} --run {self.run.path.name if self.run.path.parent == REPOSITORY / 'runs' else self.run}"
 
 
 class _Parser(ArgumentParser):
@@ -129,6 +131,7 @@ def parse(
     *,
     flat: str | None = None,
     starts_run: bool = False,
+    begun_in: Callable[[RunDir, str | None], Path] | None = None,
     options: Callable[[ArgumentParser], None] = lambda parser: None,
 ) -> Command:
     """A script's command line.
@@ -139,18 +142,21 @@ def parse(
         argv: arguments; None = the process's.
         flat: the one of `sections` whose options have no prefix.
         starts_run: whether this script may begin a run (stage 1) or needs one.
+        begun_in: for a training script, its folder in the run, given `--name`: what was begun there goes on with the
+            recipe it has there, and then `--config` only says which run is meant.
         options: adds the script's own options.
     Errors: exits with code 2 and one line on any mistake.
     """
     argv = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where = _WhereParser(add_help=False, allow_abbrev=False)
     where.add_argument("--config", type=Path)
     where.add_argument("--run")
+    where.add_argument("--name")
     where.add_argument("--resume", action="store_true")
     help_wanted = "--help" in argv or "-h" in argv
     try:
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
-        run, base = _locate(known, starts_run, help_wanted)
+        run, base = _locate(known, starts_run, help_wanted, begun_in)
         usage = "%(prog)s [--option value ...]"
         parser = _parser(sections, flat, usage=usage, description=description, formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
@@ -160,6 +166,10 @@ def parse(
         parser.set_defaults(_defaults(base, sections, flat))
         values = parser.parse_args(argv)
         recipe = _build(values, sections, flat, base)
+        if starts_run and recipe.data.path is not None:
+            # Later commands may be typed elsewhere.
+            path = str(Path(recipe.data.path).expanduser().resolve())
+            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))
     except ValueError as error:
         fail(str(error))
     if values.print_recipe:
@@ -183,7 +193,9 @@ def _defaults(base: Recipe, sections: Sequence[str], flat: str | None) -> dict[s
     return defaults
 
 
-def _locate(known: argparse.Namespace, starts_run: bool, help_wanted: bool) -> tuple[RunDir, Recipe]:
+def _locate(
+    known: argparse.Namespace, starts_run: bool, help_wanted: bool, begun_in: Callable[[RunDir, str | None], Path] | None
+) -> tuple[RunDir, Recipe]:
     """The run a command line means, and the recipe its overrides start from."""
     if known.run is not None:
         run = RunDir.named(known.run)
@@ -192,15 +204,25 @@ def _locate(known: argparse.Namespace, starts_run: bool, help_wanted: bool) -> t
     else:
         last = RunDir.last_touched() if known.resume or not starts_run else None
         run = last or RunDir.named(DEFAULT_RECIPE.stem)
+    exists = run.exists()
+    if exists and begun_in is not None:
+        folder = begun_in(run, known.name)
+        own = run.recipe if starts_run else folder / "recipe.yaml"
+        # A changed recipe file must not pass unnoticed, unless the user says to go on with what was begun.
+        if RunDir.begun(folder) and own.exists() and (known.resume or known.config is None or not starts_run):
+            return run, load_recipe(own)
     if starts_run:
-        if known.config is not None:
-            return run, load_recipe(known.config)
-        return run, load_recipe(run.recipe if run.exists() else DEFAULT_RECIPE)
-    if run.exists():
+        return run, load_recipe(known.config or DEFAULT_RECIPE)
+    if exists:
         return run, load_recipe(run.recipe)
     if help_wanted:
         return run, load_recipe(known.config or DEFAULT_RECIPE)
     raise UserError(f"{run}: there is no such run; start it with: {TRAIN_TOKENIZER}")
+
+
+class _WhereParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -26,9 +26,15 @@ class UserError(ValueError):
     """Something the user can put right. `run_entry` shows its message alone, without a traceback."""
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line (rank 0 only, so that eight processes do not say it eight times) and exit with code 2."""
+def say(line: str) -> None:
+    """Print a line, once, by the main process; for what is said before Accelerate runs."""
     if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line (once a machine, so that eight processes do not say it eight times) and exit with code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 

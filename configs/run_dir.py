@@ -35,8 +35,10 @@ _LOCK = ".lock"
 _VERSIONS_OF = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a file so that a reader, a crash or a full disk sees the old one or the new one, never a part.
+
+    `durable` waits for the disk, so that this also holds for a machine that loses its power.
 
     Errors: OSError with the file's name (no space, no permission); the temporary file is removed.
     """
@@ -45,8 +47,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -144,6 +147,11 @@ class RunDir:
             raise UserError(f"{self}: expected a run (a folder with recipe.yaml) or nothing, found something else")
         return False
 
+    @staticmethod
+    def begun(folder: Path) -> bool:
+        """Whether training in that folder (stage 1's or a prior's) has left a checkpoint, or a result."""
+        return (folder / "report.json").exists() or any((folder / "checkpoints").glob("step-*.pt"))
+
     def prior(self, name: str) -> Path:
         """The folder of the prior of that name."""
         return self.priors / name
@@ -195,8 +203,10 @@ class RunDir:
             lock.acquire(blocking=False)
         except Timeout:
             raise UserError(f"{self}: another command is writing into this run; wait for it, or name another with --run") from None
-        with lock:
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def _commit() -> str | None:

@@ -132,7 +132,7 @@ class Stage1(_Loop):
     """Training of the tokenizer."""
 
     restart_interval: int = 10
-    """Steps between restarts of dead codes."""
+    """Steps between restarts of dead codes; none in the last tenth of the steps, so that the decoder knows every code."""
     augmentation: Augmentation = "none"
     """Each training image in a random one of its variants: mirrored, or shifted by up to one pixel."""
 
@@ -189,7 +189,7 @@ class Stage2(_Loop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.label_dropout <= 1, "stage2.label_dropout", "0 to 1", self.label_dropout)
+        _require(0 <= self.label_dropout < 1, "stage2.label_dropout", "0 <= share < 1", self.label_dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

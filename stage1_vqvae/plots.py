@@ -29,7 +29,7 @@ def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, "png")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue(), durable=False)
 
 
 def image_grid(pictures: Tensor, columns: int) -> Tensor:
@@ -87,10 +87,10 @@ def training_graph(path: Path, records: Sequence[dict[str, Any]], names: Sequenc
 def codebook_picture(path: Path, codebook: Tensor, counts: Tensor) -> None:
     """The codebook (K, D) on its two principal axes, coloured by how often the validation split uses each code."""
     centred = codebook.detach().double().cpu() - codebook.detach().double().cpu().mean(0)
-    variances = torch.linalg.svd(centred, full_matrices=False)
-    points = centred @ variances.Vh[:2].T
+    axes_of_variance = torch.linalg.svd(centred, full_matrices=False)
+    points = centred @ axes_of_variance.Vh[:2].T
     points = torch.nn.functional.pad(points, (0, 2 - points.shape[1]))
-    explained = float(variances.S[:2].square().sum() / variances.S.square().sum().clamp(min=1e-30))
+    explained = float(axes_of_variance.S[:2].square().sum() / axes_of_variance.S.square().sum().clamp(min=1e-30))
     counts = counts.cpu()
     used = counts > 0
     figure = Figure(figsize=(5.4, 4.4), layout="constrained")

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
-from configs.errors import UserError, run_entry
+from configs.errors import run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage1
 from stage1_vqvae.images import (
@@ -35,7 +35,7 @@ from stage1_vqvae.images import (
     to_uint8,
 )
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
-from stage1_vqvae.model import VQVAE, save_tokenizer
+from stage1_vqvae.model import VQVAE, read_header, save_tokenizer
 from stage1_vqvae.plots import codebook_picture, grid_scale, reconstruction_grid, save_png, training_graph
 from stage1_vqvae.quantizers.initialisation import VECTORS_PER_CODE, kmeans
 from stage1_vqvae.quantizers.restart import candidate_places, candidates_here
@@ -44,25 +44,26 @@ from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw, forget_rows_
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers, share_of_step
-from stage1_vqvae.training.resumption import Stage, nothing_to_do
-from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
+from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_seed, generator, seed_layers, share_of_step
+from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
+from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 
 _SHOWN_IMAGES = 32
-# On resume these may differ from the run's recipe: how long to train, and how the machine is used.
-_MAY_CHANGE = ("compute", "stage1.steps")
+# On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
+_MAY_CHANGE = ("compute", "stage1.steps", "stage1.lr", "stage1.clip_norm", "data.path")
 _ADVICE = "lower --stage1.lr and go on with --resume"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, options=_options)
+    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, _: run.stage1, options=_options)
     run, recipe, resume = command.run, command.recipe, command.options.resume
     if nothing_to_do(_found(run, recipe), recipe, resume, _MAY_CHANGE):
-        print(f"next: {command.next(EXTRACT_CODES)}")
+        say(f"next: {command.next(EXTRACT_CODES)}")
         return
     accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"))
+    check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
     # Before the run's folder is made: images that cannot be read should leave no trace.
     images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
     with run.lock():
@@ -86,23 +87,19 @@ def _found(run: RunDir, recipe: Recipe) -> Stage:
         section="stage1",
         elsewhere="another with --run NAME",
         recipe=load_recipe(run.recipe) if run.exists() else recipe,
-        begun=any((run.stage1 / "checkpoints").glob("step-*.pt")),
-        finished=run.tokenizer.exists(),
+        begun=run.begun(run.stage1),
+        finished_after=read_header(run.tokenizer, "tokenizer")["steps"] if run.tokenizer.exists() else None,
     )
 
 
 def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: ImageSplit, validation: ImageSplit, resume: bool) -> None:
     """The training loop.
 
-    Errors: UserError for a batch that does not divide over the processes, a foreign checkpoint, a loss not finite.
+    Errors: UserError for a foreign checkpoint, or a loss that is not finite.
     """
     config = recipe.stage1
     began = time.monotonic()
     processes, rank = accelerator.num_processes, accelerator.process_index
-    try:
-        share_of_step(config.batch_size, config.accumulation, 0, processes, rank)
-    except ValueError as error:
-        raise UserError(f"stage1.{error}") from None
 
     # --- model, optimiser, and where they left off
     torch.manual_seed(derived_seed(config.seed, "weights"))
@@ -117,9 +114,10 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     if state is not None:
         tokenizer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before = state["step"], state["minutes"]
+        check_resumable(first_step, config.steps)
         accelerator.print(f"{run}: going on after step {first_step}")
     else:
         initialise_codebook(accelerator, tokenizer, training, order, config)
@@ -149,7 +147,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
             # --- one step: forward, loss, backward, clip, step
             set_learning_rate(optimizer, scheduled_rate(config, step))
             rows = order.batch(step)
-            restarts = step % config.restart_interval == config.restart_interval - 1 and recipe.tokenizer.restart_below > 0
+            restarts = restarts_after(step, config) and recipe.tokenizer.restart_below > 0
             if restarts:
                 places = candidate_places(recipe.tokenizer.num_codes, config.batch_size * grid_codes, config.seed, step)
             statistics: dict[str, Tensor] = {}
@@ -182,11 +180,11 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                 window.add(restarted=dead.sum())
             parts = processes * config.accumulation
             losses = {name.removeprefix("loss/"): value / parts for name, value in statistics.items() if name.startswith("loss/")}
-            # Squared error on [-1, 1] is four times that on [0, 1], whose peak is 1.
+            # Squared error on [-1, 1] is four times that on [0, 1].
             window.add(
                 **losses,
                 loss=torch.stack(list(losses.values())).sum(),
-                psnr=-10 * (statistics["squared_error"] / parts / 4).log10(),
+                mse=statistics["squared_error"] / parts / 4,
                 counts=statistics["counts"],
             )
             bar.update(config.batch_size)
@@ -212,7 +210,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                 save(done)
             if stopping:
                 bar.close()
-                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_TOKENIZER} --resume --run {run}")
+                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_TOKENIZER} --resume --run {run.path}")
                 accelerator.end_training()
                 sys.exit(128 + (stop.signal or 0))
 
@@ -225,14 +223,14 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
 
 
 def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, report: dict[str, float], counts: Tensor) -> None:
-    """The tokenizer, its report and its pictures."""
-    save_tokenizer(run.tokenizer, tokenizer)
+    """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
     channels, height, width = tokenizer.image_shape
     bits = {"raw": raw_bits(height, width, channels), "indices": index_bits(tokenizer.grids, tokenizer.quantizer.num_codes)}
     write_json(run.stage1 / "report.json", {"steps": steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
     names = ("loss", "psnr", "usage", "perplexity")
     training_graph(run.stage1 / "training.png", read_metrics(run.stage1 / "metrics.jsonl"), names, {})
     codebook_picture(run.stage1 / "codebook.png", tokenizer.quantizer.codebook, counts)
+    save_tokenizer(run.tokenizer, tokenizer, steps)
     shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
     print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))
     grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, tokenizer.quantizer.num_codes, strict=True))
@@ -240,9 +238,9 @@ def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, rep
     print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")
 
 
-def scheduled_rate(config: Stage1, step: int) -> float:
-    """The learning rate of a step."""
-    return learning_rate(step, peak=config.lr, warmup_steps=config.warmup_steps, steps=config.steps, final_share=config.final_lr_share)
+def restarts_after(step: int, config: Stage1) -> bool:
+    """Whether dead codes restart after this step: not in the last tenth, so that the decoder knows every code in the end."""
+    return (step + 1) % config.restart_interval == 0 and step + 1 <= 0.9 * config.steps
 
 
 def training_images(training: ImageSplit, rows: Tensor, share: slice, config: Stage1, step: int) -> Tensor:
@@ -275,27 +273,26 @@ def initialise_codebook(accelerator: Accelerator, tokenizer: VQVAE, training: Im
 def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, recipe: Recipe) -> tuple[dict[str, float], Tensor]:
     """Metrics over the whole split, each image once, whatever the processes, and how often each code is used, (K,).
 
-    MSE is on 8-bit pixels as [0, 1]; PSNR is the mean over images.
+    MSE is on 8-bit pixels as [0, 1].
     """
     tokenizer.eval()
     processes, rank = accelerator.num_processes, accelerator.process_index
     device = accelerator.device
     mine = torch.arange(rank, len(validation), processes)
     size = max(1, recipe.stage1.batch_size // (processes * recipe.stage1.accumulation))
-    sums = {"mse": torch.zeros((), device=device), "psnr": torch.zeros((), device=device), "loss": torch.zeros((), device=device)}
+    sums = {"mse": torch.zeros((), device=device), "loss": torch.zeros((), device=device)}
     counts = torch.zeros(recipe.tokenizer.num_codes, device=device)
     for part in batches(len(mine), size):
         pixels = validation.pixels[mine[part]].to(device)
         output = tokenizer(to_model(pixels))
         pictures = to_uint8(output.reconstruction)
         sums["mse"] += squared_errors(pictures, pixels).sum()
-        sums["psnr"] += psnr(pictures, pixels).sum()
         sums["loss"] += torch.stack(list(output.losses.values())).sum() * len(pixels)
         counts += output.statistics["counts"]
     totals = summed(accelerator, {**sums, "counts": counts})
     counts = totals.pop("counts")
     report = {name: float(total) / len(validation) for name, total in totals.items()}
-    return {**report, "usage": usage(counts), "perplexity": perplexity(counts)}, counts
+    return {**report, "psnr": psnr(report["mse"]), "usage": usage(counts), "perplexity": perplexity(counts)}, counts
 
 
 @torch.no_grad()
@@ -309,7 +306,7 @@ def save_reconstructions(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, 
 
 
 class Window:
-    """Per-step values since the last log line, kept on the device so that a step never waits for one."""
+    """Per-step values since the last log line; they stay on the device until then."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
@@ -346,6 +343,7 @@ class Window:
         self.restart_clock()
         return {
             **means,
+            "psnr": psnr(means["mse"]),
             "usage": usage(counts),
             "perplexity": perplexity(counts),
             "restarted": restarted,

@@ -135,9 +135,11 @@ class CodeStore:
         try:
             return safetensors.numpy.load_file(path)
         except FileNotFoundError:
-            raise UserError(f"{path}: expected a file of codes, found nothing; extract them anew") from None
+            raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
         except SafetensorError as error:
-            raise UserError(f"{path}: expected a file of codes, found a truncated or foreign one ({error}); extract them anew") from None
+            raise UserError(
+                f"{path}: expected a file of codes, found a truncated or foreign one ({error}); extract the codes anew, with --overwrite"
+            ) from None
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -158,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
     if not isinstance(content, dict) or set(content) != fields or content["format"] != _FORMAT:
-        raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew")
+        raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]
     content["image_shape"] = tuple(content["image_shape"])
     return Manifest(**content)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, TRAIN_TOKENIZER, parse
-from configs.errors import UserError, run_entry
+from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, replacing_folder
 from configs.schema import Augmentation, Extraction
 from stage1_vqvae.images import TRAIN, ImageSource, ImageSplit, batches, load_images, make_variants, num_variants, to_model, to_uint8
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     if not run.tokenizer.exists():
         raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
     if run.codes.exists() and not command.options.overwrite and _is_done(run, recipe.extraction):
-        print(f"{run}: the codes are already extracted")
-        print(f"next: {command.next(TRAIN_PRIOR)}")
+        say(f"{run}: the codes are already extracted")
+        say(f"next: {command.next(TRAIN_PRIOR)}")
         return
     accelerator = start(recipe.compute)
     with run.lock():
@@ -63,7 +63,7 @@ def _is_done(run: RunDir, config: Extraction) -> bool:
     """Whether the codes there are what is asked for. Errors: UserError if they are good codes of another kind."""
     manifest = read_manifest(run.codes / TRAIN)
     if manifest.tokenizer_sha256 != fingerprint(run.tokenizer):
-        print(f"{run}: the codes are another tokenizer's; extracting anew")
+        say(f"{run}: the codes are another tokenizer's; extracting anew")
         return False
     if manifest.augmentation != config.augmentation:
         found = f"the codes there have augmentation {manifest.augmentation}, asked for was {config.augmentation}"

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from stage2_prior.code_store import CodeStore
 
@@ -33,18 +32,12 @@ def unigram_bits(training: CodeStore, validation: CodeStore) -> float:
 
 
 def rises_while_training_falls(validation: Sequence[float], training: Sequence[float]) -> bool:
-    """Whether the last two validations each got worse while training got better: the prior learns its data by heart.
+    """Whether two validations in a row were worse than the best while training got better than it was then: the prior
+    learns its data by heart.
 
     Args:
         validation: bits a token at each validation, oldest first.
         training: the training mean before each of them.
     """
-    if len(validation) < 3:
-        return False
-    rose = validation[-3] < validation[-2] < validation[-1]
-    return rose and training[-1] < training[-3]
-
-
-def label_balance(number: Tensor, num_labels: int) -> Tensor:
-    """The label of sample `number` (B,) when all labels get equally many: they take turns."""
-    return number % num_labels
+    best = min(range(len(validation)), key=validation.__getitem__)
+    return len(validation) - 1 - best >= 2 and training[-1] < training[best]

@@ -9,6 +9,7 @@ Writes priors/NAME into the run: prior.safetensors with the weights of the best 
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -19,46 +20,49 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
-from configs.errors import UserError, run_entry
+from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
+from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
-from configs.schema import Recipe, Stage2
+from configs.schema import Prior, Recipe, Stage2
 from stage1_vqvae.images import TRAIN, VALIDATION, batches
 from stage1_vqvae.losses import full_precision
 from stage1_vqvae.metrics import index_bits, raw_bits
-from stage1_vqvae.model import fingerprint
+from stage1_vqvae.model import fingerprint, read_header
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers, share_of_step
-from stage1_vqvae.training.resumption import Stage, nothing_to_do
-from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
+from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_seed, generator, seed_layers, share_of_step
+from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
+from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage2_prior.code_store import CodeStore
 from stage2_prior.likelihood import bits, rises_while_training_falls, uniform_bits, unigram_bits
-from stage2_prior.prior_file import PriorHeader, build_prior, save_prior
+from stage2_prior.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, save_prior
 from stage2_prior.transformer import Transformer
 
-_MAY_CHANGE = ("compute", "stage2.steps", "data", "tokenizer", "stage1", "extraction", "sampling")
+_MAY_CHANGE = ("compute", "stage2.steps", "stage2.lr", "stage2.clip_norm", "data", "tokenizer", "stage1", "extraction", "sampling")
 _ADVICE = "lower --stage2.lr and go on with --resume"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("prior", "stage2", "compute"), argv, options=_options)
+    command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_folder, options=_options)
     run, recipe = command.run, command.recipe
+    if not run.tokenizer.exists():
+        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
-    name = command.options.name or recipe.prior.kind
-    if nothing_to_do(_found(run, name, recipe), recipe, command.options.resume, _MAY_CHANGE):
-        print(f"next: {command.next(SAMPLE)}")
-        return
+    name = _folder(run, command.options.name).name
     sha256 = fingerprint(run.tokenizer)
+    if nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, _MAY_CHANGE):
+        say(f"next: {command.next(SAMPLE)}")
+        return
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
     accelerator = start(recipe.compute, str(run.prior(name) / "tensorboard"))
+    check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     with run.lock():
         if accelerator.is_main_process:
             write_yaml(run.prior(name) / "recipe.yaml", recipe_dict(recipe))
@@ -73,9 +77,20 @@ def _options(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
 
 
-def _found(run: RunDir, name: str, recipe: Recipe) -> Stage:
-    """What there is of the prior in the run."""
+def _folder(run: RunDir, name: str | None) -> Path:
+    """The prior's folder in the run. Errors: UserError for a name that cannot be one."""
+    name = name or Prior().kind
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == UNIFORM:
+        raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {name}")
+    return run.prior(name)
+
+
+def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
+    """What there is of the prior in the run. Errors: UserError if it was trained on another tokenizer's codes."""
     folder = run.prior(name)
+    header = read_header(folder / "prior.safetensors", "prior") if (folder / "prior.safetensors").exists() else None
+    if header is not None:
+        check_tokenizer(run.show(folder), header["tokenizer_sha256"], sha256)
     begun_with = folder / "recipe.yaml"
     return Stage(
         where=run.show(folder),
@@ -83,8 +98,8 @@ def _found(run: RunDir, name: str, recipe: Recipe) -> Stage:
         section="stage2",
         elsewhere="another with --name NAME",
         recipe=load_recipe(begun_with) if begun_with.exists() else recipe,
-        begun=any((folder / "checkpoints").glob("step-*.pt")),
-        finished=(folder / "prior.safetensors").exists(),
+        begun=run.begun(folder),
+        finished_after=header["steps"] if header is not None else None,
     )
 
 
@@ -93,15 +108,11 @@ def train(
 ) -> None:
     """The training loop.
 
-    Errors: UserError for a batch that does not divide over the processes, a foreign checkpoint, a loss not finite.
+    Errors: UserError for a foreign checkpoint, or a loss that is not finite.
     """
     config, folder = recipe.stage2, run.prior(name)
     began = time.monotonic()
     processes, rank = accelerator.num_processes, accelerator.process_index
-    try:
-        share_of_step(config.batch_size, config.accumulation, 0, processes, rank)
-    except ValueError as error:
-        raise UserError(f"stage2.{error}") from None
 
     # --- model, optimiser, and where they left off
     torch.manual_seed(derived_seed(config.seed, "weights"))
@@ -121,11 +132,13 @@ def train(
     first_step, minutes_before = 0, 0.0
     best: dict[str, Any] = {"step": 0, "bits": float("inf"), "weights": None}
     if state is not None:
+        check_tokenizer(run.show(checkpoints.paths()[-1]), state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
         prior.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before, best = state["step"], state["minutes"], state["best"]
+        check_resumable(first_step, config.steps)
         accelerator.print(f"{run.show(folder)}: going on after step {first_step}")
 
     def minutes() -> float:
@@ -134,7 +147,8 @@ def train(
     def save(step: int) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         state = {"model": prior.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
-        checkpoints.save(step, {**state, "best": best, "minutes": minutes()})
+        sha256 = training.manifest.tokenizer_sha256
+        checkpoints.save(step, {**state, "best": best, "minutes": minutes(), "tokenizer_sha256": sha256})
 
     if recipe.compute.tracker:
         accelerator.init_trackers("stage2")
@@ -204,17 +218,22 @@ def train(
                 save(done)
             if stopping:
                 bar.close()
-                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run} --name {name}")
+                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} --name {name}")
                 accelerator.end_training()
                 sys.exit(128 + (stop.signal or 0))
 
     # --- the result
+    if best["weights"] is None:  # resumed after the last step, before any validation
+        found = bits(float(validate(accelerator, prior, validation, config)))
+        best = {"step": first_step, "bits": found, "weights": prior.state_dict()}
     if accelerator.is_main_process:
         known = prior.num_labels == 0 or config.label_dropout > 0
-        header = PriorHeader.of(recipe.prior, training.manifest, known, {"bits_per_token": best["bits"], **references})
-        save_prior(folder / "prior.safetensors", best["weights"], header)
+        learned = {"bits_per_token": best["bits"], **references}
+        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, learned)
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
         write_results(run, folder, header, prior.layout.length, training.manifest.image_shape, report)
+        # Last, because its presence says that the prior is finished.
+        save_prior(folder / "prior.safetensors", best["weights"], header)
     accelerator.end_training()
 
 
@@ -237,11 +256,6 @@ def write_results(
     raw, indices, coded = bits_per_image.values()
     print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {raw / coded:.1f}")
     print(f"wrote {run.show(folder / 'prior.safetensors')} and training.png beside it")
-
-
-def scheduled_rate(config: Stage2, step: int) -> float:
-    """The learning rate of a step."""
-    return learning_rate(step, peak=config.lr, warmup_steps=config.warmup_steps, steps=config.steps, final_share=config.final_lr_share)
 
 
 def training_tokens(

@@ -117,8 +117,10 @@ def test_one_signal_stops_both_at_the_same_step(tiny_recipe: Path, tmp_path: Pat
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     command += [str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(tiny_recipe), "--run", str(run), "--stage1.steps", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
     while not read_metrics(run / "stage1/metrics.jsonl"):
         assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     out, _ = process.communicate(timeout=60)

@@ -108,7 +108,7 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
         (["--tokenizer.downsampling", "8"], ["tokenizer.downsampling 8", "divisor of data.height", "28"]),
         (["--stage1.learning_rate", "1"], ["--stage1.learning_rate"]),
         (["--stage1.batch_size", "7", "--stage1.accumulation", "2"], ["stage1.batch_size", "multiple of accumulation 2", "7"]),
-        (["--prior.heads", "5"], ["prior.width", "multiple of", "384"]),
+        (["--prior.heads", "5"], ["prior.width", "multiple of 4 x 5 heads"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "expected a recipe"]),
         (["--run", str(REPOSITORY / "tests")], ["tests", "expected a run"]),
     ],

@@ -18,6 +18,7 @@ from pipelines.sample import main
 from stage1_vqvae.images import to_uint8
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior.train import main as train_prior
+from tests.stage2_prior.test_train import change_bytes
 
 
 def sampled(run: Path, *arguments: object) -> Path:
@@ -117,11 +118,7 @@ def test_out_of_order_it_names_the_missing_command(tmp_path: Path, run_copy: Pat
 
 
 def test_a_prior_of_another_tokenizer_is_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
-    path = run_copy / "tokenizer.safetensors"
-    content = path.read_bytes()
-    # One more space at the end of the header: other bytes, the same weights.
-    length = int.from_bytes(content[:8], "little")
-    path.write_bytes((length + 8).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 8 + content[8 + length :])
+    change_bytes(run_copy / "tokenizer.safetensors")
     assert "expected a prior over codes of the run's tokenizer" in one_line_error(main, "--run", run_copy)
 
 
@@ -130,6 +127,16 @@ def test_a_place_that_cannot_be_written_is_named(
 ) -> None:
     (run_copy / "samples").write_text("in the way")
     assert "samples" in one_line_error(main, "--run", run_copy, "--n", "1")
+
+
+def test_a_failure_leaves_no_half_written_samples(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "grid.png")
+
+    monkeypatch.setattr("pipelines.sample.write", full)
+    with pytest.raises(OSError, match="No space"):
+        main(["--run", str(run_copy), "--n", "2"])
+    assert not list((run_copy / "samples").iterdir())
 
 
 def test_a_copied_run_still_samples(finished_run: Path, run_copy: Path) -> None:

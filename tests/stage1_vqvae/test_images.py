@@ -89,6 +89,36 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path, pictures: Path) -> None:
     assert len(source.splits[TRAIN]) == 18
 
 
+def test_file_names_are_no_splits(tmp_path: Path, pictures: Path) -> None:
+    """A library that guesses splits from names would keep the one `train_` picture and drop the rest."""
+    for number, path in enumerate(sorted(pictures.rglob("*.png"))[::2]):
+        name = ("train_1.png", "test-1.png")[number] if number < 2 else f"{number}.png"
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        (tmp_path / path.parent.name / name).write_bytes(path.read_bytes())
+    splits = load_images(data(tmp_path)).splits
+    assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 6}
+
+
+def test_sixteen_bits_are_scaled_and_unknown_ranges_named(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 12).astype(np.uint8)[None].repeat(8, 0)
+    for number in range(4):
+        Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / f"{number}.png")
+    splits = load_images(data(tmp_path, channels=1)).splits
+    assert np.array_equal(splits[TRAIN].pixels[0, ..., 0].numpy(), ramp)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "4.tiff")
+    with pytest.raises(UserError, match=r"4\.tiff: expected a readable image, found: pixels of mode F"):
+        load_images(data(tmp_path, channels=1))
+
+
+def test_labels_of_few_images_are_drawn_from_all_together(tmp_path: Path) -> None:
+    for label in range(10):
+        (tmp_path / str(label)).mkdir()
+        for number in range(2):
+            Image.new("RGB", (12, 8), (label, number, 0)).save(tmp_path / str(label) / f"{number}.png")
+    splits = load_images(data(tmp_path, validation_share=0.1)).splits
+    assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 2}
+
+
 def test_given_splits_are_kept(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("validation", 2), ("test", 3)):
         write_pictures(tmp_path / split, count)

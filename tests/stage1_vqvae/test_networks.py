@@ -80,7 +80,7 @@ def test_bce_reconstructions_are_probabilities_as_pixels() -> None:
 def test_the_tokenizer_file_needs_nothing_beside_it(tmp_path: Path) -> None:
     model = vqvae(quantizer="gradient", downsampling=2).eval()
     run = RunDir(tmp_path)
-    save_tokenizer(run.tokenizer, model)
+    save_tokenizer(run.tokenizer, model, 7)
     loaded = load_tokenizer(run)
     assert loaded.config == model.config
     images = torch.randn(2, 3, 8, 12)
@@ -89,7 +89,7 @@ def test_the_tokenizer_file_needs_nothing_beside_it(tmp_path: Path) -> None:
     first = fingerprint(run.tokenizer)
     with torch.no_grad():
         model.quantizer.codebook[0] += 1
-    save_tokenizer(run.tokenizer, model)
+    save_tokenizer(run.tokenizer, model, 7)
     assert fingerprint(run.tokenizer) != first
 
 
@@ -99,7 +99,7 @@ def test_files_that_are_no_tokenizer_are_named(damage: str, tmp_path: Path) -> N
     if damage == "another kind":
         save_weights(path, {"a": torch.zeros(1)}, {"kind": "prior"})
     elif damage != "missing":
-        save_tokenizer(path, vqvae())
+        save_tokenizer(path, vqvae(), 7)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"GIF89a" * 100)
     with pytest.raises(UserError, match=r"tokenizer\.safetensors: expected the weights of a tokenizer, found"):

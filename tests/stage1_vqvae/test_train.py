@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs.run_dir import REPOSITORY, read_json
+from configs.cli import load_recipe
+from configs.run_dir import REPOSITORY, RunDir, read_json
+from stage1_vqvae.images import VALIDATION, load_images, to_model
+from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
 from stage1_vqvae.train import main
 from stage1_vqvae.training.metrics_log import read_metrics
 from tests.conftest import Script
@@ -50,15 +55,13 @@ def test_reconstructions_stand_under_their_originals(finished_run: Path) -> None
     scale = 8  # to about 64 pixels high
     with Image.open(finished_run / "stage1" / "reconstructions" / "step-000000060.png") as grid:
         assert grid.size[1] == (2 * (8 + 2) + 2) * scale  # 12 validation images: one row of originals, one beneath
+        tile = grid.crop((2 * scale, 2 * scale, 14 * scale, 10 * scale)).resize((12, 8), Image.Resampling.NEAREST)
+    first = load_images(load_recipe(finished_run / "recipe.yaml").data).splits[VALIDATION].pixels[0]
+    assert np.array_equal(np.asarray(tile), first.numpy())
 
 
 def test_validation_metrics_are_those_of_the_saved_tokenizer(finished_run: Path) -> None:
     """Recomputed by a loop over single images."""
-    from configs.cli import load_recipe
-    from configs.run_dir import RunDir
-    from stage1_vqvae.images import VALIDATION, load_images, to_model
-    from stage1_vqvae.model import load_tokenizer
-
     tokenizer = load_tokenizer(RunDir(finished_run))
     split = load_images(load_recipe(finished_run / "recipe.yaml").data).splits[VALIDATION]
     errors, used = [], set()
@@ -127,8 +130,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number: signal.S
     run = tmp_path / "run"
     command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(tiny_recipe), "--run", str(run)]
     process = subprocess.Popen([*command, "--stage1.steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
     while not read_metrics(run / "stage1/metrics.jsonl"):
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -159,10 +164,41 @@ def test_a_finished_stage_can_be_trained_longer(run_copy: Path) -> None:
     assert read_json(run_copy / "stage1" / "report.json")["steps"] == 70
 
 
+def test_an_extension_that_was_interrupted_goes_on(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    main(["--run", str(run_copy), "--resume", "--stage1.steps", "70"])
+    long = (run_copy / "tokenizer.safetensors").read_bytes()
+    # As after Ctrl-C at step 60 of 70: the recipe says 70, the newest checkpoint and the weights are those of 60.
+    shutil.copy(finished_weights(run_copy, 60), run_copy / "tokenizer.safetensors")
+    (run_copy / "stage1/checkpoints/step-000000070.pt").unlink()
+    assert "finished after 60 steps, but asked for were 70" in one_line_error(main, "--run", run_copy)
+    main(["--run", str(run_copy), "--resume"])
+    assert "already finished" not in capsys.readouterr().out
+    assert (run_copy / "tokenizer.safetensors").read_bytes() == long
+
+
+def finished_weights(run: Path, steps: int) -> Path:
+    """The tokenizer file of that checkpoint, written beside the run."""
+    recipe = load_recipe(run / "recipe.yaml")
+    model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
+    model.load_state_dict(torch.load(run / f"stage1/checkpoints/step-{steps:09d}.pt", weights_only=True)["model"])
+    save_tokenizer(run.parent / "weights.safetensors", model, steps)
+    return run.parent / "weights.safetensors"
+
+
+def test_a_first_attempt_that_failed_does_not_set_the_recipe(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    run = tmp_path / "new"
+    one_line_error(main, "--config", tiny_recipe, "--run", run, "--data.path", tmp_path / "nowhere")
+    assert not run.exists()
+    main(["--config", str(tiny_recipe), "--run", str(run), "--stage1.steps", "2"])
+    assert (run / "tokenizer.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--stage1.lr", "0.5"], ["stage1.lr: 0.5, not 0.003", "--run"]),
+        (["--stage1.weight_decay", "0.5"], ["stage1.weight_decay: 0.5, not 0.0", "--run"]),
         (["--stage1.steps", "3"], ["finished after 60 steps", "--resume", "--run"]),
         (["--resume", "--data.seed", "9"], ["data.seed: 9, not 0"]),
     ],
@@ -201,9 +237,24 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.warmup_steps", "4"]
     line = one_line_error(main, *settings, "--stage1.lr", "1e30", "--stage1.checkpoint_interval", "1", "--stage1.log_interval", "1")
-    step = int(re.findall(r"step (\d+): expected a finite loss", line)[0])
-    kept = [torch.load(path, weights_only=True) for path in (tmp_path / "new" / "stage1" / "checkpoints").iterdir()]
-    assert max((state["step"] for state in kept), default=step - 1) == step - 1
+    step = int(re.findall(r"step (\d+): expected (?:a finite loss|finite weights)", line)[0])
+    for path in (tmp_path / "new" / "stage1" / "checkpoints").iterdir():
+        state = torch.load(path, weights_only=True)
+        assert state["step"] < step
+        assert all(bool(torch.isfinite(weight).all()) for weight in state["model"].values())
+
+
+def test_a_lower_learning_rate_may_go_on_from_the_last_good_checkpoint(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    """As the message on a loss that is not finite advises."""
+    settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.checkpoint_interval", "2"]
+    main([str(value) for value in [*settings, "--stage1.steps", "2"]])
+    run = ["--run", str(tmp_path / "new"), "--resume", "--stage1.steps", "9"]
+    assert "lower --stage1.lr and go on with --resume" in one_line_error(main, *run, "--stage1.lr", "1e30")
+    main([*run, "--stage1.lr", "1e-4"])
+    records = [record for record in read_metrics(tmp_path / "new" / "stage1/metrics.jsonl") if record["step"] == 9]
+    assert len(records) == 2
 
 
 def test_a_batch_that_does_not_divide_is_named(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw, forget_rows_
-from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, share_of_step
+from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_seed, generator, share_of_step
 from stage1_vqvae.training.schedule import learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 
@@ -44,8 +44,9 @@ def test_order_is_a_function_of_seed_and_step_alone() -> None:
 def test_processes_and_micro_steps_share_a_step_out_without_rest(accumulation: int, processes: int) -> None:
     parts = [share_of_step(24, accumulation, m, processes, r) for m in range(accumulation) for r in range(processes)]
     assert sorted(place for part in parts for place in range(24)[part]) == list(range(24))
-    with pytest.raises(ValueError, match=r"batch_size: expected a multiple of 5"):
-        share_of_step(24, 1, 0, 5, 0)
+    with pytest.raises(UserError, match=r"stage1\.batch_size: expected a multiple of 5 \(5 processes x 1 micro-steps\), found 24"):
+        check_divides("stage1", 24, 1, 5)
+    check_divides("stage1", 24, accumulation, processes)
 
 
 def test_purposes_have_streams_of_their_own() -> None:

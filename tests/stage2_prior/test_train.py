@@ -14,6 +14,7 @@ from configs.run_dir import REPOSITORY, RunDir, read_json
 from stage1_vqvae.model import fingerprint
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.code_store import CodeStore
+from stage2_prior.extract_codes import main as extract
 from stage2_prior.likelihood import rises_while_training_falls, uniform_bits, unigram_bits
 from stage2_prior.prior_file import load_prior
 from stage2_prior.train import main
@@ -104,16 +105,65 @@ def test_without_codes_it_names_the_missing_command(run_copy: Path, one_line_err
     assert "python stage2_prior/extract_codes.py" in one_line_error(main, "--run", run_copy)
 
 
+def change_bytes(path: Path) -> None:
+    """Other bytes, the same weights: eight more spaces at the end of a safetensors header."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 8).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 8 + content[8 + length :])
+
+
+def test_a_prior_over_another_tokenizers_codes_neither_goes_on_nor_counts_as_finished(
+    run_copy: Path, one_line_error: Callable[..., str]
+) -> None:
+    main(["--run", str(run_copy), "--name", "begun", "--stage2.steps", "4"])
+    (run_copy / "priors" / "begun" / "prior.safetensors").unlink()
+    change_bytes(run_copy / "tokenizer.safetensors")
+    extract(["--run", str(run_copy)])
+    for name in ("transformer", "begun"):
+        line = one_line_error(main, "--run", run_copy, "--name", name, "--resume", "--stage2.steps", "99")
+        assert "expected a prior over codes of the run's tokenizer" in line
+        assert "--name" in line
+
+
+def test_what_was_begun_goes_on_with_its_own_recipe(run_copy: Path) -> None:
+    """As the printed command does it: with nothing but the run, the name and --resume."""
+    settings = ["--prior.layers", "1", "--stage2.steps", "6", "--stage2.checkpoint_interval", "4"]
+    main(["--run", str(run_copy), "--name", "small", *settings])
+    folder = run_copy / "priors" / "small"
+    whole = (folder / "prior.safetensors").read_bytes()
+    for leftover in (folder / "prior.safetensors", folder / "report.json", folder / "checkpoints" / "step-000000006.pt"):
+        leftover.unlink()
+    main(["--run", str(run_copy), "--name", "small", "--resume"])
+    assert (folder / "prior.safetensors").read_bytes() == whole
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    main(["--run", str(run_copy), "--name", "new", "--stage2.steps", "6"])
+    (run_copy / "priors" / "new" / "prior.safetensors").unlink()
+    line = one_line_error(main, "--run", run_copy, "--name", "new", "--resume", "--stage2.steps", "5")
+    assert "at least the checkpoint's 6, found 5" in line
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "uniform", ""])
+def test_names_that_cannot_be_a_priors(name: str, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    before = (run_copy / "recipe.yaml").read_bytes()
+    if name:
+        assert "--name: expected letters" in one_line_error(main, "--run", run_copy, "--name", name)
+    else:
+        main(["--run", str(run_copy)])  # none: the kind
+    assert (run_copy / "recipe.yaml").read_bytes() == before
+
+
 def test_codes_of_another_tokenizer_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
-    path = run_copy / "tokenizer.safetensors"
-    path.write_bytes(path.read_bytes() + b"\0")
-    assert "extract them anew" in one_line_error(main, "--run", run_copy, "--name", "new")
+    change_bytes(run_copy / "tokenizer.safetensors")
+    assert "expected codes of the run's tokenizer" in one_line_error(main, "--run", run_copy, "--name", "new")
 
 
 def test_the_overfitting_warning_needs_rising_validation_and_falling_training() -> None:
     assert rises_while_training_falls([5.0, 5.1, 5.2], [4.0, 3.5, 3.0])
     assert not rises_while_training_falls([5.0, 5.1], [4.0, 3.5])
-    assert not rises_while_training_falls([5.0, 5.1, 5.0], [4.0, 3.5, 3.0])
+    assert rises_while_training_falls([5.0, 5.3, 5.29], [4.0, 3.5, 3.0])
+    assert not rises_while_training_falls([5.0, 5.1, 4.9], [4.0, 3.5, 3.0])
     assert not rises_while_training_falls([5.0, 5.1, 5.2], [4.0, 4.0, 4.1])
 
 
