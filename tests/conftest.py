@@ -128,7 +128,9 @@ def one_line_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def run(main: Callable[[list[str]], None], *arguments: object) -> str:
         with pytest.raises(SystemExit) as exit_info:
             run_entry(lambda: main([str(argument) for argument in arguments]))
-        captured = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+        captured = [
+            line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line and "examples/s]" not in line
+        ]
         assert exit_info.value.code == 2
         assert len(captured) == 1, captured
         assert captured[0].startswith("error: ")
