@@ -231,16 +231,20 @@ def train(
         learned = {"bits_per_token": best["bits"], **references}
         header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, learned)
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
-        write_results(run, folder, header, prior.layout.length, training.manifest.image_shape, report)
-        # Last, because its presence says that the prior is finished.
-        save_prior(folder / "prior.safetensors", best["weights"], header)
+        write_results(run, folder, best["weights"], header, prior.layout.length, training.manifest.image_shape, report)
     accelerator.end_training()
 
 
 def write_results(
-    run: RunDir, folder: Path, header: PriorHeader, length: int, image_shape: tuple[int, int, int], report: dict[str, Any]
+    run: RunDir,
+    folder: Path,
+    weights: dict[str, Tensor],
+    header: PriorHeader,
+    length: int,
+    image_shape: tuple[int, int, int],
+    report: dict[str, Any],
 ) -> None:
-    """The prior's report and its picture."""
+    """The report, the picture, and last the prior, whose presence says that it is finished."""
     found = header.validation
     channels, height, width = image_shape
     bits_per_image = {
@@ -251,6 +255,7 @@ def write_results(
     write_json(folder / "report.json", {**report, "validation": found, "bits_per_image": bits_per_image})
     references = {name: found[name] for name in ("unigram", "uniform")}
     training_graph(folder / "training.png", read_metrics(folder / "metrics.jsonl"), ("bits_per_token",), references)
+    save_prior(folder / "prior.safetensors", weights, header)
     learned = f"learned prior {found['bits_per_token']:.3f} (step {report['best_step']})"
     print(f"validation bits a token: {learned}, unigram {found['unigram']:.3f}, uniform {found['uniform']:.3f}")
     raw, indices, coded = bits_per_image.values()
