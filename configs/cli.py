@@ -29,6 +29,7 @@ TRAIN_TOKENIZER = "accelerate launch stage1_vqvae/train.py"
 EXTRACT_CODES = "python stage2_prior/extract_codes.py"
 TRAIN_PRIOR = "accelerate launch stage2_prior/train.py"
 SAMPLE = "python pipelines/sample.py --n 64"
+SUMMARY = "python pipelines/summary.py"
 
 SECTIONS: dict[str, type] = {name: type(section) for name, section in vars(Recipe()).items()}
 

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, TRAIN_TOKENIZER, Command, parse
+from configs.cli import SUMMARY, TRAIN_PRIOR, TRAIN_TOKENIZER, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program, write_bytes, write_json
 from configs.schema import Sampling
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     if labels is not None and config.guidance != 1 and header is not None and not header.knows_no_label:
         raise UserError(f"--guidance: expected 1 for a prior trained with stage2.label_dropout 0, found {config.guidance}")
 
-    if labels is None and config.guidance != 1 and accelerator.is_main_process:
-        print("guidance has no effect: this prior has no labels")
+    if prior is not None and labels is None and config.guidance != 1:
+        accelerator.print("guidance has no effect: this prior has no labels")
 
     # The folder comes first, so that a place that cannot be written is found before the drawing.
     folder = run.new_samples() if accelerator.is_main_process else None
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 "bits_per_token": header.validation["bits_per_token"] if header is not None else uniform,
             }
             write(folder, codes, pictures, labels, details, options.npz)
+            print(f"next: {command.next(SUMMARY)}")
     except BaseException:
         if folder is not None:
             shutil.rmtree(folder)

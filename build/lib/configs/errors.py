@@ -1,0 +1,51 @@
+"""A user's mistake: one line that says where, what was expected and what was found."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+# What the file system answers when the user's place to write to (or read from) is at fault, not our code.
+_PLACE_AT_FAULT = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+
+
+class UserError(ValueError):
+    """Something the user can put right. `run_entry` shows its message alone, without a traceback."""
+
+
+def say(line: str) -> None:
+    """Print a line, once, by the main process; for what is said before Accelerate runs."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line (once a machine, so that eight processes do not say it eight times) and exit with code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def run_entry(main: Callable[[], None]) -> None:
+    """Run a script's `main`; user errors and unusable places end it with one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in _PLACE_AT_FAULT:
+            raise
+        fail(f"{error.filename or 'the output'}: {error.strerror}")

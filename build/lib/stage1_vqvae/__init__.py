@@ -1,0 +1,1 @@
+"""Stage 1: images to grids of codes and back."""

@@ -1,0 +1,51 @@
+"""What stage 1 is judged by: thin functions, each saying on what scale.
+
+Usage is the share of codes hit at least once over a whole split; perplexity is 2 to the entropy of how often each is hit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def squared_errors(pictures: Tensor, originals: Tensor) -> Tensor:
+    """Mean squared error of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]."""
+    return ((pictures.double() - originals.double()) / 255).square().mean(dim=(1, 2, 3))
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1] pixels; 100 dB for what is practically none.
+
+    Of the mean error of a split, not the mean over images, which one flat image copied exactly would make infinite.
+    """
+    return -10 * math.log10(max(mse, 1e-10))
+
+
+def usage(counts: Tensor) -> float:
+    """Share of codes with a count above zero; counts (K,)."""
+    return float((counts > 0).double().mean())
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Entropy in bits of the distribution the counts (K,) give; 0 without any."""
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return float(torch.special.entr(shares).sum() / math.log(2))
+
+
+def perplexity(counts: Tensor) -> float:
+    """2 ** entropy: as many equally used codes would carry the same information."""
+    return 2.0 ** entropy_bits(counts)
+
+
+def index_bits(grids: Sequence[tuple[int, int]], num_codes: Sequence[int]) -> float:
+    """Bits of one image as code indices under the uniform prior: log2 K for each code of each level."""
+    return sum(h * w * math.log2(k) for (h, w), k in zip(grids, num_codes, strict=True))
+
+
+def raw_bits(height: int, width: int, channels: int) -> int:
+    """Bits of one image as 8-bit pixels."""
+    return height * width * channels * 8

@@ -1,0 +1,103 @@
+"""Pictures: grids of images, training graphs, the codebook. The only owner of matplotlib in this package."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from configs.run_dir import write_bytes
+
+matplotlib.use("agg")
+
+
+def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
+    """uint8 (H, W, C) as a PNG, each pixel `scale` wide."""
+    array = pixels.numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    write_bytes(path, buffer.getvalue(), durable=False)
+
+
+def image_grid(pictures: Tensor, columns: int) -> Tensor:
+    """uint8 pictures (N, H, W, C) side by side, `columns` a row, white between them: uint8 (H', W', C)."""
+    grid = make_grid(pictures.movedim(-1, 1), nrow=columns, padding=2, pad_value=255)
+    return grid.movedim(0, -1)[..., : pictures.shape[-1]].contiguous()
+
+
+def grid_scale(height: int) -> int:
+    """How much to enlarge small pictures so that a grid of them can be looked at: to about 64 pixels each."""
+    return max(1, round(64 / height))
+
+
+def reconstruction_grid(originals: Tensor, pictures: Tensor, columns: int) -> Tensor:
+    """Rows of originals, each over the row of its reconstructions; uint8 (N, H, W, C) both."""
+    rows = []
+    for start in range(0, len(originals), columns):
+        rows += [originals[start : start + columns], pictures[start : start + columns]]
+    return image_grid(torch.cat(rows), columns)
+
+
+def square_columns(count: int) -> int:
+    """Columns of a grid about as wide as it is high."""
+    return math.ceil(math.sqrt(count))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """A figure as PNG, atomically."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    write_bytes(path, buffer.getvalue())
+
+
+def training_graph(path: Path, records: Sequence[dict[str, Any]], names: Sequence[str], references: dict[str, float]) -> None:
+    """One panel a metric of metrics.jsonl, training and validation in it; `references` are horizontal lines of the first."""
+    figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
+    for panel, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
+        drawn = []
+        for split, style in (("train", "-"), ("validation", "o-")):
+            points = [(record["step"], record[name]) for record in records if record["split"] == split and name in record]
+            if points:
+                panel.plot(*zip(*points, strict=True), style, label=split, linewidth=1, markersize=3)
+                drawn += [value for _, value in points]
+        if name == names[0]:
+            for label, value in references.items():
+                panel.axhline(value, linestyle=":", color="grey")
+                panel.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
+            panel.set_yscale("log")
+        panel.set(title=name, xlabel="step")
+        panel.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def codebook_picture(path: Path, codebook: Tensor, counts: Tensor) -> None:
+    """The codebook (K, D) on its two principal axes, coloured by how often the validation split uses each code."""
+    centred = codebook.detach().double().cpu() - codebook.detach().double().cpu().mean(0)
+    axes_of_variance = torch.linalg.svd(centred, full_matrices=False)
+    points = centred @ axes_of_variance.Vh[:2].T
+    points = torch.nn.functional.pad(points, (0, 2 - points.shape[1]))
+    explained = float(axes_of_variance.S[:2].square().sum() / axes_of_variance.S.square().sum().clamp(min=1e-30))
+    counts = counts.cpu()
+    used = counts > 0
+    figure = Figure(figsize=(5.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(points[~used, 0], points[~used, 1], marker="x", color="crimson", s=16, label=f"unused: {int((~used).sum())}")
+    shown = axes.scatter(points[used, 0], points[used, 1], c=counts[used].log10(), s=16, cmap="viridis", label=f"used: {int(used.sum())}")
+    figure.colorbar(shown, label="log10 of uses in the validation split")
+    axes.set(title=f"codebook on its first two principal axes ({explained:.0%} of variance)", xlabel="axis 1", ylabel="axis 2")
+    axes.legend(fontsize=8)
+    save_figure(path, figure)

@@ -1,0 +1,63 @@
+"""The nearest-code search that every codebook uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Rows of distances held at once: a block of this many bytes stays in a CPU's cache between the matrix product that
+# writes it and the argmin that reads it.
+_BLOCK_BYTES = 8 * 2**20
+# A GPU needs more work a launch than a cache holds.
+_BLOCK_BYTES_GPU = 256 * 2**20
+
+
+@torch.no_grad()
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The index of each vector's nearest code by euclidean distance; the lower index on a tie.
+
+    In float32 whatever autocast says and without TF32, on vectors centred on the codebook's mean: the distance is
+    expanded as |e|^2 - 2 z.e, whose cancellation grows with the distance of both from the origin. The N x K distances
+    are never held whole.
+
+    Args:
+        vectors: (N, D).
+        codebook: (K, D).
+    Returns: (N,) int64.
+    Errors: ValueError if the widths differ.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != codebook.shape[1]:
+        raise ValueError(f"vectors: expected (N, {codebook.shape[1]}), found {tuple(vectors.shape)}")
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    with torch.autocast(vectors.device.type, enabled=False), _ieee_float32(vectors.device):
+        centre = codebook.to(dtype).mean(0)
+        codes = codebook.to(dtype) - centre
+        squares = codes.square().sum(1)
+        count = len(vectors)
+        block_bytes = _BLOCK_BYTES_GPU if vectors.is_cuda else _BLOCK_BYTES
+        rows = max(1, min(count, block_bytes // (codes.element_size() * len(codes))))
+        distances = torch.empty(rows, len(codes), dtype=dtype, device=vectors.device)
+        nearest = torch.empty(count, dtype=torch.int64, device=vectors.device)
+        for start in range(0, count, rows):
+            block = vectors[start : start + rows].to(dtype) - centre
+            out = distances[: len(block)]
+            torch.addmm(squares, block, codes.T, alpha=-2, out=out)
+            torch.argmin(out, 1, out=nearest[start : start + len(block)])
+    return nearest
+
+
+@contextmanager
+def _ieee_float32(device: torch.device) -> Iterator[None]:
+    """Full float32 matrix products on CUDA, even where the user allowed TF32 elsewhere."""
+    if device.type != "cuda":
+        yield
+        return
+    former = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = former

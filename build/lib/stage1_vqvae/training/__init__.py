@@ -1,0 +1,1 @@
+"""Mechanisms that both training loops call, one a file."""

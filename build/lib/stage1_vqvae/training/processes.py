@@ -1,0 +1,61 @@
+"""Starting the processes of a command, and adding up over them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Compute
+
+
+def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
+    """The Accelerator of a command, with this process's share of the cores.
+
+    Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
+    broadcast by DDP: that the codebooks of all processes are equal is ours to keep.
+    """
+    accelerators = torch.accelerator.current_accelerator(check_available=True)
+    # Apple's MPS has no float64, which sums and draws need.
+    on_cpu = accelerators is None or accelerators.type == "mps"
+    if on_cpu and compute.mixed_precision == "fp16":
+        raise UserError("compute.mixed_precision: expected no or bf16 on a CPU, found fp16")
+    if compute.tracker is not None and importlib.util.find_spec(compute.tracker) is None:
+        raise UserError(
+            f"compute.tracker {compute.tracker}: expected the package {compute.tracker}, found none; pip install {compute.tracker}"
+        )
+    accelerator = Accelerator(
+        # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
+        cpu=on_cpu,
+        mixed_precision=compute.mixed_precision,
+        log_with=compute.tracker,
+        project_dir=logging_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        # They would all train on the same data and write the same files.
+        raise UserError(
+            f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(compute.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return accelerator
+
+
+def summed(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor's sum over the processes, by one collective; as given on one process.
+
+    Every process must call it with the same names and shapes.
+    """
+    if accelerator.num_processes == 1:
+        return dict(tensors)
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
+    parts: Any = accelerator.reduce(flat, "sum").split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view_as(tensor).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}

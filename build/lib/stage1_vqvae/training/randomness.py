@@ -1,0 +1,76 @@
+"""Randomness without hidden state: every draw is a pure function of a seed and of what it is drawn for.
+
+That one rule gives exact resume and the same data at any number of processes: nothing has to be saved or kept in step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+
+
+def derived_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed from `seed` and what it is for, equal on every machine and process."""
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A fresh CPU generator for one purpose."""
+    return torch.Generator().manual_seed(derived_seed(seed, *purpose))
+
+
+def seed_layers(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seed torch's own generators, on all devices, before a forward pass: layer dropout draws from them."""
+    torch.manual_seed(derived_seed(seed, "layers", step, micro_step, rank))
+
+
+class DataOrder:
+    """The endless order of the training rows: one permutation of 0..count-1 after another.
+
+    Step s takes places [s B, (s + 1) B) of it, so every row is seen once an epoch, batches are all full, a resumed run
+    goes on at its step, and processes only share out a step's rows.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._epochs: dict[int, Tensor] = {}
+
+    def epoch(self, number: int) -> Tensor:
+        """The permutation of one epoch, (count,)."""
+        if number not in self._epochs:
+            # A batch may reach into later epochs, never back: what lies behind is dropped.
+            self._epochs = {old: order for old, order in self._epochs.items() if old >= number - 1}
+            self._epochs[number] = torch.randperm(self.count, generator=generator(self.seed, "order", number))
+        return self._epochs[number]
+
+    def batch(self, step: int) -> Tensor:
+        """The rows of a step, (B,)."""
+        places = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = places // self.count
+        parts = [self.epoch(int(number))[places[epochs == number] % self.count] for number in epochs.unique()]
+        return torch.cat(parts)
+
+
+def share_of_step(batch_size: int, accumulation: int, micro_step: int, processes: int, rank: int) -> slice:
+    """The part of a step's batch that one process takes in one micro-step.
+
+    The batch divides (`check_divides`).
+    """
+    parts = accumulation * processes
+    assert batch_size % parts == 0
+    size = batch_size // parts
+    start = (micro_step * processes + rank) * size
+    return slice(start, start + size)
+
+
+def check_divides(section: str, batch_size: int, accumulation: int, processes: int) -> None:
+    """Errors: UserError if a step's batch cannot be shared out evenly."""
+    parts = accumulation * processes
+    if batch_size % parts:
+        shares = f"{processes} processes x {accumulation} micro-steps"
+        raise UserError(f"{section}.batch_size: expected a multiple of {parts} ({shares}), found {batch_size}")

@@ -1,0 +1,62 @@
+"""Whether a training command has anything to do, and whether it may: nothing finished or begun is ever overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from configs.cli import differences
+from configs.errors import UserError, say
+from configs.schema import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What was found of a stage on disk, and how its messages name it."""
+
+    where: str
+    """Its folder, for messages."""
+    name: str
+    """For instance `stage 1`."""
+    section: str
+    """The recipe's section that has its steps."""
+    elsewhere: str
+    """How to train another one instead, for instance `a new run with --run`."""
+    recipe: Recipe
+    """The one it was begun with."""
+    begun: bool
+    """Whether it has left a checkpoint."""
+    finished_after: int | None
+    """Steps its finished weights were trained for; None: there are none."""
+
+
+def nothing_to_do(stage: Stage, asked: Recipe, resume: bool, may_change: Sequence[str]) -> bool:
+    """Whether the stage is finished as asked for; says so.
+
+    It can be resumed under the recipe it began with, but for `may_change`: sections or dotted keys, its steps among them.
+    Errors: UserError where going on would lose or mix something.
+    """
+    done = stage.finished_after
+    if not stage.begun and done is None:
+        return False
+    changed = differences(asked, stage.recipe, may_change)
+    if changed:
+        raise UserError(f"{stage.where}: its recipe is fixed, but asked for was {changed[0]}; train {stage.elsewhere}")
+    steps = getattr(asked, stage.section).steps
+    if done is None:
+        if not resume:
+            raise UserError(f"{stage.where}: {stage.name} has begun and is not finished; go on with --resume, or train {stage.elsewhere}")
+        return False
+    longer = f"train it longer with --resume and --{stage.section}.steps above {done}, or {stage.elsewhere}"
+    if steps == done:
+        say(f"{stage.where}: {stage.name} is already finished; {longer}")
+        return True
+    if steps < done or not resume:
+        raise UserError(f"{stage.where}: {stage.name} is finished after {done} steps, but asked for were {steps}; {longer}")
+    return False
+
+
+def check_resumable(first_step: int, steps: int) -> None:
+    """Errors: UserError if a checkpoint is already past the steps asked for."""
+    if first_step > steps:
+        raise UserError(f"--resume: expected steps of at least the checkpoint's {first_step}, found {steps}")

@@ -1,0 +1,1 @@
+"""Stage 2: codes on disk, and the prior over them."""

@@ -1,0 +1,83 @@
+"""The prior file: weights, with all in the header that sampling needs to know."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.run_dir import RunDir
+from configs.schema import Prior
+from stage1_vqvae.model import load_weights, save_weights
+from stage2_prior.code_store import Manifest
+from stage2_prior.sequence import SequenceLayout
+from stage2_prior.transformer import Transformer
+
+UNIFORM = "uniform"
+"""The prior that needs no file: every code equally likely."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorHeader:
+    """What a prior file says of itself."""
+
+    config: Prior
+    grids: list[tuple[int, int]]
+    num_codes: list[int]
+    label_names: list[str] | None
+    """Null: unconditional."""
+    knows_no_label: bool
+    """Whether it has learned p(codes) too, which guidance needs: label dropout was on, or there are no labels."""
+    tokenizer_sha256: str
+    steps: int
+    """It was trained for."""
+    validation: dict[str, float]
+    """Bits a token on the validation split, and the references."""
+
+    @classmethod
+    def of(cls, config: Prior, manifest: Manifest, knows_no_label: bool, steps: int, validation: dict[str, float]) -> PriorHeader:
+        """The header of a prior trained on codes of that manifest."""
+        return cls(
+            config=config,
+            grids=manifest.grids,
+            num_codes=manifest.num_codes,
+            label_names=manifest.label_names if config.conditional else None,
+            knows_no_label=knows_no_label,
+            tokenizer_sha256=manifest.tokenizer_sha256,
+            steps=steps,
+            validation=validation,
+        )
+
+
+def build_prior(config: Prior, manifest: Manifest) -> Transformer:
+    """A prior for codes of that manifest, with fresh weights."""
+    labels = manifest.label_names if config.conditional else None
+    return Transformer(config, SequenceLayout(manifest.grids, manifest.num_codes), len(labels or ()))
+
+
+def check_tokenizer(where: str, found: str, expected: str) -> None:
+    """Errors: UserError if a prior (or its checkpoint) was trained on codes of another tokenizer, by sha256."""
+    if found != expected:
+        wanted = f"expected a prior over codes of the run's tokenizer {expected[:12]}"
+        raise UserError(f"{where}: {wanted}, found one over codes of {found[:12]}; train another with --name NAME")
+
+
+def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> None:
+    """Write a prior, atomically."""
+    save_weights(path, weights, {"kind": "prior", **dataclasses.asdict(header)})
+
+
+def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[Transformer, PriorHeader]:
+    """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
+    weights, content = load_weights(path, "prior")
+    fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader)}
+    header = PriorHeader(**{**fields, "config": Prior(**fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
+    check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
+    prior = Transformer(header.config, SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()))
+    prior.load_state_dict(weights)
+    return prior.to(device).eval().requires_grad_(False), header

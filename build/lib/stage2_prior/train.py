@@ -1,0 +1,300 @@
+"""Stage 2: train a prior over the extracted codes.
+
+    accelerate launch stage2_prior/train.py
+    accelerate launch stage2_prior/train.py --name small --prior.layers 4 --prior.width 256
+    accelerate launch stage2_prior/train.py --resume
+
+Writes priors/NAME into the run: prior.safetensors with the weights of the best validation, metrics, checkpoints, a graph.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
+from configs.errors import UserError, run_entry, say
+from configs.run_dir import RunDir, program, write_json, write_yaml
+from configs.schema import Prior, Recipe, Stage2
+from stage1_vqvae.images import TRAIN, VALIDATION, batches
+from stage1_vqvae.losses import full_precision
+from stage1_vqvae.metrics import index_bits, raw_bits
+from stage1_vqvae.model import fingerprint, read_header
+from stage1_vqvae.plots import training_graph
+from stage1_vqvae.training.checkpoint import Checkpoints
+from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
+from stage1_vqvae.training.optimizer import adamw
+from stage1_vqvae.training.processes import start, summed
+from stage1_vqvae.training.progress import progress_bar
+from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_seed, generator, seed_layers, share_of_step
+from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
+from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
+from stage1_vqvae.training.stopping import GracefulStop, check_finite
+from stage2_prior.code_store import CodeStore
+from stage2_prior.likelihood import bits, rises_while_training_falls, uniform_bits, unigram_bits
+from stage2_prior.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, save_prior
+from stage2_prior.transformer import Transformer
+
+_MAY_CHANGE = ("compute", "stage2.steps", "stage2.lr", "stage2.clip_norm", "data", "tokenizer", "stage1", "extraction", "sampling")
+_ADVICE = "lower --stage2.lr and go on with --resume"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_folder, options=_options)
+    run, recipe = command.run, command.recipe
+    if not run.tokenizer.exists():
+        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    if not (run.codes / TRAIN).is_dir():
+        raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
+    name = _folder(run, command.options.name).name
+    sha256 = fingerprint(run.tokenizer)
+    if nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, _MAY_CHANGE):
+        say(f"next: {command.next(SAMPLE)}")
+        return
+    training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
+    accelerator = start(recipe.compute, str(run.prior(name) / "tensorboard"))
+    check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
+    with run.lock():
+        if accelerator.is_main_process:
+            write_yaml(run.prior(name) / "recipe.yaml", recipe_dict(recipe))
+            run.record(program(), command.arguments, recipe_dict(recipe))
+        accelerator.wait_for_everyone()
+        train(accelerator, run, name, recipe, training, validation, command.options.resume)
+        accelerator.print(f"next: {command.next(SAMPLE)}")
+
+
+def _options(parser: Any) -> None:
+    parser.add_argument("--name", type=str | None, help="name of the prior in the run (default: its kind)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+
+
+def _folder(run: RunDir, name: str | None) -> Path:
+    """The prior's folder in the run. Errors: UserError for a name that cannot be one."""
+    name = name or Prior().kind
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == UNIFORM:
+        raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {name}")
+    return run.prior(name)
+
+
+def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
+    """What there is of the prior in the run. Errors: UserError if it was trained on another tokenizer's codes."""
+    folder = run.prior(name)
+    header = read_header(folder / "prior.safetensors", "prior") if (folder / "prior.safetensors").exists() else None
+    if header is not None:
+        check_tokenizer(run.show(folder), header["tokenizer_sha256"], sha256)
+    begun_with = folder / "recipe.yaml"
+    return Stage(
+        where=run.show(folder),
+        name="this prior",
+        section="stage2",
+        elsewhere="another with --name NAME",
+        recipe=load_recipe(begun_with) if begun_with.exists() else recipe,
+        begun=run.begun(folder),
+        finished_after=header["steps"] if header is not None else None,
+    )
+
+
+def train(
+    accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore, resume: bool
+) -> None:
+    """The training loop.
+
+    Errors: UserError for a foreign checkpoint, or a loss that is not finite.
+    """
+    config, folder = recipe.stage2, run.prior(name)
+    began = time.monotonic()
+    processes, rank = accelerator.num_processes, accelerator.process_index
+
+    # --- model, optimiser, and where they left off
+    torch.manual_seed(derived_seed(config.seed, "weights"))
+    prior = build_prior(recipe.prior, training.manifest)
+    optimizer = adamw(prior, config.lr, config.weight_decay, beta2=0.95)
+    references = {
+        "uniform": uniform_bits(training.manifest.grids, training.manifest.num_codes),
+        "unigram": unigram_bits(training, validation),
+    }
+    parameters = sum(parameter.numel() for parameter in prior.parameters())
+    labels = f"{prior.num_labels} labels" if prior.num_labels else "no labels"
+    accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {labels}")
+    model, optimizer = accelerator.prepare(prior, optimizer)
+    order = DataOrder(len(training), config.batch_size, config.seed)
+    checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator)
+    state = checkpoints.load_latest() if resume else None
+    first_step, minutes_before = 0, 0.0
+    best: dict[str, Any] = {"step": 0, "bits": float("inf"), "weights": None}
+    if state is not None:
+        check_tokenizer(run.show(checkpoints.paths()[-1]), state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
+        prior.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        first_step, minutes_before, best = state["step"], state["minutes"], state["best"]
+        check_resumable(first_step, config.steps)
+        accelerator.print(f"{run.show(folder)}: going on after step {first_step}")
+
+    def minutes() -> float:
+        return minutes_before + (time.monotonic() - began) / 60
+
+    def save(step: int) -> None:
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        state = {"model": prior.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+        sha256 = training.manifest.tokenizer_sha256
+        checkpoints.save(step, {**state, "best": best, "minutes": minutes(), "tokenizer_sha256": sha256})
+
+    if recipe.compute.tracker:
+        accelerator.init_trackers("stage2")
+    log = MetricsLog(folder / "metrics.jsonl", accelerator, first_step)
+    accelerator.wait_for_everyone()
+    validations = [record for record in read_metrics(log.path) if record["split"] == "validation"]
+    losses: list[Tensor] = []
+    since = time.monotonic()
+    size, main = config.batch_size, accelerator.is_main_process
+    bar = progress_bar(config.steps * size, "stage 2", "img", initial=first_step * size, shown=main)
+    model.train()
+    with bar, GracefulStop(accelerator) as stop:
+        for step in range(first_step, config.steps):
+            # --- one step: forward, loss, backward, clip, step
+            set_learning_rate(optimizer, scheduled_rate(config, step))
+            rows = order.batch(step)
+            step_loss = torch.zeros((), device=accelerator.device)
+            for micro_step in range(config.accumulation):
+                share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
+                tokens, given = training_tokens(prior, training, rows, share, config, step)
+                seed_layers(config.seed, step, micro_step, rank)
+                last = micro_step == config.accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(model):
+                    logits = model(tokens.to(accelerator.device), None if given is None else given.to(accelerator.device))
+                    loss = token_loss(logits, tokens.to(accelerator.device)) / config.accumulation
+                    accelerator.backward(loss)
+                step_loss += loss.detach()
+            if config.clip_norm > 0:
+                accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(step_loss)
+            bar.update(size)
+
+            # --- what is noted, checked and kept
+            done = step + 1
+            stopping = stop.requested()
+            finished = done == config.steps
+            due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
+            due_validation = finished or done % config.validation_interval == 0
+            if due_checkpoint or due_validation or done % config.log_interval == 0:
+                means = summed(accelerator, {"losses": torch.stack(losses)})["losses"] / processes
+                for number, value in enumerate(means.tolist()):
+                    check_finite(value, done - len(losses) + number + 1, _ADVICE)
+                train_bits = bits(float(means.mean()))
+                speed = len(losses) * size / (time.monotonic() - since)
+                log.write(done, "train", {"bits_per_token": train_bits, "images_per_second": speed, "lr": scheduled_rate(config, step)})
+                bar.set_postfix(bits=f"{train_bits:.3f}", best=f"{best['bits']:.3f}", refresh=False)
+                losses, since = [], time.monotonic()
+            if due_validation:
+                found = bits(float(validate(accelerator, prior, validation, config)))
+                validations.append({"step": done, "bits_per_token": found, "train_bits_per_token": train_bits})
+                log.write(done, "validation", {"bits_per_token": found, "train_bits_per_token": train_bits})
+                if found < best["bits"]:
+                    weights = {key: value.detach().cpu().clone() for key, value in prior.state_dict().items()}
+                    best = {"step": done, "bits": found, "weights": weights}
+                history = [[record[key] for record in validations] for key in ("bits_per_token", "train_bits_per_token")]
+                if rises_while_training_falls(*history):
+                    bar.clear()
+                    accelerator.print(
+                        f"warning: validation rises while training falls since step {best['step']} ({best['bits']:.3f} bits a token "
+                        f"there, {found:.3f} now): the prior learns its images by heart; the weights of step {best['step']} are kept"
+                    )
+                model.train()
+                since = time.monotonic()
+            if due_checkpoint:
+                save(done)
+            if stopping:
+                bar.close()
+                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} --name {name}")
+                accelerator.end_training()
+                sys.exit(128 + (stop.signal or 0))
+
+    # --- the result
+    if best["weights"] is None:  # resumed after the last step, before any validation
+        found = bits(float(validate(accelerator, prior, validation, config)))
+        best = {"step": first_step, "bits": found, "weights": prior.state_dict()}
+    if accelerator.is_main_process:
+        known = prior.num_labels == 0 or config.label_dropout > 0
+        learned = {"bits_per_token": best["bits"], **references}
+        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, learned)
+        report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
+        write_results(run, folder, best["weights"], header, prior.layout.length, training.manifest.image_shape, report)
+    accelerator.end_training()
+
+
+def write_results(
+    run: RunDir,
+    folder: Path,
+    weights: dict[str, Tensor],
+    header: PriorHeader,
+    length: int,
+    image_shape: tuple[int, int, int],
+    report: dict[str, Any],
+) -> None:
+    """The report, the picture, and last the prior, whose presence says that it is finished."""
+    found = header.validation
+    channels, height, width = image_shape
+    bits_per_image = {
+        "raw": raw_bits(height, width, channels),
+        "indices": index_bits(header.grids, header.num_codes),
+        "prior": found["bits_per_token"] * length,
+    }
+    write_json(folder / "report.json", {**report, "validation": found, "bits_per_image": bits_per_image})
+    references = {name: found[name] for name in ("unigram", "uniform")}
+    training_graph(folder / "training.png", read_metrics(folder / "metrics.jsonl"), ("bits_per_token",), references)
+    save_prior(folder / "prior.safetensors", weights, header)
+    learned = f"learned prior {found['bits_per_token']:.3f} (step {report['best_step']})"
+    print(f"validation bits a token: {learned}, unigram {found['unigram']:.3f}, uniform {found['uniform']:.3f}")
+    raw, indices, coded = bits_per_image.values()
+    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {raw / coded:.1f}")
+    print(f"wrote {run.show(folder / 'prior.safetensors')} and training.png beside it")
+
+
+def training_tokens(
+    prior: Transformer, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
+) -> tuple[Tensor, Tensor | None]:
+    """This micro-step's tokens (b, T) and labels (b,): variants and hidden labels are drawn for (seed, step, place)."""
+    variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))
+    tokens = prior.layout.to_tokens(training.codes(rows[share], variants[share]))
+    if prior.num_labels == 0 or training.labels is None:
+        return tokens, None
+    hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
+    return tokens, training.labels[rows[share]].masked_fill(hidden[share], prior.num_labels)
+
+
+def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean nats a token of tokens (b, T) under logits (b, T, V)."""
+    return torch.nn.functional.cross_entropy(full_precision(logits).flatten(0, 1), tokens.flatten())
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, prior: Transformer, validation: CodeStore, config: Stage2) -> Tensor:
+    """Mean nats a token over the whole validation split, labels given, each image once, whatever the processes."""
+    prior.eval()
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    mine = torch.arange(rank, len(validation), processes)
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for part in batches(len(mine), max(1, config.batch_size // (processes * config.accumulation))):
+        codes = tuple(level.to(accelerator.device) for level in validation.codes(mine[part]))
+        given = prior.num_labels > 0 and validation.labels is not None
+        labels = validation.labels[mine[part]].to(accelerator.device) if given and validation.labels is not None else None
+        total -= prior.log_prob(codes, labels).double().sum()
+    total = summed(accelerator, {"total": total})["total"]
+    return total / (len(validation) * prior.layout.length)
+
+
+if __name__ == "__main__":
+    run_entry(main)
