@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute)
     tokenizer = load_tokenizer(run, accelerator.device)
     prior, header = _prior(command, accelerator)
+    if prior is not None and config.precision == "float64":
+        # A draw flips where its uniform falls within a logit's rounding, which depends on the batch's shape: in float32
+        # that happens to a token in 100,000 or so, which is a sample in a few thousand codes; in float64 never in practice.
+        prior.double()
     labels = _labels(options.label, options.n, header)
     if labels is not None and config.guidance != 1 and header is not None and not header.knows_no_label:
         raise UserError(f"--guidance: expected 1 for a prior trained with stage2.label_dropout 0, found {config.guidance}")

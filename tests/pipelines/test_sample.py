@@ -18,6 +18,7 @@ from pipelines.sample import main
 from stage1_vqvae.images import to_uint8
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior.train import main as train_prior
+from stage2_prior.transformer import Transformer
 from tests.stage2_prior.test_train import change_bytes
 
 
@@ -61,6 +62,24 @@ def test_codes_are_equal_at_any_batch_size(run_copy: Path, arguments: list[str])
     for other in (1, 2):
         assert torch.equal(codes[0], codes[other])
         assert np.abs(pictures[0] - pictures[other]).max() <= 1
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float64", torch.float64), ("float32", torch.float32)])
+def test_the_prior_draws_in_the_precision_asked_for(
+    run_copy: Path, precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float64 is what makes a sample independent of its batch: rounding moves its logits by 1e-14, not by 1e-6."""
+    seen: list[torch.dtype] = []
+    step = Transformer.step
+
+    def noting(self: Transformer, *arguments: object) -> torch.Tensor:
+        logits = step(self, *arguments)  # type: ignore[arg-type]
+        seen.append(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(Transformer, "step", noting)
+    sampled(run_copy, "--n", 2, "--precision", precision)
+    assert set(seen) == {dtype}
 
 
 def test_more_samples_begin_with_the_same_ones(run_copy: Path) -> None:
