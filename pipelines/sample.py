@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(run, accelerator.device)
     prior, header = _prior(command, accelerator)
     if prior is not None and config.precision == "float64":
-        # A draw flips where its uniform falls within a logit's rounding, which depends on the batch's shape: in float32
-        # that happens to a token in 100,000 or so, which is a sample in a few thousand codes; in float64 never in practice.
+        # A draw flips where its uniform falls within the rounding of the probabilities, which depends on the batch's shape.
+        # In float32 one of 64 digits changed between batches of 64 and of 1; in float64 the rounding is 10^9 times finer.
         prior.double()
     labels = _labels(options.label, options.n, header)
     if labels is not None and config.guidance != 1 and header is not None and not header.knows_no_label:
