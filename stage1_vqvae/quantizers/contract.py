@@ -7,6 +7,7 @@ so a codebook is the same at any number of processes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -28,20 +29,20 @@ class Quantized(NamedTuple):
     """Sums over the vectors, without gradients; adding two passes' statistics gives those of both."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """The contract. The channel axis is the quantized one: z of (16, 64, 32, 32) is 16,384 vectors of 64."""
 
     num_codes: tuple[int, ...]
     """K of each level."""
 
+    @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
         """Quantize z (B, D, *spatial). Errors: ValueError if D is not the quantizer's. An empty batch works."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lookup(self, codes: Codes) -> Tensor:
         """Vectors (B, D, *spatial) of codes; equal to `forward`'s z_q for the codes it returned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update_(self, statistics: dict[str, Tensor]) -> None:
         """Learn from one step's statistics, summed over micro-steps and processes."""
-        raise NotImplementedError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -32,8 +34,9 @@ class VectorQuantizer(Quantizer):
         self._add_codebook(torch.randn(num_codes, code_dim))
         self.register_buffer("cluster_size", torch.ones(num_codes))
 
+    @abstractmethod
     def _add_codebook(self, codebook: Tensor) -> None:
-        raise NotImplementedError
+        """Register `codebook` as a parameter or a buffer, with what else its learning keeps."""
 
     def forward(self, z: Tensor) -> Quantized:
         """See the contract. Losses: `commitment` and, by gradient, `codebook`; means over vectors and channels."""
@@ -52,8 +55,9 @@ class VectorQuantizer(Quantizer):
             z_q = vectors_q.detach() + (z - z.detach())
         return Quantized(z_q, (codes,), losses, {"counts": counts, "sums": sums})
 
+    @abstractmethod
     def _codebook_loss(self, z: Tensor, z_q: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """The losses that teach the codebook, from z without gradient and its codes' vectors."""
 
     def lookup(self, codes: Codes) -> Tensor:
         """See the contract."""

@@ -1,1 +1,0 @@
-"""Stage 1: images to grids of codes and back."""

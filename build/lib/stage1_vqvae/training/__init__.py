@@ -1,1 +1,0 @@
-"""Mechanisms that both training loops call, one a file."""

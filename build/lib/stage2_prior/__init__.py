@@ -1,1 +1,0 @@
-"""Stage 2: codes on disk, and the prior over them."""
