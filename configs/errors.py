@@ -45,6 +45,9 @@ def run_entry(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         fail(str(error))
+    except KeyboardInterrupt:  # training loops finish their step instead; elsewhere nothing is half written
+        say("interrupted")
+        sys.exit(130)
     except OSError as error:
         if error.errno not in _PLACE_AT_FAULT:
             raise

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from configs.cli import SUMMARY, TRAIN_PRIOR, TRAIN_TOKENIZER, Command, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import RunDir, program, write_bytes, write_json
+from configs.run_dir import program, write_bytes, write_json
 from configs.schema import Sampling
 from stage1_vqvae.images import batches, to_uint8
 from stage1_vqvae.model import VQVAE, fingerprint, load_tokenizer
@@ -83,11 +83,14 @@ def main(argv: list[str] | None = None) -> None:
                 "bits_per_token": header.validation["bits_per_token"] if header is not None else uniform,
             }
             write(folder, codes, pictures, labels, details, options.npz)
-            print(f"next: {command.next(SUMMARY)}")
     except BaseException:
         if folder is not None:
             shutil.rmtree(folder)
         raise
+    if folder is not None:
+        kind = f"{details['prior']} prior, {details['bits_per_token']:.3f} bits a token"
+        print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
+        print(f"next: {command.next(SUMMARY)}")
     accelerator.end_training()
 
 
@@ -177,7 +180,7 @@ def _gathered(accelerator: Accelerator, rows: Tensor, size: int) -> Tensor:
 
 
 def write(folder: Path, codes: Codes, pictures: Tensor, labels: Tensor | None, details: dict[str, Any], npz: bool) -> None:
-    """Write a call's samples into their folder and say where."""
+    """Write a call's samples into their folder."""
     names = details["label_names"]
     # Labels take turns: with a column a label, each column shows one.
     columns = len(names) if names is not None and len(names) <= 16 else square_columns(min(len(pictures), _SHOWN))
@@ -192,8 +195,6 @@ def write(folder: Path, codes: Codes, pictures: Tensor, labels: Tensor | None, d
         np.savez(buffer, pictures.numpy())
         write_bytes(folder / "samples.npz", buffer.getvalue())
     write_json(folder / "samples.json", details)
-    kind = f"{details['prior']} prior, {details['bits_per_token']:.3f} bits a token"
-    print(f"wrote {len(pictures)} images ({kind}) to {RunDir.show(folder)}; look at {RunDir.show(folder / 'grid.png')}")
 
 
 if __name__ == "__main__":
