@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from configs.errors import run_entry
 from configs.run_dir import RunDir
 from pipelines.sample import main
 from stage1_vqvae.images import to_uint8
@@ -155,6 +156,29 @@ def test_a_failure_leaves_no_half_written_samples(run_copy: Path, monkeypatch: p
     monkeypatch.setattr("pipelines.sample.write", full)
     with pytest.raises(OSError, match="No space"):
         main(["--run", str(run_copy), "--n", "2"])
+    assert not list((run_copy / "samples").iterdir())
+
+
+def test_what_is_written_stays_when_the_pipe_is_closed(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `sample.py | head -1`."""
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("pipelines.sample.print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        main(["--run", str(run_copy), "--n", "2"])
+    assert (run_copy / "samples" / "000" / "samples.json").exists()
+
+
+def test_ctrl_c_leaves_nothing_half_written(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.sample.sample", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_entry(lambda: main(["--run", str(run_copy), "--n", "2"]))
+    assert stop.value.code == 130
     assert not list((run_copy / "samples").iterdir())
 
 
