@@ -4,7 +4,7 @@ runs/NAME/
   recipe.yaml            what was resolved when stage 1 began; it fixes the run
   history.jsonl          one line a command: what was asked, with which versions, when
   tokenizer.safetensors  stage 1's result, its config in the header
-  stage1/                metrics.jsonl, report.json, checkpoints, pictures
+  stage1/                metrics.jsonl, report.json, codebook.json, checkpoints, pictures
   codes/SPLIT/           manifest.json and the codes
   priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
   samples/NNN/           grid.png, images, codes, samples.json
@@ -110,6 +110,7 @@ class RunDir:
         self.history = path / "history.jsonl"
         self.tokenizer = path / "tokenizer.safetensors"
         self.stage1 = path / "stage1"
+        self.codebook_health = self.stage1 / "codebook.json"
         self.codes = path / "codes"
         self.priors = path / "priors"
         self.samples = path / "samples"

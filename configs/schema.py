@@ -6,7 +6,8 @@ section is built, with the key's name; what takes two sections to judge is refus
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 Augmentation = Literal["none", "horizontal_flip", "shift"]
@@ -55,13 +56,34 @@ class Tokenizer:
     residual_channels: int = 32
     """Channels inside a residual block."""
     num_codes: int = 512
-    """K, the codebook's size."""
+    """K, the size of a codebook."""
     code_dim: int = 64
-    """D, the dimension of a code's vector."""
-    quantizer: Literal["ema", "gradient"] = "ema"
-    """How the codebook learns: `ema`, moving averages of its vectors, or `gradient`, the paper's codebook loss."""
+    """D, the channels of the latents that are quantized, and of what the decoder gets."""
+    codebook_dim: int = 0
+    """Channels of a codebook's vectors, between two learned linear maps from and to `code_dim`; 0 = `code_dim`, no maps."""
+    quantizer: Literal["ema", "gradient", "simvq", "fsq", "lfq"] = "ema"
+    """How codes are learned: `ema`, moving averages of their latents; `gradient`, the paper's codebook loss; `simvq`, one
+    linear map over a frozen codebook; or not at all: `fsq`, rounding each of a few channels; `lfq`, signs of log2 K channels."""
+    depth: int = 1
+    """Residual quantization: codes a place, each of what those before have left."""
+    shared_codebook: bool = False
+    """One codebook for all depths."""
+    groups: int = 1
+    """Product quantization: groups of channels, each with a codebook of its own."""
+    metric: Literal["euclidean", "cosine"] = "euclidean"
+    """Which code is near; `cosine` scales latents and codes to unit length, best with a `codebook_dim` of 8 to 32."""
+    gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
+    """How the decoder's gradient passes the quantizer: unchanged, or turned as the latent would be to reach its code."""
+    initialisation: Literal["kmeans", "random"] = "kmeans"
+    """Where the codes of `ema` and `gradient` start: k-means of the first batches' latents, or normal draws."""
+    fsq_levels: list[int] = field(default_factory=lambda: [8, 8, 8])
+    """Values each channel of `fsq` may take; their product is `num_codes`."""
     commitment: float = 0.25
     """Beta, the weight of the commitment loss, which draws the encoder to the codes."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy term, which makes each latent sure of its code and all codes used alike; 0 = none. `lfq` needs it."""
+    entropy_temperature: float = 1.0
+    """Of the soft assignments in that term, in squared units of the latents."""
     ema_decay: float = 0.95
     """Decay a step of the moving averages of code use, and of the codebook under `ema`."""
     restart_below: float = 0.05
@@ -77,6 +99,30 @@ class Tokenizer:
         _require(self.hidden_channels % 2 == 0, "tokenizer.hidden_channels", "an even number", self.hidden_channels)
         _require(self.residual_blocks >= 0, "tokenizer.residual_blocks", "at least 0", self.residual_blocks)
         _require(self.num_codes >= 2, "tokenizer.num_codes", "at least 2", self.num_codes)
+        for name in ("depth", "groups"):
+            _require(getattr(self, name) >= 1, f"tokenizer.{name}", "at least 1", getattr(self, name))
+        _require(self.codebook_dim >= 0, "tokenizer.codebook_dim", "at least 0", self.codebook_dim)
+        width = self.codebook_dim or self.code_dim
+        _require(width % self.groups == 0, "tokenizer.groups", f"a divisor of the codebooks' {width} channels", self.groups)
+        _require(self.depth == 1 or self.metric == "euclidean", "tokenizer.metric", f"euclidean at depth {self.depth}", self.metric)
+        _require(self.depth > 1 or not self.shared_codebook, "tokenizer.shared_codebook", "false at depth 1", self.shared_codebook)
+        if self.quantizer in ("fsq", "lfq"):
+            for name in ("depth", "groups", "codebook_dim", "metric", "gradient_estimator"):
+                default = type(self).__dataclass_fields__[name].default
+                _require(getattr(self, name) == default, f"tokenizer.{name}", f"{default} under {self.quantizer}", getattr(self, name))
+        if self.quantizer == "fsq":
+            _require(
+                self.entropy_weight == 0, "tokenizer.entropy_weight", "0 under fsq, which has no codebook to use up", self.entropy_weight
+            )
+            found = f"{self.fsq_levels}, whose product is {math.prod(self.fsq_levels)}"
+            _require(min(self.fsq_levels, default=0) >= 2, "tokenizer.fsq_levels", "each at least 2", self.fsq_levels)
+            _require(
+                math.prod(self.fsq_levels) == self.num_codes, "tokenizer.fsq_levels", f"a product of num_codes {self.num_codes}", found
+            )
+        if self.quantizer == "lfq":
+            _require(self.num_codes & (self.num_codes - 1) == 0, "tokenizer.num_codes", "a power of two under lfq", self.num_codes)
+        _require(self.entropy_weight >= 0, "tokenizer.entropy_weight", "at least 0", self.entropy_weight)
+        _require(self.entropy_temperature > 0, "tokenizer.entropy_temperature", "above 0", self.entropy_temperature)
         _require(self.commitment >= 0, "tokenizer.commitment", "at least 0", self.commitment)
         _require(0 <= self.ema_decay < 1, "tokenizer.ema_decay", "0 <= decay < 1", self.ema_decay)
         _require(0 <= self.restart_below < 1, "tokenizer.restart_below", "0 <= share < 1", self.restart_below)
@@ -131,6 +177,9 @@ class _Loop:
 class Stage1(_Loop):
     """Training of the tokenizer."""
 
+    weight_average: float = 0.999
+    """Decay a step of the moving average of encoder's and decoder's weights, which validation and extraction use; 0 = the
+    last step's weights."""
     restart_interval: int = 10
     """Steps between restarts of dead codes; none in the last tenth of the steps, so that the decoder knows every code."""
     augmentation: Augmentation = "none"
@@ -138,6 +187,7 @@ class Stage1(_Loop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(0 <= self.weight_average < 1, "stage1.weight_average", "0 <= decay < 1", self.weight_average)
         _require(self.restart_interval >= 1, "stage1.restart_interval", "at least 1", self.restart_interval)
 
 

@@ -25,9 +25,9 @@ def psnr(mse: float) -> float:
     return -10 * math.log10(max(mse, 1e-10))
 
 
-def usage(counts: Tensor) -> float:
-    """Share of codes with a count above zero; counts (K,)."""
-    return float((counts > 0).double().mean())
+def usage(*counts: Tensor) -> float:
+    """Share of codes with a count above zero; counts (K,), of several levels all codes together."""
+    return float((torch.cat(counts) > 0).double().mean())
 
 
 def entropy_bits(counts: Tensor) -> float:
@@ -36,9 +36,9 @@ def entropy_bits(counts: Tensor) -> float:
     return float(torch.special.entr(shares).sum() / math.log(2))
 
 
-def perplexity(counts: Tensor) -> float:
-    """2 ** entropy: as many equally used codes would carry the same information."""
-    return 2.0 ** entropy_bits(counts)
+def perplexity(*counts: Tensor) -> float:
+    """2 ** entropy: as many equally used codes would carry the same information. Of several levels, the geometric mean."""
+    return 2.0 ** (sum(entropy_bits(level) for level in counts) / len(counts))
 
 
 def index_bits(grids: Sequence[tuple[int, int]], num_codes: Sequence[int]) -> float:

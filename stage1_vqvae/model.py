@@ -18,11 +18,10 @@ from configs.run_dir import RunDir, write_bytes
 from configs.schema import Tokenizer
 from stage1_vqvae.losses import binary_cross_entropy, full_precision, squared_error
 from stage1_vqvae.networks import Decoder, Encoder
-from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.quantizers.vector import GradientVectorQuantizer, MovingAverageVectorQuantizer, VectorQuantizer
+from stage1_vqvae.quantizers.build import build_quantizer
+from stage1_vqvae.quantizers.contract import Codes, Statistics
 
 _HEADER = "header"
-_QUANTIZERS: dict[str, type[VectorQuantizer]] = {"ema": MovingAverageVectorQuantizer, "gradient": GradientVectorQuantizer}
 
 
 class TokenizerOutput(NamedTuple):
@@ -33,10 +32,10 @@ class TokenizerOutput(NamedTuple):
     codes: Codes
     losses: dict[str, Tensor]
     """Scalars to add up: `reconstruction` and the quantizer's own."""
-    statistics: dict[str, Tensor]
+    statistics: Statistics
     """The quantizer's, to be summed and given to its `update_`."""
-    z: Tensor
-    """The encoder's latents (B, D, h, w), without gradient."""
+    latents: tuple[Tensor, ...]
+    """What each of the quantizer's codebooks had to represent, without gradient; see quantizers/contract.py."""
 
 
 class VQVAE(nn.Module):
@@ -52,24 +51,22 @@ class VQVAE(nn.Module):
         sizes = (config.hidden_channels, config.downsampling, config.residual_blocks, config.residual_channels)
         self.encoder = Encoder(channels, config.code_dim, *sizes)
         self.decoder = Decoder(config.code_dim, channels, *sizes)
-        self.quantizer = _QUANTIZERS[config.quantizer](
-            config.num_codes, config.code_dim, config.commitment, config.ema_decay, config.restart_below
-        )
+        self.quantizer = build_quantizer(config)
 
     @property
     def grids(self) -> list[tuple[int, int]]:
         """(h, w) of each level's codes."""
         _, height, width = self.image_shape
-        return [(height // self.config.downsampling, width // self.config.downsampling)]
+        grid = (height // self.config.downsampling, width // self.config.downsampling)
+        return [grid] * len(self.quantizer.num_codes)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Images (B, C, H, W) in [-1, 1]. Changes nothing: see quantizers/contract.py."""
-        z = self.encoder(images)
-        quantized = self.quantizer(z)
+        quantized = self.quantizer(self.encoder(images))
         output = self.decoder(quantized.z_q)
         loss = binary_cross_entropy if self.config.reconstruction == "bce" else squared_error
         losses = {"reconstruction": loss(output, images), **quantized.losses}
-        return TokenizerOutput(self._pixels(output), quantized.codes, losses, quantized.statistics, z.detach())
+        return TokenizerOutput(self._pixels(output), quantized.codes, losses, quantized.statistics, quantized.latents)
 
     def encode(self, images: Tensor) -> Codes:
         """Images (B, C, H, W) in [-1, 1] to codes, int64 (B, h, w) a level."""

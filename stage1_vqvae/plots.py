@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -84,20 +85,39 @@ def training_graph(path: Path, records: Sequence[dict[str, Any]], names: Sequenc
     save_figure(path, figure)
 
 
-def codebook_picture(path: Path, codebook: Tensor, counts: Tensor) -> None:
-    """The codebook (K, D) on its two principal axes, coloured by how often the validation split uses each code."""
-    centred = codebook.detach().double().cpu() - codebook.detach().double().cpu().mean(0)
+def codebook_picture(path: Path, levels: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """A row a level, of its counts (K,) over the validation split and its codebook (K, d), if it has one: how often each
+    code is used, most used first, and the codes on their two principal axes, coloured by use.
+    """
+    figure = Figure(figsize=(9.6, 3.8 * len(levels)), layout="constrained")
+    for number, (panels, (counts, codebook)) in enumerate(zip(figure.subplots(len(levels), 2, squeeze=False), levels, strict=True)):
+        title = f"level {number + 1}: " if len(levels) > 1 else ""
+        counts = counts.cpu()
+        _draw_use(panels[0], title, counts)
+        if codebook is None:
+            panels[1].set_axis_off()
+        else:
+            _draw_codes(panels[1], counts, codebook.detach().double().cpu())
+    save_figure(path, figure)
+
+
+def _draw_use(axes: Axes, title: str, counts: Tensor) -> None:
+    used = int((counts > 0).sum())
+    axes.fill_between(range(1, len(counts) + 1), counts.sort(descending=True).values, step="mid")
+    axes.axhline(float(counts.mean()), linestyle=":", color="grey", label="all codes alike")
+    axes.set(title=f"{title}{used} of {len(counts)} codes used", xlabel="codes, most used first", ylabel="uses in the validation split")
+    axes.legend(fontsize=8)
+
+
+def _draw_codes(axes: Axes, counts: Tensor, codebook: Tensor) -> None:
+    centred = codebook - codebook.mean(0)
     axes_of_variance = torch.linalg.svd(centred, full_matrices=False)
     points = centred @ axes_of_variance.Vh[:2].T
     points = torch.nn.functional.pad(points, (0, 2 - points.shape[1]))
     explained = float(axes_of_variance.S[:2].square().sum() / axes_of_variance.S.square().sum().clamp(min=1e-30))
-    counts = counts.cpu()
     used = counts > 0
-    figure = Figure(figsize=(5.4, 4.4), layout="constrained")
-    axes = figure.subplots()
     axes.scatter(points[~used, 0], points[~used, 1], marker="x", color="crimson", s=16, label=f"unused: {int((~used).sum())}")
     shown = axes.scatter(points[used, 0], points[used, 1], c=counts[used].log10(), s=16, cmap="viridis", label=f"used: {int(used.sum())}")
-    figure.colorbar(shown, label="log10 of uses in the validation split")
-    axes.set(title=f"codebook on its first two principal axes ({explained:.0%} of variance)", xlabel="axis 1", ylabel="axis 2")
+    axes.figure.colorbar(shown, ax=axes, label="log10 of uses")
+    axes.set(title=f"codes on two principal axes ({explained:.0%} of variance)", xlabel="axis 1", ylabel="axis 2")
     axes.legend(fontsize=8)
-    save_figure(path, figure)

@@ -23,33 +23,27 @@ from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, p
 from configs.errors import run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage1
-from stage1_vqvae.images import (
-    TRAIN,
-    VALIDATION,
-    ImageSplit,
-    batches,
-    load_images,
-    make_variants,
-    num_variants,
-    to_model,
-    to_uint8,
-)
-from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
+from stage1_vqvae.images import TRAIN, VALIDATION, ImageSplit, load_images, make_variants, num_variants, to_model
+from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.model import VQVAE, read_header, save_tokenizer
-from stage1_vqvae.plots import codebook_picture, grid_scale, reconstruction_grid, save_png, training_graph
-from stage1_vqvae.quantizers.initialisation import VECTORS_PER_CODE, kmeans
-from stage1_vqvae.quantizers.restart import candidate_places, candidates_here
+from stage1_vqvae.plots import training_graph
+from stage1_vqvae.quantizers.contract import added, level_counts
+from stage1_vqvae.quantizers.health import collapse_warning
+from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
+from stage1_vqvae.quantizers.restart import Restart
+from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw, forget_rows_
+from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_seed, generator, seed_layers, share_of_step
 from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
-from stage1_vqvae.training.stopping import GracefulStop, check_finite
+from stage1_vqvae.training.stopping import GracefulStop
+from stage1_vqvae.training.window import Window
+from stage1_vqvae.validation import Judgement, check_equal_codebooks, save_health, save_reconstructions, validate
 
-_SHOWN_IMAGES = 32
 # On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
 _MAY_CHANGE = ("compute", "stage1.steps", "stage1.lr", "stage1.clip_norm", "data.path")
 _ADVICE = "lower --stage1.lr and go on with --resume"
@@ -106,21 +100,25 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     tokenizer = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
     optimizer = adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99)
     model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    average = WeightAverage(tokenizer, config.weight_average, shared=("quantizer",)) if config.weight_average > 0 else None
+    judged = average.model if average is not None else tokenizer
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
     state = checkpoints.load_latest() if resume else None
     first_step, minutes_before = 0, 0.0
-    report: dict[str, float] | None = None
+    judgement: Judgement | None = None
     if state is not None:
         tokenizer.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.load_state_dict(state["average"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before = state["step"], state["minutes"]
         check_resumable(first_step, config.steps)
         accelerator.print(f"{run}: going on after step {first_step}")
     else:
-        initialise_codebook(accelerator, tokenizer, training, order, config)
+        initialise_codebooks(accelerator, tokenizer, training, order, config)
 
     def minutes() -> float:
         return minutes_before + (time.monotonic() - began) / 60
@@ -128,6 +126,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     def save(step: int) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         state = {"model": tokenizer.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+        state["average"] = average.state_dict() if average is not None else None
         checkpoints.save(step, {**state, "minutes": minutes()})
 
     if accelerator.is_main_process:
@@ -137,8 +136,9 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
         accelerator.init_trackers("stage1")
     log = MetricsLog(run.stage1 / "metrics.jsonl", accelerator, first_step)
     window = Window()
-    grid_codes = tokenizer.grids[0][0] * tokenizer.grids[0][1]
+    warning: str | None = None
     quantizer = tokenizer.quantizer
+    parts = processes * config.accumulation
     size, main = config.batch_size, accelerator.is_main_process
     bar = progress_bar(config.steps * size, "stage 1", "img", initial=first_step * size, shown=main)
     model.train()
@@ -147,9 +147,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
             # --- one step: forward, loss, backward, clip, step
             set_learning_rate(optimizer, scheduled_rate(config, step))
             rows = order.batch(step)
-            restarts = restarts_after(step, config) and recipe.tokenizer.restart_below > 0
-            if restarts:
-                places = candidate_places(recipe.tokenizer.num_codes, config.batch_size * grid_codes, config.seed, step)
+            restart = Restart(quantizer, config.seed, step, size) if restarts_after(step, config) else None
             statistics: dict[str, Tensor] = {}
             for micro_step in range(config.accumulation):
                 share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
@@ -162,30 +160,26 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                     accelerator.backward(loss)
                 found = {**output.statistics, **{f"loss/{name}": value.detach() for name, value in output.losses.items()}}
                 found["squared_error"] = (output.reconstruction.detach() - images).square().mean()
-                if restarts:
-                    found["candidates"] = candidates_here(output.z, places, share.start * grid_codes)
-                statistics = {name: statistics[name] + value if name in statistics else value for name, value in found.items()}
+                if restart is not None:
+                    found |= restart.candidates(output.latents, share.start, len(images))
+                statistics = added([statistics, found])
             if config.clip_norm > 0:
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             statistics = summed(accelerator, statistics)
-            candidates = statistics.pop("candidates", None)
             quantizer.update_(statistics)
-            if candidates is not None:
-                dead = quantizer.dead_codes()
-                quantizer.place_(dead, candidates, quantizer.cluster_size.mean().expand(len(dead)))
-                if isinstance(quantizer.codebook, torch.nn.Parameter):
-                    forget_rows_(optimizer, quantizer.codebook, dead)
-                window.add(restarted=dead.sum())
-            parts = processes * config.accumulation
+            restarted = restart.apply_(statistics, optimizer) if restart is not None else 0
+            if average is not None:
+                average.update_()
             losses = {name.removeprefix("loss/"): value / parts for name, value in statistics.items() if name.startswith("loss/")}
-            # Squared error on [-1, 1] is four times that on [0, 1].
             window.add(
+                level_counts(statistics),
                 **losses,
                 loss=torch.stack(list(losses.values())).sum(),
+                # Squared error on [-1, 1] is four times that on [0, 1].
                 mse=statistics["squared_error"] / parts / 4,
-                counts=statistics["counts"],
+                restarted=torch.as_tensor(restarted),
             )
             bar.update(config.batch_size)
 
@@ -196,14 +190,20 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
             due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
-                values = window.close(first=done - window.steps, batch_size=config.batch_size)
-                log.write(done, "train", {**values, "lr": scheduled_rate(config, step)})
+                values, counts = window.close(done - window.steps, size, _ADVICE)
+                former, warning = warning, collapse_warning(counts, recipe.tokenizer)
+                if warning is not None and former is None and main:
+                    bar.write(f"step {done}: {warning}")
+                noted = {} if warning is None else {"warning": warning}
+                log.write(done, "train", {**values, "lr": scheduled_rate(config, step), **noted})
                 bar.set_postfix(loss=f"{values['loss']:.4f}", psnr=f"{values['psnr']:.2f}", usage=f"{values['usage']:.0%}", refresh=False)
             if due_validation:
-                report, counts = validate(accelerator, tokenizer, validation, recipe)
-                log.write(done, "validation", report)
-                if accelerator.is_main_process:
-                    save_reconstructions(run, tokenizer, validation, done, accelerator.device)
+                check_equal_codebooks(accelerator, tokenizer, done)
+                judgement = validate(accelerator, judged, validation, size // parts)
+                log.write(done, "validation", judgement.metrics)
+                if main:
+                    save_health(run, judged, judgement.counts, done)
+                    save_reconstructions(run, judged, validation, done, accelerator.device)
                 model.train()
                 window.restart_clock()
             if due_checkpoint:
@@ -215,25 +215,26 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                 sys.exit(128 + (stop.signal or 0))
 
     # --- the result
-    if report is None:  # resumed after the last step
-        report, counts = validate(accelerator, tokenizer, validation, recipe)
-    if accelerator.is_main_process:
-        write_results(run, tokenizer, config.steps, minutes(), report, counts)
+    if judgement is None:  # resumed after the last step
+        judgement = validate(accelerator, judged, validation, size // parts)
+    if main:
+        write_results(run, judged, config.steps, minutes(), judgement)
     accelerator.end_training()
 
 
-def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, report: dict[str, float], counts: Tensor) -> None:
+def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
     """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
     channels, height, width = tokenizer.image_shape
-    bits = {"raw": raw_bits(height, width, channels), "indices": index_bits(tokenizer.grids, tokenizer.quantizer.num_codes)}
+    report, num_codes = judgement.metrics, tokenizer.quantizer.num_codes
+    bits = {"raw": raw_bits(height, width, channels), "indices": index_bits(tokenizer.grids, num_codes)}
     write_json(run.stage1 / "report.json", {"steps": steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
     names = ("loss", "psnr", "usage", "perplexity")
     training_graph(run.stage1 / "training.png", read_metrics(run.stage1 / "metrics.jsonl"), names, {})
-    codebook_picture(run.stage1 / "codebook.png", tokenizer.quantizer.codebook, counts)
+    save_health(run, tokenizer, judgement.counts, steps)
     save_tokenizer(run.tokenizer, tokenizer, steps)
     shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
     print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))
-    grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, tokenizer.quantizer.num_codes, strict=True))
+    grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, num_codes, strict=True))
     print(f"an image: {bits['raw']} bits raw, {bits['indices']:.0f} as {grids}; ratio {bits['raw'] / bits['indices']:.1f}")
     print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")
 
@@ -251,104 +252,24 @@ def training_images(training: ImageSplit, rows: Tensor, share: slice, config: St
 
 
 @torch.no_grad()
-def initialise_codebook(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
-    """k-means of the untrained encoder's latents of the first batches, the same on all processes."""
+def initialise_codebooks(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
+    """k-means of the untrained encoder's latents of the first batches, the same on all processes; where the recipe says so."""
     quantizer = tokenizer.quantizer
+    placeable = [codebook for codebook in quantizer.codebooks() if codebook.placeable]
+    if tokenizer.config.initialisation == "random" or not placeable:
+        return
     rank = accelerator.process_index
     share = share_of_step(config.batch_size, 1, 0, accelerator.num_processes, rank)
-    latents: list[Tensor] = []
-    while sum(len(part) for part in latents) < VECTORS_PER_CODE * quantizer.num_codes[0]:
-        images = training_images(training, order.batch(len(latents)), share, config, len(latents))
-        z = accelerator.gather(tokenizer.encoder(images.to(accelerator.device)))
-        latents.append(z.movedim(1, -1).flatten(0, -2))
-    vectors = torch.cat(latents)
-    centroids, counts = kmeans(vectors, quantizer.num_codes[0], generator(config.seed, "k-means"))
-    # The main process's result for all: float sums may differ in their last bits between machines.
-    result = summed(accelerator, {"centroids": centroids * (rank == 0), "counts": counts * (rank == 0)})
-    counts_a_step = result["counts"] * (len(latents[0]) / len(vectors))
-    quantizer.place_(torch.ones_like(counts_a_step, dtype=torch.bool), result["centroids"], counts_a_step)
+    (height, width), wanted = tokenizer.grids[0], max(vectors_for(codebook.num_codes) for codebook in placeable)
+    batches = []
+    for step in range(-(-wanted // (config.batch_size * height * width))):
+        images = training_images(training, order.batch(step), share, config, step)
+        batches.append(tokenizer.encoder(images.to(accelerator.device)))
 
+    def agree(tensor: Tensor) -> Tensor:
+        return summed(accelerator, {"": tensor * (rank == 0)})[""]
 
-@torch.no_grad()
-def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, recipe: Recipe) -> tuple[dict[str, float], Tensor]:
-    """Metrics over the whole split, each image once, whatever the processes, and how often each code is used, (K,).
-
-    MSE is on 8-bit pixels as [0, 1].
-    """
-    tokenizer.eval()
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    device = accelerator.device
-    mine = torch.arange(rank, len(validation), processes)
-    size = max(1, recipe.stage1.batch_size // (processes * recipe.stage1.accumulation))
-    sums = {"mse": torch.zeros((), device=device), "loss": torch.zeros((), device=device)}
-    counts = torch.zeros(recipe.tokenizer.num_codes, device=device)
-    for part in batches(len(mine), size):
-        pixels = validation.pixels[mine[part]].to(device)
-        output = tokenizer(to_model(pixels))
-        pictures = to_uint8(output.reconstruction)
-        sums["mse"] += squared_errors(pictures, pixels).sum()
-        sums["loss"] += torch.stack(list(output.losses.values())).sum() * len(pixels)
-        counts += output.statistics["counts"]
-    totals = summed(accelerator, {**sums, "counts": counts})
-    counts = totals.pop("counts")
-    report = {name: float(total) / len(validation) for name, total in totals.items()}
-    return {**report, "psnr": psnr(report["mse"]), "usage": usage(counts), "perplexity": perplexity(counts)}, counts
-
-
-@torch.no_grad()
-def save_reconstructions(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, step: int, device: torch.device) -> None:
-    """Originals over reconstructions, of the same validation images each time."""
-    rows = torch.arange(len(validation))[:: max(1, len(validation) // _SHOWN_IMAGES)][:_SHOWN_IMAGES]
-    originals = validation.pixels[rows]
-    pictures = to_uint8(tokenizer(to_model(originals.to(device))).reconstruction).cpu()
-    grid = reconstruction_grid(originals, pictures, columns=16)
-    save_png(run.stage1 / "reconstructions" / f"step-{step:09d}.png", grid, grid_scale(originals.shape[1]))
-
-
-class Window:
-    """Per-step values since the last log line; they stay on the device until then."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
-        self.restart_clock()
-
-    @property
-    def steps(self) -> int:
-        """Steps gathered."""
-        return len(self._values.get("loss", ()))
-
-    def restart_clock(self) -> None:
-        """Leave out what was not training from images/s."""
-        self._since = time.monotonic()
-
-    def add(self, **values: Tensor) -> None:
-        """Note a step's values."""
-        for name, value in values.items():
-            self._values.setdefault(name, []).append(value)
-
-    def close(self, first: int, batch_size: int) -> dict[str, float]:
-        """Means over the window, usage and perplexity of its codes together, codes restarted, images/s; then start anew.
-
-        Errors: UserError naming the step, if a loss is not finite.
-        """
-        steps = self.steps
-        losses = torch.stack(self._values["loss"]).tolist()
-        for number, loss in enumerate(losses):
-            check_finite(loss, first + number + 1, _ADVICE)
-        counts = torch.stack(self._values.pop("counts")).sum(0)
-        restarted = sum(int(value) for value in self._values.pop("restarted", []))
-        means = {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
-        seconds = time.monotonic() - self._since
-        self._values = {}
-        self.restart_clock()
-        return {
-            **means,
-            "psnr": psnr(means["mse"]),
-            "usage": usage(counts),
-            "perplexity": perplexity(counts),
-            "restarted": restarted,
-            "images_per_second": steps * batch_size / seconds,
-        }
+    place_by_kmeans_(quantizer, batches, config.seed, accelerator.gather, agree)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,120 @@
 """What every quantizer is.
 
-A quantizer's forward pass is pure: it changes nothing, and hands back the sums that learning the codebook needs. The
+A quantizer's forward pass is pure: it changes nothing, and hands back the sums that learning the codebooks needs. The
 training loop adds those up over micro-steps and processes and calls `update_` once a step, after the optimiser's step,
 so a codebook is the same at any number of processes.
+
+Quantizers compose (residual, product, projected): inside, they all work on rows, one vector a row, and only `forward`
+and `lookup` know of batches, channels and space.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from stage1_vqvae.quantizers.codebook import Codebook
 
 Codes = tuple[Tensor, ...]
 """int64 grids (B, *spatial), one a level, coarse to fine."""
 
+Statistics = dict[str, Tensor]
+"""Sums over vectors, without gradients: those of two passes are added name by name. Every level has `counts` (K,), by
+which name `level_counts` finds them; a name inside a composed quantizer has its part's number before it."""
+
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of latents z (B, D, *spatial)."""
+    """What a quantizer makes of latents: of z (B, D, *spatial) in `forward`, of rows (N, D) in `quantize`."""
 
     z_q: Tensor
-    """The codes' vectors, of z's shape, float32; gradients pass to z straight through."""
+    """The codes' vectors, of z's shape, float32 or wider; gradients pass to z by the gradient estimator."""
     codes: Codes
-    """The chosen codes."""
+    """The chosen codes: (B, *spatial) a level in `forward`, (N,) in `quantize`."""
     losses: dict[str, Tensor]
     """Scalars, each with its weight in it: the loop adds them to the reconstruction loss."""
-    statistics: dict[str, Tensor]
-    """Sums over the vectors, without gradients; adding two passes' statistics gives those of both."""
+    statistics: Statistics
+    """What `update_` needs, and each level's counts."""
+    latents: tuple[Tensor, ...]
+    """For each of the quantizer's `codebooks`, the vectors (N n, d) it had to represent, n for each of the N rows, in
+    their order and without gradient: where k-means and restarts place codes."""
 
 
 class Quantizer(nn.Module, ABC):
     """The contract. The channel axis is the quantized one: z of (16, 64, 32, 32) is 16,384 vectors of 64."""
 
+    dim: int
+    """D, the channels of z."""
     num_codes: tuple[int, ...]
     """K of each level."""
 
-    @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
-        """Quantize z (B, D, *spatial). Errors: ValueError if D is not the quantizer's. An empty batch works."""
+        """Quantize z (B, D, *spatial), in float32 at least, whatever autocast says. An empty batch works.
 
-    @abstractmethod
+        Errors: ValueError if D is not the quantizer's.
+        """
+        if z.ndim < 2 or z.shape[1] != self.dim:
+            raise ValueError(f"z: expected (B, {self.dim}, ...), found {tuple(z.shape)}")
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(1, -1)
+            found = self.quantize(z.reshape(-1, self.dim))
+            codes = tuple(level.view(z.shape[:-1]) for level in found.codes)
+            return found._replace(z_q=found.z_q.view(z.shape).movedim(-1, 1), codes=codes)
+
     def lookup(self, codes: Codes) -> Tensor:
         """Vectors (B, D, *spatial) of codes; equal to `forward`'s z_q for the codes it returned."""
+        with torch.autocast(codes[0].device.type, enabled=False):
+            rows = self.lookup_rows(tuple(level.flatten() for level in codes))
+            return rows.view(*codes[0].shape, self.dim).movedim(-1, 1)
 
     @abstractmethod
-    def update_(self, statistics: dict[str, Tensor]) -> None:
-        """Learn from one step's statistics, summed over micro-steps and processes."""
+    def quantize(self, rows: Tensor) -> Quantized:
+        """Quantize rows (N, D)."""
+
+    @abstractmethod
+    def lookup_rows(self, codes: Codes) -> Tensor:
+        """Vectors (N, D) of codes (N,) a level."""
+
+    def update_(self, statistics: Statistics) -> None:
+        """Learn from one step's statistics, summed over micro-steps and processes. Without codebooks: nothing."""
+
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """The codebooks, each once, in the order of the first level that uses each; none where the codes are given."""
+        return ()
+
+    def codebook_of(self, level: int) -> int:
+        """Which of `codebooks` a level uses: its own, or one that it shares with its neighbours."""
+        return level * len(self.codebooks()) // len(self.num_codes)
+
+
+def numbered(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of a composed quantizer's parts as one."""
+    return {f"{number}.{name}": value for number, part in enumerate(parts) for name, value in part.items()}
+
+
+def part_of(statistics: Statistics, number: int) -> Statistics:
+    """The inverse of `numbered` for one part."""
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
+
+
+def level_counts(statistics: Statistics) -> list[Tensor]:
+    """How often each code was chosen, (K,) a level."""
+    return [value for name, value in statistics.items() if name.split(".")[-1] == "counts"]
+
+
+def counted(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each of K codes occurs in codes (N,): float32 (K,), exact up to 2^24."""
+    return torch.bincount(codes, minlength=num_codes).float()
+
+
+def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Terms of equal name, added up."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total[name] + value if name in total else value
+    return total

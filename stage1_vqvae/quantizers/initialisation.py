@@ -1,15 +1,52 @@
-"""Where a codebook starts: k-means of the first training batches' latents."""
+"""Where codebooks start: k-means of the first training batches' latents."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from stage1_vqvae.quantizers.contract import Quantizer
 from stage1_vqvae.quantizers.search import nearest_codes
+from stage1_vqvae.training.randomness import generator
 
-# Latents a code that k-means sees: enough for a centroid to be a mean, few enough to take seconds.
-VECTORS_PER_CODE = 32
 _ROUNDS = 10
+# Latents that k-means sees: enough a code for a centroid to be a mean, few enough to take seconds, and the less of
+# them a code the more codes there are.
+_VECTORS_PER_CODE = 32
+_MOST_VECTORS, _FEWEST_PER_CODE = 2**16, 4
+
+
+def vectors_for(num_codes: int) -> int:
+    """How many latents k-means of K codes asks for."""
+    return min(_VECTORS_PER_CODE * num_codes, max(_MOST_VECTORS, _FEWEST_PER_CODE * num_codes))
+
+
+@torch.no_grad()
+def place_by_kmeans_(
+    quantizer: Quantizer, batches: Iterable[Tensor], seed: int, gather: Callable[[Tensor], Tensor], agree: Callable[[Tensor], Tensor]
+) -> None:
+    """Put every codebook at the centroids of the latents it has to represent, level after level, as each level's latents
+    depend on the codes before; a codebook shared by several levels is placed once for each of them.
+
+    Args:
+        quantizer: whose `codebooks` are placed, all of them placeable; its forward pass is in the mode it is in.
+        batches: latents z (B, D, *spatial) of this process, of equal sizes.
+        gather: rows of all processes, in rank order.
+        agree: the main process's tensor on all.
+    """
+    batches = list(batches)
+    codebooks = quantizer.codebooks()
+    for level in range(len(quantizer.num_codes)):
+        number = quantizer.codebook_of(level)
+        codebook = codebooks[number]
+        latents = torch.cat([gather(quantizer(z).latents[number]) for z in batches])
+        centroids, counts = kmeans(latents, codebook.num_codes, generator(seed, "k-means", level))
+        # Float sums may differ in their last bits between machines.
+        centroids, counts = agree(centroids), agree(counts)
+        everywhere = torch.ones(codebook.num_codes, dtype=torch.bool, device=centroids.device)
+        codebook.place_(everywhere, centroids, counts / len(batches))
 
 
 @torch.no_grad()

@@ -1,30 +1,63 @@
 """Restart of dead codes: a code that nothing chooses moves onto a latent of the present batch (Dhariwal et al. 2020, Jukebox).
 
-Which latent is a pure function of (seed, step, code), over the whole global batch; the process that holds it hands it
-in and the others hand in zeros, so that after one sum all of them move the same code to the same place.
+Which latent is a pure function of (seed, step, codebook, code), over the whole global batch; the process that holds it
+hands it in and the others hand in zeros, so that after one sum all of them move the same code to the same place.
 """
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+from stage1_vqvae.quantizers.contract import Quantizer, Statistics
+from stage1_vqvae.training.optimizer import forget_rows_
 from stage1_vqvae.training.randomness import generator
 
 
-def candidate_places(num_codes: int, total: int, seed: int, step: int) -> Tensor:
+class Restart:
+    """One step's restart of a quantizer's dead codes: `candidates` of every micro-step, added up, go to `apply_`."""
+
+    def __init__(self, quantizer: Quantizer, seed: int, step: int, batch_size: int) -> None:
+        self._codebooks = {number: codebook for number, codebook in enumerate(quantizer.codebooks()) if codebook.placeable}
+        self._seed, self._step, self._batch_size = seed, step, batch_size
+
+    @torch.no_grad()
+    def candidates(self, latents: tuple[Tensor, ...], first_image: int, images: int) -> Statistics:
+        """Where each code of each codebook would restart, (K, d), if that latent is among these of `images` images of
+        the global batch, from its `first_image` on; zeros if it is not.
+        """
+        found = {}
+        for number, codebook in self._codebooks.items():
+            vectors = latents[number]
+            an_image = len(vectors) // images
+            places = candidate_places(codebook.num_codes, self._batch_size * an_image, self._seed, self._step, number)
+            found[f"candidates/{number}"] = candidates_here(vectors, places, first_image * an_image)
+        return found
+
+    @torch.no_grad()
+    def apply_(self, candidates: Statistics, optimizer: torch.optim.Optimizer) -> int | Tensor:
+        """Move the dead codes to their candidates; what moved has no momentum. Returns how many."""
+        moved: int | Tensor = 0
+        for number, codebook in self._codebooks.items():
+            dead = codebook.dead_codes()
+            as_used = codebook.cluster_size.mean().expand(len(dead))
+            parameter = codebook.place_(dead, candidates[f"candidates/{number}"], as_used)
+            if parameter is not None:
+                forget_rows_(optimizer, parameter, dead)
+            moved = moved + dead.sum()
+        return moved
+
+
+def candidate_places(num_codes: int, total: int, seed: int, step: int, codebook: int) -> Tensor:
     """For each code, the place (K,) in the global batch's `total` latents where it would restart; no place twice
     while there are enough of them.
     """
-    places = torch.randperm(total, generator=generator(seed, "restart", step))
+    places = torch.randperm(total, generator=generator(seed, "restart", step, codebook))
     return places.repeat(-(-num_codes // total))[:num_codes]
 
 
-@torch.no_grad()
-def candidates_here(z: Tensor, places: Tensor, first: int) -> Tensor:
-    """The candidates (K, D) that lie in z (B, D, *spatial), whose latents are those from place `first` on; zeros elsewhere."""
-    vectors = rearrange(z, "b d ... -> (b ...) d").float()
+def candidates_here(vectors: Tensor, places: Tensor, first: int) -> Tensor:
+    """The candidates (K, d) among the latents (N, d), which are those from place `first` on; zeros elsewhere."""
     local = places.to(vectors.device) - first
     here = (local >= 0) & (local < len(vectors))
     found = vectors.new_zeros(len(places), vectors.shape[1])

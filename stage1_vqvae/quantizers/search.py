@@ -37,8 +37,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         codes = codebook.to(dtype) - centre
         squares = codes.square().sum(1)
         count = len(vectors)
-        block_bytes = _BLOCK_BYTES_GPU if vectors.is_cuda else _BLOCK_BYTES
-        rows = max(1, min(count, block_bytes // (codes.element_size() * len(codes))))
+        rows = max(1, min(count, rows_a_block(codes)))
         distances = torch.empty(rows, len(codes), dtype=dtype, device=vectors.device)
         nearest = torch.empty(count, dtype=torch.int64, device=vectors.device)
         for start in range(0, count, rows):
@@ -47,6 +46,12 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             torch.addmm(squares, block, codes.T, alpha=-2, out=out)
             torch.argmin(out, 1, out=nearest[start : start + len(block)])
     return nearest
+
+
+def rows_a_block(codebook: Tensor) -> int:
+    """How many vectors' distances to all codes (K, D) make a block."""
+    block_bytes = _BLOCK_BYTES_GPU if codebook.is_cuda else _BLOCK_BYTES
+    return max(1, block_bytes // (codebook.element_size() * len(codebook)))
 
 
 @contextmanager

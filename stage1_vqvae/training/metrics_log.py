@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class MetricsLog:
             kept = [record for record in read_metrics(path) if record["step"] <= first_step]
             write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write(self, step: int, split: str, values: Mapping[str, float | str]) -> None:
         """Note `values` of `split` after `step` steps."""
         if self._accelerator.is_main_process:
             with open(self.path, "a") as file:

@@ -1,0 +1,26 @@
+"""Print the health of a run's codebook, as its last validation found it: usage, perplexity, histogram, nearest codes.
+
+    python stage1_vqvae/doctor.py
+    python stage1_vqvae/doctor.py --run my_digits
+
+Works while stage 1 is still training. The picture beside it is stage1/codebook.png.
+"""
+
+from __future__ import annotations
+
+from configs.cli import TRAIN_TOKENIZER, parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import read_json
+from stage1_vqvae.quantizers.health import from_json, health_table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    run = parse(__doc__, (), argv).run
+    if not run.codebook_health.exists():
+        raise UserError(f"{run}: stage 1 has not been validated yet; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    print(health_table(*from_json(read_json(run.codebook_health))))
+
+
+if __name__ == "__main__":
+    run_entry(main)

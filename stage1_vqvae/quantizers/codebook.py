@@ -1,0 +1,154 @@
+"""Codebooks: K vectors and the rule by which they learn. How a code is chosen and what passes to the encoder is the
+quantizer's (vector.py); how codes start and restart is for initialisation.py and restart.py, which call `place_`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Laplace smoothing of the counts that divide the moving sums (Sonnet's VectorQuantizerEMA).
+_SMOOTHING = 1e-5
+
+
+class Codebook(nn.Module, ABC):
+    """What all rules share: a moving average of each code's use, `cluster_size`.
+
+    A code is dead when its moving count falls below `restart_below` times the mean count.
+    """
+
+    placeable = True
+    """Whether single codes can be put somewhere, by k-means and restarts."""
+    cluster_size: Tensor
+
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
+        super().__init__()
+        self.num_codes, self.dim = num_codes, dim
+        self.decay, self.restart_below = decay, restart_below
+        self.register_buffer("cluster_size", torch.ones(num_codes))
+
+    @abstractmethod
+    def vectors(self) -> Tensor:
+        """The codes' vectors (K, d), with their gradient if the rule needs it."""
+
+    @abstractmethod
+    def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
+        """The loss that teaches the codebook, from latents without gradient and their codes' vectors, (N, d) both."""
+
+    @torch.no_grad()
+    def update_(self, counts: Tensor, sums: Tensor) -> None:
+        """Learn from one step's counts (K,) of, and sums (K, d) over, the latents that chose each code."""
+        self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
+
+    def dead_codes(self) -> Tensor:
+        """Mask (K,) of the codes to restart."""
+        return self.cluster_size < self.restart_below * self.cluster_size.mean()
+
+    @abstractmethod
+    def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> Tensor | None:
+        """Put the codes of the mask `where` (K,) at the rows of `vectors` (K, d), as if each had been chosen `counts`
+        (K,) times a step; returns the parameter, if any, whose rows these are.
+        """
+
+
+class GradientCodebook(Codebook):
+    """The codebook follows the loss |sg(z) - e|^2.
+
+    Van den Oord et al. 2017, "Neural Discrete Representation Learning", equation 3, second term.
+    """
+
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
+        super().__init__(num_codes, dim, decay, restart_below)
+        # Until they are placed: unit variance, as a normalised latent would have.
+        self.weight = nn.Parameter(torch.randn(num_codes, dim))
+
+    def vectors(self) -> Tensor:
+        """The parameter itself."""
+        return self.weight
+
+    def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
+        """`codebook`: the mean over vectors and channels."""
+        return {"codebook": mean_square(vectors_q, rows)}
+
+    @torch.no_grad()
+    def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> Tensor:
+        """See the base class."""
+        self.weight[where] = vectors[where].to(self.weight)
+        self.cluster_size[where] = counts[where].to(self.cluster_size)
+        return self.weight
+
+
+class MovingAverageCodebook(Codebook):
+    """A code is the moving average of the latents that choose it.
+
+    Van den Oord et al. 2017, appendix A.1: N <- g N + (1 - g) n, m <- g m + (1 - g) sum(z), e = m / N. The smoothing
+    of N enters e only and is never written back.
+    """
+
+    weight: Tensor
+    moving_sum: Tensor
+
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
+        super().__init__(num_codes, dim, decay, restart_below)
+        self.register_buffer("weight", torch.randn(num_codes, dim))
+        self.register_buffer("moving_sum", self.weight.clone())
+
+    def vectors(self) -> Tensor:
+        """A buffer: no gradient reaches it."""
+        return self.weight
+
+    def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
+        """None: it learns in `update_`."""
+        return {}
+
+    @torch.no_grad()
+    def update_(self, counts: Tensor, sums: Tensor) -> None:
+        """Advance the moving count and sum of each code, and with them its vector."""
+        super().update_(counts, sums)
+        self.moving_sum.lerp_(sums.to(self.moving_sum), 1 - self.decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + _SMOOTHING) / (total + self.num_codes * _SMOOTHING) * total
+        self.weight.copy_(self.moving_sum / smoothed[:, None])
+
+    @torch.no_grad()
+    def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
+        """Also start the moving sums there."""
+        self.weight[where] = vectors[where].to(self.weight)
+        self.cluster_size[where] = counts[where].to(self.cluster_size)
+        self.moving_sum[where] = self.weight[where] * self.cluster_size[where, None]
+
+
+class LinearCodebook(Codebook):
+    """SimVQ: one learned linear map W over a frozen random codebook C, so that every code moves whenever one does.
+
+    Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer", equation 8:
+    the vectors are C W, and the codebook loss of the paper's quantizer reaches W alone. Its codes are not placed.
+    """
+
+    placeable = False
+    frozen: Tensor
+
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
+        super().__init__(num_codes, dim, decay, restart_below)
+        self.register_buffer("frozen", torch.randn(num_codes, dim) / dim**0.5)
+        self.map = nn.Linear(dim, dim, bias=False)
+
+    def vectors(self) -> Tensor:
+        """C W."""
+        return self.map(self.frozen)
+
+    def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
+        """`codebook`: the mean over vectors and channels."""
+        return {"codebook": mean_square(vectors_q, rows)}
+
+    def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
+        """Not possible."""
+        raise TypeError("the codes of a linear map cannot be placed one by one")
+
+
+def mean_square(a: Tensor, b: Tensor) -> Tensor:
+    """The mean squared difference, 0 for an empty batch."""
+    return F.mse_loss(a, b, reduction="sum") / max(1, a.numel())

@@ -1,0 +1,149 @@
+"""Quantizers made of quantizers: residual, product, projected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stage1_vqvae.quantizers.codebook import Codebook
+from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, added, numbered, part_of
+from stage1_vqvae.quantizers.gradients import Estimator
+
+
+class ResidualQuantizer(Quantizer):
+    """Each depth quantizes what the depths before have left; a latent's vector is the sum of its codes'.
+
+    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization", section 3.1: the codebook may be one
+    for all depths; the commitment of every partial sum is added up (equation 7). The gradient passes to z once.
+    """
+
+    def __init__(self, stages: Sequence[Quantizer], depth: int, estimator: Estimator) -> None:
+        """`stages`: one quantizer a depth, or a single one, shared by all."""
+        super().__init__()
+        assert len(stages) in (1, depth)
+        self.stages = nn.ModuleList(stages)
+        self.depth, self.estimator = depth, estimator
+        self.dim, self.num_codes = stages[0].dim, tuple(k for level in range(depth) for k in self._stage(level).num_codes)
+
+    def _stage(self, level: int) -> Quantizer:
+        stage = self.stages[level if len(self.stages) > 1 else 0]
+        assert isinstance(stage, Quantizer)
+        return stage
+
+    def quantize(self, rows: Tensor) -> Quantized:
+        """See the contract."""
+        left, parts = rows, []
+        for level in range(self.depth):
+            parts.append(self._stage(level).quantize(left))
+            left = left - parts[-1].z_q.detach()
+        z_q = self.estimator(rows, sum_of([part.z_q.detach() for part in parts]))
+        codes = tuple(level for part in parts for level in part.codes)
+        by_depth = [part.latents for part in parts]
+        if len(self.stages) == 1:
+            latents = tuple(torch.stack(depths, 1).flatten(0, 1) for depths in zip(*by_depth, strict=True))
+        else:
+            latents = tuple(vectors for depth in by_depth for vectors in depth)
+        losses = added([part.losses for part in parts])
+        return Quantized(z_q, codes, losses, numbered([part.statistics for part in parts]), latents)
+
+    def lookup_rows(self, codes: Codes) -> Tensor:
+        """See the contract."""
+        levels = len(codes) // self.depth
+        parts = [self._stage(level).lookup_rows(codes[level * levels : (level + 1) * levels]) for level in range(self.depth)]
+        return sum_of(parts)
+
+    def update_(self, statistics: Statistics) -> None:
+        """See the contract. A shared codebook learns from all depths at once."""
+        parts = [part_of(statistics, level) for level in range(self.depth)]
+        parts = [added(parts)] if len(self.stages) == 1 else parts
+        for level, part in enumerate(parts):
+            self._stage(level).update_(part)
+
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """See the contract."""
+        return tuple(codebook for level in range(len(self.stages)) for codebook in self._stage(level).codebooks())
+
+
+class ProductQuantizer(Quantizer):
+    """The channels in groups, each with a quantizer of its own: K^groups combinations from groups x K codes.
+
+    Jegou et al. 2011, "Product Quantization for Nearest Neighbor Search", section II-B. Losses are the groups' means.
+    """
+
+    def __init__(self, groups: Sequence[Quantizer]) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(groups)
+        self._groups = tuple(groups)
+        self.dim = sum(group.dim for group in groups)
+        self.num_codes = tuple(k for group in groups for k in group.num_codes)
+
+    def quantize(self, rows: Tensor) -> Quantized:
+        """See the contract."""
+        channels = rows.split([group.dim for group in self._groups], 1)
+        parts = [group.quantize(part) for group, part in zip(self._groups, channels, strict=True)]
+        losses = {name: total / len(parts) for name, total in added([part.losses for part in parts]).items()}
+        return Quantized(
+            torch.cat([part.z_q for part in parts], 1),
+            tuple(level for part in parts for level in part.codes),
+            losses,
+            numbered([part.statistics for part in parts]),
+            tuple(vectors for part in parts for vectors in part.latents),
+        )
+
+    def lookup_rows(self, codes: Codes) -> Tensor:
+        """See the contract."""
+        parts, first = [], 0
+        for group in self._groups:
+            levels = len(group.num_codes)
+            parts.append(group.lookup_rows(codes[first : first + levels]))
+            first += levels
+        return torch.cat(parts, 1)
+
+    def update_(self, statistics: Statistics) -> None:
+        """See the contract."""
+        for number, group in enumerate(self._groups):
+            group.update_(part_of(statistics, number))
+
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """See the contract."""
+        return tuple(codebook for group in self._groups for codebook in group.codebooks())
+
+
+class ProjectedQuantizer(Quantizer):
+    """A quantizer of other width between two learned linear maps.
+
+    Yu et al. 2021, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2, "factorized codes": codes are
+    looked for in few dimensions and decoded from many. FSQ and LFQ, whose width follows from K, need it always.
+    """
+
+    def __init__(self, dim: int, inner: Quantizer) -> None:
+        super().__init__()
+        self.dim, self.num_codes = dim, inner.num_codes
+        self.down, self.inner, self.up = nn.Linear(dim, inner.dim), inner, nn.Linear(inner.dim, dim)
+
+    def quantize(self, rows: Tensor) -> Quantized:
+        """See the contract."""
+        found = self.inner.quantize(self.down(rows))
+        return found._replace(z_q=self.up(found.z_q))
+
+    def lookup_rows(self, codes: Codes) -> Tensor:
+        """See the contract."""
+        return self.up(self.inner.lookup_rows(codes))
+
+    def update_(self, statistics: Statistics) -> None:
+        """See the contract."""
+        self.inner.update_(statistics)
+
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """See the contract."""
+        return self.inner.codebooks()
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """Added in order, so that `quantize` and `lookup_rows` agree to the last bit."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,79 @@
+"""The entropy regulariser: each latent sure of its code, all codes used alike.
+
+With p(k | z) = softmax_k(-|z - e_k|^2 / t): the mean entropy of p(. | z) less the entropy of its mean over the batch
+(Jansen et al. 2020, equation 3; Yu et al. 2023, "Language Model Beats Diffusion", equation 5). The N x K
+probabilities are never held whole: they are recomputed, block by block, in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed.nn.functional
+from torch import Tensor
+
+from stage1_vqvae.quantizers.search import rows_a_block
+
+
+def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
+    """Mean entropy of a latent's soft assignment less the entropy of the mean assignment, in nats.
+
+    The second is not linear in the batch, so the mean assignment is first averaged over the processes, each of which
+    holds as many rows, by a collective that passes gradients: all together then descend the global batch's entropy.
+
+    Args:
+        rows: latents (N, d).
+        vectors: of the codes (K, d).
+        temperature: t, in squared units of the latents.
+    """
+    mean_assignment, mean_entropy = _SoftAssignment.apply(rows, vectors, temperature)
+    mean_assignment = averaged_over_processes(mean_assignment)
+    return mean_entropy - torch.special.entr(mean_assignment).sum()
+
+
+def averaged_over_processes(tensor: Tensor) -> Tensor:
+    """The mean over the processes, with gradients; as given on one process."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return tensor
+    return torch.distributed.nn.functional.all_reduce(tensor) / torch.distributed.get_world_size()
+
+
+class _SoftAssignment(torch.autograd.Function):
+    """rows (N, d), vectors (K, d) -> the mean over rows of p, (K,), and of p's entropy; zeros without rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, vectors: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, vectors)
+        ctx.temperature = temperature
+        mean_assignment, mean_entropy = vectors.new_zeros(len(vectors)), rows.new_zeros(())
+        for block in rows.split(rows_a_block(vectors)):
+            log_p = _log_assignment(block, vectors, temperature)
+            p = log_p.exp()
+            mean_assignment += p.sum(0)
+            mean_entropy -= p.mul_(log_p).sum()
+        count = max(1, len(rows))
+        return mean_assignment / count, mean_entropy / count
+
+    @staticmethod
+    def backward(ctx: Any, to_assignment: Tensor, to_entropy: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, vectors = ctx.saved_tensors
+        to_rows, to_vectors = torch.empty_like(rows), torch.zeros_like(vectors)
+        size, count = rows_a_block(vectors), max(1, len(rows))
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            log_p = _log_assignment(block, vectors, ctx.temperature)
+            p = log_p.exp()
+            to_p = to_assignment - to_entropy * (log_p + 1)
+            # Through the softmax, and with the 2 / t of the distances' own gradient.
+            to_logits = (p * (to_p - (p * to_p).sum(1, keepdim=True))).mul_(2 / (ctx.temperature * count))
+            torch.mm(to_logits, vectors, out=to_rows[start : start + size])
+            to_vectors += to_logits.T @ block - vectors * to_logits.sum(0)[:, None]
+        # Each row's gradients at its logits add up to zero, so that of |z|^2 vanishes.
+        return to_rows, to_vectors, None
+
+
+def _log_assignment(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
+    """log p(k | z), (N, K); |z|^2 is the same for all k and left out."""
+    logits = torch.addmm(vectors.square().sum(1), rows, vectors.T, alpha=-2).mul_(-1 / temperature)
+    return logits.log_softmax(1)

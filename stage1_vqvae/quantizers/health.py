@@ -1,0 +1,152 @@
+"""The codebook doctor: what a split's codes and the codebooks say of their health, and what to change.
+
+Usage is the share of codes hit at least once; perplexity is 2 to the entropy of how often each is hit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import Tokenizer
+from stage1_vqvae.metrics import perplexity, usage
+
+# A window or split with fewer vectors a code than this says nothing of usage.
+_ENOUGH_PER_CODE = 4
+# Healthy codebooks were seen to fill half of their codes within the first hundred steps, collapsing ones never.
+_LOW_USAGE, _LOW_PERPLEXITY_SHARE = 0.5, 0.1
+# Nearest neighbours of this many codes at most are looked at, each among all.
+_MOST_PROBED = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelHealth:
+    """One level's codes over a split."""
+
+    num_codes: int
+    """K."""
+    usage: float
+    """Share of codes hit."""
+    perplexity: float
+    """2 ** entropy of the counts."""
+    dead: int
+    """Codes never hit."""
+    histogram: dict[str, int]
+    """How many codes were hit so many times: 0, 1, 2-3, 4-7, ..."""
+    nearest_pair: float | None
+    """The least distance of two codes as a share of the codes' root-mean-square distance from their mean; null where the
+    level has no codebook."""
+    nearest_median: float | None
+    """The median over codes of the distance to the nearest other one, as the same share."""
+
+
+def examine(counts: Tensor, vectors: Tensor | None) -> LevelHealth:
+    """The health of a level from its counts (K,) over a split and its codebook's vectors (K, d), if it has one."""
+    distances = None if vectors is None else nearest_distances(vectors)
+    return LevelHealth(
+        num_codes=len(counts),
+        usage=usage(counts),
+        perplexity=perplexity(counts),
+        dead=int((counts == 0).sum()),
+        histogram=histogram(counts),
+        nearest_pair=None if distances is None else float(distances.min()),
+        nearest_median=None if distances is None else float(distances.median()),
+    )
+
+
+def histogram(counts: Tensor) -> dict[str, int]:
+    """Codes by how often they were hit, in bins that double: {"0": 3, "1": 0, "2-3": 12, ...}."""
+    bins = {"0": int((counts == 0).sum())}
+    low = 1
+    while low <= float(counts.max()):
+        name = str(low) if low == 1 else f"{low}-{2 * low - 1}"
+        bins[name] = int(((counts >= low) & (counts < 2 * low)).sum())
+        low *= 2
+    return bins
+
+
+@torch.no_grad()
+def nearest_distances(vectors: Tensor) -> Tensor:
+    """The distance of each code (of the first few thousand) to the nearest other one, as a share of the root-mean-square
+    distance of codes (K, d) from their mean.
+    """
+    vectors = vectors.double() - vectors.double().mean(0)
+    scale = vectors.square().sum(1).mean().sqrt().clamp(min=1e-30)
+    found: list[Tensor] = []
+    for first in range(0, min(len(vectors), _MOST_PROBED), 512):
+        block = vectors[first : min(first + 512, _MOST_PROBED)]
+        # By definition and not by |a|^2 - 2 a.b + |b|^2, which loses just the small distances.
+        distances = torch.cdist(block, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+        distances[torch.arange(len(block)), torch.arange(first, first + len(block))] = float("inf")
+        found.append(distances.min(1).values)
+    return torch.cat(found) / scale
+
+
+def checksum(module: nn.Module) -> int:
+    """A 63-bit sum of all weights and buffers, bit for bit: equal on processes whose codebooks are."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def collapse_warning(counts: Sequence[Tensor], config: Tokenizer) -> str | None:
+    """One line that names a collapsing codebook and what to change, or None; counts (K,) a level, of a window of steps."""
+    for level, used in enumerate(counts):
+        if float(used.sum()) < _ENOUGH_PER_CODE * len(used):
+            continue
+        share, spread = usage(used), perplexity(used)
+        if share < _LOW_USAGE or spread < _LOW_PERPLEXITY_SHARE * len(used):
+            where = "the codebook" if len(counts) == 1 else f"level {level + 1} of {len(counts)}"
+            found = f"{int((used > 0).sum())} of {len(used)} codes in use, perplexity {spread:.1f}"
+            return f"{where} is collapsing: {found}; {advice(config)}"
+    return None
+
+
+def advice(config: Tokenizer) -> str:
+    """What to change first against a collapse, given what is set already."""
+    if config.quantizer == "lfq":
+        return "raise tokenizer.entropy_weight" if config.entropy_weight > 0 else "set tokenizer.entropy_weight, for instance 0.1"
+    if config.quantizer == "fsq":
+        return "lower stage1.lr: the encoder's latents have left the quantizer's range"
+    if config.quantizer == "simvq":
+        return "set tokenizer.entropy_weight, for instance 0.01, or lower stage1.lr"
+    if config.restart_below == 0:
+        return "let dead codes restart: set tokenizer.restart_below, for instance 0.05"
+    if config.initialisation == "random":
+        return "set tokenizer.initialisation kmeans"
+    if config.quantizer == "ema" and config.ema_decay > 0.95:
+        return "lower tokenizer.ema_decay to 0.95, so that the codes keep up with the encoder"
+    return "lower stage1.restart_interval or stage1.lr, or set a smaller tokenizer.codebook_dim with tokenizer.metric cosine"
+
+
+def health_table(step: int, levels: Sequence[LevelHealth], warning: str | None) -> str:
+    """Plain text for a terminal."""
+    lines = [f"codebook over the validation split, after step {step}"]
+    for number, level in enumerate(levels):
+        lines.append(f"level {number + 1} of {len(levels)}: K = {level.num_codes}")
+        lines.append(f"  usage        {level.usage:.1%} ({level.dead} dead)")
+        lines.append(f"  perplexity   {level.perplexity:.1f} ({level.perplexity / level.num_codes:.0%} of K)")
+        if level.nearest_pair is not None:
+            lines.append(f"  nearest pair {level.nearest_pair:.2g} of the codebook's radius (median {level.nearest_median:.2g})")
+        most = max(level.histogram.values())
+        lines.append("  hits         codes")
+        lines += [f"  {name:<12} {count:<6} {'#' * round(40 * count / most)}" for name, count in level.histogram.items()]
+    lines.append("healthy" if warning is None else f"warning: {warning}")
+    return "\n".join(lines)
+
+
+def to_json(step: int, levels: Sequence[LevelHealth], warning: str | None) -> dict[str, object]:
+    """What `from_json` reads."""
+    return {"step": step, "levels": [dataclasses.asdict(level) for level in levels], "warning": warning}
+
+
+def from_json(content: dict) -> tuple[int, list[LevelHealth], str | None]:
+    """The arguments of `health_table`."""
+    return content["step"], [LevelHealth(**level) for level in content["levels"]], content["warning"]

@@ -1,0 +1,89 @@
+"""Quantizers without a codebook to learn: every channel is rounded by itself, and the codes are all combinations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stage1_vqvae.quantizers.codebook import mean_square
+from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, counted
+from stage1_vqvae.quantizers.entropy import entropy_loss
+from stage1_vqvae.quantizers.gradients import straight_through
+
+# Keeps the outermost level within reach of tanh, by this share of the range.
+_MARGIN = 1e-3
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """FSQ: channel i is squashed and rounded to one of L_i levels, evenly from -1 to 1; K is the product of the L_i.
+
+    Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3. No losses: nothing can collapse.
+    """
+
+    sizes: Tensor
+    strides: Tensor
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.dim, self.num_codes = len(levels), (math.prod(levels),)
+        self.register_buffer("sizes", torch.tensor(levels), persistent=False)
+        strides = torch.tensor([math.prod(levels[:number]) for number in range(len(levels))])
+        self.register_buffer("strides", strides, persistent=False)
+
+    def quantize(self, rows: Tensor) -> Quantized:
+        """See the contract."""
+        squashed = self._squashed(rows)
+        digits = squashed.detach().round()
+        codes = ((digits.long() + self.sizes // 2) * self.strides).sum(1)
+        z_q = straight_through(squashed / (self.sizes // 2), self.lookup_rows((codes,)).to(rows.dtype))
+        return Quantized(z_q, (codes,), {}, {"counts": counted(codes, self.num_codes[0])}, ())
+
+    def lookup_rows(self, codes: Codes) -> Tensor:
+        """See the contract: digits from -floor(L / 2) on, divided by floor(L / 2)."""
+        digits = codes[0][:, None] // self.strides % self.sizes
+        half = self.sizes // 2
+        return (digits - half) / half
+
+    def _squashed(self, rows: Tensor) -> Tensor:
+        """Into the open interval whose rounding gives L integers; an even L has one more of them below 0 than above."""
+        reach = (self.sizes - 1) * (1 + _MARGIN) / 2
+        offset = (self.sizes % 2 == 0).to(rows.dtype) / 2
+        return (rows + (offset / reach).atanh()).tanh() * reach - offset
+
+
+class LookupFreeQuantizer(Quantizer):
+    """LFQ: the signs of log2 K channels are the code's bits, and its vector.
+
+    Yu et al. 2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.1, equations 3
+    to 5: an entropy term keeps the codes in use, a commitment term the latents near their signs.
+    """
+
+    powers: Tensor
+    signs: Tensor
+
+    def __init__(self, num_codes: int, *, commitment: float, entropy_weight: float, entropy_temperature: float) -> None:
+        super().__init__()
+        self.dim, self.num_codes = num_codes.bit_length() - 1, (num_codes,)
+        self.commitment, self.entropy_weight, self.entropy_temperature = commitment, entropy_weight, entropy_temperature
+        self.register_buffer("powers", 2 ** torch.arange(self.dim), persistent=False)
+        every_code = torch.arange(num_codes)
+        self.register_buffer("signs", self._bits(every_code).float() * 2 - 1, persistent=False)
+
+    def quantize(self, rows: Tensor) -> Quantized:
+        """See the contract. Losses: `commitment` and `entropy`."""
+        codes = ((rows.detach() > 0) * self.powers).sum(1)
+        vectors_q = self.signs[codes].to(rows.dtype)
+        losses = {"commitment": self.commitment * mean_square(rows, vectors_q)}
+        if self.entropy_weight > 0:
+            losses["entropy"] = self.entropy_weight * entropy_loss(rows, self.signs.to(rows.dtype), self.entropy_temperature)
+        return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": counted(codes, self.num_codes[0])}, ())
+
+    def lookup_rows(self, codes: Codes) -> Tensor:
+        """See the contract."""
+        return self.signs[codes[0]]
+
+    def _bits(self, codes: Tensor) -> Tensor:
+        return codes[:, None] // self.powers % 2

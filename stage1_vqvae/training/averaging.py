@@ -1,0 +1,45 @@
+"""Weight averaging: a moving average of weights, which reconstructs better than any single step's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class WeightAverage(Generic[Model]):
+    """`model`, a copy of a model in training whose parameters are the moving averages of its own.
+
+    Polyak & Juditsky 1992; with exponential weights as in Karras et al. 2018, "Progressive Growing of GANs", section
+    4. The decay rises from 0 as min(decay, (1 + steps) / (10 + steps)), so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, live: Model, decay: float, shared: Sequence[str]) -> None:
+        """`shared`: submodules that the copy has in common with the model in training, instead of an average."""
+        self.decay, self.steps = decay, 0
+        self.model = copy.deepcopy(live).requires_grad_(False)
+        for name in shared:
+            setattr(self.model, name, getattr(live, name))
+        pairs = zip(self.model.parameters(), live.parameters(), strict=True)
+        self._pairs = [(average, weight) for average, weight in pairs if average is not weight]
+
+    @torch.no_grad()
+    def update_(self) -> None:
+        """After every step of the optimiser."""
+        self.steps += 1
+        averages, weights = (list(tensors) for tensors in zip(*self._pairs, strict=True))
+        torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"steps": self.steps, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.steps = state["steps"]
+        self.model.load_state_dict(state["model"])

@@ -1,0 +1,60 @@
+"""What happened since the last log line."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from stage1_vqvae.metrics import perplexity, psnr, usage
+from stage1_vqvae.training.stopping import check_finite
+
+
+class Window:
+    """Per-step values since the last log line; they stay on the device until then."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+        self._counts: list[list[Tensor]] = []
+        self.restart_clock()
+
+    @property
+    def steps(self) -> int:
+        """Steps gathered."""
+        return len(self._counts)
+
+    def restart_clock(self) -> None:
+        """Leave out what was not training from images/s."""
+        self._since = time.monotonic()
+
+    def add(self, counts: list[Tensor], **values: Tensor) -> None:
+        """Note a step's counts, (K,) a level, and values, `loss` and `mse` among them."""
+        self._counts.append(counts)
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def close(self, first: int, batch_size: int, advice: str) -> tuple[dict[str, float], list[Tensor]]:
+        """Means over the window, usage and perplexity of its codes together, codes restarted, images/s; and its counts.
+        Then it starts anew.
+
+        Errors: UserError naming the step, with `advice`, if a loss is not finite.
+        """
+        steps = self.steps
+        for number, loss in enumerate(torch.stack(self._values["loss"]).tolist()):
+            check_finite(loss, first + number + 1, advice)
+        counts = [torch.stack(level).sum(0) for level in zip(*self._counts, strict=True)]
+        restarted = sum(int(value) for value in self._values.pop("restarted", []))
+        means = {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
+        seconds = time.monotonic() - self._since
+        self._values, self._counts = {}, []
+        self.restart_clock()
+        values = {
+            **means,
+            "psnr": psnr(means["mse"]),
+            "usage": usage(*counts),
+            "perplexity": perplexity(*counts),
+            "restarted": restarted,
+            "images_per_second": steps * batch_size / seconds,
+        }
+        return values, counts
