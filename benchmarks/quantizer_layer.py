@@ -1,0 +1,120 @@
+"""The quantizer layer, forward, backward and moving average, against the floor: one matrix product, argmin and gather.
+
+    python benchmarks/quantizer_layer.py
+    pip install vector-quantize-pytorch && python benchmarks/quantizer_layer.py     (with it as a peer)
+
+Medians of alternated runs, as ratios to the floor within one run; two threads. Memory is the peak above what was there
+before the call (Linux only).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.schema import Tokenizer
+from stage1_vqvae.quantizers.build import build_quantizer
+
+_SHAPES = ((16_384, 512, 64), (4_096, 1_024, 512), (16_384, 16_384, 8))
+_ROUNDS = 15
+_IMAGES = 16
+
+
+def floor(z: Tensor, codebook: Tensor) -> Callable[[], object]:
+    """What no exact search by a whole matrix can be faster than: rows (N, D) at hand, nothing learned."""
+    rows = z.movedim(1, -1).reshape(-1, z.shape[1]).contiguous()
+    distances = torch.empty(len(rows), len(codebook))
+
+    def call() -> Tensor:
+        torch.addmm(codebook.square().sum(1), rows, codebook.T, alpha=-2, out=distances)
+        return codebook[distances.argmin(1)]
+
+    return call
+
+
+def ours(z: Tensor, codebook: Tensor, **section: object) -> Callable[[], object]:
+    """A training step's share of the layer, on images' latents (B, D, h, w)."""
+    quantizer = build_quantizer(Tokenizer(num_codes=len(codebook), code_dim=codebook.shape[1], **section)).train()  # type: ignore[arg-type]
+    gradient = torch.randn_like(z)
+
+    def call() -> None:
+        found = quantizer(z)
+        torch.autograd.backward([found.z_q, *found.losses.values()], [gradient, *(None for _ in found.losses)])
+        z.grad = None
+        quantizer.update_(found.statistics)
+
+    return call
+
+
+def peer(z: Tensor, codebook: Tensor) -> Callable[[], object]:
+    """vector-quantize-pytorch's `VectorQuantize`, moving average, all else as it comes."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    quantizer = VectorQuantize(dim=codebook.shape[1], codebook_size=len(codebook), decay=0.95, accept_image_fmap=True).train()
+    gradient = torch.randn_like(z)
+
+    def call() -> None:
+        z_q, _, loss = quantizer(z)
+        torch.autograd.backward([z_q, loss.sum()], [gradient, None])
+        z.grad = None
+
+    return call
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def peak_mib(function: Callable[[], object]) -> float:
+    """The most memory a call takes above what there was before it."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return float("nan")
+
+    def field(name: str) -> float:
+        return float(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1]) / 1024
+
+    clear.write_text("5")
+    before = field("VmRSS")
+    function()
+    return field("VmHWM") - before
+
+
+def main() -> None:
+    """Print the table."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    print("| N, K, D | layer | ms | times the floor | peak MiB |\n| --- | --- | --- | --- | --- |", flush=True)
+    for count, num_codes, dim in _SHAPES:
+        side = int((count / _IMAGES) ** 0.5)
+        z = torch.randn(_IMAGES, dim, side, side).requires_grad_()
+        codebook = torch.randn(num_codes, dim)
+        layers = {"floor": floor(z.detach(), codebook), "EMA": ours(z, codebook), "gradient": ours(z, codebook, quantizer="gradient")}
+        layers["EMA, rotation trick"] = ours(z, codebook, gradient_estimator="rotation")
+        layers["EMA, cosine"] = ours(z, codebook, metric="cosine")
+        if importlib.util.find_spec("vector_quantize_pytorch"):
+            layers["vector-quantize-pytorch, EMA"] = peer(z, codebook)
+        memory = {name: peak_mib(call) for name, call in layers.items()}
+        times: dict[str, list[float]] = {name: [] for name in layers}
+        for number in range(_ROUNDS):
+            for name, call in layers.items():
+                # The peer takes tens of times as long: three of its rounds are enough.
+                if number < 3 or "pytorch" not in name:
+                    times[name].append(seconds(call))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        for name, median in medians.items():
+            ratio = median / medians["floor"]
+            print(f"| {count}, {num_codes}, {dim} | {name} | {1000 * median:.1f} | {ratio:.2f} | {memory[name]:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
