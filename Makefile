@@ -34,3 +34,4 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/quantizer_layer.py

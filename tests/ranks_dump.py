@@ -1,6 +1,8 @@
 """Run a training script's `main` under a launcher, and keep every process's own weights at each checkpoint.
 
-torchrun ... tests/ranks_dump.py FOLDER stage1_vqvae.train ARGUMENTS
+torchrun ... tests/ranks_dump.py FOLDER stage1_vqvae.train ARGUMENTS [NEXT ARGUMENTS ...]
+
+Several runs may follow one another in the same processes; run number i dumps to FOLDER/i.
 """
 
 from __future__ import annotations
@@ -12,21 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from configs.errors import run_entry
 from stage1_vqvae.training.checkpoint import Checkpoints
 
+NEXT = "NEXT"
+
 
 def main() -> None:
-    folder, module, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    folder, module = Path(sys.argv[1]), sys.argv[2]
+    runs: list[list[str]] = [[]]
+    for argument in sys.argv[3:]:
+        if argument == NEXT:
+            runs.append([])
+        else:
+            runs[-1].append(argument)
     save = Checkpoints.save
+    # The processes stay joined from run to run.
+    Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
+    for number, arguments in enumerate(runs):
+        (folder / str(number)).mkdir(exist_ok=True)
 
-    def save_and_dump(self: Checkpoints, step: int, state: dict[str, Any]) -> None:
-        torch.save(state["model"], folder / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
-        save(self, step, state)
+        def save_and_dump(self: Checkpoints, step: int, state: dict[str, Any], number: int = number) -> None:
+            torch.save(state["model"], folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
+            save(self, step, state)
 
-    Checkpoints.save = save_and_dump  # type: ignore[method-assign]
-    importlib.import_module(module).main(arguments)
+        Checkpoints.save = save_and_dump  # type: ignore[method-assign]
+        importlib.import_module(module).main(arguments)
 
 
 if __name__ == "__main__":

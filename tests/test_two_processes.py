@@ -13,6 +13,8 @@ from configs.run_dir import read_json
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.code_store import CodeStore
 from tests.conftest import Script
+from tests.ranks_dump import NEXT
+from tests.stage1_vqvae.quantizer_kinds import KINDS, D
 
 
 def paths(run: Path) -> set[str]:
@@ -71,24 +73,42 @@ def test_samples_are_those_of_one_process(run_copy: Path, count: int, batch_size
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
-@pytest.mark.parametrize("quantizer", ["ema", "gradient"])
-def test_one_step_is_the_same_step_and_fifty_leave_equal_ranks(quantizer: str, tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
-    """DDP does not broadcast buffers here, so equality of the codebooks is the sums' doing. Restarts are among the 50."""
+@pytest.fixture(scope="module")
+def steps_of_all_kinds(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, script: Script) -> Path:
+    """Each quantizer: one step at one process, one at two, fifty at two; restarts, three steps apart, are among the 50."""
+    folder = tmp_path_factory.mktemp("kinds")
     for name, processes, steps in (("one", 1, 1), ("two", 2, 1), ("long", 2, 50)):
-        (tmp_path / name).mkdir()
-        settings = ["--config", tiny_recipe, "--run", tmp_path / f"run-{name}", "--stage1.steps", steps, "--tokenizer.quantizer", quantizer]
-        settings += ["--tokenizer.restart_below", "0.5"]
-        done = script("tests/ranks_dump.py", tmp_path / name, "stage1_vqvae.train", *settings, processes=processes)
+        (folder / name).mkdir()
+        runs: list[object] = []
+        for kind in KINDS:
+            tokenizer = {"code_dim": D, "restart_below": 0.5, **KINDS[kind]}
+            settings = [text for key, value in tokenizer.items() for text in (f"--tokenizer.{key}", value)]
+            runs += [NEXT] if runs else []
+            runs += ["--config", tiny_recipe, "--run", folder / f"run-{name}-{kind}", "--stage1.steps", steps, *settings]
+        done = script("tests/ranks_dump.py", folder / name, "stage1_vqvae.train", *runs, processes=processes)
         assert done.returncode == 0, done.stderr
-    one = torch.load(tmp_path / "one" / "1-of-rank-0.pt")
-    two = torch.load(tmp_path / "two" / "1-of-rank-0.pt")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_at_two_processes_is_the_step_of_one(kind: str, steps_of_all_kinds: Path) -> None:
+    """K-means of the same latents, the same sums, and gradients of the same global batch, entropy terms included."""
+    number = str(list(KINDS).index(kind))
+    one, two = (torch.load(steps_of_all_kinds / name / number / "1-of-rank-0.pt") for name in ("one", "two"))
     for name in one:
         assert torch.allclose(one[name], two[name], atol=1e-5), name
-    ranks = [torch.load(tmp_path / "long" / f"50-of-rank-{rank}.pt") for rank in (0, 1)]
-    for name in ranks[0]:
-        assert torch.equal(ranks[0][name], ranks[1][name]), name
-    records = read_metrics(tmp_path / "run-long" / "stage1" / "metrics.jsonl")
-    assert sum(record.get("restarted", 0) for record in records) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_steps_leave_equal_ranks(kind: str, steps_of_all_kinds: Path) -> None:
+    """DDP does not broadcast buffers here, so equality of the codebooks is the sums' doing."""
+    number = str(list(KINDS).index(kind))
+    first, second = (torch.load(steps_of_all_kinds / "long" / number / f"50-of-rank-{rank}.pt") for rank in (0, 1))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    records = read_metrics(steps_of_all_kinds / f"run-long-{kind}" / "stage1" / "metrics.jsonl")
+    restarted = sum(record.get("restarted", 0) for record in records)
+    assert (restarted > 0) == (kind not in ("simvq", "fsq", "lfq"))
 
 
 def test_one_step_of_the_prior_is_the_same_step(run_copy: Path, tmp_path: Path, script: Script) -> None:
@@ -97,7 +117,7 @@ def test_one_step_of_the_prior_is_the_same_step(run_copy: Path, tmp_path: Path, 
         settings = ["--run", run_copy, "--name", f"p{processes}", "--stage2.steps", "1", "--prior.dropout", "0"]
         done = script("tests/ranks_dump.py", tmp_path / str(processes), "stage2_prior.train", *settings, processes=processes)
         assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / name) for name in ("1/1-of-rank-0.pt", "2/1-of-rank-0.pt", "2/1-of-rank-1.pt"))
+    one, first, second = (torch.load(tmp_path / name) for name in ("1/0/1-of-rank-0.pt", "2/0/1-of-rank-0.pt", "2/0/1-of-rank-1.pt"))
     for name in one:
         assert torch.allclose(one[name], first[name], atol=1e-5), name
         assert torch.equal(first[name], second[name]), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,10 @@ from torch import Tensor
 _BLOCK_BYTES = 8 * 2**20
 # A GPU needs more work a launch than a cache holds.
 _BLOCK_BYTES_GPU = 256 * 2**20
+# The kernel of fused.py is for few channels; with many the matrix product dominates, and a library's is the better one.
+_WIDEST_FUSED = 64
+# It comes with torch's CUDA builds.
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @torch.no_grad()
@@ -36,6 +41,10 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         centre = codebook.to(dtype).mean(0)
         codes = codebook.to(dtype) - centre
         squares = codes.square().sum(1)
+        if vectors.is_cuda and dtype == torch.float32 and codes.shape[1] <= _WIDEST_FUSED and _TRITON:
+            from stage1_vqvae.quantizers.fused import fused_nearest
+
+            return fused_nearest(vectors.to(dtype) - centre, codes, squares)
         count = len(vectors)
         rows = max(1, min(count, rows_a_block(codes)))
         distances = torch.empty(rows, len(codes), dtype=dtype, device=vectors.device)

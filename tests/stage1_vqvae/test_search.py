@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -25,11 +30,34 @@ def test_the_choice_is_the_nearest_to_float32_rounding(count: int, num_codes: in
     codebook = torch.randn(num_codes, width, generator=generator) + offset
     distances = squared_distances(vectors, codebook)
     chosen = distances.gather(1, nearest_codes(vectors, codebook)[:, None])[:, 0]
-    # Measured from the codebook's mean, where the search works; the bound from the origin is far wider.
+    squares = vectors.double().square().sum(1) + codebook.double().square().sum(1).max()
+    assert bool((chosen <= distances.min(1).values + 8 * EPS * squares).all())
+    # Centred on the codebook's mean it is better than that bound, which grows with the distance from the origin.
     centre = codebook.double().mean(0)
-    squares = (vectors.double() - centre).square().sum(1) + (codebook.double() - centre).square().sum(1).max()
-    rounding = 8 * EPS * squares + 4 * EPS * abs(offset) * squares.sqrt()
+    centred = (vectors.double() - centre).square().sum(1) + (codebook.double() - centre).square().sum(1).max()
+    rounding = 8 * EPS * centred + 4 * EPS * abs(offset) * centred.sqrt()
     assert bool((chosen <= distances.min(1).values + rounding).all())
+
+
+def test_the_gpu_kernel_finds_the_same_codes_as_the_blocked_search() -> None:
+    """In Triton's interpreter, which needs no GPU, in a process of its own, since it has to be chosen before the import."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: it comes with torch's CUDA builds")
+    program = """
+import torch
+from stage1_vqvae.quantizers.fused import fused_nearest
+from stage1_vqvae.quantizers.search import nearest_codes
+torch.manual_seed(0)
+for count, num_codes, width in ((100, 130, 8), (70, 33, 64), (65, 64, 16), (5, 2, 1), (0, 3, 4)):
+    vectors, codebook = torch.randn(count, width), torch.randn(num_codes, width) + 3
+    codes = codebook - codebook.mean(0)
+    found = fused_nearest(vectors - codebook.mean(0), codes, codes.square().sum(1))
+    assert torch.equal(found, nearest_codes(vectors, codebook)), (count, num_codes, width)
+alike = torch.zeros(200, 4)
+assert fused_nearest(torch.ones(3, 4), alike, alike.square().sum(1)).tolist() == [0, 0, 0]
+"""
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_coded_vector_finds_its_own_code_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
