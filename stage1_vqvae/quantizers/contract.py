@@ -59,10 +59,11 @@ class Quantizer(nn.Module, ABC):
         if z.ndim < 2 or z.shape[1] != self.dim:
             raise ValueError(f"z: expected (B, {self.dim}, ...), found {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
-            z = z.to(torch.promote_types(z.dtype, torch.float32)).movedim(1, -1)
-            found = self.quantize(z.reshape(-1, self.dim))
-            codes = tuple(level.view(z.shape[:-1]) for level in found.codes)
-            return found._replace(z_q=found.z_q.view(z.shape).movedim(-1, 1), codes=codes)
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            batch, spatial = len(z), z.shape[2:]
+            found = self.quantize(z.reshape(batch, self.dim, spatial.numel()).transpose(1, 2).reshape(-1, self.dim))
+            codes = tuple(level.view(batch, *spatial) for level in found.codes)
+            return found._replace(z_q=found.z_q.view(batch, *spatial, self.dim).movedim(-1, 1), codes=codes)
 
     def lookup(self, codes: Codes) -> Tensor:
         """Vectors (B, D, *spatial) of codes; equal to `forward`'s z_q for the codes it returned."""

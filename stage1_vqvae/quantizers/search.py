@@ -8,12 +8,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Rows of distances held at once: a block of this many bytes stays in a CPU's cache between the matrix product that
 # writes it and the argmin that reads it.
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2 * 2**20
 # A GPU needs more work a launch than a cache holds.
 _BLOCK_BYTES_GPU = 256 * 2**20
+# Codes whose least distance is found at once.
+_GROUP = 64
 # The kernel of fused.py is for few channels; with many the matrix product dominates, and a library's is the better one.
 _WIDEST_FUSED = 64
 # It comes with torch's CUDA builds.
@@ -22,11 +25,12 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of each vector's nearest code by euclidean distance; the lower index on a tie.
+    """The index of each vector's nearest code by euclidean distance; the lower index on a tie. (Of unit vectors, that is the
+    code of the greatest cosine.)
 
-    In float32 whatever autocast says and without TF32, on vectors centred on the codebook's mean: the distance is
-    expanded as |e|^2 - 2 z.e, whose cancellation grows with the distance of both from the origin. The N x K distances
-    are never held whole.
+    In float32 whatever autocast says and without TF32. The distance is expanded as |e|^2 - 2 z.e, whose cancellation
+    grows with the distance of both from the origin, so vectors and codes are first centred on the codebook's mean.
+    The N x K distances are never held whole.
 
     Args:
         vectors: (N, D).
@@ -38,23 +42,44 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         raise ValueError(f"vectors: expected (N, {codebook.shape[1]}), found {tuple(vectors.shape)}")
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     with torch.autocast(vectors.device.type, enabled=False), _ieee_float32(vectors.device):
-        centre = codebook.to(dtype).mean(0)
-        codes = codebook.to(dtype) - centre
+        codes = codebook.to(dtype)
+        centre = _safe_centre(codes)
+        codes = codes - centre
         squares = codes.square().sum(1)
         if vectors.is_cuda and dtype == torch.float32 and codes.shape[1] <= _WIDEST_FUSED and _TRITON:
             from stage1_vqvae.quantizers.fused import fused_nearest
 
             return fused_nearest(vectors.to(dtype) - centre, codes, squares)
-        count = len(vectors)
-        rows = max(1, min(count, rows_a_block(codes)))
-        distances = torch.empty(rows, len(codes), dtype=dtype, device=vectors.device)
+        # Whole groups of codes; those that fill up the last one are infinitely far.
+        missing = -len(codes) % _GROUP
+        codes, squares = F.pad(codes, (0, 0, 0, missing)), F.pad(squares, (0, missing), value=float("inf"))
+        count, size = len(vectors), rows_a_block(codes)
+        distances = torch.empty(min(count, size), len(codes), dtype=dtype, device=vectors.device)
         nearest = torch.empty(count, dtype=torch.int64, device=vectors.device)
-        for start in range(0, count, rows):
-            block = vectors[start : start + rows].to(dtype) - centre
-            out = distances[: len(block)]
-            torch.addmm(squares, block, codes.T, alpha=-2, out=out)
-            torch.argmin(out, 1, out=nearest[start : start + len(block)])
+        for start in range(0, count, size):
+            block = vectors[start : start + size].to(dtype) - centre
+            out = torch.addmm(squares, block, codes.T, alpha=-2, out=distances[: len(block)])
+            nearest[start : start + size] = _argmin_by_groups(out)
     return nearest
+
+
+def _safe_centre(codes: Tensor) -> Tensor:
+    """The mean of the codes (K, D) if all of them lie about it, far from the origin; otherwise the origin.
+
+    Then the squares of centred codes and latents are no larger than before. A few codes far from the others would draw
+    the mean away from all of them.
+    """
+    centre = codes.mean(0)
+    spread, nearest = (codes - centre).square().sum(1).amax(), codes.square().sum(1).amin()
+    return torch.where(4 * spread <= nearest, centre, 0.0)
+
+
+def _argmin_by_groups(distances: Tensor) -> Tensor:
+    """argmin over dim 1, in two steps: of the groups' minima, which processors find many at once, then within the group."""
+    groups = distances.view(len(distances), -1, _GROUP)
+    group = groups.amin(2).argmin(1)
+    rows = torch.arange(len(distances), device=distances.device)
+    return group * _GROUP + groups[rows, group].argmin(1)
 
 
 def rows_a_block(codebook: Tensor) -> int:
