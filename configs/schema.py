@@ -81,7 +81,7 @@ class Tokenizer:
     commitment: float = 0.25
     """Beta, the weight of the commitment loss, which draws the encoder to the codes."""
     entropy_weight: float = 0.0
-    """Weight of the entropy term, which makes each latent sure of its code and all codes used alike; 0 = none. `lfq` needs it."""
+    """Weight of the entropy term, which makes each latent sure of its code and all codes used alike; 0 = none."""
     entropy_temperature: float = 1.0
     """Of the soft assignments in that term, in squared units of the latents."""
     ema_decay: float = 0.95
@@ -103,7 +103,9 @@ class Tokenizer:
             _require(getattr(self, name) >= 1, f"tokenizer.{name}", "at least 1", getattr(self, name))
         _require(self.codebook_dim >= 0, "tokenizer.codebook_dim", "at least 0", self.codebook_dim)
         width = self.codebook_dim or self.code_dim
-        _require(width % self.groups == 0, "tokenizer.groups", f"a divisor of the codebooks' {width} channels", self.groups)
+        _require(
+            width % self.groups == 0, "tokenizer.groups", f"a divisor of the {width} channels (see tokenizer.codebook_dim)", self.groups
+        )
         _require(self.depth == 1 or self.metric == "euclidean", "tokenizer.metric", f"euclidean at depth {self.depth}", self.metric)
         _require(self.depth > 1 or not self.shared_codebook, "tokenizer.shared_codebook", "false at depth 1", self.shared_codebook)
         if self.quantizer in ("fsq", "lfq"):
@@ -120,6 +122,7 @@ class Tokenizer:
                 math.prod(self.fsq_levels) == self.num_codes, "tokenizer.fsq_levels", f"a product of num_codes {self.num_codes}", found
             )
         if self.quantizer == "lfq":
+            _require(self.entropy_weight > 0, "tokenizer.entropy_weight", "above 0 under lfq, which nothing else keeps in use", 0)
             _require(self.num_codes & (self.num_codes - 1) == 0, "tokenizer.num_codes", "a power of two under lfq", self.num_codes)
         _require(self.entropy_weight >= 0, "tokenizer.entropy_weight", "at least 0", self.entropy_weight)
         _require(self.entropy_temperature > 0, "tokenizer.entropy_temperature", "above 0", self.entropy_temperature)

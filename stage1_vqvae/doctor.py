@@ -11,7 +11,7 @@ from __future__ import annotations
 from configs.cli import TRAIN_TOKENIZER, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import read_json
-from stage1_vqvae.quantizers.health import from_json, health_table
+from stage1_vqvae.quantizers.health import health_from_json, health_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     run = parse(__doc__, (), argv).run
     if not run.codebook_health.exists():
         raise UserError(f"{run}: stage 1 has not been validated yet; run first: {TRAIN_TOKENIZER} --resume --run {run}")
-    print(health_table(*from_json(read_json(run.codebook_health))))
+    print(health_table(health_from_json(read_json(run.codebook_health))))
 
 
 if __name__ == "__main__":

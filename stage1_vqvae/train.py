@@ -191,7 +191,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
                 values, counts = window.close(done - window.steps, size, _ADVICE)
-                former, warning = warning, collapse_warning(counts, recipe.tokenizer)
+                former, warning = warning, collapse_warning(counts, quantizer, recipe.tokenizer)
                 if warning is not None and former is None and main:
                     bar.write(f"step {done}: {warning}")
                 noted = {} if warning is None else {"warning": warning}
@@ -202,7 +202,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                 judgement = validate(accelerator, judged, validation, size // parts)
                 log.write(done, "validation", judgement.metrics)
                 if main:
-                    save_health(run, judged, judgement.counts, done)
+                    save_health(run, judged, judgement.counts, done, processes)
                     save_reconstructions(run, judged, validation, done, accelerator.device)
                 model.train()
                 window.restart_clock()
@@ -230,7 +230,6 @@ def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, jud
     write_json(run.stage1 / "report.json", {"steps": steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
     names = ("loss", "psnr", "usage", "perplexity")
     training_graph(run.stage1 / "training.png", read_metrics(run.stage1 / "metrics.jsonl"), names, {})
-    save_health(run, tokenizer, judgement.counts, steps)
     save_tokenizer(run.tokenizer, tokenizer, steps)
     shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
     print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from stage1_vqvae.metrics import perplexity, psnr, squared_errors, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.plots import codebook_picture, grid_scale, reconstruction_grid, save_png
 from stage1_vqvae.quantizers.contract import level_counts
-from stage1_vqvae.quantizers.health import checksum, collapse_warning, examine, to_json
+from stage1_vqvae.quantizers.health import Health, checksum, collapse_warning, examine
 from stage1_vqvae.training.processes import summed
 
 _SHOWN_IMAGES = 32
@@ -26,7 +27,7 @@ class Judgement:
     """What one validation pass found."""
 
     metrics: dict[str, float]
-    """mse (on 8-bit pixels as [0, 1]), loss, psnr, usage, perplexity."""
+    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which are training's), psnr, usage, perplexity."""
     counts: list[Tensor]
     """How often each code was chosen, (K,) a level."""
 
@@ -62,13 +63,19 @@ def check_equal_codebooks(accelerator: Accelerator, tokenizer: VQVAE, step: int)
         raise UserError(f"step {step}: expected equal codebooks on all processes, found checksums {found}")
 
 
-def save_health(run: RunDir, tokenizer: VQVAE, counts: list[Tensor], step: int) -> None:
-    """codebook.json, which doctor.py prints, and codebook.png."""
+def save_health(run: RunDir, tokenizer: VQVAE, counts: list[Tensor], step: int, processes: int) -> None:
+    """codebook.json, which doctor.py prints, and codebook.png; after `check_equal_codebooks`."""
     quantizer = tokenizer.quantizer
-    codebooks = [codebook.vectors().detach() for codebook in quantizer.codebooks()]
-    levels = [(used, codebooks[quantizer.codebook_of(level)] if codebooks else None) for level, used in enumerate(counts)]
-    health = [examine(used, vectors) for used, vectors in levels]
-    write_json(run.codebook_health, to_json(step, health, collapse_warning(counts, tokenizer.config)))
+    vectors = quantizer.code_vectors()
+    levels = [(used, vectors[quantizer.codebook_of(level)].detach() if vectors else None) for level, used in enumerate(counts)]
+    health = Health(
+        step=step,
+        processes=processes,
+        checksum=f"{checksum(quantizer):016x}",
+        levels=[examine(*level) for level in levels],
+        warning=collapse_warning(counts, quantizer, tokenizer.config),
+    )
+    write_json(run.codebook_health, dataclasses.asdict(health))
     codebook_picture(run.stage1 / "codebook.png", levels)
 
 

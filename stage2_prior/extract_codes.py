@@ -103,9 +103,9 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
             writer.close()
             store = CodeStore(folder / name, sha256)
             check(tokenizer, store, split, config.batch_size, accelerator)
-            counts = torch.from_numpy(store.counts()[0])
+            counts = [torch.from_numpy(level) for level in store.counts()]
             per_variant = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
-            print(f"{name}: {len(split)} images{per_variant}, usage {usage(counts):.1%}, perplexity {perplexity(counts):.1f}")
+            print(f"{name}: {len(split)} images{per_variant}, usage {usage(*counts):.1%}, perplexity {perplexity(*counts):.1f}")
 
 
 @torch.no_grad()

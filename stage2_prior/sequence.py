@@ -35,6 +35,11 @@ class SequenceLayout:
         levels = zip(tokens.split(self.lengths, 1), self.offsets, self.grids, strict=True)
         return tuple((part - offset).view(-1, *grid) for part, offset, grid in levels)
 
+    def foreign_tokens(self) -> Tensor:
+        """(T, V), true where a token is of another level than the place: there it cannot stand."""
+        level_of_token = torch.arange(len(self.num_codes)).repeat_interleave(torch.tensor(self.num_codes))
+        return self.positions()[:, :1] != level_of_token
+
     def positions(self) -> Tensor:
         """(T, 3): level, row and column of each place."""
         parts = []

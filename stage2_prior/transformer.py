@@ -52,10 +52,12 @@ class Transformer(nn.Module):
         cosines, sines = rotary_angles(layout.positions(), width // config.heads)
         self.register_buffer("cosines", cosines, persistent=False)
         self.register_buffer("sines", sines, persistent=False)
+        self.register_buffer("foreign_tokens", layout.foreign_tokens(), persistent=False)
         self._initialise()
 
     cosines: Tensor
     sines: Tensor
+    foreign_tokens: Tensor
     blocks: Sequence[Block]
 
     def _initialise(self) -> None:
@@ -87,7 +89,7 @@ class Transformer(nn.Module):
         x = self.dropout(x + self.label(self.labels_or_none(labels, batch))[:, None])
         for block in self.blocks:
             x = block(x, self.cosines[:places], self.sines[:places])
-        return self.head(self.norm(x))
+        return self._of_its_level(self.head(self.norm(x)), slice(0, places))
 
     def log_prob(self, codes: Codes, labels: Tensor | None) -> Tensor:
         """log p of each token given those before it, (B, T), in nats, float32."""
@@ -110,7 +112,13 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block.step(x, self.cosines[t : t + 1], self.sines[t : t + 1], cache.keys[layer], cache.values[layer], t)
         cache.filled = t + 1
-        return self.head(self.norm(x))[:, 0]
+        return self._of_its_level(self.head(self.norm(x)), slice(t, t + 1))[:, 0]
+
+    def _of_its_level(self, logits: Tensor, places: slice) -> Tensor:
+        """Logits (B, t, V) of some places, without the other levels' tokens; finite, so that guidance makes no NaN."""
+        if len(self.layout.grids) == 1:
+            return logits
+        return logits.masked_fill(self.foreign_tokens[places], torch.finfo(logits.dtype).min)
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Run a training script's `main` under a launcher, and keep every process's own weights at each checkpoint.
+"""Run a training script's `main` under a launcher, and keep every process's own weights and moments at each checkpoint.
 
 torchrun ... tests/ranks_dump.py FOLDER stage1_vqvae.train ARGUMENTS [NEXT ARGUMENTS ...]
 
@@ -37,7 +37,9 @@ def main() -> None:
         (folder / str(number)).mkdir(exist_ok=True)
 
         def save_and_dump(self: Checkpoints, step: int, state: dict[str, Any], number: int = number) -> None:
-            torch.save(state["model"], folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
+            # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
+            moments = {f"moment of {index}": found["exp_avg"] for index, found in state["optimizer"]["state"].items()}
+            torch.save({**state["model"], **moments}, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
             save(self, step, state)
 
         Checkpoints.save = save_and_dump  # type: ignore[method-assign]

@@ -84,7 +84,17 @@ def steps_of_all_kinds(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Pa
             tokenizer = {"code_dim": D, "restart_below": 0.5, **KINDS[kind]}
             settings = [text for key, value in tokenizer.items() for text in (f"--tokenizer.{key}", value)]
             runs += [NEXT] if runs else []
-            runs += ["--config", tiny_recipe, "--run", folder / f"run-{name}-{kind}", "--stage1.steps", steps, *settings]
+            runs += [
+                "--config",
+                tiny_recipe,
+                "--run",
+                folder / f"run-{name}-{kind}",
+                "--stage1.steps",
+                steps,
+                "--stage1.clip_norm",
+                0,
+                *settings,
+            ]
         done = script("tests/ranks_dump.py", folder / name, "stage1_vqvae.train", *runs, processes=processes)
         assert done.returncode == 0, done.stderr
     return folder

@@ -65,6 +65,10 @@ class ResidualQuantizer(Quantizer):
         """See the contract."""
         return tuple(codebook for level in range(len(self.stages)) for codebook in self._stage(level).codebooks())
 
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """See the contract."""
+        return tuple(vectors for level in range(len(self.stages)) for vectors in self._stage(level).code_vectors())
+
 
 class ProductQuantizer(Quantizer):
     """The channels in groups, each with a quantizer of its own: K^groups combinations from groups x K codes.
@@ -110,6 +114,10 @@ class ProductQuantizer(Quantizer):
         """See the contract."""
         return tuple(codebook for group in self._groups for codebook in group.codebooks())
 
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """See the contract."""
+        return tuple(vectors for group in self._groups for vectors in group.code_vectors())
+
 
 class ProjectedQuantizer(Quantizer):
     """A quantizer of other width between two learned linear maps.
@@ -139,6 +147,10 @@ class ProjectedQuantizer(Quantizer):
     def codebooks(self) -> tuple[Codebook, ...]:
         """See the contract."""
         return self.inner.codebooks()
+
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """See the contract."""
+        return self.inner.code_vectors()
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:

@@ -86,6 +86,10 @@ class Quantizer(nn.Module, ABC):
         """The codebooks, each once, in the order of the first level that uses each; none where the codes are given."""
         return ()
 
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """For each of `codebooks`, the vectors (K, d) that latents are compared with."""
+        return ()
+
     def codebook_of(self, level: int) -> int:
         """Which of `codebooks` a level uses: its own, or one that it shares with its neighbours."""
         return level * len(self.codebooks()) // len(self.num_codes)

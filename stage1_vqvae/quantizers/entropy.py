@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed.nn.functional
+import torch.distributed as dist
 from torch import Tensor
 
 from stage1_vqvae.quantizers.search import rows_a_block
@@ -33,10 +33,26 @@ def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
 
 
 def averaged_over_processes(tensor: Tensor) -> Tensor:
-    """The mean over the processes, with gradients; as given on one process."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    """The mean over the processes, with gradients; as given on one process. All of them must call it."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
-    return torch.distributed.nn.functional.all_reduce(tensor) / torch.distributed.get_world_size()
+    return _SumOverProcesses.apply(tensor) / dist.get_world_size()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Each process's term reaches every process's sum, so its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class _SoftAssignment(torch.autograd.Function):

@@ -5,16 +5,17 @@ Usage is the share of codes hit at least once; perplexity is 2 to the entropy of
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from configs.schema import Tokenizer
 from stage1_vqvae.metrics import perplexity, usage
+from stage1_vqvae.quantizers.contract import Quantizer
 
 # A window or split with fewer vectors a code than this says nothing of usage.
 _ENOUGH_PER_CODE = 4
@@ -38,11 +39,27 @@ class LevelHealth:
     """Codes never hit."""
     histogram: dict[str, int]
     """How many codes were hit so many times: 0, 1, 2-3, 4-7, ..."""
+    judged: bool
+    """Whether the split had enough vectors to say anything of usage."""
     nearest_pair: float | None
     """The least distance of two codes as a share of the codes' root-mean-square distance from their mean; null where the
     level has no codebook."""
     nearest_median: float | None
     """The median over codes of the distance to the nearest other one, as the same share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """All levels after a step."""
+
+    step: int
+    processes: int
+    """Processes whose quantizers were equal bit for bit."""
+    checksum: str
+    """Of the quantizer's weights and buffers."""
+    levels: list[LevelHealth]
+    warning: str | None
+    """Names a collapse and what to change."""
 
 
 def examine(counts: Tensor, vectors: Tensor | None) -> LevelHealth:
@@ -54,6 +71,7 @@ def examine(counts: Tensor, vectors: Tensor | None) -> LevelHealth:
         perplexity=perplexity(counts),
         dead=int((counts == 0).sum()),
         histogram=histogram(counts),
+        judged=enough_to_judge(counts),
         nearest_pair=None if distances is None else float(distances.min()),
         nearest_median=None if distances is None else float(distances.median()),
     )
@@ -96,41 +114,59 @@ def checksum(module: nn.Module) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def collapse_warning(counts: Sequence[Tensor], config: Tokenizer) -> str | None:
-    """One line that names a collapsing codebook and what to change, or None; counts (K,) a level, of a window of steps."""
-    for level, used in enumerate(counts):
-        if float(used.sum()) < _ENOUGH_PER_CODE * len(used):
+def collapse_warning(counts: Sequence[Tensor], quantizer: Quantizer, config: Tokenizer) -> str | None:
+    """One line that names a collapsing codebook and what to change, or None; counts (K,) a level, of a window of steps.
+
+    Levels that share a codebook are judged together: what residuals leave to the later ones needs few of its codes.
+    """
+    judged = _by_codebook(counts, quantizer) if quantizer.codebooks() else list(counts)
+    for number, used in enumerate(judged):
+        if not enough_to_judge(used):
             continue
         share, spread = usage(used), perplexity(used)
-        if share < _LOW_USAGE or spread < _LOW_PERPLEXITY_SHARE * len(used):
-            where = "the codebook" if len(counts) == 1 else f"level {level + 1} of {len(counts)}"
+        if share < _LOW_USAGE or spread - 1 < _LOW_PERPLEXITY_SHARE * (len(used) - 1):
             found = f"{int((used > 0).sum())} of {len(used)} codes in use, perplexity {spread:.1f}"
-            return f"{where} is collapsing: {found}; {advice(config)}"
+            name = "the codebook" if len(judged) == 1 else f"codebook {number + 1} of {len(judged)}"
+            return f"{name} is collapsing: {found}; {advice(config)}"
     return None
+
+
+def enough_to_judge(counts: Tensor) -> bool:
+    """Whether counts (K,) are of enough vectors to say anything of usage."""
+    return float(counts.sum()) >= _ENOUGH_PER_CODE * len(counts)
+
+
+def _by_codebook(counts: Sequence[Tensor], quantizer: Quantizer) -> list[Tensor]:
+    """Counts (K,) of each codebook, over the levels that use it."""
+    together = [torch.zeros_like(counts[0]) for _ in quantizer.codebooks()]
+    for level, used in enumerate(counts):
+        together[quantizer.codebook_of(level)] += used
+    return together
 
 
 def advice(config: Tokenizer) -> str:
     """What to change first against a collapse, given what is set already."""
-    if config.quantizer == "lfq":
-        return "raise tokenizer.entropy_weight" if config.entropy_weight > 0 else "set tokenizer.entropy_weight, for instance 0.1"
     if config.quantizer == "fsq":
         return "lower stage1.lr: the encoder's latents have left the quantizer's range"
-    if config.quantizer == "simvq":
-        return "set tokenizer.entropy_weight, for instance 0.01, or lower stage1.lr"
+    if config.quantizer == "simvq" and config.entropy_weight == 0:
+        return "set tokenizer.entropy_weight 0.01"
+    if config.quantizer in ("simvq", "lfq"):
+        return f"raise tokenizer.entropy_weight, for instance to {2 * config.entropy_weight}"
     if config.restart_below == 0:
-        return "let dead codes restart: set tokenizer.restart_below, for instance 0.05"
+        return "let dead codes restart: set tokenizer.restart_below 0.05"
     if config.initialisation == "random":
         return "set tokenizer.initialisation kmeans"
     if config.quantizer == "ema" and config.ema_decay > 0.95:
-        return "lower tokenizer.ema_decay to 0.95, so that the codes keep up with the encoder"
-    return "lower stage1.restart_interval or stage1.lr, or set a smaller tokenizer.codebook_dim with tokenizer.metric cosine"
+        return "set tokenizer.ema_decay 0.95, so that the codes keep up with the encoder"
+    return "lower stage1.restart_interval or stage1.lr, or look for codes in fewer dimensions by tokenizer.codebook_dim"
 
 
-def health_table(step: int, levels: Sequence[LevelHealth], warning: str | None) -> str:
+def health_table(health: Health) -> str:
     """Plain text for a terminal."""
-    lines = [f"codebook over the validation split, after step {step}"]
-    for number, level in enumerate(levels):
-        lines.append(f"level {number + 1} of {len(levels)}: K = {level.num_codes}")
+    same = f", equal on {health.processes} processes" if health.processes > 1 else ""
+    lines = [f"codebook over the validation split, after step {health.step} (checksum {health.checksum}{same})"]
+    for number, level in enumerate(health.levels):
+        lines.append(f"level {number + 1} of {len(health.levels)}: K = {level.num_codes}")
         lines.append(f"  usage        {level.usage:.1%} ({level.dead} dead)")
         lines.append(f"  perplexity   {level.perplexity:.1f} ({level.perplexity / level.num_codes:.0%} of K)")
         if level.nearest_pair is not None:
@@ -138,15 +174,15 @@ def health_table(step: int, levels: Sequence[LevelHealth], warning: str | None) 
         most = max(level.histogram.values())
         lines.append("  hits         codes")
         lines += [f"  {name:<12} {count:<6} {'#' * round(40 * count / most)}" for name, count in level.histogram.items()]
-    lines.append("healthy" if warning is None else f"warning: {warning}")
+    if health.warning is not None:
+        lines.append(f"warning: {health.warning}")
+    elif all(level.judged for level in health.levels):
+        lines.append("no sign of a collapse")
+    else:
+        lines.append("too few codes in the split to judge usage by")
     return "\n".join(lines)
 
 
-def to_json(step: int, levels: Sequence[LevelHealth], warning: str | None) -> dict[str, object]:
-    """What `from_json` reads."""
-    return {"step": step, "levels": [dataclasses.asdict(level) for level in levels], "warning": warning}
-
-
-def from_json(content: dict) -> tuple[int, list[LevelHealth], str | None]:
-    """The arguments of `health_table`."""
-    return content["step"], [LevelHealth(**level) for level in content["levels"]], content["warning"]
+def health_from_json(content: dict[str, Any]) -> Health:
+    """The inverse of `dataclasses.asdict`."""
+    return Health(**{**content, "levels": [LevelHealth(**level) for level in content["levels"]]})

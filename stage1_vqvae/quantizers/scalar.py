@@ -20,7 +20,7 @@ _MARGIN = 1e-3
 class FiniteScalarQuantizer(Quantizer):
     """FSQ: channel i is squashed and rounded to one of L_i levels, evenly from -1 to 1; K is the product of the L_i.
 
-    Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3. No losses: nothing can collapse.
+    Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3. No losses, and no codebook that could collapse.
     """
 
     sizes: Tensor
@@ -77,7 +77,7 @@ class LookupFreeQuantizer(Quantizer):
         codes = ((rows.detach() > 0) * self.powers).sum(1)
         vectors_q = self.signs[codes].to(rows.dtype)
         losses = {"commitment": self.commitment * mean_square(rows, vectors_q)}
-        if self.entropy_weight > 0:
+        if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, self.signs.to(rows.dtype), self.entropy_temperature)
         return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": counted(codes, self.num_codes[0])}, ())
 

@@ -48,7 +48,7 @@ class VectorQuantizer(Quantizer):
         codes = nearest_codes(latents, vectors)
         vectors_q = F.embedding(codes, vectors)
         losses = {"commitment": self.commitment * mean_square(rows, vectors_q.detach()), **self.codebook.loss(latents, vectors_q)}
-        if self.entropy_weight > 0:
+        if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, vectors, self.entropy_temperature)
         statistics = {"counts": counted(codes, len(vectors))}
         if self.training:
@@ -66,6 +66,10 @@ class VectorQuantizer(Quantizer):
     def codebooks(self) -> tuple[Codebook, ...]:
         """See the contract."""
         return (self.codebook,)
+
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """See the contract."""
+        return (self._vectors(),)
 
     def _measured(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors

@@ -17,12 +17,15 @@ KINDS: dict[str, dict[str, object]] = {
     "ema_rotation": {"quantizer": "ema", "gradient_estimator": "rotation"},
     "gradient_entropy": {"quantizer": "gradient", "entropy_weight": 0.1},
     "simvq": {"quantizer": "simvq"},
+    "simvq_entropy": {"quantizer": "simvq", "entropy_weight": 0.1, "entropy_temperature": 0.5},
     "fsq": {"quantizer": "fsq", "fsq_levels": [2, 3, 4], "num_codes": 24},
     "lfq": {"quantizer": "lfq", "entropy_weight": 0.1},
     "residual": {"quantizer": "ema", "depth": 3},
     "residual_shared": {"quantizer": "ema", "depth": 3, "shared_codebook": True},
     "residual_gradient": {"quantizer": "gradient", "depth": 2},
+    "residual_rotation": {"quantizer": "ema", "depth": 2, "gradient_estimator": "rotation"},
     "product": {"quantizer": "ema", "groups": 2},
+    "product_cosine": {"quantizer": "gradient", "groups": 2, "metric": "cosine"},
     "product_residual_projected": {"quantizer": "ema", "groups": 2, "depth": 2, "codebook_dim": 6},
 }
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
-from configs.schema import Tokenizer
+from configs.schema import Stage1, Tokenizer
 from stage1_vqvae.quantizers.health import (
+    Health,
     advice,
     checksum,
     collapse_warning,
     examine,
-    from_json,
+    health_from_json,
     health_table,
     histogram,
     nearest_distances,
-    to_json,
 )
 from tests.stage1_vqvae.quantizer_kinds import KINDS, build, section
 
@@ -43,29 +45,42 @@ def test_nearest_distances_against_all_pairs() -> None:
     assert examine(torch.ones(701), twins).nearest_pair == 0
 
 
-def test_collapse_is_named_with_its_level_and_a_remedy() -> None:
-    healthy = torch.full((512,), 40.0)
-    collapsed = torch.zeros(512)
-    collapsed[:9] = 4000.0
-    config = Tokenizer(restart_below=0)
-    assert collapse_warning([healthy], config) is None
-    found = collapse_warning([collapsed], config)
-    assert found is not None
-    assert found.startswith("the codebook is collapsing: 9 of 512 codes in use, perplexity 9.0; ")
-    assert "tokenizer.restart_below" in found
-    assert (collapse_warning([healthy, collapsed], config) or "").startswith("level 2 of 2 is collapsing")
+def test_collapse_is_named_with_its_codebook_and_a_remedy() -> None:
+    healthy = torch.full((16,), 40.0)
+    collapsed = torch.zeros(16)
+    collapsed[:3] = 4000.0
+    one, config = build("ema"), section("ema", restart_below=0)
+    assert collapse_warning([healthy], one, config) is None
+    found = collapse_warning([collapsed], one, config)
+    assert (
+        found
+        == "the codebook is collapsing: 3 of 16 codes in use, perplexity 3.0; let dead codes restart: set tokenizer.restart_below 0.05"
+    )
+    second = collapse_warning([healthy, collapsed, healthy], build("residual"), config)
+    assert (second or "").startswith("codebook 2 of 3 is collapsing")
 
 
-def test_few_codes_that_carry_everything_are_a_collapse_too() -> None:
-    counts = torch.ones(512)
+def test_levels_that_share_a_codebook_are_judged_together() -> None:
+    few = torch.zeros(16)
+    few[:2] = 500.0
+    levels = [torch.full((16,), 100.0), few, few]
+    assert collapse_warning(levels, build("residual_shared"), section("residual_shared")) is None
+    assert collapse_warning([few, few, few], build("residual_shared"), section("residual_shared")) is not None
+
+
+@pytest.mark.parametrize("num_codes", [8, 512])
+def test_few_codes_that_carry_everything_are_a_collapse_too(num_codes: int) -> None:
+    counts = torch.ones(num_codes)
     counts[0] = 1e6
-    assert collapse_warning([counts], Tokenizer()) is not None
+    assert collapse_warning([counts], build("ema", num_codes=num_codes), Tokenizer()) is not None
 
 
 def test_too_few_vectors_say_nothing() -> None:
     counts = torch.zeros(512)
     counts[0] = 1000
-    assert collapse_warning([counts], Tokenizer()) is None
+    assert collapse_warning([counts], build("ema", num_codes=512), Tokenizer()) is None
+    health = Health(step=1, processes=1, checksum="0", levels=[examine(counts, None)], warning=None)
+    assert health_table(health).endswith("too few codes in the split to judge usage by")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +91,7 @@ def test_too_few_vectors_say_nothing() -> None:
         ({"ema_decay": 0.99}, "ema_decay"),
         ({}, "restart_interval"),
         ({"quantizer": "gradient", "ema_decay": 0.99}, "restart_interval"),
-        ({"quantizer": "lfq"}, "set tokenizer.entropy_weight"),
+        ({"quantizer": "simvq", "entropy_weight": 0.1}, "raise tokenizer.entropy_weight"),
         ({"quantizer": "lfq", "entropy_weight": 0.1}, "raise tokenizer.entropy_weight"),
         ({"quantizer": "simvq"}, "entropy_weight"),
         ({"quantizer": "fsq"}, "stage1.lr"),
@@ -99,15 +114,37 @@ def test_checksums_tell_any_change_of_any_quantizer(kind: str) -> None:
 
 
 def test_what_is_printed_comes_back_from_json() -> None:
-    levels = [examine(torch.arange(512).float(), torch.randn(512, 4)), examine(torch.ones(8), None)]
-    stored = json.loads(json.dumps(to_json(70, levels, "a level is collapsing")))
-    assert from_json(stored) == (70, levels, "a level is collapsing")
-    table = health_table(*from_json(stored))
-    assert "after step 70" in table
+    levels = [examine(100 * torch.arange(512).float(), torch.randn(512, 4)), examine(100 * torch.ones(8), None)]
+    health = Health(step=70, processes=2, checksum="00ab", levels=levels, warning="a codebook is collapsing")
+    stored = health_from_json(json.loads(json.dumps(dataclasses.asdict(health))))
+    assert stored == health
+    table = health_table(stored)
+    assert "after step 70 (checksum 00ab, equal on 2 processes)" in table
     assert "level 2 of 2: K = 8" in table
     assert "usage        99.8% (1 dead)" in table
-    assert table.endswith("warning: a level is collapsing")
+    assert table.endswith("warning: a codebook is collapsing")
+    assert health_table(dataclasses.replace(health, warning=None)).endswith("no sign of a collapse")
 
 
-def test_every_kind_has_advice() -> None:
-    assert all("stage1." in advice(section(kind)) or "tokenizer." in advice(section(kind)) for kind in KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", ["kmeans", "random"])
+def test_advice_can_be_followed(kind: str, start: str) -> None:
+    """What it says to set is accepted and not set already; what it says to lower or raise exists."""
+    config = section(kind, initialisation=start, restart_below=0.05 if start == "kmeans" else 0.0)
+    said = advice(config)
+    settings = re.findall(r"set tokenizer\.(\w+) ([\w.]+\w)", said)
+    for name, value in settings:
+        now = getattr(config, name)
+        changed = dataclasses.replace(config, **{name: type(now)(value)})
+        assert getattr(changed, name) != now
+    named = re.findall(r"(tokenizer|stage1)\.(\w+)", said)
+    assert named
+    assert all(hasattr({"tokenizer": Tokenizer, "stage1": Stage1}[part](), name) for part, name in named)
+
+
+def test_cosine_codes_are_compared_as_unit_vectors() -> None:
+    quantizer = build("ema_cosine_projected")
+    (codebook,) = quantizer.codebooks()
+    codebook.weight[1] = 3 * codebook.weight[0]
+    (vectors,) = quantizer.code_vectors()
+    assert examine(torch.ones(16), vectors).nearest_pair == pytest.approx(0, abs=1e-5)

@@ -88,7 +88,7 @@ def test_the_tokenizer_file_needs_nothing_beside_it(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     first = fingerprint(run.tokenizer)
     with torch.no_grad():
-        model.quantizer.codebook[0] += 1
+        model.quantizer.codebook.weight[0] += 1
     save_tokenizer(run.tokenizer, model, 7)
     assert fingerprint(run.tokenizer) != first
 

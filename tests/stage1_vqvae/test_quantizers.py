@@ -129,7 +129,7 @@ def test_the_decoders_gradient_passes_once(kind: str) -> None:
     assert gradient is not None
     weight = latents(4, D, 3, 3, seed=5)
     expected = weight
-    if kind == "ema_rotation":
+    if "rotation" in kind:
         z = latents(4, D, 3, 3)
         expected = rotated_back(z, quantizer(z).z_q, weight)
     if isinstance(quantizer, ProjectedQuantizer):
@@ -141,6 +141,12 @@ def test_the_decoders_gradient_passes_once(kind: str) -> None:
         elif isinstance(inner, VectorQuantizer) and inner.metric == "cosine":
             down = down / down.norm(dim=-1, keepdim=True)
         (quantizer.up(down).movedim(-1, 1) * weight).sum().backward()
+        assert z.grad is not None
+        expected = z.grad
+    if kind == "product_cosine":
+        z = latents(4, D, 3, 3).requires_grad_()
+        halves = [half / half.norm(dim=1, keepdim=True) for half in z.chunk(2, 1)]
+        (torch.cat(halves, 1) * weight).sum().backward()
         assert z.grad is not None
         expected = z.grad
     assert torch.allclose(gradient, expected, atol=1e-5)
@@ -209,7 +215,7 @@ def test_kmeans_places_every_codebook_and_lowers_the_error(kind: str) -> None:
     batches = [3 + latents(16, D, 3, 3, seed=seed) for seed in range(4)]
     codebooks = [codebook for codebook in quantizer.codebooks() if codebook.placeable]
     if not codebooks:
-        assert isinstance(_inner(quantizer), (FiniteScalarQuantizer, LookupFreeQuantizer)) or kind == "simvq"
+        assert isinstance(_inner(quantizer), (FiniteScalarQuantizer, LookupFreeQuantizer)) or kind.startswith("simvq")
         return
 
     def error() -> float:
@@ -306,8 +312,9 @@ def test_it_is_made_of_the_parts_its_recipe_names(kind: str) -> None:
     assert isinstance(inner, ProductQuantizer) == kind.startswith("product")
     assert any(isinstance(module, ResidualQuantizer) for module in quantizer.modules()) == ("residual" in kind)
     rule = {"gradient": GradientCodebook, "simvq": LinearCodebook}.get(kind.split("_")[0], MovingAverageCodebook)
-    rule = GradientCodebook if kind == "residual_gradient" else rule
+    rule = GradientCodebook if kind in ("residual_gradient", "product_cosine") else rule
     assert all(isinstance(codebook, rule) for codebook in quantizer.codebooks())
-    levels = {"residual": 3, "residual_shared": 3, "residual_gradient": 2, "product": 2, "product_residual_projected": 4}.get(kind, 1)
-    assert len(quantizer.num_codes) == levels
-    assert len(quantizer.codebooks()) == {"fsq": 0, "lfq": 0, "residual_shared": 1}.get(kind, levels)
+    levels = {"residual": 3, "residual_shared": 3, "product_residual_projected": 4}
+    levels |= dict.fromkeys(("residual_gradient", "residual_rotation", "product", "product_cosine"), 2)
+    assert len(quantizer.num_codes) == levels.get(kind, 1)
+    assert len(quantizer.codebooks()) == {"fsq": 0, "lfq": 0, "residual_shared": 1}.get(kind, levels.get(kind, 1))

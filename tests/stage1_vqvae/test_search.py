@@ -21,18 +21,39 @@ def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Te
     return (vectors.double()[:, None] - codebook.double()[None]).square().sum(-1)
 
 
-@pytest.mark.parametrize(("count", "num_codes", "width"), [(1000, 512, 64), (300, 1024, 8), (7, 2, 1), (1, 5, 3)])
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_the_choice_is_the_nearest_to_float32_rounding(count: int, num_codes: int, width: int, offset: float) -> None:
-    """Latents far from the origin are where the expanded distance loses its digits."""
+SIZES = [(1000, 512, 64), (300, 1024, 8), (50, 100, 512), (7, 2, 1), (1, 5, 3)]
+
+
+@pytest.mark.parametrize(("count", "num_codes", "width"), SIZES)
+@pytest.mark.parametrize("layout", ["about the origin", "far away", "an outlier", "a far outlier", "two clusters"])
+def test_the_choice_is_the_nearest_to_float32_rounding(count: int, num_codes: int, width: int, layout: str) -> None:
+    """Within 8 eps (|z|^2 + |e|^2) of the least distance, e the nearest code, wherever codes and latents lie."""
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(count, width, generator=generator) + offset
-    codebook = torch.randn(num_codes, width, generator=generator) + offset
+    vectors = torch.randn(count, width, generator=generator)
+    codebook = torch.randn(num_codes, width, generator=generator)
+    if layout == "far away":
+        vectors, codebook = vectors + 1000, codebook + 1000
+    elif layout == "an outlier":
+        codebook[0] *= 1e4
+    elif layout == "a far outlier":
+        codebook[0] = 1e5
+    elif layout == "two clusters":
+        codebook[: num_codes // 2] += 10
+    distances = squared_distances(vectors, codebook)
+    least, nearest = distances.min(1)
+    squares = vectors.double().square().sum(1) + codebook[nearest].double().square().sum(1)
+    chosen = distances.gather(1, nearest_codes(vectors, codebook)[:, None])[:, 0]
+    assert bool((chosen <= least + 8 * EPS * squares).all())
+
+
+@pytest.mark.parametrize("offset", [100.0, 1000.0])
+def test_codes_and_latents_far_from_the_origin_are_told_apart_as_near_it(offset: float) -> None:
+    """There the expanded distance loses its digits, and the bound is wide: centring is what keeps the choice right."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1000, 64, generator=generator) + offset
+    codebook = torch.randn(512, 64, generator=generator) + offset
     distances = squared_distances(vectors, codebook)
     chosen = distances.gather(1, nearest_codes(vectors, codebook)[:, None])[:, 0]
-    squares = vectors.double().square().sum(1) + codebook.double().square().sum(1).max()
-    assert bool((chosen <= distances.min(1).values + 8 * EPS * squares).all())
-    # Centred on the codebook's mean it is better than that bound, which grows with the distance from the origin.
     centre = codebook.double().mean(0)
     centred = (vectors.double() - centre).square().sum(1) + (codebook.double() - centre).square().sum(1).max()
     rounding = 8 * EPS * centred + 4 * EPS * abs(offset) * centred.sqrt()

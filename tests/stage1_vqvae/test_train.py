@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,12 +20,24 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs.cli import load_recipe
+from configs.errors import UserError
 from configs.run_dir import REPOSITORY, RunDir, read_json
-from stage1_vqvae.images import VALIDATION, load_images, to_model
+from pipelines.sample import main as sample
+from pipelines.summary import main as summary
+from stage1_vqvae.doctor import main as doctor
+from stage1_vqvae.images import TRAIN, VALIDATION, ImageSplit, load_images, to_model
+from stage1_vqvae.metrics import usage
 from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
-from stage1_vqvae.train import main
+from stage1_vqvae.quantizers.health import checksum
+from stage1_vqvae.train import main, train
 from stage1_vqvae.training.metrics_log import read_metrics
+from stage1_vqvae.training.processes import start
+from stage1_vqvae.validation import check_equal_codebooks
+from stage2_prior.code_store import CodeStore
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.train import main as train_prior
 from tests.conftest import Script
+from tests.stage1_vqvae.quantizer_kinds import KINDS, D
 
 
 def files(run: Path) -> set[str]:
@@ -283,3 +296,98 @@ def test_the_history_says_what_was_typed(finished_run: Path, tiny_recipe: Path) 
     entries = [json.loads(line) for line in (finished_run / "history.jsonl").read_text().splitlines()]
     assert entries[0]["arguments"][:2] == ["--config", str(tiny_recipe)]
     assert entries[0]["resolved"]["stage1"]["steps"] == 60
+
+
+def test_the_averaged_weights_are_judged_and_kept(finished_run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    state = torch.load(finished_run / "stage1/checkpoints/step-000000060.pt", weights_only=True)
+    kept = load_file(finished_run / "tokenizer.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in state["average"]["model"].items())
+    assert not torch.equal(kept["encoder.0.weight"], state["model"]["encoder.0.weight"])
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--stage1.steps", "4", "--stage1.weight_average", "0"])
+    state = torch.load(tmp_path / "run/stage1/checkpoints/step-000000004.pt", weights_only=True)
+    kept = load_file(tmp_path / "run/tokenizer.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in state["model"].items())
+
+
+def test_a_collapse_is_named_early_and_by_the_doctor(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    settings = ["--tokenizer.initialisation", "random", "--tokenizer.restart_below", "0"]
+    main(["--config", str(tiny_recipe), "--run", run, "--stage1.steps", "20", *settings])
+    first = read_metrics(tmp_path / "run/stage1/metrics.jsonl")[0]
+    assert first["step"] == 10
+    assert "the codebook is collapsing" in first["warning"]
+    assert "tokenizer.restart_below" in first["warning"]
+    assert "step 10: the codebook is collapsing" in capsys.readouterr().err
+    doctor(["--run", run])
+    said = capsys.readouterr().out
+    assert "usage" in said
+    assert "perplexity" in said
+    assert "warning: the codebook is collapsing" in said
+
+
+def test_the_doctor_speaks_of_the_last_validation(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor(["--run", str(finished_run)])
+    said = capsys.readouterr().out
+    report = read_json(finished_run / "stage1/report.json")["validation"]
+    assert f"usage        {report['usage']:.1%}" in said
+    assert f"perplexity   {report['perplexity']:.1f}" in said
+    checksum_of_run = checksum(load_tokenizer(RunDir(finished_run)).quantizer)
+    assert f"after step 60 (checksum {checksum_of_run:016x})" in said
+
+
+def test_the_doctor_before_the_first_validation(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    (run_copy / "stage1/codebook.json").unlink()
+    assert "stage 1 has not been validated yet" in one_line_error(doctor, "--run", run_copy)
+
+
+def test_validation_images_teach_nothing(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Not by initialisation, not by statistics: two runs that validate on other images end with the same tokenizer."""
+    recipe = load_recipe(tiny_recipe)
+    recipe = dataclasses.replace(recipe, stage1=dataclasses.replace(recipe.stage1, steps=8, validation_interval=3))
+    splits = load_images(recipe.data).splits
+    kept = []
+    for name, pixels in (("own", splits[VALIDATION].pixels), ("other", 255 - splits[VALIDATION].pixels[:5])):
+        run = RunDir(tmp_path / name)
+        train(start(recipe.compute), run, recipe, splits[TRAIN], ImageSplit(pixels, None), resume=False)
+        kept.append(run.tokenizer.read_bytes())
+    assert kept[0] == kept[1]
+
+
+class TwoProcesses:
+    """Of which the second has another codebook."""
+
+    device = torch.device("cpu")
+
+    @staticmethod
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        return torch.cat([mine, mine + 1])
+
+
+def test_unequal_codebooks_stop_the_run(finished_run: Path) -> None:
+    tokenizer = load_tokenizer(RunDir(finished_run))
+    with pytest.raises(UserError, match="step 7: expected equal codebooks on all processes, found checksums"):
+        check_equal_codebooks(TwoProcesses(), tokenizer, 7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["residual_shared", "product_residual_projected"])
+def test_many_levels_go_through_all_commands(kind: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(tmp_path / "run")
+    own = [text for key, value in {"code_dim": D, **KINDS[kind]}.items() for text in (f"--tokenizer.{key}", str(value))]
+    main(["--config", str(tiny_recipe), "--run", str(run.path), "--stage1.steps", "4", *own])
+    extract_codes(["--run", str(run.path)])
+    store, tokenizer = CodeStore(run.codes / TRAIN), load_tokenizer(run)
+    shares = usage(*map(torch.from_numpy, store.counts()))
+    assert f"usage {shares:.1%}" in capsys.readouterr().out
+    pixels = load_images(load_recipe(run.recipe).data).splits[TRAIN].pixels
+    encoded = tokenizer.encode(to_model(pixels))
+    assert len(encoded) == len(tokenizer.quantizer.num_codes) > 1
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(store.codes(torch.arange(len(pixels))), encoded, strict=True))
+    train_prior(["--run", str(run.path), "--stage2.steps", "2"])
+    sample(["--run", str(run.path), "--n", "20", "--temperature", "3"])
+    drawn = load_file(run.samples / "000/codes.safetensors")
+    for level, k in enumerate(tokenizer.quantizer.num_codes):
+        assert int(drawn[f"level{level}"].min()) >= 0
+        assert int(drawn[f"level{level}"].max()) < k
+    summary(["--run", str(run.path)])
+    doctor(["--run", str(run.path)])
+    assert f"level {len(encoded)} of {len(encoded)}: K = 16" in capsys.readouterr().out

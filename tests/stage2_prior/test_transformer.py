@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from configs.schema import Prior
+from configs.schema import Prior, Sampling
+from stage2_prior.generate import generate, uniforms
 from stage2_prior.sequence import SequenceLayout
 from stage2_prior.transformer import Transformer, rotary_angles, rotate
 
@@ -123,3 +124,18 @@ def test_mixed_precision_on_tiny_tensors() -> None:
         half = model.log_prob(codes, labels)
     assert half.dtype == torch.float32
     assert torch.allclose(half, model.log_prob(codes, labels), atol=0.2)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (2, 3)])
+def test_no_probability_is_lost_on_other_levels_tokens(sizes: tuple[int, int]) -> None:
+    """Over two levels of 1 x 2 codes: the sum of exp(log_prob) over all their grids is 1, and draws are codes of their level."""
+    layout = SequenceLayout([(1, 2), (1, 2)], sizes)
+    model = prior(layout=layout).double()
+    codes = torch.cartesian_prod(*(torch.arange(k) for k in (sizes[0], sizes[0], sizes[1], sizes[1])))
+    levels = (codes[:, None, :2], codes[:, None, 2:])
+    assert model.log_prob(levels, None).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    for guidance in (1.0, 3.0):
+        labels = torch.arange(200) % 5
+        drawn = generate(model, labels, uniforms(0, torch.arange(200), 4), Sampling(temperature=5.0, guidance=guidance))
+        for level, k in zip(drawn, sizes, strict=True):
+            assert set(level.flatten().tolist()) == set(range(k))

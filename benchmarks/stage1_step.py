@@ -1,0 +1,78 @@
+"""How much of stage 1's step is the model's: the loop's own images a second against the bare step on one batch.
+
+    python benchmarks/stage1_step.py --data FOLDER       (a local copy of CIFAR-10 as parquet; without it, the Hub)
+
+The bare step is forward, backward, clipping, optimiser, codebook and weight average of configs/cifar10_5min.yaml, on a
+batch at hand; the loop adds order, data, statistics, restarts, logging and checks. Rounds alternate, two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from configs.cli import load_recipe
+from configs.run_dir import REPOSITORY, RunDir
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.training.averaging import WeightAverage
+from stage1_vqvae.training.metrics_log import read_metrics
+from stage1_vqvae.training.optimizer import adamw
+
+_RECIPE = REPOSITORY / "configs" / "cifar10_5min.yaml"
+_ROUNDS, _STEPS = 3, 300
+
+
+def bare() -> float:
+    """Images a second of the step alone."""
+    recipe = load_recipe(_RECIPE)
+    torch.manual_seed(0)
+    model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
+    optimizer = adamw(model, recipe.stage1.lr, recipe.stage1.weight_decay, beta2=0.99)
+    average = WeightAverage(model, recipe.stage1.weight_average, shared=("quantizer",))
+    images = torch.randn(recipe.stage1.batch_size, recipe.data.channels, recipe.data.height, recipe.data.width)
+    times = []
+    for _ in range(_STEPS):
+        began = time.perf_counter()
+        output = model(images)
+        torch.stack(list(output.losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.stage1.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.quantizer.update_(output.statistics)
+        average.update_()
+        times.append(time.perf_counter() - began)
+    return len(images) / statistics.median(times)
+
+
+def loop(data: str | None) -> float:
+    """Images a second as stage 1 logs them, median of its windows."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = ["--data.path", data] if data else []
+        command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(_RECIPE), "--run", f"{folder}/run"]
+        command += ["--stage1.steps", str(_STEPS), "--stage1.log_interval", "20", "--compute.threads", "2", *source]
+        subprocess.run(command, check=True, capture_output=True)
+        records = read_metrics(RunDir(Path(folder) / "run").stage1 / "metrics.jsonl")
+    return statistics.median(record["images_per_second"] for record in records if record["split"] == "train")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with CIFAR-10 as parquet; without it, the Hub's uoft-cs/cifar10")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    rounds = [(bare(), loop(options.data)) for _ in range(_ROUNDS)]
+    step, whole = (statistics.median(column) for column in zip(*rounds, strict=True))
+    print("| bare step, images/s | the loop, images/s | share of the loop that is the step |\n| --- | --- | --- |")
+    print(f"| {step:.0f} | {whole:.0f} | {whole / step:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
