@@ -42,7 +42,7 @@ def floor(z: Tensor, codebook: Tensor) -> Callable[[], object]:
 def ours(z: Tensor, codebook: Tensor, **section: object) -> Callable[[], object]:
     """A training step's share of the layer, on images' latents (B, D, h, w)."""
     quantizer = build_quantizer(Tokenizer(num_codes=len(codebook), code_dim=codebook.shape[1], **section)).train()  # type: ignore[arg-type]
-    gradient = torch.randn_like(z)
+    gradient = torch.randn_like(z)  # in z's layout, as a decoder gives it
 
     def call() -> None:
         found = quantizer(z)
@@ -103,11 +103,13 @@ def main() -> None:
     print("| N, K, D | layer | ms | times the floor | peak MiB |\n| --- | --- | --- | --- | --- |", flush=True)
     for count, num_codes, dim in _SHAPES:
         side = int((count / _IMAGES) ** 0.5)
-        z = torch.randn(_IMAGES, dim, side, side).requires_grad_()
+        # Channels last, as the encoder gives them.
+        z = torch.randn(_IMAGES, dim, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
         codebook = torch.randn(num_codes, dim)
         layers = {"floor": floor(z.detach(), codebook), "EMA": ours(z, codebook), "gradient": ours(z, codebook, quantizer="gradient")}
         layers["EMA, rotation trick"] = ours(z, codebook, gradient_estimator="rotation")
         layers["EMA, cosine"] = ours(z, codebook, metric="cosine")
+        layers["EMA, channels first"] = ours(z.detach().contiguous().requires_grad_(), codebook)
         if importlib.util.find_spec("vector_quantize_pytorch"):
             layers["vector-quantize-pytorch, EMA"] = peer(z, codebook)
         memory = {name: peak_mib(call) for name, call in layers.items()}

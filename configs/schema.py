@@ -107,9 +107,11 @@ class Tokenizer:
             width % self.groups == 0, "tokenizer.groups", f"a divisor of the {width} channels (see tokenizer.codebook_dim)", self.groups
         )
         _require(self.depth == 1 or self.metric == "euclidean", "tokenizer.metric", f"euclidean at depth {self.depth}", self.metric)
+        wide = self.metric == "euclidean" or width // self.groups > 1
+        _require(wide, "tokenizer.metric", "euclidean in one channel, where angles are two", self.metric)
         _require(self.depth > 1 or not self.shared_codebook, "tokenizer.shared_codebook", "false at depth 1", self.shared_codebook)
         if self.quantizer in ("fsq", "lfq"):
-            for name in ("depth", "groups", "codebook_dim", "metric", "gradient_estimator"):
+            for name in ("depth", "groups", "codebook_dim", "metric", "gradient_estimator", "initialisation"):
                 default = type(self).__dataclass_fields__[name].default
                 _require(getattr(self, name) == default, f"tokenizer.{name}", f"{default} under {self.quantizer}", getattr(self, name))
         if self.quantizer == "fsq":
@@ -117,7 +119,8 @@ class Tokenizer:
                 self.entropy_weight == 0, "tokenizer.entropy_weight", "0 under fsq, which has no codebook to use up", self.entropy_weight
             )
             found = f"{self.fsq_levels}, whose product is {math.prod(self.fsq_levels)}"
-            _require(min(self.fsq_levels, default=0) >= 2, "tokenizer.fsq_levels", "each at least 2", self.fsq_levels)
+            within = min(self.fsq_levels, default=0) >= 2 and max(self.fsq_levels) <= 256
+            _require(within, "tokenizer.fsq_levels", "each from 2 to 256", self.fsq_levels)
             _require(
                 math.prod(self.fsq_levels) == self.num_codes, "tokenizer.fsq_levels", f"a product of num_codes {self.num_codes}", found
             )
@@ -299,6 +302,8 @@ class Recipe:
     compute: Compute = Compute()
 
     def __post_init__(self) -> None:
+        whole = self.tokenizer.entropy_weight == 0 or self.stage1.accumulation == 1
+        _require(whole, "stage1.accumulation", "1 with an entropy term, which needs the whole batch at once", self.stage1.accumulation)
         step = self.tokenizer.downsampling
         for name in ("height", "width"):
             pixels = getattr(self.data, name)

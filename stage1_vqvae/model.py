@@ -22,6 +22,8 @@ from stage1_vqvae.quantizers.build import build_quantizer
 from stage1_vqvae.quantizers.contract import Codes, Statistics
 
 _HEADER = "header"
+# Of a tokenizer's weights: 2 since quantizers are composed.
+_FORMAT = 2
 
 
 class TokenizerOutput(NamedTuple):
@@ -62,7 +64,7 @@ class VQVAE(nn.Module):
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Images (B, C, H, W) in [-1, 1]. Changes nothing: see quantizers/contract.py."""
-        quantized = self.quantizer(self.encoder(images))
+        quantized = self.quantizer(self.latents(images))
         output = self.decoder(quantized.z_q)
         loss = binary_cross_entropy if self.config.reconstruction == "bce" else squared_error
         losses = {"reconstruction": loss(output, images), **quantized.losses}
@@ -70,11 +72,17 @@ class VQVAE(nn.Module):
 
     def encode(self, images: Tensor) -> Codes:
         """Images (B, C, H, W) in [-1, 1] to codes, int64 (B, h, w) a level."""
-        return self.quantizer(self.encoder(images)).codes
+        return self.quantizer(self.latents(images)).codes
 
     def decode(self, codes: Codes) -> Tensor:
         """Codes to images (B, C, H, W) about [-1, 1]; in eval equal to `forward`'s reconstruction."""
         return self._pixels(self.decoder(self.quantizer.lookup(codes)))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to what is quantized, (B, D, h, w), channels last in memory: as the quantizer's
+        rows have them, so that nothing has to be transposed for it, or back.
+        """
+        return self.encoder(images.contiguous(memory_format=torch.channels_last))
 
     def _pixels(self, output: Tensor) -> Tensor:
         output = full_precision(output)
@@ -113,13 +121,21 @@ def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) ->
 
 def save_tokenizer(path: Path, model: VQVAE, steps: int) -> None:
     """Write a tokenizer, trained for `steps`, that `load_tokenizer` needs nothing else for."""
-    header = {"kind": "tokenizer", "steps": steps, "config": dataclasses.asdict(model.config), "image_shape": model.image_shape}
+    header = {
+        "kind": "tokenizer",
+        "format": _FORMAT,
+        "steps": steps,
+        "config": dataclasses.asdict(model.config),
+        "image_shape": model.image_shape,
+    }
     save_weights(path, model.state_dict(), header)
 
 
 def load_tokenizer(run: RunDir, device: torch.device | str = "cpu") -> VQVAE:
     """A run's finished tokenizer, in eval mode. Errors: UserError as `load_weights`."""
     weights, header = load_weights(run.tokenizer, "tokenizer")
+    if header.get("format") != _FORMAT:
+        raise UserError(f"{run.tokenizer}: expected a tokenizer of format {_FORMAT}, found {header.get('format', 1)}; train it anew")
     channels, height, width = header["image_shape"]
     model = VQVAE(Tokenizer(**header["config"]), height, width, channels)
     model.load_state_dict(weights)

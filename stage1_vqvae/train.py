@@ -27,6 +27,7 @@ from stage1_vqvae.images import TRAIN, VALIDATION, ImageSplit, load_images, make
 from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.model import VQVAE, read_header, save_tokenizer
 from stage1_vqvae.plots import training_graph
+from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.quantizers.contract import added, level_counts
 from stage1_vqvae.quantizers.health import collapse_warning
 from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
@@ -41,8 +42,8 @@ from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_s
 from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop
-from stage1_vqvae.training.window import Window
 from stage1_vqvae.validation import Judgement, check_equal_codebooks, save_health, save_reconstructions, validate
+from stage1_vqvae.window import Window
 
 # On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
 _MAY_CHANGE = ("compute", "stage1.steps", "stage1.lr", "stage1.clip_norm", "data.path")
@@ -100,7 +101,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     tokenizer = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
     optimizer = adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99)
     model, optimizer = accelerator.prepare(tokenizer, optimizer)
-    average = WeightAverage(tokenizer, config.weight_average, shared=("quantizer",)) if config.weight_average > 0 else None
+    average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)) if config.weight_average > 0 else None
     judged = average.model if average is not None else tokenizer
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
@@ -253,22 +254,24 @@ def training_images(training: ImageSplit, rows: Tensor, share: slice, config: St
 @torch.no_grad()
 def initialise_codebooks(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
     """k-means of the untrained encoder's latents of the first batches, the same on all processes; where the recipe says so."""
-    quantizer = tokenizer.quantizer
-    placeable = [codebook for codebook in quantizer.codebooks() if codebook.placeable]
+    placeable = [codebook for codebook in tokenizer.quantizer.codebooks() if codebook.placeable]
     if tokenizer.config.initialisation == "random" or not placeable:
         return
-    rank = accelerator.process_index
-    share = share_of_step(config.batch_size, 1, 0, accelerator.num_processes, rank)
+    tokenizer.eval()
+    processes, rank = accelerator.num_processes, accelerator.process_index
     (height, width), wanted = tokenizer.grids[0], max(vectors_for(codebook.num_codes) for codebook in placeable)
     batches = []
-    for step in range(-(-wanted // (config.batch_size * height * width))):
-        images = training_images(training, order.batch(step), share, config, step)
-        batches.append(tokenizer.encoder(images.to(accelerator.device)))
+    steps = -(-wanted // (config.batch_size * height * width))
+    for step in range(steps):
+        for micro_step in range(config.accumulation):
+            share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
+            images = training_images(training, order.batch(step), share, config, step)
+            batches.append(tokenizer.latents(images.to(accelerator.device)))
 
     def agree(tensor: Tensor) -> Tensor:
         return summed(accelerator, {"": tensor * (rank == 0)})[""]
 
-    place_by_kmeans_(quantizer, batches, config.seed, accelerator.gather, agree)
+    place_by_kmeans_(tokenizer.quantizer, batches, steps, config.seed, accelerator.gather, agree)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def check_equal_codebooks(accelerator: Accelerator, tokenizer: VQVAE, step: int)
 def save_health(run: RunDir, tokenizer: VQVAE, counts: list[Tensor], step: int, processes: int) -> None:
     """codebook.json, which doctor.py prints, and codebook.png; after `check_equal_codebooks`."""
     quantizer = tokenizer.quantizer
-    vectors = quantizer.code_vectors()
+    vectors = [codebook.vectors() for codebook in quantizer.codebooks()]
     levels = [(used, vectors[quantizer.codebook_of(level)].detach() if vectors else None) for level, used in enumerate(counts)]
     health = Health(
         step=step,

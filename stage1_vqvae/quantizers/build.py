@@ -39,9 +39,8 @@ def _residual(config: Tokenizer, width: int) -> Quantizer:
 
 def _leaf(config: Tokenizer, width: int) -> Quantizer:
     return VectorQuantizer(
-        _RULES[config.quantizer](config.num_codes, width, config.ema_decay, config.restart_below),
+        _RULES[config.quantizer](config.num_codes, width, config.ema_decay, config.restart_below, config.metric),
         commitment=config.commitment,
-        metric=config.metric,
         estimator=ESTIMATORS[config.gradient_estimator],
         entropy_weight=config.entropy_weight,
         entropy_temperature=config.entropy_temperature,

@@ -5,13 +5,18 @@ quantizer's (vector.py); how codes start and restart is for initialisation.py an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # Laplace smoothing of the counts that divide the moving sums (Sonnet's VectorQuantizerEMA).
 _SMOOTHING = 1e-5
+
+
+Metric = Literal["euclidean", "cosine"]
 
 
 class Codebook(nn.Module, ABC):
@@ -22,24 +27,36 @@ class Codebook(nn.Module, ABC):
 
     placeable = True
     """Whether single codes can be put somewhere, by k-means and restarts."""
+    needs_sums = False
+    """Whether `update_` needs the sums of the latents, beside their counts."""
     cluster_size: Tensor
 
-    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float, metric: Metric = "euclidean") -> None:
         super().__init__()
-        self.num_codes, self.dim = num_codes, dim
+        self.num_codes, self.dim, self.metric = num_codes, dim, metric
         self.decay, self.restart_below = decay, restart_below
         self.register_buffer("cluster_size", torch.ones(num_codes))
 
-    @abstractmethod
+    def measured(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, d) as the metric compares them: at unit length under cosine."""
+        return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
+
     def vectors(self) -> Tensor:
-        """The codes' vectors (K, d), with their gradient if the rule needs it."""
+        """The codes' vectors (K, d), as latents are compared with them, with their gradient if the rule needs it."""
+        return self.measured(self._vectors())
 
     @abstractmethod
+    def _vectors(self) -> Tensor:
+        """As they are kept."""
+
     def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
-        """The loss that teaches the codebook, from latents without gradient and their codes' vectors, (N, d) both."""
+        """The loss that teaches the codebook, from latents without gradient and their codes' vectors, (N, d) both: the mean
+        over vectors and channels of |sg(z) - e|^2.
+        """
+        return {"codebook": mean_square(vectors_q, rows)}
 
     @torch.no_grad()
-    def update_(self, counts: Tensor, sums: Tensor) -> None:
+    def update_(self, counts: Tensor, sums: Tensor | None) -> None:
         """Learn from one step's counts (K,) of, and sums (K, d) over, the latents that chose each code."""
         self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
 
@@ -60,18 +77,13 @@ class GradientCodebook(Codebook):
     Van den Oord et al. 2017, "Neural Discrete Representation Learning", equation 3, second term.
     """
 
-    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
-        super().__init__(num_codes, dim, decay, restart_below)
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float, metric: Metric = "euclidean") -> None:
+        super().__init__(num_codes, dim, decay, restart_below, metric)
         # Until they are placed: unit variance, as a normalised latent would have.
         self.weight = nn.Parameter(torch.randn(num_codes, dim))
 
-    def vectors(self) -> Tensor:
-        """The parameter itself."""
+    def _vectors(self) -> Tensor:
         return self.weight
-
-    def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
-        """`codebook`: the mean over vectors and channels."""
-        return {"codebook": mean_square(vectors_q, rows)}
 
     @torch.no_grad()
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> Tensor:
@@ -88,16 +100,16 @@ class MovingAverageCodebook(Codebook):
     of N enters e only and is never written back.
     """
 
+    needs_sums = True
     weight: Tensor
     moving_sum: Tensor
 
-    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
-        super().__init__(num_codes, dim, decay, restart_below)
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float, metric: Metric = "euclidean") -> None:
+        super().__init__(num_codes, dim, decay, restart_below, metric)
         self.register_buffer("weight", torch.randn(num_codes, dim))
         self.register_buffer("moving_sum", self.weight.clone())
 
-    def vectors(self) -> Tensor:
-        """A buffer: no gradient reaches it."""
+    def _vectors(self) -> Tensor:
         return self.weight
 
     def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
@@ -105,13 +117,18 @@ class MovingAverageCodebook(Codebook):
         return {}
 
     @torch.no_grad()
-    def update_(self, counts: Tensor, sums: Tensor) -> None:
-        """Advance the moving count and sum of each code, and with them its vector."""
+    def update_(self, counts: Tensor, sums: Tensor | None) -> None:
+        """Advance the moving count and sum of each code, and with them its vector, if it was chosen.
+
+        m / N stays as it is where nothing was added to either; but both vanish in time, and the smoothing would then
+        draw the vector to the origin.
+        """
+        assert sums is not None
         super().update_(counts, sums)
         self.moving_sum.lerp_(sums.to(self.moving_sum), 1 - self.decay)
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + _SMOOTHING) / (total + self.num_codes * _SMOOTHING) * total
-        self.weight.copy_(self.moving_sum / smoothed[:, None])
+        self.weight.copy_(torch.where((counts > 0)[:, None], self.moving_sum / smoothed[:, None], self.weight))
 
     @torch.no_grad()
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
@@ -131,35 +148,35 @@ class LinearCodebook(Codebook):
     placeable = False
     frozen: Tensor
 
-    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float) -> None:
-        super().__init__(num_codes, dim, decay, restart_below)
+    def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float, metric: Metric = "euclidean") -> None:
+        super().__init__(num_codes, dim, decay, restart_below, metric)
         self.register_buffer("frozen", torch.randn(num_codes, dim) / dim**0.5)
-        self.map = nn.Linear(dim, dim, bias=False)
+        self.map = nn.Parameter(torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
-    def vectors(self) -> Tensor:
-        """C W."""
-        return self.map(self.frozen)
-
-    def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
-        """`codebook`: the mean over vectors and channels."""
-        return {"codebook": mean_square(vectors_q, rows)}
+    def _vectors(self) -> Tensor:
+        return self.frozen @ self.map
 
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
         """Not possible."""
         raise TypeError("the codes of a linear map cannot be placed one by one")
 
 
+def codebook_names(model: nn.Module) -> list[str]:
+    """Of the codebooks among a model's submodules."""
+    return [name for name, module in model.named_modules() if isinstance(module, Codebook)]
+
+
 class _MeanSquare(torch.autograd.Function):
-    """Half the passes over memory of `mse_loss`: the difference is taken once, for both directions."""
+    """With fewer passes over memory than `mse_loss`: the difference is taken once, for both directions."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         difference = a - b
         ctx.save_for_backward(difference)
-        flat = difference.flatten()
-        return torch.dot(flat, flat) / max(1, a.numel())
+        return torch.linalg.vecdot(difference, difference).sum() / max(1, a.numel())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (difference,) = ctx.saved_tensors
         to_a = difference * (2 / max(1, difference.numel()) * gradient)

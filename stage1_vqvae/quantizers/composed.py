@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stage1_vqvae.quantizers.codebook import Codebook
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, added, numbered, part_of
 from stage1_vqvae.quantizers.gradients import Estimator
 
@@ -61,14 +60,6 @@ class ResidualQuantizer(Quantizer):
         for level, part in enumerate(parts):
             self._stage(level).update_(part)
 
-    def codebooks(self) -> tuple[Codebook, ...]:
-        """See the contract."""
-        return tuple(codebook for level in range(len(self.stages)) for codebook in self._stage(level).codebooks())
-
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        """See the contract."""
-        return tuple(vectors for level in range(len(self.stages)) for vectors in self._stage(level).code_vectors())
-
 
 class ProductQuantizer(Quantizer):
     """The channels in groups, each with a quantizer of its own: K^groups combinations from groups x K codes.
@@ -110,14 +101,6 @@ class ProductQuantizer(Quantizer):
         for number, group in enumerate(self._groups):
             group.update_(part_of(statistics, number))
 
-    def codebooks(self) -> tuple[Codebook, ...]:
-        """See the contract."""
-        return tuple(codebook for group in self._groups for codebook in group.codebooks())
-
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        """See the contract."""
-        return tuple(vectors for group in self._groups for vectors in group.code_vectors())
-
 
 class ProjectedQuantizer(Quantizer):
     """A quantizer of other width between two learned linear maps.
@@ -143,14 +126,6 @@ class ProjectedQuantizer(Quantizer):
     def update_(self, statistics: Statistics) -> None:
         """See the contract."""
         self.inner.update_(statistics)
-
-    def codebooks(self) -> tuple[Codebook, ...]:
-        """See the contract."""
-        return self.inner.codebooks()
-
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        """See the contract."""
-        return self.inner.code_vectors()
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:

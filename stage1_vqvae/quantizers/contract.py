@@ -84,11 +84,7 @@ class Quantizer(nn.Module, ABC):
 
     def codebooks(self) -> tuple[Codebook, ...]:
         """The codebooks, each once, in the order of the first level that uses each; none where the codes are given."""
-        return ()
-
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        """For each of `codebooks`, the vectors (K, d) that latents are compared with."""
-        return ()
+        return tuple(module for module in self.modules() if isinstance(module, Codebook))
 
     def codebook_of(self, level: int) -> int:
         """Which of `codebooks` a level uses: its own, or one that it shares with its neighbours."""
@@ -113,7 +109,8 @@ def level_counts(statistics: Statistics) -> list[Tensor]:
 
 def counted(codes: Tensor, num_codes: int) -> Tensor:
     """How often each of K codes occurs in codes (N,): float32 (K,), exact up to 2^24."""
-    return torch.bincount(codes, minlength=num_codes).float()
+    # Not `bincount`, which on a GPU waits for the result's size.
+    return torch.zeros(num_codes, device=codes.device).index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
 
 
 def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

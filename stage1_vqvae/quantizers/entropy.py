@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stage1_vqvae.quantizers.search import rows_a_block
 
@@ -21,6 +22,7 @@ def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
 
     The second is not linear in the batch, so the mean assignment is first averaged over the processes, each of which
     holds as many rows, by a collective that passes gradients: all together then descend the global batch's entropy.
+    (That of a micro-step, with accumulation, which is why a recipe may not have both.)
 
     Args:
         rows: latents (N, d).
@@ -72,6 +74,7 @@ class _SoftAssignment(torch.autograd.Function):
         return mean_assignment / count, mean_entropy / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, to_assignment: Tensor, to_entropy: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, vectors = ctx.saved_tensors
         to_rows, to_vectors = torch.empty_like(rows), torch.zeros_like(vectors)
@@ -84,7 +87,8 @@ class _SoftAssignment(torch.autograd.Function):
             # Through the softmax, and with the 2 / t of the distances' own gradient.
             to_logits = (p * (to_p - (p * to_p).sum(1, keepdim=True))).mul_(2 / (ctx.temperature * count))
             torch.mm(to_logits, vectors, out=to_rows[start : start + size])
-            to_vectors += to_logits.T @ block - vectors * to_logits.sum(0)[:, None]
+            if ctx.needs_input_grad[1]:
+                to_vectors += to_logits.T @ block - vectors * to_logits.sum(0)[:, None]
         # Each row's gradients at its logits add up to zero, so that of |z|^2 vanishes.
         return to_rows, to_vectors, None
 

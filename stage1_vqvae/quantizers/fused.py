@@ -20,7 +20,7 @@ def _nearest(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, padded)
     here = (rows < count)[:, None] & (channels < dim)[None, :]
-    z = tl.load(vectors + rows[:, None] * dim + channels[None, :], mask=here, other=0.0)
+    z = tl.load(vectors + rows[:, None].to(tl.int64) * dim + channels[None, :], mask=here, other=0.0)
     least = tl.full((ROWS,), float("inf"), tl.float32)
     chosen = tl.zeros((ROWS,), tl.int32)
     for first in range(0, num_codes, CODES):
@@ -32,7 +32,8 @@ def _nearest(
         nearer = tl.min(distances, 1) < least
         chosen = tl.where(nearer, first + tl.argmin(distances, 1, tie_break_left=True), chosen)
         least = tl.minimum(least, tl.min(distances, 1))
-    tl.store(nearest + rows, chosen.to(tl.int64), mask=rows < count)
+    # What is not finite is near to nothing; its code must exist all the same.
+    tl.store(nearest + rows, tl.minimum(chosen, num_codes - 1).to(tl.int64), mask=rows < count)
 
 
 def fused_nearest(vectors: Tensor, codes: Tensor, squares: Tensor) -> Tensor:
@@ -46,5 +47,6 @@ def fused_nearest(vectors: Tensor, codes: Tensor, squares: Tensor) -> Tensor:
     if count:
         # A tile of a matrix product has at least 16 channels.
         padded = max(16, triton.next_power_of_2(dim))
-        _nearest[(triton.cdiv(count, _ROWS),)](vectors, codes, squares, nearest, count, len(codes), dim, padded, _ROWS, _CODES)
+        with torch.cuda.device_of(vectors):
+            _nearest[(triton.cdiv(count, _ROWS),)](vectors, codes, squares, nearest, count, len(codes), dim, padded, _ROWS, _CODES)
     return nearest

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+# A latent at the origin has no direction to turn from; its gradient must not become the whole step's.
+_LEAST_NORM = 1e-6
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,6 +25,7 @@ class _StraightThrough(torch.autograd.Function):
         return q.view_as(q)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
@@ -32,13 +37,14 @@ class _Rotation(torch.autograd.Function):
         return q.view_as(q)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         z, q = ctx.saved_tensors
         z_unit, q_unit = F.normalize(z, dim=-1), F.normalize(q, dim=-1)
         middle = F.normalize(z_unit + q_unit, dim=-1)
         # R = I - 2 m m' + 2 q^ z^' turns z^ to q^; its transpose goes back.
         turned = gradient - 2 * middle * _dot(middle, gradient) + 2 * z_unit * _dot(q_unit, gradient)
-        scale = q.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        scale = q.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True).clamp(min=_LEAST_NORM)
         return scale * turned, None
 
 

@@ -22,7 +22,7 @@ _ENOUGH_PER_CODE = 4
 # Healthy codebooks were seen to fill half of their codes within the first hundred steps, collapsing ones never.
 _LOW_USAGE, _LOW_PERPLEXITY_SHARE = 0.5, 0.1
 # Nearest neighbours of this many codes at most are looked at, each among all.
-_MOST_PROBED = 4096
+_MOST_PROBED = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,9 @@ def nearest_distances(vectors: Tensor) -> Tensor:
     vectors = vectors.double() - vectors.double().mean(0)
     scale = vectors.square().sum(1).mean().sqrt().clamp(min=1e-30)
     found: list[Tensor] = []
-    for first in range(0, min(len(vectors), _MOST_PROBED), 512):
-        block = vectors[first : min(first + 512, _MOST_PROBED)]
+    size = max(1, 2**24 // len(vectors))
+    for first in range(0, min(len(vectors), _MOST_PROBED), size):
+        block = vectors[first : min(first + size, _MOST_PROBED)]
         # By definition and not by |a|^2 - 2 a.b + |b|^2, which loses just the small distances.
         distances = torch.cdist(block, vectors, compute_mode="donot_use_mm_for_euclid_dist")
         distances[torch.arange(len(block)), torch.arange(first, first + len(block))] = float("inf")
@@ -106,7 +107,7 @@ def nearest_distances(vectors: Tensor) -> Tensor:
 
 
 def checksum(module: nn.Module) -> int:
-    """A 63-bit sum of all weights and buffers, bit for bit: equal on processes whose codebooks are."""
+    """A 63-bit hash of all weights and buffers: equal on processes whose codebooks are equal bit for bit."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,28 +25,36 @@ def vectors_for(num_codes: int) -> int:
 
 @torch.no_grad()
 def place_by_kmeans_(
-    quantizer: Quantizer, batches: Iterable[Tensor], seed: int, gather: Callable[[Tensor], Tensor], agree: Callable[[Tensor], Tensor]
+    quantizer: Quantizer,
+    batches: Sequence[Tensor],
+    steps: int,
+    seed: int,
+    gather: Callable[[Tensor], Tensor],
+    agree: Callable[[Tensor], Tensor],
 ) -> None:
     """Put every codebook at the centroids of the latents it has to represent, level after level, as each level's latents
     depend on the codes before; a codebook shared by several levels is placed once for each of them.
 
     Args:
-        quantizer: whose `codebooks` are placed, all of them placeable; its forward pass is in the mode it is in.
+        quantizer: whose `codebooks` are placed, all of them placeable.
         batches: latents z (B, D, *spatial) of this process, of equal sizes.
+        steps: how many training steps' batches these are, over all processes.
+        seed: of k-means and of the draw of the latents it sees.
         gather: rows of all processes, in rank order.
         agree: the main process's tensor on all.
     """
-    batches = list(batches)
     codebooks = quantizer.codebooks()
     for level in range(len(quantizer.num_codes)):
         number = quantizer.codebook_of(level)
         codebook = codebooks[number]
         latents = torch.cat([gather(quantizer(z).latents[number]) for z in batches])
-        centroids, counts = kmeans(latents, codebook.num_codes, generator(seed, "k-means", level))
+        draws = generator(seed, "k-means", level)
+        seen = torch.randperm(len(latents), generator=draws)[: vectors_for(codebook.num_codes)]
+        centroids, counts = kmeans(latents[seen.to(latents.device)], codebook.num_codes, draws)
         # Float sums may differ in their last bits between machines.
         centroids, counts = agree(centroids), agree(counts)
         everywhere = torch.ones(codebook.num_codes, dtype=torch.bool, device=centroids.device)
-        codebook.place_(everywhere, centroids, counts / len(batches))
+        codebook.place_(everywhere, centroids, counts * (len(latents) / len(seen) / steps))
 
 
 @torch.no_grad()

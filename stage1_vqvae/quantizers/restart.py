@@ -18,7 +18,9 @@ class Restart:
     """One step's restart of a quantizer's dead codes: `candidates` of every micro-step, added up, go to `apply_`."""
 
     def __init__(self, quantizer: Quantizer, seed: int, step: int, batch_size: int) -> None:
-        self._codebooks = {number: codebook for number, codebook in enumerate(quantizer.codebooks()) if codebook.placeable}
+        self._codebooks = {
+            number: codebook for number, codebook in enumerate(quantizer.codebooks()) if codebook.placeable and codebook.restart_below > 0
+        }
         self._seed, self._step, self._batch_size = seed, step, batch_size
 
     @torch.no_grad()

@@ -18,7 +18,9 @@ _MARGIN = 1e-3
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """FSQ: channel i is squashed and rounded to one of L_i levels, evenly from -1 to 1; K is the product of the L_i.
+    """FSQ: channel i is squashed and rounded to one of L_i levels; K is the product of the L_i.
+
+    The levels lie in even steps from -1 to 1, an even number of them from -1 to 1 - 2 / L.
 
     Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3. No losses, and no codebook that could collapse.
     """
@@ -45,13 +47,15 @@ class FiniteScalarQuantizer(Quantizer):
         """See the contract: digits from -floor(L / 2) on, divided by floor(L / 2)."""
         digits = codes[0][:, None] // self.strides % self.sizes
         half = self.sizes // 2
-        return (digits - half) / half
+        return (digits - half) / half.to(torch.get_default_dtype())
 
     def _squashed(self, rows: Tensor) -> Tensor:
         """Into the open interval whose rounding gives L integers; an even L has one more of them below 0 than above."""
         reach = (self.sizes - 1) * (1 + _MARGIN) / 2
         offset = (self.sizes % 2 == 0).to(rows.dtype) / 2
-        return (rows + (offset / reach).atanh()).tanh() * reach - offset
+        # Zero is where an even L has a level, but for L = 2, whose levels would then lie at zero and out of reach.
+        shift = torch.where(self.sizes > 2, (offset / reach).atanh(), 0.0)
+        return (rows + shift).tanh() * reach - offset
 
 
 class LookupFreeQuantizer(Quantizer):

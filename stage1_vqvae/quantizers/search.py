@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # Rows of distances held at once: a block of this many bytes stays in a CPU's cache between the matrix product that
 # writes it and the argmin that reads it.
@@ -50,9 +49,9 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             from stage1_vqvae.quantizers.fused import fused_nearest
 
             return fused_nearest(vectors.to(dtype) - centre, codes, squares)
-        # Whole groups of codes; those that fill up the last one are infinitely far.
-        missing = -len(codes) % _GROUP
-        codes, squares = F.pad(codes, (0, 0, 0, missing)), F.pad(squares, (0, missing), value=float("inf"))
+        # Whole groups of codes: the last one is filled up with copies of the last code, which count as it.
+        filled = torch.arange(-(-len(codes) // _GROUP) * _GROUP, device=codes.device).clamp_(max=len(codes) - 1)
+        codes, squares = codes[filled], squares[filled]
         count, size = len(vectors), rows_a_block(codes)
         distances = torch.empty(min(count, size), len(codes), dtype=dtype, device=vectors.device)
         nearest = torch.empty(count, dtype=torch.int64, device=vectors.device)
@@ -60,7 +59,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             block = vectors[start : start + size].to(dtype) - centre
             out = torch.addmm(squares, block, codes.T, alpha=-2, out=distances[: len(block)])
             nearest[start : start + size] = _argmin_by_groups(out)
-    return nearest
+    return nearest.clamp_(max=len(codebook) - 1)
 
 
 def _safe_centre(codes: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,8 +11,6 @@ from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statis
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import Estimator
 from stage1_vqvae.quantizers.search import nearest_codes
-
-Metric = Literal["euclidean", "cosine"]
 
 
 class VectorQuantizer(Quantizer):
@@ -30,7 +26,6 @@ class VectorQuantizer(Quantizer):
         codebook: Codebook,
         *,
         commitment: float,
-        metric: Metric,
         estimator: Estimator,
         entropy_weight: float,
         entropy_temperature: float,
@@ -38,12 +33,12 @@ class VectorQuantizer(Quantizer):
         super().__init__()
         self.codebook = codebook
         self.dim, self.num_codes = codebook.dim, (codebook.num_codes,)
-        self.commitment, self.metric, self.estimator = commitment, metric, estimator
+        self.commitment, self.estimator = commitment, estimator
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
 
     def quantize(self, rows: Tensor) -> Quantized:
         """See the contract. Losses: `commitment`, the codebook's own, and `entropy`; means over vectors (and channels)."""
-        rows, vectors = self._measured(rows), self._vectors()
+        rows, vectors = self.codebook.measured(rows), self.codebook.vectors()
         latents = rows.detach()
         codes = nearest_codes(latents, vectors)
         vectors_q = F.embedding(codes, vectors)
@@ -51,28 +46,14 @@ class VectorQuantizer(Quantizer):
         if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, vectors, self.entropy_temperature)
         statistics = {"counts": counted(codes, len(vectors))}
-        if self.training:
+        if self.training and self.codebook.needs_sums:
             statistics["sums"] = torch.zeros_like(vectors).detach_().index_add_(0, codes, latents)
         return Quantized(self.estimator(rows, vectors_q.detach()), (codes,), losses, statistics, (latents,))
 
     def lookup_rows(self, codes: Codes) -> Tensor:
         """See the contract."""
-        return F.embedding(codes[0], self._vectors())
+        return F.embedding(codes[0], self.codebook.vectors())
 
     def update_(self, statistics: Statistics) -> None:
         """See the contract."""
-        self.codebook.update_(statistics["counts"], statistics["sums"])
-
-    def codebooks(self) -> tuple[Codebook, ...]:
-        """See the contract."""
-        return (self.codebook,)
-
-    def code_vectors(self) -> tuple[Tensor, ...]:
-        """See the contract."""
-        return (self._vectors(),)
-
-    def _measured(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
-
-    def _vectors(self) -> Tensor:
-        return self._measured(self.codebook.vectors())
+        self.codebook.update_(statistics["counts"], statistics.get("sums"))

@@ -16,15 +16,15 @@ class WeightAverage(Generic[Model]):
     """`model`, a copy of a model in training whose parameters are the moving averages of its own.
 
     Polyak & Juditsky 1992; with exponential weights as in Karras et al. 2018, "Progressive Growing of GANs", section
-    4. The decay rises from 0 as min(decay, (1 + steps) / (10 + steps)), so that the first weights are soon forgotten.
+    4. The decay rises as min(decay, (1 + steps) / (10 + steps)), so that the first weights are soon forgotten.
     """
 
     def __init__(self, live: Model, decay: float, shared: Sequence[str]) -> None:
-        """`shared`: submodules that the copy has in common with the model in training, instead of an average."""
+        """`shared`: names of the submodules that the copy has in common with the model in training, instead of averages."""
         self.decay, self.steps = decay, 0
         self.model = copy.deepcopy(live).requires_grad_(False)
         for name in shared:
-            setattr(self.model, name, getattr(live, name))
+            self.model.set_submodule(name, live.get_submodule(name))
         pairs = zip(self.model.parameters(), live.parameters(), strict=True)
         self._pairs = [(average, weight) for average, weight in pairs if average is not weight]
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_bytes
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Checkpoints:

@@ -7,7 +7,7 @@ import torch
 
 from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, MovingAverageCodebook
 from stage1_vqvae.quantizers.contract import level_counts
-from stage1_vqvae.quantizers.initialisation import kmeans, vectors_for
+from stage1_vqvae.quantizers.initialisation import kmeans
 from stage1_vqvae.quantizers.restart import candidate_places
 from stage1_vqvae.training.optimizer import adamw, forget_rows_
 from tests.stage1_vqvae.quantizer_kinds import D, build
@@ -38,8 +38,21 @@ def test_moving_averages_against_a_one_hot_reference(kind: str) -> None:
         size = DECAY * size + (1 - DECAY) * one_hot.sum(0)
         total = DECAY * total + (1 - DECAY) * one_hot.T @ z.double()
         smoothed = (size + 1e-5) / (size.sum() + K * 1e-5) * size.sum()
-        vectors = (total / smoothed[:, None]).float() if kind == "ema" else vectors
+        chosen = one_hot.sum(0)[:, None] > 0
+        vectors = torch.where(chosen, total / smoothed[:, None], vectors.double()).float() if kind == "ema" else vectors
         assert torch.allclose(codebook.vectors(), vectors, atol=1e-6)
+
+
+def test_a_code_that_is_not_chosen_stays_where_it_is() -> None:
+    codebook = MovingAverageCodebook(4, D, DECAY, 0.05)
+    before = codebook.vectors().clone()
+    counts, sums = torch.tensor([5.0, 5.0, 5.0, 0.0]), torch.randn(4, D) * torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
+    for _ in range(3000):
+        codebook.update_(counts, sums)
+    assert torch.equal(codebook.vectors()[3], before[3])
+    # Chosen again, it goes there at once: nothing is remembered of so long ago.
+    codebook.update_(torch.ones(4), torch.ones(4, D))
+    assert torch.allclose(codebook.vectors()[3], torch.ones(D), atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])
@@ -73,7 +86,7 @@ def test_losses_are_the_papers_and_beta_is_on_the_encoders_term() -> None:
 def test_simvq_learns_one_map_that_moves_every_code() -> None:
     quantizer = build("simvq")
     (codebook,) = quantizer.codebooks()
-    assert {name for name, _ in codebook.named_parameters()} == {"map.weight"}
+    assert {name for name, _ in codebook.named_parameters()} == {"map"}
     before = codebook.vectors().detach().clone()
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
     found = quantizer(torch.randn(1, D))  # one latent, one code
@@ -91,9 +104,11 @@ def test_fsq_rounds_each_channel_to_its_levels() -> None:
     assert sorted(set(corners[:, 1].tolist())) == [-1.0, 0.0, 1.0]
     assert sorted(set(corners[:, 2].tolist())) == [-1.0, -0.5, 0.0, 0.5]
     assert len({tuple(corner) for corner in corners.tolist()}) == 24
-    rows = 3 * torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
     found = inner.quantize(rows)
-    assert bool((level_counts(found.statistics)[0] > 0).all())
+    for channel, size in enumerate(inner.sizes.tolist()):
+        digits = found.codes[0] // inner.strides[channel] % size
+        assert int(torch.bincount(digits, minlength=size).min()) >= 0.05 * len(rows)
     squashed = inner._squashed(rows) / (inner.sizes // 2)
     steps = 1 / (inner.sizes // 2)
     assert bool(((found.z_q - squashed).abs() <= 0.5 * steps + 1e-6).all())
@@ -205,8 +220,3 @@ def test_kmeans_with_fewer_vectors_than_codes() -> None:
     assert centroids.shape == (K, D)
     assert int(counts.sum()) == 5
     assert bool(torch.isfinite(centroids).all())
-
-
-def test_kmeans_asks_for_several_latents_a_code_and_for_seconds_of_work() -> None:
-    for num_codes in (2, 512, 16_384, 262_144):
-        assert 4 * num_codes <= vectors_for(num_codes) <= max(2**16, 4 * num_codes)

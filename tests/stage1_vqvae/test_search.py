@@ -123,3 +123,12 @@ def test_memory_stays_far_below_all_distances() -> None:
         nearest_codes(vectors, codebook)
     largest = max(event.self_cpu_memory_usage for event in profiled.events())
     assert largest <= 16 * 2**20
+
+
+@pytest.mark.parametrize("num_codes", [5, 64, 100])
+def test_latents_that_are_not_finite_get_a_code_that_exists(num_codes: int) -> None:
+    """A diverging run is stopped for its loss, by name; the search must not fail first."""
+    vectors = torch.tensor([[float("inf"), 0.0], [float("nan"), 1.0], [-float("inf"), float("inf")]])
+    codes = nearest_codes(vectors, torch.randn(num_codes, 2))
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < num_codes
