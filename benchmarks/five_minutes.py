@@ -38,7 +38,6 @@ _K, _D = 512, 64
 # What is taken back, at a third of the recipe's steps; so is what they are compared with.
 ABLATIONS: dict[str, list[str]] = {
     "all of it": [],
-    "random start, not k-means": ["--tokenizer.initialisation", "random"],
     "no restarts": ["--tokenizer.restart_below", "0"],
     "random start, no restarts, decay 0.99": [
         *("--tokenizer.initialisation", "random", "--tokenizer.restart_below", "0", "--tokenizer.ema_decay", "0.99"),
