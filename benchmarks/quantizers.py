@@ -41,10 +41,10 @@ KINDS: dict[str, list[str]] = {
 _PRIOR = ["--prior.layers", "2", "--prior.width", "128", "--prior.heads", "4", "--stage2.batch_size", "64"]
 _PRIOR += ["--stage2.lr", "2e-3", "--stage2.warmup_steps", "20"]
 SOURCES: dict[str, list[str]] = {
-    "digits": ["--config", "configs/digits.yaml", "--stage1.steps", "400", "--extraction.augmentation", "none"],
-    "cifar10": ["--config", "configs/cifar10_5min.yaml", "--tokenizer.hidden_channels", "64", "--stage1.steps", "1200"],
+    "digits": ["--config", "configs/digits.yaml", "--stage1.steps", "300", "--extraction.augmentation", "none"],
+    "cifar10": ["--config", "configs/cifar10_5min.yaml", "--tokenizer.hidden_channels", "64", "--stage1.steps", "800"],
 }
-_PRIOR_STEPS = {"digits": 200, "cifar10": 200}
+_PRIOR_STEPS = {"digits": 150, "cifar10": 150}
 
 
 def command(script: str, *arguments: str) -> None:
