@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from configs.errors import run_entry
+from stage1_vqvae.images import to_model
 from stage1_vqvae.training.checkpoint import Checkpoints
 
 NEXT = "NEXT"
@@ -30,6 +31,12 @@ def main() -> None:
             runs.append([])
         else:
             runs[-1].append(argument)
+    script = importlib.import_module(module)
+    if module == "stage1_vqvae.train":
+        # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
+        torch.set_default_dtype(torch.float64)
+        for user in (script, importlib.import_module("stage1_vqvae.validation")):
+            user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
     save = Checkpoints.save
     # The processes stay joined from run to run.
     Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
@@ -43,7 +50,7 @@ def main() -> None:
             save(self, step, state)
 
         Checkpoints.save = save_and_dump  # type: ignore[method-assign]
-        importlib.import_module(module).main(arguments)
+        script.main(arguments)
 
 
 if __name__ == "__main__":

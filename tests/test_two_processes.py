@@ -106,7 +106,7 @@ def test_one_step_at_two_processes_is_the_step_of_one(kind: str, steps_of_all_ki
     number = str(list(KINDS).index(kind))
     one, two = (torch.load(steps_of_all_kinds / name / number / "1-of-rank-0.pt") for name in ("one", "two"))
     for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5), name
+        assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +118,7 @@ def test_fifty_steps_leave_equal_ranks(kind: str, steps_of_all_kinds: Path) -> N
         assert torch.equal(first[name], second[name]), name
     records = read_metrics(steps_of_all_kinds / f"run-long-{kind}" / "stage1" / "metrics.jsonl")
     restarted = sum(record.get("restarted", 0) for record in records)
-    assert (restarted > 0) == (kind not in ("simvq", "fsq", "lfq"))
+    assert (restarted > 0) == (kind not in ("simvq", "simvq_entropy", "fsq", "lfq"))
 
 
 def test_one_step_of_the_prior_is_the_same_step(run_copy: Path, tmp_path: Path, script: Script) -> None:

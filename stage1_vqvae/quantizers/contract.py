@@ -110,7 +110,8 @@ def level_counts(statistics: Statistics) -> list[Tensor]:
 def counted(codes: Tensor, num_codes: int) -> Tensor:
     """How often each of K codes occurs in codes (N,): float32 (K,), exact up to 2^24."""
     # Not `bincount`, which on a GPU waits for the result's size.
-    return torch.zeros(num_codes, device=codes.device).index_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
+    ones = torch.ones_like(codes, dtype=torch.float32)
+    return ones.new_zeros(num_codes).index_add_(0, codes, ones)
 
 
 def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
