@@ -33,7 +33,7 @@ KINDS: dict[str, list[str]] = {
     "gradient, entropy term": ["--tokenizer.quantizer", "gradient", "--tokenizer.entropy_weight", "0.01"],
     "SimVQ": ["--tokenizer.quantizer", "simvq"],
     "FSQ 8 x 8 x 8": ["--tokenizer.quantizer", "fsq"],
-    "LFQ, entropy term": ["--tokenizer.quantizer", "lfq", "--tokenizer.entropy_weight", "0.02"],
+    "LFQ, entropy term": ["--tokenizer.quantizer", "lfq", "--tokenizer.entropy_weight", "0.05", "--tokenizer.entropy_temperature", "0.3"],
     "residual, 3 depths of 8": [*_THREE_OF_8, "--tokenizer.depth", "3"],
     "residual, 3 depths share 8": [*_THREE_OF_8, "--tokenizer.depth", "3", "--tokenizer.shared_codebook", "true"],
     "product, 3 groups of 8": [*_THREE_OF_8, "--tokenizer.groups", "3", "--tokenizer.codebook_dim", "24"],
