@@ -39,6 +39,17 @@ def test_it_is_least_where_latents_are_sure_and_codes_used_alike() -> None:
     assert losses[2] == pytest.approx(0, abs=1e-4)
 
 
+def test_codes_that_no_latent_can_reach_leave_finite_gradients() -> None:
+    """Their share underflows to zero, where the slope of x log x is infinite."""
+    rows = torch.randn(20, 4).requires_grad_()
+    vectors = torch.cat([torch.randn(3, 4), torch.full((1, 4), 1e3)]).requires_grad_()
+    entropy_loss(rows, vectors, 0.1).backward()
+    assert rows.grad is not None
+    assert vectors.grad is not None
+    assert bool(torch.isfinite(rows.grad).all())
+    assert bool(torch.isfinite(vectors.grad).all())
+
+
 def test_nothing_gives_nothing() -> None:
     rows = torch.empty(0, 3, requires_grad=True)
     loss = entropy_loss(rows, torch.randn(4, 3), 1.0)
