@@ -32,7 +32,8 @@ def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
     mean_assignment, mean_entropy = _SoftAssignment.apply(rows, vectors, temperature)
     mean_assignment = averaged_over_processes(mean_assignment)
     # A code so far from all latents that its share is zero has an entropy of infinite slope; nothing may be told to reach it.
-    return mean_entropy - torch.special.entr(mean_assignment.clamp(min=torch.finfo(rows.dtype).tiny)).sum()
+    logarithm = mean_assignment.clamp(min=torch.finfo(rows.dtype).tiny).log()
+    return mean_entropy + (mean_assignment * logarithm).sum()
 
 
 def averaged_over_processes(tensor: Tensor) -> Tensor:
