@@ -236,7 +236,8 @@ def test_dead_codes_restart_on_latents_and_live_ones_stay(kind: str) -> None:
     optimizer = torch.optim.AdamW(list(quantizer.parameters()) or [torch.nn.Parameter(torch.zeros(1))])
     z = latents(6, D, 4, 5)
     found = quantizer(z)
-    codebooks = [codebook for codebook in quantizer.codebooks() if codebook.placeable]
+    pairs = [pair for pair in zip(quantizer.codebooks(), found.latents, strict=True) if pair[0].placeable]
+    codebooks = [codebook for codebook, _ in pairs]
     for codebook in codebooks:
         codebook.cluster_size.fill_(10.0)
         codebook.cluster_size[[3, 7]] = 0.01
@@ -244,7 +245,7 @@ def test_dead_codes_restart_on_latents_and_live_ones_stay(kind: str) -> None:
     restart = Restart(quantizer, seed=0, step=0, batch_size=6)
     candidates = restart.candidates(found.latents, first_image=0, images=6)
     assert int(restart.apply_(candidates, optimizer)) == 2 * len(codebooks)
-    for codebook, former, vectors in zip(codebooks, before, found.latents, strict=False):
+    for (codebook, vectors), former in zip(pairs, before, strict=True):
         now = codebook.vectors().detach()
         live = [code for code in range(codebook.num_codes) if code not in (3, 7)]
         assert torch.equal(now[live], former[live])
