@@ -33,5 +33,5 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/priors.py
 	$(BIN)/python benchmarks/quantizer_layer.py

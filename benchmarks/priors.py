@@ -1,63 +1,154 @@
-"""Cached sampling against a full forward pass for every position, as a ratio within one run.
+"""Priors' speed, as ratios within one run: sampling against bare matrix products and full passes, training against torch's own layers.
 
-    python benchmarks/sampling.py
+    python benchmarks/priors.py
+    python benchmarks/priors.py --rounds 7
 
-Random weights: time does not depend on them. Medians of alternated runs.
+64 images of 8x8 codes, K = 512, no guidance, float32, medians of alternated rounds. Random weights: time does not depend
+on them. The chain is the transformer's own products in their order, (64, C) by each of its matrices and the head, 64 times:
+what no sampler of this model can go below. A full pass a place is what sampling costs without a cache.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from configs.schema import Prior, Sampling
+from stage1_vqvae.training.optimizer import adamw
+from stage2_prior.contract import AutoregressivePrior, code_losses
 from stage2_prior.generate import draw, generate, uniforms, warp
+from stage2_prior.pixelcnn import PixelCNN
 from stage2_prior.sequence import SequenceLayout
 from stage2_prior.transformer import Transformer
 
-_ROUNDS = 3
-_IMAGES = 64
+_IMAGES, _K, _GRID = 64, 512, (8, 8)
+_LAYOUT = SequenceLayout([_GRID], [_K])
+_STEPS = 4
 
 
 @torch.no_grad()
-def uncached(prior: Transformer, labels: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (B, T), by one pass over all places so far for each new one."""
-    tokens = torch.empty(len(labels), 0, dtype=torch.int64)
-    for t in range(prior.layout.length):
-        logits = prior(tokens, labels)[:, -1]
-        tokens = torch.cat([tokens, draw(warp(logits, 1.0, 0, 1.0), uniform[:, t])[:, None]], 1)
-    return tokens
+def full_passes(prior: AutoregressivePrior, labels: Tensor, uniform: Tensor) -> Tensor:
+    """Places (B, T), by a pass over the whole grid for each."""
+    places = torch.zeros(len(labels), _LAYOUT.length, dtype=torch.int64)
+    for place in range(_LAYOUT.length):
+        logits = prior(_LAYOUT.grids_of(places), labels)[0][:, place]
+        places[:, place] = draw(warp(logits, Sampling()), uniform[:, place])
+    return places
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Of one call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+@torch.no_grad()
+def chain(prior: Transformer) -> Tensor:
+    """The transformer's matrix products of a sampling run, and nothing else."""
+    x = torch.randn(_IMAGES, prior.config.width)
+    for _ in range(_LAYOUT.length):
+        for block in prior.blocks:
+            x = F.linear(x, block.attention.qkv.weight)[:, : prior.config.width]
+            x = F.linear(x, block.attention.out.weight)
+            x = F.linear(x, block.mlp.gate.weight) + F.linear(x, block.mlp.up.weight)
+            x = F.linear(x, block.mlp.out.weight)
+        logits = F.linear(x, prior.head.weight)
+    return logits
+
+
+class PlainTransformer(nn.Module):
+    """torch's own encoder layers under a causal mask, with learned positions."""
+
+    def __init__(self, config: Prior) -> None:
+        super().__init__()
+        width = config.width
+        self.token, self.place = nn.Embedding(_K + 1, width), nn.Parameter(torch.zeros(_LAYOUT.length, width))
+        layer = nn.TransformerEncoderLayer(width, config.heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, _K, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(_LAYOUT.length))
+
+    mask: Tensor
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Logits (B, T, K) of places (B, T)."""
+        before = F.pad(places[:, :-1], (1, 0), value=_K)
+        return self.head(self.layers(self.token(before) + self.place, mask=self.mask, is_causal=True))
+
+
+def training_steps(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Forward, backward and the optimiser's step, some times over."""
+    model.train()
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+
+def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each, in turns, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            times[name] += [time.perf_counter() - began] if number else []
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def sampling(rounds: int) -> None:
+    """Print the table of sampling times."""
+    labels, uniform = torch.arange(_IMAGES) % 10, uniforms(0, torch.arange(_IMAGES), _LAYOUT.length)
+    transformer = Transformer(Prior(layers=6, width=384, heads=6).resolved(), _LAYOUT, 10).eval()
+    pixelcnn = PixelCNN(Prior(kind="pixelcnn").resolved(), _LAYOUT, 10).eval()
+    attending = PixelCNN(Prior(kind="pixelcnn", attention_interval=5).resolved(), _LAYOUT, 10).eval()
+    print("| prior | parameters | cached s | chain of its products s | ratio | full pass a place s | ratio | same codes |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", attending)):
+        codes = generate(prior, labels, uniform, Sampling())
+        same = torch.equal(_LAYOUT.flat(codes), full_passes(prior, labels, uniform))
+        contestants: dict[str, Callable[[], object]] = {"cached": lambda p=prior: generate(p, labels, uniform, Sampling())}
+        if isinstance(prior, Transformer):
+            contestants["chain"] = lambda p=prior: chain(p)
+        found = medians(contestants, rounds)
+        full = medians({"full": lambda p=prior: full_passes(p, labels, uniform)}, 1)["full"]
+        chained = f"{found['chain']:.3f} | {found['cached'] / found['chain']:.2f}" if "chain" in found else "- | -"
+        parameters = sum(parameter.numel() for parameter in prior.parameters()) / 1e6
+        against_full = f"{full:.2f} | {full / found['cached']:.1f}"
+        print(
+            f"| {name} | {parameters:.1f} M | {found['cached']:.3f} | {chained} | {against_full} | {'yes' if same else 'NO'} |", flush=True
+        )
+
+
+def training(rounds: int) -> None:
+    """Print the table of training speeds."""
+    config = Prior(layers=6, width=384, heads=6, dropout=0.0).resolved()
+    ours, plain = Transformer(config, _LAYOUT, 0), PlainTransformer(config)
+    places = torch.randint(_K, (_IMAGES, _LAYOUT.length))
+    codes = _LAYOUT.grids_of(places)
+    optimizers = [adamw(model, 1e-3, 0.05, beta2=0.95) for model in (ours, plain)]
+    contestants: dict[str, Callable[[], object]] = {
+        "ours": lambda: training_steps(ours, lambda: code_losses(ours(codes, None), codes)[0].mean(), optimizers[0]),
+        "nn.TransformerEncoder": lambda: training_steps(
+            plain, lambda: F.cross_entropy(plain(places).flatten(0, 1), places.flatten()), optimizers[1]
+        ),
+    }
+    found = medians(contestants, rounds)
+    print("\n| transformer, 6 x 384 | parameters | tokens/s in training | ratio |\n| --- | --- | --- | --- |")
+    for (name, seconds), model in zip(found.items(), (ours, plain), strict=True):
+        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        speed = _STEPS * places.numel() / seconds
+        print(f"| {name} | {parameters:.2f} M | {speed:.0f} | {found['nn.TransformerEncoder'] / seconds:.2f} |")
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
     torch.manual_seed(0)
-    print("| grid | K | layers x width | cached s | uncached s | ratio | same tokens |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for grid, layers, width in (((7, 7), 4, 192), ((8, 8), 6, 384)):
-        layout = SequenceLayout([grid], [512])
-        prior = Transformer(Prior(layers=layers, width=width, heads=width // 48), layout, 10).eval()
-        labels, uniform = torch.arange(_IMAGES) % 10, uniforms(0, torch.arange(_IMAGES), layout.length)
-        codes = generate(prior, labels, uniform, Sampling())
-        same = torch.equal(layout.to_tokens(codes), uncached(prior, labels, uniform))
-        fast, slow = [], []
-        for _ in range(_ROUNDS):
-            fast.append(seconds(lambda p=prior, y=labels, u=uniform: generate(p, y, u, Sampling())))
-            slow.append(seconds(lambda p=prior, y=labels, u=uniform: uncached(p, y, u)))
-        ratio = statistics.median(slow) / statistics.median(fast)
-        times = f"{statistics.median(fast):.2f} | {statistics.median(slow):.2f} | {ratio:.1f}"
-        print(f"| {grid[0]}x{grid[1]} | 512 | {layers} x {width} | {times} | {'yes' if same else 'NO'} |")
+    sampling(rounds)
+    training(rounds)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ KINDS: dict[str, list[str]] = {
     "gradient, entropy term": ["--tokenizer.quantizer", "gradient", "--tokenizer.entropy_weight", "0.01"],
     "SimVQ": ["--tokenizer.quantizer", "simvq"],
     "FSQ 8 x 8 x 8": ["--tokenizer.quantizer", "fsq"],
-    "LFQ, entropy term": ["--tokenizer.quantizer", "lfq", "--tokenizer.entropy_weight", "0.05", "--tokenizer.entropy_temperature", "0.3"],
+    "LFQ, entropy term": ["--tokenizer.quantizer", "lfq", "--tokenizer.entropy_weight", "0.1"],
     "residual, 3 depths of 8": [*_THREE_OF_8, "--tokenizer.depth", "3"],
     "residual, 3 depths share 8": [*_THREE_OF_8, "--tokenizer.depth", "3", "--tokenizer.shared_codebook", "true"],
     "product, 3 groups of 8": [*_THREE_OF_8, "--tokenizer.groups", "3", "--tokenizer.codebook_dim", "24"],
@@ -57,12 +57,12 @@ def command(script: str, *arguments: str) -> None:
 def row(name: str, run: RunDir) -> str:
     """Of the Markdown table."""
     found = read_json(run.stage1 / "report.json")
-    report = read_json(run.prior("transformer") / "report.json")
+    prior = read_json(run.prior("transformer") / "likelihood.json")
     speeds = [record["images_per_second"] for record in read_metrics(run.stage1 / "metrics.jsonl") if record["split"] == "train"]
-    validation, prior, bits = found["validation"], report["validation"], report["bits_per_image"]
+    validation, bits = found["validation"], prior["bits_per_image"]
     recipe = load_recipe(run.recipe)
     milliseconds_of_one = 1000 * recipe.stage1.batch_size
-    tokens = bits["prior"] / prior["bits_per_token"]
+    tokens = bits["prior"] / prior["validation"]
     cells = [
         f"{1000 * validation['mse']:.2f}",
         f"{validation['usage']:.0%}",
@@ -70,7 +70,7 @@ def row(name: str, run: RunDir) -> str:
         f"{bits['indices']:.0f}",
         f"{tokens * prior['unigram']:.0f}",
         f"{bits['prior']:.0f}",
-        f"{prior['bits_per_token']:.2f}",
+        f"{prior['validation']:.2f}",
         f"{milliseconds_of_one / statistics.median(speeds):.0f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"

@@ -143,8 +143,9 @@ def parse(
         argv: arguments; None = the process's.
         flat: the one of `sections` whose options have no prefix.
         starts_run: whether this script may begin a run (stage 1) or needs one.
-        begun_in: for a training script, its folder in the run, given `--name`: what was begun there goes on with the
-            recipe it has there, and then `--config` only says which run is meant.
+        begun_in: for a training script, its folder in the run, given `--name` (or else `--prior.kind`, a prior's name if it
+            has no other): what was begun there goes on with the recipe it has there, and then `--config` only says which
+            run is meant.
         options: adds the script's own options.
     Errors: exits with code 2 and one line on any mistake.
     """
@@ -153,6 +154,7 @@ def parse(
     where.add_argument("--config", type=Path)
     where.add_argument("--run")
     where.add_argument("--name")
+    where.add_argument("--prior.kind", dest="kind")
     where.add_argument("--resume", action="store_true")
     help_wanted = "--help" in argv or "-h" in argv
     try:
@@ -207,7 +209,7 @@ def _locate(
         run = last or RunDir.named(DEFAULT_RECIPE.stem)
     exists = run.exists()
     if exists and begun_in is not None:
-        folder = begun_in(run, known.name)
+        folder = begun_in(run, known.name or known.kind)
         own = run.recipe if starts_run else folder / "recipe.yaml"
         # A changed recipe file must not pass unnoticed, unless the user says to go on with what was begun.
         if RunDir.begun(folder) and own.exists() and (known.resume or known.config is None or not starts_run):

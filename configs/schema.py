@@ -7,7 +7,7 @@ section is built, with the key's name; what takes two sections to judge is refus
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Augmentation = Literal["none", "horizontal_flip", "shift"]
@@ -214,24 +214,54 @@ class Extraction:
 class Prior:
     """The autoregressive model of the codes."""
 
-    kind: Literal["transformer"] = "transformer"
-    """Decoder-only transformer over the raster sequence of codes."""
-    layers: int = 6
-    """Transformer blocks."""
-    width: int = 384
-    """Channels of a token."""
-    heads: int = 6
-    """Attention heads; width / heads must be a multiple of 4, for the rotary positions of two axes."""
+    kind: Literal["transformer", "pixelcnn"] = "transformer"
+    """`transformer`, over the sequence of codes; `pixelcnn`, the Gated PixelCNN, masked convolutions over their grid."""
+    preset: Literal["S", "B", "L"] = "S"
+    """Sizes from the literature, for what is 0 below. Transformer: 12 layers x 384 (6 heads), 12 x 768 (12), 24 x 1024 (16);
+    PixelCNN: 15 layers x 64, 20 x 128, 20 x 384."""
+    layers: int = 0
+    """Transformer blocks, or gated layers of a PixelCNN; 0 = the preset's."""
+    width: int = 0
+    """Channels of a place; 0 = the preset's."""
+    heads: int = 0
+    """Attention heads; 0 = the preset's. Width / heads must be a multiple of 4, for the rotary positions of two axes."""
+    kernel_size: int = 3
+    """Side of a PixelCNN's convolutions before masking; odd. The first one's is 7."""
+    attention_interval: int = 0
+    """Self-attention after every so many layers of a PixelCNN (as in PixelSNAIL); 0 = none."""
     dropout: float = 0.1
-    """Dropout of attention's and MLP's outputs and of the embedded tokens."""
+    """Dropout of what attention, MLP or gated layer add, and of a transformer's embedded codes."""
     conditional: bool = True
     """Condition on labels where the codes have them."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads"):
-            _require(getattr(self, name) >= 1, f"prior.{name}", "at least 1", getattr(self, name))
-        _require(self.width % (4 * self.heads) == 0, "prior.width", f"a multiple of 4 x {self.heads} heads", self.width)
+        for name in ("layers", "width", "heads", "attention_interval"):
+            _require(getattr(self, name) >= 0, f"prior.{name}", "at least 0", getattr(self, name))
+        _, width, heads = self.sizes()
+        if self.kind == "transformer" or self.attention_interval > 0:
+            _require(width % (4 * heads) == 0, "prior.width", f"a multiple of 4 x {heads} heads", width)
+        _require(self.kernel_size % 2 == 1 and self.kernel_size > 1, "prior.kernel_size", "an odd number above 1", self.kernel_size)
         _require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Layers, width and heads."""
+        preset = PRESETS[self.kind][self.preset]
+        layers, width, heads = (own or preset_s for own, preset_s in zip((self.layers, self.width, self.heads), preset, strict=True))
+        return layers, width, heads
+
+    def resolved(self) -> Prior:
+        """Itself with the preset's sizes written out: what is built and what a prior file says."""
+        layers, width, heads = self.sizes()
+        return replace(self, layers=layers, width=width, heads=heads)
+
+
+PRESETS: dict[str, dict[str, tuple[int, int, int]]] = {
+    # S: ViT-S, DiT-S. B and L: LlamaGen's (Sun et al. 2024, table 1), 111 M and 343 M parameters with 16,384 codes.
+    "transformer": {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16)},
+    # S: 1.8 M parameters with 512 codes. L: that of van den Oord et al. 2016 for ImageNet, section 3.2.
+    "pixelcnn": {"S": (15, 64, 4), "B": (20, 128, 4), "L": (20, 384, 6)},
+}
+"""Layers, width and heads by kind and name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,9 +272,14 @@ class Stage2(_Loop):
     """AdamW's decay of matrices (not of gains and embeddings)."""
     label_dropout: float = 0.1
     """Share of labels hidden in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
+    weight_average: float = 0.999
+    """Decay a step of the moving average of the weights, which validation and sampling use; 0 = the last step's weights."""
+    gradient_checkpointing: bool = False
+    """Keep no layer's inside for the backward pass but compute it twice: less memory, a third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(0 <= self.weight_average < 1, "stage2.weight_average", "0 <= decay < 1", self.weight_average)
         _require(0 <= self.label_dropout < 1, "stage2.label_dropout", "0 <= share < 1", self.label_dropout)
 
 
@@ -258,8 +293,12 @@ class Sampling:
     """Draw among the k likeliest codes only; 0 = all."""
     top_p: float = 1.0
     """Draw among the fewest codes whose probability reaches p; 1 = all."""
+    min_p: float = 0.0
+    """Draw only codes at least this share as likely as the likeliest; 0 = all."""
     guidance: float = 1.0
     """Classifier-free guidance s: logits(no label) + s (logits(label) - logits(no label)); 1 = off, any real number."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Guidance over the places: s throughout, or rising from 1 at the first to s at the last."""
     batch_size: int = 64
     """Samples drawn at once; it does not change them."""
     precision: Literal["float64", "float32"] = "float64"
@@ -269,6 +308,7 @@ class Sampling:
         _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
         _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
+        _require(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
         _require(abs(self.guidance) < float("inf"), "guidance", "a finite number", self.guidance)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
 
@@ -281,6 +321,8 @@ class Compute:
     """CPU threads a process; 0 = the cores it may use, shared by the processes of this machine."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Null = as `accelerate config` or `accelerate launch` say."""
+    compile: bool = False
+    """Train through torch.compile; and on a GPU, a transformer samples from CUDA graphs."""
     tracker: Literal["tensorboard"] | None = None
     """Also log there through Accelerate's tracker; metrics.jsonl is always written."""
 

@@ -55,10 +55,10 @@ def codes_row(folder: Path) -> str:
 
 def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
     """Stage 2's result on the validation split, beside what needs no learning."""
-    report = read_json(run.prior(name) / "report.json")
-    found, bits = report["validation"], report["bits_per_image"]
+    report, found = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
+    bits = found["bits_per_image"]
     return [
-        (f"bits a token: prior {name}", f"{found['bits_per_token']:.3f}"),
+        (f"bits a token: prior {name}", f"{found['validation']:.3f}"),
         ("bits a token: unigram", f"{found['unigram']:.3f}"),
         ("bits a token: uniform (log2 K)", f"{found['uniform']:.3f}"),
         ("bits an image under the prior", f"{bits['prior']:.0f} ({bits['raw'] / bits['prior']:.1f} : 1)"),
@@ -69,7 +69,7 @@ def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
 def pictures(run: RunDir, prior: str | None) -> list[Path]:
     """The pictures there are: training graphs, codebook, newest reconstructions, samples."""
     found = [run.stage1 / "training.png", run.stage1 / "codebook.png", *sorted((run.stage1 / "reconstructions").glob("*.png"))[-1:]]
-    found += [run.prior(prior) / "training.png"] if prior is not None else []
+    found += [run.prior(prior) / file for file in ("training.png", "likelihood.png")] if prior is not None else []
     return [path for path in [*found, *sorted(run.samples.glob("*/grid.png"))] if path.exists()]
 
 

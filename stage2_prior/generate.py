@@ -1,10 +1,12 @@
 """Drawing codes from a prior: warp the logits, draw, go on to the next place.
 
 A sample is a function of (seed, its number, label, weights): its uniforms are drawn once, on the CPU, and turned into
-tokens by inverting the cumulative distribution. So it is the same whatever it is batched with.
+codes by inverting the cumulative distribution. So it is the same whatever it is batched with.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from torch import Tensor
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.randomness import generator
+from stage2_prior.contract import AutoregressivePrior
 from stage2_prior.sequence import SequenceLayout
-from stage2_prior.transformer import Transformer
 
 
 def uniforms(seed: int, numbers: Tensor, length: int) -> Tensor:
@@ -27,75 +29,101 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def warp(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Probabilities (B, V), float64, of logits (B, V): temperature, then the k likeliest, then the nucleus.
+def guidance_scales(config: Sampling, length: int) -> list[float]:
+    """The guidance scale of each of `length` places: config.guidance, or on the way to it from 1 at the first place.
 
-    Args:
-        logits: (B, V).
-        temperature: divides the logits; 0: all on the likeliest (the first of equals).
-        top_k: keep the k likeliest, and those equal to the k-th; 0: all.
-        top_p: keep the fewest likeliest tokens whose probability reaches p (Holtzman et al. 2020); 1: all.
+    A rising scale (Chang et al. 2023, "Muse", section 2.7) leaves the first codes, which decide the rest, their variety.
+    """
+    way = [place / max(1, length - 1) for place in range(length)]
+    if config.guidance_schedule == "constant":
+        return [config.guidance] * length
+    if config.guidance_schedule == "cosine":
+        way = [(1 - math.cos(math.pi * share)) / 2 for share in way]
+    return [1 + share * (config.guidance - 1) for share in way]
+
+
+def warp(logits: Tensor, config: Sampling) -> Tensor:
+    """Probabilities (B, K), float64, of logits (B, K): temperature, then what may be drawn at all.
+
+    The three limits that follow each look at what those before have left:
+    top_k keeps the k likeliest, and those equal to the k-th; top_p the fewest likeliest whose probability reaches p
+    (Holtzman et al. 2020); min_p those at least that share as likely as the likeliest (Nguyen et al. 2024).
     """
     logits = logits.double()
-    if temperature == 0:
+    if config.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, -1).values[..., -1:]
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        least = logits.topk(config.top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
+    if config.min_p > 0:
+        least = logits.amax(-1, keepdim=True) + math.log(config.min_p)
+        below = logits < least
     probabilities = logits.softmax(-1)
-    if top_p < 1:
+    if config.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token is kept if those before it have not yet reached p: the first always is.
-        kept = ordered.cumsum(-1) - ordered < top_p
+        kept = ordered.cumsum(-1) - ordered < config.top_p
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
-        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    return probabilities
+    if config.min_p > 0:
+        probabilities = probabilities.masked_fill(below, 0)
+    return probabilities / probabilities.sum(-1, keepdim=True)
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token (B,) at which the cumulative distribution of (B, V) first exceeds the uniform (B,)."""
+    """The code (B,) at which the cumulative distribution of (B, K) first exceeds the uniform (B,)."""
     cumulative = probabilities.cumsum(-1)
-    # The last sum may be 1 - 1e-16; scaling the uniform by it keeps every draw on a token that has probability.
+    # The last sum may be 1 - 1e-16; scaling the uniform by it keeps every draw on a code that has probability.
     threshold = (uniform.to(cumulative) * cumulative[..., -1])[..., None]
     return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp_(max=probabilities.shape[-1] - 1)
 
 
 @torch.no_grad()
-def generate(prior: Transformer, labels: Tensor | None, uniform: Tensor, config: Sampling) -> Codes:
-    """Sample one sequence a row.
+def generate(
+    prior: AutoregressivePrior,
+    labels: Tensor | None,
+    uniform: Tensor,
+    config: Sampling,
+    given: Codes | None = None,
+    kept: Codes | None = None,
+) -> Codes:
+    """Sample one image's codes a row.
 
     Args:
         prior: in eval mode.
         labels: (B,) on the prior's device, or None for no label.
         uniform: (B, T) from `uniforms`.
-        config: temperature, top_k, top_p, guidance.
+        config: temperature, top_k, top_p, min_p, guidance.
+        given: codes (B, h, w) a level to take over where `kept`, masks (h, w) a level, is true: the others are drawn, each
+            given those before it.
     Returns: codes, int64 (B, h, w) a level.
     """
     assert not prior.training
-    device = prior.start.device
+    device, layout = prior.device, prior.layout
     uniform = uniform.to(device)
     batch = len(uniform)
     guides = labels is not None and config.guidance != 1
     if guides:
         assert labels is not None
-        # Conditional and unconditional sequences run in one batch and share every token.
+        # Conditional and unconditional sequences run in one batch and share every code.
         labels = torch.cat([labels, torch.full_like(labels, prior.num_labels)])
+    scales = guidance_scales(config, layout.length)
     cache = prior.new_cache(batch * 2 if guides else batch)
-    tokens = torch.empty(batch, prior.layout.length, dtype=torch.int64, device=device)
-    token = None
-    for t in range(prior.layout.length):
-        logits = prior.step(token, labels, cache)
-        if guides:
-            logits = guided(logits[:batch], logits[batch:], config.guidance)
-        tokens[:, t] = draw(warp(logits, config.temperature, config.top_k, config.top_p), uniform[:, t])
-        token = tokens[:, t].repeat(2) if guides else tokens[:, t]
-    return prior.layout.to_codes(tokens)
+    places = layout.flat(given).to(device) if given is not None else torch.empty(batch, layout.length, dtype=torch.int64, device=device)
+    drawn = [True] * layout.length if kept is None else (~layout.flat(kept)[0]).tolist()
+    code = None
+    for place, scale in enumerate(scales):
+        logits = prior.step(code, labels, cache)
+        if drawn[place]:
+            if guides:
+                logits = guided(logits[:batch], logits[batch:], scale)
+            places[:, place] = draw(warp(logits, config), uniform[:, place])
+        code = places[:, place].repeat(2) if guides else places[:, place]
+    return layout.grids_of(places)
 
 
 def uniform_codes(layout: SequenceLayout, uniform: Tensor) -> Codes:
     """Codes of the uniform prior from the same uniforms (B, T): each code of a level equally likely."""
-    levels = zip(layout.lengths, layout.num_codes, layout.offsets, strict=True)
-    sizes = torch.cat([torch.full((length,), k) for length, k, _ in levels])
-    starts = torch.cat([torch.full((n,), offset) for n, offset in zip(layout.lengths, layout.offsets, strict=True)])
-    return layout.to_codes((uniform * sizes).long() + starts)
+    sizes = torch.cat([torch.full((length,), k) for length, k in zip(layout.lengths, layout.num_codes, strict=True)])
+    return layout.grids_of((uniform * sizes).long())

@@ -15,8 +15,13 @@ from configs.run_dir import RunDir
 from configs.schema import Prior
 from stage1_vqvae.model import load_weights, save_weights
 from stage2_prior.code_store import Manifest
+from stage2_prior.contract import AutoregressivePrior
+from stage2_prior.pixelcnn import PixelCNN
 from stage2_prior.sequence import SequenceLayout
 from stage2_prior.transformer import Transformer
+
+_FORMAT = 2
+_KINDS: dict[str, type[AutoregressivePrior]] = {"transformer": Transformer, "pixelcnn": PixelCNN}
 
 UNIFORM = "uniform"
 """The prior that needs no file: every code equally likely."""
@@ -36,28 +41,32 @@ class PriorHeader:
     tokenizer_sha256: str
     steps: int
     """It was trained for."""
-    validation: dict[str, float]
-    """Bits a token on the validation split, and the references."""
+    bits_per_token: float
+    """On the validation split."""
 
     @classmethod
-    def of(cls, config: Prior, manifest: Manifest, knows_no_label: bool, steps: int, validation: dict[str, float]) -> PriorHeader:
+    def of(cls, config: Prior, manifest: Manifest, knows_no_label: bool, steps: int, bits_per_token: float) -> PriorHeader:
         """The header of a prior trained on codes of that manifest."""
         return cls(
-            config=config,
+            config=config.resolved(),
             grids=manifest.grids,
             num_codes=manifest.num_codes,
             label_names=manifest.label_names if config.conditional else None,
             knows_no_label=knows_no_label,
             tokenizer_sha256=manifest.tokenizer_sha256,
             steps=steps,
-            validation=validation,
+            bits_per_token=bits_per_token,
         )
 
 
-def build_prior(config: Prior, manifest: Manifest) -> Transformer:
+def build_prior(config: Prior, manifest: Manifest) -> AutoregressivePrior:
     """A prior for codes of that manifest, with fresh weights."""
     labels = manifest.label_names if config.conditional else None
-    return Transformer(config, SequenceLayout(manifest.grids, manifest.num_codes), len(labels or ()))
+    return _build(config.resolved(), SequenceLayout(manifest.grids, manifest.num_codes), len(labels or ()))
+
+
+def _build(config: Prior, layout: SequenceLayout, num_labels: int) -> AutoregressivePrior:
+    return _KINDS[config.kind](config, layout, num_labels)
 
 
 def check_tokenizer(where: str, found: str, expected: str) -> None:
@@ -69,15 +78,17 @@ def check_tokenizer(where: str, found: str, expected: str) -> None:
 
 def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> None:
     """Write a prior, atomically."""
-    save_weights(path, weights, {"kind": "prior", **dataclasses.asdict(header)})
+    save_weights(path, weights, {"kind": "prior", "format": _FORMAT, **dataclasses.asdict(header)})
 
 
-def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[Transformer, PriorHeader]:
+def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[AutoregressivePrior, PriorHeader]:
     """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
     weights, content = load_weights(path, "prior")
+    if content.get("format") != _FORMAT:
+        raise UserError(f"{path}: expected a prior of format {_FORMAT}, found {content.get('format', 1)}; train another with --name NAME")
     fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader)}
     header = PriorHeader(**{**fields, "config": Prior(**fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
-    prior = Transformer(header.config, SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()))
+    prior = _build(header.config, SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()))
     prior.load_state_dict(weights)
     return prior.to(device).eval().requires_grad_(False), header

@@ -6,6 +6,7 @@ so that no two levels share a token. Position (level, row, column) belongs to th
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -26,19 +27,29 @@ class SequenceLayout:
         self.vocabulary = sum(num_codes)
         self.offsets = [0, *accumulate(num_codes)][:-1]
 
+    def flat(self, grids: Codes) -> Tensor:
+        """Grids (B, h, w) a level, or (h, w) for B = 1, to their places (B, T)."""
+        return torch.cat([grid.reshape(-1, length) for grid, length in zip(grids, self.lengths, strict=True)], 1)
+
+    def grids_of(self, places: Tensor) -> Codes:
+        """The inverse: places (B, T) to grids (B, h, w) a level."""
+        return tuple(part.unflatten(1, grid) for part, grid in zip(places.split(self.lengths, 1), self.grids, strict=True))
+
     def to_tokens(self, codes: Codes) -> Tensor:
         """Grids (B, h, w) a level to tokens (B, T)."""
-        return torch.cat([grid.flatten(1) + offset for grid, offset in zip(codes, self.offsets, strict=True)], 1)
+        return self.flat(tuple(grid + offset for grid, offset in zip(codes, self.offsets, strict=True)))
 
     def to_codes(self, tokens: Tensor) -> Codes:
         """Tokens (B, T) to grids (B, h, w) a level."""
-        levels = zip(tokens.split(self.lengths, 1), self.offsets, self.grids, strict=True)
-        return tuple((part - offset).view(-1, *grid) for part, offset, grid in levels)
+        return tuple(grid - offset for grid, offset in zip(self.grids_of(tokens), self.offsets, strict=True))
 
-    def foreign_tokens(self) -> Tensor:
-        """(T, V), true where a token is of another level than the place: there it cannot stand."""
-        level_of_token = torch.arange(len(self.num_codes)).repeat_interleave(torch.tensor(self.num_codes))
-        return self.positions()[:, :1] != level_of_token
+    def level_of(self, place: int) -> int:
+        """The level of a place."""
+        return bisect(list(accumulate(self.lengths)), place)
+
+    def offset_before(self, place: int) -> int:
+        """What turns the code of the place before this one into its token."""
+        return self.offsets[self.level_of(place - 1)]
 
     def positions(self) -> Tensor:
         """(T, 3): level, row and column of each place."""
@@ -47,3 +58,10 @@ class SequenceLayout:
             rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
             parts.append(torch.stack([torch.full_like(rows, level), rows, columns], -1).flatten(0, 1))
         return torch.cat(parts)
+
+    def centres(self) -> Tensor:
+        """(T, 2): row and column of each place's centre, on all levels in the finest grid's codes, from 0 on."""
+        heights, widths = zip(*self.grids, strict=True)
+        finest = torch.tensor([max(heights), max(widths)], dtype=torch.float32)
+        level = self.positions()[:, 0]
+        return (self.positions()[:, 1:] + 0.5) * finest / torch.tensor(self.grids)[level] - 0.5

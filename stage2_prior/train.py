@@ -1,10 +1,12 @@
 """Stage 2: train a prior over the extracted codes.
 
     accelerate launch stage2_prior/train.py
+    accelerate launch stage2_prior/train.py --prior.kind pixelcnn
     accelerate launch stage2_prior/train.py --name small --prior.layers 4 --prior.width 256
     accelerate launch stage2_prior/train.py --resume
 
-Writes priors/NAME into the run: prior.safetensors with the weights of the best validation, metrics, checkpoints, a graph.
+Writes priors/NAME into the run: prior.safetensors with the weights of the best validation, the likelihood report, metrics,
+checkpoints, a graph.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
-from configs.schema import Prior, Recipe, Stage2
-from stage1_vqvae.images import TRAIN, VALIDATION, batches
-from stage1_vqvae.losses import full_precision
-from stage1_vqvae.metrics import index_bits, raw_bits
+from configs.schema import Recipe, Stage2
+from stage1_vqvae.images import TRAIN, VALIDATION
 from stage1_vqvae.model import fingerprint, read_header
 from stage1_vqvae.plots import training_graph
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw
@@ -39,11 +41,15 @@ from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage2_prior.code_store import CodeStore
-from stage2_prior.likelihood import bits, rises_while_training_falls, uniform_bits, unigram_bits
+from stage2_prior.contract import AutoregressivePrior, code_losses
+from stage2_prior.likelihood import bits, measure
+from stage2_prior.likelihood_report import likelihood_report, turned_at, write_report
 from stage2_prior.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, save_prior
-from stage2_prior.transformer import Transformer
 
-_MAY_CHANGE = ("compute", "stage2.steps", "stage2.lr", "stage2.clip_norm", "data", "tokenizer", "stage1", "extraction", "sampling")
+_MAY_CHANGE = (
+    *("stage2.steps", "stage2.lr", "stage2.clip_norm", "stage2.gradient_checkpointing"),
+    *("compute", "data", "tokenizer", "stage1", "extraction", "sampling"),
+)
 _ADVICE = "lower --stage2.lr and go on with --resume"
 
 
@@ -55,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
-    name = _folder(run, command.options.name).name
+    name = _folder(run, command.options.name or recipe.prior.kind).name
     sha256 = fingerprint(run.tokenizer)
     if nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, _MAY_CHANGE):
         say(f"next: {command.next(SAMPLE)}")
@@ -79,7 +85,7 @@ def _options(parser: Any) -> None:
 
 def _folder(run: RunDir, name: str | None) -> Path:
     """The prior's folder in the run. Errors: UserError for a name that cannot be one."""
-    name = name or Prior().kind
+    name = name or load_recipe(run.recipe).prior.kind
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == UNIFORM:
         raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {name}")
     return run.prior(name)
@@ -117,15 +123,15 @@ def train(
     # --- model, optimiser, and where they left off
     torch.manual_seed(derived_seed(config.seed, "weights"))
     prior = build_prior(recipe.prior, training.manifest)
+    prior.checkpointing = config.gradient_checkpointing
     optimizer = adamw(prior, config.lr, config.weight_decay, beta2=0.95)
-    references = {
-        "uniform": uniform_bits(training.manifest.grids, training.manifest.num_codes),
-        "unigram": unigram_bits(training, validation),
-    }
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     labels = f"{prior.num_labels} labels" if prior.num_labels else "no labels"
     accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {labels}")
+    for remark in prior.remarks():
+        accelerator.print(remark)
     model, optimizer = accelerator.prepare(prior, optimizer)
+    average = WeightAverage(prior, config.weight_average, shared=())
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator)
     state = checkpoints.load_latest() if resume else None
@@ -134,6 +140,7 @@ def train(
     if state is not None:
         check_tokenizer(run.show(checkpoints.paths()[-1]), state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
         prior.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -146,7 +153,8 @@ def train(
 
     def save(step: int) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        state = {"model": prior.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
+        weights = {"model": prior.state_dict(), "average": average.state_dict()}
+        state = {**weights, "optimizer": optimizer.state_dict(), "scaler": scaler}
         sha256 = training.manifest.tokenizer_sha256
         checkpoints.save(step, {**state, "best": best, "minutes": minutes(), "tokenizer_sha256": sha256})
 
@@ -158,6 +166,7 @@ def train(
     losses: list[Tensor] = []
     since = time.monotonic()
     size, main = config.batch_size, accelerator.is_main_process
+    every, micro_batch = torch.arange(len(validation)), size // (processes * config.accumulation)
     bar = progress_bar(config.steps * size, "stage 2", "img", initial=first_step * size, shown=main)
     model.train()
     with bar, GracefulStop(accelerator) as stop:
@@ -168,18 +177,18 @@ def train(
             step_loss = torch.zeros((), device=accelerator.device)
             for micro_step in range(config.accumulation):
                 share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-                tokens, given = training_tokens(prior, training, rows, share, config, step)
+                codes, given = training_codes(accelerator, prior, training, rows, share, config, step)
                 seed_layers(config.seed, step, micro_step, rank)
                 last = micro_step == config.accumulation - 1
                 with nullcontext() if last else accelerator.no_sync(model):
-                    logits = model(tokens.to(accelerator.device), None if given is None else given.to(accelerator.device))
-                    loss = token_loss(logits, tokens.to(accelerator.device)) / config.accumulation
+                    loss = torch.cat(code_losses(model(codes, given), codes), 1).mean() / config.accumulation
                     accelerator.backward(loss)
                 step_loss += loss.detach()
             if config.clip_norm > 0:
                 accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+            average.update_()
             losses.append(step_loss)
             bar.update(size)
 
@@ -199,17 +208,18 @@ def train(
                 bar.set_postfix(bits=f"{train_bits:.3f}", best=f"{best['bits']:.3f}", refresh=False)
                 losses, since = [], time.monotonic()
             if due_validation:
-                found = bits(float(validate(accelerator, prior, validation, config)))
-                validations.append({"step": done, "bits_per_token": found, "train_bits_per_token": train_bits})
-                log.write(done, "validation", {"bits_per_token": found, "train_bits_per_token": train_bits})
+                found = measure(accelerator, average.model, validation, every, micro_batch).mean
+                values = {"bits_per_token": found, "train_bits_per_token": train_bits}
+                log.write(done, "validation", values)
+                validations.append({"step": done, **values})
                 if found < best["bits"]:
-                    weights = {key: value.detach().cpu().clone() for key, value in prior.state_dict().items()}
+                    weights = {key: value.detach().cpu().clone() for key, value in average.model.state_dict().items()}
                     best = {"step": done, "bits": found, "weights": weights}
-                history = [[record[key] for record in validations] for key in ("bits_per_token", "train_bits_per_token")]
-                if rises_while_training_falls(*history):
+                turned = turned_at(validations)
+                if turned is not None:
                     bar.clear()
                     accelerator.print(
-                        f"warning: validation rises while training falls since step {best['step']} ({best['bits']:.3f} bits a token "
+                        f"warning: validation rises while training falls since step {turned} ({best['bits']:.3f} bits a token "
                         f"there, {found:.3f} now): the prior learns its images by heart; the weights of step {best['step']} are kept"
                     )
                 model.train()
@@ -224,76 +234,43 @@ def train(
 
     # --- the result
     if best["weights"] is None:  # resumed after the last step, before any validation
-        found = bits(float(validate(accelerator, prior, validation, config)))
-        best = {"step": first_step, "bits": found, "weights": prior.state_dict()}
+        best = {"step": first_step, "bits": None, "weights": average.model.state_dict()}
+    average.model.load_state_dict(best["weights"])
+    likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, validations)
     if accelerator.is_main_process:
         known = prior.num_labels == 0 or config.label_dropout > 0
-        learned = {"bits_per_token": best["bits"], **references}
-        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, learned)
+        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"])
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
-        write_results(run, folder, best["weights"], header, prior.layout.length, training.manifest.image_shape, report)
+        write_results(run, folder, average.model.state_dict(), header, report, likelihood)
     accelerator.end_training()
 
 
 def write_results(
-    run: RunDir,
-    folder: Path,
-    weights: dict[str, Tensor],
-    header: PriorHeader,
-    length: int,
-    image_shape: tuple[int, int, int],
-    report: dict[str, Any],
+    run: RunDir, folder: Path, weights: dict[str, Tensor], header: PriorHeader, report: dict[str, Any], likelihood: dict[str, Any]
 ) -> None:
-    """The report, the picture, and last the prior, whose presence says that it is finished."""
-    found = header.validation
-    channels, height, width = image_shape
-    bits_per_image = {
-        "raw": raw_bits(height, width, channels),
-        "indices": index_bits(header.grids, header.num_codes),
-        "prior": found["bits_per_token"] * length,
-    }
-    write_json(folder / "report.json", {**report, "validation": found, "bits_per_image": bits_per_image})
-    references = {name: found[name] for name in ("unigram", "uniform")}
+    """Reports, pictures, and last the prior, whose presence says that it is finished."""
+    write_json(folder / "report.json", report)
+    write_report(folder, folder.name, likelihood)
+    references = {name: likelihood[name] for name in ("unigram", "uniform")}
     training_graph(folder / "training.png", read_metrics(folder / "metrics.jsonl"), ("bits_per_token",), references)
     save_prior(folder / "prior.safetensors", weights, header)
-    learned = f"learned prior {found['bits_per_token']:.3f} (step {report['best_step']})"
-    print(f"validation bits a token: {learned}, unigram {found['unigram']:.3f}, uniform {found['uniform']:.3f}")
-    raw, indices, coded = bits_per_image.values()
+    learned = f"learned prior {likelihood['validation']:.3f} (step {report['best_step']})"
+    print(f"validation bits a token: {learned}, unigram {likelihood['unigram']:.3f}, uniform {likelihood['uniform']:.3f}")
+    raw, indices, coded = likelihood["bits_per_image"].values()
     print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {raw / coded:.1f}")
-    print(f"wrote {run.show(folder / 'prior.safetensors')} and training.png beside it")
+    print(f"wrote {run.show(folder / 'prior.safetensors')}; beside it likelihood.md, likelihood.png, training.png")
 
 
-def training_tokens(
-    prior: Transformer, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
-) -> tuple[Tensor, Tensor | None]:
-    """This micro-step's tokens (b, T) and labels (b,): variants and hidden labels are drawn for (seed, step, place)."""
+def training_codes(
+    accelerator: Accelerator, prior: AutoregressivePrior, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
+) -> tuple[Codes, Tensor | None]:
+    """This micro-step's codes (b, h, w) a level and labels (b,): variants and hidden labels are drawn for (seed, step, place)."""
     variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))
-    tokens = prior.layout.to_tokens(training.codes(rows[share], variants[share]))
+    codes = tuple(level.to(accelerator.device) for level in training.codes(rows[share], variants[share]))
     if prior.num_labels == 0 or training.labels is None:
-        return tokens, None
+        return codes, None
     hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-    return tokens, training.labels[rows[share]].masked_fill(hidden[share], prior.num_labels)
-
-
-def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean nats a token of tokens (b, T) under logits (b, T, V)."""
-    return torch.nn.functional.cross_entropy(full_precision(logits).flatten(0, 1), tokens.flatten())
-
-
-@torch.no_grad()
-def validate(accelerator: Accelerator, prior: Transformer, validation: CodeStore, config: Stage2) -> Tensor:
-    """Mean nats a token over the whole validation split, labels given, each image once, whatever the processes."""
-    prior.eval()
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    mine = torch.arange(rank, len(validation), processes)
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for part in batches(len(mine), max(1, config.batch_size // (processes * config.accumulation))):
-        codes = tuple(level.to(accelerator.device) for level in validation.codes(mine[part]))
-        given = prior.num_labels > 0 and validation.labels is not None
-        labels = validation.labels[mine[part]].to(accelerator.device) if given and validation.labels is not None else None
-        total -= prior.log_prob(codes, labels).double().sum()
-    total = summed(accelerator, {"total": total})["total"]
-    return total / (len(validation) * prior.layout.length)
+    return codes, training.labels[rows[share]].masked_fill(hidden[share], prior.num_labels).to(accelerator.device)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
         cpu=on_cpu,
         mixed_precision=compute.mixed_precision,
         log_with=compute.tracker,
+        dynamo_backend="inductor" if compute.compile else None,
         project_dir=logging_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

@@ -112,6 +112,7 @@ def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:
         (["--temperature", "-1"], ["temperature", "at least 0"]),
         (["--top-p", "0"], ["top_p", "above 0"]),
         (["--top-k", "-1"], ["top_k", "at least 0"]),
+        (["--min-p", "1.5"], ["min_p", "0 to 1"]),
         (["--guidance", "nan"], ["guidance", "nan"]),
         (["--n", "many"], ["n: expected", "int", "many"]),
         (["--stage2.lr", "1"], ["--stage2.lr"]),
@@ -175,7 +176,7 @@ def test_ctrl_c_leaves_nothing_half_written(run_copy: Path, monkeypatch: pytest.
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.sample.sample", interrupted)
+    monkeypatch.setattr("pipelines.sample.draw_images", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_entry(lambda: main(["--run", str(run_copy), "--n", "2"]))
     assert stop.value.code == 130

@@ -15,13 +15,13 @@ from pipelines.summary import main
 def test_it_shows_what_was_measured_and_where_the_pictures_are(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--run", str(finished_run)])
     out = capsys.readouterr().out
-    tokenizer, prior = (read_json(finished_run / name / "report.json") for name in ("stage1", "priors/transformer"))
+    tokenizer, prior = (read_json(finished_run / name) for name in ("stage1/report.json", "priors/transformer/likelihood.json"))
     for figure in (
         f"{tokenizer['validation']['mse']:.5f}",
         f"{tokenizer['validation']['psnr']:.2f} dB",
         f"{tokenizer['validation']['usage']:.1%}",
-        f"{prior['validation']['bits_per_token']:.3f}",
-        f"{prior['validation']['unigram']:.3f}",
+        f"{prior['validation']:.3f}",
+        f"{prior['unigram']:.3f}",
         "4.000",  # log2 16
         str(finished_run / "stage1" / "codebook.png"),
     ):

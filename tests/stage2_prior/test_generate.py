@@ -1,56 +1,46 @@
-"""Drawing: warping against plain references, inversion, independence of the batch."""
+"""Drawing: warping against plain references, inversion, guidance."""
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import pytest
 import torch
 
-from configs.schema import Prior, Sampling
-from stage2_prior.generate import draw, generate, guided, uniform_codes, uniforms, warp
+from configs.schema import Sampling
+from stage2_prior.generate import draw, generate, guidance_scales, guided, uniform_codes, uniforms, warp
 from stage2_prior.sequence import SequenceLayout
-from stage2_prior.transformer import Transformer
-
-LAYOUT = SequenceLayout([(2, 3)], [7])
+from tests.stage2_prior.prior_kinds import KINDS, build
 
 
-def prior() -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(Prior(layers=2, width=32, heads=4), LAYOUT, 3).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def reference_warp(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """By the definitions, one token at a time, on Python floats."""
-    import math
-
-    order = sorted(range(len(logits)), key=lambda token: -logits[token])
-    if temperature == 0:
-        return [float(token == order[0]) for token in range(len(logits))]
-    allowed = order[:top_k] if top_k else order
-    weights = {token: math.exp((logits[token] - logits[order[0]]) / temperature) for token in allowed}
+def reference_warp(logits: list[float], config: Sampling) -> list[float]:
+    """By the definitions, one code at a time, on Python floats."""
+    order = sorted(range(len(logits)), key=lambda code: -logits[code])
+    if config.temperature == 0:
+        return [float(code == order[0]) for code in range(len(logits))]
+    allowed = order[: config.top_k] if config.top_k else order
+    weights = {code: math.exp((logits[code] - logits[order[0]]) / config.temperature) for code in allowed}
     total = sum(weights.values())
     kept, reached = [], 0.0
-    for token in allowed:
-        if reached >= top_p:
+    for code in allowed:
+        if reached >= config.top_p:
             break
-        kept.append(token)
-        reached += weights[token] / total
-    total = sum(weights[token] for token in kept)
-    return [weights[token] / total if token in kept else 0.0 for token in range(len(logits))]
+        kept.append(code)
+        reached += weights[code] / total
+    kept = [code for code in kept if weights[code] >= config.min_p * weights[order[0]]]
+    total = sum(weights[code] for code in kept)
+    return [weights[code] / total if code in kept else 0.0 for code in range(len(logits))]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 7, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 1e-6])
-def test_warping_alone_and_together_against_the_definitions(temperature: float, top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("min_p", [0.0, 0.01, 0.2, 1.0])
+def test_warping_alone_and_together_against_the_definitions(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     logits = torch.randn(20, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
-    found = warp(logits, temperature, top_k, top_p)
-    expected = torch.tensor([reference_warp(row, temperature, min(top_k, 7), top_p) for row in logits.tolist()])
-    assert torch.allclose(found, expected.double(), atol=1e-6)
+    config = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected = torch.tensor([reference_warp(row, config) for row in logits.tolist()])
+    assert torch.allclose(warp(logits, config), expected.double(), atol=1e-6)
 
 
 def test_draw_inverts_the_cumulative_distribution() -> None:
@@ -70,51 +60,37 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 @pytest.mark.parametrize("scale", [-1.5, 0.0, 0.5, 1.0, 3.0])
-def test_every_guidance_scale_is_honoured(scale: float) -> None:
-    """Against two uncached passes, logits combined by hand, at each place of a greedy decode."""
-    model = prior()
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_guidance_scale_is_honoured(scale: float, schedule: str, kind: str) -> None:
+    """Against two full passes a place, logits combined by hand, in a greedy decode."""
+    layout = SequenceLayout([(2, 3)], [7])
+    prior = build(kind, layout, num_labels=3).double()
     labels, none = torch.tensor([0, 1, 2]), torch.full((3,), 3)
-    (grid,) = generate(model, labels, uniforms(0, torch.arange(3), 6), Sampling(guidance=scale, temperature=0))
-    tokens = torch.empty(3, 0, dtype=torch.int64)
-    for t in range(6):
-        conditional, unconditional = model(tokens, labels)[:, t], model(tokens, none)[:, t]
-        tokens = torch.cat([tokens, (unconditional + scale * (conditional - unconditional)).argmax(-1, keepdim=True)], 1)
-    assert torch.equal(grid.flatten(1), tokens)
+    config = Sampling(guidance=scale, guidance_schedule=schedule, temperature=0)  # type: ignore[arg-type]
+    (grid,) = generate(prior, labels, uniforms(0, torch.arange(3), 6), config)
+    places = torch.zeros(3, 6, dtype=torch.int64)
+    for place in range(6):
+        way = {"constant": 1.0, "linear": place / 5, "cosine": 0.5 - 0.5 * math.cos(math.pi * place / 5)}[schedule]
+        here = 1 + way * (scale - 1)
+        conditional, unconditional = (prior(layout.grids_of(places), given)[0][:, place] for given in (labels, none))
+        places[:, place] = (unconditional + here * (conditional - unconditional)).argmax(-1)
+    assert torch.equal(grid.flatten(1), places)
+
+
+def test_guidance_schedules_rise_from_none_to_all() -> None:
+    for schedule in ("linear", "cosine"):
+        scales = guidance_scales(Sampling(guidance=4.0, guidance_schedule=schedule), 9)  # type: ignore[arg-type]
+        assert (scales[0], scales[4], scales[8]) == (1, pytest.approx(2.5), pytest.approx(4))
+        assert scales == sorted(scales)
+    assert guidance_scales(Sampling(guidance=4.0), 3) == [4.0] * 3
+    assert guidance_scales(Sampling(guidance=4.0, guidance_schedule="linear"), 1) == [1.0]
 
 
 def test_guidance_formula_at_its_fixed_points() -> None:
     conditional, unconditional = torch.randn(2, 5), torch.randn(2, 5)
     assert torch.equal(guided(conditional, unconditional, 0.0), unconditional)
     assert torch.allclose(guided(conditional, unconditional, 1.0), conditional, atol=1e-6)
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_sample_is_the_same_whatever_it_is_batched_with(guidance: float) -> None:
-    model = prior()
-    numbers, labels = torch.arange(12), torch.arange(12) % 3
-    config = Sampling(guidance=guidance, top_p=0.95)
-    (together,) = generate(model, labels, uniforms(7, numbers, 6), config)
-    for size in (1, 5):
-        parts = [generate(model, labels[part], uniforms(7, part, 6), config)[0] for part in numbers.split(size)]
-        assert torch.equal(torch.cat(parts), together)
-    (other,) = generate(model, labels, uniforms(8, numbers, 6), config)
-    assert not torch.equal(other, together)
-
-
-def test_samples_follow_the_priors_own_probabilities() -> None:
-    """Frequencies of all 2^4 grids in 8,000 samples against exp(log_prob); 15 degrees of freedom, 99.9 % point 37.7."""
-    layout = SequenceLayout([(2, 2)], [2])
-    torch.manual_seed(0)
-    model = Transformer(Prior(layers=2, width=32, heads=4), layout, 0).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    (grids,) = generate(model, None, uniforms(0, torch.arange(8_000), 4), Sampling())
-    index = (grids.flatten(1) * torch.tensor([8, 4, 2, 1])).sum(1)
-    every = torch.tensor(list(itertools.product([0, 1], repeat=4))).view(-1, 2, 2)
-    expected = 8_000 * model.log_prob((every,), None).sum(1).exp()
-    assert expected.min() > 5
-    statistic = ((torch.bincount(index, minlength=16) - expected).square() / expected).sum()
-    assert statistic < 37.7
 
 
 def test_the_uniform_prior_is_uniform_within_each_level() -> None:

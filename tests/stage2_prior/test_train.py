@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from configs.run_dir import REPOSITORY, RunDir, read_json
-from stage1_vqvae.model import fingerprint
+from pipelines.sample import main as sample
+from stage1_vqvae.model import fingerprint, load_weights, save_weights
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.code_store import CodeStore
 from stage2_prior.extract_codes import main as extract
-from stage2_prior.likelihood import rises_while_training_falls, uniform_bits, unigram_bits
+from stage2_prior.likelihood import mean_over_tokens, turning_point, uniform_bits, unigram_bits
+from stage2_prior.pixelcnn import PixelCNN
 from stage2_prior.prior_file import load_prior
 from stage2_prior.train import main
 from tests.conftest import Script
@@ -30,6 +32,9 @@ def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
         "report.json",
         "metrics.jsonl",
         "training.png",
+        "likelihood.json",
+        "likelihood.md",
+        "likelihood.png",
         "checkpoints",
     }
 
@@ -42,11 +47,11 @@ def test_the_reported_likelihood_is_that_of_the_saved_prior(finished_run: Path) 
     assert store.labels is not None
     nats = [-prior.log_prob(store.codes(torch.tensor([row])), store.labels[row : row + 1]) for row in range(len(store))]
     bits = torch.cat(nats).mean().item() / math.log(2)
-    report = read_json(folder / "report.json")
-    assert report["validation"]["bits_per_token"] == header.validation["bits_per_token"] == pytest.approx(bits, rel=1e-5)
+    report = read_json(folder / "likelihood.json")
+    assert report["validation"] == header.bits_per_token == pytest.approx(bits, rel=1e-5)
     assert report["bits_per_image"]["prior"] == pytest.approx(6 * bits, rel=1e-5)
     validations = [record["bits_per_token"] for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
-    assert min(validations) == report["validation"]["bits_per_token"]
+    assert min(validations) == report["validation"]
 
 
 def test_references_by_hand(finished_run: Path) -> None:
@@ -54,9 +59,9 @@ def test_references_by_hand(finished_run: Path) -> None:
     seen = [int(code) for code in training.levels[0].ravel()]
     probability = [(seen.count(code) + 1) / (len(seen) + 16) for code in range(16)]
     tokens = [int(code) for code in validation.levels[0].ravel()]
-    assert unigram_bits(training, validation) == pytest.approx(-sum(math.log2(probability[code]) for code in tokens) / len(tokens))
-    assert uniform_bits([(2, 3)], [16]) == 4
-    assert uniform_bits([(1, 1), (1, 3)], [4, 16]) == (2 + 3 * 4) / 4
+    assert unigram_bits(training, validation) == [pytest.approx(-sum(math.log2(probability[code]) for code in tokens) / len(tokens))]
+    assert uniform_bits([4, 16]) == [2, 4]
+    assert mean_over_tokens([2, 4], [(1, 1), (1, 3)]) == (2 + 3 * 4) / 4
 
 
 def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(run_copy: Path, script: Script) -> None:
@@ -154,17 +159,42 @@ def test_names_that_cannot_be_a_priors(name: str, run_copy: Path, one_line_error
     assert (run_copy / "recipe.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize("settings", [[], ["--prior.attention_interval", "1"]])
+def test_a_pixelcnn_is_trained_resumed_and_named_after_its_kind(run_copy: Path, settings: list[str]) -> None:
+    """By the switch alone, on a recipe that was written for a transformer."""
+    kind = ["--run", str(run_copy), "--prior.kind", "pixelcnn"]
+    main([*kind, *settings, "--stage2.steps", "6", "--stage2.checkpoint_interval", "4", "--stage2.gradient_checkpointing", "true"])
+    folder = run_copy / "priors" / "pixelcnn"
+    whole = (folder / "prior.safetensors").read_bytes()
+    for leftover in (folder / "prior.safetensors", folder / "report.json", folder / "checkpoints" / "step-000000006.pt"):
+        leftover.unlink()
+    main([*kind, "--resume"])
+    assert (folder / "prior.safetensors").read_bytes() == whole
+    run = RunDir(run_copy)
+    assert run.last_prior() == "pixelcnn"
+    prior, header = load_prior(folder / "prior.safetensors", fingerprint(run.tokenizer))
+    assert isinstance(prior, PixelCNN)
+    assert (header.config.layers, header.config.width, header.config.attention_interval) == (2, 16, len(settings) // 2)
+
+
+def test_priors_of_an_older_format_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    path = run_copy / "priors" / "transformer" / "prior.safetensors"
+    weights, header = load_weights(path, "prior")
+    save_weights(path, weights, {**header, "format": 1})
+    assert "expected a prior of format 2, found 1" in one_line_error(sample, "--run", run_copy)
+
+
 def test_codes_of_another_tokenizer_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     change_bytes(run_copy / "tokenizer.safetensors")
     assert "expected codes of the run's tokenizer" in one_line_error(main, "--run", run_copy, "--name", "new")
 
 
 def test_the_overfitting_warning_needs_rising_validation_and_falling_training() -> None:
-    assert rises_while_training_falls([5.0, 5.1, 5.2], [4.0, 3.5, 3.0])
-    assert not rises_while_training_falls([5.0, 5.1], [4.0, 3.5])
-    assert rises_while_training_falls([5.0, 5.3, 5.29], [4.0, 3.5, 3.0])
-    assert not rises_while_training_falls([5.0, 5.1, 4.9], [4.0, 3.5, 3.0])
-    assert not rises_while_training_falls([5.0, 5.1, 5.2], [4.0, 4.0, 4.1])
+    assert turning_point([5.0, 5.1, 5.2], [4.0, 3.5, 3.0]) == 0
+    assert turning_point([5.0, 5.1], [4.0, 3.5]) is None
+    assert turning_point([5.2, 5.0, 5.3, 5.29], [4.5, 4.0, 3.5, 3.0]) == 1
+    assert turning_point([5.0, 5.1, 4.9], [4.0, 3.5, 3.0]) is None
+    assert turning_point([5.0, 5.1, 5.2], [4.0, 4.0, 4.1]) is None
 
 
 def test_learning_a_few_images_by_heart_is_warned_of_and_the_best_weights_kept(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +212,8 @@ def test_learning_a_few_images_by_heart_is_warned_of_and_the_best_weights_kept(r
     ]
     main(["--run", str(run_copy), "--name", "heart", *settings, "--stage2.weight_decay", "0", "--stage2.label_dropout", "0"])
     out = capsys.readouterr().out
-    report = read_json(run_copy / "priors/heart/report.json")
-    assert "warning: validation rises while training falls since step" in out
-    assert report["best_step"] < 300
+    report, likelihood = (read_json(run_copy / "priors/heart" / name) for name in ("report.json", "likelihood.json"))
+    assert f"warning: validation rises while training falls since step {report['best_step']} " in out
+    assert likelihood["validation_turned_at_step"] == report["best_step"] < 300
+    assert f"turned after step {report['best_step']}" in (run_copy / "priors/heart/likelihood.md").read_text()
+    assert likelihood["train"] < likelihood["validation"]

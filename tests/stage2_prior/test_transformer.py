@@ -1,113 +1,42 @@
-"""The transformer: what each place may see, caches, likelihoods, labels."""
+"""The transformer's own: rotary positions, embeddings, levels, steps of fixed shape, sizes of the literature."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
-from configs.schema import Prior, Sampling
-from stage2_prior.generate import generate, uniforms
+from configs.schema import Prior
+from stage2_prior.attention import rotate, rotations
+from stage2_prior.prior_file import build_prior
 from stage2_prior.sequence import SequenceLayout
-from stage2_prior.transformer import Transformer, rotary_angles, rotate
-
-LAYOUT = SequenceLayout([(3, 4)], [9])
-
-
-def prior(num_labels: int = 5, layout: SequenceLayout = LAYOUT, **settings: float) -> Transformer:
-    torch.manual_seed(0)
-    config = Prior(**{"layers": 2, "width": 32, "heads": 4, "dropout": 0.0, **settings})  # type: ignore[arg-type]
-    model = Transformer(config, layout, num_labels).eval()
-    # Larger weights than at the start of training, so that a difference shows.
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def test_each_place_sees_the_tokens_before_it_and_no_other() -> None:
-    model = prior()
-    embedded: list[torch.Tensor] = []
-    model.token.register_forward_hook(lambda _m, _i, output: (embedded.append(output.requires_grad_()), output)[1])
-    tokens = torch.randint(9, (1, 12))
-    logits = model(tokens, torch.tensor([2]))
-    for place in range(12):
-        (gradient,) = torch.autograd.grad(logits[0, place].square().sum(), embedded[0], retain_graph=True)
-        seen = torch.nonzero(gradient[0].abs().sum(-1))[:, 0].tolist()
-        # Input t-1 of the embedded tokens is place t-1; the last token is never an input.
-        assert seen == list(range(place))
-
-
-def test_probabilities_sum_to_one_over_all_sequences() -> None:
-    """The chain of conditionals is one distribution: the sum of exp(log_prob) over all 3^4 grids is 1."""
-    model = prior(layout=SequenceLayout([(2, 2)], [3])).double()
-    grids = torch.cartesian_prod(*[torch.arange(3)] * 4).view(-1, 2, 2)
-    log_prob = model.log_prob((grids,), torch.full((81,), 1))
-    assert log_prob.shape == (81, 4)
-    assert log_prob.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-9)
-
-
-@pytest.mark.parametrize("layout", [LAYOUT, SequenceLayout([(1, 2), (2, 3)], [4, 6])], ids=["one level", "two levels"])
-@pytest.mark.parametrize("labelled", [True, False])
-def test_cached_steps_give_the_logits_of_the_full_pass(layout: SequenceLayout, labelled: bool) -> None:
-    model = prior(layout=layout)
-    codes = tuple(torch.randint(k, (6, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
-    tokens, labels = layout.to_tokens(codes), torch.arange(6) % 6 if labelled else None
-    full = model(tokens, labels)
-    cache = model.new_cache(6)
-    stepped = [model.step(None if t == 0 else tokens[:, t - 1], labels, cache) for t in range(layout.length)]
-    assert torch.allclose(torch.stack(stepped, 1), full, atol=1e-4, rtol=1e-4)
-    cache64 = model.double().new_cache(6)
-    stepped = [model.step(None if t == 0 else tokens[:, t - 1], labels, cache64) for t in range(layout.length)]
-    assert torch.allclose(torch.stack(stepped, 1), model(tokens, labels), atol=1e-10)
-
-
-def test_a_prefix_gives_the_logits_of_the_full_pass() -> None:
-    model = prior()
-    tokens, labels = torch.randint(9, (2, 12)), torch.tensor([0, 5])
-    full = model(tokens, labels)
-    for known in (0, 1, 5, 11):
-        assert torch.allclose(model(tokens[:, :known], labels), full[:, : known + 1], atol=1e-5)
-
-
-def test_labels_matter_and_no_label_is_not_a_label() -> None:
-    model = prior(num_labels=5)
-    tokens = torch.randint(9, (6, 12))[:1].expand(6, -1)
-    logits = model(tokens, torch.arange(6))
-    for a in range(6):
-        for b in range(a):
-            assert not torch.allclose(logits[a], logits[b], atol=1e-3)
-    assert torch.equal(model(tokens, None), model(tokens, torch.full((6,), 5)))
+from stage2_prior.transformer import Transformer
+from tests.stage2_prior.prior_kinds import LAYOUTS, build, manifest, random_codes
 
 
 def test_start_labels_and_tokens_share_no_embedding() -> None:
-    model = prior()
-    assert model.token.weight.shape == (9, 32)
-    assert model.label.weight.shape == (6, 32)
-    pointers = {model.start.data_ptr(), model.token.weight.data_ptr(), model.label.weight.data_ptr()}
+    prior = build("transformer", LAYOUTS["top and bottom"])
+    assert isinstance(prior, Transformer)
+    assert prior.token.weight.shape == (4 + 6, 32)
+    assert prior.label.weight.shape == (6, 32)
+    pointers = {prior.start.data_ptr(), prior.token.weight.data_ptr(), prior.label.weight.data_ptr()}
     assert len(pointers) == 3
 
 
-def test_dropout_is_off_in_eval() -> None:
-    model = prior(dropout=0.5)
-    tokens = torch.randint(9, (2, 12))
-    assert torch.equal(model(tokens, None), model(tokens, None))
-    model.train()
-    assert not torch.equal(model(tokens, None), model(tokens, None))
-
-
-def test_it_begins_near_the_uniform_prior() -> None:
-    torch.manual_seed(0)
-    model = Transformer(Prior(layers=4, width=64, heads=4), SequenceLayout([(4, 4)], [512]), 10).eval()
-    nats = -model.log_prob((torch.randint(512, (32, 4, 4)),), torch.arange(32) % 10).mean().item()
-    assert nats == pytest.approx(math.log(512), rel=0.02)
+def test_a_place_knows_its_level_row_and_column() -> None:
+    """With all codes alike, no two places of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
+    prior = build("transformer", LAYOUTS["top and bottom"])
+    assert isinstance(prior, Transformer)
+    embedded = prior._embedded_places()
+    assert len(embedded.unique(dim=0)) == prior.layout.length
+    assert prior.layout.centres()[:2].tolist() == [[0.5, 0.5], [0.5, 2.5]]  # one row of two, over two rows of four
+    assert prior.layout.centres()[2:4].tolist() == [[0, 0], [0, 1]]
 
 
 def test_rotary_scores_depend_on_the_offset_between_places_alone() -> None:
     positions = torch.tensor([[0, row, column] for row in range(4) for column in range(5)])
-    cosines, sines = rotary_angles(positions, 16)
+    turns = rotations(positions[:, 1:], 16)
     query, key = torch.randn(16).expand(1, 1, 20, 16), torch.randn(16).expand(1, 1, 20, 16)
-    scores = (rotate(query, cosines, sines) @ rotate(key, cosines, sines).transpose(-1, -2))[0, 0]
+    scores = (rotate(query, turns) @ rotate(key, turns).transpose(-1, -2))[0, 0]
     by_offset: dict[tuple[int, int], list[float]] = {}
     for a in range(20):
         for b in range(20):
@@ -117,25 +46,43 @@ def test_rotary_scores_depend_on_the_offset_between_places_alone() -> None:
     assert len({round(values[0], 3) for values in by_offset.values()}) > 40  # rows and columns both matter
 
 
-def test_mixed_precision_on_tiny_tensors() -> None:
-    model = prior()
-    codes, labels = (torch.randint(9, (2, 3, 4)),), torch.tensor([0, 1])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = model.log_prob(codes, labels)
-    assert half.dtype == torch.float32
-    assert torch.allclose(half, model.log_prob(codes, labels), atol=0.2)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_steps_of_fixed_shape_are_the_steps(layout: SequenceLayout) -> None:
+    """What a CUDA graph replays: the place as a tensor, attention over the whole cache under a mask."""
+    prior = build("transformer", layout).double()
+    assert isinstance(prior, Transformer)
+    codes, labels = random_codes(layout, 5), torch.arange(5)
+    cache, fixed, places = prior.new_cache(5), prior.new_cache(5), layout.flat(codes)
+    tokens = layout.to_tokens(codes)
+    for place in range(layout.length):
+        step = prior.step(None if place == 0 else places[:, place - 1], labels, cache)
+        before = tokens[:, place - 1] if place else torch.zeros(5, dtype=torch.int64)
+        same = prior.fixed_step(before, labels, fixed, torch.tensor([place]), layout.level_of(place))
+        assert torch.allclose(step, same, atol=1e-12)
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (2, 3)])
-def test_no_probability_is_lost_on_other_levels_tokens(sizes: tuple[int, int]) -> None:
-    """Over two levels of 1 x 2 codes: the sum of exp(log_prob) over all their grids is 1, and draws are codes of their level."""
-    layout = SequenceLayout([(1, 2), (1, 2)], sizes)
-    model = prior(layout=layout).double()
-    codes = torch.cartesian_prod(*(torch.arange(k) for k in (sizes[0], sizes[0], sizes[1], sizes[1])))
-    levels = (codes[:, None, :2], codes[:, None, 2:])
-    assert model.log_prob(levels, None).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
-    for guidance in (1.0, 3.0):
-        labels = torch.arange(200) % 5
-        drawn = generate(model, labels, uniforms(0, torch.arange(200), 4), Sampling(temperature=5.0, guidance=guidance))
-        for level, k in zip(drawn, sizes, strict=True):
-            assert set(level.flatten().tolist()) == set(range(k))
+def test_steps_of_fixed_shape_are_one_program() -> None:
+    """Traced once, whole, the program serves every place."""
+    prior = build("transformer", LAYOUTS["one level"])
+    assert isinstance(prior, Transformer)
+    programs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        programs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(prior.fixed_step, fullgraph=True, backend=count)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        cache = prior.new_cache(2)
+        for place in range(4):
+            compiled(nothing, nothing, cache, torch.tensor([place]), 0)
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("B", 111), ("L", 343)])
+def test_presets_have_the_sizes_of_the_literature(preset: str, millions: int) -> None:
+    """LlamaGen's B and L (Sun et al. 2024, table 1): 16,384 codes, 1,000 labels, 16 x 16 places."""
+    with torch.device("meta"):
+        prior = build_prior(Prior(preset=preset), manifest(SequenceLayout([(16, 16)], [16_384]), 1000))  # type: ignore[arg-type]
+    assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)

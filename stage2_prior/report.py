@@ -1,0 +1,53 @@
+"""The likelihood report of a trained prior: bits a token beside uniform and unigram, by place, level and label.
+
+    python stage2_prior/report.py
+    python stage2_prior/report.py --prior pixelcnn
+
+Training ends with it; on its own it measures the finished prior again. Writes likelihood.json, likelihood.md and
+likelihood.png into priors/NAME of the run, and prints the second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.cli import TRAIN_PRIOR, parse
+from configs.errors import UserError, run_entry
+from stage1_vqvae.images import TRAIN, VALIDATION
+from stage1_vqvae.model import fingerprint
+from stage1_vqvae.training.metrics_log import read_metrics
+from stage1_vqvae.training.processes import start
+from stage2_prior.code_store import CodeStore
+from stage2_prior.likelihood_report import likelihood_report, markdown, write_report
+from stage2_prior.prior_file import load_prior
+
+_BATCH_SIZE = 64
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, ("compute",), argv, options=_options)
+    run = command.run
+    name = command.options.prior or run.last_prior()
+    if name is None:
+        raise UserError(f"{run}: it has no finished prior; run first: {command.next(TRAIN_PRIOR)}")
+    folder, sha256 = run.prior(name), fingerprint(run.tokenizer)
+    accelerator = start(command.recipe.compute)
+    prior, _ = load_prior(folder / "prior.safetensors", sha256, accelerator.device)
+    training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
+    validations = [record for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
+    report = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, validations)
+    if accelerator.is_main_process:
+        with run.lock():
+            write_report(folder, name, report)
+        print(markdown(name, report), end="")
+        print(f"\nwrote likelihood.json, likelihood.md and likelihood.png to {run.show(folder)}")
+    accelerator.end_training()
+
+
+def _options(parser: Any) -> None:
+    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+
+
+if __name__ == "__main__":
+    run_entry(main)

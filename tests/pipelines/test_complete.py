@@ -1,0 +1,124 @@
+"""Completing images as its user meets it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.run_dir import RunDir
+from pipelines.complete import kept_codes, kept_part, kept_rows, main
+from stage1_vqvae.images import VALIDATION, to_model, to_uint8
+from stage1_vqvae.model import load_tokenizer
+from stage2_prior.code_store import CodeStore
+from stage2_prior.train import main as train_prior
+from tests.conftest import Script
+
+
+def completed(run: Path, *arguments: object) -> Path:
+    before = set((run / "samples").glob("*")) if (run / "samples").exists() else set()
+    main(["--run", str(run), *map(str, arguments)])
+    (new,) = set((run / "samples").glob("*")) - before
+    return new
+
+
+def pictures(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").glob("*.png"))])
+
+
+def test_kept_rows_are_the_images_own_and_the_others_vary(run_copy: Path) -> None:
+    """2 x 3 codes: the first row of each image kept, the second drawn four times."""
+    folder = completed(run_copy, "--n", 3, "--continuations", 4, "--prefix-rows", 1, "--seed", 1)
+    assert {path.name for path in folder.iterdir()} == {"completions.png", "completions.json", "images"}
+    details = json.loads((folder / "completions.json").read_text())
+    assert (details["kept_rows"], details["rows"], details["n"], details["continuations"]) == ([0], 2, 3, 4)
+    tokenizer = load_tokenizer(RunDir(run_copy))
+    store = CodeStore(run_copy / "codes" / VALIDATION)
+    (originals,) = store.codes(torch.arange(3))
+    assert store.labels is not None
+    assert details["labels"] == store.labels[:3].tolist()
+    found = pictures(folder).reshape(3, 4, 8, 12, 3)
+    for image in range(3):
+        # Which codes of the second row give that picture with the image's first row: there must be some.
+        seconds = torch.cartesian_prod(*[torch.arange(16)] * 3)[:, None]
+        candidates = torch.cat([originals[image, :1].expand(len(seconds), 1, 3), seconds], 1)
+        decoded = np.concatenate([to_uint8(tokenizer.decode((part,))).numpy() for part in candidates.split(512)])
+        for continuation in found[image]:
+            assert (np.abs(decoded.astype(int) - continuation).max((1, 2, 3)) <= 1).any()
+    assert len(np.unique(found.reshape(12, -1), axis=0)) > 3
+
+
+def test_all_rows_kept_give_the_reconstruction(run_copy: Path, pictures_of_one_label: Path) -> None:
+    folder = completed(run_copy, "--n", 2, "--continuations", 2, "--prefix-rows", 2, "--images", pictures_of_one_label)
+    tokenizer = load_tokenizer(RunDir(run_copy))
+    originals = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(pictures_of_one_label.glob("*.png"))[:2]]))
+    reconstructions = to_uint8(tokenizer.decode(tokenizer.encode(to_model(originals)))).numpy()
+    assert np.abs(pictures(folder).astype(int) - reconstructions.repeat(2, 0)).max() <= 1
+    assert json.loads((folder / "completions.json").read_text())["labels"] is None
+
+
+@pytest.fixture(scope="module")
+def pictures_of_one_label(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_rows_by_prefix_and_by_list() -> None:
+    assert kept_rows(None, None, 5) == [True, True, False, False, False]
+    assert kept_rows(3, None, 4) == [True, True, True, False]
+    assert kept_rows(None, "0,3", 4) == [True, False, False, True]
+
+
+def test_finer_levels_and_pixels_keep_what_lies_under_the_rows(run_copy: Path) -> None:
+    class Two:
+        grids = [(2, 3), (4, 6)]  # noqa: RUF012
+
+    coarse, fine = kept_codes(Two(), [False, True])  # type: ignore[arg-type]
+    assert coarse.tolist() == [[False] * 3, [True] * 3]
+    assert fine.tolist() == [[False] * 6] * 2 + [[True] * 6] * 2
+    part = kept_part(torch.zeros(1, 8, 12, 3, dtype=torch.uint8), [False, True])
+    assert part[0, :4].eq(128).all()
+    assert part[0, 4:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--prefix-rows", "3"], ["--prefix-rows", "0 to 2", "3"]),
+        (["--keep-rows", "0,2"], ["--keep-rows", "0 to 1", "0,2"]),
+        (["--keep-rows", "top"], ["--keep-rows", "top"]),
+        (["--keep-rows", "0", "--prefix-rows", "1"], ["--keep-rows", "--prefix-rows"]),
+        (["--n", "0"], ["--n", "at least 1"]),
+        (["--continuations", "0"], ["--continuations", "at least 1"]),
+        (["--images", "nowhere"], ["nowhere"]),
+        (["--prior", "best"], ["--prior best"]),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(
+    run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
+) -> None:
+    line = one_line_error(main, "--run", run_copy, *arguments)
+    assert all(part in line for part in parts), line
+    assert not (run_copy / "samples").exists()
+
+
+def test_a_prior_that_knows_labels_only_needs_one(run_copy: Path, one_line_error: Callable[..., str], pictures_of_one_label: Path) -> None:
+    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    assert "--label" in one_line_error(main, "--run", run_copy, "--images", pictures_of_one_label)
+    assert completed(run_copy, "--images", pictures_of_one_label, "--label", "down", "--n", 2).exists()
+
+
+def test_two_processes_complete_as_one(run_copy: Path, script: Script) -> None:
+    for processes in (1, 2):
+        done = script("pipelines/complete.py", "--run", run_copy, "--n", 3, "--continuations", 3, "--batch-size", 4, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (pictures(run_copy / "samples" / name) for name in ("000", "001"))
+    assert np.array_equal(one, two)
