@@ -237,9 +237,9 @@ class Prior:
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "attention_interval"):
             _require(getattr(self, name) >= 0, f"prior.{name}", "at least 0", getattr(self, name))
-        _, width, heads = self.sizes()
-        if self.kind == "transformer" or self.attention_interval > 0:
-            _require(width % (4 * heads) == 0, "prior.width", f"a multiple of 4 x {heads} heads", width)
+        layers, width, heads = self.sizes()
+        _require(width % (4 * heads) == 0, "prior.width", f"a multiple of 4 x {heads} heads", width)
+        _require(self.attention_interval <= layers, "prior.attention_interval", f"at most the {layers} layers", self.attention_interval)
         _require(self.kernel_size % 2 == 1 and self.kernel_size > 1, "prior.kernel_size", "an odd number above 1", self.kernel_size)
         _require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
 
@@ -258,7 +258,7 @@ class Prior:
 PRESETS: dict[str, dict[str, tuple[int, int, int]]] = {
     # S: ViT-S, DiT-S. B and L: LlamaGen's (Sun et al. 2024, table 1), 111 M and 343 M parameters with 16,384 codes.
     "transformer": {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16)},
-    # S: 1.8 M parameters with 512 codes. L: that of van den Oord et al. 2016 for ImageNet, section 3.2.
+    # S: 1.8 M parameters with 512 codes. L: the layers and channels of van den Oord et al. 2016 for ImageNet, section 3.2.
     "pixelcnn": {"S": (15, 64, 4), "B": (20, 128, 4), "L": (20, 384, 6)},
 }
 """Layers, width and heads by kind and name."""
@@ -301,8 +301,9 @@ class Sampling:
     """Guidance over the places: s throughout, or rising from 1 at the first to s at the last."""
     batch_size: int = 64
     """Samples drawn at once; it does not change them."""
-    precision: Literal["float64", "float32"] = "float64"
-    """Of the prior while drawing. In float32 (1.7 times as fast on a CPU) another batch's rounding may change a sample."""
+    precision: Literal["float64", "float32"] | None = None
+    """Of the prior while drawing. Null: float64 on a CPU, where it takes 1.7 times as long and makes samples independent of the
+    batch size; float32 on a GPU, where it may take 60 times as long: there another batch size may change a sample."""
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)

@@ -37,7 +37,8 @@ def chosen_prior(command: Command, accelerator: Accelerator) -> tuple[Autoregres
         finished = sorted(found.parent.name for found in run.priors.glob("*/prior.safetensors"))
         raise UserError(f"--prior {name}: expected one of {', '.join([*finished, UNIFORM])}, found no such finished prior in {run}")
     prior, header = load_prior(path, fingerprint(run.tokenizer), accelerator.device)
-    if command.recipe.sampling.precision == "float64":
+    precision = command.recipe.sampling.precision or ("float64" if accelerator.device.type == "cpu" else "float32")
+    if precision == "float64":
         # A draw flips where its uniform falls within the rounding of the probabilities, which depends on the batch's shape.
         # In float32 one of 64 digits changed between batches of 64 and of 1; in float64 the rounding is 10^9 times finer.
         prior.double()

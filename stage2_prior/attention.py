@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stage1_vqvae.losses import full_precision
 
-# Wavelengths of the rotary positions run from 2 pi to 2 pi times this many rows: grids are tens of codes wide.
+# Wavelengths of the rotary positions run from 2 pi to below 2 pi times this many rows: grids are tens of codes wide.
 _ROTARY_BASE = 100.0
 
 
@@ -40,7 +40,7 @@ class Norm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention."""
+    """Multi-head self-attention, causal unless said otherwise."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -56,10 +56,10 @@ class Attention(nn.Module):
         query, key = rotate(normed, rotation).unbind(1)
         return query, key, parts[:, 2].to(query)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """(B, T, C) to the same shape; a place attends to itself and those before it."""
+    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
+        """(B, T, C) to the same shape; causal: a place attends to itself and those before it."""
         query, key, value = self._separated(self.qkv(x), rotation)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
@@ -107,7 +107,10 @@ def rotations(positions: Tensor, head_width: int) -> Tensor:
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn each pair (x_2i, x_2i+1) of (..., T, d) by its place's angle; `rotation` (T, d / 2, 2) has cosines and sines.
 
-    As complex numbers: one pass through memory, and one back.
+    As complex numbers, which is one pass through memory, and one back; torch.compile, which fuses passes, knows none.
     """
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cosine, sine) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
+        return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1).flatten(-2)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(rotation)
     return torch.view_as_real(turned).flatten(-2)

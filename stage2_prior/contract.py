@@ -21,9 +21,6 @@ from stage2_prior.sequence import SequenceLayout
 Logits = tuple[Tensor, ...]
 """(B, h w, K) a level: place by place in raster order, over that level's own codes."""
 
-# Of embeddings and, in the transformer, of matrices (GPT-2's).
-INITIAL_STD = 0.02
-
 
 class AutoregressivePrior(nn.Module, ABC):
     """The contract."""

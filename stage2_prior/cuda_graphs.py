@@ -17,6 +17,7 @@ class GraphedTransformer(AutoregressivePrior):
         super().__init__(prior.config, prior.layout, prior.num_labels)
         self.prior = prior
         self._steps: GraphedSteps | None = None
+        self.train(prior.training)
 
     def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
         """See the contract."""

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.randomness import generator
@@ -64,7 +65,8 @@ def warp(logits: Tensor, config: Sampling) -> Tensor:
     if config.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token is kept if those before it have not yet reached p: the first always is.
-        kept = ordered.cumsum(-1) - ordered < config.top_p
+        # Less the sum's rounding, which is not to bring in another token where p is just reached.
+        kept = ordered.cumsum(-1) - ordered < config.top_p - 1e-12
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
     if config.min_p > 0:
         probabilities = probabilities.masked_fill(below, 0)
@@ -98,8 +100,10 @@ def generate(
         given: codes (B, h, w) a level to take over where `kept`, masks (h, w) a level, is true: the others are drawn, each
             given those before it.
     Returns: codes, int64 (B, h, w) a level.
+    Errors: UserError if a probability is not finite.
     """
     assert not prior.training
+    assert (given is None) == (kept is None)
     device, layout = prior.device, prior.layout
     uniform = uniform.to(device)
     batch = len(uniform)
@@ -113,13 +117,19 @@ def generate(
     places = layout.flat(given).to(device) if given is not None else torch.empty(batch, layout.length, dtype=torch.int64, device=device)
     drawn = [True] * layout.length if kept is None else (~layout.flat(kept)[0]).tolist()
     code = None
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for place, scale in enumerate(scales):
         logits = prior.step(code, labels, cache)
         if drawn[place]:
             if guides:
                 logits = guided(logits[:batch], logits[batch:], scale)
-            places[:, place] = draw(warp(logits, config), uniform[:, place])
+            probabilities = warp(logits, config)
+            # A softmax with a NaN in it is NaN throughout. Looked at once, at the end: a GPU is not made to wait for it.
+            finite &= probabilities[:, 0].isfinite().all()
+            places[:, place] = draw(probabilities, uniform[:, place])
         code = places[:, place].repeat(2) if guides else places[:, place]
+    if not bool(finite):
+        raise UserError(f"guidance, temperature: expected finite probabilities, found some that are not ({config})")
     return layout.grids_of(places)
 
 

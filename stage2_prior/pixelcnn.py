@@ -5,7 +5,7 @@ found there: together every code before, without the blind spot of a single mask
 shifts: the codes enter one row further down in the one stack and one column further right in the other, and every
 convolution after that may end at its own place (mask B); the first one is a row and a column shorter (mask A), which
 leaves exactly the paper's field. Several levels: one network a level, which is given all codes of the levels above it, as
-in VQ-VAE-2 (Razavi et al. 2019, section 3.2).
+in VQ-VAE-2 (Razavi et al. 2019, section 3.2), every one of them at every place.
 
 Sampling computes only what is new: the vertical stack once a row, the horizontal one once a place (Ramachandran et al.
 2017, "Fast Generation for Convolutional Autoregressive Models").
@@ -84,14 +84,14 @@ class LevelNetwork(nn.Module):
         self.token = nn.Embedding(own, width)
         self.label = nn.Embedding(num_labels + 1, width)
         self.places = nn.Parameter(torch.zeros(2, *grid, width))
-        self.above = UpperLevels(above, width, grid) if above else None
+        self.above = UpperLevels(above, width, config.heads, grid) if above else None
         self.layers = nn.ModuleList(self._layer(config, number) for number in range(config.layers))  # type: ignore[assignment]
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, own))
         places = SequenceLayout([grid], [own]).centres()
-        self.register_buffer("rotations", rotations(places, width // config.heads) if self.wraps else None, persistent=False)
+        self.register_buffer("rotations", rotations(places, width // config.heads), persistent=False)
 
     layers: Sequence[GatedLayer]
-    rotations: Tensor | None
+    rotations: Tensor
 
     @staticmethod
     def _layer(config: Prior, number: int) -> GatedLayer:
@@ -102,7 +102,7 @@ class LevelNetwork(nn.Module):
     def context(self, above: Codes, labels: Tensor) -> Tensor:
         """What every place is given: (B, 1, 1, C) from labels (B,), or (B, h, w, C) with codes of the levels above."""
         context = self.label(labels)[:, None, None]
-        return context if self.above is None else context + self.above(above)
+        return context if self.above is None else context + self.above(above, self.rotations)
 
     def inputs(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded codes (B, h, w, C) to the two stacks' inputs: a row further down, and a column further right."""
@@ -123,18 +123,21 @@ class LevelNetwork(nn.Module):
 
 
 class UpperLevels(nn.Module):
-    """Codes of the levels above, embedded, brought to this level's grid, and seen from all sides."""
+    """Codes of the levels above, embedded, brought to this level's grid, and seen from all sides: near ones by convolutions,
+    all of them by attention, since no causal stack can carry what lies further on to a place before it.
+    """
 
-    def __init__(self, num_codes: Sequence[int], width: int, grid: tuple[int, int]) -> None:
+    def __init__(self, num_codes: Sequence[int], width: int, heads: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.grid = grid
         self.tokens = nn.ModuleList(nn.Embedding(k, width) for k in num_codes)
         self.layers = nn.Sequential(*(ResidualBlock(width, width) for _ in range(2)))
+        self.attention = GridAttention(width, heads)
 
-    def forward(self, codes: Codes) -> Tensor:
+    def forward(self, codes: Codes, rotation: Tensor) -> Tensor:
         """(B, h, w, C)."""
         found = [F.interpolate(token(grid).movedim(-1, 1), self.grid) for token, grid in zip(self.tokens, codes, strict=True)]
-        return self.layers(torch.stack(found).sum(0)).movedim(1, -1)
+        return self.attention(self.layers(torch.stack(found).sum(0)).movedim(1, -1), rotation, causal=False)
 
 
 class GatedLayer(nn.Module):
@@ -156,9 +159,9 @@ class GatedLayer(nn.Module):
         self.context = nn.Linear(width, 4 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
-        self.attention = CausalAttention(width, heads) if heads else None
+        self.attention = GridAttention(width, heads) if heads else None
 
-    def forward(self, vertical: Tensor, horizontal: Tensor, context: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, vertical: Tensor, horizontal: Tensor, context: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Both stacks (B, h, w, C) to the same shapes."""
         to_vertical, to_horizontal = self.context(context).chunk(2, -1)
         above = convolved(self.vertical, F.pad(vertical, (0, 0, self.sides, self.sides, self.reach - 1, 0)))
@@ -179,20 +182,19 @@ def gated(x: Tensor) -> Tensor:
     return a.tanh() * b.sigmoid()
 
 
-class CausalAttention(nn.Module):
-    """x + attention to the places before (Chen et al. 2018, "PixelSNAIL"), on the horizontal stack.
-
-    A place's own features know only codes before it, so it may attend to itself.
+class GridAttention(nn.Module):
+    """x + attention over a grid's places. Causal, on the horizontal stack: that of PixelSNAIL (Chen et al. 2018); a place's
+    own features know only codes before it, so it may attend to itself.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm, self.attention = Norm(width), Attention(width, heads)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
         """(B, h, w, C) to the same shape."""
         sequence = x.flatten(1, 2)
-        return (sequence + self.attention(self.norm(sequence), rotation)).view(x.shape)
+        return (sequence + self.attention(self.norm(sequence), rotation, causal)).view(x.shape)
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
         """An empty one."""
@@ -282,6 +284,6 @@ class RowState:
             left[:, layer.reach - 1 + column] = x
             window = left[:, column : column + layer.reach].flatten(1)
             x = x + layer.out(gated(torch.addmm(down[:, column], window, kernel)))
-            if layer.attention is not None and attended is not None and network.rotations is not None:
+            if layer.attention is not None and attended is not None:
                 x = layer.attention.step(x, network.rotations[place : place + 1], attended, place)
         return network.head(x)

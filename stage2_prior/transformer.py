@@ -18,8 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import Prior
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.attention import Attention, KeyValueCache, Norm, of_few_rows, rotations
-from stage2_prior.contract import INITIAL_STD, AutoregressivePrior, Logits
+from stage2_prior.contract import AutoregressivePrior, Logits
 from stage2_prior.sequence import SequenceLayout
+
+# Of embeddings and matrices (GPT-2's).
+_INITIAL_STD = 0.02
 
 
 @dataclass
@@ -60,12 +63,12 @@ class Transformer(AutoregressivePrior):
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIAL_STD)
-        nn.init.normal_(self.start, std=INITIAL_STD)
+                nn.init.normal_(module.weight, std=_INITIAL_STD)
+        nn.init.normal_(self.start, std=_INITIAL_STD)
         # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
         for block in self.blocks:
             for projection in (block.attention.out, block.mlp.out):
-                nn.init.normal_(projection.weight, std=INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
+                nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
 
     def _embedded_places(self) -> Tensor:
         """(T, C): of each place's level, row and column."""

@@ -24,6 +24,7 @@ LAYOUTS = {
     "one row": SequenceLayout([(1, 5)], [6]),
     "top and bottom": SequenceLayout([(1, 2), (2, 4)], [4, 6]),
     "residual": SequenceLayout([(2, 3)] * 3, [5, 5, 5]),
+    "wide": SequenceLayout([(1, 7), (2, 7)], [3, 4]),
 }
 
 

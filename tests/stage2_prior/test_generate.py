@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -18,12 +19,12 @@ def reference_warp(logits: list[float], config: Sampling) -> list[float]:
     order = sorted(range(len(logits)), key=lambda code: -logits[code])
     if config.temperature == 0:
         return [float(code == order[0]) for code in range(len(logits))]
-    allowed = order[: config.top_k] if config.top_k else order
+    allowed = [code for code in order if not config.top_k or logits[code] >= logits[order[config.top_k - 1]]]
     weights = {code: math.exp((logits[code] - logits[order[0]]) / config.temperature) for code in allowed}
     total = sum(weights.values())
     kept, reached = [], 0.0
     for code in allowed:
-        if reached >= config.top_p:
+        if reached >= config.top_p - 1e-12:
             break
         kept.append(code)
         reached += weights[code] / total
@@ -39,6 +40,8 @@ def reference_warp(logits: list[float], config: Sampling) -> list[float]:
 def test_warping_alone_and_together_against_the_definitions(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     logits = torch.randn(20, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
     config = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits[0], logits[1, 2:5] = 0.0, 3.0  # ties: all, and three at the top
+    config = dataclasses.replace(config, top_k=min(top_k, 7))
     expected = torch.tensor([reference_warp(row, config) for row in logits.tolist()])
     assert torch.allclose(warp(logits, config), expected.double(), atol=1e-6)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 
 import pytest
 import torch
 
+from configs.errors import UserError
 from configs.schema import Prior, Sampling
-from stage2_prior.contract import AutoregressivePrior
-from stage2_prior.generate import generate, uniforms
+from stage2_prior.contract import AutoregressivePrior, code_losses
+from stage2_prior.generate import draw, generate, guidance_scales, guided, uniforms, warp
 from stage2_prior.prior_file import build_prior
 from stage2_prior.sequence import SequenceLayout
 from tests.stage2_prior.prior_kinds import KINDS, LAYOUTS, build, manifest, random_codes
@@ -129,12 +131,18 @@ def test_checkpointing_keeps_less_for_the_backward_pass(kind: str) -> None:
     assert saved(True) < saved(False) / 2
 
 
-def test_it_compiles_without_a_break(kind: str) -> None:
-    """Whole, by torch.compile's tracer, and to the same losses."""
-    prior = build(kind, LAYOUTS["one level"])
+def test_it_trains_compiled_without_a_break(kind: str) -> None:
+    """Whole, through torch.compile's own tracers, checkpointed, and to the same gradients."""
+    prior = build(kind, LAYOUTS["top and bottom"], layers=2).double().train()
+    prior.checkpointing = True
     codes, labels = random_codes(prior.layout, 2), torch.tensor([1, 5])
-    compiled = torch.compile(prior, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(codes, labels)[0], prior(codes, labels)[0], atol=1e-6)
+    gradients = []
+    for model in (prior, torch.compile(prior, fullgraph=True, backend="aot_eager")):
+        prior.zero_grad()
+        torch.cat(code_losses(model(codes, labels), codes), 1).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in prior.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(list(prior.parameters()))
+    assert all(torch.allclose(plain, compiled) for plain, compiled in zip(*gradients, strict=True))
 
 
 def test_mixed_precision_on_tiny_tensors(kind: str) -> None:
@@ -175,6 +183,22 @@ def test_a_sample_is_the_same_whatever_it_is_batched_with(kind: str, layout: Seq
     assert not torch.equal(other[0], together[0])
 
 
+def test_a_batch_leaves_nothing_behind(kind: str) -> None:
+    """As many tensors are alive after the fourth batch as after the first."""
+    prior = build(kind, LAYOUTS["top and bottom"])
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    counts = []
+    for batch in range(4):
+        codes = generate(prior, torch.arange(3), uniforms(batch, torch.arange(3), prior.layout.length), Sampling(guidance=2.0))
+        counts.append(alive())
+    assert len(codes) == 2
+    assert counts[3] == counts[0]
+
+
 @layouts
 def test_kept_codes_stay_and_the_others_follow_from_them(kind: str, layout: SequenceLayout) -> None:
     """Completion, greedily: each drawn code is the likeliest given those before it, kept or drawn, by the full pass."""
@@ -187,6 +211,31 @@ def test_kept_codes_stay_and_the_others_follow_from_them(kind: str, layout: Sequ
     assert 0 < int(mask.sum()) < layout.length - 1
     assert torch.equal(layout.flat(found)[:, mask], layout.flat(given)[:, mask])
     assert torch.equal(layout.flat(found)[:, ~mask], likeliest[:, ~mask])
+
+
+@layouts
+def test_everything_together_is_what_full_passes_give(kind: str, layout: SequenceLayout) -> None:
+    """Guidance on a schedule, temperature, top-k, top-p, min-p and kept codes, place by place without a cache."""
+    prior = build(kind, layout).double()
+    settings = {"guidance": 2.5, "guidance_schedule": "cosine", "temperature": 0.8, "top_k": 4, "top_p": 0.9, "min_p": 0.05}
+    config = Sampling(**settings)  # type: ignore[arg-type]
+    given, labels, none = random_codes(layout, 4), torch.tensor([0, 1, 2, 4]), torch.full((4,), 5)
+    kept = layout.grids_of(torch.arange(layout.length)[None] % 4 == 1)
+    uniform = uniforms(3, torch.arange(4), layout.length)
+    found = layout.flat(generate(prior, labels, uniform, config, given, kept))
+    places = layout.flat(given)
+    for place, scale in enumerate(guidance_scales(config, layout.length)):
+        if not layout.flat(kept)[0, place]:
+            codes = layout.grids_of(places)
+            logits = guided(rows_of(prior, codes, labels)[place], rows_of(prior, codes, none)[place], scale)
+            places[:, place] = draw(warp(logits, config), uniform[:, place])
+        assert torch.equal(found[:, place], places[:, place])
+
+
+def test_what_is_not_finite_is_not_drawn_from(kind: str) -> None:
+    prior = build(kind, LAYOUTS["one level"])
+    with pytest.raises(UserError, match="finite"):
+        generate(prior, torch.tensor([0]), uniforms(0, torch.arange(1), 12), Sampling(guidance=1e308))
 
 
 def test_everything_kept_is_given_back(kind: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from configs.schema import Prior
+from configs.schema import Prior, Sampling
 from stage2_prior.attention import rotate, rotations
+from stage2_prior.cuda_graphs import GraphedSteps, GraphedTransformer
+from stage2_prior.generate import generate, uniforms
 from stage2_prior.prior_file import build_prior
 from stage2_prior.sequence import SequenceLayout
 from stage2_prior.transformer import Transformer
@@ -59,6 +61,35 @@ def test_steps_of_fixed_shape_are_the_steps(layout: SequenceLayout) -> None:
         before = tokens[:, place - 1] if place else torch.zeros(5, dtype=torch.int64)
         same = prior.fixed_step(before, labels, fixed, torch.tensor([place]), layout.level_of(place))
         assert torch.allclose(step, same, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_replayed_steps_draw_the_same_codes(layout: SequenceLayout, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the capture itself, which needs a GPU: in place of a graph, the step that it would hold."""
+
+    class Replayed:
+        def __init__(self, steps: GraphedSteps, level: int) -> None:
+            self.steps, self.level = steps, level
+            self.logits = torch.empty(steps.batch, layout.num_codes[level], dtype=torch.float64)
+
+        def replay(self) -> None:
+            held = self.steps
+            self.logits.copy_(held._prior.fixed_step(held._tokens, held._labels, held._cache, held._place, self.level))
+
+    def captured(steps: GraphedSteps, level: int) -> tuple[Replayed, torch.Tensor]:
+        replayed = Replayed(steps, level)
+        return replayed, replayed.logits
+
+    monkeypatch.setattr(GraphedSteps, "_captured", captured)
+    prior = build("transformer", layout).double()
+    assert isinstance(prior, Transformer)
+    graphed = GraphedTransformer(prior)
+    labels = torch.arange(4)
+    for batch in range(2):  # the second on the first one's graphs and caches
+        uniform = uniforms(batch, torch.arange(4), layout.length)
+        plain, same = (generate(model, labels, uniform, Sampling(guidance=guidance)) for model in (prior, graphed))
+        assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
 
 
 def test_steps_of_fixed_shape_are_one_program() -> None:
