@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 
 from configs.errors import UserError, fail
 from configs.run_dir import REPOSITORY, RunDir
-from configs.schema import Recipe
+from configs.schema import PRESETS, Prior, Recipe
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -155,6 +155,7 @@ def parse(
     where.add_argument("--run")
     where.add_argument("--name")
     where.add_argument("--prior.kind", dest="kind")
+    where.add_argument("--prior.preset", dest="preset")
     where.add_argument("--resume", action="store_true")
     help_wanted = "--help" in argv or "-h" in argv
     try:
@@ -209,18 +210,26 @@ def _locate(
         run = last or RunDir.named(DEFAULT_RECIPE.stem)
     exists = run.exists()
     if exists and begun_in is not None:
-        folder = begun_in(run, known.name or known.kind)
+        folder = begun_in(run, known.name or (known.kind if known.kind in PRESETS else None))
         own = run.recipe if starts_run else folder / "recipe.yaml"
         # A changed recipe file must not pass unnoticed, unless the user says to go on with what was begun.
         if RunDir.begun(folder) and own.exists() and (known.resume or known.config is None or not starts_run):
             return run, load_recipe(own)
     if starts_run:
-        return run, load_recipe(known.config or DEFAULT_RECIPE)
+        return run, _of_another_prior(load_recipe(known.config or DEFAULT_RECIPE), known)
     if exists:
-        return run, load_recipe(run.recipe)
+        return run, _of_another_prior(load_recipe(run.recipe), known)
     if help_wanted:
         return run, load_recipe(known.config or DEFAULT_RECIPE)
     raise UserError(f"{run}: there is no such run; start it with: {TRAIN_TOKENIZER}")
+
+
+def _of_another_prior(recipe: Recipe, known: argparse.Namespace) -> Recipe:
+    """The recipe with the preset's sizes, if the command line asks for a preset or another kind: its own are another model's."""
+    if known.preset is None and known.kind in (None, recipe.prior.kind):
+        return recipe
+    prior = dataclasses.replace(recipe.prior, layers=0, width=0, heads=0, attention_interval=0, kernel_size=Prior().kernel_size)
+    return dataclasses.replace(recipe, prior=prior)
 
 
 class _WhereParser(argparse.ArgumentParser):

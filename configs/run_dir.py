@@ -123,7 +123,11 @@ class RunDir:
     def show(path: Path) -> str:
         """A path for messages: relative to the working directory if it lies below it."""
         resolved = path.resolve()
-        return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(path)
+        if not resolved.is_relative_to(Path.cwd()):
+            return str(path)
+        shown = str(resolved.relative_to(Path.cwd()))
+        # A bare name would be read as a run's in `runs/`.
+        return shown if os.sep in shown else os.path.join(".", shown)
 
     @classmethod
     def named(cls, run: str) -> RunDir:

@@ -217,8 +217,8 @@ class Prior:
     kind: Literal["transformer", "pixelcnn"] = "transformer"
     """`transformer`, over the sequence of codes; `pixelcnn`, the Gated PixelCNN, masked convolutions over their grid."""
     preset: Literal["S", "B", "L"] = "S"
-    """Sizes from the literature, for what is 0 below. Transformer: 12 layers x 384 (6 heads), 12 x 768 (12), 24 x 1024 (16);
-    PixelCNN: 15 layers x 64, 20 x 128, 20 x 384."""
+    """Sizes from the literature, for what is 0 below (and, on a command line, in place of the recipe's own sizes).
+    Transformer: 12 layers x 384 (6 heads), 12 x 768 (12), 24 x 1024 (16); PixelCNN: 15 layers x 64, 20 x 128, 20 x 384."""
     layers: int = 0
     """Transformer blocks, or gated layers of a PixelCNN; 0 = the preset's."""
     width: int = 0
@@ -240,6 +240,9 @@ class Prior:
         layers, width, heads = self.sizes()
         _require(width % (4 * heads) == 0, "prior.width", f"a multiple of 4 x {heads} heads", width)
         _require(self.attention_interval <= layers, "prior.attention_interval", f"at most the {layers} layers", self.attention_interval)
+        if self.kind == "transformer":
+            _require(self.attention_interval == 0, "prior.attention_interval", "0 for a transformer", self.attention_interval)
+            _require(self.kernel_size == 3, "prior.kernel_size", "3, which is none, for a transformer", self.kernel_size)
         _require(self.kernel_size % 2 == 1 and self.kernel_size > 1, "prior.kernel_size", "an odd number above 1", self.kernel_size)
         _require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
 

@@ -25,7 +25,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program, write_json
 from configs.schema import Data
 from pipelines.drawing import check_guidance, chosen_prior, draw_images, labels_of
-from stage1_vqvae.images import TRAIN, VALIDATION, load_images, to_model, to_uint8
+from stage1_vqvae.images import VALIDATION, ImageSource, batches, load_images, to_model, to_uint8
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.plots import grid_scale, image_grid, save_png
 from stage1_vqvae.quantizers.contract import Codes
@@ -33,6 +33,8 @@ from stage1_vqvae.training.processes import start
 from stage2_prior.prior_file import PriorHeader
 
 _GREY = 128
+# Images in completions.png at most; all continuations lie beside it.
+_SHOWN = 32
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,25 +49,30 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute)
     tokenizer = load_tokenizer(run, accelerator.device)
     rows = kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
-    prior, header = chosen_prior(command, accelerator)
-    pixels, own_labels = _images(command.recipe.data, options.images, options.n, progress=accelerator.is_main_process)
-    labels = _labels(options.label, own_labels, len(pixels), header)
+    chosen = chosen_prior(command, accelerator)
+    source = _images(command.recipe.data, options.images, progress=accelerator.is_main_process)
+    pixels = torch.cat([split.pixels for split in source.splits.values()])[: options.n]
+    if len(pixels) < options.n:
+        accelerator.print(f"--n {options.n}: there are {len(pixels)} images")
+    labels = _labels(options.label, source, len(pixels), chosen.header)
     repeated = None if labels is None else labels.repeat_interleave(options.continuations)
-    check_guidance(config, repeated, header)
+    check_guidance(accelerator, config, repeated, chosen.header)
 
     folder = run.new_samples() if accelerator.is_main_process else None
     try:
         with torch.no_grad():
-            codes = tokenizer.encode(to_model(pixels.to(accelerator.device)))
-            reconstructions = to_uint8(tokenizer.decode(codes)).cpu()
-        given = tuple(level.cpu().repeat_interleave(options.continuations, 0) for level in codes)
+            parts = [tokenizer.encode(to_model(pixels[part].to(accelerator.device))) for part in batches(len(pixels), config.batch_size)]
+            reconstructions = torch.cat([to_uint8(tokenizer.decode(codes)).cpu() for codes in parts])
+        given = tuple(torch.cat(level).cpu().repeat_interleave(options.continuations, 0) for level in zip(*parts, strict=True))
         count = len(pixels) * options.continuations
-        _, pictures = draw_images(accelerator, tokenizer, prior, repeated, count, options.seed, config, given, kept_codes(tokenizer, rows))
+        _, pictures = draw_images(
+            accelerator, tokenizer, chosen.prior, repeated, count, options.seed, config, given, kept_codes(tokenizer, rows)
+        )
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             continuations = pictures.view(len(pixels), options.continuations, *pictures.shape[1:])
             shown = torch.cat([torch.stack([pixels, reconstructions, kept_part(reconstructions, rows)], 1), continuations], 1)
-            grid = image_grid(shown.flatten(0, 1), shown.shape[1])
+            grid = image_grid(shown[:_SHOWN].flatten(0, 1), shown.shape[1])
             save_png(folder / "completions.png", grid, grid_scale(pixels.shape[1]))
             for number, picture in enumerate(pictures):
                 save_png(folder / "images" / f"{number:05d}.png", picture)
@@ -75,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
                 "kept_rows": [row for row, kept in enumerate(rows) if kept],
                 "rows": len(rows),
                 "seed": options.seed,
-                "prior": options.prior or run.last_prior(),
-                "sampling": dataclasses.asdict(config),
+                **chosen.details,
                 "labels": None if labels is None else labels.tolist(),
             }
             write_json(folder / "completions.json", details)
@@ -92,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     parser.add_argument("--n", type=int, default=8, help="images to complete")
     parser.add_argument("--continuations", type=int, default=5, help="draws for each of them")
-    parser.add_argument("--prefix_rows", type=int | None, help="rows of codes to keep, from the top (default: half of them)")
+    parser.add_argument("--prefix_rows", type=int, help="rows of codes to keep, from the top (default: half of them)")
     parser.add_argument("--keep_rows", type=str | None, help="the rows to keep instead, from 0, for instance 0,1,2,6")
     parser.add_argument("--images", type=str | None, help="a folder of images (default: the run's validation split)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
@@ -127,24 +133,29 @@ def kept_part(pictures: Tensor, rows: list[bool]) -> Tensor:
     return pictures.where(kept[:, None, None], torch.full_like(pictures, _GREY))
 
 
-def _images(data: Data, folder: str | None, count: int, progress: bool) -> tuple[Tensor, Tensor | None]:
-    """Pixels (N, H, W, C), and labels where the images are the run's own."""
+def _images(data: Data, folder: str | None, progress: bool) -> ImageSource:
+    """The validation split of the run's data, or all images of a folder."""
     if folder is None:
-        split = load_images(data, [VALIDATION], progress).splits[VALIDATION]
-        return split.pixels[:count], None if split.labels is None else split.labels[:count]
-    source = load_images(dataclasses.replace(data, name=None, path=folder), [TRAIN], progress)
-    return source.splits[TRAIN].pixels[:count], None
+        return load_images(data, [VALIDATION], progress)
+    return load_images(dataclasses.replace(data, name=None, path=folder), progress=progress, hold_out=False)
 
 
-def _labels(asked: str | None, own: Tensor | None, count: int, header: PriorHeader | None) -> Tensor | None:
-    """Of each image: as asked, or its own; images without one are drawn without, where the prior can.
+def _labels(asked: str | None, source: ImageSource, count: int, header: PriorHeader | None) -> Tensor | None:
+    """Of each image: as asked, or its own, if the prior knows that name; images without one are drawn without.
 
-    Errors: UserError where it cannot.
+    Errors: UserError for a label that the prior does not know, or none, where it needs one.
     """
     if asked is not None or header is None or header.label_names is None:
         return labels_of(asked, count, header)
-    if own is not None:
-        return own
+    own = [split.labels for split in source.splits.values() if split.labels is not None]
+    if own and source.label_names is not None:
+        # By name: the numbers are those of the prior's data, in which a label more or less may have moved them.
+        names = [source.label_names[label] for label in torch.cat(own)[:count].tolist()]
+        unknown = sorted(set(names) - set(header.label_names))
+        if unknown:
+            known = ", ".join(header.label_names[:10])
+            raise UserError(f"--label: expected images with labels that the prior knows ({known}), or one for all, found {unknown[0]}")
+        return torch.tensor([header.label_names.index(name) for name in names])
     if not header.knows_no_label:
         raise UserError("--label: expected one, for a prior trained with stage2.label_dropout 0, found none")
     return None

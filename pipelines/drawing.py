@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, NamedTuple
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -16,40 +19,47 @@ from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.contract import AutoregressivePrior
 from stage2_prior.cuda_graphs import GraphedTransformer
 from stage2_prior.generate import generate, uniform_codes, uniforms
-from stage2_prior.prior_file import UNIFORM, PriorHeader, load_prior
+from stage2_prior.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
 from stage2_prior.sequence import SequenceLayout
 from stage2_prior.transformer import Transformer
 
 
-def chosen_prior(command: Command, accelerator: Accelerator) -> tuple[AutoregressivePrior, PriorHeader] | tuple[None, None]:
-    """The prior that `--prior` names, in the precision to draw in; (None, None) for the uniform one.
+class ChosenPrior(NamedTuple):
+    """What to draw from."""
 
-    Errors: UserError if there is no such prior.
-    """
-    run, asked = command.run, command.options.prior
-    if asked == UNIFORM:
-        return None, None
-    name = asked or run.last_prior()
-    if name is None:
-        raise UserError(f"{run}: it has no finished prior; run first: {command.next(TRAIN_PRIOR)}")
-    path = run.prior(name) / "prior.safetensors"
-    if not path.exists():
-        finished = sorted(found.parent.name for found in run.priors.glob("*/prior.safetensors"))
-        raise UserError(f"--prior {name}: expected one of {', '.join([*finished, UNIFORM])}, found no such finished prior in {run}")
+    prior: AutoregressivePrior | None
+    """In the precision to draw in. None: every code equally likely."""
+    header: PriorHeader | None
+    name: str
+    details: dict[str, Any]
+    """For the file beside the pictures: name, precision, and all settings of the drawing."""
+
+
+def chosen_prior(command: Command, accelerator: Accelerator) -> ChosenPrior:
+    """The prior that `--prior` names, or the one last finished. Errors: UserError if there is no such prior."""
+    run, config = command.run, command.recipe.sampling
+    # A draw flips where its uniform falls within the rounding of the probabilities, which depends on the batch's shape.
+    # In float32 one of 64 digits changed between batches of 64 and of 1; in float64 the rounding is 10^9 times finer.
+    precision = config.precision or ("float64" if accelerator.device.type == "cpu" else "float32")
+    settings = {**dataclasses.asdict(config), "precision": precision}
+    if command.options.prior == UNIFORM:
+        return ChosenPrior(None, None, UNIFORM, {"prior": UNIFORM, "sampling": settings})
+    path = finished_prior(run, command.options.prior, command.next(TRAIN_PRIOR))
     prior, header = load_prior(path, fingerprint(run.tokenizer), accelerator.device)
-    precision = command.recipe.sampling.precision or ("float64" if accelerator.device.type == "cpu" else "float32")
     if precision == "float64":
-        # A draw flips where its uniform falls within the rounding of the probabilities, which depends on the batch's shape.
-        # In float32 one of 64 digits changed between batches of 64 and of 1; in float64 the rounding is 10^9 times finer.
         prior.double()
     if command.recipe.compute.compile and isinstance(prior, Transformer) and accelerator.device.type == "cuda":
-        return GraphedTransformer(prior), header
-    return prior, header
+        prior = GraphedTransformer(prior)
+    return ChosenPrior(prior, header, path.parent.name, {"prior": path.parent.name, "sampling": settings})
 
 
-def check_guidance(config: Sampling, labels: Tensor | None, header: PriorHeader | None) -> None:
-    """Errors: UserError for guidance by a prior that has not learned p(codes)."""
-    if labels is not None and config.guidance != 1 and header is not None and not header.knows_no_label:
+def check_guidance(accelerator: Accelerator, config: Sampling, labels: Tensor | None, header: PriorHeader | None) -> None:
+    """Says so where guidance has no effect. Errors: UserError for guidance by a prior that has not learned p(codes)."""
+    if header is None or config.guidance == 1:
+        return
+    if labels is None:
+        accelerator.print("guidance has no effect: there are no labels to insist on")
+    elif not header.knows_no_label:
         raise UserError(f"--guidance: expected 1 for a prior trained with stage2.label_dropout 0, found {config.guidance}")
 
 
@@ -101,11 +111,13 @@ def draw_images(
             numbers = torch.arange(first + rank * size, first + (rank + 1) * size)
             numbers = numbers.where(numbers < count, 0)
             uniform = uniforms(seed, numbers, layout.length)
+            of_given = None if given is None else tuple(level[numbers] for level in given)
             if prior is None:
                 codes = uniform_codes(layout, uniform)
+                if of_given is not None and kept is not None:
+                    codes = tuple(torch.where(*level) for level in zip(kept, of_given, codes, strict=True))
             else:
                 of_labels = None if labels is None else labels[numbers].to(accelerator.device)
-                of_given = None if given is None else tuple(level[numbers] for level in given)
                 codes = generate(prior, of_labels, uniform, config, of_given, kept)
             codes = tuple(level.to(accelerator.device) for level in codes)
             found = accelerator.gather((layout.flat(codes), to_uint8(tokenizer.decode(codes))))

@@ -46,25 +46,22 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
     accelerator = start(command.recipe.compute)
     tokenizer = load_tokenizer(run, accelerator.device)
-    prior, header = chosen_prior(command, accelerator)
+    chosen = chosen_prior(command, accelerator)
+    header = chosen.header
     labels = labels_of(options.label, options.n, header)
-    check_guidance(config, labels, header)
-
-    if prior is not None and labels is None and config.guidance != 1:
-        accelerator.print("guidance has no effect: this prior has no labels")
+    check_guidance(accelerator, config, labels, header)
 
     # The folder comes first, so that a place that cannot be written is found before the drawing.
     folder = run.new_samples() if accelerator.is_main_process else None
     try:
-        codes, pictures = draw_images(accelerator, tokenizer, prior, labels, options.n, options.seed, config)
+        codes, pictures = draw_images(accelerator, tokenizer, chosen.prior, labels, options.n, options.seed, config)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             uniform = mean_over_tokens(uniform_bits(tokenizer.quantizer.num_codes), tokenizer.grids)
             details = {
                 "n": options.n,
                 "seed": options.seed,
-                "prior": options.prior or run.last_prior(),
-                "sampling": dataclasses.asdict(config),
+                **chosen.details,
                 "labels": None if labels is None else labels.tolist(),
                 "label_names": header.label_names if header is not None else None,
                 "tokenizer_sha256": fingerprint(run.tokenizer),
@@ -76,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(folder)
         raise
     if folder is not None:
-        kind = f"{details['prior']} prior, {details['bits_per_token']:.3f} bits a token"
+        kind = f"{chosen.name} prior, {details['bits_per_token']:.3f} bits a token"
         print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
         print(f"next: {command.next(SUMMARY)}")
     accelerator.end_training()

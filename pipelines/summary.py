@@ -55,6 +55,8 @@ def codes_row(folder: Path) -> str:
 
 def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
     """Stage 2's result on the validation split, beside what needs no learning."""
+    if not (run.prior(name) / "likelihood.json").exists():
+        return [(f"bits a token: prior {name}", f"not known; python stage2_prior/report.py --prior {name} --run {run}")]
     report, found = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
     bits = found["bits_per_image"]
     return [

@@ -103,7 +103,7 @@ def make_variants(images: Tensor, augmentation: Augmentation, variants: Tensor) 
 # --- loading
 
 
-def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool = False) -> ImageSource:
+def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True) -> ImageSource:
     """Load and decode a data set's splits.
 
     Where the source has no validation split, `data.validation_share` of the training split, the same share of each
@@ -113,6 +113,7 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         data: what to load, and the size to give it.
         splits: the ones wanted; None = all there are.
         progress: show a bar while decoding.
+        hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
     Errors: UserError for what is missing, empty or cannot be read, with its path.
     """
     if data.name is None and data.path is None:
@@ -126,14 +127,14 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         assert data.name is not None
         what = f"data.name {data.name} (a local copy can be given with --data.path)"
         found, label_names = _decoded(_open(data.name, what), wanted, data, progress)
-    if TRAIN in found and VALIDATION not in found:
+    if hold_out and TRAIN in found and VALIDATION not in found:
         train = found[TRAIN]
         held_out = _stratified_draw(train.labels, len(train), data.validation_share, data.seed)
         if not 0 < int(held_out.sum()) < len(train):
             share = f"data.validation_share {data.validation_share}"
             raise UserError(f"{share}: expected at least one image on either side, found {len(train)} training images in all")
         found[TRAIN], found[VALIDATION] = train.take(~held_out), train.take(held_out)
-    missing = wanted.intersection((TRAIN, VALIDATION)) - set(found)
+    missing = wanted.intersection((TRAIN, VALIDATION)) - set(found) if hold_out else set()
     if missing:
         raise UserError(f"{data.path or data.name}: expected a split {min(missing)}, found {', '.join(found) or 'none'}")
     return ImageSource({name: found[name] for name in (TRAIN, VALIDATION, TEST) if name in found and name in wanted}, label_names)

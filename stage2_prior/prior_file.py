@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.run_dir import RunDir
 from configs.schema import Prior
-from stage1_vqvae.model import load_weights, save_weights
+from stage1_vqvae.model import load_weights, read_header, save_weights
 from stage2_prior.code_store import Manifest
 from stage2_prior.contract import AutoregressivePrior
 from stage2_prior.pixelcnn import PixelCNN
@@ -81,11 +81,37 @@ def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> N
     save_weights(path, weights, {"kind": "prior", "format": _FORMAT, **dataclasses.asdict(header)})
 
 
+def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
+    """The file of the run's prior of that name; None: of the last finished one.
+
+    Errors: UserError if there is none; it names the `command` that trains one.
+    """
+    finished = sorted(path.parent.name for path in run.priors.glob("*/prior.safetensors"))
+    name = name or run.last_prior()
+    if name is None:
+        raise UserError(f"{run}: it has no finished prior; run first: {command}")
+    if name not in finished:
+        raise UserError(f"--prior {name}: expected one of {', '.join([*finished, UNIFORM])}, found no such finished prior in {run}")
+    return run.prior(name) / "prior.safetensors"
+
+
+def read_prior_header(path: Path) -> dict[str, Any]:
+    """What a prior file says of itself, as JSON has it. Errors: UserError if it is not one."""
+    content = read_header(path, "prior")
+    _check_format(path, content)
+    return content
+
+
+def _check_format(path: Path, content: dict[str, Any]) -> None:
+    if content.get("format") != _FORMAT:
+        found = content.get("format", 1)
+        raise UserError(f"{RunDir.show(path)}: expected a prior of format {_FORMAT}, found {found}; train another with --name NAME")
+
+
 def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[AutoregressivePrior, PriorHeader]:
     """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
     weights, content = load_weights(path, "prior")
-    if content.get("format") != _FORMAT:
-        raise UserError(f"{path}: expected a prior of format {_FORMAT}, found {content.get('format', 1)}; train another with --name NAME")
+    _check_format(path, content)
     fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader)}
     header = PriorHeader(**{**fields, "config": Prior(**fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.cli import TRAIN_PRIOR, parse
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse
 from configs.errors import UserError, run_entry
 from stage1_vqvae.images import TRAIN, VALIDATION
 from stage1_vqvae.model import fingerprint
@@ -19,7 +19,7 @@ from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import start
 from stage2_prior.code_store import CodeStore
 from stage2_prior.likelihood_report import likelihood_report, markdown, write_report
-from stage2_prior.prior_file import load_prior
+from stage2_prior.prior_file import finished_prior, load_prior
 
 _BATCH_SIZE = 64
 
@@ -28,19 +28,21 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, ("compute",), argv, options=_options)
     run = command.run
-    name = command.options.prior or run.last_prior()
-    if name is None:
-        raise UserError(f"{run}: it has no finished prior; run first: {command.next(TRAIN_PRIOR)}")
-    folder, sha256 = run.prior(name), fingerprint(run.tokenizer)
+    if not run.tokenizer.exists():
+        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    if not (run.codes / TRAIN).is_dir():
+        raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
+    path = finished_prior(run, command.options.prior, command.next(TRAIN_PRIOR))
+    folder, name, sha256 = path.parent, path.parent.name, fingerprint(run.tokenizer)
     accelerator = start(command.recipe.compute)
-    prior, _ = load_prior(folder / "prior.safetensors", sha256, accelerator.device)
+    prior, _ = load_prior(path, sha256, accelerator.device)
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
     validations = [record for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
     report = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, validations)
     if accelerator.is_main_process:
+        print(markdown(name, report), end="")
         with run.lock():
             write_report(folder, name, report)
-        print(markdown(name, report), end="")
         print(f"\nwrote likelihood.json, likelihood.md and likelihood.png to {run.show(folder)}")
     accelerator.end_training()
 

@@ -27,7 +27,7 @@ from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
 from stage1_vqvae.images import TRAIN, VALIDATION
-from stage1_vqvae.model import fingerprint, read_header
+from stage1_vqvae.model import fingerprint
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.averaging import WeightAverage
@@ -44,7 +44,7 @@ from stage2_prior.code_store import CodeStore
 from stage2_prior.contract import AutoregressivePrior, code_losses
 from stage2_prior.likelihood import bits, measure
 from stage2_prior.likelihood_report import likelihood_report, turned_at, write_report
-from stage2_prior.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, save_prior
+from stage2_prior.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, read_prior_header, save_prior
 
 _MAY_CHANGE = (
     *("stage2.steps", "stage2.lr", "stage2.clip_norm", "stage2.gradient_checkpointing"),
@@ -71,7 +71,6 @@ def main(argv: list[str] | None = None) -> None:
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     with run.lock():
         if accelerator.is_main_process:
-            write_yaml(run.prior(name) / "recipe.yaml", recipe_dict(recipe))
             run.record(program(), command.arguments, recipe_dict(recipe))
         accelerator.wait_for_everyone()
         train(accelerator, run, name, recipe, training, validation, command.options.resume)
@@ -94,7 +93,7 @@ def _folder(run: RunDir, name: str | None) -> Path:
 def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
     """What there is of the prior in the run. Errors: UserError if it was trained on another tokenizer's codes."""
     folder = run.prior(name)
-    header = read_header(folder / "prior.safetensors", "prior") if (folder / "prior.safetensors").exists() else None
+    header = read_prior_header(folder / "prior.safetensors") if (folder / "prior.safetensors").exists() else None
     if header is not None:
         check_tokenizer(run.show(folder), header["tokenizer_sha256"], sha256)
     begun_with = folder / "recipe.yaml"
@@ -147,6 +146,9 @@ def train(
         first_step, minutes_before, best = state["step"], state["minutes"], state["best"]
         check_resumable(first_step, config.steps)
         accelerator.print(f"{run.show(folder)}: going on after step {first_step}")
+
+    if accelerator.is_main_process:
+        write_yaml(folder / "recipe.yaml", recipe_dict(recipe))
 
     def minutes() -> float:
         return minutes_before + (time.monotonic() - began) / 60

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_bytes
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Checkpoints:

@@ -14,6 +14,8 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import Compute
 
+_COMPILER = "inductor"
+
 
 def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
     """The Accelerator of a command, with this process's share of the cores.
@@ -35,7 +37,7 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
         cpu=on_cpu,
         mixed_precision=compute.mixed_precision,
         log_with=compute.tracker,
-        dynamo_backend="inductor" if compute.compile else None,
+        dynamo_backend=_COMPILER if compute.compile else None,
         project_dir=logging_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

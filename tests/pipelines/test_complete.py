@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def completed(run: Path, *arguments: object) -> Path:
     return new
 
 
-def pictures(folder: Path) -> np.ndarray:
+def drawn(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").glob("*.png"))])
 
 
@@ -42,7 +43,7 @@ def test_kept_rows_are_the_images_own_and_the_others_vary(run_copy: Path) -> Non
     (originals,) = store.codes(torch.arange(3))
     assert store.labels is not None
     assert details["labels"] == store.labels[:3].tolist()
-    found = pictures(folder).reshape(3, 4, 8, 12, 3)
+    found = drawn(folder).reshape(3, 4, 8, 12, 3)
     for image in range(3):
         # Which codes of the second row give that picture with the image's first row: there must be some.
         seconds = torch.cartesian_prod(*[torch.arange(16)] * 3)[:, None]
@@ -53,12 +54,15 @@ def test_kept_rows_are_the_images_own_and_the_others_vary(run_copy: Path) -> Non
     assert len(np.unique(found.reshape(12, -1), axis=0)) > 3
 
 
-def test_all_rows_kept_give_the_reconstruction(run_copy: Path, pictures_of_one_label: Path) -> None:
-    folder = completed(run_copy, "--n", 2, "--continuations", 2, "--prefix-rows", 2, "--images", pictures_of_one_label)
+@pytest.mark.parametrize("arguments", [[], ["--prior", "uniform"], ["--batch-size", 2]])
+def test_all_rows_kept_give_the_reconstruction(run_copy: Path, pictures_of_one_label: Path, arguments: list[object]) -> None:
+    """Of every image of a folder, none held out."""
+    folder = completed(run_copy, "--continuations", 2, "--prefix-rows", 2, "--images", pictures_of_one_label, *arguments)
     tokenizer = load_tokenizer(RunDir(run_copy))
-    originals = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(pictures_of_one_label.glob("*.png"))[:2]]))
+    originals = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(pictures_of_one_label.glob("*.png"))]))
+    assert len(originals) == 3
     reconstructions = to_uint8(tokenizer.decode(tokenizer.encode(to_model(originals)))).numpy()
-    assert np.abs(pictures(folder).astype(int) - reconstructions.repeat(2, 0)).max() <= 1
+    assert np.abs(drawn(folder).astype(int) - reconstructions.repeat(2, 0)).max() <= 1
     assert json.loads((folder / "completions.json").read_text())["labels"] is None
 
 
@@ -69,6 +73,17 @@ def pictures_of_one_label(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(number).integers(0, 255, (8, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
+
+
+def test_labels_of_a_folder_count_by_name(run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    """A label more, first by the alphabet, moves the folder's numbers, not its names."""
+    for label in ("down", "across"):
+        shutil.copytree(pictures / label, tmp_path / "images" / label)
+    folder = completed(run_copy, "--n", 30, "--continuations", 1, "--images", tmp_path / "images")
+    assert json.loads((folder / "completions.json").read_text())["labels"] == [0] * 24 + [1] * 6
+    (tmp_path / "images" / "across").rename(tmp_path / "images" / "aaa")
+    assert "aaa" in one_line_error(main, "--run", run_copy, "--images", tmp_path / "images")
+    completed(run_copy, "--n", 2, "--images", tmp_path / "images", "--label", "down")
 
 
 def test_rows_by_prefix_and_by_list() -> None:
@@ -94,6 +109,7 @@ def test_finer_levels_and_pixels_keep_what_lies_under_the_rows(run_copy: Path) -
     [
         (["--prefix-rows", "3"], ["--prefix-rows", "0 to 2", "3"]),
         (["--keep-rows", "0,2"], ["--keep-rows", "0 to 1", "0,2"]),
+        (["--prefix-rows", "x"], ["prefix_rows", "int", "x"]),
         (["--keep-rows", "top"], ["--keep-rows", "top"]),
         (["--keep-rows", "0", "--prefix-rows", "1"], ["--keep-rows", "--prefix-rows"]),
         (["--n", "0"], ["--n", "at least 1"]),
@@ -120,5 +136,5 @@ def test_two_processes_complete_as_one(run_copy: Path, script: Script) -> None:
     for processes in (1, 2):
         done = script("pipelines/complete.py", "--run", run_copy, "--n", 3, "--continuations", 3, "--batch-size", 4, processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (pictures(run_copy / "samples" / name) for name in ("000", "001"))
+    one, two = (drawn(run_copy / "samples" / name) for name in ("000", "001"))
     assert np.array_equal(one, two)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from configs.cli import parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir
+from pipelines.drawing import chosen_prior
 from pipelines.sample import main
 from stage1_vqvae.images import to_uint8
 from stage1_vqvae.model import load_tokenizer
+from stage2_prior.cuda_graphs import GraphedTransformer
+from stage2_prior.prior_file import load_prior
 from stage2_prior.train import main as train_prior
 from stage2_prior.transformer import Transformer
 from tests.stage2_prior.test_train import change_bytes
@@ -92,6 +98,23 @@ def test_a_label_by_name_or_number(run_copy: Path) -> None:
     by_name, by_number = (sampled(run_copy, "--n", 4, "--label", label) for label in ("down", "1"))
     assert json.loads((by_name / "samples.json").read_text())["labels"] == [1, 1, 1, 1]
     assert (by_name / "grid.png").read_bytes() == (by_number / "grid.png").read_bytes()
+
+
+@pytest.mark.parametrize(("device", "graphed"), [("cpu", False), ("cuda", True)])
+def test_the_device_decides_on_graphs_and_precision(run_copy: Path, device: str, graphed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be chosen there; the weights stay on this machine."""
+    monkeypatch.setattr("pipelines.drawing.load_prior", lambda path, sha256, device: load_prior(path, sha256))
+
+    def option(parser: Any) -> None:
+        parser.add_argument("--prior", type=str | None)
+
+    arguments = ["--run", str(run_copy), "--compute.compile", "true"]
+    command = parse("", ("sampling", "compute"), arguments, flat="sampling", options=option)
+    chosen = chosen_prior(command, types.SimpleNamespace(device=torch.device(device)))  # type: ignore[arg-type]
+    assert isinstance(chosen.prior, GraphedTransformer) == graphed
+    assert chosen.prior is not None
+    assert not chosen.prior.training
+    assert chosen.details["sampling"]["precision"] == ("float32" if graphed else "float64")
 
 
 def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:

@@ -91,6 +91,6 @@ def test_the_saved_prior_is_the_averaged_one(run_copy: Path) -> None:
 
 
 def test_without_a_prior_it_names_the_command(run_copy: Path, one_line_error: Callable[..., str]) -> None:
-    assert "other/prior.safetensors" in one_line_error(main, "--run", run_copy, "--prior", "other")
+    assert "expected one of transformer" in one_line_error(main, "--run", run_copy, "--prior", "other")
     shutil.rmtree(run_copy / "priors")
     assert "accelerate launch stage2_prior/train.py" in one_line_error(main, "--run", run_copy)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from configs.run_dir import REPOSITORY, RunDir, read_json
+from configs.schema import Prior
 from pipelines.sample import main as sample
 from stage1_vqvae.model import fingerprint, load_weights, save_weights
 from stage1_vqvae.training.metrics_log import read_metrics
@@ -147,6 +149,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(run_copy: Path, one_lin
     (run_copy / "priors" / "new" / "prior.safetensors").unlink()
     line = one_line_error(main, "--run", run_copy, "--name", "new", "--resume", "--stage2.steps", "5")
     assert "at least the checkpoint's 6, found 5" in line
+    assert yaml.safe_load((run_copy / "priors/new/recipe.yaml").read_text())["stage2"]["steps"] == 6
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "uniform", ""])
@@ -159,7 +162,7 @@ def test_names_that_cannot_be_a_priors(name: str, run_copy: Path, one_line_error
     assert (run_copy / "recipe.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("settings", [[], ["--prior.attention_interval", "1"]])
+@pytest.mark.parametrize("settings", [[], ["--prior.attention_interval", "5"]])
 def test_a_pixelcnn_is_trained_resumed_and_named_after_its_kind(run_copy: Path, settings: list[str]) -> None:
     """By the switch alone, on a recipe that was written for a transformer."""
     kind = ["--run", str(run_copy), "--prior.kind", "pixelcnn"]
@@ -174,7 +177,59 @@ def test_a_pixelcnn_is_trained_resumed_and_named_after_its_kind(run_copy: Path, 
     assert run.last_prior() == "pixelcnn"
     prior, header = load_prior(folder / "prior.safetensors", fingerprint(run.tokenizer))
     assert isinstance(prior, PixelCNN)
-    assert (header.config.layers, header.config.width, header.config.attention_interval) == (2, 16, len(settings) // 2)
+    # The recipe's two layers of 16 channels are the transformer's.
+    assert (header.config.layers, header.config.width, header.config.attention_interval) == (15, 64, 5 * len(settings) // 2)
+
+
+def test_sizes_are_the_command_lines_then_the_presets_then_the_recipes(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in (
+        ([], (2, 16, 2)),
+        (["--prior.kind", "transformer"], (2, 16, 2)),
+        (["--prior.preset", "L"], (24, 1024, 16)),
+        (["--prior.kind", "pixelcnn"], (15, 64, 4)),
+        (["--prior.kind", "pixelcnn", "--prior.preset", "B", "--prior.width", "32"], (20, 32, 4)),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--run", str(run_copy), "--name", "new", *arguments, "--print-recipe"])
+        assert Prior(**yaml.safe_load(capsys.readouterr().out)["prior"]).sizes() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--prior.kind", "uniform"], ["prior.kind", "uniform"]),
+        (["--prior.attention_interval", "1"], ["prior.attention_interval", "0 for a transformer", "1"]),
+        (["--prior.kind", "pixelcnn", "--prior.attention_interval", "16"], ["prior.attention_interval", "at most the 15 layers", "16"]),
+        (["--prior.kernel_size", "5"], ["prior.kernel_size", "transformer", "5"]),
+        (["--prior.kind", "pixelcnn", "--prior.kernel_size", "4"], ["prior.kernel_size", "odd", "4"]),
+        (["--prior.preset", "XL"], ["prior.preset", "XL"]),
+        (["--prior.width", "20"], ["prior.width", "multiple of 4 x 2", "20"]),
+        (["--stage2.weight_average", "1"], ["stage2.weight_average", "decay < 1", "1"]),
+    ],
+)
+def test_priors_that_cannot_be_get_one_line(
+    run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
+) -> None:
+    line = one_line_error(main, "--run", run_copy, "--name", "new", *arguments)
+    assert all(part in line for part in parts), line
+    assert not (run_copy / "priors/new").exists()
+
+
+def test_it_trains_compiled(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the option, through Accelerate; torch's own tracer in place of a compiler, which a machine may lack."""
+    monkeypatch.setattr("stage1_vqvae.training.processes._COMPILER", "eager")
+    main(["--run", str(run_copy), "--name", "compiled", "--compute.compile", "true", "--prior.dropout", "0"])
+    main(["--run", str(run_copy), "--name", "plain", "--prior.dropout", "0"])
+    compiled, plain = (read_json(run_copy / "priors" / name / "likelihood.json")["validation"] for name in ("compiled", "plain"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    folder = run_copy / "priors" / "transformer" / "checkpoints"
+    newest = max(folder.iterdir())
+    torch.save({**torch.load(newest, weights_only=True), "format": 2}, newest)
+    line = one_line_error(main, "--run", run_copy, "--resume", "--stage2.steps", "12")
+    assert "expected a checkpoint of stage 2, format 3, found stage stage 2, format 2" in line
 
 
 def test_priors_of_an_older_format_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
