@@ -4,7 +4,7 @@
     python pipelines/complete.py --keep-rows 0,1,2,6 --n 8 --continuations 6
     python pipelines/complete.py --prefix-rows 8 --images FOLDER --label 3
 
-The images are the validation split's first ones, with their labels, or those of a folder. Rows are those of the
+The images are spread evenly over the validation split, with their labels, or over a folder. Rows are those of the
 (coarsest) grid of codes, from the top. A drawn row follows from what is above it: kept rows further down stay, but the
 prior has not seen them when it draws. Writes a new folder samples/NNN into the run: completions.png with an image a row (the
 image, its reconstruction, what is kept of it, its continuations), an image a continuation, completions.json.
@@ -51,10 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     rows = kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
     chosen = chosen_prior(command, accelerator)
     source = _images(command.recipe.data, options.images, progress=accelerator.is_main_process)
-    pixels = torch.cat([split.pixels for split in source.splits.values()])[: options.n]
-    if len(pixels) < options.n:
-        accelerator.print(f"--n {options.n}: there are {len(pixels)} images")
-    labels = _labels(options.label, source, len(pixels), chosen.header)
+    everything = torch.cat([split.pixels for split in source.splits.values()])
+    count = min(options.n, len(everything))
+    if count < options.n:
+        accelerator.print(f"--n {options.n}: there are {count} images")
+    # Sources are often sorted by label.
+    which = torch.arange(count) * len(everything) // count
+    pixels = everything[which]
+    labels = _labels(options.label, source, which, chosen.header)
     repeated = None if labels is None else labels.repeat_interleave(options.continuations)
     check_guidance(accelerator, config, repeated, chosen.header)
 
@@ -64,20 +68,19 @@ def main(argv: list[str] | None = None) -> None:
             parts = [tokenizer.encode(to_model(pixels[part].to(accelerator.device))) for part in batches(len(pixels), config.batch_size)]
             reconstructions = torch.cat([to_uint8(tokenizer.decode(codes)).cpu() for codes in parts])
         given = tuple(torch.cat(level).cpu().repeat_interleave(options.continuations, 0) for level in zip(*parts, strict=True))
-        count = len(pixels) * options.continuations
         _, pictures = draw_images(
-            accelerator, tokenizer, chosen.prior, repeated, count, options.seed, config, given, kept_codes(tokenizer, rows)
+            accelerator, tokenizer, chosen.prior, repeated, len(given[0]), options.seed, config, given, kept_codes(tokenizer, rows)
         )
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
-            continuations = pictures.view(len(pixels), options.continuations, *pictures.shape[1:])
+            continuations = pictures.view(count, options.continuations, *pictures.shape[1:])
             shown = torch.cat([torch.stack([pixels, reconstructions, kept_part(reconstructions, rows)], 1), continuations], 1)
             grid = image_grid(shown[:_SHOWN].flatten(0, 1), shown.shape[1])
             save_png(folder / "completions.png", grid, grid_scale(pixels.shape[1]))
             for number, picture in enumerate(pictures):
                 save_png(folder / "images" / f"{number:05d}.png", picture)
             details = {
-                "n": len(pixels),
+                "n": count,
                 "continuations": options.continuations,
                 "kept_rows": [row for row, kept in enumerate(rows) if kept],
                 "rows": len(rows),
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(folder)
         raise
     if folder is not None:
-        print(f"wrote {count} continuations of {len(pixels)} images; look at {run.show(folder / 'completions.png')}")
+        print(f"wrote {len(pictures)} continuations of {count} images; look at {run.show(folder / 'completions.png')}")
     accelerator.end_training()
 
 
@@ -140,17 +143,17 @@ def _images(data: Data, folder: str | None, progress: bool) -> ImageSource:
     return load_images(dataclasses.replace(data, name=None, path=folder), progress=progress, hold_out=False)
 
 
-def _labels(asked: str | None, source: ImageSource, count: int, header: PriorHeader | None) -> Tensor | None:
-    """Of each image: as asked, or its own, if the prior knows that name; images without one are drawn without.
+def _labels(asked: str | None, source: ImageSource, which: Tensor, header: PriorHeader | None) -> Tensor | None:
+    """Of the images `which`: as asked, or its own, if the prior knows that name; images without one are drawn without.
 
     Errors: UserError for a label that the prior does not know, or none, where it needs one.
     """
     if asked is not None or header is None or header.label_names is None:
-        return labels_of(asked, count, header)
+        return labels_of(asked, len(which), header)
     own = [split.labels for split in source.splits.values() if split.labels is not None]
     if own and source.label_names is not None:
         # By name: the numbers are those of the prior's data, in which a label more or less may have moved them.
-        names = [source.label_names[label] for label in torch.cat(own)[:count].tolist()]
+        names = [source.label_names[label] for label in torch.cat(own)[which].tolist()]
         unknown = sorted(set(names) - set(header.label_names))
         if unknown:
             known = ", ".join(header.label_names[:10])
