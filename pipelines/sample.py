@@ -96,7 +96,7 @@ def write(folder: Path, codes: Codes, pictures: Tensor, labels: Tensor | None, d
     digits = max(5, len(str(len(pictures))))
     for number, picture in enumerate(pictures):
         save_png(folder / "images" / f"{number:0{digits}d}.png", picture)
-    tensors = {f"level{level}": grid for level, grid in enumerate(codes)}
+    tensors = {f"level{level}": grid.contiguous() for level, grid in enumerate(codes)}
     write_bytes(folder / "codes.safetensors", safetensors.torch.save(tensors | ({} if labels is None else {"labels": labels})))
     if npz:
         buffer = io.BytesIO()
