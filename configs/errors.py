@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -21,6 +22,8 @@ _PLACE_AT_FAULT = {
     errno.ENAMETOOLONG,
 }
 
+_SECONDS_FOR_THE_FIRST = 3.0
+
 
 class UserError(ValueError):
     """Something the user can put right. `run_entry` shows its message alone, without a traceback."""
@@ -34,8 +37,10 @@ def say(line: str) -> None:
 
 def fail(message: str) -> NoReturn:
     """Print one line (once a machine, so that eight processes do not say it eight times) and exit with code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # The launcher ends the others once one has failed: who is alive after this has something to say that no other said.
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

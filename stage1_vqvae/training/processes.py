@@ -49,6 +49,8 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(compute.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # What a process found in the run before this line, all found: nobody writes into it earlier.
+    accelerator.wait_for_everyone()
     return accelerator
 
 
