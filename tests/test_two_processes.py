@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,6 @@ from configs.run_dir import read_json
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.code_store import CodeStore
 from tests.conftest import Script
-from tests.ranks_dump import NEXT
-from tests.stage1_vqvae.quantizer_kinds import KINDS, D
-from tests.stage2_prior.prior_kinds import KINDS as PRIOR_KINDS
 
 
 def paths(run: Path) -> set[str]:
@@ -72,81 +68,6 @@ def test_samples_are_those_of_one_process(run_copy: Path, count: int, batch_size
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
     assert len(np.load(two / "samples.npz")["arr_0"]) == count
     assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def steps_of_all_kinds(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, script: Script) -> Path:
-    """Each quantizer: one step at one process, one at two, fifty at two; restarts, three steps apart, are among the 50."""
-    folder = tmp_path_factory.mktemp("kinds")
-    for name, processes, steps in (("one", 1, 1), ("two", 2, 1), ("long", 2, 50)):
-        (folder / name).mkdir()
-        runs: list[object] = []
-        for kind in KINDS:
-            tokenizer = {"code_dim": D, "restart_below": 0.5, **KINDS[kind]}
-            settings = [text for key, value in tokenizer.items() for text in (f"--tokenizer.{key}", value)]
-            runs += [NEXT] if runs else []
-            runs += [
-                "--config",
-                tiny_recipe,
-                "--run",
-                folder / f"run-{name}-{kind}",
-                "--stage1.steps",
-                steps,
-                "--stage1.clip_norm",
-                0,
-                *settings,
-            ]
-        done = script("tests/ranks_dump.py", folder / name, "stage1_vqvae.train", *runs, processes=processes)
-        assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_step_at_two_processes_is_the_step_of_one(kind: str, steps_of_all_kinds: Path) -> None:
-    """K-means of the same latents, the same sums, and gradients of the same global batch, entropy terms included."""
-    number = str(list(KINDS).index(kind))
-    one, two = (torch.load(steps_of_all_kinds / name / number / "1-of-rank-0.pt") for name in ("one", "two"))
-    for name in one:
-        assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fifty_steps_leave_equal_ranks(kind: str, steps_of_all_kinds: Path) -> None:
-    """DDP does not broadcast buffers here, so equality of the codebooks is the sums' doing."""
-    number = str(list(KINDS).index(kind))
-    first, second = (torch.load(steps_of_all_kinds / "long" / number / f"50-of-rank-{rank}.pt") for rank in (0, 1))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    records = read_metrics(steps_of_all_kinds / f"run-long-{kind}" / "stage1" / "metrics.jsonl")
-    restarted = sum(record.get("restarted", 0) for record in records)
-    assert (restarted > 0) == (kind not in ("simvq", "simvq_entropy", "fsq", "lfq"))
-
-
-@pytest.fixture(scope="module")
-def steps_of_priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, script: Script) -> Path:
-    """Each kind of prior: one step at one process and at two."""
-    folder = tmp_path_factory.mktemp("priors")
-    run = shutil.copytree(finished_run, folder / "run")
-    for processes in (1, 2):
-        (folder / str(processes)).mkdir()
-        runs: list[object] = []
-        for number, kind in enumerate(PRIOR_KINDS.values()):
-            settings = [text for key, value in kind.items() for text in (f"--prior.{key}", value)]
-            runs += [NEXT] if runs else []
-            runs += ["--run", run, "--name", f"p{processes}-{number}", "--stage2.steps", "1", "--prior.dropout", "0", *settings]
-        done = script("tests/ranks_dump.py", folder / str(processes), "stage2_prior.train", *runs, processes=processes)
-        assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("kind", PRIOR_KINDS)
-def test_one_step_of_the_prior_is_the_same_step(kind: str, steps_of_priors: Path) -> None:
-    number = list(PRIOR_KINDS).index(kind)
-    names = (f"1/{number}/1-of-rank-0.pt", f"2/{number}/1-of-rank-0.pt", f"2/{number}/1-of-rank-1.pt")
-    one, first, second = (torch.load(steps_of_priors / name) for name in names)
-    for name in one:
-        assert torch.allclose(one[name], first[name], atol=1e-5), name
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_one_signal_stops_both_at_the_same_step(tiny_recipe: Path, tmp_path: Path) -> None:

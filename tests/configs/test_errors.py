@@ -1,0 +1,33 @@
+"""A mistake is told in one line, whoever of the processes finds it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.run_dir import REPOSITORY
+
+_SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {repository!r})
+from configs.errors import UserError, run_entry
+
+def main():
+    if os.environ["RANK"] in sys.argv[1:]:
+        raise UserError("steps: expected more, found less")
+    time.sleep(60)
+
+run_entry(main)
+"""
+
+
+@pytest.mark.parametrize("ranks", ["01", "0", "1"])
+def test_it_is_said_once_by_any_number_of_processes(ranks: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(_SCRIPT.format(repository=str(REPOSITORY)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", tmp_path / "script.py", *ranks]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: steps: expected more, found less") == 1
