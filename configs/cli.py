@@ -45,6 +45,11 @@ class Command:
     arguments: list[str]
     """As typed."""
 
+    def need_tokenizer(self) -> None:
+        """Errors: UserError if stage 1 has not finished in the run."""
+        if not self.run.tokenizer.exists():
+            raise UserError(f"{self.run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {self.run}")
+
     def next(self, command: str) -> str:
         """The command to type next, with `--run` unless this run is the one last touched."""
         last = RunDir.last_touched()

@@ -7,7 +7,7 @@ runs/NAME/
   stage1/                metrics.jsonl, report.json, codebook.json, checkpoints, pictures
   codes/SPLIT/           manifest.json and the codes
   priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
-  samples/NNN/           grid.png, images, codes, samples.json
+  samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations and what other pipelines leave
 """
 
 from __future__ import annotations
@@ -167,16 +167,31 @@ class RunDir:
         newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
         return newest.parent.name if newest else None
 
-    def new_samples(self) -> Path:
-        """A folder of its own for one call of the sampler, created with the next free number."""
-        self.samples.mkdir(parents=True, exist_ok=True)
-        number = max((int(path.name) for path in self.samples.iterdir() if path.name.isdigit()), default=-1) + 1
+    @contextmanager
+    def numbered(self, kind: str, wanted: bool = True) -> Iterator[Path | None]:
+        """A folder of its own for one call of a pipeline, `kind`/NNN with the next free number, which vanishes if the block
+        fails; None if not `wanted`, as on all processes but the main one.
+        """
+        if not wanted:
+            yield None
+            return
+        folder = self._next_number(self.path / kind)
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+
+    @staticmethod
+    def _next_number(parent: Path) -> Path:
+        parent.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=-1) + 1
         while True:
-            path = self.samples / f"{number:03d}"
+            path = parent / f"{number:03d}"
             try:
                 path.mkdir()
                 return path
-            except FileExistsError:  # another sampler took it in this moment
+            except FileExistsError:  # another command took it in this moment
                 number += 1
 
     def record(self, command: str, arguments: list[str], asked: dict[str, Any]) -> None:

@@ -318,6 +318,27 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a run is judged by."""
+
+    features: str = "inception"
+    """What images are compared by: `inception` (FID's own network), `classifier` (a small one, trained once on the run's
+    labelled training images), or a network of torchvision by its name, such as resnet50, with `weights`."""
+    weights: str | None = None
+    """File of the network's weights. Null: inception's are looked for in the cache and then downloaded."""
+    n: int = 10_000
+    """Samples to draw, labels in turns; Fréchet distances are comparable at equal numbers only."""
+    seed: int = 0
+    """Of the samples and of all random subsets."""
+    batch_size: int = 256
+    """Images at once through tokenizer and network."""
+
+    def __post_init__(self) -> None:
+        _require(self.n >= 2, "n", "at least 2", self.n)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compute:
     """How the machine is used. Any command may set it: it is no part of what a run is."""
 
@@ -345,6 +366,7 @@ class Recipe:
     prior: Prior = Prior()
     stage2: Stage2 = Stage2()
     sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
     compute: Compute = Compute()
 
     def __post_init__(self) -> None:

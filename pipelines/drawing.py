@@ -43,14 +43,15 @@ def chosen_prior(command: Command, accelerator: Accelerator) -> ChosenPrior:
     precision = config.precision or ("float64" if accelerator.device.type == "cpu" else "float32")
     settings = {**dataclasses.asdict(config), "precision": precision}
     if command.options.prior == UNIFORM:
-        return ChosenPrior(None, None, UNIFORM, {"prior": UNIFORM, "sampling": settings})
+        return ChosenPrior(None, None, UNIFORM, {"prior": UNIFORM, "prior_sha256": None, "sampling": settings})
     path = finished_prior(run, command.options.prior, command.next(TRAIN_PRIOR))
     prior, header = load_prior(path, fingerprint(run.tokenizer), accelerator.device)
     if precision == "float64":
         prior.double()
     if command.recipe.compute.compile and isinstance(prior, Transformer) and accelerator.device.type == "cuda":
         prior = GraphedTransformer(prior)
-    return ChosenPrior(prior, header, path.parent.name, {"prior": path.parent.name, "sampling": settings})
+    details = {"prior": path.parent.name, "prior_sha256": fingerprint(path), "sampling": settings}
+    return ChosenPrior(prior, header, path.parent.name, details)
 
 
 def check_guidance(accelerator: Accelerator, config: Sampling, labels: Tensor | None, header: PriorHeader | None) -> None:

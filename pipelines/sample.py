@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
-from configs.cli import SUMMARY, TRAIN_TOKENIZER, parse
+from configs.cli import SUMMARY, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, write_bytes, write_json
 from pipelines.drawing import check_guidance, chosen_prior, draw_images, labels_of
@@ -42,8 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     run, config, options = command.run, command.recipe.sampling, command.options
     if options.n < 1:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
-    if not run.tokenizer.exists():
-        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    command.need_tokenizer()
     accelerator = start(command.recipe.compute)
     tokenizer = load_tokenizer(run, accelerator.device)
     chosen = chosen_prior(command, accelerator)
@@ -52,8 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     check_guidance(accelerator, config, labels, header)
 
     # The folder comes first, so that a place that cannot be written is found before the drawing.
-    folder = run.new_samples() if accelerator.is_main_process else None
-    try:
+    with run.numbered("samples", accelerator.is_main_process) as folder:
         codes, pictures = draw_images(accelerator, tokenizer, chosen.prior, labels, options.n, options.seed, config)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
@@ -68,10 +65,6 @@ def main(argv: list[str] | None = None) -> None:
                 "bits_per_token": header.bits_per_token if header is not None else uniform,
             }
             write(folder, codes, pictures, labels, details, options.npz)
-    except BaseException:
-        if folder is not None:
-            shutil.rmtree(folder)
-        raise
     if folder is not None:
         kind = f"{chosen.name} prior, {details['bits_per_token']:.3f} bits a token"
         print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")

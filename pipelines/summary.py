@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse
-from configs.errors import UserError, run_entry
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
+from configs.errors import run_entry
 from configs.run_dir import RunDir, read_json
 from stage2_prior.code_store import read_manifest
 
@@ -18,8 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, (), argv)
     run = command.run
-    if not run.tokenizer.exists():
-        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    command.need_tokenizer()
     rows = tokenizer_rows(run)
     if not run.codes.exists():
         rows.append(("codes", f"none yet; {command.next(EXTRACT_CODES)}"))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -280,6 +280,41 @@ def _decode_all(rows: datasets.Dataset, column: str, split: str, data: Data, pro
             list(pool.map(decode, range(start, start + len(records)), records))
             bar.update(len(records))
     return pixels
+
+
+class ImageFiles(NamedTuple):
+    """Images read from files that the user named."""
+
+    pixels: Tensor
+    """uint8 (N, H, W, C)."""
+    paths: list[str]
+    labels: list[str] | None
+    """The subfolder of each in the folder that was named; None unless all lie in one."""
+
+
+def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> ImageFiles:
+    """Decode image files, and those in folders (of any depth, by name), to `data`'s size.
+
+    Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
+    """
+    known = set(Image.registered_extensions())
+    found: list[tuple[Path, str | None]] = []
+    for named in paths:
+        path = Path(named).expanduser()
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+        if not files:
+            raise UserError(f"{path}: expected an image or a folder of images, found {'no image in it' if path.is_dir() else 'nothing'}")
+        found += [(file, file.relative_to(path).parts[0] if len(file.relative_to(path).parts) > 1 else None) for file in files]
+    pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
+
+    def decode(number: int) -> None:
+        pixels[number] = decode_image(None, str(found[number][0]), data)
+
+    with ThreadPoolExecutor() as pool, progress_bar(len(found), "decode", "img", shown=progress) as bar:
+        for _ in pool.map(decode, range(len(found))):
+            bar.update()
+    labels = [label for _, label in found if label is not None]
+    return ImageFiles(torch.from_numpy(pixels), [str(path) for path, _ in found], labels if len(labels) == len(found) else None)
 
 
 def decode_image(content: bytes | None, path: str, data: Data) -> np.ndarray:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_SSIM_WINDOW = 11
+
 
 def squared_errors(pictures: Tensor, originals: Tensor) -> Tensor:
     """Mean squared error of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]."""
@@ -23,6 +25,27 @@ def psnr(mse: float) -> float:
     Of the mean error of a split, not the mean over images, which one flat image copied exactly would make infinite.
     """
     return -10 * math.log10(max(mse, 1e-10))
+
+
+def psnr_of_each(mse: Tensor) -> Tensor:
+    """`psnr` of each image's own mean squared error, (B,)."""
+    return -10 * mse.clamp(min=1e-10).log10()
+
+
+def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
+    """Structural similarity of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]. NaN below 11 pixels a side.
+
+    Wang et al. 2004: a Gaussian window of deviation 1.5 and 11 pixels, inside the image only, the mean over channels.
+    """
+    # Slow to import, and few commands need it.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    if min(pictures.shape[1:3]) < _SSIM_WINDOW:
+        return torch.full((len(pictures),), torch.nan, dtype=torch.float64)
+    made, wanted = (images.movedim(-1, 1).double() / 255 for images in (pictures, originals))
+    found = structural_similarity_index_measure(made, wanted, sigma=1.5, reduction="none", data_range=1.0)
+    assert isinstance(found, Tensor)
+    return found.reshape(len(pictures))
 
 
 def usage(*counts: Tensor) -> float:

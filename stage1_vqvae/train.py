@@ -46,7 +46,7 @@ from stage1_vqvae.validation import Judgement, check_equal_codebooks, save_healt
 from stage1_vqvae.window import Window
 
 # On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
-_MAY_CHANGE = ("compute", "stage1.steps", "stage1.lr", "stage1.clip_norm", "data.path")
+_MAY_CHANGE = ("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm", "data.path")
 _ADVICE = "lower --stage1.lr and go on with --resume"
 
 

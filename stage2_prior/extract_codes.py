@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, TRAIN_TOKENIZER, parse
+from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, replacing_folder
 from configs.schema import Augmentation, Extraction
@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, ("extraction", "compute"), argv, options=_options)
     run, recipe = command.run, command.recipe
-    if not run.tokenizer.exists():
-        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    command.need_tokenizer()
     if run.codes.exists() and not command.options.overwrite and _is_done(run, recipe.extraction):
         say(f"{run}: the codes are already extracted")
         say(f"next: {command.next(TRAIN_PRIOR)}")

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
+from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
@@ -48,7 +48,7 @@ from stage2_prior.prior_file import UNIFORM, PriorHeader, build_prior, check_tok
 
 _MAY_CHANGE = (
     *("stage2.steps", "stage2.lr", "stage2.clip_norm", "stage2.gradient_checkpointing"),
-    *("compute", "data", "tokenizer", "stage1", "extraction", "sampling"),
+    *("compute", "data", "tokenizer", "stage1", "extraction", "sampling", "evaluation"),
 )
 _ADVICE = "lower --stage2.lr and go on with --resume"
 
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_folder, options=_options)
     run, recipe = command.run, command.recipe
-    if not run.tokenizer.exists():
-        raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
+    command.need_tokenizer()
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
     name = _folder(run, command.options.name or recipe.prior.kind).name

@@ -73,11 +73,21 @@ def test_two_commands_cannot_write_into_one_run(tmp_path: Path) -> None:
         pass
 
 
-def test_samples_are_numbered_and_never_overwritten(tmp_path: Path) -> None:
+def test_outputs_are_numbered_never_overwritten_and_vanish_on_failure(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert [run.new_samples().name for _ in range(3)] == ["000", "001", "002"]
+    names = []
+    for _ in range(2):
+        with run.numbered("samples") as folder:
+            assert folder is not None
+            names.append(folder.name)
+    assert names == ["000", "001"]
     (run.samples / "007").mkdir()
-    assert run.new_samples().name == "008"
+    with pytest.raises(FileNotFoundError), run.numbered("samples") as folder:
+        (run.samples / "008" / "nowhere" / "half.png").write_bytes(b"")
+    assert sorted(path.name for path in run.samples.iterdir()) == ["000", "001", "007"]
+    with run.numbered("samples", wanted=False) as folder:
+        assert folder is None
+    assert len(list(run.samples.iterdir())) == 3
 
 
 def test_the_prior_last_finished_is_the_default(tmp_path: Path) -> None:

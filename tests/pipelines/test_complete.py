@@ -22,9 +22,9 @@ from tests.conftest import Script
 
 
 def completed(run: Path, *arguments: object) -> Path:
-    before = set((run / "samples").glob("*")) if (run / "samples").exists() else set()
+    before = set((run / "completions").glob("*")) if (run / "completions").exists() else set()
     main(["--run", str(run), *map(str, arguments)])
-    (new,) = set((run / "samples").glob("*")) - before
+    (new,) = set((run / "completions").glob("*")) - before
     return new
 
 
@@ -124,7 +124,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
 ) -> None:
     line = one_line_error(main, "--run", run_copy, *arguments)
     assert all(part in line for part in parts), line
-    assert not (run_copy / "samples").exists()
+    assert not (run_copy / "completions").exists()
 
 
 def test_a_prior_that_knows_labels_only_needs_one(run_copy: Path, one_line_error: Callable[..., str], pictures_of_one_label: Path) -> None:
@@ -137,5 +137,5 @@ def test_two_processes_complete_as_one(run_copy: Path, script: Script) -> None:
     for processes in (1, 2):
         done = script("pipelines/complete.py", "--run", run_copy, "--n", 3, "--continuations", 3, "--batch-size", 4, processes=processes)
         assert done.returncode == 0, done.stderr
-    one, two = (drawn(run_copy / "samples" / name) for name in ("000", "001"))
+    one, two = (drawn(run_copy / "completions" / name) for name in ("000", "001"))
     assert np.array_equal(one, two)

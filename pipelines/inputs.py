@@ -1,0 +1,91 @@
+"""The images a pipeline works on: files and folders that the user names, or a split of the run's data."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Data
+from pipelines.drawing import labels_of
+from stage1_vqvae.images import TEST, TRAIN, VALIDATION, batches, load_files, load_images, to_model, to_uint8
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.progress import progress_bar
+from stage2_prior.prior_file import PriorHeader
+
+
+class Images(NamedTuple):
+    """Images, where each is from, and what it shows."""
+
+    pixels: Tensor
+    """uint8 (N, H, W, C)."""
+    names: list[str]
+    """Paths; or split and row, such as validation/17."""
+    labels: list[str] | None
+
+    def spread(self, count: int) -> Images:
+        """`count` of them, or all if they are fewer, spread evenly: sources are often sorted by label."""
+        count = min(count, len(self.pixels))
+        rows = torch.arange(count) * len(self.pixels) // max(1, count)
+        labels = None if self.labels is None else [self.labels[row] for row in rows]
+        return Images(self.pixels[rows], [self.names[row] for row in rows], labels)
+
+
+def image_options(parser: Any) -> None:
+    """The options by which a user names images."""
+    parser.add_argument("--images", type=str, nargs="+", help="image files and folders (default: a split of the run's data)")
+    parser.add_argument("--split", type=str, default=VALIDATION, help=f"the split: {TRAIN}, {VALIDATION} or {TEST}")
+
+
+def chosen_images(options: Any, data: Data, progress: bool) -> Images:
+    """The images that `image_options` name. Errors: UserError for what is missing or cannot be read."""
+    if options.images is not None:
+        files = load_files(options.images, data, progress)
+        return Images(files.pixels, files.paths, files.labels)
+    if options.split not in (TRAIN, VALIDATION, TEST):
+        raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {options.split}")
+    source = load_images(data, [options.split], progress)
+    if options.split not in source.splits:
+        raise UserError(f"--split {options.split}: the run's data has no such split; name another, or images with --images")
+    split = source.splits[options.split]
+    labels = None
+    if split.labels is not None and source.label_names is not None:
+        labels = [source.label_names[label] for label in split.labels.tolist()]
+    return Images(split.pixels, [f"{options.split}/{row}" for row in range(len(split))], labels)
+
+
+@torch.no_grad()
+def encode_and_decode(tokenizer: VQVAE, pixels: Tensor, batch_size: int, progress: bool = False) -> tuple[Codes, Tensor]:
+    """Images uint8 (N, H, W, C) to their codes, int64 (N, h, w) a level, and reconstructions, uint8 (N, H, W, C); on the CPU."""
+    device = next(tokenizer.parameters()).device
+    parts: list[Codes] = []
+    pictures = torch.empty_like(pixels)
+    with progress_bar(len(pixels), "encode and decode", "img", shown=progress) as bar:
+        for part in batches(len(pixels), batch_size):
+            codes = tokenizer.encode(to_model(pixels[part].to(device)))
+            pictures[part] = to_uint8(tokenizer.decode(codes)).cpu()
+            parts.append(tuple(level.cpu() for level in codes))
+            bar.update(part.stop - part.start)
+    return tuple(torch.cat(level) for level in zip(*parts, strict=True)), pictures
+
+
+def labels_for(asked: str | None, images: Images, header: PriorHeader | None) -> Tensor | None:
+    """Labels (N,) in the prior's numbering: as asked, or the images' own; None where there are none.
+
+    Errors: UserError for a label that the prior does not know, or none, where it needs one.
+    """
+    if asked is not None or header is None or header.label_names is None:
+        return labels_of(asked, len(images.pixels), header)
+    if images.labels is not None:
+        # By name: the numbers are those of the prior's data, in which a label more or less may have moved them.
+        unknown = sorted(set(images.labels) - set(header.label_names))
+        if unknown:
+            known = ", ".join(header.label_names[:10])
+            raise UserError(f"--label: expected images with labels that the prior knows ({known}), or one for all, found {unknown[0]}")
+        return torch.tensor([header.label_names.index(name) for name in images.labels])
+    if not header.knows_no_label:
+        raise UserError("--label: expected one, for a prior trained with stage2.label_dropout 0, found none")
+    return None
