@@ -30,6 +30,8 @@ EXTRACT_CODES = "python stage2_prior/extract_codes.py"
 TRAIN_PRIOR = "accelerate launch stage2_prior/train.py"
 SAMPLE = "python pipelines/sample.py --n 64"
 SUMMARY = "python pipelines/summary.py"
+EVALUATE = "python pipelines/evaluate.py"
+REPORT = "python pipelines/report.py"
 
 SECTIONS: dict[str, type] = {name: type(section) for name, section in vars(Recipe()).items()}
 

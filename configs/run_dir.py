@@ -8,6 +8,7 @@ runs/NAME/
   codes/SPLIT/           manifest.json and the codes
   priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
   samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations and what other pipelines leave
+  classifier.safetensors what evaluations with its features compare images by
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class RunDir:
         self.codes = path / "codes"
         self.priors = path / "priors"
         self.samples = path / "samples"
+        self.evaluations = path / "evaluations"
+        self.classifier = path / "classifier.safetensors"
 
     def __str__(self) -> str:
         """The path as a user would type it: relative to where they stand if it is below."""

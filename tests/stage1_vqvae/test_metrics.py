@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
+from stage1_vqvae.metrics import index_bits, perplexity, psnr, psnr_of_each, raw_bits, squared_errors, ssim_of_each, usage
 
 
 def test_errors_and_psnr_are_of_8_bit_pixels_as_unit_range() -> None:
@@ -35,3 +37,23 @@ def test_the_compression_report_of_the_4x4_recipe() -> None:
     assert index_bits([(4, 4)], [1024]) == 160
     assert raw_bits(32, 32, 3) / index_bits([(4, 4)], [1024]) == pytest.approx(153.6)
     assert index_bits([(2, 3), (4, 6)], [8, 16]) == 6 * 3 + 24 * 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_psnr_and_ssim_of_each_image_are_scikit_images(channels: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    originals = torch.randint(256, (4, 14, 23, channels), dtype=torch.uint8, generator=draws)
+    strength = torch.tensor([0.0, 0.1, 0.5, 1.0]).view(4, 1, 1, 1)
+    pictures = (originals * (1 - strength) + torch.randint(256, originals.shape, generator=draws) * strength).to(torch.uint8)
+    of_psnr, of_ssim = psnr_of_each(squared_errors(pictures, originals)), ssim_of_each(pictures, originals)
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1, "data_range": 255}
+    for picture, original, found_psnr, found_ssim in zip(pictures.numpy(), originals.numpy(), of_psnr, of_ssim, strict=True):
+        if not np.array_equal(picture, original):
+            assert found_psnr == pytest.approx(peak_signal_noise_ratio(original, picture), rel=1e-4)
+        assert found_ssim == pytest.approx(structural_similarity(original, picture, **settings), rel=1e-4)
+    assert of_psnr[0] == 100
+    assert of_ssim[0] == pytest.approx(1)
+
+
+def test_ssim_is_not_defined_below_its_window() -> None:
+    assert ssim_of_each(torch.zeros(2, 10, 30, 1, dtype=torch.uint8), torch.zeros(2, 10, 30, 1, dtype=torch.uint8)).isnan().all()

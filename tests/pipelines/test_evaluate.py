@@ -1,0 +1,193 @@
+"""Evaluation end to end on a tiny run: what must come out for images whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from configs.cli import load_recipe
+from configs.run_dir import RunDir
+from pipelines.classifier import labels_found, run_classifier
+from pipelines.evaluate import main
+from pipelines.sample import main as sample
+from stage1_vqvae.images import TRAIN, VALIDATION, ImageSource, ImageSplit, load_images
+from tests.conftest import Script
+
+OWN = ["--features", "classifier"]
+
+
+def evaluated(run: Path, *arguments: object) -> dict[str, Any]:
+    before = set((run / "evaluations").glob("*"))
+    main(["--run", str(run), *map(str, arguments)])
+    (new,) = set((run / "evaluations").glob("*")) - before
+    found = json.loads((new / "evaluation.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    shown = (new / "evaluation.md").read_text()
+    assert all(cell in shown for table in found["tables"] for row in table["rows"] for cell in row)
+    return found
+
+
+@pytest.fixture(scope="module")
+def judged_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its classifier, and one evaluation."""
+    run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("judged") / "run"))
+    main(["--run", str(run), *OWN, "--n", "40"])
+    return run
+
+
+@pytest.fixture
+def run_copy(judged_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(judged_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def source(judged_run: Path) -> ImageSource:
+    return load_images(load_recipe(judged_run / "recipe.yaml").data)
+
+
+def test_it_says_what_was_compared_with_what(judged_run: Path, source: ImageSource) -> None:
+    found = json.loads((judged_run / "evaluations/000/evaluation.json").read_text())
+    said = " ".join(map(str, found["compared"].values()))
+    assert f"{len(source.splits[VALIDATION])} of validation, 8 x 12 x 3" in said
+    assert f"{len(source.splits[TRAIN])} of train" in said
+    assert "40 drawn from prior transformer, labels in turns" in said
+    assert found["sampling"]["temperature"] == 1.0
+    assert found["prior_sha256"]
+    assert found["distance"] == "Fréchet distance (classifier features)"
+    assert "FID" not in found["tables"][3]["columns"][2]
+    assert found["reconstruction"]["ssim"] is None  # 8 pixels are fewer than its window
+    assert found["codes"]["usage"] <= 1
+    assert (judged_run / "evaluations/000/neighbours.png").exists()
+
+
+def test_training_images_handed_in_as_samples_are_found_out(run_copy: Path, source: ImageSource, tmp_path: Path) -> None:
+    training = source.splits[TRAIN].pixels
+    np.savez(tmp_path / "copied.npz", training.numpy())
+    found = evaluated(run_copy, *OWN, "--samples", tmp_path / "copied.npz")
+    distances, remembered = found["distances"]["samples"], found["memorisation"]
+    assert distances["frechet"] == pytest.approx(0, abs=1e-3)
+    assert (distances["precision"], distances["recall"]) == (1, 1)
+    assert remembered["ratio_of_median_distances"] < 0.01
+    assert remembered["samples"]["with_all_codes_of_a_training_image"] == len(training)
+    assert found["prior"] is None
+    assert "in_their_class" not in distances  # an npz says nothing of labels
+
+
+def test_noise_lies_farther_from_the_images_than_they_do(run_copy: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 8, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", noise)
+    found = evaluated(run_copy, *OWN, "--samples", tmp_path / "noise.npz")["distances"]
+    of_noise, of_real = found["12 of the samples"], found["validation, real"]
+    assert of_noise["n"] == of_real["n"]
+    assert of_noise["frechet"] > of_real["frechet"]
+    assert of_noise["kernel"]["mean"] > of_real["kernel"]["mean"]
+
+
+def test_samples_in_a_folder_are_judged_as_those_drawn(run_copy: Path) -> None:
+    sample(["--run", str(run_copy), "--n", "40", "--seed", "3"])
+    from_folder = evaluated(run_copy, *OWN, "--samples", run_copy / "samples/000")
+    drawn = evaluated(run_copy, *OWN, "--n", 40, "--seed", 3)
+    for name in ("frechet", "precision", "in_their_class"):
+        assert from_folder["distances"]["samples"][name] == pytest.approx(drawn["distances"]["samples"][name])
+    assert from_folder["prior_sha256"] == drawn["prior_sha256"]
+
+
+def test_labels_of_real_images_in_folders(run_copy: Path, pictures: Path, tmp_path: Path) -> None:
+    """Swap the folders' names: what was right is wrong."""
+    right = evaluated(run_copy, *OWN, "--samples", pictures)["distances"]["samples"]["in_their_class"]
+    for name, other in (("across", "down"), ("down", "across")):
+        shutil.copytree(pictures / name, tmp_path / "swapped" / other)
+    wrong = evaluated(run_copy, *OWN, "--samples", tmp_path / "swapped")["distances"]["samples"]["in_their_class"]
+    assert right == pytest.approx(1 - wrong)
+    assert right > 0.75
+
+
+def test_the_classifier_is_trained_once_and_learns(run_copy: Path, source: ImageSource) -> None:
+    run, device = RunDir(run_copy), torch.device("cpu")
+    before = run.classifier.read_bytes()
+    classifier = run_classifier(run, source, device)
+    assert run.classifier.read_bytes() == before
+    train = source.splits[TRAIN]
+    assert train.labels is not None
+    assert (labels_found(classifier, train.pixels, 7) == train.labels).double().mean() > 0.9
+
+
+def test_without_a_prior_reconstructions_are_judged(run_copy: Path) -> None:
+    shutil.rmtree(run_copy / "priors")
+    found = evaluated(run_copy, *OWN)
+    assert found["reconstruction"]["mse"]["low"] <= found["reconstruction"]["mse"]["mean"] <= found["reconstruction"]["mse"]["high"]
+    assert "distances" not in found
+
+
+def test_another_reference_is_used_and_named(run_copy: Path) -> None:
+    found = evaluated(run_copy, *OWN, "--n", 20, "--reference", "validation")
+    assert found["distances"]["validation, real"]["frechet"] == pytest.approx(0, abs=1e-3)
+    assert "of validation" in found["compared"]["reference"]
+
+
+def test_lpips_where_its_weights_are_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from pipelines.assessment import perceptual_distances
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    pictures = torch.randint(256, (3, 40, 32, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert perceptual_distances(pictures, pictures, 2) is None
+    name = torchvision.models.AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    (tmp_path / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "checkpoints" / name)
+    found = perceptual_distances(pictures, pictures.flip(0), 2)
+    assert found is not None
+    assert found.shape == (3,)
+    assert found[1] == pytest.approx(0, abs=1e-6)  # the middle one is its own mirror
+    assert found[0] > 0
+    assert perceptual_distances(pictures[:, :20], pictures[:, :20], 2) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--features", "nothing"], ["features", "nothing"]),
+        (["--split", "all"], ["--split", "all"]),
+        (["--split", "test"], ["--split test", "train, validation"]),
+        (["--n", "1"], ["n", "at least 2"]),
+        (["--samples", "nowhere"], ["nowhere"]),
+        (["--samples", "nowhere.npz"], ["nowhere.npz"]),
+        (["--prior", "best"], ["--prior best"]),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(
+    run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
+) -> None:
+    line = one_line_error(main, "--run", run_copy, *OWN, *arguments)
+    assert all(part in line for part in parts), line
+    assert [folder.name for folder in (run_copy / "evaluations").iterdir()] == ["000"]
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 12, 3)), np.zeros((1, 8, 12, 3), np.uint8)])
+def test_an_npz_of_another_size_is_refused(array: np.ndarray, run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    np.savez(tmp_path / "samples.npz", array)
+    assert "uint8 (N, 8, 12, 3)" in one_line_error(main, "--run", run_copy, *OWN, "--samples", tmp_path / "samples.npz")
+
+
+def test_the_classifier_needs_labels(run_copy: Path, source: ImageSource) -> None:
+    from configs.errors import UserError
+
+    unlabelled = ImageSource({TRAIN: ImageSplit(source.splits[TRAIN].pixels.numpy(), None)}, None)
+    with pytest.raises(UserError, match="features classifier: expected images with labels"):
+        run_classifier(RunDir(run_copy), unlabelled, torch.device("cpu"))
+
+
+def test_two_processes_judge_the_same_samples_once(run_copy: Path, script: Script) -> None:
+    for processes in (1, 2):
+        done = script("pipelines/evaluate.py", "--run", run_copy, *OWN, "--n", 21, "--sampling.batch_size", 4, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((run_copy / "evaluations" / name / "evaluation.json").read_text()) for name in ("001", "002"))
+    assert one["distances"]["samples"]["frechet"] == pytest.approx(two["distances"]["samples"]["frechet"], rel=1e-4)
+    assert len(list((run_copy / "evaluations").iterdir())) == 3
