@@ -30,12 +30,13 @@ from stage1_vqvae.images import TRAIN, ImageSource, batches
 from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors, ssim_of_each, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.plots import image_grid
+from stage1_vqvae.training.randomness import generator
 from stage2_prior.sequence import SequenceLayout
 
 # Images whose nearest training images are looked for.
 _LOOKED_UP = 1000
-# In the picture of them: the nearest so many, with so many training images each, by features and by codes.
-_SHOWN, _NEIGHBOURS = 12, 3
+# In the picture of them: so many that are nearest, the first so many, and so many training images of each.
+_NEAREST, _FIRST, _NEIGHBOURS = 4, 10, 3
 # LPIPS: AlexNet's pooling leaves nothing of smaller images.
 _LPIPS_PIXELS = 32
 
@@ -129,8 +130,8 @@ class Assessor:
         sets = {"samples": sampled}
         size = len(held_out.vectors)
         if size < len(samples.pixels):
-            # Spread evenly over the numbers, in which labels take turns.
-            some = torch.arange(size) * len(samples.pixels) // size
+            # At random: labels take turns, so that every second would have some labels alone, or stand in order.
+            some = torch.randperm(len(samples.pixels), generator=generator(self.config.seed, "as many as held out"))[:size]
             sets[f"{size} of the samples"] = Features(*(tensor[some] for tensor in sampled))
         sets |= {f"{split}, real": held_out, f"{split}, reconstructed": self.features("reconstructions")}
         found = {name: self.distances(images, known) for name, images in sets.items()}
@@ -168,7 +169,9 @@ class Assessor:
         return found | {"ratio_of_median_distances": found["samples"]["median_distance"] / real if real > 0 else None}
 
     def neighbours(self, samples: Samples) -> Tensor:
-        """The samples nearest to a training image, a row each: the sample, its nearest training images by features, and by codes."""
+        """A row a sample: the sample, its nearest training images by features, and by codes. On top the samples that are nearest
+        to theirs, where a copy would be; then the first ones, as they come.
+        """
         training = self.source.splits[TRAIN].pixels
         vectors, places = (
             self.features("samples", samples.pixels).vectors[:_LOOKED_UP],
@@ -176,7 +179,7 @@ class Assessor:
         )
         k = min(_NEIGHBOURS, len(training))
         by_features = nearest(vectors, self.features(TRAIN).vectors, k)
-        shown = by_features.distances[:, 0].argsort()[:_SHOWN]
+        shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
         by_codes = nearest_codes(places[shown], self.coded(TRAIN)[0], k)
         gap = torch.full_like(samples.pixels[shown], 255)[:, None]
         row = [samples.pixels[shown][:, None], gap, training[by_features.rows[shown]], gap, training[by_codes.rows]]

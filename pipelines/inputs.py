@@ -37,24 +37,28 @@ class Images(NamedTuple):
 def image_options(parser: Any) -> None:
     """The options by which a user names images."""
     parser.add_argument("--images", type=str, nargs="+", help="image files and folders (default: a split of the run's data)")
-    parser.add_argument("--split", type=str, default=VALIDATION, help=f"the split: {TRAIN}, {VALIDATION} or {TEST}")
+    parser.add_argument("--split", type=str | None, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
 
 
 def chosen_images(options: Any, data: Data, progress: bool) -> Images:
     """The images that `image_options` name. Errors: UserError for what is missing or cannot be read."""
+    split_name = options.split or VALIDATION
     if options.images is not None:
+        if options.split is not None:
+            raise UserError(f"--images: expected no --split beside it, found {options.split}")
         files = load_files(options.images, data, progress)
         return Images(files.pixels, files.paths, files.labels)
-    if options.split not in (TRAIN, VALIDATION, TEST):
-        raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {options.split}")
-    source = load_images(data, [options.split], progress)
-    if options.split not in source.splits:
-        raise UserError(f"--split {options.split}: the run's data has no such split; name another, or images with --images")
-    split = source.splits[options.split]
+    if split_name not in (TRAIN, VALIDATION, TEST):
+        raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {split_name}")
+    # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
+    source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress)
+    if split_name not in source.splits:
+        raise UserError(f"--split {split_name}: the run's data has no such split; name another, or images with --images")
+    split = source.splits[split_name]
     labels = None
     if split.labels is not None and source.label_names is not None:
         labels = [source.label_names[label] for label in split.labels.tolist()]
-    return Images(split.pixels, [f"{options.split}/{row}" for row in range(len(split))], labels)
+    return Images(split.pixels, [f"{split_name}/{row}" for row in range(len(split))], labels)
 
 
 @torch.no_grad()

@@ -289,22 +289,26 @@ class ImageFiles(NamedTuple):
     """uint8 (N, H, W, C)."""
     paths: list[str]
     labels: list[str] | None
-    """The subfolder of each in the folder that was named; None unless all lie in one."""
+    """The folder in which each lies, below the one that was named; None unless all lie in one."""
 
 
 def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> ImageFiles:
-    """Decode image files, and those in folders (of any depth, by name), to `data`'s size.
+    """Decode image files, and those in folders (of any depth, by name, hidden ones aside), to `data`'s size.
 
     Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
     """
-    known = set(Image.registered_extensions())
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}  # not those Pillow only writes
     found: list[tuple[Path, str | None]] = []
     for named in paths:
         path = Path(named).expanduser()
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+        if path.is_file():
+            found.append((path, None))
+            continue
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not files:
             raise UserError(f"{path}: expected an image or a folder of images, found {'no image in it' if path.is_dir() else 'nothing'}")
-        found += [(file, file.relative_to(path).parts[0] if len(file.relative_to(path).parts) > 1 else None) for file in files]
+        found += [(file, file.parent.name if file.parent != path else None) for file in files]
     pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
 
     def decode(number: int) -> None:
@@ -314,7 +318,9 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
         for _ in pool.map(decode, range(len(found))):
             bar.update()
     labels = [label for _, label in found if label is not None]
-    return ImageFiles(torch.from_numpy(pixels), [str(path) for path, _ in found], labels if len(labels) == len(found) else None)
+    # A name that is not UTF-8 could not be printed, or written into a table.
+    names = [str(path).encode(errors="backslashreplace").decode() for path, _ in found]
+    return ImageFiles(torch.from_numpy(pixels), names, labels if len(labels) == len(found) else None)
 
 
 def decode_image(content: bytes | None, path: str, data: Data) -> np.ndarray:

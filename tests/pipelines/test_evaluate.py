@@ -99,6 +99,17 @@ def test_samples_in_a_folder_are_judged_as_those_drawn(run_copy: Path) -> None:
     assert from_folder["prior_sha256"] == drawn["prior_sha256"]
 
 
+def test_as_many_samples_as_held_out_images_have_all_labels(run_copy: Path, source: ImageSource, tmp_path: Path) -> None:
+    """Training images in turns: a subset of every second or third would be of one label, far from both."""
+    train = source.splits[TRAIN]
+    assert train.labels is not None
+    by_label = [train.pixels[train.labels == label] for label in (0, 1)]
+    np.savez(tmp_path / "turns.npz", torch.stack([images[:18] for images in by_label], 1).flatten(0, 1).numpy())
+    np.savez(tmp_path / "one_label.npz", by_label[0].numpy())
+    found = {name: evaluated(run_copy, *OWN, "--samples", tmp_path / f"{name}.npz")["distances"] for name in ("turns", "one_label")}
+    assert found["turns"]["12 of the samples"]["frechet"] < 0.7 * found["one_label"]["samples"]["frechet"]
+
+
 def test_labels_of_real_images_in_folders(run_copy: Path, pictures: Path, tmp_path: Path) -> None:
     """Swap the folders' names: what was right is wrong."""
     right = evaluated(run_copy, *OWN, "--samples", pictures)["distances"]["samples"]["in_their_class"]
