@@ -1,0 +1,199 @@
+"""Find unusual images: what each code of an image costs under the prior, as a heat map over the picture, and a ranked list.
+
+    python pipelines/anomalies.py --images FOLDER
+    python pipelines/anomalies.py --images FOLDER --label 7
+    python pipelines/anomalies.py --split test --prior pixelcnn
+
+An image's score is the bits of its codes, -log2 p, each given those before it and the image's label, if it has one that the prior
+knows. Beside it stands how many of the validation images cost fewer bits, in percent. Bits alone can rate images of another kind as
+ordinary, simple ones above all (Nalisnick et al. 2019, "Do deep generative models know what they don't know?"; Serra et al. 2020,
+"Input complexity and out-of-distribution detection"). What the codes cannot express shows in a second score instead: the
+reconstruction's squared error, as a multiple of the validation split's mean.
+
+Writes a new folder anomalies/NNN into the run: anomalies.csv (a row an image, most bits first), anomalies.png (images,
+reconstructions and heat maps: those of most bits, of the largest errors, and of fewest bits) and maps/ (each image's heat map). In
+captions, "> 99.0 %" means more bits than 99 % of the validation images, "error x 4.1" 4.1 times their mean error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from torch import Tensor
+
+from configs.cli import EXTRACT_CODES, Command, parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import program, read_json
+from pipelines.inputs import chosen_images, encode_and_decode, image_options
+from pipelines.scoring import (
+    BATCH_SIZE,
+    Panel,
+    ScoringPrior,
+    file_names,
+    labels_to_score_by,
+    panels_picture,
+    scoring_prior,
+    short,
+    surprisals,
+    write_table,
+)
+from stage1_vqvae.images import VALIDATION, batches
+from stage1_vqvae.metrics import squared_errors
+from stage1_vqvae.model import fingerprint, load_tokenizer
+from stage1_vqvae.plots import save_png
+from stage1_vqvae.training.processes import start
+from stage2_prior.code_store import CodeStore
+from stage2_prior.likelihood import uniform_bits
+from stage2_prior.prior_file import UNIFORM
+from stage2_prior.sequence import SequenceLayout
+
+# How much of a heat map's pixel is its colour; the rest is the picture, in grey.
+_OPACITY = 0.6
+# Bits by which an image's total may differ between batches: an image among the usual ones does not cost more than itself.
+_ROUNDING = 1e-3
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, ("compute",), argv, options=_options)
+    if command.options.top < 1:
+        raise UserError(f"--top: expected at least 1 image, found {command.options.top}")
+    if command.options.prior == UNIFORM:
+        raise UserError(f"--prior {UNIFORM}: expected a learned prior; under the uniform one all images cost the same")
+    command.need_tokenizer()
+    accelerator = start(command.recipe.compute)
+    if accelerator.is_main_process:  # who launches several has nothing for the others to do
+        _find(command, accelerator.device)
+    accelerator.end_training()
+
+
+def _options(parser: Any) -> None:
+    image_options(parser)
+    parser.add_argument("--top", type=int, default=16, help="images of most bits in anomalies.png, and half as many of each other kind")
+    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")
+
+
+def _find(command: Command, device: torch.device) -> None:
+    run, options = command.run, command.options
+    scorer = scoring_prior(command, device)
+    tokenizer = load_tokenizer(run, device)
+    images = chosen_images(options, command.recipe.data, progress=True)
+    labels = labels_to_score_by(options.label, images, scorer.header)
+    mean_error = read_json(run.stage1 / "report.json")["validation"]["mse"]
+    usual = reference(command, scorer, labelled=labels is not None)
+    if usual is None:
+        print(f"no comparison with the validation images: their codes have not been extracted; {command.next(EXTRACT_CODES)}")
+
+    with run.numbered("anomalies") as folder:
+        assert folder is not None
+        codes, pictures = encode_and_decode(tokenizer, images.pixels, BATCH_SIZE, progress=True)
+        bits = surprisals(scorer.prior, codes, labels, "bits", progress=True)
+        totals = bits.sum(1)
+        errors = torch.cat([squared_errors(pictures[part], images.pixels[part]) for part in batches(len(pictures), BATCH_SIZE)])
+        percent = torch.full_like(totals, torch.nan) if usual is None else percent_below(totals, usual)
+        files = file_names(images.names)
+        order = totals.argsort(descending=True, stable=True).tolist()
+        rows = [
+            {
+                "rank": rank,
+                "name": images.names[row],
+                "label": "" if images.labels is None else images.labels[row],
+                "bits": totals[row].item(),
+                "bits_per_token": totals[row].item() / bits.shape[1],
+                "percent_of_validation_below": percent[row].item(),
+                "mse": errors[row].item(),
+                "mse_over_validation_mean": errors[row].item() / mean_error,
+                "file": f"maps/{files[row]}",
+            }
+            for rank, row in enumerate(order, 1)
+        ]
+        layout = scorer.prior.layout
+        heat, colours = heat_maps(bits, layout), colour_scale(layout)
+        for row in order:
+            save_png(folder / "maps" / files[row], overlaid(images.pixels[row], heat[row], colours))
+
+        def panel(place: int) -> Panel:
+            row = order[place]
+            three = images.pixels[row], pictures[row], overlaid(images.pixels[row], heat[row], colours)
+            return Panel(torch.stack([picture.expand(-1, -1, 3) for picture in three]), caption(rows[place]))
+
+        blocks = [(title, [panel(place) for place in places]) for title, places in shown(errors[order], options.top).items()]
+        patch = " x ".join(str(side // cells) for side, cells in zip(images.pixels.shape[1:3], heat.shape[1:], strict=True))
+        panels_picture(folder / "anomalies.png", blocks, colours, f"bits of each patch of {patch} pixels")
+        write_table(folder / "anomalies.csv", rows)
+        run.record(program(), command.arguments, {"prior": scorer.name, "images": len(rows)})
+    for title, most in (("most bits", rows[:3]), ("largest errors", sorted(rows, key=lambda row: -row["mse"])[:3])):
+        print(f"{title}:", "; ".join(caption(row).replace("\n", ": ") for row in most))
+    where = f"{run.show(folder / 'anomalies.csv')}; look at {run.show(folder / 'anomalies.png')}"
+    print(f"ranked {len(rows)} images by their bits under the prior {scorer.name}: {where}")
+
+
+def reference(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor | None:
+    """Bits (N,) of the validation images, scored as the given ones are, with labels or without; None without their codes."""
+    folder = command.run.codes / VALIDATION
+    if not folder.is_dir():
+        return None
+    store = CodeStore(folder, fingerprint(command.run.tokenizer))
+    labels = store.labels if labelled else None
+    return surprisals(scorer.prior, store.codes(torch.arange(len(store))), labels, "bits of validation", progress=True).sum(1)
+
+
+def percent_below(values: Tensor, usual: Tensor) -> Tensor:
+    """For each of the values (N,), how many of the usual ones (M,) are below it, in percent, (N,)."""
+    return 100 * torch.searchsorted(usual.sort().values, values - _ROUNDING).double() / len(usual)
+
+
+def heat_maps(bits: Tensor, layout: SequenceLayout) -> Tensor:
+    """Bits of places (N, T) to bits of each cell of the finest grid, (N, h, w), with the same sum.
+
+    The bits of several levels add up; a coarser level's are spread evenly over the cells that lie under its own.
+    """
+    high, wide = (max(sides) for sides in zip(*layout.grids, strict=True))
+    heat = bits.new_zeros(len(bits), high, wide)
+    for level in layout.grids_of(bits):
+        rows, columns = (torch.arange(fine) * coarse // fine for fine, coarse in zip((high, wide), level.shape[1:], strict=True))
+        share = rows.bincount()[rows][:, None] * columns.bincount()[columns]
+        heat += level[:, rows][:, :, columns] / share
+    return heat
+
+
+def colour_scale(layout: SequenceLayout) -> ScalarMappable:
+    """Colours for bits of a cell of the finest grid, the same at every call: up to twice what one costs under the uniform prior,
+    which ordinary ones seldom reach, and which few exceed.
+    """
+    uniform = [torch.full((1, length), cost) for length, cost in zip(layout.lengths, uniform_bits(layout.num_codes), strict=True)]
+    return ScalarMappable(Normalize(0, 2 * float(heat_maps(torch.cat(uniform, 1), layout).max())), "inferno")
+
+
+def overlaid(picture: Tensor, heat: Tensor, colours: ScalarMappable) -> Tensor:
+    """A picture, uint8 (H, W, C), in grey under its heat (h, w) in colours: uint8 (H, W, 3)."""
+    rows, columns = (torch.arange(side) * cells // side for side, cells in zip(picture.shape[:2], heat.shape, strict=True))
+    colour = torch.from_numpy(colours.to_rgba(heat.numpy())[..., :3])[rows][:, columns]
+    grey = picture.double().mean(-1, keepdim=True)
+    return (_OPACITY * 255 * colour + (1 - _OPACITY) * grey).round().to(torch.uint8)
+
+
+def shown(errors: Tensor, top: int) -> dict[str, list[int]]:
+    """Which images to show, none twice, under which title; `errors` (N,) of all images, those of most bits first."""
+    most, half = list(range(len(errors)))[:top], (top + 1) // 2
+    others = range(len(most), len(errors))
+    largest = sorted(others, key=lambda place: -errors[place].item())[:half]
+    fewest = [place for place in reversed(others) if place not in largest][:half]
+    titles = {"most bits": most, "largest errors of the others": largest, "fewest bits": fewest}
+    return {f"{title}: image, reconstruction, bits": places for title, places in titles.items() if places}
+
+
+def caption(row: dict[str, Any]) -> str:
+    """An image's name and, on a second line, its scores."""
+    percent = row["percent_of_validation_below"]
+    compared = "" if math.isnan(percent) else f" (> {percent:.1f} %)"
+    return f"{short(row['name'])}\n{row['bits']:.0f} bits{compared}, error x {row['mse_over_validation_mean']:.1f}"
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,142 @@
+"""Reconstruct images: encode them, decode their codes, and measure what was lost, image by image.
+
+    python pipelines/reconstruct.py
+    python pipelines/reconstruct.py --split test --n 200
+    python pipelines/reconstruct.py --images photo.png FOLDER
+
+Takes the validation split unless --split or --images names others. Writes a new folder reconstructions/NNN into the run:
+reconstructions.png (the worst images beside their reconstructions, then the best), images/ (each reconstruction as a PNG) and
+reconstructions.csv with a row an image, worst first: MSE and PSNR of 8-bit pixels, SSIM (empty below 11 pixels a side), bits of
+its codes as indices and, if the run has a finished prior, under that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.cli import Command, parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import program
+from pipelines.inputs import chosen_images, encode_and_decode, image_options
+from pipelines.scoring import (
+    BATCH_SIZE,
+    Panel,
+    ScoringPrior,
+    file_names,
+    labels_to_score_by,
+    panels_picture,
+    scoring_prior,
+    short,
+    surprisals,
+    write_table,
+)
+from stage1_vqvae.images import batches
+from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.plots import save_png
+from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.progress import progress_bar
+from stage2_prior.prior_file import UNIFORM
+
+# Pairs in reconstructions.png at most, of the worst and of the best.
+_SHOWN = 32
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, ("compute",), argv, options=_options)
+    options = command.options
+    if options.n is not None and options.n < 1:
+        raise UserError(f"--n: expected at least 1 image, found {options.n}")
+    command.need_tokenizer()
+    accelerator = start(command.recipe.compute)
+    if accelerator.is_main_process:  # who launches several has nothing for the others to do
+        _reconstruct(command, accelerator.device)
+    accelerator.end_training()
+
+
+def _options(parser: Any) -> None:
+    image_options(parser)
+    parser.add_argument("--n", type=int | None, help="how many of them, spread evenly (default: all)")
+    parser.add_argument("--prior", type=str | None, help=f"prior for the bits (default: the last finished, if any), or `{UNIFORM}`")
+    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")
+
+
+def _reconstruct(command: Command, device: torch.device) -> None:
+    run, options = command.run, command.options
+    tokenizer = load_tokenizer(run, device)
+    without = options.prior == UNIFORM or (options.prior is None and run.last_prior() is None)
+    scorer: ScoringPrior | None = None if without else scoring_prior(command, device)
+    images = chosen_images(options, command.recipe.data, progress=True)
+    images = images if options.n is None else images.spread(options.n)
+    labels = labels_to_score_by(options.label, images, scorer.header if scorer is not None else None)
+
+    with run.numbered("reconstructions") as folder:
+        assert folder is not None
+        codes, pictures = encode_and_decode(tokenizer, images.pixels, BATCH_SIZE, progress=True)
+        scores = quality(pictures, images.pixels, progress=True)
+        scores["bits_as_indices"] = torch.full((len(pictures),), index_bits(tokenizer.grids, tokenizer.quantizer.num_codes))
+        bits = None if scorer is None else surprisals(scorer.prior, codes, labels, "bits under the prior", progress=True).sum(1)
+        scores["bits_under_prior"] = torch.full((len(pictures),), torch.nan) if bits is None else bits
+        order = scores["mse"].argsort(descending=True, stable=True).tolist()
+        files = file_names(images.names)
+        shown_labels = images.labels or [""] * len(pictures)
+        rows = [
+            {
+                "name": images.names[row],
+                "label": shown_labels[row],
+                **{name: values[row].item() for name, values in scores.items()},
+                "file": f"images/{files[row]}",
+            }
+            for row in order
+        ]
+        for row in order:
+            save_png(folder / "images" / files[row], pictures[row])
+        panels_picture(folder / "reconstructions.png", pairs(images.pixels[order], pictures[order], rows))
+        write_table(folder / "reconstructions.csv", rows)
+        run.record(program(), command.arguments, {"prior": UNIFORM if scorer is None else scorer.name, "images": len(rows)})
+    error = float(scores["mse"].mean())
+    coded = f"{rows[0]['bits_as_indices']:.0f} bits as indices"
+    if scorer is not None and bits is not None:
+        coded += f", {float(bits.mean()):.0f} under the prior {scorer.name}"
+    print(f"mean of {len(rows)} images: MSE {error:.5f} (PSNR {psnr(error):.2f} dB), SSIM {float(scores['ssim'].mean()):.3f}, {coded}")
+    print("worst: " + ", ".join(f"{row['name']} ({row['psnr']:.1f} dB)" for row in rows[:3]))
+    print(f"wrote {run.show(folder / 'reconstructions.csv')}; look at {run.show(folder / 'reconstructions.png')}")
+
+
+def quality(pictures: Tensor, originals: Tensor, progress: bool = False) -> dict[str, Tensor]:
+    """mse, psnr (dB) and ssim of each image, (N,), float64; both uint8 (N, H, W, C). SSIM is NaN below 11 pixels a side."""
+    parts = []
+    with progress_bar(len(pictures), "compare", "img", shown=progress) as bar:
+        for part in batches(len(pictures), BATCH_SIZE):
+            mse = squared_errors(pictures[part], originals[part])
+            parts.append(torch.stack([mse, psnr_of_each(mse), ssim_of_each(pictures[part], originals[part])]))
+            bar.update(part.stop - part.start)
+    return dict(zip(("mse", "psnr", "ssim"), torch.cat(parts, 1), strict=True))
+
+
+def pairs(originals: Tensor, pictures: Tensor, rows: list[dict[str, Any]]) -> list[tuple[str, list[Panel]]]:
+    """The worst and the best images, no image twice, each beside its reconstruction; uint8 (N, H, W, C) both, worst first."""
+    count = len(rows)
+    chosen = {
+        "worst: original, reconstruction": range(min(_SHOWN, (count + 1) // 2)),
+        "best: original, reconstruction": range(count - 1, count - 1 - min(_SHOWN, count // 2), -1),
+    }
+    return [
+        (title, [Panel(torch.stack([originals[row], pictures[row]]), _caption(rows[row])) for row in numbers])
+        for title, numbers in chosen.items()
+        if numbers
+    ]
+
+
+def _caption(row: dict[str, Any]) -> str:
+    ssim = "" if math.isnan(row["ssim"]) else f", SSIM {row['ssim']:.2f}"
+    return f"{short(row['name'])}\n{row['psnr']:.1f} dB{ssim}"
+
+
+if __name__ == "__main__":
+    run_entry(main)

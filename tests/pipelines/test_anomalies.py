@@ -1,0 +1,216 @@
+"""Finding unusual images as its user meets it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from PIL import Image
+
+from configs.run_dir import read_json
+from pipelines.anomalies import colour_scale, heat_maps, main, overlaid, percent_below, shown
+from pipelines.scoring import surprisals
+from stage1_vqvae.images import VALIDATION
+from stage1_vqvae.model import fingerprint
+from stage2_prior.code_store import CodeStore
+from stage2_prior.contract import AutoregressivePrior
+from stage2_prior.prior_file import load_prior
+from stage2_prior.sequence import SequenceLayout
+from tests.conftest import Script
+
+Row = dict[str, str]
+
+
+def found_in(run: Path, *arguments: object) -> tuple[Path, list[Row]]:
+    before = set((run / "anomalies").glob("*")) if (run / "anomalies").exists() else set()
+    main(["--run", str(run), *map(str, arguments)])
+    (new,) = set((run / "anomalies").glob("*")) - before
+    with open(new / "anomalies.csv", newline="") as file:
+        return new, list(csv.DictReader(file))
+
+
+def loaded(run: Path, name: str = "transformer") -> tuple[AutoregressivePrior, CodeStore]:
+    prior, _ = load_prior(run / "priors" / name / "prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
+    return prior, CodeStore(run / "codes" / VALIDATION)
+
+
+def test_a_split_is_ranked_by_its_bits_and_compared_with_itself(run_copy: Path) -> None:
+    """Bits by hand, one image at a time, from the prior's steps, which sampling uses, not from its pass over all places."""
+    folder, rows = found_in(run_copy)
+    assert {path.name for path in folder.iterdir()} == {"anomalies.png", "anomalies.csv", "maps"}
+    prior, store = loaded(run_copy)
+    (codes,) = store.codes(torch.arange(len(store)))
+    assert store.labels is not None
+    expected = []
+    for grid, label in zip(codes, store.labels, strict=True):
+        cache, code, nats = prior.new_cache(1), None, 0.0
+        for place in grid.flatten():
+            nats -= float(prior.step(code, label[None], cache).double().log_softmax(-1)[0, place])
+            code = place[None]
+        expected.append(nats / math.log(2))
+    bits = {int(row["name"].split("/")[1]): float(row["bits"]) for row in rows}
+    assert [bits[number] for number in range(12)] == pytest.approx(expected, rel=1e-5)
+    assert list(bits.values()) == sorted(bits.values(), reverse=True)
+    assert [int(row["rank"]) for row in rows] == list(range(1, 13))
+    mean_error = read_json(run_copy / "stage1" / "report.json")["validation"]["mse"]
+    for row in rows:
+        below = 100 * np.mean(np.asarray(expected) < float(row["bits"]) - 1e-3)
+        assert float(row["percent_of_validation_below"]) == pytest.approx(below)
+        assert float(row["bits_per_token"]) == pytest.approx(float(row["bits"]) / 6)
+        assert float(row["mse_over_validation_mean"]) == pytest.approx(float(row["mse"]) / mean_error)
+        assert np.asarray(Image.open(folder / row["file"])).shape == (8, 12, 3)
+    # Stage 1's own measure of the same images.
+    assert np.mean([float(row["mse"]) for row in rows]) == pytest.approx(mean_error, rel=1e-5)
+
+
+def test_noise_among_a_run_s_own_images_shows_in_its_error(run_copy: Path, pictures: Path, tmp_path: Path) -> None:
+    """Here it does not in its bits: so small an encoder sees grey. In a folder without labels, all are scored, and compared,
+    without labels.
+    """
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for path in [*sorted((pictures / "across").glob("*.png"))[:4], *sorted((pictures / "down").glob("*.png"))[:4]]:
+        shutil.copy(path, mixed / f"{path.parent.name}-{path.name}")
+    noise = 255 * np.random.default_rng(0).integers(0, 2, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(mixed / "noise.png")
+    _, rows = found_in(run_copy, "--images", mixed)
+    errors = {Path(row["name"]).name: float(row["mse_over_validation_mean"]) for row in rows}
+    assert len(errors) == 9
+    assert errors.pop("noise.png") > 2 * max(errors.values())
+    prior, store = loaded(run_copy)
+    usual = -prior.log_prob(store.codes(torch.arange(len(store))), None).sum(1).double().numpy() / math.log(2)
+    for row in rows:
+        assert float(row["percent_of_validation_below"]) == pytest.approx(100 * np.mean(usual < float(row["bits"]) - 1e-3))
+
+
+def test_surprisals_do_not_depend_on_the_batch(run_copy: Path) -> None:
+    """More images than a batch holds; and labels matter."""
+    prior, store = loaded(run_copy)
+    rows = torch.arange(150) % 12
+    assert store.labels is not None
+    labels = store.labels[rows]
+    many = surprisals(prior, store.codes(rows), labels, "bits")
+    few = surprisals(prior, store.codes(rows[:12]), labels[:12], "bits")
+    assert many.shape == (150, 6)
+    assert torch.allclose(many, few[rows], atol=1e-4)
+    assert not torch.allclose(few, surprisals(prior, store.codes(rows[:12]), None, "bits"), atol=1e-2)
+
+
+@pytest.mark.parametrize("grids", [[(2, 3)], [(2, 3)] * 3, [(1, 2), (2, 4)], [(2, 2), (3, 5)]])
+def test_a_heat_map_holds_an_image_s_bits(grids: list[tuple[int, int]]) -> None:
+    layout = SequenceLayout(grids, [16] * len(grids))
+    bits = torch.rand(4, layout.length, dtype=torch.float64)
+    heat = heat_maps(bits, layout)
+    assert heat.shape == (4, *grids[-1])
+    assert torch.allclose(heat.sum((1, 2)), bits.sum(1))
+    # What one place costs more shows in the cells under it alone, in equal parts.
+    for place, (level, row, column) in enumerate(layout.positions().tolist()):
+        more = bits.clone()
+        more[:, place] += 1
+        change = heat_maps(more, layout)[0] - heat[0]
+        (h, w), (high, wide) = grids[level], grids[-1]
+        under = torch.tensor([[y * h // high == row and x * w // wide == column for x in range(wide)] for y in range(high)])
+        assert torch.allclose(change, under.double() / under.sum())
+
+
+def test_colours_lie_over_the_patches_they_belong_to() -> None:
+    heat = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 99.0]], dtype=torch.float64)
+    colours = ScalarMappable(Normalize(0, 4), "inferno")
+    picture = torch.zeros(4, 9, 3, dtype=torch.uint8)
+    found = overlaid(picture, heat, colours)
+    assert found.shape == (4, 9, 3)
+    assert found.dtype == torch.uint8
+    brightness = found.double().sum(-1)
+    for row in range(2):
+        for column in range(3):
+            patch = found[2 * row : 2 * row + 2, 3 * column : 3 * column + 3].reshape(-1, 3)
+            assert len(patch.unique(dim=0)) == 1
+    assert brightness[0, 0] < brightness[0, 3] < brightness[0, 6] < brightness[2, 0] < brightness[2, 3] == brightness[2, 6]
+    # The picture shows through.
+    picture[0, 0] = 255
+    assert overlaid(picture, heat, colours).double().sum(-1)[0, 0] > brightness[0, 0]
+
+
+def test_colours_end_at_twice_the_uniform_cost_of_a_patch() -> None:
+    assert colour_scale(SequenceLayout([(2, 3)], [16])).norm.vmax == 8
+    assert colour_scale(SequenceLayout([(2, 3)] * 2, [16, 4])).norm.vmax == 12
+    assert colour_scale(SequenceLayout([(1, 1), (2, 2)], [16, 4])).norm.vmax == 6
+
+
+def test_percentiles_agree_with_numpy() -> None:
+    usual = torch.rand(101, dtype=torch.float64) * 100
+    values = torch.rand(50, dtype=torch.float64) * 120 - 10
+    expected = [100 * np.mean(usual.numpy() < value) for value in values.tolist()]
+    assert percent_below(values, usual).tolist() == pytest.approx(expected)
+    assert percent_below(usual.max()[None], usual).tolist() == pytest.approx([100 * 100 / 101])  # not below itself
+
+
+def test_no_image_is_shown_twice() -> None:
+    errors = torch.tensor([9.0, 1, 2, 8, 3, 7, 4, 5])
+    assert list(shown(errors, 3).values()) == [[0, 1, 2], [3, 5], [7, 6]]
+    assert list(shown(errors[:2], 16).values()) == [[0, 1]]
+    assert list(shown(errors[:4], 3).values()) == [[0, 1, 2], [3]]
+
+
+def test_without_codes_of_validation_there_is_no_comparison(run_copy: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run_copy / "codes")
+    _, rows = found_in(run_copy, "--images", pictures / "down" / "000.png")
+    assert [row["percent_of_validation_below"] for row in rows] == [""]
+    assert "extract_codes.py" in capsys.readouterr().out
+
+
+def test_a_label_is_what_images_are_scored_as(run_copy: Path, pictures: Path) -> None:
+    """By their folder or by --label; the prior may be another than the last."""
+    own = found_in(run_copy, "--images", pictures)[1]
+    down = found_in(run_copy, "--images", pictures, "--label", "down")[1]
+    found = {row["name"]: float(row["bits"]) for row in down}
+    for row in own:
+        assert (float(row["bits"]) == pytest.approx(found[row["name"]], abs=1e-3)) == (row["label"] == "down")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--top", "0"], ["--top", "at least 1"]),
+        (["--prior", "uniform"], ["--prior uniform", "learned"]),
+        (["--prior", "best"], ["--prior best"]),
+        (["--split", "dev"], ["--split", "dev"]),
+        (["--images", "nowhere"], ["nowhere"]),
+        (["--label", "left"], ["--label", "across"]),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(
+    run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
+) -> None:
+    line = one_line_error(main, "--run", run_copy, *arguments)
+    assert all(part in line for part in parts), line
+    assert not (run_copy / "anomalies").exists()
+
+
+def test_a_run_without_a_prior_says_what_trains_one(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    shutil.rmtree(run_copy / "priors")
+    assert "stage2_prior/train.py" in one_line_error(main, "--run", run_copy)
+
+
+def test_codes_of_another_tokenizer_are_no_comparison(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    path = run_copy / "codes" / VALIDATION / "manifest.json"
+    manifest = path.read_text()
+    path.write_text(manifest.replace(fingerprint(run_copy / "tokenizer.safetensors"), "0" * 64))
+    assert path.read_text() != manifest
+    assert "extract them anew" in one_line_error(main, "--run", run_copy)
+    assert not (run_copy / "anomalies").exists()
+
+
+def test_two_processes_write_once(run_copy: Path, script: Script) -> None:
+    done = script("pipelines/anomalies.py", "--run", run_copy, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (run_copy / "anomalies").iterdir()] == ["000"]
+    assert done.stdout.count("ranked 12 images") == 1
