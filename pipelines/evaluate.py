@@ -133,6 +133,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
     n, height, width, channels = held_out.pixels.shape
     found: dict[str, Any] = {
         "run": str(run),
+        "evaluation": dataclasses.asdict(config),
         "tokenizer_sha256": fingerprint(run.tokenizer),
         **({} if samples is None else {key: samples.details[key] for key in ("prior", "prior_sha256", "sampling")}),
         "compared": {
