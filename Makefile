@@ -14,14 +14,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Both stages on 5,000 real digits; run again, it skips what is finished and resumes what is not.
+# All of it on 5,000 real digits; run again, it skips what is finished and resumes what is not.
 demo: install
-	$(BIN)/accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --resume
-	$(BIN)/python stage2_prior/extract_codes.py --config configs/digits.yaml
-	$(BIN)/accelerate launch stage2_prior/train.py --config configs/digits.yaml --resume
-	@for prior in transformer uniform; do \
-	  if grep -qs "\"prior\": \"$$prior\"" runs/digits/samples/*/samples.json; then echo "runs/digits: samples of the $$prior prior are already there"; \
-	  else $(BIN)/python pipelines/sample.py --config configs/digits.yaml --n 64 --prior $$prior || exit; fi; done
+	$(BIN)/python pipelines/run.py --config configs/digits.yaml
 	$(BIN)/python pipelines/summary.py --config configs/digits.yaml
 
 # Workers share the cores: threads that wait by spinning would take them from one another.

@@ -1,0 +1,44 @@
+"""One self-contained HTML file of all that a run holds: recipe, data, curves, pictures, samples, evaluation, environment.
+
+    python pipelines/report.py
+    python pipelines/report.py --run fashion_mnist
+
+Writes report.html into the run, in place of an older one. The file needs nothing beside it and no network: it can be
+mailed, and read on a phone. What the run does not hold yet is named with the command that makes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from configs.cli import parse
+from configs.errors import run_entry
+from configs.run_dir import write_bytes
+from pipelines.report_content import report_content
+
+_TEMPLATE = "report.html.jinja"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, (), argv)
+    run = command.run
+    command.need_tokenizer()
+    page = rendered(report_content(command)).encode()
+    path = run.path / "report.html"
+    write_bytes(path, page)
+    print(f"wrote {run.show(path)} ({len(page) / 1e6:.1f} MB)")
+
+
+def rendered(content: dict[str, Any]) -> str:
+    """The page. Labels and paths are the user's own: all text is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(_TEMPLATE).render(content)
+
+
+if __name__ == "__main__":
+    run_entry(main)

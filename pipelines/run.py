@@ -1,0 +1,199 @@
+"""All of it by one command: train, extract, train, sample, evaluate, report.
+
+    python pipelines/run.py --config configs/digits.yaml
+    python pipelines/run.py --config configs/imagefolder.yaml --data.path FOLDER --run mine
+    python pipelines/run.py --run mine
+
+Each step is a command of its own, printed as one would type it. Typed again, what is finished is skipped and what was
+interrupted goes on: Ctrl-C saves. Dotted options are stage 1's, which fixes the run's recipe for all steps, and in a run that
+has begun refuses what can no longer change; those of compute and evaluation always may, and reach all steps that take them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, load_recipe, parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import REPOSITORY, RunDir, read_json
+from pipelines.provenance import agrees, identity, outputs, seen
+from stage1_vqvae.images import TRAIN, VALIDATION
+from stage2_prior.prior_file import UNIFORM
+
+_SAMPLES = 64
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTED = tuple(128 + number for number in _SIGNALS)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the chain."""
+
+    name: str
+    script: str
+    """Relative to the repository."""
+    arguments: list[str]
+    launched: bool = False
+    """Whether by Accelerate, on all processes of its configuration."""
+    found: Callable[[], Path | None] = lambda: None
+    """What an earlier call of it left, if that is just what it would make now. The scripts of training and extraction
+    know this themselves: they are always run, and say so."""
+
+    def typed(self) -> str:
+        """The command as a user would type it where they stand."""
+        program = ["accelerate", "launch"] if self.launched else ["python"]
+        return shlex.join([*program, RunDir.show(REPOSITORY / self.script), *self.arguments])
+
+    def started(self) -> list[str]:
+        """The same, in this environment."""
+        program = ["-m", "accelerate.commands.launch"] if self.launched else []
+        return [sys.executable, *program, str(REPOSITORY / self.script), *self.arguments]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, _: run.stage1)
+    began = time.monotonic()
+    for step in steps(command):
+        found = step.found()
+        if found is not None:
+            print(f"{step.name}: {RunDir.show(found)} is already there", flush=True)
+            continue
+        print(f"\n$ {step.typed()}", flush=True)
+        step_began = time.monotonic()
+        code = run_to_its_end(step.started(), command.run)
+        if code != 0:
+            what = f"{step.name} was interrupted" if code in _INTERRUPTED else f"error: {step.name} ended with exit code {code}"
+            print(f"{what}; nothing finished is lost; go on with the same command", file=sys.stderr, flush=True)
+            sys.exit(code)
+        print(f"{step.name}: {(time.monotonic() - step_began) / 60:.1f} minutes", flush=True)
+    print(f"\n{command.run}: all is done, in {(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def steps(command: Command) -> list[Step]:
+    """The chain. A step's `found` looks at the run when it is asked, since the steps before it change the run."""
+    run = command.run
+    begins = command.arguments if command.options.config or command.options.run else ["--config", RunDir.show(DEFAULT_RECIPE)]
+    here = ["--run", run.path.name if run.path.parent == REPOSITORY / "runs" else str(run)]
+    # Stage 1 takes these even where the run's recipe says otherwise, so that they have to be handed on.
+    compute = options_of(command, "compute")
+    evaluation = [f"--{name.removeprefix('--evaluation.')}" for name in options_of(command, "evaluation")]
+    # The recipe's own prior, even if another one of the run was finished later.
+    prior = (load_recipe(run.recipe) if run.begun(run.stage1) else command.recipe).prior.kind
+    drawn = ["--n", str(_SAMPLES), "--prior"]
+    return [
+        Step("stage 1", "stage1_vqvae/train.py", [*begins, "--resume"], launched=True),
+        Step("extraction", "stage2_prior/extract_codes.py", [*here, *compute]),
+        Step("stage 2", "stage2_prior/train.py", [*here, *compute, "--resume"], launched=True),
+        Step("samples", "pipelines/sample.py", [*here, *drawn, prior, *compute], found=lambda: samples_of(run, prior)),
+        # Beside the others, what they would be without a learned prior.
+        Step("uniform samples", "pipelines/sample.py", [*here, *drawn, UNIFORM, *compute], found=lambda: samples_of(run, UNIFORM)),
+        Step(
+            "evaluation",
+            "pipelines/evaluate.py",
+            [*here, "--prior", prior, *evaluation, *compute],
+            found=lambda: evaluation_of(run, prior, asked_evaluation(command)),
+        ),
+        Step("report", "pipelines/report.py", here),
+    ]
+
+
+def options_of(command: Command, section: str) -> list[str]:
+    """The typed options of a section, each as one argument --section.key=value."""
+    found = []
+    for position, argument in enumerate(command.arguments):
+        if argument.startswith(f"--{section}."):
+            found.append(argument if "=" in argument else f"{argument}={command.arguments[position + 1]}")
+    return found
+
+
+def asked_evaluation(command: Command) -> dict[str, Any]:
+    """The run's section `evaluation`, with what was typed."""
+    typed = [option.partition("=")[0].removeprefix("--evaluation.") for option in options_of(command, "evaluation")]
+    own = dataclasses.asdict(load_recipe(command.run.recipe).evaluation)
+    return own | {key: getattr(command.recipe.evaluation, key) for key in typed}
+
+
+def samples_of(run: RunDir, prior: str) -> Path | None:
+    """The newest samples that are just what the chain would draw now; None if there are none."""
+    sampling = dataclasses.asdict(load_recipe(run.recipe).sampling)
+    wanted = {"n": _SAMPLES, "seed": 0, **identity(run, prior)}
+    for path in reversed(outputs(run, "samples", "samples.json")):
+        found = read_json(path)
+        if not agrees(found, wanted) or (prior != UNIFORM and not agrees(found["sampling"], seen(sampling))):
+            continue
+        # Not of one label alone.
+        if found["labels"] is None or len(set(found["labels"])) == min(_SAMPLES, len(found["label_names"])):
+            return path.parent
+    return None
+
+
+def evaluation_of(run: RunDir, prior: str, asked: dict[str, Any]) -> Path | None:
+    """The newest evaluation of what the run holds now, as asked for; None if there is none."""
+    sampling = dataclasses.asdict(load_recipe(run.recipe).sampling)
+    wanted = {"split": VALIDATION, "reference": TRAIN, **identity(run, prior)}
+    for path in reversed(outputs(run, "evaluations", "evaluation.json")):
+        found = read_json(path)
+        if not agrees(found, wanted) or not agrees(found.get("evaluation", {}), seen(asked)):
+            continue
+        # Of samples that it drew itself: of images made elsewhere there are as many as there are.
+        if agrees(found["sampling"], seen(sampling)) and found["distances"]["samples"]["n"] == asked["n"]:
+            return path.parent
+    return None
+
+
+def run_to_its_end(arguments: list[str], run: RunDir) -> int:
+    """Run a command, its output where ours goes, and return its exit code.
+
+    It runs in a process group of its own, to which Ctrl-C and SIGTERM are passed on once each, as SIGINT: so they reach the
+    training processes too, which Accelerate's launcher does not wait for. They finish their step and save; then we end with
+    128 + the signal's number.
+    """
+    asked: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: FrameType | None = None) -> None:
+        asked.append(number)
+        if child is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)
+
+    former = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    try:
+        # A group in the terminal's background may write, but would be stopped for reading.
+        child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, process_group=0)
+        if asked:
+            pass_on(asked[0])
+        code = child.wait()
+        if asked:
+            wait_for_the_lock(run)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    return 128 + asked[0] if asked else code if code >= 0 else 128 - code
+
+
+def wait_for_the_lock(run: RunDir) -> None:
+    """Until nobody writes into the run any more."""
+    while run.path.exists():
+        try:
+            with run.lock():
+                return
+        except UserError:
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,275 @@
+"""The report as its reader meets it: one file, complete, that fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import tomllib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.run_dir import REPOSITORY, RunDir, read_json
+from pipelines.report import main
+from pipelines.report_content import newest_samples, samples
+from pipelines.report_pictures import embedded, heat_map, line_chart, tile
+from pipelines.sample import main as sample
+from stage1_vqvae.model import fingerprint
+from tests.stage2_prior.test_train import change_bytes
+
+SECTIONS = ["samples", "evaluation", "curves", "reconstructions", "codebook", "likelihood", "data", "recipe", "environment"]
+VOID = {"meta", "img"}
+SELF_CLOSING = {"line", "circle", "polyline"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, and text; tags have to be closed in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.style = ""
+        self._open: list[str] = []
+        self.feed(path.read_text())
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in SELF_CLOSING
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "style":
+            self.style += data
+        else:
+            self.text += data
+
+    def attributes(self, name: str) -> list[str]:
+        return [attributes[name] or "" for _, attributes in self.elements if name in attributes]
+
+
+def evaluate(run: Path, number: str, **others: Any) -> None:
+    """An evaluation as pipelines/evaluate.py leaves it."""
+    folder = run / "evaluations" / number
+    folder.mkdir(parents=True)
+    found = {
+        "prior": "transformer",
+        "prior_sha256": fingerprint(run / "priors/transformer/prior.safetensors"),
+        "tokenizer_sha256": fingerprint(run / "tokenizer.safetensors"),
+        "distance": "Fréchet distance (classifier features)",
+        "distances": {"samples": {"n": 40, "frechet": 12.3456}},
+        "tables": [{"title": f"Distances of {number}", "columns": ["images", "N"], "rows": [["samples", "40"]]}],
+        "notes": [f"A note of {number}."],
+        **others,
+    }
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    Image.new("RGB", (5, 4), "red").save(folder / "neighbours.png")
+
+
+@pytest.fixture(scope="module")
+def full_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With samples and two evaluations; never written into but by the report."""
+    run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("full") / "run"))
+    sample(["--run", str(run), "--n", "30"])
+    sample(["--run", str(run), "--n", "6", "--prior", "uniform"])
+    for number in ("000", "001"):
+        evaluate(run, number)
+    return run
+
+
+def reported(run: Path) -> Page:
+    main(["--run", str(run)])
+    return Page(run / "report.html")
+
+
+def test_it_needs_nothing_beside_it_and_no_network(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = reported(full_run)
+    size = (full_run / "report.html").stat().st_size
+    assert f"({size / 1e6:.1f} MB)" in capsys.readouterr().out
+    for name in ("srcset", "data", "poster", "xlink:href", "background", "action"):
+        assert not page.attributes(name)
+    assert page.attributes("src")
+    for uri in page.attributes("src"):
+        assert uri.startswith("data:image/png;base64,")
+        Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2], validate=True))).load()
+    identifiers = page.attributes("id")
+    assert page.attributes("href") == [f"#{name}" for name in SECTIONS] == [f"#{name}" for name in identifiers]
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "base"}
+    for styles in (page.style, *page.attributes("style")):
+        assert "url(" not in styles
+        assert "@import" not in styles
+    # And a browser is told to fetch nothing, whatever stands in the page.
+    assert "default-src 'none'" in str(page.attributes("content"))
+    assert "width=device-width, initial-scale=1" in page.attributes("content")
+    assert "prefers-color-scheme: dark" in page.style
+
+
+def test_it_shows_what_the_run_holds(full_run: Path) -> None:
+    page = reported(full_run)
+    stage1, likelihood, history = (
+        read_json(full_run / "stage1/report.json"),
+        read_json(full_run / "priors/transformer/likelihood.json"),
+        [json.loads(line) for line in (full_run / "history.jsonl").read_text().splitlines()],
+    )
+    shown = [
+        f"{stage1['validation']['psnr']:.2f} dB",
+        f"MSE {stage1['validation']['mse']:.5f}",
+        f"{stage1['validation']['usage']:.1%}",
+        *(f"{likelihood[key]:.3f}" for key in ("validation", "train", "unigram", "uniform")),
+        *(f"{bits:.1f}" for row in likelihood["places"][0] for bits in row),
+        *(f"{bits:.3f}" for bits in likelihood["labels"].values()),
+        *("12.35", "classifier features; 40 samples of prior transformer"),
+        *("Distances of 000", "Distances of 001", "A note of 001.", "neighbours"),
+        *("across", "down", "8 x 12 pixels, colour", "2 x 3", "36 images", "12 images"),
+        *("tokenizer.num_codes", "horizontal_flip"),
+        *(history[0]["platform"], history[0]["python"], history[0]["versions"]["torch"], history[0]["time"][:10]),
+    ]
+    assert [text for text in shown if text not in page.text] == []
+    # Four curves of stage 1 and one of the prior, a heat map, 30 + 6 samples, reconstructions, codebook, a picture an evaluation.
+    assert sum(tag == "svg" for tag, _ in page.elements) == 4 + 1 + 1
+    assert len(page.attributes("src")) == 20 + 6 + 1 + 1 + 2
+    assert page.text.index("Distances of 001") < page.text.index("Earlier: evaluations/000") < page.text.index("Distances of 000")
+
+
+def test_samples_stand_under_their_label(full_run: Path) -> None:
+    drawn = samples(RunDir(full_run), full_run / "samples/000")
+    assert [(group.label, len(group.tiles)) for group in drawn.classes] == [("across", 10), ("down", 10)]
+    for number, group in enumerate(drawn.classes):
+        files = [full_run / "samples/000/images" / f"{row:05d}.png" for row in range(number, 20, 2)]
+        assert [base64.b64decode(uri.partition(",")[2]) for uri in group.tiles] == [path.read_bytes() for path in files]
+    (all_of_them,) = samples(RunDir(full_run), full_run / "samples/001").classes
+    assert (all_of_them.label, len(all_of_them.tiles)) == (None, 6)
+
+
+def test_each_prior_has_its_newest_samples_and_old_ones_are_told(run_copy: Path) -> None:
+    for arguments in (["--prior", "uniform"], [], ["--seed", "1"]):
+        sample(["--run", str(run_copy), "--n", "2", *arguments])
+    run = RunDir(run_copy)
+    assert [(drawn.prior, drawn.where, drawn.remarks) for drawn in newest_samples(run)] == [
+        ("transformer", "002", []),
+        ("uniform", "000", []),
+    ]
+    evaluate(run_copy, "000")
+    page = reported(run_copy)
+    assert "no longer what the run would give" not in page.text
+    assert "12.35" in page.text
+    change_bytes(run.prior("transformer") / "prior.safetensors")
+    assert [bool(drawn.remarks) for drawn in newest_samples(run)] == [True, False]
+    page = reported(run_copy)
+    assert page.text.count("Made with an earlier prior") == 2
+    # No longer among the figures to see first.
+    assert "12.35" not in page.text
+    change_bytes(run.tokenizer)
+    assert reported(run_copy).text.count("Made with an earlier tokenizer") == 3
+
+
+def test_labels_and_paths_are_text(run_copy: Path) -> None:
+    """They come from users' folders."""
+    name = "<script>alert(1)</script> & \"'<b>"
+    sample(["--run", str(run_copy), "--n", "2"])
+    for file, old in (("samples/000/samples.json", "across"), ("priors/transformer/likelihood.json", "across")):
+        text = (run_copy / file).read_text()
+        assert f'"{old}"' in text
+        (run_copy / file).write_text(text.replace(f'"{old}"', json.dumps(name)))
+    evaluate(run_copy, "000", notes=[name], tables=[{"title": name, "columns": [name], "rows": [[name]]}])
+    page = reported(run_copy)
+    assert page.text.count(name) == 2 + 4
+    assert not {tag for tag, _ in page.elements} & {"script"}
+
+
+def test_it_says_what_is_missing_and_the_command_that_makes_it(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    assert "$ python pipelines/sample.py --n 64 --run" in reported(run_copy).text
+    (run_copy / "priors/transformer/likelihood.json").unlink()
+    assert f"$ python stage2_prior/report.py --prior transformer --run {run_copy}" in reported(run_copy).text
+    shutil.rmtree(run_copy / "priors")
+    shutil.rmtree(run_copy / "codes")
+    text = reported(run_copy).text
+    for command in (
+        *("python stage2_prior/extract_codes.py", "accelerate launch stage2_prior/train.py"),
+        *("python pipelines/sample.py --n 64", "python pipelines/evaluate.py"),
+    ):
+        assert f"$ {command} --run {run_copy}" in text
+    assert "PSNR on validation" in text
+    (run_copy / "tokenizer.safetensors").unlink()
+    (run_copy / "report.html").unlink()
+    assert "stage 1 has not finished" in one_line_error(main, "--run", run_copy)
+    assert not (run_copy / "report.html").exists()
+
+
+def test_the_template_is_installed_with_the_package() -> None:
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pipelines"]
+    assert {path.name for path in (REPOSITORY / "pipelines").glob("*.jinja")} == {"report.html.jinja"} == set(listed)
+
+
+def test_made_again_it_takes_the_older_ones_place(run_copy: Path) -> None:
+    before = {path.name for path in run_copy.iterdir()}
+    (run_copy / "report.html").write_text("old")
+    reported(run_copy)
+    assert {path.name for path in run_copy.iterdir()} - before == {"report.html"}
+
+
+@pytest.mark.parametrize(("values", "logarithmic"), [([3.0, 1.0, 2.5], False), ([100.0, 1.0, 0.02], True), ([5.0, 5.0, 5.0], False)])
+def test_curves_are_drawn_where_their_ticks_say(values: list[float], logarithmic: bool) -> None:
+    records: list[dict[str, Any]] = [{"step": 100 * (row + 1), "split": "train", "loss": value} for row, value in enumerate(values)]
+    records += [{"step": 300, "split": "validation", "loss": 2.0, "other": 1}, {"step": 310, "split": "train", "loss": float("nan")}]
+    chart = line_chart("Loss", records, "loss", {"reference": 2.0})
+    assert chart is not None
+    train, validation = chart.lines
+    assert (train.name, train.last, len(train.points), validation.points[0][0]) == ("train", values[-1], 3, train.points[-1][0])
+    assert chart.references[0].at == validation.points[0][1]
+    for ticks, axis, numbers in ((chart.x_ticks, 0, [100, 200, 300]), (chart.y_ticks, 1, values)):
+        scale = np.log if logarithmic and axis == 1 else np.asarray
+        assert len(ticks) >= 2
+        marks = scale(np.array([float(tick.text) for tick in ticks]))
+        slope, offset = np.polyfit(marks, [tick.at for tick in ticks], 1)
+        expected = slope * scale(np.array(numbers, dtype=float)) + offset
+        assert np.allclose(expected, [point[axis] for point in train.points], atol=0.2)
+        assert (slope > 0) == (axis == 0)
+    assert line_chart("Loss", records, "loss of another name", {}) is None
+
+
+def test_heat_maps_colour_by_value_and_can_be_read() -> None:
+    found = heat_map([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], 0.0, 5.0)
+    assert (found.rows, found.columns, found.numbered) == (2, 3, True)
+    assert [(cell.y, cell.x, cell.value) for cell in found.cells] == [(row // 3, row % 3, float(row)) for row in range(6)]
+
+    def brightness(colour: str) -> float:
+        full = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+        red, green, blue = (int(full[start : start + 2], 16) / 255 for start in (1, 3, 5))
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    shades = [brightness(cell.colour) for cell in found.cells]
+    assert shades == sorted(set(shades))
+    assert all(abs(brightness(cell.ink) - brightness(cell.colour)) > 0.4 for cell in found.cells)
+    assert len({cell.colour for cell in heat_map([[2.0, 2.0]], 2.0, 2.0).cells}) == 1
+    assert not heat_map([[0.0] * 32], 0.0, 1.0).numbered
+
+
+def test_large_pictures_are_reduced_and_small_ones_are_not(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (700, 2000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    Image.fromarray(noise[:20, :30]).save(tmp_path / "small.png")
+    large, small = embedded(tmp_path / "large.png"), embedded(tmp_path / "small.png")
+    assert (large.width, large.height, large.remark) == (1600, 560, "reduced from 2000 x 700 pixels")
+    assert (small.width, small.height, small.remark) == (30, 20, "")
+    for image in (large, small):
+        with Image.open(io.BytesIO(base64.b64decode(image.uri.partition(",")[2]))) as decoded:
+            assert decoded.size == (image.width, image.height)
+    with Image.open(io.BytesIO(base64.b64decode(tile(tmp_path / "large.png").partition(",")[2]))) as decoded:
+        assert decoded.size == (128, 45)

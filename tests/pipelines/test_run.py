@@ -1,0 +1,207 @@
+"""The chain as its user meets it: what is typed, what is skipped, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
+from configs.run_dir import RunDir, read_json, write_json
+from pipelines.provenance import identity
+from pipelines.run import evaluation_of, main, run_to_its_end, samples_of, steps
+from pipelines.sample import main as sample
+from tests.conftest import Script
+from tests.stage2_prior.test_train import change_bytes
+
+
+def chain(*arguments: object) -> Command:
+    return parse("", tuple(SECTIONS), list(map(str, arguments)), starts_run=True, begun_in=lambda run, _: run.stage1)
+
+
+def typed(*arguments: object) -> list[str]:
+    return [step.typed() for step in steps(chain(*arguments))]
+
+
+def test_each_step_is_a_command_as_one_would_type_it() -> None:
+    assert typed("--config", "configs/digits.yaml", "--run", "nowhere") == [
+        "accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --run nowhere --resume",
+        "python stage2_prior/extract_codes.py --run nowhere",
+        "accelerate launch stage2_prior/train.py --run nowhere --resume",
+        "python pipelines/sample.py --run nowhere --n 64 --prior transformer",
+        "python pipelines/sample.py --run nowhere --n 64 --prior uniform",
+        "python pipelines/evaluate.py --run nowhere --prior transformer",
+        "python pipelines/report.py --run nowhere",
+    ]
+    command = steps(chain("--run", "nowhere"))[0].started()
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert Path(command[3]).is_file()
+
+
+def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = typed()
+    assert first == "accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --resume"
+    assert second.endswith("extract_codes.py --run digits")
+    monkeypatch.chdir(tmp_path)
+    assert all(Path(command.split()[2 if command.startswith("accelerate") else 1]).is_file() for command in typed())
+
+
+def test_options_go_to_the_steps_that_take_them(tmp_path: Path) -> None:
+    """Stage 1 writes all of them into the recipe; those it lets differ from a recipe that is there are handed on."""
+    path = tmp_path / "a run"
+    options = ["--prior.kind", "pixelcnn", "--compute.threads=1", "--evaluation.n", "9", "--evaluation.features=classifier"]
+    first, extract, second, draw, uniform, evaluate, report = typed("--run", path, *options)
+    assert first == f"accelerate launch stage1_vqvae/train.py --run '{path}' {' '.join(options)} --resume"
+    assert extract.endswith(f"extract_codes.py --run '{path}' --compute.threads=1")
+    assert second.endswith(f"train.py --run '{path}' --compute.threads=1 --resume")
+    assert draw.endswith("--prior pixelcnn --compute.threads=1")
+    assert uniform.endswith("--prior uniform --compute.threads=1")
+    assert evaluate.endswith("--prior pixelcnn --n=9 --features=classifier --compute.threads=1")
+    assert report.endswith(f"report.py --run '{path}'")
+
+
+def test_the_runs_own_prior_counts_once_it_has_begun(run_copy: Path, tiny_recipe: Path) -> None:
+    """Whatever a recipe file says by now: stage 1 goes on with what was begun."""
+    assert typed("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior transformer")
+    shutil.rmtree(run_copy / "stage1")
+    assert typed("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior pixelcnn")
+
+
+def test_samples_count_only_if_the_chain_would_draw_the_same(run_copy: Path) -> None:
+    run = RunDir(run_copy)
+    for others in (["--n", "8"], ["--seed", "1"], ["--label", "down"], ["--temperature", "0.5"], ["--prior", "uniform"]):
+        sample(["--run", str(run_copy), "--n", "64", *others])
+        assert samples_of(run, "transformer") is None, others
+    assert samples_of(run, "uniform") == run.samples / "004"
+    sample(["--run", str(run_copy), "--n", "64", "--batch-size", "5"])
+    assert samples_of(run, "transformer") == run.samples / "005"
+    change_bytes(run.prior("transformer") / "prior.safetensors")
+    assert (samples_of(run, "transformer"), samples_of(run, "uniform")) == (None, run.samples / "004")
+    change_bytes(run.tokenizer)
+    assert samples_of(run, "uniform") is None
+
+
+def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path) -> None:
+    run = RunDir(run_copy)
+    recipe = recipe_dict(load_recipe(run.recipe))
+    asked = recipe["evaluation"]
+    found: dict[str, Any] = {
+        **identity(run, "transformer"),
+        "evaluation": asked,
+        "sampling": {**recipe["sampling"], "precision": "float64"},
+        "split": "validation",
+        "reference": "train",
+        "distances": {"samples": {"n": asked["n"]}},
+    }
+    folder = run_copy / "evaluations" / "000"
+    changes: list[dict[str, Any]] = [
+        {"split": "train"},
+        {"reference": "validation"},
+        {"prior_sha256": "0"},
+        {"sampling": {**recipe["sampling"], "temperature": 2.0}},
+        {"evaluation": {**asked, "features": "classifier"}},
+        {"distances": {"samples": {"n": 7}}},
+    ]
+    for change in changes:
+        write_json(folder / "evaluation.json", found | change)
+        assert evaluation_of(run, "transformer", asked) is None, change
+    write_json(folder / "evaluation.json", found)
+    assert evaluation_of(run, "transformer", asked) == folder
+    assert evaluation_of(run, "transformer", {**asked, "n": 7}) is None
+    assert evaluation_of(run, "transformer", {**asked, "batch_size": 7}) == folder
+    change_bytes(run.prior("transformer") / "prior.safetensors")
+    assert evaluation_of(run, "transformer", asked) is None
+
+
+@pytest.mark.parametrize(("code", "said"), [(3, "error: extraction ended with exit code 3"), (130, "extraction was interrupted")])
+def test_a_failing_step_ends_the_chain_with_its_code(
+    run_copy: Path, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Here the second."""
+    ran = []
+
+    def run_instead(arguments: list[str], run: RunDir) -> int:
+        ran.append(arguments)
+        return 0 if len(ran) == 1 else code
+
+    monkeypatch.setattr("pipelines.run.run_to_its_end", run_instead)
+    with pytest.raises(SystemExit) as stop:
+        main(["--run", str(run_copy)])
+    assert stop.value.code == code
+    out, err = capfd.readouterr()
+    assert err == f"{said}; nothing finished is lost; go on with the same command\n"
+    assert f"$ python stage2_prior/extract_codes.py --run {run_copy}\n" in out
+    assert len(ran) == 2
+
+
+def test_an_impossible_option_is_refused_before_any_step(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    assert "stage1.lr" in one_line_error(main, "--run", tmp_path / "run", "--stage1.lr", "fast")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_steps_exit_code_is_ours(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "nothing")
+    assert run_to_its_end([sys.executable, "-c", "raise SystemExit(5)"], run) == 5
+    assert run_to_its_end([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], run) == 137
+    assert not run.path.exists()
+
+
+# A launcher that dies of Ctrl-C at once, and a training process of its that holds the run's lock until it has saved.
+LAUNCHER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]]).wait()
+"""
+TRAINING = """
+import pathlib, sys, time
+from configs.run_dir import RunDir
+run = RunDir(pathlib.Path(sys.argv[1]))
+with run.lock():
+    try:
+        (run.path / "ready").touch()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(1)
+        (run.path / "saved").touch()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_what_the_launcher_started_and_its_saving_is_waited_for(tmp_path: Path, number: int, code: int) -> None:
+    def send() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert run_to_its_end([sys.executable, "-c", LAUNCHER, TRAINING, str(tmp_path)], RunDir(tmp_path)) == code
+    assert (tmp_path / "saved").exists()
+    thread.join()
+    assert signal.getsignal(number) is before
+
+
+def test_one_command_leaves_a_report_and_knows_what_is_done(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
+    path = tmp_path / "run"
+    arguments = ["--config", tiny_recipe, "--run", path, "--evaluation.features", "classifier", "--evaluation.n", "24"]
+    done = script("pipelines/run.py", *arguments, threads=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = [line.removeprefix("$ ") for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert printed == typed(*arguments, "--compute.threads", "1")
+    assert "Samples by class" in (path / "report.html").read_text()
+    assert [read_json(path / f"samples/{number}/samples.json")["prior"] for number in ("000", "001")] == ["transformer", "uniform"]
+    ran = [json.loads(line)["command"] for line in (path / "history.jsonl").read_text().splitlines()]
+    assert ran == ["train.py", "extract_codes.py", "train.py", "sample.py", "sample.py", "evaluate.py"]
+    found = {step.name: step.found() for step in steps(chain(*arguments))}
+    assert {name for name, folder in found.items() if folder is not None} == {"samples", "uniform samples", "evaluation"}
+    again = steps(chain("--run", path, "--evaluation.n", "25"))
+    assert {step.name for step in again if step.found() is not None} == {"samples", "uniform samples"}
