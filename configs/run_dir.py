@@ -242,5 +242,6 @@ def _commit() -> str | None:
 
 
 def program() -> str:
-    """The script being run, as the history names it."""
-    return Path(sys.argv[0]).name
+    """The script being run, as the history names it: its path in the repository."""
+    script = Path(sys.argv[0]).resolve()
+    return str(script.relative_to(REPOSITORY)) if script.is_relative_to(REPOSITORY) else script.name

@@ -46,10 +46,11 @@ def grid_scale(height: int) -> int:
 
 def reconstruction_grid(originals: Tensor, pictures: Tensor, columns: int) -> Tensor:
     """Rows of originals, each over the row of its reconstructions; uint8 (N, H, W, C) both."""
-    rows = []
-    for start in range(0, len(originals), columns):
-        rows += [originals[start : start + columns], pictures[start : start + columns]]
-    return image_grid(torch.cat(rows), columns)
+    columns = min(columns, len(originals))
+    # The last row may be short: white takes the places that are left, so that what follows begins a row of its own.
+    white = torch.full_like(originals[:1], 255).expand(-len(originals) % columns, -1, -1, -1)
+    rows = [torch.cat([images, white]).split(columns) for images in (originals, pictures)]
+    return image_grid(torch.cat([row for pair in zip(*rows, strict=True) for row in pair]), columns)
 
 
 def square_columns(count: int) -> int:
