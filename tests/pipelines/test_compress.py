@@ -1,0 +1,308 @@
+"""Compressing and decompressing as their user meets them, and the file between them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.errors import UserError
+from configs.run_dir import RunDir
+from pipelines import codec, compress, decompress
+from pipelines.code_file import CodeFile, pack, unique_names, unpack
+from pipelines.codec import Coded
+from pipelines.compress import main as compress_main
+from pipelines.decompress import main as decompress_main
+from stage1_vqvae.images import VALIDATION, to_model, to_uint8
+from stage1_vqvae.model import fingerprint, load_tokenizer
+from stage2_prior.code_store import CodeStore
+from stage2_prior.prior_file import load_prior
+from stage2_prior.train import main as train_prior
+
+CODED = Coded(b"12345678", 3, 2, [7, 65_535], 0xDEADBEEF)
+CONTENT = CodeFile(bytes(range(16)), "transformer", (8, 12, 3), CODED, torch.tensor([1, 0, 300]), ["a", "b", "c-2"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five images in folders that are no labels of the run; three of one name but for case and number."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for number, name in enumerate(("one/other.png", "one/same.png", "two/SAME.png", "two/same-2.png", "two/ä b.png")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def compressed(run_copy: Path, folder: Path, tmp_path: Path) -> Path:
+    compress_main(["--run", str(run_copy), "--images", str(folder), "--output", str(tmp_path / "five.vqc")])
+    return tmp_path / "five.vqc"
+
+
+def pictures_in(folder: Path, names: list[str]) -> np.ndarray:
+    assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in names}
+    return np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
+
+
+def test_a_folder_comes_back_as_its_reconstructions_by_name(run_copy: Path, folder: Path, compressed: Path, tmp_path: Path) -> None:
+    decompress_main(["--run", str(run_copy), "--file", str(compressed), "--output", str(tmp_path / "back")])
+    originals = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))]))
+    tokenizer = load_tokenizer(RunDir(run_copy))
+    expected = to_uint8(tokenizer.decode(tokenizer.encode(to_model(originals)))).numpy()
+    found = pictures_in(tmp_path / "back", ["other", "same", "SAME-2", "same-2-2", "ä b"])
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert unpack(compressed.read_bytes(), "").labels is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_a_split_is_coded_with_its_labels_at_the_priors_own_bits(
+    run_copy: Path, batch_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the codes and labels that stage 2 has of it."""
+    compress_main(["--run", str(run_copy), "--batch-size", str(batch_size)])
+    printed = capsys.readouterr().out
+    data = (run_copy / "compressed" / "000" / "images.vqc").read_bytes()
+    content = unpack(data, "")
+    store = CodeStore(run_copy / "codes" / VALIDATION)
+    assert content.labels is not None
+    assert store.labels is not None
+    assert content.labels.tolist() == store.labels.tolist()
+    assert (content.names, content.image_shape, content.coded.batch) == (None, (8, 12, 3), batch_size)
+    path = run_copy / "priors" / "transformer" / "prior.safetensors"
+    prior, _ = load_prior(path, fingerprint(run_copy / "tokenizer.safetensors"))
+    codes = store.codes(torch.arange(len(store)))
+    own = float(-prior.double().log_prob(codes, store.labels).sum() / np.log(2) / 8)
+    assert len(content.coded.payload) <= 1.01 * own + 4
+    assert float(re.search(r"-log2 p: ([\d.]+) bytes", printed)[1]) == pytest.approx(own, abs=0.06)  # type: ignore[index]
+    header, labels, names, payload = map(int, re.search(r"header (\d+), labels (\d+), names (\d+), payload (\d+)", printed).groups())  # type: ignore[union-attr]
+    assert (header + labels + names + payload, names, payload) == (len(data), 0, len(content.coded.payload))
+
+    for number in ("000", "001"):
+        decompress_main(["--run", str(run_copy), "--file", str(run_copy / "compressed" / "000" / "images.vqc")])
+        expected = to_uint8(load_tokenizer(RunDir(run_copy)).decode(codes)).numpy()
+        found = pictures_in(run_copy / "decompressed" / number, [f"{row:05d}" for row in range(len(store))])
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_labels_that_the_prior_does_not_know_are_left_out_or_asked_for(
+    run_copy: Path, folder: Path, compressed: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    """A prior that can do without does without, and says so; a label for all is taken; one that cannot asks for one."""
+    compress_main(["--run", str(run_copy), "--images", str(folder), "--output", str(tmp_path / "down.vqc"), "--label", "down"])
+    labels = unpack((tmp_path / "down.vqc").read_bytes(), "").labels
+    assert labels is not None
+    assert labels.tolist() == [1] * 5
+    compress_main(["--run", str(run_copy), "--images", str(pictures), "--output", str(tmp_path / "known.vqc")])
+    known = unpack((tmp_path / "known.vqc").read_bytes(), "").labels
+    assert known is not None
+    assert known.tolist() == [0] * 24 + [1] * 24
+    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    assert "--label" in one_line_error(compress_main, "--run", run_copy, "--images", folder)
+    assert not (run_copy / "compressed").exists()
+
+
+def test_every_prior_of_a_run_reads_its_own_files(run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    arguments = ["--prior.kind", "pixelcnn", "--prior.layers", "2", "--prior.width", "16", "--stage2.steps", "2"]
+    train_prior(["--run", str(run_copy), *arguments])
+    for prior in ("transformer", "pixelcnn"):
+        file = tmp_path / f"{prior}.vqc"
+        compress_main(["--run", str(run_copy), "--prior", prior, "--output", str(file)])
+        decompress_main(["--run", str(run_copy), "--file", str(file), "--output", str(tmp_path / prior)])
+    shutil.rmtree(run_copy / "priors" / "pixelcnn")
+    assert "pixelcnn" in one_line_error(decompress_main, "--run", run_copy, "--file", tmp_path / "pixelcnn.vqc")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "prior"])
+def test_another_runs_file_is_refused(run_copy: Path, compressed: Path, part: str, one_line_error: Callable[..., str]) -> None:
+    """A weight of the tokenizer or the prior that differs makes another run of it."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = run_copy / ("tokenizer.safetensors" if part == "tokenizer" else "priors/transformer/prior.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, path, metadata)
+    line = one_line_error(decompress_main, "--run", run_copy, "--file", compressed)
+    assert all(word in line for word in ("five.vqc", "fingerprint", "another run")), line
+    assert not (run_copy / "decompressed").exists()
+
+
+def test_any_byte_that_changed_is_noticed(compressed: Path) -> None:
+    """Every byte of the file, each in one of its bits; every length it may be cut to; a byte more."""
+    data = compressed.read_bytes()
+    unpack(data, "")
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        with pytest.raises(UserError, match="here: expected"):
+            unpack(bytes(damaged), "here")
+    for length in range(len(data)):
+        with pytest.raises(UserError, match="here: expected"):
+            unpack(data[:length], "here")
+    with pytest.raises(UserError, match="here: expected"):
+        unpack(data + b"\0", "here")
+
+
+def resealed(body: bytes) -> bytes:
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda data: b"\x89PNG" + data[4:], ["another kind"]),
+        (lambda data: data[:8] + b"\2\0" + data[10:], ["version 1", "found 2"]),
+        (lambda data: data[:-1], ["truncated"]),
+        (lambda data: b"", ["another kind"]),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(
+    run_copy: Path, compressed: Path, change: Callable[[bytes], bytes], parts: list[str], one_line_error: Callable[..., str]
+) -> None:
+    compressed.write_bytes(change(compressed.read_bytes()))
+    line = one_line_error(decompress_main, "--run", run_copy, "--file", compressed)
+    assert all(part in line for part in ["five.vqc", *parts]), line
+    assert not (run_copy / "decompressed").exists()
+
+
+def test_a_payload_under_a_right_checksum_that_is_not_the_codes_is_refused(
+    run_copy: Path, compressed: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    """As another machine's arithmetic might read it: the codes' own checksum tells."""
+    content = unpack(compressed.read_bytes(), "")
+    payload = bytes([content.coded.payload[0] ^ 1]) + content.coded.payload[1:]
+    compressed.write_bytes(pack(content._replace(coded=content.coded._replace(payload=payload)))[0])
+    line = one_line_error(decompress_main, "--run", run_copy, "--file", compressed, "--output", tmp_path / "back")
+    assert "arithmetic" in line
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_file_holds_what_was_packed() -> None:
+    for content in (
+        CONTENT,
+        CONTENT._replace(labels=None),
+        CONTENT._replace(names=None),
+        CONTENT._replace(coded=Coded(b"", 0, 64, [], 0), labels=torch.zeros(0, dtype=torch.int64), names=[]),
+        CONTENT._replace(labels=torch.tensor([0, 0, 0]), prior="ä", names=["\udcff", "ü", "x y"]),
+    ):
+        data, sizes = pack(content)
+        found = unpack(data, "")
+        assert found._replace(labels=None) == content._replace(labels=None)
+        assert (None if found.labels is None else found.labels.tolist()) == (None if content.labels is None else content.labels.tolist())
+        assert sum(sizes) == len(data)
+        assert sizes.payload == len(content.coded.payload)
+
+
+@pytest.mark.parametrize(
+    "names", [["../a", "b", "c"], ["/etc/a", "b", "c"], ["a", "a", "b"], ["a", "A", "b"], ["a", "b"], ["", "a", "b"], ["a"] * 4]
+)
+def test_names_that_would_leave_the_folder_or_meet_are_refused(names: list[str]) -> None:
+    with pytest.raises(UserError, match="contradicts itself"):
+        unpack(pack(CONTENT._replace(names=names))[0], "")
+
+
+def test_contradictions_under_a_right_checksum_are_refused() -> None:
+    data = pack(CONTENT)[0]
+    for labels in (torch.tensor([1, 0]), torch.zeros(5, dtype=torch.int64)):
+        with pytest.raises(UserError, match="contradicts itself"):
+            unpack(pack(CONTENT._replace(labels=labels))[0], "")
+    for body in (data[:-4] + b"more", data[:-5]):
+        with pytest.raises(UserError, match="contradicts itself"):
+            unpack(resealed(body), "")
+
+
+def test_names_become_unique() -> None:
+    found = unique_names(["a", "b", "a", "A", "a-2", "a"])
+    assert len({name.casefold() for name in found}) == 6
+    assert unique_names(found) == found
+    assert found[:3] == ["a", "b", "a-2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--prior", "uniform"], ["--prior", "uniform"]),
+        (["--prior", "best"], ["--prior best", "transformer"]),
+        (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+        (["--images", "nowhere"], ["nowhere"]),
+        (["--split", "middle"], ["--split", "middle"]),
+        (["--label", "sideways"], ["--label", "sideways"]),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(
+    run_copy: Path, tmp_path: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
+) -> None:
+    line = one_line_error(compress_main, "--run", run_copy, "--output", tmp_path / "new.vqc", *arguments)
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "new.vqc").exists()
+    assert not (run_copy / "compressed").exists()
+
+
+def test_what_exists_is_not_overwritten(run_copy: Path, compressed: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    before = compressed.read_bytes()
+    assert "five.vqc" in one_line_error(compress_main, "--run", run_copy, "--output", compressed)
+    assert "a folder" in one_line_error(compress_main, "--run", run_copy, "--output", tmp_path)
+    assert compressed.read_bytes() == before
+    (tmp_path / "back").mkdir()
+    decompress_main(["--run", str(run_copy), "--file", str(compressed), "--output", str(tmp_path / "back")])
+    assert "back" in one_line_error(decompress_main, "--run", run_copy, "--file", compressed, "--output", tmp_path / "back")
+    assert "a file" in one_line_error(decompress_main, "--run", run_copy, "--file", compressed, "--output", compressed)
+    assert "--file" in one_line_error(decompress_main, "--run", run_copy)
+    assert "nowhere.vqc" in one_line_error(decompress_main, "--run", run_copy, "--file", tmp_path / "nowhere.vqc")
+
+
+def test_a_file_that_does_not_decode_is_not_written(
+    run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    """Decoding with other weights than the encoder had, as if its arithmetic were another."""
+    weights, calls = codec.weights, 0
+
+    def drifting(logits: torch.Tensor, offset: int) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        found = weights(logits, offset)
+        return found if calls <= 6 else found[:, ::-1].copy()  # a batch of 2 x 3 codes encoded, then decoding
+
+    monkeypatch.setattr(codec, "weights", drifting)
+    assert "arithmetic" in one_line_error(compress_main, "--run", run_copy, "--output", tmp_path / "new.vqc")
+    assert calls > 6
+    monkeypatch.setattr(codec, "weights", weights)
+    monkeypatch.setattr(compress, "decode", lambda prior, coded, labels, **options: (torch.zeros(coded.images, 2, 3).long(),))
+    assert "nothing was written" in one_line_error(compress_main, "--run", run_copy)
+    assert not (tmp_path / "new.vqc").exists()
+    assert not (run_copy / "compressed").exists()
+
+
+def test_threads_of_another_command_decode_the_same(run_copy: Path, compressed: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        output = tmp_path / str(threads)
+        arguments = ["--run", str(run_copy), "--file", str(compressed), "--output", str(output)]
+        decompress_main([*arguments, "--compute.threads", str(threads)])
+        assert torch.get_num_threads() == threads
+        found.append(pictures_in(output, ["other", "same", "SAME-2", "same-2-2", "ä b"]))
+    torch.set_num_threads(before)
+    assert np.abs(found[0].astype(int) - found[1]).max() <= 1
+
+
+@pytest.mark.parametrize("script", [compress, decompress])
+def test_several_processes_are_refused(
+    run_copy: Path, compressed: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(script, "start", lambda compute: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+    arguments = ["--file", compressed] if script is decompress else []
+    assert "expected one process, found 2" in one_line_error(script.main, "--run", run_copy, *arguments)
+    assert not (run_copy / "compressed").exists()
+    assert not (run_copy / "decompressed").exists()
