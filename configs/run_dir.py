@@ -7,7 +7,8 @@ runs/NAME/
   stage1/                metrics.jsonl, report.json, codebook.json, checkpoints, pictures
   codes/SPLIT/           manifest.json and the codes
   priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
-  samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations and what other pipelines leave
+  samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations, compressed and
+                         what other pipelines leave
   classifier.safetensors what evaluations with its features compare images by
 """
 

@@ -28,13 +28,12 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json
-from pipelines.inputs import chosen_images, encode_and_decode, image_options
+from pipelines.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
 from pipelines.scoring import (
     BATCH_SIZE,
     Panel,
     ScoringPrior,
     file_names,
-    labels_to_score_by,
     panels_picture,
     scoring_prior,
     short,
@@ -83,7 +82,7 @@ def _find(command: Command, device: torch.device) -> None:
     scorer = scoring_prior(command, device)
     tokenizer = load_tokenizer(run, device)
     images = chosen_images(options, command.recipe.data, progress=True)
-    labels = labels_to_score_by(options.label, images, scorer.header)
+    labels = known_labels_for(options.label, images, scorer.header)
     mean_error = read_json(run.stage1 / "report.json")["validation"]["mse"]
     usual = reference(command, scorer, labelled=labels is not None)
     if usual is None:

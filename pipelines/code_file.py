@@ -25,7 +25,6 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from pipelines.codec import Coded
+from pipelines.inputs import unique_names
 from stage1_vqvae.model import fingerprint
 
 SUFFIX = ".vqc"
@@ -151,18 +151,3 @@ def _checked_names(joined: str, images: int) -> list[str]:
     if len(names) != images or names != unique_names(names) or any(not name or "/" in name or os.sep in name for name in names):
         raise ValueError(f"names that cannot be those of {images} files")
     return names
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Names numbered where they would meet, also where case is all that tells them apart; where none do, as they are."""
-    taken: set[str] = set()
-    met: dict[str, int] = {}
-    result = []
-    for name in names:
-        candidate = name
-        while candidate.casefold() in taken:
-            met[name] = met.get(name, 1) + 1
-            candidate = f"{name}-{met[name]}"
-        taken.add(candidate.casefold())
-        result.append(candidate)
-    return result

@@ -20,15 +20,15 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, write_bytes
-from pipelines.code_file import SUFFIX, CodeFile, Sizes, pack, run_fingerprint, unique_names, unpack
+from pipelines.code_file import SUFFIX, CodeFile, Sizes, pack, run_fingerprint, unpack
 from pipelines.codec import Encoding, batch_images, decode, encode
-from pipelines.inputs import Images, chosen_images, encode_and_decode, image_options, labels_for
+from pipelines.inputs import chosen_images, encode_and_decode, image_options, known_labels_for, unique_names
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage1_vqvae.model import fingerprint, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
 from stage2_prior.contract import AutoregressivePrior
-from stage2_prior.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
+from stage2_prior.prior_file import UNIFORM, finished_prior, load_prior
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     path = finished_prior(run, options.prior, command.next(TRAIN_PRIOR))
     prior, header = load_prior(path, fingerprint(run.tokenizer), accelerator.device)
     prior.double()
-    images = known_labels(chosen_images(options, command.recipe.data, progress=True), header)
-    labels = labels_for(options.label, images, header)
+    images = chosen_images(options, command.recipe.data, progress=True)
+    labels = known_labels_for(options.label, images, header)
 
     codes, reconstructions = encode_and_decode(tokenizer, images.pixels, options.batch_size, progress=True)
     encoding = encode(prior, codes, labels, batch_images(prior.layout, options.batch_size), progress=True)
@@ -86,15 +86,6 @@ def _free(path: Path) -> Path:
     if path.exists():
         raise UserError(f"--output {path}: expected a file that does not exist yet, found {'a folder' if path.is_dir() else 'one'}")
     return path
-
-
-def known_labels(images: Images, header: PriorHeader) -> Images:
-    """The images, without labels if the prior does not know them all, but can do without: folders need not be labels."""
-    unknown = set(images.labels or ()) - set(header.label_names or ())
-    if not unknown or not header.knows_no_label or header.label_names is None:
-        return images
-    print(f"the prior does not know label {min(unknown)}: all images are coded without label")
-    return images._replace(labels=None)
 
 
 def verify(data: bytes, content: CodeFile, prior: AutoregressivePrior, codes: Codes) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, say
 from configs.schema import Data
 from pipelines.drawing import labels_of
 from stage1_vqvae.images import TEST, TRAIN, VALIDATION, batches, load_files, load_images, to_model, to_uint8
@@ -93,3 +94,30 @@ def labels_for(asked: str | None, images: Images, header: PriorHeader | None) ->
     if not header.knows_no_label:
         raise UserError("--label: expected one, for a prior trained with stage2.label_dropout 0, found none")
     return None
+
+
+def known_labels_for(asked: str | None, images: Images, header: PriorHeader | None) -> Tensor | None:
+    """`labels_for`, but where the prior does not know the label of some image, all are taken without: so their bits
+    can be compared.
+    """
+    if asked is None and images.labels is not None and header is not None and header.label_names is not None:
+        unknown = sorted(set(images.labels) - set(header.label_names))
+        if unknown and header.knows_no_label:
+            say(f"the prior does not know the label {unknown[0]}: all images are taken without labels (--label names one for all)")
+            images = images._replace(labels=None)
+    return labels_for(asked, images, header)
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names numbered where they would meet, also where case is all that tells them apart; where none do, as they are."""
+    taken: set[str] = set()
+    met: dict[str, int] = {}
+    result = []
+    for name in names:
+        candidate = name
+        while candidate.casefold() in taken:
+            met[name] = met.get(name, 1) + 1
+            candidate = f"{name}-{met[name]}"
+        taken.add(candidate.casefold())
+        result.append(candidate)
+    return result

@@ -21,13 +21,12 @@ from torch import Tensor
 from configs.cli import Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.inputs import chosen_images, encode_and_decode, image_options
+from pipelines.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
 from pipelines.scoring import (
     BATCH_SIZE,
     Panel,
     ScoringPrior,
     file_names,
-    labels_to_score_by,
     panels_picture,
     scoring_prior,
     short,
@@ -73,7 +72,7 @@ def _reconstruct(command: Command, device: torch.device) -> None:
     scorer: ScoringPrior | None = None if without else scoring_prior(command, device)
     images = chosen_images(options, command.recipe.data, progress=True)
     images = images if options.n is None else images.spread(options.n)
-    labels = labels_to_score_by(options.label, images, scorer.header if scorer is not None else None)
+    labels = known_labels_for(options.label, images, scorer.header if scorer is not None else None)
 
     with run.numbered("reconstructions") as folder:
         assert folder is not None

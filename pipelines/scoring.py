@@ -1,4 +1,4 @@
-"""What all pipelines that score given images share: bits under a prior, the labels to score by, a table and a picture of them."""
+"""What all pipelines that score given images share: bits under a prior, a table and a picture of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, Command
-from configs.errors import say
 from configs.run_dir import write_bytes
-from pipelines.inputs import Images, labels_for
+from pipelines.inputs import unique_names
 from stage1_vqvae.images import batches
 from stage1_vqvae.model import fingerprint
 from stage1_vqvae.plots import grid_scale, image_grid, save_figure
@@ -67,30 +66,9 @@ def surprisals(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, 
     return bits
 
 
-def labels_to_score_by(asked: str | None, images: Images, header: PriorHeader | None) -> Tensor | None:
-    """`labels_for`, but where the prior does not know the label of some image, all are scored without: so their bits
-    can be compared.
-    """
-    if asked is None and images.labels is not None and header is not None and header.label_names is not None:
-        unknown = sorted(set(images.labels) - set(header.label_names))
-        if unknown and header.knows_no_label:
-            say(f"the prior does not know the label {unknown[0]}: all images are scored without labels (--label names one for all)")
-            images = images._replace(labels=None)
-    return labels_for(asked, images, header)
-
-
 def file_names(names: Sequence[str]) -> list[str]:
-    """A PNG's name for each image: its own stem; where an earlier one has that (in any case: some disks see none), with a number."""
-    taken: set[str] = set()
-    found = []
-    for name in names:
-        stem = unique = Path(name).stem
-        number = 2
-        while unique.casefold() in taken:
-            unique, number = f"{stem}-{number}", number + 1
-        taken.add(unique.casefold())
-        found.append(f"{unique}.png")
-    return found
+    """A PNG's name for each image: its own stem, numbered where several have it."""
+    return [f"{name}.png" for name in unique_names([Path(name).stem for name in names])]
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -18,10 +18,11 @@ from PIL import Image
 from configs.errors import UserError
 from configs.run_dir import RunDir
 from pipelines import codec, compress, decompress
-from pipelines.code_file import CodeFile, pack, unique_names, unpack
+from pipelines.code_file import CodeFile, pack, unpack
 from pipelines.codec import Coded
 from pipelines.compress import main as compress_main
 from pipelines.decompress import main as decompress_main
+from pipelines.inputs import unique_names
 from stage1_vqvae.images import VALIDATION, to_model, to_uint8
 from stage1_vqvae.model import fingerprint, load_tokenizer
 from stage2_prior.code_store import CodeStore
