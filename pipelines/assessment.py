@@ -10,30 +10,21 @@ import torch
 import torchvision
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.schema import Evaluation
 from pipelines.classifier import Classifier, labels_found
-from pipelines.distances import (
-    PARTS,
-    density_coverage,
-    frechet_distance,
-    frechet_of_parts,
-    inception_score,
-    kernel_distance,
-    mean_with_interval,
-    nearest,
-    nearest_codes,
-    precision_recall,
-)
+from pipelines.distances import PARTS, Reference, Spread, inception_score, mean_with_interval, nearest, nearest_codes
 from pipelines.features import FeatureNetwork, Features, weights_in
 from pipelines.inputs import encode_and_decode
 from stage1_vqvae.images import TRAIN, ImageSource, batches
 from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors, ssim_of_each, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.plots import image_grid
+from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.randomness import generator
 from stage2_prior.sequence import SequenceLayout
 
-# Images whose nearest training images are looked for.
+# Images whose nearest training images are looked for, drawn at random: splits may stand in the order of their labels.
 _LOOKED_UP = 1000
 # In the picture of them: so many that are nearest, the first so many, and so many training images of each.
 _NEAREST, _FIRST, _NEIGHBOURS = 4, 10, 3
@@ -46,14 +37,16 @@ class Samples(NamedTuple):
 
     pixels: Tensor
     """uint8 (N, H, W, C)."""
+    codes: Codes | None
+    """What they were decoded from, (N, h, w) a level; None: made elsewhere."""
     labels: list[str] | None
-    """What each was asked to show."""
+    """What each was asked to show; all of them labels of the run."""
     details: dict[str, Any]
-    """Where they are from: `source` in words; `prior`, `prior_sha256`, `sampling`, null where they are made elsewhere."""
+    """Where they are from: `source` in words; `prior`, `prior_sha256`, `sampling`, `tokenizer_sha256`, null where made elsewhere."""
 
 
 class Assessor:
-    """Sees every image set once: its features, and its codes under the tokenizer."""
+    """Sees every set of images once."""
 
     def __init__(self, tokenizer: VQVAE, network: FeatureNetwork, source: ImageSource, config: Evaluation) -> None:
         self.tokenizer, self.network, self.source, self.config = tokenizer, network, source, config
@@ -64,18 +57,27 @@ class Assessor:
     def features(self, name: str, pixels: Tensor | None = None) -> Features:
         """Of a split by its name, or of other `pixels` under a name of their own."""
         if name not in self._features:
-            self._features[name] = self.network(self._pixels(name, pixels), self.config.batch_size, name)
+            pixels = self.source.splits[name].pixels if pixels is None else pixels
+            self._features[name] = self.network(pixels, self.config.batch_size, name)
         return self._features[name]
 
-    def coded(self, name: str, pixels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Places (N, T) and reconstructions, uint8 (N, H, W, C), of the same."""
-        if name not in self._coded:
-            codes, pictures = encode_and_decode(self.tokenizer, self._pixels(name, pixels), self.config.batch_size, progress=True)
-            self._coded[name] = (self.layout.flat(codes), pictures)
-        return self._coded[name]
+    def coded(self, split: str) -> tuple[Tensor, Tensor]:
+        """Places (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
+        if split not in self._coded:
+            codes, pictures = encode_and_decode(self.tokenizer, self.source.splits[split].pixels, self.config.batch_size, progress=True)
+            self._coded[split] = (self.layout.flat(codes), pictures)
+        return self._coded[split]
 
-    def _pixels(self, name: str, pixels: Tensor | None) -> Tensor:
-        return self.source.splits[name].pixels if pixels is None else pixels
+    def places(self, samples: Samples) -> Tensor:
+        """(N, T): the codes samples were decoded from, or else what the tokenizer makes of them."""
+        if samples.codes is not None:
+            return self.layout.flat(samples.codes)
+        return self.layout.flat(encode_and_decode(self.tokenizer, samples.pixels, self.config.batch_size, progress=True)[0])
+
+    def some(self, count: int, wanted: int, purpose: str) -> Tensor:
+        """Rows of `wanted` of `count` images, or of all if they are fewer, drawn once and for all."""
+        order = torch.randperm(count, generator=generator(self.config.seed, purpose))
+        return order[:wanted].sort().values
 
     def reconstruction(self, split: str) -> dict[str, Any]:
         """Means over a split's images, each with its 95 % interval, on 8-bit pixels taken as [0, 1]; null where a figure is not
@@ -89,14 +91,14 @@ class Assessor:
             "mse": errors,
             "psnr": psnr_of_each(errors),
             "ssim": None if similarities.isnan().any() else similarities,
-            "lpips": perceptual_distances(pictures, originals, self.config.batch_size),
+            "lpips": perceptual_distances(pictures, originals, self.config.batch_size, self.network.device),
         }
         found: dict[str, Any] = {
             name: None if values is None else dict(zip(("mean", "low", "high"), mean_with_interval(values, self.config.seed), strict=True))
             for name, values in of_each.items()
         }
-        vectors = self.features("reconstructions", pictures).vectors
-        return found | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": frechet_distance(vectors, self.features(split).vectors)}
+        made, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
+        return found | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
 
     def codes(self, split: str) -> dict[str, float]:
         """Usage and perplexity of the codebooks over a split."""
@@ -104,36 +106,38 @@ class Assessor:
         counts = [level.flatten().bincount(minlength=k) for level, k in zip(places, self.layout.num_codes, strict=True)]
         return {"usage": usage(*counts), "perplexity": perplexity(*counts)}
 
-    def distances(self, images: Features, reference: Features) -> dict[str, Any]:
-        """How a set of images lies to the reference."""
-        vectors, seed = images.vectors, self.config.seed
-        precision, recall = precision_recall(vectors, reference.vectors)
-        density, coverage = density_coverage(vectors, reference.vectors)
-        parts = frechet_of_parts(vectors, reference.vectors, seed) if len(vectors) >= 2 * PARTS else None
+    def distances(self, images: Features, reference: Reference) -> dict[str, Any]:
+        """How a set of images lies to the reference; null where there are too few for a figure."""
+        seed = self.config.seed
+        parts = reference.frechet_of_parts(images.vectors, seed)
+        precision, recall = reference.precision_recall(images.vectors) or (None, None)
+        density, coverage = reference.density_coverage(images.vectors) or (None, None)
         return {
-            "n": len(vectors),
-            "frechet": frechet_distance(vectors, reference.vectors),
-            "frechet_of_parts": None if parts is None else {"n": len(vectors) // PARTS, **parts._asdict()},
-            "kernel": kernel_distance(vectors, reference.vectors, seed)._asdict(),
+            "n": len(images.vectors),
+            "frechet": reference.frechet(images.vectors),
+            "frechet_of_parts": None if parts is None else {"n": len(images.vectors) // PARTS, **parts._asdict()},
+            "kernel": _dictionary(reference.kernel(images.vectors, seed)),
             "precision": precision,
             "recall": recall,
             "density": density,
             "coverage": coverage,
-            "inception_score": inception_score(images.logits, seed)._asdict(),
+            "inception_score": _dictionary(inception_score(images.logits, seed)),
         }
 
     def beside_real(self, samples: Samples, split: str, reference: str, classifier: Classifier | None) -> dict[str, Any]:
-        """`distances` to the reference: of samples, of as many of them as there are held-out images, of those, and of their
-        reconstructions, which no sample can be expected to surpass; and the shares that the classifier puts in their class.
+        """`distances` to the reference: of samples, of held-out images, and of their reconstructions, which no sample can be
+        expected to surpass; of the more numerous of the first two also as many as there are of the other, so that Fréchet
+        distances can be compared. And the shares that the classifier puts in their class.
         """
-        sampled, held_out, known = self.features("samples", samples.pixels), self.features(split), self.features(reference)
-        sets = {"samples": sampled}
-        size = len(held_out.vectors)
-        if size < len(samples.pixels):
-            # At random: labels take turns, so that every second would have some labels alone, or stand in order.
-            some = torch.randperm(len(samples.pixels), generator=generator(self.config.seed, "as many as held out"))[:size]
-            sets[f"{size} of the samples"] = Features(*(tensor[some] for tensor in sampled))
-        sets |= {f"{split}, real": held_out, f"{split}, reconstructed": self.features("reconstructions")}
+        sets = {"samples": self.features("samples", samples.pixels), f"{split}, real": self.features(split)}
+        sets[f"{split}, reconstructed"] = self.features("reconstructions", self.coded(split)[1])
+        fewest = min(len(samples.pixels), len(self.source.splits[split]))
+        for name, images in list(sets.items()):
+            if len(images.vectors) > fewest:
+                # At random: labels take turns, so that every second would have some labels alone, or stand in order.
+                rows = self.some(len(images.vectors), fewest, "equal numbers")
+                sets[f"{name}, {fewest} of them"] = Features(*(tensor[rows] for tensor in images))
+        known = Reference(self.features(reference).vectors, self.network.device)
         found = {name: self.distances(images, known) for name, images in sets.items()}
         if classifier is not None:
             real = self.source.splits[split]
@@ -143,22 +147,25 @@ class Assessor:
             for name, (pixels, asked) in pictures.items():
                 if asked is not None:
                     seen = [classifier.label_names[label] for label in labels_found(classifier, pixels, self.config.batch_size).tolist()]
-                    found[name]["in_their_class"] = sum(map(str.__eq__, seen, asked)) / len(asked)
+                    found[name]["in_their_class"] = sum(one == other for one, other in zip(seen, asked, strict=True)) / len(asked)
         return found
 
     def memorisation(self, samples: Samples, split: str) -> dict[str, Any]:
-        """How near samples are to training images, beside how near unseen real images are, by features and by codes.
+        """How near samples are to training images, by features and by codes, beside how near unseen real images are, and
+        training images that went through the tokenizer, which is what a prior would give that knows them by heart.
 
-        A generator that copies is nearer than those: a ratio of medians far below 1, or all codes of a training image. Of the
-        first 1,000 samples and held-out images.
+        Of up to 1,000 of each, drawn at random.
         """
+        sets = {"samples": (self.features("samples", samples.pixels).vectors, self.places(samples))}
+        sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
+        known, pictures = self.coded(TRAIN)
+        rows = self.some(len(known), _LOOKED_UP, "copies")
+        sets["copies"] = (self.features("copies of training images", pictures[rows]).vectors, known[rows])
         found: dict[str, Any] = {}
-        for name, images, places in (
-            ("samples", self.features("samples", samples.pixels), self.coded("samples", samples.pixels)[0]),
-            ("held_out", self.features(split), self.coded(split)[0]),
-        ):
-            distances = nearest(images.vectors[:_LOOKED_UP], self.features(TRAIN).vectors, 1).distances
-            others = nearest_codes(places[:_LOOKED_UP], self.coded(TRAIN)[0], 1).distances
+        for name, (vectors, places) in sets.items():
+            rows = self.some(len(vectors), _LOOKED_UP, "neighbours")
+            distances = nearest(vectors[rows], self.features(TRAIN).vectors, 1, self.network.device).distances
+            others = nearest_codes(places[rows], known, 1).distances
             found[name] = {
                 "n": len(distances),
                 "median_distance": float(distances.median()),
@@ -166,25 +173,28 @@ class Assessor:
                 "with_all_codes_of_a_training_image": int((others == 0).sum()),
             }
         real = found["held_out"]["median_distance"]
-        return found | {"ratio_of_median_distances": found["samples"]["median_distance"] / real if real > 0 else None}
+        ratios = {name: found[name]["median_distance"] / real if real > 0 else None for name in ("samples", "copies")}
+        return found | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
 
     def neighbours(self, samples: Samples) -> Tensor:
         """A row a sample: the sample, its nearest training images by features, and by codes. On top the samples that are nearest
-        to theirs, where a copy would be; then the first ones, as they come.
+        to theirs, where a copy would be; then some as they come. Of 1,000 drawn at random.
         """
         training = self.source.splits[TRAIN].pixels
-        vectors, places = (
-            self.features("samples", samples.pixels).vectors[:_LOOKED_UP],
-            self.coded("samples", samples.pixels)[0][:_LOOKED_UP],
-        )
+        rows = self.some(len(samples.pixels), _LOOKED_UP, "neighbours")
+        vectors, places = self.features("samples", samples.pixels).vectors[rows], self.places(samples)[rows]
         k = min(_NEIGHBOURS, len(training))
-        by_features = nearest(vectors, self.features(TRAIN).vectors, k)
+        by_features = nearest(vectors, self.features(TRAIN).vectors, k, self.network.device)
         shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
         by_codes = nearest_codes(places[shown], self.coded(TRAIN)[0], k)
-        gap = torch.full_like(samples.pixels[shown], 255)[:, None]
-        row = [samples.pixels[shown][:, None], gap, training[by_features.rows[shown]], gap, training[by_codes.rows]]
-        pictures = torch.cat(row, 1)
+        own = samples.pixels[rows[shown]][:, None]
+        gap = torch.full_like(own, 255)
+        pictures = torch.cat([own, gap, training[by_features.rows[shown]], gap, training[by_codes.rows]], 1)
         return image_grid(pictures.flatten(0, 1), pictures.shape[1])
+
+
+def _dictionary(spread: Spread | None) -> dict[str, float] | None:
+    return None if spread is None else spread._asdict()
 
 
 def pixels_hash(pixels: Tensor) -> str:
@@ -192,18 +202,30 @@ def pixels_hash(pixels: Tensor) -> str:
     return hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-def perceptual_distances(pictures: Tensor, originals: Tensor, batch_size: int) -> Tensor | None:
+def lpips_weights() -> Path | None:
+    """AlexNet's file in torch's cache; None: not there. Errors: UserError for a file of more than tensors, before torchvision
+    unpickles it.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / torchvision.models.AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    if not path.exists():
+        return None
+    try:
+        weights_in(path)
+    except UserError as error:
+        raise UserError(f"LPIPS: {error}; remove the file, and LPIPS is left out") from None
+    return path
+
+
+def perceptual_distances(pictures: Tensor, originals: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
     """LPIPS of each image (Zhang et al. 2018), (N,), by torchmetrics' AlexNet; None below 32 pixels a side, or if the weights are
     not in torch's cache: nothing is downloaded for it.
     """
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / torchvision.models.AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[1]
-    if not weights.exists() or min(pictures.shape[1:3]) < _LPIPS_PIXELS:
+    if min(pictures.shape[1:3]) < _LPIPS_PIXELS or lpips_weights() is None:
         return None
-    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    weights_in(weights)  # a file of more than tensors is refused before torchvision unpickles it
-    found = []
+    metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True).to(device)
     for part in batches(len(pictures), batch_size):
-        made, wanted = (images[part].movedim(-1, 1).expand(-1, 3, -1, -1).float() / 255 for images in (pictures, originals))
-        found.append(learned_perceptual_image_patch_similarity(made, wanted, "alex", reduction="none", normalize=True).flatten())
-    return torch.cat(found)
+        made, wanted = (images[part].movedim(-1, 1).expand(-1, 3, -1, -1).to(device) / 255 for images in (pictures, originals))
+        metric.update(made, wanted)
+    return metric.compute().flatten().cpu()

@@ -63,7 +63,7 @@ def run_classifier(run: RunDir, source: ImageSource, device: torch.device) -> Cl
         classifier = Classifier(channels, names)
         classifier.load_state_dict(weights)
     else:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             classifier = Classifier(channels, names)
         fit(classifier.to(device), train, device)

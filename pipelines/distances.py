@@ -1,11 +1,13 @@
-"""Distances between two sets of feature vectors, and neighbours: thin functions, by torch-fidelity where it has them.
+"""How far sets of feature vectors lie from a reference set, and neighbours: by torch-fidelity where it has the formula.
 
-All take float tensors (N, D) on the CPU.
+Vectors are float tensors (N, D) on the CPU.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from stage1_vqvae.training.randomness import generator
 
-# Of the k-th neighbour's ball: as in the papers, for precision and recall, and for density and coverage.
+# The neighbour whose distance is a ball's radius: as in the papers, for precision and recall, and for density and coverage.
 _PRECISION_K, _DENSITY_K = 3, 5
 # Of the kernel distance, as published: the mean over so many subsets of so many vectors.
 _SUBSETS, _SUBSET_SIZE = 100, 1000
 # Splits of the inception score, as published.
 _SPLITS = 10
 PARTS = 5
-"""Disjoint parts of the samples for the spread of a Fréchet distance."""
+"""Disjoint parts of the images for the spread of a Fréchet distance."""
 # Vectors whose distances to all others are held at once.
 _BLOCK = 1024
 
@@ -32,67 +34,6 @@ class Spread(NamedTuple):
     deviation: float
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Between Gaussians with the sets' means and covariances (Heusel et al. 2017, equation 6)."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-
-    statistics = [fid_features_to_statistics(features.double()) for features in (first, second)]
-    return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
-
-
-def frechet_of_parts(samples: Tensor, reference: Tensor, seed: int) -> Spread:
-    """`frechet_distance` of disjoint random parts of the samples, each to the whole reference.
-
-    Resampling with repetition would shrink the covariances and so bias the distance upward; parts are merely small, which
-    biases it upward too, but by the same in each: their spread says how sure a distance is, not their mean.
-    """
-    # Not every fifth: labels take turns, so a part would have some labels alone.
-    order = torch.randperm(len(samples), generator=generator(seed, "parts"))
-    found = np.array([frechet_distance(samples[rows], reference) for rows in order.tensor_split(PARTS)])
-    return Spread(float(found.mean()), float(found.std(ddof=1)))
-
-
-def kernel_distance(samples: Tensor, reference: Tensor, seed: int) -> Spread:
-    """The squared maximum mean discrepancy under a cubic kernel (Binkowski et al. 2018), over random subsets."""
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-    size = min(_SUBSET_SIZE, len(samples), len(reference))
-    settings = {"kid_subsets": _SUBSETS, "kid_subset_size": size, "rng_seed": seed, "verbose": False}
-    found = kid_features_to_metric(samples.double(), reference.double(), **settings)
-    return Spread(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
-
-
-def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """The shares of samples among the reference, and of the reference among the samples (Kynkaanniemi et al. 2019), k = 3."""
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    settings = {"prc_neighborhood": _PRECISION_K, "prc_batch_size": _BLOCK, "save_cpu_ram": True, "verbose": False}
-    found = prc_features_to_metric(samples, reference, **settings)
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
-
-
-def density_coverage(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """How many of the reference's balls a sample lies in, over k; the share of balls with a sample in them (Naeem et al.
-    2020, equations 4 and 5), k = 5.
-    """
-    # The nearest is the vector itself.
-    radii = nearest(reference, reference, _DENSITY_K + 1).distances[:, -1]
-    inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool)
-    for block in samples.split(_BLOCK):
-        within = torch.cdist(block, reference) < radii
-        inside += int(within.sum())
-        covered |= within.any(0)
-    return inside / (_DENSITY_K * len(samples)), float(covered.double().mean())
-
-
-def inception_score(logits: Tensor, seed: int) -> Spread:
-    """exp of the mean divergence between a sample's labels and all samples' (Salimans et al. 2016), over splits."""
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-
-    found = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
-    return Spread(found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD])
-
-
 class Neighbours(NamedTuple):
     """The nearest of a reference, nearest first."""
 
@@ -102,10 +43,93 @@ class Neighbours(NamedTuple):
     """(N, k), in the reference."""
 
 
-def nearest(queries: Tensor, reference: Tensor, k: int) -> Neighbours:
+class Reference:
+    """What images are compared with. What is needed of it again and again is computed once, on the device given.
+
+    A figure is None where there are too few vectors on either side for it.
+    """
+
+    def __init__(self, vectors: Tensor, device: torch.device | str = "cpu") -> None:
+        self.vectors, self.device = vectors, device
+
+    @cached_property
+    def _statistics(self) -> dict[str, Any]:
+        return _statistics(self.vectors)
+
+    @cached_property
+    def _radii(self) -> Tensor:
+        """(N, k): each vector's distances to its nearest others."""
+        return _radii(self.vectors, max(_PRECISION_K, _DENSITY_K), self.device)
+
+    def frechet(self, images: Tensor) -> float | None:
+        """Between Gaussians with the sets' means and covariances (Heusel et al. 2017, equation 6)."""
+        if min(len(images), len(self.vectors)) < 2:
+            return None
+        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+        return max(0.0, fid_statistics_to_metric(_statistics(images), self._statistics, verbose=False)[KEY_METRIC_FID])
+
+    def frechet_of_parts(self, images: Tensor, seed: int) -> Spread | None:
+        """`frechet` of disjoint random parts of the images, each to the whole reference.
+
+        Resampling with repetition would shrink the covariances and so bias the distance upward; parts are merely small,
+        which biases it upward too, but by the same in each: their spread says how sure a distance is, not their mean.
+        """
+        # Not every fifth: labels take turns, so a part would have some labels alone.
+        order = torch.randperm(len(images), generator=generator(seed, "parts"))
+        found = [self.frechet(images[rows]) for rows in order.tensor_split(PARTS)]
+        values = [value for value in found if value is not None]
+        return Spread(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) == PARTS else None
+
+    def kernel(self, images: Tensor, seed: int) -> Spread | None:
+        """The squared maximum mean discrepancy under a cubic kernel (Binkowski et al. 2018), over random subsets."""
+        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+        size = min(_SUBSET_SIZE, len(images), len(self.vectors))
+        if size < 2:
+            return None
+        settings = {"kid_subsets": _SUBSETS, "kid_subset_size": size, "rng_seed": seed, "verbose": False}
+        found = kid_features_to_metric(images.double(), self.vectors.double(), **settings)
+        return Spread(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
+
+    def precision_recall(self, images: Tensor) -> tuple[float, float] | None:
+        """The shares of images among the reference, and of the reference among the images: within a ball around one of them
+        that reaches to its third neighbour (Kynkaanniemi et al. 2019).
+        """
+        if min(len(images), len(self.vectors)) <= _PRECISION_K:
+            return None
+        precision = _within(images, self.vectors, self._radii[:, _PRECISION_K - 1], self.device)
+        recall = _within(self.vectors, images, _radii(images, _PRECISION_K, self.device)[:, -1], self.device)
+        return float((precision > 0).double().mean()), float((recall > 0).double().mean())
+
+    def density_coverage(self, images: Tensor) -> tuple[float, float] | None:
+        """How many of the reference's balls an image lies in, over k; the share of balls with an image in them (Naeem et al. 2020,
+        equations 4 and 5), k = 5.
+        """
+        if len(self.vectors) <= _DENSITY_K:
+            return None
+        radii = self._radii[:, _DENSITY_K - 1]
+        density = _within(images, self.vectors, radii, self.device).double().mean() / _DENSITY_K
+        covered = nearest(self.vectors, images, 1, self.device).distances[:, 0] < radii
+        return float(density), float(covered.double().mean())
+
+
+def inception_score(logits: Tensor, seed: int) -> Spread:
+    """exp of the mean divergence between an image's labels and all images' (Salimans et al. 2016), over splits; of logits (N, classes)."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    found = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
+    return Spread(found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD])
+
+
+def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | str = "cpu") -> Neighbours:
     """The k nearest of the reference to each query, by Euclidean distance."""
-    found = [torch.cdist(block, reference).topk(k, largest=False) for block in queries.split(_BLOCK)]
-    return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    rows = torch.cat([block.topk(k, largest=False).indices.cpu() for block in _blocks(queries, reference, device)])
+    # The search multiplies matrices, whose rounding is large beside a small distance: those found are measured again.
+    pairs = zip(queries.split(_BLOCK), rows.split(_BLOCK), strict=True)
+    distances = torch.cat([torch.stack([(query - reference[row]).norm(dim=-1) for row in found.T], 1) for query, found in pairs])
+    distances, order = distances.sort(dim=1, stable=True)
+    return Neighbours(distances, rows.gather(1, order))
 
 
 def nearest_codes(queries: Tensor, reference: Tensor, k: int) -> Neighbours:
@@ -125,3 +149,29 @@ def mean_with_interval(values: Tensor, seed: int, resamples: int = 1000) -> tupl
     means = [array[draws.integers(len(array), size=len(array))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(array.mean()), float(low), float(high)
+
+
+def _within(points: Tensor, centres: Tensor, radii: Tensor, device: torch.device | str) -> Tensor:
+    """In how many of the balls each point lies, (N,)."""
+    return torch.cat([(block <= radii.to(block)).sum(1).cpu() for block in _blocks(points, centres, device)])
+
+
+def _radii(vectors: Tensor, k: int, device: torch.device | str) -> Tensor:
+    """Each vector's distances to its k nearest others, (N, k)."""
+    # The nearest is the vector itself, or its double.
+    return nearest(vectors, vectors, min(k + 1, len(vectors)), device).distances[:, 1:]
+
+
+def _blocks(points: Tensor, others: Tensor, device: torch.device | str) -> Iterator[Tensor]:
+    """Distances (block, M) of some points at a time to all others, on the device."""
+    # About their centre, where rounding is least.
+    centre = others.mean(0)
+    moved = (others - centre).to(device)
+    for block in points.split(_BLOCK):
+        yield torch.cdist((block - centre).to(device), moved)
+
+
+def _statistics(vectors: Tensor) -> dict[str, Any]:
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(vectors.double())

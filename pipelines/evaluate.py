@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 
 from configs.cli import REPORT, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json, write_bytes, write_json
-from pipelines.assessment import Assessor, Samples, pixels_hash
+from pipelines.assessment import Assessor, Samples, lpips_weights, pixels_hash
 from pipelines.classifier import run_classifier
 from pipelines.drawing import check_guidance, chosen_prior, draw_images, labels_of
 from pipelines.evaluation_report import markdown, notes, tables
 from pipelines.features import feature_network
-from stage1_vqvae.images import TEST, TRAIN, VALIDATION, load_files, load_images
+from pipelines.provenance import agrees, identity
+from stage1_vqvae.images import TEST, TRAIN, VALIDATION, ImageSource, load_files, load_images
 from stage1_vqvae.model import VQVAE, fingerprint, load_tokenizer
 from stage1_vqvae.plots import grid_scale, save_png
 from stage1_vqvae.training.processes import start
@@ -39,7 +41,9 @@ from stage2_prior.prior_file import UNIFORM
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, ("evaluation", "sampling", "compute"), argv, flat="evaluation", options=_options)
-    run, options = command.run, command.options
+    run, config, options = command.run, command.recipe.evaluation, command.options
+    if options.samples is not None and options.prior is not None:
+        raise UserError(f"--samples: expected no --prior beside it, found {options.prior}")
     for name in ("split", "reference"):
         if getattr(options, name) not in (TRAIN, VALIDATION, TEST):
             raise UserError(f"--{name}: expected {TRAIN}, {VALIDATION} or {TEST}, found {getattr(options, name)}")
@@ -48,19 +52,23 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(run, accelerator.device)
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
         # First what can be missing, then what takes its time.
-        assessor = prepared(command, tokenizer, accelerator.device) if folder is not None else None
+        source = images(command, progress=folder is not None)
+        assessor = None
+        if folder is not None:
+            lpips_weights()
+            assessor = Assessor(tokenizer, feature_network(config, run, source, accelerator.device), source, config)
         samples = None
         if options.samples is not None:
-            samples = given(command, options.samples) if folder is not None else None
+            samples = given(command, options.samples, source.label_names) if folder is not None else None
         elif options.prior is not None or run.last_prior() is not None:
             samples = drawn(command, accelerator, tokenizer)
         if folder is not None and assessor is not None:
-            run.record(program(), command.arguments, dataclasses.asdict(command.recipe.evaluation))
             found = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))
             write_json(folder / "evaluation.json", found)
             write_bytes(folder / "evaluation.md", markdown(found).encode())
+            run.record(program(), command.arguments, dataclasses.asdict(config))
             print(markdown(found))
             print(f"wrote {run.show(folder / 'evaluation.json')}, .md and pictures")
             print(f"next: {command.next(REPORT if samples is not None else TRAIN_PRIOR)}")
@@ -74,14 +82,14 @@ def _options(parser: Any) -> None:
     parser.add_argument("--reference", type=str, default=TRAIN, help="the split with which samples are compared")
 
 
-def prepared(command: Command, tokenizer: VQVAE, device: torch.device) -> Assessor:
-    """Images and feature network. Errors: UserError for a split or weights there are not."""
-    options, config = command.options, command.recipe.evaluation
-    source = load_images(command.recipe.data, {TRAIN, VALIDATION, options.split, options.reference}, progress=True)
+def images(command: Command, progress: bool) -> ImageSource:
+    """The splits that are looked at. Errors: UserError for one there is not."""
+    options = command.options
+    source = load_images(command.recipe.data, {TRAIN, VALIDATION, options.split, options.reference}, progress)
     for name in ("split", "reference"):
         if getattr(options, name) not in source.splits:
             raise UserError(f"--{name} {getattr(options, name)}: expected one of {', '.join(source.splits)}, the splits of the run's data")
-    return Assessor(tokenizer, feature_network(config, command.run, source, device), source, config)
+    return source
 
 
 def drawn(command: Command, accelerator: Accelerator, tokenizer: VQVAE) -> Samples:
@@ -90,39 +98,58 @@ def drawn(command: Command, accelerator: Accelerator, tokenizer: VQVAE) -> Sampl
     chosen = chosen_prior(command, accelerator)
     labels = labels_of(None, config.n, chosen.header)
     check_guidance(accelerator, sampling, labels, chosen.header)
-    _, pixels = draw_images(accelerator, tokenizer, chosen.prior, labels, config.n, config.seed, sampling)
+    codes, pixels = draw_images(accelerator, tokenizer, chosen.prior, labels, config.n, config.seed, sampling)
     names = chosen.header.label_names if chosen.header is not None else None
     shown = None if labels is None or names is None else [names[label] for label in labels.tolist()]
-    details = {"source": f"drawn from prior {chosen.name}, {'labels in turns' if shown else 'no labels'}", **chosen.details}
-    return Samples(pixels, shown, details)
+    balance = "labels in turns" if shown else "no labels"
+    own = {"source": f"drawn from prior {chosen.name}, {balance}", "tokenizer_sha256": fingerprint(command.run.tokenizer)}
+    return Samples(pixels, codes, shown, own | chosen.details)
 
 
-def given(command: Command, path: str) -> Samples:
-    """Images made elsewhere: with the labels that our own samples.json, or their folders, say.
+def given(command: Command, path: str, label_names: list[str] | None) -> Samples:
+    """Images made elsewhere, or a folder that sample.py left: with the labels that its samples.json, or their folders, say, if the
+    run has them.
 
     Errors: UserError for what is missing, no image, or an npz of another size.
     """
     data, place = command.recipe.data, Path(path).expanduser()
-    details = {"source": f"images in {path}", "prior": None, "prior_sha256": None, "sampling": None}
+    details: dict[str, Any] = {"source": f"images in {path}"}
+    details |= dict.fromkeys(("prior", "prior_sha256", "sampling", "tokenizer_sha256"))
+    codes, labels = None, None
     if place.suffix == ".npz":
-        try:
-            with np.load(place, allow_pickle=False) as content:
-                array = content["arr_0"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--samples {path}: expected an npz file with arr_0, found: {error}") from None
-        if array.dtype != np.uint8 or array.shape[1:] != (data.height, data.width, data.channels) or len(array) < 2:
-            wanted = f"expected at least 2 images, uint8 (N, {data.height}, {data.width}, {data.channels})"
-            raise UserError(f"--samples {path}: {wanted}, found {array.dtype} {array.shape}")
-        return Samples(torch.from_numpy(array), None, details)
-    own = place / "samples.json"
-    files = load_files([str(place / "images") if own.exists() else path], data, progress=True)
-    if len(files.pixels) < 2:
-        raise UserError(f"--samples {path}: expected at least 2 images, found {len(files.pixels)}")
-    if not own.exists():
-        return Samples(files.pixels, files.labels, details)
-    told = read_json(own)
-    labels = None if told["labels"] is None else [told["label_names"][label] for label in told["labels"]]
-    return Samples(files.pixels, labels, details | {key: told[key] for key in ("prior", "prior_sha256", "sampling")})
+        pixels = torch.from_numpy(array_in(place))
+        if pixels.shape[1:] != (data.height, data.width, data.channels):
+            wanted = f"expected uint8 (N, {data.height}, {data.width}, {data.channels})"
+            raise UserError(f"--samples {path}: {wanted}, found {tuple(pixels.shape)}")
+    elif (place / "samples.json").exists():
+        told = read_json(place / "samples.json")
+        pixels = load_files([str(place / "images")], data, progress=True).pixels
+        if len(pixels) != told["n"]:
+            raise UserError(f"--samples {path}: expected the {told['n']} images that its samples.json tells of, found {len(pixels)}")
+        labels = None if told["labels"] is None else [told["label_names"][label] for label in told["labels"]]
+        details |= {key: told.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
+        if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
+            tensors = safetensors.torch.load_file(place / "codes.safetensors")
+            codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
+    else:
+        files = load_files([path], data, progress=True)
+        pixels, labels = files.pixels, files.labels
+    if len(pixels) < 2:
+        raise UserError(f"--samples {path}: expected at least 2 images, found {len(pixels)}")
+    known = labels is not None and set(labels) <= set(label_names or ())
+    return Samples(pixels, codes, labels if known else None, details)
+
+
+def array_in(path: Path) -> np.ndarray:
+    """arr_0, uint8 (N, H, W, C), of an npz file. Errors: UserError for another file, or another array."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+            array = content["arr_0"]
+    except Exception as error:  # of many kinds: zip's, zlib's, numpy's
+        raise UserError(f"--samples {path}: expected an npz file with arr_0, found: {error}") from None
+    if array.dtype != np.uint8 or array.ndim != 4:
+        raise UserError(f"--samples {path}: expected arr_0 as uint8 (N, H, W, C), found {array.dtype} {array.shape}")
+    return array
 
 
 def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> dict[str, Any]:
@@ -136,6 +163,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "evaluation": dataclasses.asdict(config),
         "tokenizer_sha256": fingerprint(run.tokenizer),
         **({} if samples is None else {key: samples.details[key] for key in ("prior", "prior_sha256", "sampling")}),
+        "samples_tokenizer_sha256": None if samples is None else samples.details["tokenizer_sha256"],
         "compared": {
             "held-out images": f"{n} of {split}, {height} x {width} x {channels}, sha256 {pixels_hash(held_out.pixels)[:16]}",
             "reference": f"{len(known)} of {reference}, sha256 {pixels_hash(known.pixels)[:16]}",
@@ -154,9 +182,10 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         classifier = run_classifier(run, source, network.device) if labelled else None
         found["distances"] = assessor.beside_real(samples, split, reference, classifier)
         found["memorisation"] = assessor.memorisation(samples, split)
-        prior = samples.details["prior"]
-        if prior is not None and (run.prior(prior) / "likelihood.json").exists():
-            likelihood = read_json(run.prior(prior) / "likelihood.json")
+        own = run.prior(samples.details["prior"]) / "likelihood.json" if samples.details["prior_sha256"] is not None else None
+        # Only of the very prior that drew them: another run may have one of that name.
+        if own is not None and own.exists() and agrees(samples.details, identity(run, samples.details["prior"])):
+            likelihood = read_json(own)
             found["likelihood"] = {key: likelihood[key] for key in ("validation", "unigram", "uniform", "codes_bits_per_dim")}
     return found | {"tables": tables(found), "notes": notes(found)}
 

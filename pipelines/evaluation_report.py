@@ -17,6 +17,11 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def spread(values: dict[str, float] | None, scale: float = 1) -> str:
+    """Mean and deviation; a dash for none."""
+    return "-" if values is None else f"{scale * values['mean']:.3g} ± {scale * values['deviation']:.2g}"
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> dict[str, Any]:
     """As evaluation.json has it."""
     assert all(len(row) == len(columns) for row in rows)
@@ -47,12 +52,16 @@ def _reconstruction(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _codes(found: dict[str, Any]) -> dict[str, Any]:
-    rows = [["usage", share(found["codes"]["usage"])], ["perplexity", number(found["codes"]["perplexity"])]]
-    names = {"validation": "bits a token, prior", "unigram": "bits a token, unigram", "uniform": "bits a token, uniform (log2 K)"}
-    names["codes_bits_per_dim"] = "bits a dimension of the codes under the prior"
+    split = found["split"]
+    rows = [[f"usage, {split}", share(found["codes"]["usage"])], [f"perplexity, {split}", number(found["codes"]["perplexity"])]]
+    names = {"validation": "bits a token, prior, validation", "unigram": "bits a token, unigram, validation"}
+    names |= {
+        "uniform": "bits a token, uniform (log2 K)",
+        "codes_bits_per_dim": "bits a dimension of the codes under the prior, validation",
+    }
     likelihood = found.get("likelihood", {})
     rows += [[name, number(likelihood[key])] for key, name in names.items() if key in likelihood]
-    return table("Codes", ["", "validation" if likelihood else found["split"]], rows)
+    return table("Codes", ["", ""], rows)
 
 
 def _distances(found: dict[str, Any]) -> dict[str, Any]:
@@ -66,10 +75,10 @@ def _distances(found: dict[str, Any]) -> dict[str, Any]:
                 name,
                 str(values["n"]),
                 number(values["frechet"]),
-                "-" if parts is None else f"{parts['mean']:.4g} ± {parts['deviation']:.2g} (N = {parts['n']})",
-                f"{1000 * values['kernel']['mean']:.3g} ± {1000 * values['kernel']['deviation']:.2g}",
-                *(f"{values[key]:.3f}" for key in ("precision", "recall", "density", "coverage")),
-                f"{values['inception_score']['mean']:.3g} ± {values['inception_score']['deviation']:.2g}",
+                "-" if parts is None else f"{spread(parts)} (N = {parts['n']})",
+                spread(values["kernel"], 1000),
+                *("-" if values[key] is None else f"{values[key]:.3f}" for key in ("precision", "recall", "density", "coverage")),
+                spread(values["inception_score"]),
                 share(values.get("in_their_class")),
             ]
         )
@@ -78,7 +87,7 @@ def _distances(found: dict[str, Any]) -> dict[str, Any]:
 
 def _memorisation(found: dict[str, Any]) -> dict[str, Any]:
     rows = []
-    for name, key in (("samples", "samples"), ("unseen real images", "held_out")):
+    for name, key in (("samples", "samples"), ("unseen real images", "held_out"), ("training images through the tokenizer", "copies")):
         values = found[key]
         figures = [number(values["median_distance"]), share(values["median_share_of_other_codes"])]
         rows.append([name, str(values["n"]), *figures, str(values["with_all_codes_of_a_training_image"])])
@@ -101,9 +110,10 @@ def notes(found: dict[str, Any]) -> list[str]:
     else:
         said.append("Samples: not evaluated; the run has no finished prior.")
     if "memorisation" in found and found["memorisation"]["ratio_of_median_distances"] is not None:
-        ratio = found["memorisation"]["ratio_of_median_distances"]
+        ratio, of_copies = (found["memorisation"][name] for name in ("ratio_of_median_distances", "ratio_of_copies"))
         said.append(
-            f"Samples lie {ratio:.2f} times as far from their nearest training image as unseen real images do: copies would lie near."
+            f"Samples lie {ratio:.2f} times as far from their nearest training image as unseen real images do; of a prior that knows "
+            f"training images by heart they would lie {of_copies:.2f} times as far."
         )
     return said
 

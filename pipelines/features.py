@@ -15,7 +15,6 @@ from urllib.error import URLError
 import safetensors.torch
 import torch
 import torchvision
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs.errors import UserError
@@ -130,7 +129,7 @@ def _hash_in(file_name: str) -> str:
 
 
 def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwork:
-    """What the last linear layer of a torchvision network sees, under the transforms that belong to its weights."""
+    """What the last linear layer of a torchvision network sees, under the transforms of torchvision's default weights for it."""
     sha256 = _checked(path)
     network = torchvision.models.get_model(name, weights=None)
     try:
@@ -139,9 +138,11 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
         raise UserError(f"{path}: expected the weights of {name}, found another network's ({error})") from None
     network.to(device).eval()
     prepare = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UserError(f"features: expected a network that ends in a linear layer, found {name}, which has none")
     seen: list[Tensor] = []
-    last.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    linear[-1].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
 
     def forward(pixels: Tensor) -> Features:
         seen.clear()
@@ -160,11 +161,12 @@ def _checked(path: Path) -> str:
 
 def weights_in(path: Path) -> dict[str, Tensor]:
     """Weights in a safetensors file, or in one of torch, of which only tensors are read. Errors: UserError for another file."""
+    wanted = f"{path}: expected weights (safetensors, or torch's format with named tensors alone)"
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path}: expected weights (safetensors, or torch's format with tensors alone), found: {error}") from None
-    except Exception as error:  # pickle's own errors derive from Exception alone
-        raise UserError(f"{path}: expected weights (safetensors, or torch's format with tensors alone), found: {error}") from None
+        is_safetensors = path.suffix == ".safetensors"
+        found = safetensors.torch.load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: pickle's own, zip's, safetensors'
+        raise UserError(f"{wanted}, found: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
+        raise UserError(f"{wanted}, found a {type(found).__name__}")
+    return dict(found)

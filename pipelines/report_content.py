@@ -15,7 +15,7 @@ from configs.schema import Recipe, Sampling
 from pipelines.provenance import identity, outputs, seen
 from pipelines.report_pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.training.metrics_log import read_metrics
-from stage2_prior.code_store import read_manifest
+from stage2_prior.code_store import Manifest, read_manifest
 from stage2_prior.prior_file import UNIFORM
 
 _MEASURE_PRIOR = "python stage2_prior/report.py"
@@ -111,6 +111,8 @@ class Evaluation(NamedTuple):
     pictures: list[Picture]
     distance: KeyFigure | None
     """Of the samples to the reference images."""
+    learned: bool
+    """Whether the samples are of a learned prior of the run."""
 
 
 def report_content(command: Command) -> dict[str, Any]:
@@ -167,8 +169,9 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
     smallest = bits.get("prior", bits["indices"])
     named = f"as indices {bits['indices']:,.0f}, raw {bits['raw']:,}" if "prior" in bits else f"as indices; raw {bits['raw']:,}"
     figures.append(KeyFigure("Bits an image", f"{smallest:,.0f}", named))
-    if evaluations and evaluations[-1].distance is not None and not evaluations[-1].remarks:
-        figures.append(evaluations[-1].distance)
+    # Not of images made elsewhere, of the uniform prior, or of an earlier model.
+    distances = [found.distance for found in evaluations if found.distance is not None and found.learned and not found.remarks]
+    figures += distances[-1:]
     return figures
 
 
@@ -192,23 +195,26 @@ def image_size(recipe: Recipe) -> str:
 def data_table(run: RunDir, recipe: Recipe) -> Table:
     """Where the images are from, their size, their labels."""
     rows = [["source", str(recipe.data.path or recipe.data.name)], ["images", image_size(recipe)]]
-    for path in sorted(run.codes.glob("*/manifest.json")):
-        manifest = read_manifest(path.parent)
+    for manifest in manifests(run):
         variants = f" x {manifest.variants} variants ({manifest.augmentation})" if manifest.variants > 1 else ""
         rows.append([f"split {manifest.split}", f"{manifest.rows:,} images{variants}"])
-        names = manifest.label_names
-    if run.codes.exists():
+    if manifests(run):
+        names = manifests(run)[0].label_names
         more = f", and {len(names) - _MOST_LABELS_NAMED} more" if names and len(names) > _MOST_LABELS_NAMED else ""
         rows.append(["labels", f"{len(names)}: {', '.join(names[:_MOST_LABELS_NAMED])}{more}" if names else "none"])
     return Table(["", ""], rows)
 
 
+def manifests(run: RunDir) -> list[Manifest]:
+    """Of the splits whose codes are extracted; an extraction that was killed may have left an empty folder."""
+    return [read_manifest(path.parent) for path in sorted(run.codes.glob("*/manifest.json"))]
+
+
 def codes_table(run: RunDir) -> Table | None:
     """Grid and number of codes a level; None before they are extracted."""
-    manifests = sorted(run.codes.glob("*/manifest.json"))
-    if not manifests:
+    if not manifests(run):
         return None
-    manifest = read_manifest(manifests[0].parent)
+    manifest = manifests(run)[0]
     rows = [
         [str(level + 1), f"{h} x {w}", f"{k:,}"] for level, ((h, w), k) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True))
     ]
@@ -360,7 +366,8 @@ def evaluation(run: RunDir, folder: Path) -> Evaluation:
         figures, of_prior = found["distances"]["samples"], f" of prior {found['prior']}" if found["prior"] else ""
         features = found["distance"].removeprefix("Fréchet distance").strip(" ()")
         distance = KeyFigure("Fréchet distance", f"{figures['frechet']:.4g}", f"{features}; {figures['n']:,} samples{of_prior}")
-    return Evaluation(folder.name, tables, found["notes"], remarks_on_age(run, found), pictures, distance)
+    learned = found.get("prior") not in (None, UNIFORM)
+    return Evaluation(folder.name, tables, found["notes"], remarks_on_age(run, found), pictures, distance, learned)
 
 
 def environment(history: Sequence[dict[str, Any]]) -> Table:

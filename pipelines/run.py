@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 def steps(command: Command) -> list[Step]:
     """The chain. A step's `found` looks at the run when it is asked, since the steps before it change the run."""
     run = command.run
-    begins = command.arguments if command.options.config or command.options.run else ["--config", RunDir.show(DEFAULT_RECIPE)]
+    named = command.options.config or command.options.run
+    begins = [*([] if named else ["--config", RunDir.show(DEFAULT_RECIPE)]), *command.arguments]
     here = ["--run", run.path.name if run.path.parent == REPOSITORY / "runs" else str(run)]
     # Stage 1 takes these even where the run's recipe says otherwise, so that they have to be handed on.
     compute = options_of(command, "compute")

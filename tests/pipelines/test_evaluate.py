@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 
@@ -17,8 +18,11 @@ from configs.cli import load_recipe
 from configs.run_dir import RunDir
 from pipelines.classifier import labels_found, run_classifier
 from pipelines.evaluate import main
+from pipelines.inputs import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.images import TRAIN, VALIDATION, ImageSource, ImageSplit, load_images
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.plots import save_png
 from tests.conftest import Script
 
 OWN = ["--features", "classifier"]
@@ -62,6 +66,7 @@ def test_it_says_what_was_compared_with_what(judged_run: Path, source: ImageSour
     assert found["prior_sha256"]
     assert found["distance"] == "Fréchet distance (classifier features)"
     assert "FID" not in found["tables"][3]["columns"][2]
+    assert {"samples", "validation, real", "validation, reconstructed", "samples, 12 of them"} == set(found["distances"])
     assert found["reconstruction"]["ssim"] is None  # 8 pixels are fewer than its window
     assert found["codes"]["usage"] <= 1
     assert (judged_run / "evaluations/000/neighbours.png").exists()
@@ -80,11 +85,57 @@ def test_training_images_handed_in_as_samples_are_found_out(run_copy: Path, sour
     assert "in_their_class" not in distances  # an npz says nothing of labels
 
 
+def test_a_prior_that_knows_its_images_by_heart_is_found_out(run_copy: Path, source: ImageSource) -> None:
+    """Its samples are what the decoder makes of training codes: not the images themselves, nor do they encode to the same codes."""
+    run, train = RunDir(run_copy), source.splits[TRAIN]
+    tokenizer = load_tokenizer(run)
+    codes, pictures = encode_and_decode(tokenizer, train.pixels[:20], 8)
+    sample(["--run", str(run_copy), "--n", "20"])
+    folder = run_copy / "samples/000"
+    for number, picture in enumerate(pictures):
+        save_png(folder / "images" / f"{number:05d}.png", picture)
+    (folder / "codes.safetensors").write_bytes(safetensors.torch.save({"level0": codes[0].contiguous()}))
+    remembered = evaluated(run_copy, *OWN, "--samples", folder)["memorisation"]
+    assert remembered["samples"]["with_all_codes_of_a_training_image"] == 20
+    assert remembered["samples"]["median_share_of_other_codes"] == 0
+    assert remembered["ratio_of_median_distances"] == pytest.approx(remembered["ratio_of_copies"], rel=0.3)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_few_samples_are_judged_as_far_as_they_go(count: int, run_copy: Path) -> None:
+    found = evaluated(run_copy, *OWN, "--n", count)["distances"]
+    assert found["samples"]["frechet"] is not None
+    assert (found["samples"]["precision"] is None) == (count < 4)
+    assert found["samples"]["frechet_of_parts"] is None
+    assert found[f"validation, real, {count} of them"]["n"] == count
+
+
+def test_folders_that_are_no_labels_are_none(run_copy: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures / "across", tmp_path / "images" / "batch1")
+    assert "in_their_class" not in evaluated(run_copy, *OWN, "--samples", tmp_path / "images")["distances"]["samples"]
+
+
+def test_samples_of_another_prior_of_that_name_get_no_likelihood(run_copy: Path) -> None:
+    sample(["--run", str(run_copy), "--n", "12"])
+    told = json.loads((run_copy / "samples/000/samples.json").read_text())
+    assert "likelihood" in evaluated(run_copy, *OWN, "--samples", run_copy / "samples/000")
+    (run_copy / "samples/000/samples.json").write_text(json.dumps(told | {"prior_sha256": "0" * 64}))
+    assert "likelihood" not in evaluated(run_copy, *OWN, "--samples", run_copy / "samples/000")
+
+
+def test_a_lost_picture_does_not_move_the_labels(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    sample(["--run", str(run_copy), "--n", "12"])
+    (run_copy / "samples/000/images/00003.png").unlink()
+    line = one_line_error(main, "--run", run_copy, *OWN, "--samples", run_copy / "samples/000")
+    assert "12 images" in line
+    assert "found 11" in line
+
+
 def test_noise_lies_farther_from_the_images_than_they_do(run_copy: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (24, 8, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", noise)
     found = evaluated(run_copy, *OWN, "--samples", tmp_path / "noise.npz")["distances"]
-    of_noise, of_real = found["12 of the samples"], found["validation, real"]
+    of_noise, of_real = found["samples, 12 of them"], found["validation, real"]
     assert of_noise["n"] == of_real["n"]
     assert of_noise["frechet"] > of_real["frechet"]
     assert of_noise["kernel"]["mean"] > of_real["kernel"]["mean"]
@@ -107,7 +158,7 @@ def test_as_many_samples_as_held_out_images_have_all_labels(run_copy: Path, sour
     np.savez(tmp_path / "turns.npz", torch.stack([images[:18] for images in by_label], 1).flatten(0, 1).numpy())
     np.savez(tmp_path / "one_label.npz", by_label[0].numpy())
     found = {name: evaluated(run_copy, *OWN, "--samples", tmp_path / f"{name}.npz")["distances"] for name in ("turns", "one_label")}
-    assert found["turns"]["12 of the samples"]["frechet"] < 0.7 * found["one_label"]["samples"]["frechet"]
+    assert found["turns"]["samples, 12 of them"]["frechet"] < 0.7 * found["one_label"]["samples"]["frechet"]
 
 
 def test_labels_of_real_images_in_folders(run_copy: Path, pictures: Path, tmp_path: Path) -> None:
@@ -171,6 +222,7 @@ def test_lpips_where_its_weights_are_at_hand(monkeypatch: pytest.MonkeyPatch, tm
         (["--samples", "nowhere"], ["nowhere"]),
         (["--samples", "nowhere.npz"], ["nowhere.npz"]),
         (["--prior", "best"], ["--prior best"]),
+        (["--prior", "transformer", "--samples", "nowhere"], ["--samples", "--prior", "transformer"]),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -184,7 +236,16 @@ def test_mistakes_get_one_line_and_leave_nothing(
 @pytest.mark.parametrize("array", [np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 12, 3)), np.zeros((1, 8, 12, 3), np.uint8)])
 def test_an_npz_of_another_size_is_refused(array: np.ndarray, run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     np.savez(tmp_path / "samples.npz", array)
-    assert "uint8 (N, 8, 12, 3)" in one_line_error(main, "--run", run_copy, *OWN, "--samples", tmp_path / "samples.npz")
+    assert "expected" in one_line_error(main, "--run", run_copy, *OWN, "--samples", tmp_path / "samples.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"text"])
+def test_what_is_no_npz_is_refused(content: bytes, run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    (tmp_path / "samples.npz").write_bytes(content)
+    assert "expected an npz file" in one_line_error(main, "--run", run_copy, *OWN, "--samples", tmp_path / "samples.npz")
+    with open(tmp_path / "samples.npz", "wb") as file:
+        np.save(file, np.zeros((4, 8, 12, 3), np.uint8))  # an npy under the name of an npz
+    assert "expected an npz file" in one_line_error(main, "--run", run_copy, *OWN, "--samples", tmp_path / "samples.npz")
 
 
 def test_the_classifier_needs_labels(run_copy: Path, source: ImageSource) -> None:

@@ -69,6 +69,11 @@ def test_weights_in_torchs_cache_are_found_and_checked(inception_weights: Path, 
     assert "FID" not in network.distance  # by the file's content, not its name
 
 
+def test_it_is_called_fid_with_fids_own_weights(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipelines.features.fingerprint", lambda path: "6726825d" + "0" * 56)
+    assert feature_network(Evaluation(weights=str(inception_weights)), RunDir(tmp_path), NO_IMAGES, CPU).distance == "FID"
+
+
 def test_a_torchvision_network_gives_what_its_last_layer_sees(tmp_path: Path) -> None:
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18(weights=None)
@@ -91,7 +96,7 @@ class Harmful:
         return (pytest.fail, ("code from a weights file was run",))
 
 
-@pytest.mark.parametrize("content", ["pickle", "another network", "text", "nothing"])
+@pytest.mark.parametrize("content", ["pickle", "another network", "a tensor", "text", "nothing"])
 @pytest.mark.parametrize("features", ["inception", "resnet18"])
 def test_weights_that_are_none_are_refused_and_never_executed(features: str, content: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
@@ -99,10 +104,18 @@ def test_weights_that_are_none_are_refused_and_never_executed(features: str, con
         path.write_bytes(pickle.dumps(Harmful()))
     elif content == "another network":
         torch.save({"weight": torch.zeros(2)}, path)
+    elif content == "a tensor":
+        torch.save(torch.zeros(2), path)
     elif content == "text":
         path.write_text("no weights")
     with pytest.raises(UserError, match=r"weights\.pth"):
         feature_network(Evaluation(features=features, weights=str(path)), RunDir(tmp_path), NO_IMAGES, CPU)
+
+
+def test_a_network_without_a_last_layer_is_refused(tmp_path: Path) -> None:
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="linear layer, found squeezenet1_1"):
+        feature_network(Evaluation(features="squeezenet1_1", weights=str(tmp_path / "w.pth")), RunDir(tmp_path), NO_IMAGES, CPU)
 
 
 @pytest.mark.parametrize(

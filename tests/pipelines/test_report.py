@@ -93,6 +93,23 @@ def full_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run
 
 
+def test_images_made_elsewhere_are_no_key_figure(full_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(full_run, tmp_path / "run"))
+    evaluate(run, "002", prior=None, prior_sha256=None, distances={"samples": {"n": 20, "frechet": 98.765}})
+    evaluate(run, "003", prior="uniform", prior_sha256=None, distances={"samples": {"n": 20, "frechet": 87.654}})
+    text = reported(run).text
+    assert text.index("12.35") < text.index("Samples by class")
+    assert "98.77" not in text[: text.index("Samples by class")]
+    assert "87.65" not in text[: text.index("Samples by class")]
+
+
+def test_an_extraction_that_left_nothing(full_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(full_run, tmp_path / "run"))
+    shutil.rmtree(run / "codes")
+    (run / "codes").mkdir()
+    assert "extract_codes.py" in reported(run).text
+
+
 def reported(run: Path) -> Page:
     main(["--run", str(run)])
     return Page(run / "report.html")

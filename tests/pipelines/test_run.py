@@ -51,6 +51,7 @@ def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: py
     first, second, *_ = typed()
     assert first == "accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --resume"
     assert second.endswith("extract_codes.py --run digits")
+    assert typed("--stage1.steps", "7")[0].endswith("--config configs/digits.yaml --stage1.steps 7 --resume")
     monkeypatch.chdir(tmp_path)
     assert all(Path(command.split()[2 if command.startswith("accelerate") else 1]).is_file() for command in typed())
 
@@ -200,7 +201,8 @@ def test_one_command_leaves_a_report_and_knows_what_is_done(tiny_recipe: Path, t
     assert "Samples by class" in (path / "report.html").read_text()
     assert [read_json(path / f"samples/{number}/samples.json")["prior"] for number in ("000", "001")] == ["transformer", "uniform"]
     ran = [json.loads(line)["command"] for line in (path / "history.jsonl").read_text().splitlines()]
-    assert ran == ["train.py", "extract_codes.py", "train.py", "sample.py", "sample.py", "evaluate.py"]
+    trained = ["stage1_vqvae/train.py", "stage2_prior/extract_codes.py", "stage2_prior/train.py"]
+    assert ran == [*trained, *(f"pipelines/{name}.py" for name in ("sample", "sample", "evaluate"))]
     found = {step.name: step.found() for step in steps(chain(*arguments))}
     assert {name for name, folder in found.items() if folder is not None} == {"samples", "uniform samples", "evaluation"}
     again = steps(chain("--run", path, "--evaluation.n", "25"))
