@@ -112,8 +112,8 @@ def notes(found: dict[str, Any]) -> list[str]:
     if "memorisation" in found and found["memorisation"]["ratio_of_median_distances"] is not None:
         ratio, of_copies = (found["memorisation"][name] for name in ("ratio_of_median_distances", "ratio_of_copies"))
         said.append(
-            f"Samples lie {ratio:.2f} times as far from their nearest training image as unseen real images do; of a prior that knows "
-            f"training images by heart they would lie {of_copies:.2f} times as far."
+            f"Samples lie {ratio:.2f} times as far from their nearest training image as unseen real images do; those of a prior "
+            f"that knows training images by heart would lie {of_copies:.2f} times as far."
         )
     return said
 
