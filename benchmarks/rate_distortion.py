@@ -173,6 +173,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("rate_distortion.png"), help="the picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.images < 1:
+        raise UserError(f"--images: expected at least 1, found {options.images}")
     split = argparse.Namespace(images=None, split=None)
     own, weights, images = [], [], None
     for run in map(RunDir.named, options.runs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,14 +51,16 @@ class Command:
     def need_tokenizer(self) -> None:
         """Errors: UserError if stage 1 has not finished in the run."""
         if not self.run.tokenizer.exists():
-            raise UserError(f"{self.run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {self.run}")
+            command = f"{TRAIN_TOKENIZER} --resume --run {shlex.quote(str(self.run))}"
+            raise UserError(f"{self.run}: stage 1 has not finished; run first: {command}")
 
     def next(self, command: str) -> str:
         """The command to type next, with `--run` unless this run is the one last touched."""
         last = RunDir.last_touched()
         if last is not None and last.path.resolve() == self.run.path.resolve():
             return command
-        return f"{command} --run {self.run.path.name if self.run.path.parent == REPOSITORY / 'runs' else self.run}"
+        name = self.run.path.name if self.run.path.parent == REPOSITORY / "runs" else str(self.run)
+        return f"{command} --run {shlex.quote(name)}"
 
 
 class _Parser(ArgumentParser):

@@ -45,7 +45,8 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     Errors: OSError with the file's name (no space, no permission); the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Not the whole name: with an addition it may be longer than a file system takes.
+    temporary = path.with_name(f"{path.name[:40]}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)

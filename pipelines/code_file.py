@@ -116,9 +116,9 @@ def unpack(data: bytes, where: str) -> CodeFile:
 
 def _parsed(body: bytes) -> CodeFile:
     found, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
-    if images and not batch:
+    if not batch:
         raise ValueError("batches of no image")
-    num_batches = -(-images // max(1, batch))
+    num_batches = -(-images // batch)
     place, sections = _BEGINNING.size + _HEADER.size, []
     for length in (2 * num_batches, *lengths):
         sections.append(body[place : place + length])
@@ -126,6 +126,10 @@ def _parsed(body: bytes) -> CodeFile:
     if place != len(body):
         raise ValueError(f"{place} bytes announced, {len(body)} there")
     offsets, prior, labels, names, payload = sections
+    if b"/" in prior or prior in (b".", b".."):
+        raise ValueError("a prior's name that leads elsewhere")
+    if len(payload) % 4:
+        raise ValueError(f"a payload of {len(payload)} bytes, not of words of 4")
     coded = Coded(payload, images, batch, np.frombuffer(offsets, "<u2").tolist(), codes_crc)
     return CodeFile(
         fingerprint=found,

@@ -7,7 +7,7 @@ logit beside a boundary still falls to either side. So the encoder sees to it th
 1. Both sides ask the prior for one place after another (`step`), in float64.
 2. Logits are rounded to multiples of 2^-10, after an offset has been added to all of a batch. Of 2^16 offsets, from 0 on in
    steps of 2^-26, the encoder takes the one that keeps the batch's logits furthest from every boundary, and stores it. None is
-   then nearer than `MARGIN`, over a hundred times what batch size and threads were found to change (docs/compression.md): a
+   then nearer than `MARGIN`, a hundred times what batch size and threads were found to change (docs/compression.md): a
    decoder whose logits agree to within that margin, which is what these cannot break, decodes exactly.
 3. From there on all is exact: integers n = (row's maximum - logit) look up floor(2^32 exp(-n / 1024)) in a table made by
    correctly rounded decimal arithmetic; sums of these weights are exact in float64, and constriction's range coder makes
@@ -143,7 +143,7 @@ def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_o
                     except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
                         raise _out_of_step() from None
             bar.update(len(of_batch))
-    if _crc(places) != coded.codes_crc:
+    if _crc(places) != coded.codes_crc or not decoder.maybe_exhausted():
         raise _out_of_step()
     return layout.grids_of(places)
 
@@ -216,5 +216,6 @@ def _crc(places: Tensor) -> int:
 
 def _out_of_step() -> UserError:
     return UserError(
-        "decoding: expected the codes that were encoded, found others: this machine's arithmetic is not the one that encoded them"
+        "decoding: expected the codes that were encoded, found others: this machine's arithmetic is not the one that encoded them, or "
+        "the payload is another's"
     )

@@ -11,6 +11,7 @@ and prior to be read. It is decoded once before it is written. Labels, where the
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def report(command: Command, output: Path, encoding: Encoding, sizes: Sizes, pix
     own = encoding.bits / 8
     above = f", the payload {sizes.payload / own - 1:.2%} above" if own else ""
     print(f"the prior's own -log2 p: {own:.1f} bytes{above}; logits kept {encoding.clearance:.1g} clear of rounding boundaries")
-    print(f"next: {command.next(f'python pipelines/decompress.py --file {command.run.show(output)}')}")
+    print(f"next: {command.next(f'python pipelines/decompress.py --file {shlex.quote(command.run.show(output))}')}")
 
 
 if __name__ == "__main__":

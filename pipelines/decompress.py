@@ -9,9 +9,8 @@ Needs the run that compressed it, with the same tokenizer and prior. PNGs have t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,15 @@ def main(argv: list[str] | None = None) -> None:
     content = unpack(read(file), str(file))
     prior, _ = load_prior(prior_of(content, run, file), fingerprint(run.tokenizer), accelerator.device)
     tokenizer = load_tokenizer(run, accelerator.device)
+    channels, height, width = tokenizer.image_shape
+    known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_labels
+    if content.image_shape != (height, width, channels) or not known:
+        raise UserError(f"{file}: expected images and labels of run {run}, found a header that contradicts its fingerprint")
     codes = decode(prior.double(), content.coded, content.labels, progress=True)
 
     count = content.coded.images
     names = content.names or [f"{row:0{max(5, len(str(count)))}d}" for row in range(count)]
-    with run.numbered("decompressed", output is None) as numbered, _filled(numbered, output) as folder:
+    with run.numbered("decompressed", output is None) as numbered, _filled(numbered, output, names) as folder:
         with progress_bar(count, "write", "img") as bar:
             for part in batches(count, content.coded.batch):
                 pictures = to_uint8(tokenizer.decode(tuple(level[part].to(accelerator.device) for level in codes))).cpu()
@@ -94,17 +97,22 @@ def _empty(path: Path) -> Path:
 
 
 @contextmanager
-def _filled(numbered: Path | None, output: Path | None) -> Iterator[Path]:
-    """The folder to fill: the run's, or the user's, which vanishes if the block fails."""
+def _filled(numbered: Path | None, output: Path | None, names: list[str]) -> Iterator[Path]:
+    """The folder to fill: the run's, or the user's, from which the images of those names vanish if the block fails."""
     if numbered is not None:
         yield numbered
         return
     assert output is not None
+    made = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     try:
         yield output
     except BaseException:
-        shutil.rmtree(output)
+        for name in names:
+            (output / f"{name}.png").unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # somebody else's files in it
+                output.rmdir()
         raise
 
 

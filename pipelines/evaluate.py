@@ -171,6 +171,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
             "features": f"{network.name}, {assessor.features(split).vectors.shape[1]} of them, weights {network.sha256[:16]}",
             "seed": config.seed,
         },
+        "drawn": samples is not None and command.options.samples is None,
         "distance": network.distance,
         "split": split,
         "reference": reference,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.prior_file import PriorHeader
+
+# Bytes of a name, so that a number and an ending have room in the 255 that file systems take.
+_LONGEST = 230
 
 
 class Images(NamedTuple):
@@ -113,8 +117,8 @@ def unique_names(names: Sequence[str]) -> list[str]:
     taken: set[str] = set()
     met: dict[str, int] = {}
     result = []
-    for name in names:
-        candidate = name
+    for whole in names:
+        name = candidate = os.fsdecode(os.fsencode(whole)[:_LONGEST])
         while candidate.casefold() in taken:
             met[name] = met.get(name, 1) + 1
             candidate = f"{name}-{met[name]}"

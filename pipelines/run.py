@@ -33,7 +33,7 @@ from stage1_vqvae.images import TRAIN, VALIDATION
 from stage2_prior.prior_file import UNIFORM
 
 _SAMPLES = 64
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = tuple(128 + number for number in _SIGNALS)
 
 
@@ -65,6 +65,7 @@ class Step:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, _: run.stage1)
+    check_options(command)
     began = time.monotonic()
     for step in steps(command):
         found = step.found()
@@ -75,11 +76,31 @@ def main(argv: list[str] | None = None) -> None:
         step_began = time.monotonic()
         code = run_to_its_end(step.started(), command.run)
         if code != 0:
-            what = f"{step.name} was interrupted" if code in _INTERRUPTED else f"error: {step.name} ended with exit code {code}"
-            print(f"{what}; nothing finished is lost; go on with the same command", file=sys.stderr, flush=True)
+            what = f"error: {step.name} ended with exit code {code}, for the reason above; what is finished will be skipped"
+            if code in _INTERRUPTED:
+                what = f"{step.name} was interrupted; go on with the same command"
+            print(what, file=sys.stderr, flush=True)
             sys.exit(code)
         print(f"{step.name}: {(time.monotonic() - step_began) / 60:.1f} minutes", flush=True)
     print(f"\n{command.run}: all is done, in {(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def check_options(command: Command) -> None:
+    """Errors: UserError for an option that no step would heed: of a finished tokenizer's recipe, or not of one key."""
+    run = command.run
+    typed = [argument.partition("=")[0].removeprefix("--") for argument in command.arguments if argument.startswith("--")]
+    for name in typed:
+        section, _, key = name.partition(".")
+        if section not in SECTIONS:
+            continue
+        if not key:
+            raise UserError(f"--{name}: expected options of single keys, --{name}.KEY, found the whole section")
+        if section in ("compute", "evaluation") or not run.tokenizer.exists():
+            continue
+        asked, there = (getattr(getattr(recipe, section), key) for recipe in (command.recipe, load_recipe(run.recipe)))
+        if asked != there:
+            wanted = f"expected {there}, with which this run's tokenizer was finished and which codes and priors depend on"
+            raise UserError(f"--{name}: {wanted}, found {asked}; begin another run with --run NAME, or use the stages' own commands")
 
 
 def steps(command: Command) -> list[Step]:
@@ -144,13 +165,13 @@ def samples_of(run: RunDir, prior: str) -> Path | None:
 def evaluation_of(run: RunDir, prior: str, asked: dict[str, Any]) -> Path | None:
     """The newest evaluation of what the run holds now, as asked for; None if there is none."""
     sampling = dataclasses.asdict(load_recipe(run.recipe).sampling)
-    wanted = {"split": VALIDATION, "reference": TRAIN, **identity(run, prior)}
+    # Of samples that it drew itself, and not of others that were handed in.
+    wanted = {"drawn": True, "split": VALIDATION, "reference": TRAIN, **identity(run, prior)}
     for path in reversed(outputs(run, "evaluations", "evaluation.json")):
         found = read_json(path)
         if not agrees(found, wanted) or not agrees(found.get("evaluation", {}), seen(asked)):
             continue
-        # Of samples that it drew itself: of images made elsewhere there are as many as there are.
-        if agrees(found["sampling"], seen(sampling)) and found["distances"]["samples"]["n"] == asked["n"]:
+        if agrees(found["sampling"], seen(sampling)):
             return path.parent
     return None
 
@@ -158,7 +179,7 @@ def evaluation_of(run: RunDir, prior: str, asked: dict[str, Any]) -> Path | None
 def run_to_its_end(arguments: list[str], run: RunDir) -> int:
     """Run a command, its output where ours goes, and return its exit code.
 
-    It runs in a process group of its own, to which Ctrl-C and SIGTERM are passed on once each, as SIGINT: so they reach the
+    It runs in a process group of its own, to which Ctrl-C, SIGTERM and SIGHUP are passed on, as SIGINT: so they reach the
     training processes too, which Accelerate's launcher does not wait for. They finish their step and save; then we end with
     128 + the signal's number.
     """

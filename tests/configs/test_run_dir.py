@@ -73,6 +73,11 @@ def test_two_commands_cannot_write_into_one_run(tmp_path: Path) -> None:
         pass
 
 
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    write_bytes(tmp_path / ("x" * 255), b"content")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"content"]
+
+
 def test_outputs_are_numbered_never_overwritten_and_vanish_on_failure(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     names = []

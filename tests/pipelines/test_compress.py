@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import struct
@@ -223,10 +224,20 @@ def test_contradictions_under_a_right_checksum_are_refused() -> None:
             unpack(resealed(body), "")
 
 
+def test_a_payload_of_no_words_and_a_prior_elsewhere_are_refused() -> None:
+    for content in (CONTENT._replace(coded=CONTENT.coded._replace(payload=b"12345")), CONTENT._replace(prior="../priors/transformer")):
+        with pytest.raises(UserError, match="contradicts itself"):
+            unpack(pack(content)[0], "")
+
+
 def test_names_become_unique() -> None:
     found = unique_names(["a", "b", "a", "A", "a-2", "a"])
     assert len({name.casefold() for name in found}) == 6
     assert unique_names(found) == found
+    long = unique_names(["y" * 250, "y" * 250, "\u5b57" * 100])
+    assert unique_names(long) == long
+    assert len(set(long)) == 3
+    assert all(len(os.fsencode(f"{name}.png")) < 250 for name in long)
     assert found[:3] == ["a", "b", "a-2"]
 
 

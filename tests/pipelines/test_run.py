@@ -56,6 +56,25 @@ def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: py
     assert all(Path(command.split()[2 if command.startswith("accelerate") else 1]).is_file() for command in typed())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--stage1.steps", "1000"], ["--stage1.steps", "expected 60", "found 1000"]),
+        (["--stage1.lr=1.0"], ["--stage1.lr", "1.0"]),
+        (["--prior.kind", "pixelcnn"], ["--prior.kind", "transformer", "pixelcnn"]),
+        (["--evaluation", "{n: 3}"], ["--evaluation.KEY"]),
+    ],
+)
+def test_options_that_no_step_would_heed_are_refused_before_any_runs(
+    arguments: list[str], parts: list[str], finished_run: Path, one_line_error: Callable[..., str]
+) -> None:
+    """Of a finished run: a longer stage 1 would leave its prior without its tokenizer."""
+    before = (finished_run / "history.jsonl").read_text()
+    line = one_line_error(main, "--run", finished_run, *arguments)
+    assert all(part in line for part in parts), line
+    assert (finished_run / "history.jsonl").read_text() == before
+
+
 def test_options_go_to_the_steps_that_take_them(tmp_path: Path) -> None:
     """Stage 1 writes all of them into the recipe; those it lets differ from a recipe that is there are handed on."""
     path = tmp_path / "a run"
@@ -101,7 +120,7 @@ def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path)
         "sampling": {**recipe["sampling"], "precision": "float64"},
         "split": "validation",
         "reference": "train",
-        "distances": {"samples": {"n": asked["n"]}},
+        "drawn": True,
     }
     folder = run_copy / "evaluations" / "000"
     changes: list[dict[str, Any]] = [
@@ -110,6 +129,7 @@ def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path)
         {"prior_sha256": "0"},
         {"sampling": {**recipe["sampling"], "temperature": 2.0}},
         {"evaluation": {**asked, "features": "classifier"}},
+        {"drawn": False},
         {"distances": {"samples": {"n": 7}}},
     ]
     for change in changes:
@@ -175,7 +195,7 @@ with run.lock():
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_what_the_launcher_started_and_its_saving_is_waited_for(tmp_path: Path, number: int, code: int) -> None:
     def send() -> None:
         while not (tmp_path / "ready").exists():
