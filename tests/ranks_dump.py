@@ -32,6 +32,9 @@ def main() -> None:
         else:
             runs[-1].append(argument)
     script = importlib.import_module(module)
+    # Pictures take longer than the steps, and nobody looks at them here.
+    for drawn in ("training_graph", "save_health", "save_reconstructions"):
+        setattr(script, drawn, lambda *_, **__: None)
     if module == "stage1_vqvae.train":
         # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
         torch.set_default_dtype(torch.float64)
