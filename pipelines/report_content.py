@@ -336,7 +336,8 @@ def samples(run: RunDir, folder: Path) -> Samples:
         of_each = max(1, min(_MOST_OF_A_CLASS, _MOST_TILES // len(shown)))
         if len(shown) < len(drawn):
             remarks.append(f"Shown are {len(shown)} of {len(drawn)} labels.")
-        of_label = {label: [path for path, of in zip(files, labels, strict=False) if of == label][:of_each] for label in shown}
+        # By its number, which is its name: some pictures may have been removed.
+        of_label = {label: [path for path in files if labels[int(path.stem)] == label][:of_each] for label in shown}
         classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in of_label.items()]
     neutral = vars(Sampling())
     warped = [f"{key.replace('_', ' ')} {value}" for key, value in seen(details["sampling"]).items() if value != neutral.get(key)]

@@ -233,10 +233,19 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert [folder.name for folder in (run_copy / "evaluations").iterdir()] == ["000"]
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 8, 12, 3)), np.zeros((1, 8, 12, 3), np.uint8)])
-def test_an_npz_of_another_size_is_refused(array: np.ndarray, run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.zeros((4, 8, 8, 3), np.uint8), "expected uint8 (N, 8, 12, 3), found (4, 8, 8, 3)"),
+        (np.zeros((4, 8, 12, 3)), "expected arr_0 as uint8 (N, H, W, C), found float64"),
+        (np.zeros((1, 8, 12, 3), np.uint8), "expected at least 2 images, found 1"),
+    ],
+)
+def test_an_npz_of_another_size_is_refused(
+    array: np.ndarray, expected: str, run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
     np.savez(tmp_path / "samples.npz", array)
-    assert "expected" in one_line_error(main, "--run", run_copy, *OWN, "--samples", tmp_path / "samples.npz")
+    assert expected in one_line_error(main, "--run", run_copy, *OWN, "--samples", tmp_path / "samples.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"text"])
