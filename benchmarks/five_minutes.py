@@ -28,19 +28,29 @@ from torch.nn import functional as F
 
 from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
-from stage1_vqvae.images import ImageSplit, batches, load_images, to_model, to_uint8
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import perplexity, squared_errors, usage
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.networks import Decoder, Encoder
+from stage1_vqvae.networks.convolutional import Decoder, Encoder
+from stage1_vqvae.training.batching import batches
 
 _RECIPE = REPOSITORY / "configs" / "cifar10_5min.yaml"
 _K, _D = 512, 64
 # What is taken back, at a quarter of the recipe's steps; so is what they are compared with.
 ABLATIONS: dict[str, list[str]] = {
     "all of it": [],
-    "no restarts": ["--tokenizer.restart_below", "0"],
+    "no restarts": ["--tokenizer.quantizer.restart_below", "0"],
     "random start, no restarts, decay 0.99": [
-        *("--tokenizer.initialisation", "random", "--tokenizer.restart_below", "0", "--tokenizer.ema_decay", "0.99"),
+        *(
+            "--tokenizer.quantizer.initialisation",
+            "random",
+            "--tokenizer.quantizer.restart_below",
+            "0",
+            "--tokenizer.quantizer.decay",
+            "0.99",
+        ),
     ],
     "constant rate, no weight average": ["--stage1.final_lr_share", "1", "--stage1.weight_average", "0"],
     "batches of 128": ["--stage1.batch_size", "128"],

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import Prior, Sampling
+from configs.schema import Sampling
 from stage1_vqvae.training.optimizer import adamw
-from stage2_prior.contract import AutoregressivePrior, code_losses
+from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import draw, generate, uniforms, warp
-from stage2_prior.pixelcnn import PixelCNN
-from stage2_prior.sequence import SequenceLayout
-from stage2_prior.transformer import Transformer
+from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from stage2_prior.priors.pixelcnn import PixelCNNPart
+from stage2_prior.priors.transformer import Transformer, TransformerPart
 
 _IMAGES, _K, _GRID = 64, 512, (8, 8)
+_SIZES = {"layers": 6, "width": 384, "heads": 6}
 _LAYOUT = SequenceLayout([_GRID], [_K])
 _STEPS = 4
 
@@ -46,10 +47,10 @@ def full_passes(prior: AutoregressivePrior, labels: Tensor, uniform: Tensor) -> 
 @torch.no_grad()
 def chain(prior: Transformer) -> Tensor:
     """The transformer's matrix products of a sampling run, and nothing else."""
-    x = torch.randn(_IMAGES, prior.config.width)
+    x = torch.randn(_IMAGES, _SIZES["width"])
     for _ in range(_LAYOUT.length):
         for block in prior.blocks:
-            x = F.linear(x, block.attention.qkv.weight)[:, : prior.config.width]
+            x = F.linear(x, block.attention.qkv.weight)[:, : _SIZES["width"]]
             x = F.linear(x, block.attention.out.weight)
             x = F.linear(x, block.mlp.gate.weight) + F.linear(x, block.mlp.up.weight)
             x = F.linear(x, block.mlp.out.weight)
@@ -60,12 +61,11 @@ def chain(prior: Transformer) -> Tensor:
 class PlainTransformer(nn.Module):
     """torch's own encoder layers under a causal mask, with learned positions."""
 
-    def __init__(self, config: Prior) -> None:
+    def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
-        width = config.width
         self.token, self.place = nn.Embedding(_K + 1, width), nn.Parameter(torch.zeros(_LAYOUT.length, width))
-        layer = nn.TransformerEncoderLayer(width, config.heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, _K, bias=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(_LAYOUT.length))
 
@@ -100,9 +100,9 @@ def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dic
 def sampling(rounds: int) -> None:
     """Print the table of sampling times."""
     labels, uniform = torch.arange(_IMAGES) % 10, uniforms(0, torch.arange(_IMAGES), _LAYOUT.length)
-    transformer = Transformer(Prior(layers=6, width=384, heads=6).resolved(), _LAYOUT, 10).eval()
-    pixelcnn = PixelCNN(Prior(kind="pixelcnn").resolved(), _LAYOUT, 10).eval()
-    attending = PixelCNN(Prior(kind="pixelcnn", attention_interval=5).resolved(), _LAYOUT, 10).eval()
+    transformer = TransformerPart(**_SIZES).build(_LAYOUT, 10).eval()
+    pixelcnn = PixelCNNPart().build(_LAYOUT, 10).eval()
+    attending = PixelCNNPart(attention_interval=5).build(_LAYOUT, 10).eval()
     print("| prior | parameters | cached s | chain of its products s | ratio | full pass a place s | ratio | same codes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", attending)):
@@ -124,7 +124,7 @@ def sampling(rounds: int) -> None:
 
 def memory() -> None:
     """Print the most that the process has held so far, while 256 images are drawn in batches of 16."""
-    prior = Transformer(Prior(layers=6, width=384, heads=6).resolved(), _LAYOUT, 10).eval()
+    prior = TransformerPart(**_SIZES).build(_LAYOUT, 10).eval()
     held = []
     for batch in range(16):
         numbers = torch.arange(batch * 16, (batch + 1) * 16)
@@ -136,8 +136,7 @@ def memory() -> None:
 
 def training(rounds: int) -> None:
     """Print the table of training speeds."""
-    config = Prior(layers=6, width=384, heads=6, dropout=0.0).resolved()
-    ours, plain = Transformer(config, _LAYOUT, 0), PlainTransformer(config)
+    ours, plain = TransformerPart(**_SIZES, dropout=0.0).build(_LAYOUT, 0), PlainTransformer(**_SIZES)
     places = torch.randint(_K, (_IMAGES, _LAYOUT.length))
     codes = _LAYOUT.grids_of(places)
     optimizers = [adamw(model, 1e-3, 0.05, beta2=0.95) for model in (ours, plain)]

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.schema import Tokenizer
-from stage1_vqvae.quantizers.build import build_quantizer
+from configs.parts import part_from
 
 _SHAPES = ((16_384, 512, 64), (4_096, 1_024, 512), (16_384, 16_384, 8))
 _ROUNDS = 15
@@ -41,7 +40,7 @@ def floor(z: Tensor, codebook: Tensor) -> Callable[[], object]:
 
 def ours(z: Tensor, codebook: Tensor, **section: object) -> Callable[[], object]:
     """A training step's share of the layer, on images' latents (B, D, h, w)."""
-    quantizer = build_quantizer(Tokenizer(num_codes=len(codebook), code_dim=codebook.shape[1], **section)).train()  # type: ignore[arg-type]
+    quantizer = part_from("tokenizer.quantizer", {"num_codes": len(codebook), **section}).build(codebook.shape[1]).train()
     gradient = torch.randn_like(z)  # in z's layout, as a decoder gives it
 
     def call() -> None:

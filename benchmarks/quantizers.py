@@ -24,25 +24,25 @@ from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from stage1_vqvae.training.metrics_log import read_metrics
 
-_THREE_OF_8 = ["--tokenizer.num_codes", "8"]
+_THREE_OF_8 = ["--tokenizer.quantizer.num_codes", "8"]
 KINDS: dict[str, list[str]] = {
     "EMA": [],
-    "EMA, rotation trick": ["--tokenizer.gradient_estimator", "rotation"],
-    "EMA, cosine, 8 channels": ["--tokenizer.metric", "cosine", "--tokenizer.codebook_dim", "8"],
+    "EMA, rotation trick": ["--tokenizer.quantizer.gradient_estimator", "rotation"],
+    "EMA, cosine, 8 channels": ["--tokenizer.quantizer.metric", "cosine", "--tokenizer.quantizer.codebook_dim", "8"],
     "gradient (the paper's)": ["--tokenizer.quantizer", "gradient"],
-    "gradient, entropy term": ["--tokenizer.quantizer", "gradient", "--tokenizer.entropy_weight", "0.01"],
+    "gradient, entropy term": ["--tokenizer.quantizer", "gradient", "--tokenizer.quantizer.entropy_weight", "0.01"],
     "SimVQ": ["--tokenizer.quantizer", "simvq"],
     "FSQ 8 x 8 x 8": ["--tokenizer.quantizer", "fsq"],
-    "LFQ, entropy term": ["--tokenizer.quantizer", "lfq", "--tokenizer.entropy_weight", "0.1"],
-    "residual, 3 depths of 8": [*_THREE_OF_8, "--tokenizer.depth", "3"],
-    "residual, 3 depths share 8": [*_THREE_OF_8, "--tokenizer.depth", "3", "--tokenizer.shared_codebook", "true"],
-    "product, 3 groups of 8": [*_THREE_OF_8, "--tokenizer.groups", "3", "--tokenizer.codebook_dim", "24"],
+    "LFQ, entropy term": ["--tokenizer.quantizer", "lfq", "--tokenizer.quantizer.entropy_weight", "0.1"],
+    "residual, 3 depths of 8": [*_THREE_OF_8, "--tokenizer.quantizer.depth", "3"],
+    "residual, 3 depths share 8": [*_THREE_OF_8, "--tokenizer.quantizer.depth", "3", "--tokenizer.quantizer.shared_codebook", "true"],
+    "product, 3 groups of 8": [*_THREE_OF_8, "--tokenizer.quantizer.groups", "3", "--tokenizer.quantizer.codebook_dim", "24"],
 }
 _PRIOR = ["--prior.layers", "2", "--prior.width", "128", "--prior.heads", "4", "--stage2.batch_size", "64"]
 _PRIOR += ["--stage2.lr", "2e-3", "--stage2.warmup_steps", "20"]
 SOURCES: dict[str, list[str]] = {
     "digits": ["--config", "configs/digits.yaml", "--stage1.steps", "300", "--extraction.augmentation", "none"],
-    "cifar10": ["--config", "configs/cifar10_5min.yaml", "--tokenizer.hidden_channels", "64", "--stage1.steps", "800"],
+    "cifar10": ["--config", "configs/cifar10_5min.yaml", "--tokenizer.network.hidden_channels", "64", "--stage1.steps", "800"],
 }
 _PRIOR_STEPS = {"digits": 150, "cifar10": 150}
 
@@ -66,7 +66,7 @@ def row(name: str, run: RunDir) -> str:
     cells = [
         f"{1000 * validation['mse']:.2f}",
         f"{validation['usage']:.0%}",
-        f"{validation['perplexity']:.3g} of {recipe.tokenizer.num_codes}",
+        f"{validation['perplexity']:.3g} of {read_json(run.codebook_health)['levels'][0]['num_codes']}",
         f"{bits['indices']:.0f}",
         f"{tokens * prior['unigram']:.0f}",
         f"{bits['prior']:.0f}",

@@ -31,13 +31,14 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, load_recipe
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir
-from pipelines.code_file import CodeFile, pack, run_fingerprint
-from pipelines.codec import batch_images, encode
-from pipelines.inputs import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
+from pipelines.codec.coder import batch_images, encode
+from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
 from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_of_each
-from stage1_vqvae.model import fingerprint, load_tokenizer
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import save_figure, square_columns
-from stage2_prior.prior_file import finished_prior, load_prior
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.priors.prior_file import finished_prior, load_prior
 
 _QUALITIES = (1, 5, 10, 15, 20, 30, 40, 55, 70, 85)
 _SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"speed": 4, "max_threads": 1}}

@@ -11,6 +11,7 @@ import dataclasses
 import re
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from configs.errors import UserError, fail
+from configs.former import SPELLINGS, current_prior, current_tokenizer
+from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
 from configs.run_dir import REPOSITORY, RunDir
-from configs.schema import PRESETS, Prior, Recipe
+from configs.schema import Recipe
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -34,7 +37,8 @@ SUMMARY = "python pipelines/summary.py"
 EVALUATE = "python pipelines/evaluate.py"
 REPORT = "python pipelines/report.py"
 
-SECTIONS: dict[str, type] = {name: type(section) for name, section in vars(Recipe()).items()}
+SECTIONS: dict[str, type] = typing.get_type_hints(Recipe)
+"""The recipe's sections and their classes; that of a section which is a part is the base of all its kinds."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,24 @@ def _plainly(message: str) -> str:
     return f"{found['key']}: expected {expected}, found {found['value']}"
 
 
-def _parser(sections: Sequence[str], flat: str | None = None, **kwargs: Any) -> _Parser:
+def _parts_of(sections: Sequence[str]) -> list[str]:
+    """The families whose parts are chosen in those sections."""
+    return [family for family in FAMILIES if family.partition(".")[0] in sections]
+
+
+def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = None, **kwargs: Any) -> _Parser:
+    """A parser of the sections' keys; of each part, of those that its kind has."""
     parser = _Parser(allow_abbrev=False, print_config=None, add_help=bool(kwargs), **kwargs)
     for name in sections:
-        parser.add_class_arguments(SECTIONS[name], None if name == flat else name)
+        if name not in FAMILIES:
+            inside = {family.partition(".")[2] for family in FAMILIES if family.startswith(f"{name}.")}
+            parser.add_class_arguments(SECTIONS[name], None if name == flat else name, skip=inside)
+    for family in _parts_of(sections):
+        parser.add_class_arguments(part_class(family, kinds[family]), family)
+        # Without fields a kind has no group of options to stand in.
+        group: Any = (parser.groups or {}).get(family, parser)
+        names = ", ".join(FAMILIES[family])
+        group.add_argument(f"--{family}.kind", type=str, default=kinds[family], help=f"{names}; each has options of its own")
     return parser
 
 
@@ -92,10 +110,18 @@ def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: R
             own = [f.name for f in dataclasses.fields(section)]
             built[name] = section(**{key: values[key] for key in own})
         elif name in sections:
-            built[name] = section(**vars(values[name]))
+            built[name] = _built(name, values[name])
         elif base is not None:
             built[name] = getattr(base, name)
     return Recipe(**built)
+
+
+def _built(name: str, values: Any) -> Any:
+    """The section or the part of that name from parsed values; any other value as it is."""
+    if not isinstance(values, Namespace):
+        return values
+    given = {key: _built(f"{name}.{key}", value) for key, value in vars(values).items()}
+    return part_class(name, given.pop("kind"))(**given) if name in FAMILIES else SECTIONS[name](**given)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -108,30 +134,70 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: expected YAML, found {error}") from None
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise UserError(f"{path}: expected sections {', '.join(SECTIONS)} with keys, found {content!r}")
-    for name, section in content.items():
-        known = [f.name for f in dataclasses.fields(SECTIONS[name])] if name in SECTIONS else list(SECTIONS)
-        unknown = [f"{name}.{key}" for key in section if key not in known] if name in SECTIONS else [name]
-        if unknown:
-            raise UserError(f"{path}: unknown key {unknown[0]}; known are {', '.join(known)}")
     try:
-        return _build(_parser(tuple(SECTIONS)).parse_object(content), tuple(SECTIONS), None, None)
+        content, kinds = _spelled_out(content)
+        _check_keys(content, kinds)
+        return _build(_parser(tuple(SECTIONS), kinds).parse_object(content), tuple(SECTIONS), None, None)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
+def _spelled_out(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe's content in today's spelling, a part that is only named as `{kind: name}`; and the kind of every part."""
+    converters = {"tokenizer": current_tokenizer, "prior": current_prior}
+    content = {name: converters[name](section) if name in converters else section for name, section in content.items()}
+    kinds = {}
+    for family in FAMILIES:
+        section, _, key = family.partition(".")
+        found = content.get(section, {})
+        if key and key in found:
+            # A copy: what was read stays as it is.
+            content[section] = found = {**found, key: {"kind": found[key]} if isinstance(found[key], str) else found[key]}
+            if not isinstance(found[key], dict):
+                raise UserError(f"{family}: expected a kind, or a kind with its fields, found {found[key]!r}")
+        kinds[family] = (found.get(key, {}) if key else found).get("kind", default_kind(family))
+    return content, kinds
+
+
+def _check_keys(content: dict[str, Any], kinds: dict[str, str]) -> None:
+    """Errors: UserError for a key that no section, or not the chosen kind of a part, has."""
+    for name, section in content.items():
+        if name not in SECTIONS:
+            raise UserError(f"unknown key {name}; known are {', '.join(SECTIONS)}")
+        for where, values in (
+            (name, section),
+            *((f"{name}.{key}", value) for key, value in section.items() if f"{name}.{key}" in FAMILIES),
+        ):
+            is_part = where in FAMILIES
+            found = part_class(where, kinds[where]) if is_part else SECTIONS[name]
+            known = [*(["kind"] if is_part else []), *(f.name for f in dataclasses.fields(found))]
+            unknown = [key for key in values if key not in known]
+            if unknown:
+                of_kind = f" of kind {kinds[where]}" if is_part else ""
+                raise UserError(f"unknown key {where}.{unknown[0]}; known{of_kind} are {', '.join(known)}")
+
+
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain dictionaries, for YAML and JSON."""
-    return dataclasses.asdict(recipe)
+    return as_dict(recipe)
+
+
+def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def differences(recipe: Recipe, other: Recipe, but: Sequence[str] = ()) -> list[str]:
     """Keys in which two recipes differ, as `section.key: A, not B`; sections and dotted keys in `but` aside."""
+    ours, theirs = flattened(recipe_dict(recipe)), flattened(recipe_dict(other))
     found = []
-    for section, values in recipe_dict(recipe).items():
-        for key, value in values.items():
-            there = getattr(getattr(other, section), key)
-            if value != there and section not in but and f"{section}.{key}" not in but:
-                found.append(f"{section}.{key}: {value}, not {there}")
+    for key, value in ours.items():
+        # A field that the other's kind of a part does not have: that the kinds differ is said before.
+        if key in theirs and value != theirs[key] and key not in but and key.partition(".")[0] not in but:
+            found.append(f"{key}: {value}, not {theirs[key]}")
     return found
 
 
@@ -159,20 +225,24 @@ def parse(
         options: adds the script's own options.
     Errors: exits with code 2 and one line on any mistake.
     """
-    argv = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    argv = [_spelled(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     where = _WhereParser(add_help=False, allow_abbrev=False)
     where.add_argument("--config", type=Path)
     where.add_argument("--run")
     where.add_argument("--name")
-    where.add_argument("--prior.kind", dest="kind")
     where.add_argument("--prior.preset", dest="preset")
     where.add_argument("--resume", action="store_true")
+    families = _parts_of(sections)
+    for family in families:
+        where.add_argument(f"--{family}.kind", dest=family)
     help_wanted = "--help" in argv or "-h" in argv
     try:
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
         run, base = _locate(known, starts_run, help_wanted, begun_in)
+        base = _with_parts(base, known)
+        kinds = {family: _part(base, family).kind for family in families}
         usage = "%(prog)s [--option value ...]"
-        parser = _parser(sections, flat, usage=usage, description=description, formatter_class=_Help)
+        parser = _parser(sections, kinds, flat, usage=usage, description=description, formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
         parser.add_argument("--run", help="name of a run in runs/, or a path (default: the recipe's, else the run last touched)")
         parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
@@ -192,19 +262,33 @@ def parse(
     return Command(run, recipe, values, list(argv))
 
 
-def _underscored(argument: str) -> str:
+def _spelled(argument: str) -> str:
+    """An argument as the parser spells it: underscores for hyphens, and the name of a part alone for its kind.
+
+    Errors: exits for a key of former recipes, naming today's.
+    """
     if not argument.startswith("--"):
         return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    name, equals, value = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    if name in SPELLINGS:
+        fail(f"--{name}: expected its new spelling, --{SPELLINGS[name]}, found the old one")
+    if name in FAMILIES and "." in name:
+        name += ".kind"
+    return f"--{name}{equals}{value}"
+
+
+def _part(recipe: Recipe, family: str) -> Any:
+    """The part of a recipe that a family names."""
+    found: Any = recipe
+    for name in family.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def _defaults(base: Recipe, sections: Sequence[str], flat: str | None) -> dict[str, Any]:
-    defaults = {}
-    for name in sections:
-        for key, value in vars(getattr(base, name)).items():
-            defaults[key if name == flat else f"{name}.{key}"] = value
-    return defaults
+    values = flattened({name: as_dict(getattr(base, name)) for name in sections})
+    return {key.removeprefix(f"{flat}."): value for key, value in values.items()}
 
 
 def _locate(
@@ -220,26 +304,41 @@ def _locate(
         run = last or RunDir.named(DEFAULT_RECIPE.stem)
     exists = run.exists()
     if exists and begun_in is not None:
-        folder = begun_in(run, known.name or (known.kind if known.kind in PRESETS else None))
+        folder = begun_in(run, known.name or _prior_kind(known))
         own = run.recipe if starts_run else folder / "recipe.yaml"
         # A changed recipe file must not pass unnoticed, unless the user says to go on with what was begun.
         if RunDir.begun(folder) and own.exists() and (known.resume or known.config is None or not starts_run):
             return run, load_recipe(own)
     if starts_run:
-        return run, _of_another_prior(load_recipe(known.config or DEFAULT_RECIPE), known)
+        return run, load_recipe(known.config or DEFAULT_RECIPE)
     if exists:
-        return run, _of_another_prior(load_recipe(run.recipe), known)
+        return run, load_recipe(run.recipe)
     if help_wanted:
         return run, load_recipe(known.config or DEFAULT_RECIPE)
     raise UserError(f"{run}: there is no such run; start it with: {TRAIN_TOKENIZER}")
 
 
-def _of_another_prior(recipe: Recipe, known: argparse.Namespace) -> Recipe:
-    """The recipe with the preset's sizes, if the command line asks for a preset or another kind: its own are another model's."""
-    if known.preset is None and known.kind in (None, recipe.prior.kind):
-        return recipe
-    prior = dataclasses.replace(recipe.prior, layers=0, width=0, heads=0, attention_interval=0, kernel_size=Prior().kernel_size)
-    return dataclasses.replace(recipe, prior=prior)
+def _prior_kind(known: argparse.Namespace) -> str | None:
+    """The prior's kind, if the command line names one there is."""
+    kind = getattr(known, "prior", None)
+    return kind if kind in FAMILIES["prior"] else None
+
+
+def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:
+    """The recipe with the kinds that the command line asks for; and with the sizes of a preset, if it asks for one: the recipe's
+    own are another model's.
+    """
+    for family in FAMILIES:
+        kind, (section, _, key) = getattr(known, family, None), family.partition(".")
+        if kind is not None:
+            part = of_kind(_part(recipe, family), family, kind)
+            chosen: Any = dataclasses.replace(getattr(recipe, section), **{key: part}) if key else part
+            changed: dict[str, Any] = {section: chosen}
+            recipe = dataclasses.replace(recipe, **changed)
+    if known.preset is not None and hasattr(recipe.prior, "preset"):
+        sizes: dict[str, Any] = dict.fromkeys(("layers", "width", "heads"), 0)
+        recipe = dataclasses.replace(recipe, prior=dataclasses.replace(recipe.prior, **sizes))
+    return recipe
 
 
 class _WhereParser(argparse.ArgumentParser):

@@ -28,8 +28,8 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json
-from pipelines.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.scoring import (
+from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
+from pipelines.images.scoring import (
     BATCH_SIZE,
     Panel,
     ScoringPrior,
@@ -40,15 +40,17 @@ from pipelines.scoring import (
     surprisals,
     write_table,
 )
-from stage1_vqvae.images import VALIDATION, batches
+from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.metrics import squared_errors
-from stage1_vqvae.model import fingerprint, load_tokenizer
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import save_png
+from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
-from stage2_prior.code_store import CodeStore
-from stage2_prior.likelihood import uniform_bits
-from stage2_prior.prior_file import UNIFORM
-from stage2_prior.sequence import SequenceLayout
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.likelihood.bits import uniform_bits
+from stage2_prior.priors.prior_file import UNIFORM
 
 # How much of a heat map's pixel is its colour; the rest is the picture, in grey.
 _OPACITY = 0.6

@@ -21,15 +21,16 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, write_bytes
-from pipelines.code_file import SUFFIX, CodeFile, Sizes, pack, run_fingerprint, unpack
-from pipelines.codec import Encoding, batch_images, decode, encode
-from pipelines.inputs import chosen_images, encode_and_decode, image_options, known_labels_for, unique_names
+from pipelines.codec.code_file import SUFFIX, CodeFile, Sizes, pack, run_fingerprint, unpack
+from pipelines.codec.coder import Encoding, batch_images, decode, encode
+from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for, unique_names
 from stage1_vqvae.metrics import psnr, squared_errors
-from stage1_vqvae.model import fingerprint, load_tokenizer
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
-from stage2_prior.contract import AutoregressivePrior
-from stage2_prior.prior_file import UNIFORM, finished_prior, load_prior
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.prior_file import UNIFORM, finished_prior, load_prior
 
 
 def main(argv: list[str] | None = None) -> None:

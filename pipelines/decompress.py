@@ -19,14 +19,16 @@ import torch
 from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program
-from pipelines.code_file import CodeFile, run_fingerprint, unpack
-from pipelines.codec import decode
-from stage1_vqvae.images import batches, to_uint8
-from stage1_vqvae.model import fingerprint, load_tokenizer
+from pipelines.codec.code_file import CodeFile, run_fingerprint, unpack
+from pipelines.codec.coder import decode
+from stage1_vqvae.data.pixels import to_uint8
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import save_png
+from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar
-from stage2_prior.prior_file import load_prior
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.priors.prior_file import load_prior
 
 
 @torch.no_grad()

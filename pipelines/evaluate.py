@@ -25,17 +25,20 @@ from accelerate import Accelerator
 from configs.cli import REPORT, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json, write_bytes, write_json
-from pipelines.assessment import Assessor, Samples, lpips_weights, pixels_hash
-from pipelines.classifier import run_classifier
-from pipelines.drawing import check_guidance, chosen_prior, draw_images, labels_of
-from pipelines.evaluation_report import markdown, notes, tables
-from pipelines.features import feature_network
-from pipelines.provenance import agrees, identity
-from stage1_vqvae.images import TEST, TRAIN, VALIDATION, ImageSource, load_files, load_images
-from stage1_vqvae.model import VQVAE, fingerprint, load_tokenizer
+from pipelines.evaluation.assessment import Assessor, Samples, lpips_weights, pixels_hash
+from pipelines.evaluation.classifier import run_classifier
+from pipelines.evaluation.features import feature_network
+from pipelines.evaluation.tables import markdown, notes, tables
+from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
+from pipelines.images.provenance import agrees, identity
+from stage1_vqvae.data.files import load_files
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
+from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.plots import grid_scale, save_png
 from stage1_vqvae.training.processes import start
-from stage2_prior.prior_file import UNIFORM
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.priors.prior_file import UNIFORM
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from configs.cli import Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.scoring import (
+from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
+from pipelines.images.scoring import (
     BATCH_SIZE,
     Panel,
     ScoringPrior,
@@ -33,13 +33,13 @@ from pipelines.scoring import (
     surprisals,
     write_table,
 )
-from stage1_vqvae.images import batches
 from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import save_png
+from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar
-from stage2_prior.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import UNIFORM
 
 # Pairs in reconstructions.png at most, of the worst and of the best.
 _SHOWN = 32

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from configs.cli import parse
 from configs.errors import run_entry
 from configs.run_dir import write_bytes
-from pipelines.report_content import report_content
+from pipelines.reporting.content import report_content
 
 _TEMPLATE = "report.html.jinja"
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def rendered(content: dict[str, Any]) -> str:
     """The page. Labels and paths are the user's own: all text is escaped."""
-    loader = FileSystemLoader(Path(__file__).parent)
+    loader = FileSystemLoader(Path(__file__).parent / "reporting")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(_TEMPLATE).render(content)
 

@@ -28,9 +28,9 @@ from typing import Any
 from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, load_recipe, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, read_json
-from pipelines.provenance import agrees, identity, outputs, seen
-from stage1_vqvae.images import TRAIN, VALIDATION
-from stage2_prior.prior_file import UNIFORM
+from pipelines.images.provenance import agrees, identity, outputs, seen
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage2_prior.priors.prior_file import UNIFORM
 
 _SAMPLES = 64
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -23,13 +23,14 @@ from torch import Tensor
 from configs.cli import SUMMARY, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, write_bytes, write_json
-from pipelines.drawing import check_guidance, chosen_prior, draw_images, labels_of
-from stage1_vqvae.model import fingerprint, load_tokenizer
+from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
-from stage2_prior.likelihood import mean_over_tokens, uniform_bits
-from stage2_prior.prior_file import UNIFORM
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
+from stage2_prior.priors.prior_file import UNIFORM
 
 # Pictures in grid.png at most; all of them lie beside it.
 _SHOWN = 256

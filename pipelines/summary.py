@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir, read_json
-from stage2_prior.code_store import read_manifest
+from stage2_prior.codes.store import read_manifest
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from configs.cli import TRAIN_TOKENIZER, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import read_json
-from stage1_vqvae.quantizers.health import health_from_json, health_table
+from stage1_vqvae.monitoring.health import health_from_json, health_table
 
 
 def main(argv: list[str] | None = None) -> None:

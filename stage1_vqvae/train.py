@@ -23,27 +23,32 @@ from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, p
 from configs.errors import run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage1
-from stage1_vqvae.images import TRAIN, VALIDATION, ImageSplit, load_images, make_variants, num_variants, to_model
+from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSplit
+from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.metrics import index_bits, raw_bits
-from stage1_vqvae.model import VQVAE, read_header, save_tokenizer
+from stage1_vqvae.model import VQVAE, save_tokenizer
+from stage1_vqvae.monitoring.health import collapse_warning
+from stage1_vqvae.monitoring.validation import Judgement, check_equal_codebooks, save_health, save_reconstructions, validate
+from stage1_vqvae.monitoring.window import Window
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.quantizers.contract import added, level_counts
-from stage1_vqvae.quantizers.health import collapse_warning
 from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
 from stage1_vqvae.quantizers.restart import Restart
 from stage1_vqvae.training.averaging import WeightAverage
+from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_seed, generator, seed_layers, share_of_step
+from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
 from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop
-from stage1_vqvae.validation import Judgement, check_equal_codebooks, save_health, save_reconstructions, validate
-from stage1_vqvae.window import Window
+from stage1_vqvae.training.weights_file import read_header
 
 # On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
 _MAY_CHANGE = ("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm", "data.path")
@@ -255,7 +260,7 @@ def training_images(training: ImageSplit, rows: Tensor, share: slice, config: St
 def initialise_codebooks(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
     """k-means of the untrained encoder's latents of the first batches, the same on all processes; where the recipe says so."""
     placeable = [codebook for codebook in tokenizer.quantizer.codebooks() if codebook.placeable]
-    if tokenizer.config.initialisation == "random" or not placeable:
+    if not (tokenizer.config.quantizer.starts_by_kmeans and placeable):
         return
     tokenizer.eval()
     processes, rank = accelerator.num_processes, accelerator.process_index

@@ -21,12 +21,17 @@ from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, replacing_folder
 from configs.schema import Augmentation, Extraction
-from stage1_vqvae.images import TRAIN, ImageSource, ImageSplit, batches, load_images, make_variants, num_variants, to_model, to_uint8
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
+from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.metrics import perplexity, usage
-from stage1_vqvae.model import VQVAE, fingerprint, load_tokenizer
+from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar
-from stage2_prior.code_store import CodeStore, CodeWriter, Manifest, read_manifest
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.store import CodeStore, CodeWriter, Manifest, read_manifest
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,8 +15,8 @@ from configs.errors import UserError
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.randomness import generator
-from stage2_prior.contract import AutoregressivePrior
-from stage2_prior.sequence import SequenceLayout
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.contract import AutoregressivePrior
 
 
 def uniforms(seed: int, numbers: Tensor, length: int) -> Tensor:

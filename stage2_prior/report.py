@@ -13,13 +13,13 @@ from typing import Any
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse
 from configs.errors import UserError, run_entry
-from stage1_vqvae.images import TRAIN, VALIDATION
-from stage1_vqvae.model import fingerprint
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import start
-from stage2_prior.code_store import CodeStore
-from stage2_prior.likelihood_report import likelihood_report, markdown, write_report
-from stage2_prior.prior_file import finished_prior, load_prior
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.likelihood.tables import likelihood_report, markdown, write_report
+from stage2_prior.priors.prior_file import finished_prior, load_prior
 
 _BATCH_SIZE = 64
 

@@ -26,25 +26,26 @@ from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, 
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
-from stage1_vqvae.images import TRAIN, VALIDATION
-from stage1_vqvae.model import fingerprint
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.averaging import WeightAverage
+from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, check_divides, derived_seed, generator, seed_layers, share_of_step
+from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
 from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
-from stage2_prior.code_store import CodeStore
-from stage2_prior.contract import AutoregressivePrior, code_losses
-from stage2_prior.likelihood import bits, measure
-from stage2_prior.likelihood_report import likelihood_report, turned_at, write_report
-from stage2_prior.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, read_prior_header, save_prior
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.likelihood.bits import bits, measure
+from stage2_prior.likelihood.tables import likelihood_report, turned_at, write_report
+from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, read_prior_header, save_prior
 
 _MAY_CHANGE = (
     *("stage2.steps", "stage2.lr", "stage2.clip_norm", "stage2.gradient_checkpointing"),

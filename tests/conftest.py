@@ -25,7 +25,11 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 # Non-square, so that height and width cannot be swapped unnoticed: 8x12 pixels, 2x3 codes.
 TINY = {
     "data": {"height": 8, "width": 12, "channels": 3, "validation_share": 0.25},
-    "tokenizer": {"num_codes": 16, "code_dim": 4, "hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1},
+    "tokenizer": {
+        "code_dim": 4,
+        "quantizer": {"num_codes": 16},
+        "network": {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1},
+    },
     "stage1": {
         "steps": 60,
         "batch_size": 8,

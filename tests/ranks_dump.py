@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from configs.errors import run_entry
-from stage1_vqvae.images import to_model
+from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.training.checkpoint import Checkpoints
 
 NEXT = "NEXT"
@@ -38,7 +38,7 @@ def main() -> None:
     if module == "stage1_vqvae.train":
         # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
         torch.set_default_dtype(torch.float64)
-        for user in (script, importlib.import_module("stage1_vqvae.validation")):
+        for user in (script, importlib.import_module("stage1_vqvae.monitoring.validation")):
             user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
     save = Checkpoints.save
     # The processes stay joined from run to run.

@@ -11,10 +11,46 @@ from pathlib import Path
 
 import pytest
 
+from configs.parts import FAMILIES, part_class
 from configs.run_dir import REPOSITORY
+from configs.schema import NetworkPart, ObjectivePart, PriorPart, QuantizerPart
 
 # Each package may import those before it.
 ORDER = ["configs", "stage1_vqvae", "stage2_prior", "pipelines"]
+# Within a package each room (a folder, or a module at the top) may import these others of it; scripts may import all.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "configs": {
+        "errors": set(),
+        "run_dir": {"errors"},
+        "parts": {"errors"},
+        "former": {"parts"},
+        "schema": {"former", "parts"},
+        "cli": {"errors", "former", "parts", "run_dir", "schema"},
+    },
+    "stage1_vqvae": {
+        "training": set(),
+        "metrics": set(),
+        "plots": set(),
+        "data": {"training"},
+        "objectives": {"training"},
+        "networks": {"training"},
+        "quantizers": {"training"},
+        "model": {"training", "objectives", "networks", "quantizers"},
+        "monitoring": {"training", "metrics", "plots", "data", "quantizers", "model"},
+    },
+    "stage2_prior": {
+        "codes": set(),
+        "priors": {"codes"},
+        "likelihood": {"codes", "priors"},
+        "generate": {"codes", "priors"},
+    },
+    "pipelines": {
+        "images": set(),
+        "codec": {"images"},
+        "evaluation": {"images"},
+        "reporting": {"images"},
+    },
+}
 SCRIPTS = [
     path for package in ORDER for path in sorted((REPOSITORY / package).glob("*.py")) if '__name__ == "__main__"' in path.read_text()
 ]
@@ -46,6 +82,25 @@ def test_nobody_imports_a_script(path: Path) -> None:
     assert not imported_modules(path) & scripts
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path not in SCRIPTS], ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_rooms_import_what_they_may(path: Path) -> None:
+    package, room, *_ = path.relative_to(REPOSITORY).with_suffix("").parts
+    if room == "__init__":
+        return
+    imported = {module.split(".")[1] for module in imported_modules(path) if module.startswith(f"{package}.")}
+    assert imported - {room} <= ROOMS[package][room]
+
+
+def test_what_a_recipe_may_choose_is_there() -> None:
+    """The tables name classes by address: each in a room of its family, with the fields' base class that the recipe expects."""
+    bases = {"quantizer": QuantizerPart, "network": NetworkPart, "objective": ObjectivePart, "prior": PriorPart}
+    for family, kinds in FAMILIES.items():
+        name = family.split(".")[-1]
+        for kind, address in kinds.items():
+            assert address.split(".")[1] == f"{name}s"
+            assert issubclass(part_class(family, kind), bases[name])
+
+
 def test_there_are_scripts() -> None:
     names = {str(script.relative_to(REPOSITORY)) for script in SCRIPTS}
     assert names >= {"stage1_vqvae/train.py", "stage2_prior/extract_codes.py", "stage2_prior/train.py", "pipelines/sample.py"}
@@ -64,9 +119,9 @@ def test_no_file_beside_a_script_hides_a_package() -> None:
     assert not (own & taken) - {"__init__", "__pycache__"}
 
 
-def test_only_images_imports_datasets() -> None:
+def test_only_sources_import_datasets() -> None:
     owners = {path.name for path in FILES if any(module.split(".")[0] == "datasets" for module in imported_modules(path))}
-    assert owners == {"images.py"}
+    assert owners == {"sources.py"}
 
 
 def test_no_catch_all_module() -> None:

@@ -11,8 +11,8 @@ import torch
 from stage1_vqvae.training.metrics_log import read_metrics
 from tests.conftest import Script
 from tests.ranks_dump import NEXT
-from tests.stage1_vqvae.quantizer_kinds import KINDS, D
-from tests.stage2_prior.prior_kinds import KINDS as PRIOR_KINDS
+from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D
+from tests.stage2_prior.priors.prior_kinds import KINDS as PRIOR_KINDS
 
 
 @pytest.fixture(scope="module")

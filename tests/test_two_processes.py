@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from configs.run_dir import read_json
 from stage1_vqvae.training.metrics_log import read_metrics
-from stage2_prior.code_store import CodeStore
+from stage2_prior.codes.store import CodeStore
 from tests.conftest import Script
 
 

@@ -128,6 +128,11 @@ class ProjectedQuantizer(Quantizer):
         self.inner.update_(statistics)
 
 
+def fitted_to(dim: int, inner: Quantizer) -> Quantizer:
+    """A quantizer of vectors of `dim` channels: the one given, projected unless it has that width."""
+    return inner if inner.dim == dim else ProjectedQuantizer(dim, inner)
+
+
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
     """Added in order, so that `quantize` and `lookup_rows` agree to the last bit."""
     total = parts[0]

@@ -1,20 +1,88 @@
-"""Quantizers without a codebook to learn: every channel is rounded by itself, and the codes are all combinations."""
+"""Quantizers without a codebook to learn: every channel is rounded by itself, and the codes are all combinations.
+
+Their width follows from the number of codes; where latents have another, two learned linear maps stand between.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from configs.schema import QuantizerPart, require
 from stage1_vqvae.quantizers.codebook import mean_square
+from stage1_vqvae.quantizers.composed import fitted_to
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, counted
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import straight_through
 
 # Keeps the outermost level within reach of tanh, by this share of the range.
 _MARGIN = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSQPart(QuantizerPart):
+    """Each of a few channels is rounded to one of its levels (Mentzer et al. 2023)."""
+
+    levels: list[int] = field(default_factory=lambda: [8, 8, 8])
+    """Values each channel may take; their product is K, the number of codes."""
+
+    def __post_init__(self) -> None:
+        within = min(self.levels, default=0) >= 2 and max(self.levels) <= 256
+        require(within, "tokenizer.quantizer.levels", "each from 2 to 256", self.levels)
+
+    @property
+    def advice_on_collapse(self) -> str:
+        """See the base class."""
+        return "lower stage1.lr: the encoder's latents have left the quantizer's range"
+
+    def build(self, dim: int) -> Quantizer:
+        """See the base class."""
+        return fitted_to(dim, FiniteScalarQuantizer(self.levels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LFQPart(QuantizerPart):
+    """The signs of log2 K channels are the code (Yu et al. 2023)."""
+
+    num_codes: int = 512
+    """K, a power of two."""
+    commitment: float = 0.25
+    """Weight of the commitment loss, which draws the latents to their signs."""
+    entropy_weight: float = 0.05
+    """Weight of the entropy term, which alone keeps the codes in use: above 0."""
+    entropy_temperature: float = 0.3
+    """Temperature of the soft assignments in that term, in squared units of the latents."""
+
+    def __post_init__(self) -> None:
+        where, k = "tokenizer.quantizer", self.num_codes
+        require(k >= 2 and k & (k - 1) == 0, f"{where}.num_codes", "a power of two", k)
+        require(self.commitment >= 0, f"{where}.commitment", "at least 0", self.commitment)
+        require(self.entropy_weight > 0, f"{where}.entropy_weight", "above 0: nothing else keeps the codes in use", self.entropy_weight)
+        require(self.entropy_temperature > 0, f"{where}.entropy_temperature", "above 0", self.entropy_temperature)
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """See the base class."""
+        return True
+
+    @property
+    def advice_on_collapse(self) -> str:
+        """See the base class."""
+        return f"raise tokenizer.quantizer.entropy_weight, for instance to {2 * self.entropy_weight}"
+
+    def build(self, dim: int) -> Quantizer:
+        """See the base class."""
+        inner = LookupFreeQuantizer(
+            self.num_codes,
+            commitment=self.commitment,
+            entropy_weight=self.entropy_weight,
+            entropy_temperature=self.entropy_temperature,
+        )
+        return fitted_to(dim, inner)
 
 
 class FiniteScalarQuantizer(Quantizer):

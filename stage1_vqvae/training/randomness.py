@@ -10,8 +10,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
-
 
 def derived_seed(seed: int, *purpose: object) -> int:
     """A 63-bit seed from `seed` and what it is for, equal on every machine and process."""
@@ -54,23 +52,3 @@ class DataOrder:
         epochs = places // self.count
         parts = [self.epoch(int(number))[places[epochs == number] % self.count] for number in epochs.unique()]
         return torch.cat(parts)
-
-
-def share_of_step(batch_size: int, accumulation: int, micro_step: int, processes: int, rank: int) -> slice:
-    """The part of a step's batch that one process takes in one micro-step.
-
-    The batch divides (`check_divides`).
-    """
-    parts = accumulation * processes
-    assert batch_size % parts == 0
-    size = batch_size // parts
-    start = (micro_step * processes + rank) * size
-    return slice(start, start + size)
-
-
-def check_divides(section: str, batch_size: int, accumulation: int, processes: int) -> None:
-    """Errors: UserError if a step's batch cannot be shared out evenly."""
-    parts = accumulation * processes
-    if batch_size % parts:
-        shares = f"{processes} processes x {accumulation} micro-steps"
-        raise UserError(f"{section}.batch_size: expected a multiple of {parts} ({shares}), found {batch_size}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from configs.cli import SECTIONS, differences, load_recipe, parse, recipe_dict
+from configs.cli import SECTIONS, differences, flattened, load_recipe, parse, recipe_dict
 from configs.errors import UserError
+from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import REPOSITORY, RunDir
 from configs.schema import Recipe, Stage1
 
@@ -36,10 +39,13 @@ def test_shipped_recipes_parse_and_build(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_name_only_what_differs(path: Path) -> None:
-    default = recipe_dict(Recipe())
-    for section, values in yaml.safe_load(path.read_text()).items():
-        same = [key for key, value in values.items() if section != "data" and value == default[section][key]]
-        assert not same, f"{section}.{same} is the default"
+    recipe, named = load_recipe(path), flattened(yaml.safe_load(path.read_text()))
+    default = flattened(recipe_dict(Recipe()))
+    for family in FAMILIES:
+        kind = operator.attrgetter(family)(recipe).kind
+        default |= {f"{family}.{key}": value for key, value in as_dict(part_class(family, kind)()).items() if key != "kind"}
+    same = [key for key, value in named.items() if not key.startswith("data.") and value == default[key]]
+    assert not same, f"{same} is the default"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -49,14 +55,21 @@ def test_shipped_recipes_state_command_hardware_time_and_figures(path: Path) -> 
         assert word in header, word
 
 
-def test_every_field_says_what_it_is() -> None:
+def chosen_classes() -> list[type]:
+    """The sections, and every kind of every part."""
+    kinds = [part_class(family, kind) for family, found in FAMILIES.items() for kind in found]
+    return [*(section for name, section in SECTIONS.items() if name not in FAMILIES), *kinds]
+
+
+@pytest.mark.parametrize("section", chosen_classes(), ids=lambda section: section.__name__)
+def test_every_field_says_what_it_is(section: type) -> None:
     """A docstring under each field is what --help prints."""
-    source = (REPOSITORY / "configs" / "schema.py").read_text().splitlines()
-    for section in SECTIONS.values():
-        for field in dataclasses.fields(section):
-            lines = [number for number, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
-            assert lines, field.name
-            assert all(source[number + 1].strip().startswith('"""') for number in lines), field.name
+    source = "".join(inspect.getsource(base) for base in section.__mro__ if dataclasses.is_dataclass(base)).splitlines()
+    for field in dataclasses.fields(section):
+        lines = [number for number, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
+        assert lines, field.name
+        is_part = any(f"{name.lower()}.{field.name}" in FAMILIES for name in [section.__name__])
+        assert is_part or all(source[number + 1].strip().startswith('"""') for number in lines), field.name
 
 
 def test_overrides_win_over_the_recipe_in_any_order(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -92,8 +105,8 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "Peak learning rate." in text
-    assert all(f"--{name}.{field.name}" in text for name, section in SECTIONS.items() for field in dataclasses.fields(section))
     digits = load_recipe(REPOSITORY / "configs" / "digits.yaml")
+    assert all(f"--{key}" in text for key in flattened(recipe_dict(digits)))
     assert f"default: {digits.stage1.steps}" in " ".join(text.split())
 
 
@@ -102,23 +115,23 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
     [
         (["--stage1.lr", "-1"], ["stage1.lr", "above 0", "-1"]),
         (["--stage1.lr", "fast"], ["stage1.lr", "float", "fast"]),
-        (["--tokenizer.quantizer", "magic"], ["tokenizer.quantizer", "'ema', 'gradient'", "magic"]),
-        (["--tokenizer.quantizer", "fsq", "--tokenizer.num_codes", "500"], ["tokenizer.fsq_levels", "num_codes 500", "512"]),
-        (["--tokenizer.quantizer", "fsq", "--tokenizer.fsq_levels", "[1,512]"], ["tokenizer.fsq_levels", "2 to 256", "[1, 512]"]),
-        (["--tokenizer.quantizer", "fsq", "--tokenizer.depth", "2"], ["tokenizer.depth", "1 under fsq", "2"]),
-        (["--tokenizer.quantizer", "lfq"], ["tokenizer.entropy_weight", "above 0 under lfq"]),
-        (
-            ["--tokenizer.quantizer", "lfq", "--tokenizer.entropy_weight", "0.1", "--tokenizer.num_codes", "500"],
-            ["tokenizer.num_codes", "power of two", "500"],
-        ),
-        (["--tokenizer.groups", "3"], ["tokenizer.groups", "divisor of the 16 channels", "3"]),
-        (["--tokenizer.groups", "16", "--tokenizer.metric", "cosine"], ["tokenizer.metric", "one channel"]),
-        (["--tokenizer.depth", "2", "--tokenizer.metric", "cosine"], ["tokenizer.metric", "euclidean at depth 2", "cosine"]),
-        (["--tokenizer.shared_codebook", "true"], ["tokenizer.shared_codebook", "false at depth 1"]),
-        (["--tokenizer.entropy_weight", "0.1", "--stage1.accumulation", "2"], ["stage1.accumulation", "whole batch", "2"]),
-        (["--tokenizer.num_codes", "1"], ["tokenizer.num_codes", "at least 2", "1"]),
-        (["--tokenizer.downsampling", "3"], ["tokenizer.downsampling", "power of two", "3"]),
-        (["--tokenizer.downsampling", "8"], ["tokenizer.downsampling 8", "divisor of data.height", "28"]),
+        (["--tokenizer.quantizer", "magic"], ["tokenizer.quantizer.kind", "ema, gradient", "magic"]),
+        (["--tokenizer.quantizer", "fsq", "--tokenizer.quantizer.num_codes", "500"], ["tokenizer.quantizer.num_codes"]),
+        (["--tokenizer.quantizer.kind=fsq", "--tokenizer.quantizer.levels", "[1,512]"], ["quantizer.levels", "2 to 256", "[1, 512]"]),
+        (["--tokenizer.quantizer", "simvq", "--tokenizer.quantizer.decay", "0.9"], ["tokenizer.quantizer.decay"]),
+        (["--tokenizer.quantizer", "lfq", "--tokenizer.quantizer.entropy_weight", "0"], ["quantizer.entropy_weight", "above 0"]),
+        (["--tokenizer.quantizer", "lfq", "--tokenizer.quantizer.num_codes", "500"], ["quantizer.num_codes", "power of two", "500"]),
+        (["--tokenizer.quantizer.groups", "3"], ["tokenizer.quantizer.groups", "divisor of the 16 channels", "3"]),
+        (["--tokenizer.quantizer.groups", "16", "--tokenizer.quantizer.metric", "cosine"], ["quantizer.metric", "one channel"]),
+        (["--tokenizer.quantizer.depth", "2", "--tokenizer.quantizer.metric", "cosine"], ["quantizer.metric", "euclidean at depth 2"]),
+        (["--tokenizer.quantizer.shared_codebook", "true"], ["tokenizer.quantizer.shared_codebook", "false at depth 1"]),
+        (["--tokenizer.quantizer.entropy_weight", "0.1", "--stage1.accumulation", "2"], ["stage1.accumulation", "whole batch", "2"]),
+        (["--tokenizer.quantizer.num_codes", "1"], ["tokenizer.quantizer.num_codes", "at least 2", "1"]),
+        (["--tokenizer.network.downsampling", "3"], ["tokenizer.network.downsampling", "power of two", "3"]),
+        (["--tokenizer.network.downsampling", "8"], ["tokenizer.network.downsampling 8", "divisor of data.height", "28"]),
+        (["--tokenizer.num_codes", "8"], ["--tokenizer.num_codes", "new spelling, --tokenizer.quantizer.num_codes"]),
+        (["--tokenizer.ema-decay=0.9"], ["--tokenizer.ema_decay", "--tokenizer.quantizer.decay"]),
+        (["--prior.kind", "transformer", "--prior.kernel_size", "5"], ["prior.kernel_size"]),
         (["--stage1.learning_rate", "1"], ["--stage1.learning_rate"]),
         (["--stage1.batch_size", "7", "--stage1.accumulation", "2"], ["stage1.batch_size", "multiple of accumulation 2", "7"]),
         (["--prior.heads", "5"], ["prior.width", "multiple of 4 x 5 heads"]),
@@ -138,6 +151,10 @@ def test_mistakes_get_one_line(arguments: list[str], parts: list[str], tmp_path:
     [
         ("stage1: {learning_rate: 1}", ["stage1.learning_rate", "unknown"]),
         ("stage3: {lr: 1}", ["stage3", "unknown"]),
+        ("tokenizer: {quantizer: {kind: fsq, depth: 2}}", ["unknown key tokenizer.quantizer.depth", "of kind fsq are kind, levels"]),
+        ("tokenizer: {quantizer: magic}", ["tokenizer.quantizer.kind", "ema, gradient", "magic"]),
+        ("tokenizer: {quantizer: 3}", ["tokenizer.quantizer", "a kind", "3"]),
+        ("prior: {kind: transformer, attention_rate: 2}", ["unknown key prior.attention_rate", "of kind transformer are kind, dropout"]),
         ("{data: {path: x}, stage1: {lr: fast}}", ["stage1.lr", "float", "fast"]),
         ("{data: {path: x}, stage1: {lr: 0}}", ["stage1.lr", "above 0"]),
         ("stage1: 3", ["sections"]),
@@ -180,3 +197,55 @@ def test_config_selects_the_recipes_run_and_the_run_last_touched_is_the_default(
     assert parse("doc", (), []).run.path.name == "other"
     assert parse("doc", (), ["--config", "configs/old.yaml"]).run.path.name == "old"
     assert parse("doc", (), ["--run", "digits"]).run.path.name == "digits"
+
+
+OLD = """
+tokenizer: {downsampling: 2, hidden_channels: 32, residual_blocks: 1, residual_channels: 8, num_codes: 64, code_dim: 6, codebook_dim: 0,
+  quantizer: QUANTIZER, depth: 1, shared_codebook: false, groups: 1, metric: euclidean, gradient_estimator: straight_through,
+  initialisation: kmeans, fsq_levels: [4, 4, 4], commitment: 0.5, entropy_weight: ENTROPY, entropy_temperature: 1.0, ema_decay: 0.9,
+  restart_below: 0.01, reconstruction: bce}
+prior: {kind: PRIOR, preset: S, layers: 2, width: 16, heads: 2, kernel_size: 3, attention_interval: 0, dropout: 0.2, conditional: false}
+"""
+
+
+@pytest.mark.parametrize("quantizer", FAMILIES["tokenizer.quantizer"])
+@pytest.mark.parametrize("prior", FAMILIES["prior"])
+def test_recipes_of_the_former_format_load(quantizer: str, prior: str, tmp_path: Path) -> None:
+    """As every run of then holds one, with all fields of all kinds written out."""
+    old = OLD.replace("QUANTIZER", quantizer).replace("PRIOR", prior).replace("ENTROPY", "0.1" if quantizer == "lfq" else "0.0")
+    (tmp_path / "recipe.yaml").write_text(old)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    part = as_dict(recipe.tokenizer.quantizer)
+    then = {"ema_decay": 0.9, "restart_below": 0.01, "commitment": 0.5, "num_codes": 64, "levels": [4, 4, 4]}
+    assert part["kind"] == quantizer
+    assert all(value == then[key] for key, value in part.items() if key in then)
+    assert part.get("decay", 0.9) == 0.9
+    assert recipe.tokenizer.network.downsampling == 2
+    assert recipe.tokenizer.objective.kind == "bce"
+    assert as_dict(recipe.prior) | {"kind": prior, "layers": 2, "width": 16, "dropout": 0.2, "conditional": False} == as_dict(recipe.prior)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe_dict(recipe)))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_a_part_alone_is_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("tokenizer: {quantizer: fsq}")
+    named = load_recipe(tmp_path / "recipe.yaml").tokenizer.quantizer
+    assert named == part_class("tokenizer.quantizer", "fsq")()
+    assert resolved("--tokenizer.quantizer", "fsq", "--run", str(tmp_path / "new")).tokenizer.quantizer == named
+
+
+def test_another_kind_keeps_what_both_mean_by_the_same_field(tmp_path: Path) -> None:
+    asked = ("--tokenizer.quantizer.num_codes", "64", "--tokenizer.quantizer.decay", "0.9", "--prior.dropout", "0.3")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe_dict(resolved(*asked, "--run", str(tmp_path / "new")))))
+    changed = resolved("--config", str(tmp_path / "base.yaml"), "--tokenizer.quantizer", "simvq", "--prior.kind", "pixelcnn")
+    assert changed.tokenizer.quantizer == part_class("tokenizer.quantizer", "simvq")(num_codes=64)  # type: ignore[call-arg]
+    assert changed.prior == part_class("prior", "pixelcnn")(dropout=0.3)  # type: ignore[call-arg]
+
+
+def test_help_shows_only_what_a_kind_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        stage1(["--tokenizer.quantizer", "fsq", "--help"])
+    text = capsys.readouterr().out
+    assert "--tokenizer.quantizer.levels" in text
+    assert "--tokenizer.quantizer.num_codes" not in text
+    assert "ema, gradient, simvq, fsq, lfq" in text

@@ -17,13 +17,13 @@ from PIL import Image
 
 from configs.run_dir import read_json
 from pipelines.anomalies import colour_scale, heat_maps, main, overlaid, percent_below, shown
-from pipelines.scoring import surprisals
-from stage1_vqvae.images import VALIDATION
-from stage1_vqvae.model import fingerprint
-from stage2_prior.code_store import CodeStore
-from stage2_prior.contract import AutoregressivePrior
-from stage2_prior.prior_file import load_prior
-from stage2_prior.sequence import SequenceLayout
+from pipelines.images.scoring import surprisals
+from stage1_vqvae.data.splits import VALIDATION
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.prior_file import load_prior
 from tests.conftest import Script
 
 Row = dict[str, str]

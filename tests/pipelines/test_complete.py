@@ -14,9 +14,10 @@ from PIL import Image
 
 from configs.run_dir import RunDir
 from pipelines.complete import kept_codes, kept_part, kept_rows, main
-from stage1_vqvae.images import VALIDATION, to_model, to_uint8
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
-from stage2_prior.code_store import CodeStore
+from stage2_prior.codes.store import CodeStore
 from stage2_prior.train import main as train_prior
 from tests.conftest import Script
 

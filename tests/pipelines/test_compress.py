@@ -18,16 +18,19 @@ from PIL import Image
 
 from configs.errors import UserError
 from configs.run_dir import RunDir
-from pipelines import codec, compress, decompress
-from pipelines.code_file import CodeFile, pack, unpack
-from pipelines.codec import Coded
+from pipelines import compress, decompress
+from pipelines.codec import coder as codec
+from pipelines.codec.code_file import CodeFile, pack, unpack
+from pipelines.codec.coder import Coded
 from pipelines.compress import main as compress_main
 from pipelines.decompress import main as decompress_main
-from pipelines.inputs import unique_names
-from stage1_vqvae.images import VALIDATION, to_model, to_uint8
-from stage1_vqvae.model import fingerprint, load_tokenizer
-from stage2_prior.code_store import CodeStore
-from stage2_prior.prior_file import load_prior
+from pipelines.images.inputs import unique_names
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.splits import VALIDATION
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main as train_prior
 
 CODED = Coded(b"12345678", 3, 2, [7, 65_535], 0xDEADBEEF)

@@ -16,11 +16,12 @@ import torchvision
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
-from pipelines.classifier import labels_found, run_classifier
 from pipelines.evaluate import main
-from pipelines.inputs import encode_and_decode
+from pipelines.evaluation.classifier import labels_found, run_classifier
+from pipelines.images.inputs import encode_and_decode
 from pipelines.sample import main as sample
-from stage1_vqvae.images import TRAIN, VALIDATION, ImageSource, ImageSplit, load_images
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import save_png
 from tests.conftest import Script
@@ -195,7 +196,7 @@ def test_another_reference_is_used_and_named(run_copy: Path) -> None:
 
 
 def test_lpips_where_its_weights_are_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from pipelines.assessment import perceptual_distances
+    from pipelines.evaluation.assessment import perceptual_distances
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     pictures = torch.randint(256, (3, 40, 32, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

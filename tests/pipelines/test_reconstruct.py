@@ -18,12 +18,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
+from pipelines.images.scoring import file_names
 from pipelines.reconstruct import main, pairs, quality
-from pipelines.scoring import file_names
-from stage1_vqvae.images import VALIDATION, load_images
-from stage1_vqvae.model import fingerprint
-from stage2_prior.code_store import CodeStore
-from stage2_prior.prior_file import load_prior
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import VALIDATION
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.priors.prior_file import load_prior
 from tests.conftest import Script
 
 Row = dict[str, str]

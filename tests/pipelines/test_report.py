@@ -18,10 +18,10 @@ from PIL import Image
 
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from pipelines.report import main
-from pipelines.report_content import newest_samples, samples
-from pipelines.report_pictures import embedded, heat_map, line_chart, tile
+from pipelines.reporting.content import newest_samples, samples
+from pipelines.reporting.pictures import embedded, heat_map, line_chart, tile
 from pipelines.sample import main as sample
-from stage1_vqvae.model import fingerprint
+from stage1_vqvae.training.weights_file import fingerprint
 from tests.stage2_prior.test_train import change_bytes
 
 SECTIONS = ["samples", "evaluation", "curves", "reconstructions", "codebook", "likelihood", "data", "recipe", "environment"]

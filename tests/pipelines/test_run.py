@@ -17,7 +17,7 @@ import pytest
 
 from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
 from configs.run_dir import RunDir, read_json, write_json
-from pipelines.provenance import identity
+from pipelines.images.provenance import identity
 from pipelines.run import evaluation_of, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
 from tests.conftest import Script

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from configs.cli import parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir
-from pipelines.drawing import chosen_prior
+from pipelines.images.drawing import chosen_prior
 from pipelines.sample import main
-from stage1_vqvae.images import to_uint8
+from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import load_tokenizer
-from stage2_prior.cuda_graphs import GraphedTransformer
-from stage2_prior.prior_file import load_prior
+from stage2_prior.priors.cuda_graphs import GraphedTransformer
+from stage2_prior.priors.prior_file import load_prior
+from stage2_prior.priors.transformer import Transformer
 from stage2_prior.train import main as train_prior
-from stage2_prior.transformer import Transformer
 from tests.stage2_prior.test_train import change_bytes
 
 
@@ -103,7 +103,7 @@ def test_a_label_by_name_or_number(run_copy: Path) -> None:
 @pytest.mark.parametrize(("device", "graphed"), [("cpu", False), ("cuda", True)])
 def test_the_device_decides_on_graphs_and_precision(run_copy: Path, device: str, graphed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would be chosen there; the weights stay on this machine."""
-    monkeypatch.setattr("pipelines.drawing.load_prior", lambda path, sha256, device: load_prior(path, sha256))
+    monkeypatch.setattr("pipelines.images.drawing.load_prior", lambda path, sha256, device: load_prior(path, sha256))
 
     def option(parser: Any) -> None:
         parser.add_argument("--prior", type=str | None)

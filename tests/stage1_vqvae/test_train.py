@@ -24,20 +24,22 @@ from configs.errors import UserError
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from pipelines.sample import main as sample
 from pipelines.summary import main as summary
+from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSplit
 from stage1_vqvae.doctor import main as doctor
-from stage1_vqvae.images import TRAIN, VALIDATION, ImageSplit, load_images, to_model
 from stage1_vqvae.metrics import usage
 from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
-from stage1_vqvae.quantizers.health import checksum
+from stage1_vqvae.monitoring.health import checksum
+from stage1_vqvae.monitoring.validation import check_equal_codebooks
 from stage1_vqvae.train import main, train
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import start
-from stage1_vqvae.validation import check_equal_codebooks
-from stage2_prior.code_store import CodeStore
+from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 from tests.conftest import Script
-from tests.stage1_vqvae.quantizer_kinds import KINDS, D
+from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D
 
 
 def files(run: Path) -> set[str]:
@@ -311,7 +313,7 @@ def test_the_averaged_weights_are_judged_and_kept(finished_run: Path, tiny_recip
 
 def test_a_collapse_is_named_early_and_by_the_doctor(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
-    settings = ["--tokenizer.initialisation", "random", "--tokenizer.restart_below", "0"]
+    settings = ["--tokenizer.quantizer.initialisation", "random", "--tokenizer.quantizer.restart_below", "0"]
     main(["--config", str(tiny_recipe), "--run", run, "--stage1.steps", "20", *settings])
     first = read_metrics(tmp_path / "run/stage1/metrics.jsonl")[0]
     assert first["step"] == 10

@@ -10,10 +10,13 @@ import torch
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
-from stage1_vqvae.images import TRAIN, VALIDATION, load_images, to_model, to_uint8
-from stage1_vqvae.model import fingerprint, load_tokenizer
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior import extract_codes
-from stage2_prior.code_store import CodeStore, read_manifest
+from stage2_prior.codes.store import CodeStore, read_manifest
 from stage2_prior.extract_codes import main
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from configs.schema import Sampling
+from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import draw, generate, guidance_scales, guided, uniform_codes, uniforms, warp
-from stage2_prior.sequence import SequenceLayout
-from tests.stage2_prior.prior_kinds import KINDS, build
+from tests.stage2_prior.priors.prior_kinds import KINDS, build
 
 
 def reference_warp(logits: list[float], config: Sampling) -> list[float]:

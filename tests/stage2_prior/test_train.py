@@ -12,15 +12,15 @@ import torch
 import yaml
 
 from configs.run_dir import REPOSITORY, RunDir, read_json
-from configs.schema import Prior
+from configs.schema import prior_from
 from pipelines.sample import main as sample
-from stage1_vqvae.model import fingerprint, load_weights, save_weights
 from stage1_vqvae.training.metrics_log import read_metrics
-from stage2_prior.code_store import CodeStore
+from stage1_vqvae.training.weights_file import fingerprint, load_weights, save_weights
+from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract
-from stage2_prior.likelihood import mean_over_tokens, turning_point, uniform_bits, unigram_bits
-from stage2_prior.pixelcnn import PixelCNN
-from stage2_prior.prior_file import load_prior
+from stage2_prior.likelihood.bits import mean_over_tokens, turning_point, uniform_bits, unigram_bits
+from stage2_prior.priors.pixelcnn import PixelCNN
+from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main
 from tests.conftest import Script
 from tests.stage1_vqvae.test_train import kill_after_checkpoint
@@ -191,7 +191,7 @@ def test_sizes_are_the_command_lines_then_the_presets_then_the_recipes(run_copy:
     ):
         with pytest.raises(SystemExit):
             main(["--run", str(run_copy), "--name", "new", *arguments, "--print-recipe"])
-        assert Prior(**yaml.safe_load(capsys.readouterr().out)["prior"]).sizes() == expected
+        assert prior_from(yaml.safe_load(capsys.readouterr().out)["prior"]).sizes() == expected
 
 
 @pytest.mark.parametrize(

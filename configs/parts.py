@@ -1,0 +1,102 @@
+"""Parts: what a recipe chooses by `kind`, where every kind has fields of its own.
+
+The fields of a kind are a frozen dataclass that stands beside the code they are for, and that builds it: so a new part is
+one new file and one line in a table here. The tables name classes by address, as Python's entry points do. An address is
+imported when a recipe chooses it, and not before: this package by itself needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import UserError
+
+FAMILIES: dict[str, dict[str, str]] = {
+    "tokenizer.quantizer": {
+        "ema": "stage1_vqvae.quantizers.learned:EMAPart",
+        "gradient": "stage1_vqvae.quantizers.learned:GradientPart",
+        "simvq": "stage1_vqvae.quantizers.learned:SimVQPart",
+        "fsq": "stage1_vqvae.quantizers.scalar:FSQPart",
+        "lfq": "stage1_vqvae.quantizers.scalar:LFQPart",
+    },
+    "tokenizer.network": {
+        "convolutional": "stage1_vqvae.networks.convolutional:ConvolutionalPart",
+    },
+    "tokenizer.objective": {
+        "mse": "stage1_vqvae.objectives.pixels:MSEPart",
+        "bce": "stage1_vqvae.objectives.pixels:BCEPart",
+    },
+    "prior": {
+        "transformer": "stage2_prior.priors.transformer:TransformerPart",
+        "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",
+    },
+}
+"""Where in a recipe a part is chosen, and its kinds: name -> module:class. The first kind is the default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(ABC):
+    """One kind's fields in a recipe. Values that cannot work are refused when it is made."""
+
+    @property
+    def kind(self) -> str:
+        """The name under which its class stands in the tables."""
+        address = f"{type(self).__module__}:{type(self).__qualname__}"
+        return next(kind for kinds in FAMILIES.values() for kind, found in kinds.items() if found == address)
+
+    @abstractmethod
+    def build(self, *arguments: Any) -> Any:
+        """The code that the fields are for; what it is given is its family's contract."""
+
+
+def part_class(family: str, kind: str) -> type[Part]:
+    """The class with the fields of a kind. Errors: UserError for a kind there is not."""
+    kinds = FAMILIES[family]
+    if kind not in kinds:
+        raise UserError(f"{family}.kind: expected one of {', '.join(kinds)}, found {kind}")
+    module, _, name = kinds[kind].partition(":")
+    found = getattr(importlib.import_module(module), name)
+    assert issubclass(found, Part)
+    return found
+
+
+def default_kind(family: str) -> str:
+    """The kind of a recipe that names none."""
+    return next(iter(FAMILIES[family]))
+
+
+def default_part(family: str) -> Any:
+    """The default kind with its default fields."""
+    return part_class(family, default_kind(family))()
+
+
+def part_from(family: str, content: dict[str, Any]) -> Any:
+    """The inverse of `as_dict` for one part. Errors: UserError for an unknown kind, TypeError for an unknown field."""
+    fields = {name: value for name, value in content.items() if name != "kind"}
+    return part_class(family, content.get("kind", default_kind(family)))(**fields)
+
+
+def as_dict(section: Any) -> dict[str, Any]:
+    """A dataclass as plain dictionaries, for YAML and JSON; a part has its kind before its fields."""
+    kind = {"kind": section.kind} if isinstance(section, Part) else {}
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return kind | {name: as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+
+
+def of_kind(part: Part, family: str, kind: str) -> Part:
+    """The part as another kind: with what both kinds have from the same definition, and its own defaults for the rest."""
+    wanted = part_class(family, kind)
+    if type(part) is wanted:
+        return part
+    shared = {field.name for field in dataclasses.fields(wanted) if _defined_in(wanted, field.name) is _defined_in(type(part), field.name)}
+    return wanted(**{name: getattr(part, name) for name in shared})
+
+
+def _defined_in(part: type, field: str) -> object:
+    """The class whose body has the field; each class itself, if none has."""
+    return next((base for base in part.__mro__ if field in inspect.get_annotations(base)), part)

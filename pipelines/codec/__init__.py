@@ -1,0 +1,1 @@
+"""What compress.py and decompress.py are made of."""

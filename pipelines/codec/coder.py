@@ -1,0 +1,221 @@
+"""Codes to bytes and back: the prior's probabilities drive a range coder. Knows priors and codes; nothing of files, runs, images.
+
+A decoder must arrive at the encoder's probabilities bit for bit, or it reads nonsense from there on. But logits depend on the
+order in which a kernel adds, and so on batch size and threads, in their last bits. Rounding them does not cure that: a
+logit beside a boundary still falls to either side. So the encoder sees to it that none lies there:
+
+1. Both sides ask the prior for one place after another (`step`), in float64.
+2. Logits are rounded to multiples of 2^-10, after an offset has been added to all of a batch. Of 2^16 offsets, from 0 on in
+   steps of 2^-26, the encoder takes the one that keeps the batch's logits furthest from every boundary, and stores it. None is
+   then nearer than `MARGIN`, a hundred times what batch size and threads were found to change (docs/compression.md): a
+   decoder whose logits agree to within that margin, which is what these cannot break, decodes exactly.
+3. From there on all is exact: integers n = (row's maximum - logit) look up floor(2^32 exp(-n / 1024)) in a table made by
+   correctly rounded decimal arithmetic; sums of these weights are exact in float64, and constriction's range coder makes
+   of equal weights equal intervals, none of them empty.
+
+Rounding and coder cost about 0.01 % (step 2^-10 in a logit) and at most two words of 4 bytes at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable
+from decimal import ROUND_FLOOR, Context, Decimal
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from constriction import stream
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs.errors import UserError
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.progress import progress_bar
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.contract import AutoregressivePrior
+
+MARGIN = 1e-11
+"""How near a logit may lie to a rounding boundary."""
+
+_STEPS = 2**10  # of a logit, in one nat
+_OFFSETS = 2**16  # of the rounding, in one step
+_WEIGHT_BITS = 32
+# From here on float64 logits are too coarse for the margin.
+_LARGEST_LOGIT = 2.0**14
+# Of one batch, kept while it is coded: 128 MiB. More would also leave no offset that keeps clear of all of them.
+_LOGITS_AT_ONCE = 2**24
+
+
+class Coded(NamedTuple):
+    """Codes of some images as bytes, with all that decoding needs besides the prior and the labels."""
+
+    payload: bytes
+    images: int
+    batch: int
+    """Images that share an offset and take turns place by place; the last batch may have fewer."""
+    offsets: list[int]
+    """Of each batch, in 2^-26."""
+    codes_crc: int
+    """CRC-32 of the codes, so that a decoder that fell out of step does not pass for one that did not."""
+
+
+class Encoding(NamedTuple):
+    """What `encode` found."""
+
+    coded: Coded
+    bits: float
+    """-log2 p of all codes under the prior itself, in float64, without any rounding."""
+    clearance: float
+    """The smallest distance of a logit from a rounding boundary; infinite if there is nothing to code."""
+
+
+def batch_images(layout: SequenceLayout, wanted: int) -> int:
+    """Images a batch: as many as wanted, or as memory and offsets allow."""
+    logits = sum(length * k for length, k in zip(layout.lengths, layout.num_codes, strict=True))
+    return max(1, min(wanted, _LOGITS_AT_ONCE // logits))
+
+
+@torch.no_grad()
+def encode(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, batch: int, progress: bool = False) -> Encoding:
+    """Code images.
+
+    Args:
+        prior: in eval mode and float64.
+        codes: int64 (N, h, w) a level.
+        labels: (N,), or None for no label.
+        batch: images a batch, from `batch_images`.
+    Errors: UserError if the prior's logits cannot be coded.
+    """
+    places = prior.layout.flat(codes).cpu()
+    coder, family, offsets = stream.queue.RangeEncoder(), stream.model.Categorical(perfect=False), []
+    nats, clearance = 0.0, math.inf
+    with progress_bar(len(places), "encode", "img", shown=progress) as bar:
+        for part in batches(len(places), batch):
+            of_batch = places[part]
+            step = _steps(prior, None if labels is None else labels[part], len(of_batch), len(of_batch))
+            logits = [step(of_batch[:, place - 1] if place else None) for place in range(places.shape[1])]
+            offset, distance = clear_offset(logits)
+            if distance < MARGIN:
+                raise UserError(
+                    f"the prior: expected logits of which a rounding keeps {MARGIN:g} clear, found {distance:g}; take a smaller batch"
+                )
+            for place, found in enumerate(logits):
+                nats += float(F.cross_entropy(found, of_batch[:, place], reduction="sum"))
+                if found.shape[1] > 1:
+                    coder.encode(of_batch[:, place].numpy().astype(np.int32), family, weights(found, offset))
+            offsets.append(offset)
+            clearance = min(clearance, distance)
+            bar.update(len(of_batch))
+    payload = coder.get_compressed().astype("<u4").tobytes()
+    return Encoding(Coded(payload, len(places), batch, offsets, _crc(places)), nats / math.log(2), clearance)
+
+
+@torch.no_grad()
+def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_once: int | None = None, progress: bool = False) -> Codes:
+    """The codes again, int64 (N, h, w) a level, on the CPU.
+
+    Args:
+        prior, labels: as given to `encode`.
+        coded: what it made.
+        at_once: images in one step of the prior; None: a batch. Of no influence on the codes.
+    Errors: UserError if they are not those that were encoded.
+    """
+    layout = prior.layout
+    sizes = [layout.num_codes[layout.level_of(place)] for place in range(layout.length)]
+    decoder, family = (
+        stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32)),
+        stream.model.Categorical(perfect=False),
+    )
+    places = torch.zeros(coded.images, layout.length, dtype=torch.int64)
+    with progress_bar(coded.images, "decode", "img", shown=progress) as bar:
+        for part, offset in zip(batches(coded.images, coded.batch), coded.offsets, strict=True):
+            of_batch = places[part]
+            step = _steps(prior, None if labels is None else labels[part], len(of_batch), at_once or len(of_batch))
+            for place, k in enumerate(sizes):
+                logits = step(of_batch[:, place - 1] if place else None)
+                if k > 1:
+                    try:
+                        of_batch[:, place] = torch.from_numpy(decoder.decode(family, weights(logits, offset)))
+                    except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
+                        raise _out_of_step() from None
+            bar.update(len(of_batch))
+    if _crc(places) != coded.codes_crc or not decoder.maybe_exhausted():
+        raise _out_of_step()
+    return layout.grids_of(places)
+
+
+def _steps(prior: AutoregressivePrior, labels: Tensor | None, images: int, at_once: int) -> Callable[[Tensor | None], Tensor]:
+    """`prior.step` of one batch on the CPU: from the codes (B,) of the place before to the next place's logits (B, K)."""
+    assert not prior.training
+    assert next(prior.parameters()).dtype == torch.float64
+    parts = batches(images, at_once)
+    caches = [prior.new_cache(part.stop - part.start) for part in parts]
+    if labels is not None:
+        labels = labels.to(prior.device)
+
+    def step(before: Tensor | None) -> Tensor:
+        if before is not None:
+            before = before.to(prior.device)
+        return torch.cat(
+            [
+                prior.step(None if before is None else before[part], None if labels is None else labels[part], cache)
+                for part, cache in zip(parts, caches, strict=True)
+            ]
+        ).cpu()
+
+    return step
+
+
+def clear_offset(logits: list[Tensor]) -> tuple[int, float]:
+    """The offset that keeps logits (B, K), of any number of places, furthest from the boundaries; and how far that is.
+
+    A logit is dangerous to the one offset that brings it nearest to a boundary: a single pass over the logits finds all
+    offsets' distances. Where there is but one code, its logit does not matter.
+
+    Errors: UserError for logits that are not finite, or too large.
+    """
+    nearest = torch.full((_OFFSETS,), 0.5, dtype=torch.float64)  # in 2^-26; a logit further away is nearer to another offset
+    found = [x for x in logits if x.shape[1] > 1]
+    if not found:
+        return 0, math.inf
+    for x in found:
+        if not bool((x.abs() < _LARGEST_LOGIT).all()):
+            raise UserError(f"the prior: expected finite logits below {_LARGEST_LOGIT:g}, to code with, found some that are not")
+        # Boundaries lie at halves of a step: what an offset would have to add to get there, in 2^-26, modulo 2^16.
+        missing = -(x.flatten() * _STEPS + 0.5).remainder(1) * _OFFSETS
+        offset = missing.round()
+        nearest.scatter_reduce_(0, offset.long().remainder(_OFFSETS), (missing - offset).abs(), "amin")
+    best = int(nearest.argmax())
+    return best, float(nearest[best]) / (_OFFSETS * _STEPS)
+
+
+def weights(logits: Tensor, offset: int) -> np.ndarray:
+    """Logits (B, K) to what the coder takes for probabilities: integers as float64 (B, K), the largest of a row 2^32."""
+    steps = (logits * _STEPS + (offset / _OFFSETS + 0.5)).floor().long()
+    below = steps.amax(1, keepdim=True) - steps
+    table = _table()
+    return table[below.clamp(max=len(table) - 1).numpy()]
+
+
+@functools.cache
+def _table() -> np.ndarray:
+    """floor(2^32 exp(-n / 1024)) for n from 0 to the first that gives 0; the same on every machine, whatever its libm."""
+    context = Context(prec=40, rounding=ROUND_FLOOR)
+    last = math.ceil(_STEPS * _WEIGHT_BITS * math.log(2))
+    exponentials = (context.exp(context.divide(Decimal(-n), Decimal(_STEPS))) for n in range(last + 1))
+    return np.array([int(context.multiply(Decimal(2**_WEIGHT_BITS), value)) for value in exponentials], np.float64)
+
+
+def _crc(places: Tensor) -> int:
+    return zlib.crc32(places.numpy().astype("<i8").tobytes())
+
+
+def _out_of_step() -> UserError:
+    return UserError(
+        "decoding: expected the codes that were encoded, found others: this machine's arithmetic is not the one that encoded them, or "
+        "the payload is another's"
+    )

@@ -1,0 +1,1 @@
+"""What evaluate.py judges a run by."""

@@ -1,0 +1,232 @@
+"""All figures of an evaluation: reconstructions, codes, samples beside real images, training images that come back."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Evaluation
+from pipelines.evaluation.classifier import Classifier, labels_found
+from pipelines.evaluation.distances import PARTS, Reference, Spread, inception_score, mean_with_interval, nearest, nearest_codes
+from pipelines.evaluation.features import FeatureNetwork, Features, weights_in
+from pipelines.images.inputs import encode_and_decode
+from stage1_vqvae.data.splits import TRAIN, ImageSource
+from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors, ssim_of_each, usage
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.plots import image_grid
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.randomness import generator
+from stage2_prior.codes.sequence import SequenceLayout
+
+# Images whose nearest training images are looked for, drawn at random: splits may stand in the order of their labels.
+_LOOKED_UP = 1000
+# In the picture of them: so many that are nearest, the first so many, and so many training images of each.
+_NEAREST, _FIRST, _NEIGHBOURS = 4, 10, 3
+# LPIPS: AlexNet's pooling leaves nothing of smaller images.
+_LPIPS_PIXELS = 32
+
+
+class Samples(NamedTuple):
+    """Images to judge."""
+
+    pixels: Tensor
+    """uint8 (N, H, W, C)."""
+    codes: Codes | None
+    """What they were decoded from, (N, h, w) a level; None: made elsewhere."""
+    labels: list[str] | None
+    """What each was asked to show; all of them labels of the run."""
+    details: dict[str, Any]
+    """Where they are from: `source` in words; `prior`, `prior_sha256`, `sampling`, `tokenizer_sha256`, null where made elsewhere."""
+
+
+class Assessor:
+    """Sees every set of images once."""
+
+    def __init__(self, tokenizer: VQVAE, network: FeatureNetwork, source: ImageSource, config: Evaluation) -> None:
+        self.tokenizer, self.network, self.source, self.config = tokenizer, network, source, config
+        self.layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
+        self._features: dict[str, Features] = {}
+        self._coded: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def features(self, name: str, pixels: Tensor | None = None) -> Features:
+        """Of a split by its name, or of other `pixels` under a name of their own."""
+        if name not in self._features:
+            pixels = self.source.splits[name].pixels if pixels is None else pixels
+            self._features[name] = self.network(pixels, self.config.batch_size, name)
+        return self._features[name]
+
+    def coded(self, split: str) -> tuple[Tensor, Tensor]:
+        """Places (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
+        if split not in self._coded:
+            codes, pictures = encode_and_decode(self.tokenizer, self.source.splits[split].pixels, self.config.batch_size, progress=True)
+            self._coded[split] = (self.layout.flat(codes), pictures)
+        return self._coded[split]
+
+    def places(self, samples: Samples) -> Tensor:
+        """(N, T): the codes samples were decoded from, or else what the tokenizer makes of them."""
+        if samples.codes is not None:
+            return self.layout.flat(samples.codes)
+        return self.layout.flat(encode_and_decode(self.tokenizer, samples.pixels, self.config.batch_size, progress=True)[0])
+
+    def some(self, count: int, wanted: int, purpose: str) -> Tensor:
+        """Rows of `wanted` of `count` images, or of all if they are fewer, drawn once and for all."""
+        order = torch.randperm(count, generator=generator(self.config.seed, purpose))
+        return order[:wanted].sort().values
+
+    def reconstruction(self, split: str) -> dict[str, Any]:
+        """Means over a split's images, each with its 95 % interval, on 8-bit pixels taken as [0, 1]; null where a figure is not
+        defined or its network is not at hand. `frechet`: between the split and its own reconstructions (rFD).
+        """
+        originals, pictures = self.source.splits[split].pixels, self.coded(split)[1]
+        parts = batches(len(pictures), self.config.batch_size)
+        errors = torch.cat([squared_errors(pictures[part], originals[part]) for part in parts])
+        similarities = torch.cat([ssim_of_each(pictures[part], originals[part]) for part in parts])
+        of_each = {
+            "mse": errors,
+            "psnr": psnr_of_each(errors),
+            "ssim": None if similarities.isnan().any() else similarities,
+            "lpips": perceptual_distances(pictures, originals, self.config.batch_size, self.network.device),
+        }
+        found: dict[str, Any] = {
+            name: None if values is None else dict(zip(("mean", "low", "high"), mean_with_interval(values, self.config.seed), strict=True))
+            for name, values in of_each.items()
+        }
+        made, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
+        return found | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
+
+    def codes(self, split: str) -> dict[str, float]:
+        """Usage and perplexity of the codebooks over a split."""
+        places = self.coded(split)[0].split(self.layout.lengths, 1)
+        counts = [level.flatten().bincount(minlength=k) for level, k in zip(places, self.layout.num_codes, strict=True)]
+        return {"usage": usage(*counts), "perplexity": perplexity(*counts)}
+
+    def distances(self, images: Features, reference: Reference) -> dict[str, Any]:
+        """How a set of images lies to the reference; null where there are too few for a figure."""
+        seed = self.config.seed
+        parts = reference.frechet_of_parts(images.vectors, seed)
+        precision, recall = reference.precision_recall(images.vectors) or (None, None)
+        density, coverage = reference.density_coverage(images.vectors) or (None, None)
+        return {
+            "n": len(images.vectors),
+            "frechet": reference.frechet(images.vectors),
+            "frechet_of_parts": None if parts is None else {"n": len(images.vectors) // PARTS, **parts._asdict()},
+            "kernel": _dictionary(reference.kernel(images.vectors, seed)),
+            "precision": precision,
+            "recall": recall,
+            "density": density,
+            "coverage": coverage,
+            "inception_score": _dictionary(inception_score(images.logits, seed)),
+        }
+
+    def beside_real(self, samples: Samples, split: str, reference: str, classifier: Classifier | None) -> dict[str, Any]:
+        """`distances` to the reference: of samples, of held-out images, and of their reconstructions, which no sample can be
+        expected to surpass; of the more numerous of the first two also as many as there are of the other, so that Fréchet
+        distances can be compared. And the shares that the classifier puts in their class.
+        """
+        sets = {"samples": self.features("samples", samples.pixels), f"{split}, real": self.features(split)}
+        sets[f"{split}, reconstructed"] = self.features("reconstructions", self.coded(split)[1])
+        fewest = min(len(samples.pixels), len(self.source.splits[split]))
+        for name, images in list(sets.items()):
+            if len(images.vectors) > fewest:
+                # At random: labels take turns, so that every second would have some labels alone, or stand in order.
+                rows = self.some(len(images.vectors), fewest, "equal numbers")
+                sets[f"{name}, {fewest} of them"] = Features(*(tensor[rows] for tensor in images))
+        known = Reference(self.features(reference).vectors, self.network.device)
+        found = {name: self.distances(images, known) for name, images in sets.items()}
+        if classifier is not None:
+            real = self.source.splits[split]
+            of_real = None if real.labels is None else [classifier.label_names[label] for label in real.labels.tolist()]
+            pictures = {"samples": (samples.pixels, samples.labels), f"{split}, real": (real.pixels, of_real)}
+            pictures[f"{split}, reconstructed"] = (self.coded(split)[1], of_real)
+            for name, (pixels, asked) in pictures.items():
+                if asked is not None:
+                    seen = [classifier.label_names[label] for label in labels_found(classifier, pixels, self.config.batch_size).tolist()]
+                    found[name]["in_their_class"] = sum(one == other for one, other in zip(seen, asked, strict=True)) / len(asked)
+        return found
+
+    def memorisation(self, samples: Samples, split: str) -> dict[str, Any]:
+        """How near samples are to training images, by features and by codes, beside how near unseen real images are, and
+        training images that went through the tokenizer, which is what a prior would give that knows them by heart.
+
+        Of up to 1,000 of each, drawn at random.
+        """
+        sets = {"samples": (self.features("samples", samples.pixels).vectors, self.places(samples))}
+        sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
+        known, pictures = self.coded(TRAIN)
+        rows = self.some(len(known), _LOOKED_UP, "copies")
+        sets["copies"] = (self.features("copies of training images", pictures[rows]).vectors, known[rows])
+        found: dict[str, Any] = {}
+        for name, (vectors, places) in sets.items():
+            rows = self.some(len(vectors), _LOOKED_UP, "neighbours")
+            distances = nearest(vectors[rows], self.features(TRAIN).vectors, 1, self.network.device).distances
+            others = nearest_codes(places[rows], known, 1).distances
+            found[name] = {
+                "n": len(distances),
+                "median_distance": float(distances.median()),
+                "median_share_of_other_codes": float(others.median()),
+                "with_all_codes_of_a_training_image": int((others == 0).sum()),
+            }
+        real = found["held_out"]["median_distance"]
+        ratios = {name: found[name]["median_distance"] / real if real > 0 else None for name in ("samples", "copies")}
+        return found | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
+
+    def neighbours(self, samples: Samples) -> Tensor:
+        """A row a sample: the sample, its nearest training images by features, and by codes. On top the samples that are nearest
+        to theirs, where a copy would be; then some as they come. Of 1,000 drawn at random.
+        """
+        training = self.source.splits[TRAIN].pixels
+        rows = self.some(len(samples.pixels), _LOOKED_UP, "neighbours")
+        vectors, places = self.features("samples", samples.pixels).vectors[rows], self.places(samples)[rows]
+        k = min(_NEIGHBOURS, len(training))
+        by_features = nearest(vectors, self.features(TRAIN).vectors, k, self.network.device)
+        shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
+        by_codes = nearest_codes(places[shown], self.coded(TRAIN)[0], k)
+        own = samples.pixels[rows[shown]][:, None]
+        gap = torch.full_like(own, 255)
+        pictures = torch.cat([own, gap, training[by_features.rows[shown]], gap, training[by_codes.rows]], 1)
+        return image_grid(pictures.flatten(0, 1), pictures.shape[1])
+
+
+def _dictionary(spread: Spread | None) -> dict[str, float] | None:
+    return None if spread is None else spread._asdict()
+
+
+def pixels_hash(pixels: Tensor) -> str:
+    """The sha256 of images, uint8 (N, H, W, C), and of their shape: which images a figure is of."""
+    return hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
+
+
+def lpips_weights() -> Path | None:
+    """AlexNet's file in torch's cache; None: not there. Errors: UserError for a file of more than tensors, before torchvision
+    unpickles it.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / torchvision.models.AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    if not path.exists():
+        return None
+    try:
+        weights_in(path)
+    except UserError as error:
+        raise UserError(f"LPIPS: {error}; remove the file, and LPIPS is left out") from None
+    return path
+
+
+def perceptual_distances(pictures: Tensor, originals: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
+    """LPIPS of each image (Zhang et al. 2018), (N,), by torchmetrics' AlexNet; None below 32 pixels a side, or if the weights are
+    not in torch's cache: nothing is downloaded for it.
+    """
+    if min(pictures.shape[1:3]) < _LPIPS_PIXELS or lpips_weights() is None:
+        return None
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True).to(device)
+    for part in batches(len(pictures), batch_size):
+        made, wanted = (images[part].movedim(-1, 1).expand(-1, 3, -1, -1).to(device) / 255 for images in (pictures, originals))
+        metric.update(made, wanted)
+    return metric.compute().flatten().cpu()

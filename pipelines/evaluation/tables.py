@@ -1,0 +1,131 @@
+"""An evaluation as tables: the strings that Markdown and the HTML report show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.evaluation.distances import PARTS
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """To significant digits; a dash for none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def share(value: float | None) -> str:
+    """In per cent."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def spread(values: dict[str, float] | None, scale: float = 1) -> str:
+    """Mean and deviation; a dash for none."""
+    return "-" if values is None else f"{scale * values['mean']:.3g} ± {scale * values['deviation']:.2g}"
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> dict[str, Any]:
+    """As evaluation.json has it."""
+    assert all(len(row) == len(columns) for row in rows)
+    return {"title": title, "columns": columns, "rows": rows}
+
+
+def tables(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """All tables of an evaluation's figures."""
+    compared = [[name, str(value)] for name, value in found["compared"].items()]
+    if found.get("sampling"):
+        compared.append(["drawn with", ", ".join(f"{name} {value}" for name, value in found["sampling"].items())])
+    result = [table("What was compared", ["", ""], compared), _reconstruction(found), _codes(found)]
+    if "distances" in found:
+        result += [_distances(found), _memorisation(found["memorisation"])]
+    return result
+
+
+def _reconstruction(found: dict[str, Any]) -> dict[str, Any]:
+    names = {"mse": "MSE of [0, 1] pixels", "psnr": "PSNR in dB, mean over images", "ssim": "SSIM", "lpips": "LPIPS (AlexNet)"}
+    values = found["reconstruction"]
+    rows = []
+    for key, name in names.items():
+        of_mean = ["-", "-"] if values[key] is None else [number(values[key]["mean"]), "{low:.4g} to {high:.4g}".format(**values[key])]
+        rows.append([name, *of_mean])
+    rows.append(["PSNR in dB of the mean MSE", number(values["psnr_of_mean_mse"]), "-"])
+    rows.append([f"{found['distance']} to the originals (rFD)", number(values["frechet"]), "-"])
+    return table(f"Reconstructions of the {found['split']} images", ["", "mean", "95 % of bootstrap means"], rows)
+
+
+def _codes(found: dict[str, Any]) -> dict[str, Any]:
+    split = found["split"]
+    rows = [[f"usage, {split}", share(found["codes"]["usage"])], [f"perplexity, {split}", number(found["codes"]["perplexity"])]]
+    names = {"validation": "bits a token, prior, validation", "unigram": "bits a token, unigram, validation"}
+    names |= {
+        "uniform": "bits a token, uniform (log2 K)",
+        "codes_bits_per_dim": "bits a dimension of the codes under the prior, validation",
+    }
+    likelihood = found.get("likelihood", {})
+    rows += [[name, number(likelihood[key])] for key, name in names.items() if key in likelihood]
+    return table("Codes", ["", ""], rows)
+
+
+def _distances(found: dict[str, Any]) -> dict[str, Any]:
+    columns = ["images", "N", found["distance"], f"its {PARTS} parts", "KID x 1000", "precision", "recall", "density", "coverage"]
+    columns += ["inception score", "in their class"]
+    rows = []
+    for name, values in found["distances"].items():
+        parts = values["frechet_of_parts"]
+        rows.append(
+            [
+                name,
+                str(values["n"]),
+                number(values["frechet"]),
+                "-" if parts is None else f"{spread(parts)} (N = {parts['n']})",
+                spread(values["kernel"], 1000),
+                *("-" if values[key] is None else f"{values[key]:.3f}" for key in ("precision", "recall", "density", "coverage")),
+                spread(values["inception_score"]),
+                share(values.get("in_their_class")),
+            ]
+        )
+    return table(f"Distances to the {found['reference']} images", columns, rows)
+
+
+def _memorisation(found: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for name, key in (("samples", "samples"), ("unseen real images", "held_out"), ("training images through the tokenizer", "copies")):
+        values = found[key]
+        figures = [number(values["median_distance"]), share(values["median_share_of_other_codes"])]
+        rows.append([name, str(values["n"]), *figures, str(values["with_all_codes_of_a_training_image"])])
+    columns = ["images", "N", "median feature distance", "median share of other codes", "with all its codes"]
+    return table("The nearest training image of each", columns, rows)
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What must be said beside the figures."""
+    said = ["All images were rounded to 8 bits before anything was computed."]
+    if found["reconstruction"]["lpips"] is None:
+        said.append("LPIPS: not computed; its network's weights are not in torch's cache, or images are below 32 pixels a side.")
+    if "distances" in found:
+        said.append(
+            "Fréchet distances fall with the number of images N: compare rows of equal N only. The parts are disjoint; their spread "
+            "says how sure the distance is, their mean is that of a smaller N."
+        )
+        if found["distance"] != "FID":
+            said.append(f"{found['distance']} is not FID and compares with figures of the same features alone.")
+    else:
+        said.append("Samples: not evaluated; the run has no finished prior.")
+    if "memorisation" in found and found["memorisation"]["ratio_of_median_distances"] is not None:
+        ratio, of_copies = (found["memorisation"][name] for name in ("ratio_of_median_distances", "ratio_of_copies"))
+        said.append(
+            f"Samples lie {ratio:.2f} times as far from their nearest training image as unseen real images do; those of a prior "
+            f"that knows training images by heart would lie {of_copies:.2f} times as far."
+        )
+    return said
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The evaluation as Markdown; `found` has its tables and notes."""
+    lines = [f"# Evaluation of {found['run']}"]
+    for shown in found["tables"]:
+        lines += ["", f"## {shown['title']}", "", _row(shown["columns"]), _row(["---"] * len(shown["columns"]))]
+        lines += [_row(row) for row in shown["rows"]]
+    return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

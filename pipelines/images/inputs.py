@@ -1,0 +1,131 @@
+"""The images a pipeline works on: files and folders that the user names, or a split of the run's data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError, say
+from configs.schema import Data
+from pipelines.images.drawing import labels_of
+from stage1_vqvae.data.files import load_files
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.progress import progress_bar
+from stage2_prior.priors.prior_file import PriorHeader
+
+# Bytes of a name, so that a number and an ending have room in the 255 that file systems take.
+_LONGEST = 230
+
+
+class Images(NamedTuple):
+    """Images, where each is from, and what it shows."""
+
+    pixels: Tensor
+    """uint8 (N, H, W, C)."""
+    names: list[str]
+    """Paths; or split and row, such as validation/17."""
+    labels: list[str] | None
+
+    def spread(self, count: int) -> Images:
+        """`count` of them, or all if they are fewer, spread evenly: sources are often sorted by label."""
+        count = min(count, len(self.pixels))
+        rows = torch.arange(count) * len(self.pixels) // max(1, count)
+        labels = None if self.labels is None else [self.labels[row] for row in rows]
+        return Images(self.pixels[rows], [self.names[row] for row in rows], labels)
+
+
+def image_options(parser: Any) -> None:
+    """The options by which a user names images."""
+    parser.add_argument("--images", type=str, nargs="+", help="image files and folders (default: a split of the run's data)")
+    parser.add_argument("--split", type=str | None, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
+
+
+def chosen_images(options: Any, data: Data, progress: bool) -> Images:
+    """The images that `image_options` name. Errors: UserError for what is missing or cannot be read."""
+    split_name = options.split or VALIDATION
+    if options.images is not None:
+        if options.split is not None:
+            raise UserError(f"--images: expected no --split beside it, found {options.split}")
+        files = load_files(options.images, data, progress)
+        return Images(files.pixels, files.paths, files.labels)
+    if split_name not in (TRAIN, VALIDATION, TEST):
+        raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {split_name}")
+    # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
+    source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress)
+    if split_name not in source.splits:
+        raise UserError(f"--split {split_name}: the run's data has no such split; name another, or images with --images")
+    split = source.splits[split_name]
+    labels = None
+    if split.labels is not None and source.label_names is not None:
+        labels = [source.label_names[label] for label in split.labels.tolist()]
+    return Images(split.pixels, [f"{split_name}/{row}" for row in range(len(split))], labels)
+
+
+@torch.no_grad()
+def encode_and_decode(tokenizer: VQVAE, pixels: Tensor, batch_size: int, progress: bool = False) -> tuple[Codes, Tensor]:
+    """Images uint8 (N, H, W, C) to their codes, int64 (N, h, w) a level, and reconstructions, uint8 (N, H, W, C); on the CPU."""
+    device = next(tokenizer.parameters()).device
+    parts: list[Codes] = []
+    pictures = torch.empty_like(pixels)
+    with progress_bar(len(pixels), "encode and decode", "img", shown=progress) as bar:
+        for part in batches(len(pixels), batch_size):
+            codes = tokenizer.encode(to_model(pixels[part].to(device)))
+            pictures[part] = to_uint8(tokenizer.decode(codes)).cpu()
+            parts.append(tuple(level.cpu() for level in codes))
+            bar.update(part.stop - part.start)
+    return tuple(torch.cat(level) for level in zip(*parts, strict=True)), pictures
+
+
+def labels_for(asked: str | None, images: Images, header: PriorHeader | None) -> Tensor | None:
+    """Labels (N,) in the prior's numbering: as asked, or the images' own; None where there are none.
+
+    Errors: UserError for a label that the prior does not know, or none, where it needs one.
+    """
+    if asked is not None or header is None or header.label_names is None:
+        return labels_of(asked, len(images.pixels), header)
+    if images.labels is not None:
+        # By name: the numbers are those of the prior's data, in which a label more or less may have moved them.
+        unknown = sorted(set(images.labels) - set(header.label_names))
+        if unknown:
+            known = ", ".join(header.label_names[:10])
+            raise UserError(f"--label: expected images with labels that the prior knows ({known}), or one for all, found {unknown[0]}")
+        return torch.tensor([header.label_names.index(name) for name in images.labels])
+    if not header.knows_no_label:
+        raise UserError("--label: expected one, for a prior trained with stage2.label_dropout 0, found none")
+    return None
+
+
+def known_labels_for(asked: str | None, images: Images, header: PriorHeader | None) -> Tensor | None:
+    """`labels_for`, but where the prior does not know the label of some image, all are taken without: so their bits
+    can be compared.
+    """
+    if asked is None and images.labels is not None and header is not None and header.label_names is not None:
+        unknown = sorted(set(images.labels) - set(header.label_names))
+        if unknown and header.knows_no_label:
+            say(f"the prior does not know the label {unknown[0]}: all images are taken without labels (--label names one for all)")
+            images = images._replace(labels=None)
+    return labels_for(asked, images, header)
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names numbered where they would meet, also where case is all that tells them apart; where none do, as they are."""
+    taken: set[str] = set()
+    met: dict[str, int] = {}
+    result = []
+    for whole in names:
+        name = candidate = os.fsdecode(os.fsencode(whole)[:_LONGEST])
+        while candidate.casefold() in taken:
+            met[name] = met.get(name, 1) + 1
+            candidate = f"{name}-{met[name]}"
+        taken.add(candidate.casefold())
+        result.append(candidate)
+    return result

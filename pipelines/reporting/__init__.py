@@ -1,0 +1,1 @@
+"""What report.py shows, and how."""

@@ -1,0 +1,397 @@
+"""What a run's report says, read from the files the run holds; how it looks is the template's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, load_recipe, recipe_dict
+from configs.parts import as_dict
+from configs.run_dir import RunDir, read_json
+from configs.schema import Recipe, Sampling
+from pipelines.images.provenance import identity, outputs, seen
+from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
+from stage1_vqvae.training.metrics_log import read_metrics
+from stage2_prior.codes.store import Manifest, read_manifest
+from stage2_prior.priors.prior_file import UNIFORM
+
+_MEASURE_PRIOR = "python stage2_prior/report.py"
+
+_STAGE1_CURVES = {"loss": "loss", "psnr": "PSNR, dB", "usage": "codebook usage", "perplexity": "codebook perplexity"}
+_STAGE2_CURVES = {"bits_per_token": "bits a token"}
+# Images of a prior's samples at most, and of a class.
+_MOST_TILES, _MOST_OF_A_CLASS = 100, 10
+_MOST_CLASSES = 50
+_MOST_LABELS_NAMED = 20
+
+
+class KeyFigure(NamedTuple):
+    """A number to see first."""
+
+    name: str
+    value: str
+    note: str
+
+
+class Table(NamedTuple):
+    """Text in rows."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    title: str = ""
+
+
+class Missing(NamedTuple):
+    """What the run does not hold, and the command that makes it."""
+
+    what: str
+    command: str
+
+
+class Picture(NamedTuple):
+    """An embedded image with its caption."""
+
+    image: Embedded
+    caption: str
+
+
+class LabelBits(NamedTuple):
+    """What a label costs."""
+
+    label: str
+    bits: float
+    percent: float
+    """Of the dearest label."""
+
+
+class PriorReport(NamedTuple):
+    """A finished prior."""
+
+    name: str
+    description: str
+    figures: Table
+    charts: list[Chart]
+    heat_maps: list[HeatMap]
+    low: float
+    """Bits of the heat maps' first colour."""
+    high: float
+    labels: list[LabelBits]
+    remarks: list[str]
+
+
+class ClassOfSamples(NamedTuple):
+    """Samples of one label; without labels all of them, and no label."""
+
+    label: str | None
+    tiles: list[str]
+
+
+class Samples(NamedTuple):
+    """One call of the sampler."""
+
+    where: str
+    prior: str
+    description: str
+    classes: list[ClassOfSamples]
+    columns: int
+    """Of the fullest class."""
+    remarks: list[str]
+
+
+class Evaluation(NamedTuple):
+    """One call of the evaluation."""
+
+    where: str
+    tables: list[Table]
+    notes: list[str]
+    remarks: list[str]
+    pictures: list[Picture]
+    distance: KeyFigure | None
+    """Of the samples to the reference images."""
+    learned: bool
+    """Whether the samples are of a learned prior of the run."""
+
+
+def report_content(command: Command) -> dict[str, Any]:
+    """Everything the template shows. Errors: UserError for a file of the run that cannot be read."""
+    run = command.run
+    recipe = load_recipe(run.recipe)
+    priors = prior_reports(run)
+    evaluations = [evaluation(run, path.parent) for path in outputs(run, "evaluations", "evaluation.json")]
+    return {
+        "name": run.path.resolve().name,
+        "lead": f"{recipe.data.path or recipe.data.name}: {image_size(recipe)}",
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "key_figures": key_figures(run, priors, evaluations),
+        "recipe": Table(["key", "value", "default"], changed_keys(recipe)),
+        "recipe_text": yaml.safe_dump(recipe_dict(recipe), sort_keys=False),
+        "data": data_table(run, recipe),
+        "codes": codes_table(run) or Missing("The codes have not been extracted.", command.next(EXTRACT_CODES)),
+        "curves": charts(read_metrics(run.stage1 / "metrics.jsonl"), _STAGE1_CURVES, {}),
+        "stage1": stage1_text(run),
+        "reconstructions": newest_reconstructions(run),
+        "codebook": codebook_table(run),
+        "codebook_picture": picture(run.stage1 / "codebook.png", "How often each code is used, and the codes on their two principal axes."),
+        "codebook_warning": read_json(run.codebook_health)["warning"] if run.codebook_health.exists() else None,
+        "priors": priors,
+        "no_prior": missing_prior(command),
+        "colour_scale": colour_scale(),
+        "samples": newest_samples(run),
+        "no_samples": Missing("No samples have been drawn.", command.next(SAMPLE)),
+        "evaluations": evaluations[::-1],
+        "no_evaluation": Missing("The run has not been evaluated.", command.next(EVALUATE)),
+        "environment": environment(read_metrics(run.history)),
+        "commands": commands(read_metrics(run.history)),
+    }
+
+
+def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequence[Evaluation]) -> list[KeyFigure]:
+    """The numbers to see first: those of the newest prior and evaluation."""
+    report = read_json(run.stage1 / "report.json")
+    found, bits = report["validation"], report["bits_per_image"]
+    figures = [
+        KeyFigure("Reconstruction", f"{found['psnr']:.2f} dB", f"PSNR on validation; MSE {found['mse']:.5f}"),
+        KeyFigure("Codebook usage", f"{found['usage']:.1%}", f"perplexity {found['perplexity']:.1f}"),
+    ]
+    if priors:
+        measured = read_json(run.prior(priors[0].name) / "likelihood.json")
+        figures.append(
+            KeyFigure(
+                "Bits a token",
+                f"{measured['validation']:.3f}",
+                f"prior {priors[0].name}; unigram {measured['unigram']:.3f}, uniform {measured['uniform']:.3f}",
+            )
+        )
+        bits = measured["bits_per_image"]
+    smallest = bits.get("prior", bits["indices"])
+    named = f"as indices {bits['indices']:,.0f}, raw {bits['raw']:,}" if "prior" in bits else f"as indices; raw {bits['raw']:,}"
+    figures.append(KeyFigure("Bits an image", f"{smallest:,.0f}", named))
+    # Not of images made elsewhere, of the uniform prior, or of an earlier model.
+    distances = [found.distance for found in evaluations if found.distance is not None and found.learned and not found.remarks]
+    figures += distances[-1:]
+    return figures
+
+
+def changed_keys(recipe: Recipe) -> list[list[str]]:
+    """Section and key, value, default: of every value that is not the default."""
+    defaults = recipe_dict(Recipe())
+    return [
+        [f"{section}.{key}", str(value), str(defaults[section][key])]
+        for section, values in recipe_dict(recipe).items()
+        for key, value in values.items()
+        if value != defaults[section][key]
+    ]
+
+
+def image_size(recipe: Recipe) -> str:
+    """In words."""
+    data = recipe.data
+    return f"{data.height} x {data.width} pixels, {'grey' if data.channels == 1 else 'colour'}"
+
+
+def data_table(run: RunDir, recipe: Recipe) -> Table:
+    """Where the images are from, their size, their labels."""
+    rows = [["source", str(recipe.data.path or recipe.data.name)], ["images", image_size(recipe)]]
+    for manifest in manifests(run):
+        variants = f" x {manifest.variants} variants ({manifest.augmentation})" if manifest.variants > 1 else ""
+        rows.append([f"split {manifest.split}", f"{manifest.rows:,} images{variants}"])
+    if manifests(run):
+        names = manifests(run)[0].label_names
+        more = f", and {len(names) - _MOST_LABELS_NAMED} more" if names and len(names) > _MOST_LABELS_NAMED else ""
+        rows.append(["labels", f"{len(names)}: {', '.join(names[:_MOST_LABELS_NAMED])}{more}" if names else "none"])
+    return Table(["", ""], rows)
+
+
+def manifests(run: RunDir) -> list[Manifest]:
+    """Of the splits whose codes are extracted; an extraction that was killed may have left an empty folder."""
+    return [read_manifest(path.parent) for path in sorted(run.codes.glob("*/manifest.json"))]
+
+
+def codes_table(run: RunDir) -> Table | None:
+    """Grid and number of codes a level; None before they are extracted."""
+    if not manifests(run):
+        return None
+    manifest = manifests(run)[0]
+    rows = [
+        [str(level + 1), f"{h} x {w}", f"{k:,}"] for level, ((h, w), k) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True))
+    ]
+    return Table(["level", "grid", "codes K"], rows)
+
+
+def charts(records: Sequence[dict[str, Any]], names: dict[str, str], references: dict[str, float]) -> list[Chart]:
+    """A chart a metric."""
+    found = [line_chart(title, records, name, references) for name, title in names.items()]
+    return [chart for chart in found if chart is not None]
+
+
+def stage1_text(run: RunDir) -> str:
+    """How long stage 1 took."""
+    report = read_json(run.stage1 / "report.json")
+    return f"{report['steps']:,} steps in {report['minutes']:.1f} minutes"
+
+
+def newest_reconstructions(run: RunDir) -> Picture | None:
+    """Those after the last step."""
+    found = sorted((run.stage1 / "reconstructions").glob("*.png"))
+    step = int(found[-1].stem.removeprefix("step-")) if found else 0
+    return picture(found[-1], f"Validation images, and under each its reconstruction, after step {step:,}.") if found else None
+
+
+def picture(path: Path, caption: str) -> Picture | None:
+    """A picture of the run; None if it is not there."""
+    if not path.exists():
+        return None
+    image = embedded(path)
+    return Picture(image, f"{caption} ({image.remark})" if image.remark else caption)
+
+
+def codebook_table(run: RunDir) -> Table | None:
+    """The codebook's health, a row a level, as the doctor sees it."""
+    if not run.codebook_health.exists():
+        return None
+    rows = []
+    for number, level in enumerate(read_json(run.codebook_health)["levels"]):
+        apart = "no codebook" if level["nearest_median"] is None else f"{level['nearest_median']:.3f}"
+        figures = [f"{level['num_codes']:,}", f"{level['usage']:.1%}", f"{level['perplexity']:.1f}", f"{level['dead']:,}", apart]
+        rows.append([str(number + 1), *figures])
+    return Table(["level", "codes K", "usage", "perplexity", "never used", "nearest code, median"], rows)
+
+
+def missing_prior(command: Command) -> Missing:
+    """What stands in place of a prior."""
+    for name in unmeasured_priors(command.run):
+        return Missing(f"Prior {name} has no likelihood report.", command.next(f"{_MEASURE_PRIOR} --prior {name}"))
+    return Missing("No prior has been trained.", command.next(TRAIN_PRIOR))
+
+
+def unmeasured_priors(run: RunDir) -> list[str]:
+    """Finished priors without a likelihood report."""
+    return sorted(path.parent.name for path in run.priors.glob("*/prior.safetensors") if not (path.parent / "likelihood.json").exists())
+
+
+def prior_reports(run: RunDir) -> list[PriorReport]:
+    """The measured priors, the one last finished first."""
+    names = sorted(path.parent.name for path in run.priors.glob("*/prior.safetensors") if (path.parent / "likelihood.json").exists())
+    return [prior_report(run, name) for name in sorted(names, key=lambda name: name != run.last_prior())]
+
+
+def prior_report(run: RunDir, name: str) -> PriorReport:
+    """Curves, likelihood and heat maps of a prior."""
+    folder = run.prior(name)
+    report, measured = (read_json(folder / file) for file in ("report.json", "likelihood.json"))
+    config = load_recipe(folder / "recipe.yaml" if (folder / "recipe.yaml").exists() else run.recipe).prior.resolved()
+    fields = ", ".join(f"{name} {value}" for name, value in as_dict(config).items() if name != "kind")
+    description = (
+        f"{config.kind} ({fields}), {report['parameters'] / 1e6:.1f} M parameters; "
+        f"{report['steps']:,} steps in {report['minutes']:.1f} minutes, best at step {report['best_step']:,}"
+    )
+    saved, images = measured["saved_percent"], measured["images"]
+    rows = [
+        ["uniform (log2 K)", f"{measured['uniform']:.3f}", f"{saved['uniform']:.1f} %"],
+        ["unigram (training frequencies)", f"{measured['unigram']:.3f}", f"{saved['unigram']:.1f} %"],
+        [f"prior, {images['validation']:,} validation images", f"{measured['validation']:.3f}", ""],
+        [f"prior, {images['train']:,} training images", f"{measured['train']:.3f}", ""],
+    ]
+    flat = [bits for grid in measured["places"] for row in grid for bits in row]
+    dearest = max(measured["labels"].values(), default=1.0)
+    turned = measured["validation_turned_at_step"]
+    references = {key: measured[key] for key in ("unigram", "uniform")}
+    return PriorReport(
+        name=name,
+        description=description,
+        figures=Table(["", "bits a token", "saved by the prior"], rows),
+        charts=charts(read_metrics(folder / "metrics.jsonl"), _STAGE2_CURVES, references),
+        heat_maps=[heat_map(grid, min(flat), max(flat)) for grid in measured["places"]],
+        low=min(flat),
+        high=max(flat),
+        labels=[LabelBits(label, bits, 100 * bits / dearest) for label, bits in measured["labels"].items()],
+        remarks=[]
+        if turned is None
+        else [f"Validation turned after step {turned:,}: from there on the prior learned its images by heart."],
+    )
+
+
+def newest_samples(run: RunDir) -> list[Samples]:
+    """The newest samples of each prior, those of the prior last finished first, the uniform prior's last."""
+    newest: dict[str, Path] = {}
+    for path in outputs(run, "samples", "samples.json"):
+        newest[read_json(path)["prior"]] = path.parent
+    names = sorted(newest, key=lambda name: (name == UNIFORM, name != run.last_prior(), name))
+    return [samples(run, newest[name]) for name in names]
+
+
+def samples(run: RunDir, folder: Path) -> Samples:
+    """One call's samples, by class: the first of each."""
+    details = read_json(folder / "samples.json")
+    files = sorted((folder / "images").glob("*.png"))
+    labels, names = details["labels"], details["label_names"]
+    remarks = remarks_on_age(run, details)
+    if labels is None or names is None:
+        classes = [ClassOfSamples(None, [tile(path) for path in files[:64]])]
+    else:
+        drawn = sorted(set(labels))
+        shown = drawn[:_MOST_CLASSES]
+        of_each = max(1, min(_MOST_OF_A_CLASS, _MOST_TILES // len(shown)))
+        if len(shown) < len(drawn):
+            remarks.append(f"Shown are {len(shown)} of {len(drawn)} labels.")
+        # By its number, which is its name: some pictures may have been removed.
+        of_label = {label: [path for path in files if labels[int(path.stem)] == label][:of_each] for label in shown}
+        classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in of_label.items()]
+    neutral = vars(Sampling())
+    warped = [f"{key.replace('_', ' ')} {value}" for key, value in seen(details["sampling"]).items() if value != neutral.get(key)]
+    drawn_as = "every code equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the prior as it is"
+    description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"
+    columns = max(len(group.tiles) for group in classes)
+    return Samples(folder.name, details["prior"], description, classes, columns, remarks)
+
+
+def remarks_on_age(run: RunDir, details: dict[str, Any]) -> list[str]:
+    """What to know if the tokenizer or the prior is no longer the one that an output is of."""
+    held = identity(run, details.get("prior"))
+    for key, model in (("tokenizer_sha256", "tokenizer"), ("prior_sha256", "prior")):
+        # Of a prior, none where images made elsewhere were judged.
+        if details.get(key) is not None and details[key] != held[key]:
+            return [f"Made with an earlier {model}: no longer what the run would give."]
+    return []
+
+
+def evaluation(run: RunDir, folder: Path) -> Evaluation:
+    """One call of the evaluation, as it says itself."""
+    found = read_json(folder / "evaluation.json")
+    tables = [Table(table["columns"], table["rows"], table["title"]) for table in found["tables"]]
+    pictures = [Picture(embedded(path), path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"))]
+    distance = None
+    if "samples" in found.get("distances", {}):
+        figures, of_prior = found["distances"]["samples"], f" of prior {found['prior']}" if found["prior"] else ""
+        features = found["distance"].removeprefix("Fréchet distance").strip(" ()")
+        distance = KeyFigure("Fréchet distance", f"{figures['frechet']:.4g}", f"{features}; {figures['n']:,} samples{of_prior}")
+    learned = found.get("prior") not in (None, UNIFORM)
+    return Evaluation(folder.name, tables, found["notes"], remarks_on_age(run, found), pictures, distance, learned)
+
+
+def environment(history: Sequence[dict[str, Any]]) -> Table:
+    """What the commands ran with; several values where they did not all run with the same."""
+    flat = [
+        {
+            "commit": entry["commit"] or "unknown",
+            "python": entry["python"],
+            "platform": entry["platform"],
+            **entry["versions"],
+            "processes": str(entry["processes"]),
+        }
+        for entry in history
+    ]
+    keys = dict.fromkeys(key for entry in flat for key in entry)
+    return Table(["", ""], [[key, ", ".join(dict.fromkeys(entry[key] for entry in flat if key in entry))] for key in keys])
+
+
+def commands(history: Sequence[dict[str, Any]]) -> Table:
+    """The commands in order."""
+    rows = [
+        [entry["time"].replace("T", " ").removesuffix("+00:00"), " ".join([entry["command"], *entry["arguments"]])] for entry in history
+    ]
+    return Table(["began (UTC)", "command"], rows)

@@ -1,0 +1,59 @@
+"""Images from files and folders that a user names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Data
+from stage1_vqvae.data.decoding import decode_image
+from stage1_vqvae.training.progress import progress_bar
+
+
+class ImageFiles(NamedTuple):
+    """Images read from files that the user named."""
+
+    pixels: Tensor
+    """uint8 (N, H, W, C)."""
+    paths: list[str]
+    labels: list[str] | None
+    """The folder in which each lies, below the one that was named; None unless all lie in one."""
+
+
+def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> ImageFiles:
+    """Decode image files, and those in folders (of any depth, by name, hidden ones aside), to `data`'s size.
+
+    Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
+    """
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}  # not those Pillow only writes
+    found: list[tuple[Path, str | None]] = []
+    for named in paths:
+        path = Path(named).expanduser()
+        if path.is_file():
+            found.append((path, None))
+            continue
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if not files:
+            raise UserError(f"{path}: expected an image or a folder of images, found {'no image in it' if path.is_dir() else 'nothing'}")
+        found += [(file, file.parent.name if file.parent != path else None) for file in files]
+    pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
+
+    def decode(number: int) -> None:
+        pixels[number] = decode_image(None, str(found[number][0]), data)
+
+    with ThreadPoolExecutor() as pool, progress_bar(len(found), "decode", "img", shown=progress) as bar:
+        for _ in pool.map(decode, range(len(found))):
+            bar.update()
+    labels = [label for _, label in found if label is not None]
+    # A name that is not UTF-8 could not be printed, or written into a table.
+    names = [str(path).encode(errors="backslashreplace").decode() for path, _ in found]
+    return ImageFiles(torch.from_numpy(pixels), names, labels if len(labels) == len(found) else None)

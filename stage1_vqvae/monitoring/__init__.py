@@ -1,0 +1,1 @@
+"""What stage 1 is watched by while it trains."""

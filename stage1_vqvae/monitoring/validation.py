@@ -1,0 +1,91 @@
+"""Stage 1's judgement of itself: metrics and the codebook's health over a whole split, and their pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.run_dir import RunDir, write_json
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.splits import ImageSplit
+from stage1_vqvae.metrics import perplexity, psnr, squared_errors, usage
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.monitoring.health import Health, checksum, collapse_warning, examine
+from stage1_vqvae.plots import codebook_picture, grid_scale, reconstruction_grid, save_png
+from stage1_vqvae.quantizers.contract import level_counts
+from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.processes import summed
+
+_SHOWN_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one validation pass found."""
+
+    metrics: dict[str, float]
+    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which are training's), psnr, usage, perplexity."""
+    counts: list[Tensor]
+    """How often each code was chosen, (K,) a level."""
+
+
+@torch.no_grad()
+def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, batch_size: int) -> Judgement:
+    """Metrics over the whole split, each image once, whatever the processes; `batch_size` images at once on each."""
+    tokenizer.eval()
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    mine = torch.arange(rank, len(validation), processes)
+    zero = torch.zeros((), device=accelerator.device)
+    totals = {"mse": zero, "loss": zero}
+    totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
+    for part in batches(len(mine), batch_size):
+        pixels = validation.pixels[mine[part]].to(accelerator.device)
+        output = tokenizer(to_model(pixels))
+        found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}
+        found["loss"] = torch.stack(list(output.losses.values())).sum() * len(pixels)
+        found |= {f"counts/{level}": counts for level, counts in enumerate(level_counts(output.statistics))}
+        totals = {name: total + found[name] for name, total in totals.items()}
+    totals = summed(accelerator, totals)
+    counts = [totals.pop(f"counts/{level}") for level in range(len(tokenizer.quantizer.num_codes))]
+    means = {name: float(total) / len(validation) for name, total in totals.items()}
+    return Judgement({**means, "psnr": psnr(means["mse"]), "usage": usage(*counts), "perplexity": perplexity(*counts)}, counts)
+
+
+def check_equal_codebooks(accelerator: Accelerator, tokenizer: VQVAE, step: int) -> None:
+    """Errors: UserError if the processes' quantizers are not equal bit for bit."""
+    mine = torch.tensor([checksum(tokenizer.quantizer)], device=accelerator.device)
+    checksums = accelerator.gather(mine).tolist()
+    if len(set(checksums)) > 1:
+        found = ", ".join(f"{value:x}" for value in checksums)
+        raise UserError(f"step {step}: expected equal codebooks on all processes, found checksums {found}")
+
+
+def save_health(run: RunDir, tokenizer: VQVAE, counts: list[Tensor], step: int, processes: int) -> None:
+    """codebook.json, which doctor.py prints, and codebook.png; after `check_equal_codebooks`."""
+    quantizer = tokenizer.quantizer
+    vectors = [codebook.vectors() for codebook in quantizer.codebooks()]
+    levels = [(used, vectors[quantizer.codebook_of(level)].detach() if vectors else None) for level, used in enumerate(counts)]
+    health = Health(
+        step=step,
+        processes=processes,
+        checksum=f"{checksum(quantizer):016x}",
+        levels=[examine(*level) for level in levels],
+        warning=collapse_warning(counts, quantizer, tokenizer.config),
+    )
+    write_json(run.codebook_health, dataclasses.asdict(health))
+    codebook_picture(run.stage1 / "codebook.png", levels)
+
+
+@torch.no_grad()
+def save_reconstructions(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, step: int, device: torch.device) -> None:
+    """Originals over reconstructions, of the same validation images each time."""
+    rows = torch.arange(len(validation))[:: max(1, len(validation) // _SHOWN_IMAGES)][:_SHOWN_IMAGES]
+    originals = validation.pixels[rows]
+    pictures = to_uint8(tokenizer(to_model(originals.to(device))).reconstruction).cpu()
+    grid = reconstruction_grid(originals, pictures, columns=16)
+    save_png(run.stage1 / "reconstructions" / f"step-{step:09d}.png", grid, grid_scale(originals.shape[1]))

@@ -1,0 +1,100 @@
+"""The convolutional family: encoder and decoder of the VQ-VAE paper.
+
+Van den Oord et al. 2017, section 4.1: strided 4x4 convolutions, then residual blocks (ReLU, 3x3, ReLU, 1x1); the decoder
+mirrors it. Fully convolutional, so any height and width divisible by the downsampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from configs.schema import NetworkPart, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionalPart(NetworkPart):
+    """The VQ-VAE paper's convolutions and residual blocks (van den Oord et al. 2017, section 4.1)."""
+
+    downsampling: int = 4
+    """Pixels a code spans along each side; a power of two."""
+    hidden_channels: int = 128
+    """Channels of the encoder's and decoder's convolutions."""
+    residual_blocks: int = 2
+    """Residual blocks of encoder and of decoder."""
+    residual_channels: int = 32
+    """Channels inside a residual block."""
+
+    def __post_init__(self) -> None:
+        where, power = "tokenizer.network", self.downsampling
+        require(power >= 1 and power & (power - 1) == 0, f"{where}.downsampling", "a power of two", power)
+        for name in ("hidden_channels", "residual_channels"):
+            require(getattr(self, name) >= 1, f"{where}.{name}", "at least 1", getattr(self, name))
+        require(self.hidden_channels % 2 == 0, f"{where}.hidden_channels", "an even number", self.hidden_channels)
+        require(self.residual_blocks >= 0, f"{where}.residual_blocks", "at least 0", self.residual_blocks)
+
+    def build(self, image_channels: int, code_dim: int, output_channels: int) -> tuple[nn.Module, nn.Module]:
+        """See the base class."""
+        sizes = (self.hidden_channels, self.downsampling, self.residual_blocks, self.residual_channels)
+        return Encoder(image_channels, code_dim, *sizes), Decoder(code_dim, output_channels, *sizes)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))). The first ReLU is not in place: it would change the skip's input."""
+
+    def __init__(self, channels: int, residual_channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, residual_channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(residual_channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return x + self.layers(x)
+
+
+def _residual_stack(channels: int, residual_channels: int, blocks: int) -> list[nn.Module]:
+    return [*(ResidualBlock(channels, residual_channels) for _ in range(blocks)), nn.ReLU()]
+
+
+class Encoder(nn.Sequential):
+    """Images (B, C, H, W) to latents (B, out_channels, H / downsampling, W / downsampling)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden: int, downsampling: int, residual_blocks: int, residual_channels: int
+    ) -> None:
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for number in range(downsampling.bit_length() - 1):
+            width = hidden // 2 if number == 0 else hidden
+            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        layers += [nn.Conv2d(channels, hidden, 3, padding=1)]
+        layers += _residual_stack(hidden, residual_channels, residual_blocks)
+        layers += [nn.Conv2d(hidden, out_channels, 1)]
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """Latents (B, in_channels, h, w) to images (B, out_channels, h * downsampling, w * downsampling)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden: int, downsampling: int, residual_blocks: int, residual_channels: int
+    ) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, hidden, 3, padding=1)]
+        layers += _residual_stack(hidden, residual_channels, residual_blocks)
+        doublings = downsampling.bit_length() - 1
+        channels = hidden
+        for number in range(doublings):
+            last = number == doublings - 1
+            width = out_channels if last else hidden // 2 if number == doublings - 2 else hidden
+            layers += [nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1)]
+            layers += [] if last else [nn.ReLU(inplace=True)]
+            channels = width
+        if doublings == 0:
+            layers += [nn.Conv2d(channels, out_channels, 3, padding=1)]
+        super().__init__(*layers)

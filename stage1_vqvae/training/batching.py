@@ -1,0 +1,30 @@
+"""How rows are taken in batches, and a step's batch is shared out over processes and micro-steps."""
+
+from __future__ import annotations
+
+from configs.errors import UserError
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """0..count in slices of `size`, the last one shorter."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def share_of_step(batch_size: int, accumulation: int, micro_step: int, processes: int, rank: int) -> slice:
+    """The part of a step's batch that one process takes in one micro-step.
+
+    The batch divides (`check_divides`).
+    """
+    parts = accumulation * processes
+    assert batch_size % parts == 0
+    size = batch_size // parts
+    start = (micro_step * processes + rank) * size
+    return slice(start, start + size)
+
+
+def check_divides(section: str, batch_size: int, accumulation: int, processes: int) -> None:
+    """Errors: UserError if a step's batch cannot be shared out evenly."""
+    parts = accumulation * processes
+    if batch_size % parts:
+        shares = f"{processes} processes x {accumulation} micro-steps"
+        raise UserError(f"{section}.batch_size: expected a multiple of {parts} ({shares}), found {batch_size}")

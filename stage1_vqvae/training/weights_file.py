@@ -1,0 +1,53 @@
+"""Files of weights: safetensors with a JSON header that says all there is to know of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.run_dir import write_bytes
+
+_HEADER = "header"
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write weights with a JSON header, atomically; equal weights and headers give equal bytes."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    # One entry, because safetensors writes several in an order that changes from run to run.
+    write_bytes(path, safetensors.torch.save(tensors, {_HEADER: json.dumps(header)}))
+
+
+def read_header(path: Path, kind: str) -> dict[str, Any]:
+    """The header of what `save_weights` wrote. Errors: as `load_weights`."""
+    return load_weights(path, kind, names=())[1]
+
+
+def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote; of its tensors only `names`, if given.
+
+    Errors: UserError if the file is missing, truncated or of another kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            weights = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected the weights of a {kind}, found nothing") from None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: expected the weights of a {kind}, found a truncated or foreign file ({error})") from None
+    if header.get("kind") != kind:
+        raise UserError(f"{path}: expected the weights of a {kind}, found {header.get('kind', 'no kind')} in its header")
+    return weights, header
+
+
+def fingerprint(path: Path) -> str:
+    """The sha256 of a file, by which codes know their tokenizer and priors their codes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""How many bits the codes cost under a prior."""

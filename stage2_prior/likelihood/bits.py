@@ -1,0 +1,97 @@
+"""How many bits a code costs: under a prior, place by place and label by label, and under what needs no model of context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.processes import summed
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.priors.contract import AutoregressivePrior
+
+
+def bits(nats: float) -> float:
+    """Nats to bits."""
+    return nats / math.log(2)
+
+
+def uniform_bits(num_codes: Sequence[int]) -> list[float]:
+    """log2 K, of each level."""
+    return [math.log2(k) for k in num_codes]
+
+
+def unigram_bits(training: CodeStore, validation: CodeStore) -> list[float]:
+    """Cross-entropy of the validation codes under the training codes' frequencies, each count plus one: of each level."""
+    levels = []
+    for learned, seen in zip(training.counts(), validation.counts(), strict=True):
+        probabilities = torch.from_numpy(learned).double() + 1
+        nats = -float((torch.from_numpy(seen) * (probabilities / probabilities.sum()).log()).sum())
+        levels.append(bits(nats / int(seen.sum())))
+    return levels
+
+
+def mean_over_tokens(levels: Sequence[float], grids: Sequence[tuple[int, int]]) -> float:
+    """Bits a token of all levels together, of each level's."""
+    tokens = [h * w for h, w in grids]
+    return sum(count * level for count, level in zip(tokens, levels, strict=True)) / sum(tokens)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Bits a token over some images, labels given where the prior knows them."""
+
+    images: int
+    places: Tensor
+    """(T,): of each place."""
+    labels: dict[int, float]
+    """Of each label there was; empty for a prior without labels."""
+
+    @property
+    def mean(self) -> float:
+        """Over all places."""
+        return float(self.places.mean())
+
+
+@torch.no_grad()
+def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
+    """The likelihood of those rows' images, each once, whatever the processes; `batch_size` at once on each of them."""
+    prior.eval()
+    device, labelled = accelerator.device, prior.num_labels > 0 and store.labels is not None
+    # What a process has seen: nats of each place, and of each label's images; how many those are.
+    nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=device)
+    of_labels, images = (torch.zeros(prior.num_labels + 1, dtype=torch.float64, device=device) for _ in range(2))
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    for part in batches(len(mine), batch_size):
+        codes = tuple(level.to(device) for level in store.codes(mine[part]))
+        labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
+        found = -prior.log_prob(codes, labels).double()
+        nats += found.sum(0)
+        index = prior.labels_or_none(labels, len(found))
+        of_labels.index_add_(0, index, found.mean(1))
+        images.index_add_(0, index, torch.ones_like(found[:, 0]))
+    totals = summed(accelerator, {"nats": nats, "of_labels": of_labels, "images": images})
+    sums, counts = totals["of_labels"].tolist(), totals["images"].tolist()
+    return Likelihood(
+        images=len(rows),
+        places=(totals["nats"] / len(rows) / math.log(2)).cpu(),
+        labels={label: bits(sums[label] / count) for label, count in enumerate(counts) if count and labelled},
+    )
+
+
+def turning_point(validation: Sequence[float], training: Sequence[float]) -> int | None:
+    """Which validation was the last before two in a row were worse, while training got better than it was then: from there
+    on the prior learned its images by heart. None: not so, or not so any more.
+
+    Args:
+        validation: bits a token at each validation, oldest first.
+        training: the training mean before each of them.
+    """
+    best = min(range(len(validation)), key=validation.__getitem__)
+    turned = len(validation) - 1 - best >= 2 and training[-1] < training[best]
+    return best if turned else None

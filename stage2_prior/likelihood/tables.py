@@ -1,0 +1,133 @@
+"""The likelihood report of a prior: JSON for machines, Markdown and a picture for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+
+from configs.run_dir import write_bytes, write_json
+from stage1_vqvae.metrics import index_bits, raw_bits
+from stage1_vqvae.plots import save_figure
+from stage1_vqvae.training.randomness import generator
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.likelihood.bits import mean_over_tokens, measure, turning_point, uniform_bits, unigram_bits
+from stage2_prior.priors.contract import AutoregressivePrior
+
+
+def likelihood_report(
+    accelerator: Accelerator,
+    prior: AutoregressivePrior,
+    training: CodeStore,
+    validation: CodeStore,
+    batch_size: int,
+    validations: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """All of it, as JSON will have it: bits a token unless a name says otherwise.
+
+    Training's figure is over as many images as validation has, drawn once and for all.
+
+    Args:
+        batch_size: images at once on each process.
+        validations: their records in metrics.jsonl, for the step at which they turned.
+    """
+    manifest = validation.manifest
+    chosen = torch.randperm(len(training), generator=generator(0, "likelihood of training images"))[: len(validation)]
+    seen = measure(accelerator, prior, training, chosen.sort().values, batch_size)
+    found = measure(accelerator, prior, validation, torch.arange(len(validation)), batch_size)
+    uniform, unigram = uniform_bits(manifest.num_codes), unigram_bits(training, validation)
+    references = {"unigram": mean_over_tokens(unigram, manifest.grids), "uniform": mean_over_tokens(uniform, manifest.grids)}
+    channels, height, width = manifest.image_shape
+    raw = raw_bits(height, width, channels)
+    coded = found.mean * prior.layout.length
+    places = found.places.split(prior.layout.lengths)
+    names = manifest.label_names or []
+    return {
+        "images": {"train": seen.images, "validation": found.images},
+        "train": seen.mean,
+        "validation": found.mean,
+        **references,
+        "saved_percent": {name: 100 * (1 - found.mean / reference) for name, reference in references.items()},
+        "bits_per_image": {"raw": raw, "indices": index_bits(manifest.grids, manifest.num_codes), "prior": coded},
+        # Of the codes alone. What the decoder leaves open is not in it: a VQ-VAE has no likelihood of its pixels.
+        "codes_bits_per_dim": coded / (channels * height * width),
+        "levels": [
+            {"grid": grid, "num_codes": k, "uniform": flat, "unigram": frequent, "validation": float(bits.mean())}
+            for grid, k, flat, frequent, bits in zip(manifest.grids, manifest.num_codes, uniform, unigram, places, strict=True)
+        ],
+        "places": [bits.view(grid).tolist() for grid, bits in zip(manifest.grids, places, strict=True)],
+        "labels": {names[label]: value for label, value in found.labels.items()},
+        "validation_turned_at_step": turned_at(validations),
+    }
+
+
+def turned_at(validations: Sequence[dict[str, Any]]) -> int | None:
+    """The step of the validation after which the prior learned by heart; None: it has not."""
+    if not validations:
+        return None
+    turned = turning_point(*([record[key] for record in validations] for key in ("bits_per_token", "train_bits_per_token")))
+    return None if turned is None else validations[turned]["step"]
+
+
+def write_report(folder: Path, name: str, report: dict[str, Any]) -> None:
+    """likelihood.json, likelihood.md and likelihood.png into the prior's folder."""
+    write_json(folder / "likelihood.json", report)
+    write_bytes(folder / "likelihood.md", markdown(name, report).encode())
+    picture(folder / "likelihood.png", report)
+
+
+def markdown(name: str, report: dict[str, Any]) -> str:
+    """The report as tables."""
+    saved, images, per_image = report["saved_percent"], report["images"], report["bits_per_image"]
+    lines = [
+        f"# Likelihood of prior {name}",
+        "",
+        "| bits a token | | saved by the prior |",
+        "| --- | --- | --- |",
+        f"| uniform (log2 K) | {report['uniform']:.3f} | {saved['uniform']:.1f} % |",
+        f"| unigram (training frequencies) | {report['unigram']:.3f} | {saved['unigram']:.1f} % |",
+        f"| prior, {images['validation']} validation images | **{report['validation']:.3f}** | |",
+        f"| prior, {images['train']} training images | {report['train']:.3f} | |",
+        "",
+        f"An image: {per_image['raw']} bits raw, {per_image['indices']:.0f} as indices, {per_image['prior']:.0f} under the prior; "
+        f"the codes are {report['codes_bits_per_dim']:.4f} bits a dimension (the codes alone: the pixels they leave open are not counted).",
+        "",
+    ]
+    turned = report["validation_turned_at_step"]
+    lines += (
+        [f"Validation turned after step {turned}: from there on the prior learned its images by heart.", ""] if turned is not None else []
+    )
+    lines += ["| level | grid | K | uniform | unigram | prior |", "| --- | --- | --- | --- | --- | --- |"]
+    for number, level in enumerate(report["levels"]):
+        h, w = level["grid"]
+        figures = " | ".join(f"{level[key]:.3f}" for key in ("uniform", "unigram", "validation"))
+        lines.append(f"| {number + 1} | {h} x {w} | {level['num_codes']} | {figures} |")
+    if report["labels"]:
+        lines += ["", "| label | bits a token |", "| --- | --- |"]
+        lines += [f"| {label} | {value:.3f} |" for label, value in report["labels"].items()]
+    return "\n".join([*lines, ""])
+
+
+def picture(path: Path, report: dict[str, Any]) -> None:
+    """A heat map a level, of the bits of each place, on one scale; then a bar a label."""
+    panels = len(report["places"]) + bool(report["labels"])
+    figure = Figure(figsize=(4.4 * panels, 3.8), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    flat = [value for grid in report["places"] for row in grid for value in row]
+    for number, (panel, grid) in enumerate(zip(axes[: len(report["places"])], report["places"], strict=True)):
+        shown = panel.imshow(grid, vmin=min(flat), vmax=max(flat), cmap="magma")
+        panel.set(title=f"level {number + 1}: bits of each place", xlabel="column", ylabel="row")
+    figure.colorbar(shown, ax=list(axes[: len(report["places"])]))
+    if report["labels"]:
+        names, values = zip(*report["labels"].items(), strict=True)
+        axes[-1].barh(range(len(names)), values)
+        axes[-1].axvline(report["validation"], linestyle=":", color="grey")
+        axes[-1].invert_yaxis()
+        axes[-1].set(title="bits a token, by label", xlabel=f"dotted: all, {report['validation']:.3f}")
+        if len(names) <= 30:
+            axes[-1].set_yticks(range(len(names)), names)
+    save_figure(path, figure)

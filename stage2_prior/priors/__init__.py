@@ -1,0 +1,1 @@
+"""Autoregressive models of codes. They see integers only, never images or files."""

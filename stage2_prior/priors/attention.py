@@ -1,0 +1,116 @@
+"""Causal self-attention over a sequence of places in grids, whole or one place at a time; what all priors attend with.
+
+Queries and keys are normalised (Henry et al. 2020) and turned by rotary positions (Su et al. 2021), of which one half of
+a head turns with the row and the other with the column.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stage1_vqvae.training.precision import full_precision
+
+# Wavelengths of the rotary positions run from 2 pi to below 2 pi times this many rows: grids are tens of codes wide.
+_ROTARY_BASE = 100.0
+
+
+class KeyValueCache:
+    """Keys and values of all places, preallocated: (B, heads, T, head width) each."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
+        # Zeros, because a step of fixed shape multiplies what has not been written yet by a weight of zero.
+        self.keys = like.new_zeros(batch, heads, length, head_width)
+        self.values = torch.zeros_like(self.keys)
+
+
+class Norm(nn.LayerNorm):
+    """Layer normalisation (Ba et al. 2016) without bias, in its weights' precision, which autocast leaves at float32.
+
+    Not RMSNorm, which saves nothing here: on a CPU its backward pass has no kernel of its own and takes six times as long.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same shape."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, causal unless said otherwise."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def _separated(self, projected: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (B, heads, T, d) each, of what `qkv` made of (B, T, C)."""
+        parts = projected.unflatten(-1, (3, self.heads, self.head_width)).movedim(-4, -2)  # (B, 3, heads, T, d)
+        # Queries and keys in one: half as many passes through memory.
+        normed = F.layer_norm(full_precision(parts[:, :2]), (self.head_width,))
+        query, key = rotate(normed, rotation).unbind(1)
+        return query, key, parts[:, 2].to(query)
+
+    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
+        """(B, T, C) to the same shape; causal: a place attends to itself and those before it."""
+        query, key, value = self._separated(self.qkv(x), rotation)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def new_cache(self, batch: int, length: int) -> KeyValueCache:
+        """An empty one for T = `length` places."""
+        return KeyValueCache(batch, self.heads, length, self.head_width, self.out.weight)
+
+    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, place: int | Tensor) -> Tensor:
+        """(B, C) of one place to the same shape; its key and value are added to the cache.
+
+        `place` as a number: attends to what the cache holds up to it. As a tensor (1,): to all of it under a mask, the
+        same kernels on the same shapes at every place, which is what a CUDA graph can replay.
+        """
+        query, key, value = self._separated(of_few_rows(self.qkv, x)[:, None], rotation)
+        keys, values = cache.keys, cache.values
+        if isinstance(place, int):
+            keys[:, :, place : place + 1] = key
+            values[:, :, place : place + 1] = value
+            attended = F.scaled_dot_product_attention(query, keys[:, :, : place + 1], values[:, :, : place + 1])
+        else:
+            keys.index_copy_(2, place, key)
+            values.index_copy_(2, place, value)
+            seen = torch.arange(keys.shape[2], device=keys.device)[None] <= place
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+        return of_few_rows(self.out, attended.flatten(1))
+
+
+def of_few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear map without bias of (B, C), B much smaller than C, without gradient: on a CPU, the weight from the left."""
+    # The same product; with its long side first, MKL takes a sixth less time.
+    return torch.mm(linear.weight, x.t()).t() if x.device.type == "cpu" else linear(x)
+
+
+def rotations(positions: Tensor, head_width: int) -> Tensor:
+    """Cosines and sines, (T, head_width / 2, 2), of the angles by which places at positions (T, 2) turn their pairs: the
+    first half of them with the row, the second with the column.
+
+    Place t holds the code of place t-1 but is turned as place t, the one it predicts.
+    """
+    quarter = head_width // 4
+    frequencies = _ROTARY_BASE ** (-torch.arange(quarter) / quarter)
+    angles = (positions[..., None] * frequencies).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (x_2i, x_2i+1) of (..., T, d) by its place's angle; `rotation` (T, d / 2, 2) has cosines and sines.
+
+    As complex numbers, which is one pass through memory, and one back; torch.compile, which fuses passes, knows none.
+    """
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cosine, sine) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
+        return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1).flatten(-2)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(rotation)
+    return torch.view_as_real(turned).flatten(-2)

@@ -1,0 +1,109 @@
+"""What every prior is: an autoregressive model of codes, p(level 1) p(level 2 | level 1) ..., each level in raster order.
+
+It sees integers only, never images or files. Training asks for all places at once (`forward`); sampling asks for one
+place after another (`step`), and a cache holds what the places before it have left. Both give the same logits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.schema import require
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.precision import full_precision
+from stage2_prior.codes.sequence import SequenceLayout
+
+Logits = tuple[Tensor, ...]
+"""(B, h w, K) a level: place by place in raster order, over that level's own codes."""
+
+
+class Sizes(NamedTuple):
+    """How large a network is."""
+
+    layers: int
+    width: int
+    """Channels of a position."""
+    heads: int
+    """Attention heads."""
+
+
+class SizedByPreset:
+    """For a prior's fields `preset`, `layers`, `width` and `heads`: what is 0 takes the preset's size."""
+
+    PRESETS: ClassVar[dict[str, Sizes]]
+    preset: str
+    layers: int
+    width: int
+    heads: int
+
+    def sizes(self) -> Sizes:
+        """The sizes to build. Errors: ValueError, naming the key, for one that cannot be."""
+        for name in ("layers", "width", "heads"):
+            require(getattr(self, name) >= 0, f"prior.{name}", "at least 0", getattr(self, name))
+        preset = self.PRESETS[self.preset]
+        found = Sizes(self.layers or preset.layers, self.width or preset.width, self.heads or preset.heads)
+        require(found.width % (4 * found.heads) == 0, "prior.width", f"a multiple of 4 x {found.heads} heads", found.width)
+        return found
+
+
+class AutoregressivePrior(nn.Module, ABC):
+    """The contract."""
+
+    checkpointing: bool
+    """Whether training computes each layer's inside twice instead of keeping it (Chen et al. 2016)."""
+
+    def __init__(self, layout: SequenceLayout, num_labels: int) -> None:
+        """`num_labels` 0: unconditional. The label index `num_labels` means none, and always has its embedding."""
+        super().__init__()
+        self.layout, self.num_labels = layout, num_labels
+        self.checkpointing = False
+
+    @abstractmethod
+    def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
+        """Logits of every place given the codes before it, and the label.
+
+        Args:
+            codes: int64 (B, h, w) a level, all places.
+            labels: (B,) int64, `num_labels` where there is none; None: none anywhere.
+        """
+
+    @abstractmethod
+    def new_cache(self, batch: int) -> Any:
+        """An empty cache for `batch` sequences."""
+
+    @abstractmethod
+    def step(self, code: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
+        """Logits (B, K) of the next place over the codes of its level, from the code (B,) of the place before (None at
+        the first) and the cache, which moves on by one place.
+        """
+
+    def remarks(self) -> list[str]:
+        """Lines that whoever trains it should read."""
+        return []
+
+    def log_prob(self, codes: Codes, labels: Tensor | None) -> Tensor:
+        """log p of each code given those before it, (B, T), in nats, float32 or wider."""
+        return -torch.cat(code_losses(self(codes, labels), codes), 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    def labels_or_none(self, labels: Tensor | None, batch: int) -> Tensor:
+        """Labels (B,) as given, or the index that means none."""
+        return torch.full((batch,), self.num_labels, device=self.device) if labels is None else labels
+
+
+def code_losses(logits: Logits, codes: Codes) -> list[Tensor]:
+    """-log p in nats of codes (B, h, w) a level under their logits: (B, h w) a level, float32 or wider."""
+    losses = []
+    for found, grid in zip(logits, codes, strict=True):
+        nats = F.cross_entropy(full_precision(found).flatten(0, 1), grid.flatten(), reduction="none")
+        losses.append(nats.view(found.shape[:2]))
+    return losses

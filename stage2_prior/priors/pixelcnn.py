@@ -1,0 +1,331 @@
+"""The Gated PixelCNN (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders") over codes.
+
+A vertical stack sees the rows above, a horizontal stack the row to the left and, place by place, what the vertical one has
+found there: together every code before, without the blind spot of a single masked stack. The paper's masks are written as
+shifts: the codes enter one row further down in the one stack and one column further right in the other, and every
+convolution after that may end at its own place (mask B); the first one is a row and a column shorter (mask A), which
+leaves exactly the paper's field. Several levels: one network a level, which is given all codes of the levels above it, as
+in VQ-VAE-2 (Razavi et al. 2019, section 3.2), every one of them at every place.
+
+Sampling computes only what is new: the vertical stack once a row, the horizontal one once a place (Ramachandran et al.
+2017, "Fast Generation for Convolutional Autoregressive Models").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import PriorPart, require
+from stage1_vqvae.networks.convolutional import ResidualBlock
+from stage1_vqvae.quantizers.contract import Codes
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.attention import Attention, KeyValueCache, Norm, rotations
+from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes
+
+_FIRST_KERNEL = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCNNPart(SizedByPreset, PriorPart):
+    """The Gated PixelCNN, masked convolutions over the grid of codes. Dropout is of what gated layers add."""
+
+    PRESETS: ClassVar[dict[str, Sizes]] = {
+        # S: 1.8 M parameters with 512 codes. L: the layers and channels of van den Oord et al. 2016 for ImageNet, section 3.2.
+        "S": Sizes(15, 64, 4),
+        "B": Sizes(20, 128, 4),
+        "L": Sizes(20, 384, 6),
+    }
+    preset: Literal["S", "B", "L"] = "S"
+    """Sizes for what is 0 below (and, on a command line, in place of the recipe's own sizes): 15 layers x 64 channels, 20 x 128,
+    20 x 384, the last from the literature."""
+    layers: int = 0
+    """Gated layers; 0 = the preset's."""
+    width: int = 0
+    """Channels of a position; 0 = the preset's."""
+    heads: int = 0
+    """Attention heads, which divide the width; 0 = the preset's."""
+    kernel_size: int = 3
+    """Side of the convolutions before masking; odd. The first one's is 7."""
+    attention_interval: int = 0
+    """Self-attention after every so many layers (as in PixelSNAIL, Chen et al. 2018); 0 = none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers, interval, kernel = self.sizes().layers, self.attention_interval, self.kernel_size
+        require(0 <= interval <= layers, "prior.attention_interval", f"0 to the {layers} layers", interval)
+        require(kernel % 2 == 1 and kernel > 1, "prior.kernel_size", "an odd number above 1", kernel)
+
+    def resolved(self) -> PixelCNNPart:
+        """See the base class."""
+        return replace(self, **self.sizes()._asdict())
+
+    def build(self, layout: SequenceLayout, num_labels: int) -> PixelCNN:
+        """See the base class."""
+        return PixelCNN(self.resolved(), layout, num_labels)
+
+
+class PixelCNN(AutoregressivePrior):
+    """p(level 1 | label) p(level 2 | level 1, label) ..., a network a level."""
+
+    def __init__(self, config: PixelCNNPart, layout: SequenceLayout, num_labels: int) -> None:
+        """`config` has its sizes in it (`resolved`); the rest as in the contract."""
+        super().__init__(layout, num_labels)
+        self.config = config
+        self.networks = nn.ModuleList(  # type: ignore[assignment]
+            LevelNetwork(config, grid, layout.num_codes[: level + 1], num_labels) for level, grid in enumerate(layout.grids)
+        )
+
+    networks: Sequence[LevelNetwork]
+
+    def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
+        """See the contract."""
+        labels = self.labels_or_none(labels, len(codes[0]))
+        return tuple(
+            network(codes[level], network.context(codes[:level], labels), self.checkpointing and self.training)
+            for level, network in enumerate(self.networks)
+        )
+
+    def remarks(self) -> list[str]:
+        """A stack too shallow for its grid is told of."""
+        reach = _FIRST_KERNEL // 2 + (self.config.layers - 1) * (self.config.kernel_size // 2)
+        furthest = max(max(grid) for grid in self.layout.grids) - 1
+        if self.config.attention_interval or reach >= furthest:
+            return []
+        return [f"a place sees {reach} codes far, of {furthest}; more --prior.layers or a larger --prior.kernel_size see further"]
+
+    def new_cache(self, batch: int) -> PixelCNNCache:
+        """See the contract."""
+        return PixelCNNCache(self, batch)
+
+    def step(self, code: Tensor | None, labels: Tensor | None, cache: PixelCNNCache) -> Tensor:
+        """See the contract."""
+        return cache.step(code, labels)
+
+
+class LevelNetwork(nn.Module):
+    """One level's codes given the levels above and the label.
+
+    Tensors are (B, h, w, C), channels last, so that a place's channels are one stretch of memory in both ways of running.
+    """
+
+    def __init__(self, config: PixelCNNPart, grid: tuple[int, int], num_codes: Sequence[int], num_labels: int) -> None:
+        """`num_codes`: K of the levels above, then of this one."""
+        super().__init__()
+        width, self.grid = config.width, grid
+        # With attention, a row's first place starts from the code before it in the sequence: the places up to a place then
+        # have between them every code before it, and whoever attends to them sees it.
+        self.wraps = config.attention_interval > 0
+        *above, own = num_codes
+        self.token = nn.Embedding(own, width)
+        self.label = nn.Embedding(num_labels + 1, width)
+        self.places = nn.Parameter(torch.zeros(2, *grid, width))
+        self.above = UpperLevels(above, width, config.heads, grid) if above else None
+        self.layers = nn.ModuleList(self._layer(config, number) for number in range(config.layers))  # type: ignore[assignment]
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, own))
+        places = SequenceLayout([grid], [own]).centres()
+        self.register_buffer("rotations", rotations(places, width // config.heads), persistent=False)
+
+    layers: Sequence[GatedLayer]
+    rotations: Tensor
+
+    @staticmethod
+    def _layer(config: PixelCNNPart, number: int) -> GatedLayer:
+        attends = config.attention_interval > 0 and (number + 1) % config.attention_interval == 0
+        kernel = config.kernel_size if number else _FIRST_KERNEL
+        return GatedLayer(config.width, kernel, number == 0, config.dropout, config.heads if attends else 0)
+
+    def context(self, above: Codes, labels: Tensor) -> Tensor:
+        """What every place is given: (B, 1, 1, C) from labels (B,), or (B, h, w, C) with codes of the levels above."""
+        context = self.label(labels)[:, None, None]
+        return context if self.above is None else context + self.above(above, self.rotations)
+
+    def inputs(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded codes (B, h, w, C) to the two stacks' inputs: a row further down, and a column further right."""
+        down = F.pad(embedded[:, :-1], (0, 0, 0, 0, 1, 0))
+        if self.wraps:
+            right = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0)).view(embedded.shape)
+        else:
+            right = F.pad(embedded[:, :, :-1], (0, 0, 1, 0))
+        return down + self.places[0], right + self.places[1]
+
+    def forward(self, codes: Tensor, context: Tensor, checkpointing: bool) -> Tensor:
+        """Logits (B, h w, K) of codes (B, h, w)."""
+        vertical, horizontal = self.inputs(self.token(codes))
+        for layer in self.layers:
+            given = (vertical, horizontal, context, self.rotations)
+            vertical, horizontal = checkpoint(layer, *given, use_reentrant=False) if checkpointing else layer(*given)
+        return self.head(horizontal).flatten(1, 2)
+
+
+class UpperLevels(nn.Module):
+    """Codes of the levels above, embedded, brought to this level's grid, and seen from all sides: near ones by convolutions,
+    all of them by attention, since no causal stack can carry what lies further on to a place before it.
+    """
+
+    def __init__(self, num_codes: Sequence[int], width: int, heads: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.tokens = nn.ModuleList(nn.Embedding(k, width) for k in num_codes)
+        self.layers = nn.Sequential(*(ResidualBlock(width, width) for _ in range(2)))
+        self.attention = GridAttention(width, heads)
+
+    def forward(self, codes: Codes, rotation: Tensor) -> Tensor:
+        """(B, h, w, C)."""
+        found = [F.interpolate(token(grid).movedim(-1, 1), self.grid) for token, grid in zip(self.tokens, codes, strict=True)]
+        return self.attention(self.layers(torch.stack(found).sum(0)).movedim(1, -1), rotation, causal=False)
+
+
+class GatedLayer(nn.Module):
+    """One layer of both stacks: y = tanh(a) * sigmoid(b) (equation 2; with the context's share of a and b, equation 4).
+
+    Both stacks are added to their input, the horizontal one through a 1x1 convolution, as in the paper, where the
+    vertical one is not added: at initial scales its signal would halve with every layer.
+    """
+
+    def __init__(self, width: int, kernel: int, first: bool, dropout: float, heads: int) -> None:
+        """`heads` 0: without attention."""
+        super().__init__()
+        # Of rows above and of columns to the left, its own among them, but not in the first layer (mask A).
+        self.reach = kernel // 2 + (not first)
+        self.sides = kernel // 2
+        self.vertical = nn.Conv2d(width, 2 * width, (self.reach, kernel))
+        self.horizontal = nn.Conv2d(width, 2 * width, (1, self.reach))
+        self.down = nn.Linear(2 * width, 2 * width, bias=False)
+        self.context = nn.Linear(width, 4 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.attention = GridAttention(width, heads) if heads else None
+
+    def forward(self, vertical: Tensor, horizontal: Tensor, context: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks (B, h, w, C) to the same shapes."""
+        to_vertical, to_horizontal = self.context(context).chunk(2, -1)
+        above = convolved(self.vertical, F.pad(vertical, (0, 0, self.sides, self.sides, self.reach - 1, 0)))
+        left = convolved(self.horizontal, F.pad(horizontal, (0, 0, self.reach - 1, 0)))
+        vertical = vertical + self.dropout(gated(above + to_vertical))
+        horizontal = horizontal + self.out(self.dropout(gated(left + self.down(above) + to_horizontal)))
+        return vertical, horizontal if self.attention is None else self.attention(horizontal, rotation)
+
+
+def convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution on (B, h, w, C), channels last."""
+    return convolution(x.movedim(-1, 1)).movedim(1, -1)
+
+
+def gated(x: Tensor) -> Tensor:
+    """(..., 2 C) to (..., C)."""
+    a, b = x.chunk(2, -1)
+    return a.tanh() * b.sigmoid()
+
+
+class GridAttention(nn.Module):
+    """x + attention over a grid's places. Causal, on the horizontal stack: that of PixelSNAIL (Chen et al. 2018); a place's
+    own features know only codes before it, so it may attend to itself.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.attention = Norm(width), Attention(width, heads)
+
+    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
+        """(B, h, w, C) to the same shape."""
+        sequence = x.flatten(1, 2)
+        return (sequence + self.attention(self.norm(sequence), rotation, causal)).view(x.shape)
+
+    def new_cache(self, batch: int, length: int) -> KeyValueCache:
+        """An empty one."""
+        return self.attention.new_cache(batch, length)
+
+    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, place: int) -> Tensor:
+        """(B, C) of one place to the same shape."""
+        return x + self.attention.step(self.norm(x), rotation, cache, place)
+
+
+class PixelCNNCache:
+    """What sampling keeps: the codes so far and, of the level it is in, the rows and columns that convolutions reach back to."""
+
+    def __init__(self, prior: PixelCNN, batch: int) -> None:
+        self._prior, self._batch = prior, batch
+        self._codes = [torch.zeros(batch, *grid, dtype=torch.int64, device=prior.device) for grid in prior.layout.grids]
+        self._place = 0
+
+    def step(self, code: Tensor | None, labels: Tensor | None) -> Tensor:
+        """See `AutoregressivePrior.step`."""
+        if code is not None:
+            self._note(code)
+        level, row, column = self._position(self._place)
+        network = self._prior.networks[level]
+        if row == column == 0:
+            code = None
+            context = network.context(tuple(self._codes[:level]), self._prior.labels_or_none(labels, self._batch))
+            self._rows = RowState(network, context)
+        if column == 0:
+            self._rows.begin_row(row, None if row == 0 else self._codes[level][:, row - 1])
+        logits = self._rows.next_place(column, code if column or network.wraps else None)
+        self._place += 1
+        return logits
+
+    def _position(self, place: int) -> tuple[int, int, int]:
+        level = self._prior.layout.level_of(place)
+        width = self._prior.layout.grids[level][1]
+        return level, *divmod(place - sum(self._prior.layout.lengths[:level]), width)
+
+    def _note(self, code: Tensor) -> None:
+        level, row, column = self._position(self._place - 1)
+        self._codes[level][:, row, column] = code
+
+
+class RowState:
+    """One level's activations, row by row and place by place."""
+
+    def __init__(self, network: LevelNetwork, context: Tensor) -> None:
+        self._network = network
+        batch, (h, w), width, layers = len(context), network.grid, network.token.embedding_dim, network.layers
+        self._context = context
+        # Of each layer: the rows that its vertical convolution reaches, oldest first, with their margins; then this row's
+        # horizontal inputs, with the margin to the left.
+        self._above = [context.new_zeros(batch, layer.reach, w + 2 * layer.sides, width) for layer in layers]
+        self._left = [context.new_zeros(batch, layer.reach - 1 + w, width) for layer in layers]
+        # A window (reach, C) of those inputs is one stretch of memory, so the convolution is one matrix product.
+        self._kernels = [layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1) for layer in layers]  # (reach C, 2 C)
+        self._down: list[Tensor] = []
+        self._attended = [None if layer.attention is None else layer.attention.new_cache(batch, h * w) for layer in layers]
+        self._row = 0
+
+    def begin_row(self, row: int, codes_above: Tensor | None) -> None:
+        """The vertical stack's row, from the codes (B, w) of the row above it; None above the first."""
+        network, self._row = self._network, row
+        x = network.places[0, row].expand(len(self._left[0]), -1, -1)
+        if codes_above is not None:
+            x = x + network.token(codes_above)  # (B, w, C)
+        context = self._context[:, row % self._context.shape[1]]  # (B, 1 or w, C)
+        self._down = []
+        for layer, rows in zip(network.layers, self._above, strict=True):
+            to_vertical, to_horizontal = layer.context(context).chunk(2, -1)
+            rows.copy_(rows.roll(-1, 1))
+            rows[:, -1, layer.sides : layer.sides + x.shape[1]] = x
+            above = convolved(layer.vertical, rows)[:, 0]
+            x = x + gated(above + to_vertical)
+            self._down.append(layer.down(above) + to_horizontal + layer.horizontal.bias)
+
+    def next_place(self, column: int, code_left: Tensor | None) -> Tensor:
+        """Logits (B, K) of a place, from the code (B,) to its left; None if there is none."""
+        network = self._network
+        x = network.places[1, self._row, column].expand(len(self._left[0]), -1)
+        if code_left is not None:
+            x = x + network.token(code_left)  # (B, C)
+        place = self._row * network.grid[1] + column
+        states = zip(network.layers, self._left, self._kernels, self._down, self._attended, strict=True)
+        for layer, left, kernel, down, attended in states:
+            left[:, layer.reach - 1 + column] = x
+            window = left[:, column : column + layer.reach].flatten(1)
+            x = x + layer.out(gated(torch.addmm(down[:, column], window, kernel)))
+            if layer.attention is not None and attended is not None:
+                x = layer.attention.step(x, network.rotations[place : place + 1], attended, place)
+        return network.head(x)

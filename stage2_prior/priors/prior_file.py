@@ -1,0 +1,115 @@
+"""The prior file: weights, with all in the header that sampling needs to know."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.parts import as_dict
+from configs.run_dir import RunDir
+from configs.schema import PriorPart, prior_from
+from stage1_vqvae.training.weights_file import load_weights, read_header, save_weights
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.codes.store import Manifest
+from stage2_prior.priors.contract import AutoregressivePrior
+
+# Format of a prior's file: 3 since each kind of prior has fields of its own; 2 differs in nothing else.
+_FORMAT = 3
+
+UNIFORM = "uniform"
+"""The prior that needs no file: every code equally likely."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorHeader:
+    """What a prior file says of itself."""
+
+    config: PriorPart
+    grids: list[tuple[int, int]]
+    num_codes: list[int]
+    label_names: list[str] | None
+    """Null: unconditional."""
+    knows_no_label: bool
+    """Whether it has learned p(codes) too, which guidance needs: label dropout was on, or there are no labels."""
+    tokenizer_sha256: str
+    steps: int
+    """It was trained for."""
+    bits_per_token: float
+    """On the validation split."""
+
+    @classmethod
+    def of(cls, config: PriorPart, manifest: Manifest, knows_no_label: bool, steps: int, bits_per_token: float) -> PriorHeader:
+        """The header of a prior trained on codes of that manifest."""
+        return cls(
+            config=config.resolved(),
+            grids=manifest.grids,
+            num_codes=manifest.num_codes,
+            label_names=manifest.label_names if config.conditional else None,
+            knows_no_label=knows_no_label,
+            tokenizer_sha256=manifest.tokenizer_sha256,
+            steps=steps,
+            bits_per_token=bits_per_token,
+        )
+
+
+def build_prior(config: PriorPart, manifest: Manifest) -> AutoregressivePrior:
+    """A prior for codes of that manifest, with fresh weights."""
+    labels = manifest.label_names if config.conditional else None
+    return config.build(SequenceLayout(manifest.grids, manifest.num_codes), len(labels or ()))
+
+
+def check_tokenizer(where: str, found: str, expected: str) -> None:
+    """Errors: UserError if a prior (or its checkpoint) was trained on codes of another tokenizer, by sha256."""
+    if found != expected:
+        wanted = f"expected a prior over codes of the run's tokenizer {expected[:12]}"
+        raise UserError(f"{where}: {wanted}, found one over codes of {found[:12]}; train another with --name NAME")
+
+
+def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> None:
+    """Write a prior, atomically."""
+    save_weights(path, weights, {"kind": "prior", "format": _FORMAT, **as_dict(header)})
+
+
+def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
+    """The file of the run's prior of that name; None: of the last finished one.
+
+    Errors: UserError if there is none; it names the `command` that trains one.
+    """
+    finished = sorted(path.parent.name for path in run.priors.glob("*/prior.safetensors"))
+    name = name or run.last_prior()
+    if name is None:
+        raise UserError(f"{run}: it has no finished prior; run first: {command}")
+    if name not in finished:
+        raise UserError(f"--prior {name}: expected one of {', '.join([*finished, UNIFORM])}, found no such finished prior in {run}")
+    return run.prior(name) / "prior.safetensors"
+
+
+def read_prior_header(path: Path) -> dict[str, Any]:
+    """What a prior file says of itself, as JSON has it. Errors: UserError if it is not one."""
+    content = read_header(path, "prior")
+    _check_format(path, content)
+    return content
+
+
+def _check_format(path: Path, content: dict[str, Any]) -> None:
+    if content.get("format") not in (2, _FORMAT):
+        found = content.get("format", 1)
+        raise UserError(f"{RunDir.show(path)}: expected a prior of format {_FORMAT}, found {found}; train another with --name NAME")
+
+
+def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[AutoregressivePrior, PriorHeader]:
+    """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
+    weights, content = load_weights(path, "prior")
+    _check_format(path, content)
+    fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader)}
+    header = PriorHeader(**{**fields, "config": prior_from(fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
+    check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
+    prior = header.config.build(SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()))
+    prior.load_state_dict(weights)
+    return prior.to(device).eval().requires_grad_(False), header

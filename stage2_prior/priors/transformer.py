@@ -1,0 +1,198 @@
+"""A decoder-only transformer over the sequence of codes.
+
+Normalisation before each part (Xiong et al. 2020), SwiGLU (Shazeer 2020), and attention as in attention.py. Place 0
+holds a start vector of its own, place t the code of place t-1; what each place has besides is the level, row and column
+that it predicts, and the label. No embedding row is shared between start, label and codes of any level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import PriorPart
+from stage1_vqvae.quantizers.contract import Codes
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.attention import Attention, KeyValueCache, Norm, of_few_rows, rotations
+from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes
+
+# Of embeddings and matrices (GPT-2's).
+_INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerPart(SizedByPreset, PriorPart):
+    """A decoder-only transformer over the sequence of codes. Dropout is of embedded codes, attention and MLP."""
+
+    PRESETS: ClassVar[dict[str, Sizes]] = {
+        # S: ViT-S, DiT-S. B and L: LlamaGen's (Sun et al. 2024, table 1), 111 M and 343 M parameters with 16,384 codes.
+        "S": Sizes(12, 384, 6),
+        "B": Sizes(12, 768, 12),
+        "L": Sizes(24, 1024, 16),
+    }
+    preset: Literal["S", "B", "L"] = "S"
+    """Sizes from the literature, for what is 0 below (and, on a command line, in place of the recipe's own sizes): 12 layers x
+    384 (6 heads), 12 x 768 (12), 24 x 1024 (16)."""
+    layers: int = 0
+    """Transformer blocks; 0 = the preset's."""
+    width: int = 0
+    """Channels of a position; 0 = the preset's."""
+    heads: int = 0
+    """Attention heads; 0 = the preset's. Width / heads must be a multiple of 4, for the rotary positions of two axes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sizes()
+
+    def resolved(self) -> TransformerPart:
+        """See the base class."""
+        return replace(self, **self.sizes()._asdict())
+
+    def build(self, layout: SequenceLayout, num_labels: int) -> Transformer:
+        """See the base class."""
+        return Transformer(layout, num_labels, self.sizes(), self.dropout)
+
+
+@dataclass
+class TransformerCache:
+    """What sampling keeps."""
+
+    layers: list[KeyValueCache]
+    embedded_places: Tensor
+    """(T, C): what each place has of its own."""
+    place: int = 0
+    """The next one."""
+
+
+class Transformer(AutoregressivePrior):
+    """p(codes | label), one place after another."""
+
+    def __init__(self, layout: SequenceLayout, num_labels: int, sizes: Sizes, dropout: float) -> None:
+        """`layout` and `num_labels` as in the contract."""
+        super().__init__(layout, num_labels)
+        layers, width, heads = sizes
+        self.token = nn.Embedding(layout.vocabulary, width)
+        self.label = nn.Embedding(num_labels + 1, width)
+        self.start = nn.Parameter(torch.empty(width))
+        heights, widths = zip(*layout.grids, strict=True)
+        self.level, self.row, self.column = (nn.Embedding(n, width) for n in (len(layout.grids), max(heights), max(widths)))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))  # type: ignore[assignment]
+        self.norm = Norm(width)
+        self.head = nn.Linear(width, layout.vocabulary, bias=False)
+        self.register_buffer("rotations", rotations(layout.centres(), width // heads), persistent=False)
+        self.register_buffer("positions", torch.cat([layout.positions()[:, :1], layout.centres().round().long()], 1), persistent=False)
+        self._initialise()
+
+    rotations: Tensor
+    positions: Tensor
+    blocks: Sequence[Block]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=_INITIAL_STD)
+        nn.init.normal_(self.start, std=_INITIAL_STD)
+        # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
+        for block in self.blocks:
+            for projection in (block.attention.out, block.mlp.out):
+                nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
+
+    def _embedded_places(self) -> Tensor:
+        """(T, C): of each place's level, row and column."""
+        level, row, column = self.positions.unbind(1)
+        return self.level(level) + self.row(row) + self.column(column)
+
+    def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
+        """See the contract."""
+        tokens = self.layout.to_tokens(codes)
+        start = self.start.expand(len(tokens), 1, -1)
+        x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_places()  # (B, T, C)
+        x = self.dropout(x + self.label(self.labels_or_none(labels, len(tokens)))[:, None])
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, self.rotations, use_reentrant=False)
+            else:
+                x = block(x, self.rotations)
+        return tuple(self._logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
+
+    def _logits(self, x: Tensor, level: int) -> Tensor:
+        """(..., C) at places of one level to logits (..., K) over its codes."""
+        offset = self.layout.offsets[level]
+        return F.linear(self.norm(x), self.head.weight[offset : offset + self.layout.num_codes[level]])
+
+    def new_cache(self, batch: int) -> TransformerCache:
+        """See the contract."""
+        return TransformerCache([block.attention.new_cache(batch, self.layout.length) for block in self.blocks], self._embedded_places())
+
+    def step(self, code: Tensor | None, labels: Tensor | None, cache: TransformerCache) -> Tensor:
+        """See the contract."""
+        place = cache.place
+        cache.place += 1
+        batch = len(cache.layers[0].keys)
+        x = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(place))
+        x = x + self.label(self.labels_or_none(labels, batch))
+        return self.next_logits(x, cache, place, self.layout.level_of(place))
+
+    def fixed_step(self, tokens: Tensor, labels: Tensor, cache: TransformerCache, place: Tensor, level: int) -> Tensor:
+        """`step` with the same shapes at every place, as a CUDA graph needs them: logits (B, K) of the place (1,), which is of
+        that level, from the token (B,) before it, and labels (B,). Place 0 has no token before it: any will do.
+        """
+        x = torch.where(place == 0, self.start, self.token(tokens)) + self.label(labels)
+        return self.next_logits(x, cache, place, level)
+
+    def next_logits(self, x: Tensor, cache: TransformerCache, place: int | Tensor, level: int) -> Tensor:
+        """Logits (B, K) of a place of that level, from code and label embedded, (B, C)."""
+        at = slice(place, place + 1) if isinstance(place, int) else place
+        x = x + cache.embedded_places[at]
+        rotation = self.rotations[at]
+        for block, kept in zip(self.blocks, cache.layers, strict=True):
+            x = block.step(x, rotation, kept, place)
+        return self._logits(x, level)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normalised input and added to it."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = Norm(width)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = Norm(width)
+        self.mlp = SwiGLU(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """(B, T, C) to the same shape; causal."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, place: int | Tensor) -> Tensor:
+        """(B, C), one place alone; its key and value are added to the cache."""
+        x = x + self.attention.step(self.attention_norm(x), rotation, cache, place)
+        return x + self.mlp.step(self.mlp_norm(x))
+
+
+class SwiGLU(nn.Module):
+    """out(silu(gate(x)) * up(x)), its width 8/3 of x's, so that it has the parameters of a 4x MLP; a multiple of 128."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = -(-8 * width // 3 // 128) * 128
+        # Two maps, not one of twice the width: its halves' gradients would have to be joined again.
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to the same shape."""
+        return self.out(F.silu(self.gate(x)) * self.up(x))
+
+    def step(self, x: Tensor) -> Tensor:
+        """(B, C) to the same shape, without gradient."""
+        return of_few_rows(self.out, F.silu(of_few_rows(self.gate, x)).mul_(of_few_rows(self.up, x)))

@@ -1,0 +1,131 @@
+"""Feature networks: the library's own features, weights of tensors alone, and names that do not promise too much."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from configs.errors import UserError
+from configs.run_dir import RunDir
+from configs.schema import Evaluation
+from pipelines.evaluation.features import feature_network
+from stage1_vqvae.data.splits import ImageSource
+
+NO_IMAGES = ImageSource({}, None)
+CPU = torch.device("cpu")
+
+
+class Untrained(FeatureExtractorInceptionV3):
+    """With the weights it was born with."""
+
+    def load_state_dict(self, *_: object, **__: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    torch.manual_seed(0)
+    network = Untrained("untrained", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    torch.save(network.state_dict(), folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+def test_inception_is_the_librarys_and_is_not_called_fid_under_other_weights(inception_weights: Path, tmp_path: Path) -> None:
+    network = feature_network(Evaluation(weights=str(inception_weights)), RunDir(tmp_path), NO_IMAGES, CPU)
+    grey = torch.randint(256, (3, 28, 20, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = network(grey, batch_size=2, what="some", progress=False)
+    own = FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights))
+    vectors, logits = own(grey.movedim(-1, 1).repeat(1, 3, 1, 1))
+    assert torch.allclose(found.vectors, vectors, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
+    assert "FID" not in network.distance
+
+
+def test_without_weights_and_connection_it_says_where_they_belong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_connection(*_: object, **__: object) -> None:
+        raise URLError("no connection")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_connection)
+    with pytest.raises(UserError, match=r"features inception: .*hub.*no connection.*classifier"):
+        feature_network(Evaluation(), RunDir(tmp_path), NO_IMAGES, CPU)
+
+
+def test_weights_in_torchs_cache_are_found_and_checked(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(inception_weights)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    network = feature_network(Evaluation(), RunDir(tmp_path), NO_IMAGES, CPU)
+    assert "FID" not in network.distance  # by the file's content, not its name
+
+
+def test_it_is_called_fid_with_fids_own_weights(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipelines.evaluation.features.fingerprint", lambda path: "6726825d" + "0" * 56)
+    assert feature_network(Evaluation(weights=str(inception_weights)), RunDir(tmp_path), NO_IMAGES, CPU).distance == "FID"
+
+
+def test_a_torchvision_network_gives_what_its_last_layer_sees(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18(weights=None)
+    safetensors.torch.save_file(resnet.state_dict(), tmp_path / "resnet18.safetensors")
+    config = Evaluation(features="resnet18", weights=str(tmp_path / "resnet18.safetensors"))
+    network = feature_network(config, RunDir(tmp_path), NO_IMAGES, CPU)
+    pixels = torch.randint(256, (2, 40, 30, 3), dtype=torch.uint8)
+    found = network(pixels, batch_size=2, what="some", progress=False)
+    resnet.eval()
+    prepare = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+    with torch.no_grad():
+        pooled = torch.nn.Sequential(*list(resnet.children())[:-1])(prepare(pixels.movedim(-1, 1))).flatten(1)
+    assert torch.allclose(found.vectors, pooled, atol=1e-5)
+    assert torch.allclose(found.logits, resnet.fc(pooled), atol=1e-5)
+    assert network.distance == "Fréchet distance (resnet18 features)"
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (pytest.fail, ("code from a weights file was run",))
+
+
+@pytest.mark.parametrize("content", ["pickle", "another network", "a tensor", "text", "nothing"])
+@pytest.mark.parametrize("features", ["inception", "resnet18"])
+def test_weights_that_are_none_are_refused_and_never_executed(features: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(Harmful()))
+    elif content == "another network":
+        torch.save({"weight": torch.zeros(2)}, path)
+    elif content == "a tensor":
+        torch.save(torch.zeros(2), path)
+    elif content == "text":
+        path.write_text("no weights")
+    with pytest.raises(UserError, match=r"weights\.pth"):
+        feature_network(Evaluation(features=features, weights=str(path)), RunDir(tmp_path), NO_IMAGES, CPU)
+
+
+def test_a_network_without_a_last_layer_is_refused(tmp_path: Path) -> None:
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="linear layer, found squeezenet1_1"):
+        feature_network(Evaluation(features="squeezenet1_1", weights=str(tmp_path / "w.pth")), RunDir(tmp_path), NO_IMAGES, CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Evaluation(features="resnet"), "features: expected inception, classifier, .* found resnet"),
+        (Evaluation(features="resnet18"), "features resnet18: expected a file of its weights"),
+        (Evaluation(features="classifier", weights="w.pth"), "weights: expected none"),
+    ],
+)
+def test_mistakes_get_one_line(config: Evaluation, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        feature_network(config, RunDir(tmp_path), NO_IMAGES, CPU)

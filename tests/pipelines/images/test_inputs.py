@@ -1,0 +1,202 @@
+"""The images a pipeline works on: files, folders and splits; their labels, codes and reconstructions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.cli import load_recipe
+from configs.errors import UserError
+from configs.parts import default_part
+from configs.run_dir import RunDir
+from configs.schema import Data
+from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
+from stage1_vqvae.data.files import load_files
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
+from stage1_vqvae.model import load_tokenizer
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.priors.prior_file import PriorHeader
+from tests.conftest import write_pictures
+
+DATA = Data(height=8, width=12)
+
+
+def picture(path: Path, value: int, size: tuple[int, int] = (12, 8)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 255 - value)).save(path)
+    return path
+
+
+def options(images: list[Path] | None = None, split: str | None = None) -> Namespace:
+    return Namespace(images=None if images is None else [str(path) for path in images], split=split)
+
+
+def header(label_names: list[str] | None, knows_no_label: bool = True) -> PriorHeader:
+    return PriorHeader(
+        config=default_part("prior"),
+        grids=[(2, 3)],
+        num_codes=[16],
+        label_names=label_names,
+        knows_no_label=knows_no_label,
+        tokenizer_sha256="",
+        steps=1,
+        bits_per_token=1.0,
+    )
+
+
+def images(labels: list[str] | None, count: int = 3) -> Images:
+    return Images(torch.zeros(count, 8, 12, 3, dtype=torch.uint8), [f"{number}.png" for number in range(count)], labels)
+
+
+def test_files_and_folders_in_the_order_named_and_by_name_inside(tmp_path: Path) -> None:
+    """One value of red an image tells them apart."""
+    inside = [picture(tmp_path / "folder" / name, value) for name, value in (("a.png", 30), ("b.JPG", 40), ("c/d.bmp", 50))]
+    alone = picture(tmp_path / "z.webp", 20)
+    found = load_files([str(alone), str(tmp_path / "folder")], DATA)
+    assert found.paths == [str(path) for path in (alone, *inside)]
+    assert found.pixels.shape == (4, 8, 12, 3)
+    assert found.pixels.dtype == torch.uint8
+    red = found.pixels[..., 0].double().mean((1, 2))
+    assert (red - torch.tensor([20.0, 30, 40, 50])).abs().max() < 4  # JPEG and WebP are lossy
+    assert found.labels is None  # one of them has none
+
+
+def test_a_folder_decodes_to_what_training_decodes(pictures: Path) -> None:
+    """`datasets` finds, decodes and labels the same files on its own."""
+    source = load_images(Data(path=str(pictures), height=8, width=12), hold_out=False)
+    found = load_files([str(pictures)], DATA)
+    assert torch.equal(found.pixels, source.splits[TRAIN].pixels)
+    assert source.label_names is not None
+    assert source.splits[TRAIN].labels is not None
+    assert found.labels == [source.label_names[label] for label in source.splits[TRAIN].labels.tolist()]
+
+
+def test_labels_are_the_folders_in_which_images_lie_however_deep(tmp_path: Path, pictures: Path) -> None:
+    """As training labels them: also below a folder of a split."""
+    shutil.copytree(pictures / "down", tmp_path / "train" / "down")
+    assert set(load_files([str(tmp_path)], DATA).labels or ()) == {"down"}
+    assert load_files([str(tmp_path / "train" / "down")], DATA).labels is None
+
+
+def test_other_sizes_are_scaled_to_cover_and_cropped(tmp_path: Path) -> None:
+    """Twice as high as needed: the middle remains."""
+    stripes = np.zeros((32, 24, 3), np.uint8)
+    stripes[8:24] = 200
+    Image.fromarray(stripes).save(tmp_path / "high.png")
+    found = load_files([str(tmp_path)], DATA).pixels
+    assert (found[0, 1:-1].double() - 200).abs().max() <= 8  # but for the ringing at the edges
+
+
+def test_hidden_and_foreign_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+    wanted = picture(tmp_path / "a.png", 10)
+    picture(tmp_path / ".cache" / "a.png", 20)
+    (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside a file")
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "scan.pdf").write_bytes(b"%PDF-1.4")  # Pillow writes them, but reads none
+    assert load_files([str(tmp_path)], DATA).paths == [str(wanted)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf8_can_be_printed(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png", 10)
+    os.rename(path, os.path.join(os.fsencode(tmp_path), b"caf\xe9.png"))
+    (name,) = load_files([str(tmp_path)], DATA).paths
+    assert name.encode().endswith(b"caf\\udce9.png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("missing", ["nowhere.png", "found nothing"]),
+        ("empty", ["empty", "no image in it"]),
+        ("text", ["text.png", "readable image"]),
+        ("npz", ["array.npz", "readable image"]),
+    ],
+)
+def test_what_is_no_image_gets_one_line(kind: str, parts: list[str], tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.png", 10)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    np.savez(tmp_path / "array.npz", np.zeros((2, 8, 12, 3), np.uint8))
+    path = {"missing": "nowhere.png", "empty": "empty", "text": "text.png", "npz": "array.npz"}[kind]
+    with pytest.raises(UserError) as error:
+        load_files([str(good), str(tmp_path / path)], DATA)
+    assert all(part in str(error.value) for part in [str(tmp_path), *parts]), error.value
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_splits_are_those_that_training_saw(given: bool, tmp_path: Path) -> None:
+    """Also where the folder has a validation split of its own: then the training split is whole."""
+    for number, name in enumerate(("train", "validation", "test") if given else ("train",)):
+        write_pictures(tmp_path / name, 8 + number)
+    data = Data(path=str(tmp_path), height=8, width=12, validation_share=0.25)
+    splits = load_images(data).splits
+    assert len(splits[TRAIN]) == (16 if given else 12)
+    for name in splits:
+        found = chosen_images(options(split=name), data, progress=False)
+        assert torch.equal(found.pixels, splits[name].pixels)
+        assert found.names == [f"{name}/{row}" for row in range(len(splits[name]))]
+        assert splits[name].labels is not None
+        assert found.labels == [("across", "down")[label] for label in splits[name].labels.tolist()]
+    assert torch.equal(chosen_images(options(), data, progress=False).pixels, splits[VALIDATION].pixels)
+
+
+def test_wrong_splits_get_one_line(pictures: Path) -> None:
+    data = Data(path=str(pictures), height=8, width=12)
+    with pytest.raises(UserError, match="--split: expected train, validation or test, found dev"):
+        chosen_images(options(split="dev"), data, progress=False)
+    with pytest.raises(UserError, match=r"--split test: .* no such split"):
+        chosen_images(options(split=TEST), data, progress=False)
+    with pytest.raises(UserError, match="--images: expected no --split"):
+        chosen_images(options([pictures], split=TEST), data, progress=False)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, [0]), (3, [0, 3, 6]), (9, list(range(9))), (20, list(range(9)))])
+def test_spread_takes_images_at_equal_distances(count: int, rows: list[int]) -> None:
+    all_of_them = Images(torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1), [str(row) for row in range(9)], list("abcdefghi"))
+    found = all_of_them.spread(count)
+    assert found.pixels.flatten().tolist() == rows
+    assert found.names == [str(row) for row in rows]
+    assert found.labels == ["abcdefghi"[row] for row in rows]
+
+
+def test_codes_are_the_store_s_and_pictures_their_decoding(finished_run: Path) -> None:
+    run = RunDir(finished_run)
+    tokenizer, store = load_tokenizer(run), CodeStore(finished_run / "codes" / VALIDATION)
+    pixels = load_images(load_recipe(run.recipe).data).splits[VALIDATION].pixels
+    codes, found = encode_and_decode(tokenizer, pixels, batch_size=5)
+    (expected,) = store.codes(torch.arange(len(store)))
+    assert torch.equal(codes[0], expected)
+    whole = to_uint8(tokenizer.decode(tokenizer.encode(to_model(pixels))))
+    assert (found.int() - whole.int()).abs().max() <= 1
+    assert found.shape == pixels.shape
+
+
+def test_labels_count_by_name_in_the_prior_s_numbering() -> None:
+    known = header(["across", "down", "up"])
+    assert (labels := labels_for(None, images(["up", "across", "up"]), known)) is not None
+    assert labels.tolist() == [2, 0, 2]
+    assert (asked := labels_for("down", images(["up", "across", "up"]), known)) is not None
+    assert asked.tolist() == [1, 1, 1]
+    assert labels_for(None, images(None), known) is None
+    assert labels_for(None, images(["up"] * 3), header(None)) is None
+    assert labels_for(None, images(["up"] * 3), None) is None
+
+
+def test_labels_that_do_not_fit_get_one_line() -> None:
+    with pytest.raises(UserError, match=r"--label: .*across, down.* found left"):
+        labels_for(None, images(["down", "left", "down"]), header(["across", "down"]))
+    with pytest.raises(UserError, match=r"--label: expected one, .* found none"):
+        labels_for(None, images(None), header(["across", "down"], knows_no_label=False))
+    with pytest.raises(UserError, match="--label 3: expected none"):
+        labels_for("3", images(None), header(None))

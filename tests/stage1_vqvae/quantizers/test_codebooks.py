@@ -1,0 +1,222 @@
+"""Each learning rule, k-means and restart against an independent reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, MovingAverageCodebook
+from stage1_vqvae.quantizers.contract import level_counts
+from stage1_vqvae.quantizers.initialisation import kmeans
+from stage1_vqvae.quantizers.restart import candidate_places
+from stage1_vqvae.training.optimizer import adamw, forget_rows_
+from tests.stage1_vqvae.quantizers.quantizer_kinds import D, build
+
+K, DECAY, BETA = 16, 0.9, 0.25
+RULES = [MovingAverageCodebook, GradientCodebook, LinearCodebook]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_use_is_a_moving_average(rule: type[Codebook]) -> None:
+    codebook = rule(K, D, DECAY, 0.05)
+    counts = torch.arange(K).float()
+    codebook.update_(counts, torch.zeros(K, D))
+    assert torch.allclose(codebook.cluster_size, DECAY * torch.ones(K) + (1 - DECAY) * counts)
+
+
+@pytest.mark.parametrize("kind", ["ema", "gradient"])
+def test_moving_averages_against_a_one_hot_reference(kind: str) -> None:
+    """Two steps of appendix A.1 of the paper, by one-hot matrices; by gradient, nothing moves."""
+    quantizer = build(kind)
+    (codebook,) = quantizer.codebooks()
+    size, vectors = torch.ones(K).double(), codebook.vectors().detach().clone()
+    total = vectors.double()
+    for seed in range(2):
+        z = torch.randn(50, D, generator=torch.Generator().manual_seed(seed))
+        quantizer.update_(quantizer(z).statistics)
+        one_hot = torch.eye(K).double()[torch.cdist(z, vectors).argmin(1)]
+        size = DECAY * size + (1 - DECAY) * one_hot.sum(0)
+        total = DECAY * total + (1 - DECAY) * one_hot.T @ z.double()
+        smoothed = (size + 1e-5) / (size.sum() + K * 1e-5) * size.sum()
+        chosen = one_hot.sum(0)[:, None] > 0
+        vectors = torch.where(chosen, total / smoothed[:, None], vectors.double()).float() if kind == "ema" else vectors
+        assert torch.allclose(codebook.vectors(), vectors, atol=1e-6)
+
+
+def test_a_code_that_is_not_chosen_stays_where_it_is() -> None:
+    codebook = MovingAverageCodebook(4, D, DECAY, 0.05)
+    before = codebook.vectors().clone()
+    counts, sums = torch.tensor([5.0, 5.0, 5.0, 0.0]), torch.randn(4, D) * torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
+    for _ in range(3000):
+        codebook.update_(counts, sums)
+    assert torch.equal(codebook.vectors()[3], before[3])
+    # Chosen again, it goes there at once: nothing is remembered of so long ago.
+    codebook.update_(torch.ones(4), torch.ones(4, D))
+    assert torch.allclose(codebook.vectors()[3], torch.ones(D), atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["ema", "gradient"])
+def test_the_nearest_code_is_chosen(kind: str) -> None:
+    quantizer = build(kind)
+    z = torch.randn(6, D, 3, 4)
+    distances = (z.movedim(1, -1)[..., None, :] - quantizer.codebooks()[0].vectors()).square().sum(-1)
+    assert torch.equal(quantizer(z).codes[0], distances.argmin(-1))
+
+
+def test_cosine_chooses_the_code_of_least_angle_and_decodes_unit_vectors() -> None:
+    quantizer = build("ema_cosine_projected")
+    z = torch.randn(50, D)
+    found = quantizer(z)
+    rows, vectors = quantizer.down(z), quantizer.codebooks()[0].vectors()
+    angles = torch.nn.functional.cosine_similarity(rows[:, None], vectors[None], dim=-1)
+    assert torch.equal(found.codes[0], angles.argmax(1))
+    unit = vectors[found.codes[0]] / vectors[found.codes[0]].norm(dim=1, keepdim=True)
+    assert torch.allclose(found.z_q, quantizer.up(unit), atol=1e-6)
+
+
+def test_losses_are_the_papers_and_beta_is_on_the_encoders_term() -> None:
+    quantizer = build("gradient")
+    z = torch.randn(4, D, 3, 3)
+    found = quantizer(z)
+    square = (z - quantizer.lookup(found.codes)).square().mean()
+    assert torch.allclose(found.losses["commitment"], BETA * square)
+    assert torch.allclose(found.losses["codebook"], square)
+
+
+def test_simvq_learns_one_map_that_moves_every_code() -> None:
+    quantizer = build("simvq")
+    (codebook,) = quantizer.codebooks()
+    assert {name for name, _ in codebook.named_parameters()} == {"map"}
+    before = codebook.vectors().detach().clone()
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    found = quantizer(torch.randn(1, D))  # one latent, one code
+    found.losses["codebook"].backward()
+    optimizer.step()
+    assert bool((codebook.vectors() != before).any(1).all())
+
+
+def test_fsq_rounds_each_channel_to_its_levels() -> None:
+    """Every code is reachable, a code's digits lie on an even lattice from -1, and the value is the nearest one."""
+    quantizer = build("fsq")
+    inner = quantizer.inner
+    corners = inner.lookup_rows((torch.arange(24),))
+    assert sorted(set(corners[:, 0].tolist())) == [-1.0, 0.0]
+    assert sorted(set(corners[:, 1].tolist())) == [-1.0, 0.0, 1.0]
+    assert sorted(set(corners[:, 2].tolist())) == [-1.0, -0.5, 0.0, 0.5]
+    assert len({tuple(corner) for corner in corners.tolist()}) == 24
+    rows = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    found = inner.quantize(rows)
+    for channel, size in enumerate(inner.sizes.tolist()):
+        digits = found.codes[0] // inner.strides[channel] % size
+        assert int(torch.bincount(digits, minlength=size).min()) >= 0.05 * len(rows)
+    squashed = inner._squashed(rows) / (inner.sizes // 2)
+    steps = 1 / (inner.sizes // 2)
+    assert bool(((found.z_q - squashed).abs() <= 0.5 * steps + 1e-6).all())
+
+
+def test_lfq_codes_are_the_signs_as_bits() -> None:
+    inner = build("lfq").inner
+    rows = torch.tensor([[-1.0, -2.0, -0.1, -3.0], [0.5, -1.0, -1.0, -1.0], [-1.0, 0.5, -1.0, 2.0]])
+    found = inner.quantize(rows)
+    assert found.codes[0].tolist() == [0, 1, 10]
+    assert torch.equal(found.z_q, rows.sign())
+
+
+def test_a_residual_code_quantizes_what_is_left() -> None:
+    quantizer = build("residual")
+    z = torch.randn(20, D)
+    found = quantizer(z)
+    left = z
+    for level, codebook in enumerate(quantizer.codebooks()):
+        codes = torch.cdist(left, codebook.vectors()).argmin(1)
+        assert torch.equal(found.codes[level], codes)
+        assert torch.allclose(found.latents[level], left, atol=1e-6)
+        left = left - codebook.vectors()[codes]
+    assert torch.allclose(found.z_q, z - left, atol=1e-5)
+
+
+def test_a_shared_codebook_learns_from_all_depths_at_once() -> None:
+    quantizer = build("residual_shared")
+    (codebook,) = quantizer.codebooks()
+    z = torch.randn(20, D)
+    found = quantizer(z)
+    before = codebook.vectors().clone()
+    assert len(found.latents[0]) == 3 * 20
+    counts = sum(level_counts(found.statistics))
+    quantizer.update_(found.statistics)
+    assert torch.allclose(codebook.cluster_size, DECAY + (1 - DECAY) * counts)
+    # Row by row, depth after depth: the sums of what was quantized are those of `latents`.
+    codes = torch.stack(found.codes, 1).flatten()
+    sums = torch.zeros(K, D).index_add_(0, codes, found.latents[0])
+    assert torch.allclose(codebook.moving_sum, DECAY * before + (1 - DECAY) * sums, atol=1e-5)
+
+
+def test_product_groups_do_not_see_each_other() -> None:
+    quantizer = build("product")
+    z = torch.randn(20, D)
+    changed = z.clone()
+    changed[:, : D // 2] = torch.randn(20, D // 2)
+    first, second = quantizer(z), quantizer(changed)
+    assert not torch.equal(first.codes[0], second.codes[0])
+    assert torch.equal(first.codes[1], second.codes[1])
+
+
+@pytest.mark.parametrize("rule", [MovingAverageCodebook, GradientCodebook])
+def test_dead_codes_are_those_below_a_share_of_the_mean_use(rule: type[Codebook]) -> None:
+    codebook = rule(4, D, DECAY, 0.05)
+    codebook.cluster_size.copy_(torch.tensor([10.0, 0.0, 0.4, 10.0]))
+    assert codebook.dead_codes().tolist() == [False, True, False, False]
+    assert not bool(rule(4, D, DECAY, 0.0).dead_codes().any())
+
+
+def test_codes_of_a_linear_map_cannot_be_placed() -> None:
+    codebook = LinearCodebook(4, D, DECAY, 0.05)
+    assert not codebook.placeable
+    with pytest.raises(TypeError, match="cannot be placed"):
+        codebook.place_(torch.ones(4, dtype=torch.bool), torch.zeros(4, D), torch.ones(4))
+
+
+def test_a_code_that_moved_has_no_momentum() -> None:
+    quantizer = build("gradient")
+    optimizer = adamw(quantizer, 1e-3, 0.0, 0.99)
+    found = quantizer(torch.randn(200, D))
+    found.losses["codebook"].backward()
+    optimizer.step()
+    (codebook,) = quantizer.codebooks()
+    dead = torch.zeros(K, dtype=torch.bool)
+    dead[[1, 2]] = True
+    parameter = codebook.place_(dead, torch.zeros(K, D), torch.ones(K))
+    assert parameter is codebook.vectors()
+    forget_rows_(optimizer, parameter, dead)
+    moments = optimizer.state[parameter]["exp_avg"]
+    assert not bool(moments[dead].any())
+    assert bool(moments[~dead].any())
+
+
+def test_restart_places_are_distinct_while_they_last_and_depend_on_seed_step_and_codebook() -> None:
+    places = candidate_places(K, 48, seed=5, step=9, codebook=0)
+    assert len(set(places.tolist())) == K
+    assert int(places.max()) < 48
+    for other in ((6, 9, 0), (5, 10, 0), (5, 9, 1)):
+        assert not torch.equal(places, candidate_places(K, 48, *other))
+    assert len(candidate_places(K, 5, 0, 0, 0)) == K
+
+
+def test_kmeans_finds_separate_clusters() -> None:
+    centres = 100 * torch.randn(K, D)
+    vectors = centres.repeat_interleave(40, 0) + torch.randn(40 * K, D)
+    centroids, counts = kmeans(vectors[torch.randperm(len(vectors))], K, torch.Generator().manual_seed(0))
+    assert int(counts.sum()) == len(vectors)
+    # Most clusters are found (Lloyd's rounds from random starts do not promise all), each at its mean.
+    near = torch.cdist(centres, centroids).min(1).values < 2
+    assert int(near.sum()) >= 0.6 * K
+    inertia = torch.cdist(vectors, centroids).min(1).values.square().mean()
+    random = vectors[torch.randperm(len(vectors))[:K]]
+    assert inertia < torch.cdist(vectors, random).min(1).values.square().mean()
+
+
+def test_kmeans_with_fewer_vectors_than_codes() -> None:
+    centroids, counts = kmeans(torch.randn(5, D), K, torch.Generator().manual_seed(0))
+    assert centroids.shape == (K, D)
+    assert int(counts.sum()) == 5
+    assert bool(torch.isfinite(centroids).all())

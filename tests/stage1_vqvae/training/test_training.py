@@ -1,0 +1,153 @@
+"""The mechanisms both loops call."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from configs.errors import UserError
+from stage1_vqvae.training.batching import check_divides, share_of_step
+from stage1_vqvae.training.checkpoint import Checkpoints
+from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
+from stage1_vqvae.training.optimizer import adamw, forget_rows_
+from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator
+from stage1_vqvae.training.schedule import learning_rate
+from stage1_vqvae.training.stopping import GracefulStop, check_finite
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (10, 10), (7, 20), (1, 4)])
+def test_every_row_is_seen_once_an_epoch_and_batches_are_full(count: int, batch_size: int) -> None:
+    order = DataOrder(count, batch_size, seed=3)
+    batches = [order.batch(step) for step in range(3 * count)]
+    assert all(len(batch) == batch_size for batch in batches)
+    stream = torch.cat(batches)
+    for epoch in range(len(stream) // count):
+        assert sorted(stream[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+
+
+def test_order_is_a_function_of_seed_and_step_alone() -> None:
+    after_a_while = DataOrder(100, 8, seed=0)
+    for step in range(50):
+        after_a_while.batch(step)
+    assert torch.equal(after_a_while.batch(50), DataOrder(100, 8, seed=0).batch(50))
+    assert not torch.equal(DataOrder(100, 8, seed=1).batch(50), DataOrder(100, 8, seed=0).batch(50))
+    assert not torch.equal(DataOrder(100, 100, seed=0).batch(0), DataOrder(100, 100, seed=0).batch(1))
+
+
+@pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (2, 1), (1, 4), (3, 2)])
+def test_processes_and_micro_steps_share_a_step_out_without_rest(accumulation: int, processes: int) -> None:
+    parts = [share_of_step(24, accumulation, m, processes, r) for m in range(accumulation) for r in range(processes)]
+    assert sorted(place for part in parts for place in range(24)[part]) == list(range(24))
+    with pytest.raises(UserError, match=r"stage1\.batch_size: expected a multiple of 5 \(5 processes x 1 micro-steps\), found 24"):
+        check_divides("stage1", 24, 1, 5)
+    check_divides("stage1", 24, accumulation, processes)
+
+
+def test_purposes_have_streams_of_their_own() -> None:
+    seeds = {derived_seed(seed, purpose, step) for seed in range(5) for purpose in ("a", "b") for step in range(5)}
+    assert len(seeds) == 50
+    assert torch.equal(torch.rand(4, generator=generator(1, "a")), torch.rand(4, generator=generator(1, "a")))
+
+
+def test_learning_rate_warms_up_then_falls_to_its_share() -> None:
+    rates = [learning_rate(step, peak=2.0, warmup_steps=10, steps=100, final_share=0.05) for step in range(100)]
+    assert rates[10] == max(rates) == 2.0
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[0] > 0
+    assert rates[-1] == pytest.approx(0.1)
+    assert learning_rate(0, peak=1.0, warmup_steps=0, steps=1, final_share=0.1) == 1.0
+
+
+def test_weight_decay_is_on_kernels_only() -> None:
+    model = nn.Sequential(nn.Embedding(4, 6), nn.Linear(6, 5), nn.LayerNorm(5))
+    optimizer = adamw(model, 1e-3, 0.5, beta2=0.99)
+    decayed = [parameter for group in optimizer.param_groups if group["weight_decay"] == 0.5 for parameter in group["params"]]
+    assert len(decayed) == 1
+    assert decayed[0] is model[1].weight
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_a_moved_row_loses_its_momentum() -> None:
+    parameter = nn.Parameter(torch.randn(4, 3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(4, 3)
+    optimizer.step()
+    forget_rows_(optimizer, parameter, torch.tensor([False, True, False, False]))
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = optimizer.state[parameter][name]
+        assert bool((moment[1] == 0).all())
+        assert bool((moment[[0, 2, 3]] != 0).all())
+
+
+def test_the_last_k_checkpoints_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
+    assert checkpoints.load_latest() is None
+    for step in (5, 10, 1000):
+        checkpoints.save(step, {"model": {"weight": torch.full((2,), float(step))}})
+    assert [path.name for path in checkpoints.paths()] == ["step-000000010.pt", "step-000001000.pt"]
+    state = checkpoints.load_latest()
+    assert state is not None
+    assert state["step"] == 1000
+    assert torch.equal(state["model"]["weight"], torch.full((2,), 1000.0))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "another stage", "pickle"])
+def test_a_checkpoint_that_does_not_fit_is_named(damage: str, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    Checkpoints(tmp_path, "stage 2" if damage == "another stage" else "stage 1", 2, accelerator).save(5, {"model": {}})
+    path = tmp_path / "step-000000005.pt"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:300])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "pickle":
+        torch.save({"format": 1, "stage": "stage 1", "step": 5, "model": print}, path)
+    with pytest.raises(UserError, match=r"step-000000005\.pt: expected a checkpoint of stage 1") as error:
+        Checkpoints(tmp_path, "stage 1", 2, accelerator).load_latest()
+    assert "\n" not in str(error.value)
+
+
+def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    accelerator = Accelerator(cpu=True)
+    log = MetricsLog(path, accelerator, 0)
+    for step in (2, 4, 6):
+        log.write(step, "train", {"loss": 1 / step})
+    with open(path, "a") as file:
+        file.write('{"step": 8, "spl')  # a crash in the middle of a line
+    MetricsLog(path, accelerator, 4).write(6, "train", {"loss": 0.5})
+    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [(2, 0.5), (4, 0.25), (6, 0.5)]
+    assert len(path.read_text().splitlines()) == 3
+    assert all(json.loads(line)["split"] == "train" for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -> None:
+    heard = []
+    former = signal.signal(number, lambda *_: heard.append(number))
+    try:
+        with GracefulStop(Accelerator(cpu=True)) as stop:
+            assert not stop.requested()
+            os.kill(os.getpid(), number)
+            assert stop.requested()
+            assert stop.signal == number
+            assert not heard
+            os.kill(os.getpid(), number)
+            assert heard == [number]
+    finally:
+        signal.signal(number, former)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_names_its_step(loss: float) -> None:
+    check_finite(1.0, 5, "")
+    with pytest.raises(UserError, match="step 17: expected a finite loss"):
+        check_finite(loss, 17, "advice")

@@ -1,0 +1,55 @@
+"""Every kind of prior, small, over every kind of code: what the property tests run over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from configs.parts import part_from
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.codes.store import Manifest
+from stage2_prior.priors.contract import AutoregressivePrior
+
+KINDS: dict[str, dict[str, Any]] = {
+    "transformer": {"kind": "transformer"},
+    "pixelcnn": {"kind": "pixelcnn"},
+    "pixelcnn, attention": {"kind": "pixelcnn", "attention_interval": 2},
+    "pixelcnn, kernel of 5": {"kind": "pixelcnn", "kernel_size": 5},
+}
+LAYOUTS = {
+    "one level": SequenceLayout([(3, 4)], [9]),
+    "one row": SequenceLayout([(1, 5)], [6]),
+    "top and bottom": SequenceLayout([(1, 2), (2, 4)], [4, 6]),
+    "residual": SequenceLayout([(2, 3)] * 3, [5, 5, 5]),
+    "wide": SequenceLayout([(1, 7), (2, 7)], [3, 4]),
+}
+
+
+def build(kind: str, layout: SequenceLayout, num_labels: int = 5, **settings: Any) -> AutoregressivePrior:
+    """In eval mode, with weights large enough for a difference to show."""
+    torch.manual_seed(0)
+    config = part_from("prior", {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0, **KINDS[kind], **settings})
+    prior = config.build(layout, num_labels)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if config.kind == "transformer" else 0.15)
+    return prior.eval()
+
+
+def random_codes(layout: SequenceLayout, batch: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randint(k, (batch, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
+
+
+def manifest(layout: SequenceLayout, num_labels: int = 0) -> Manifest:
+    """Of a code store of that layout."""
+    return Manifest(
+        split="train",
+        rows=1,
+        grids=layout.grids,
+        num_codes=layout.num_codes,
+        label_names=[str(label) for label in range(num_labels)] if num_labels else None,
+        augmentation="none",
+        variants=1,
+        image_shape=(3, 8, 8),
+        tokenizer_sha256="0" * 64,
+    )

@@ -1,0 +1,255 @@
+"""What holds for every prior: order, likelihoods, caches, labels, draws."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.parts import part_from
+from configs.schema import Sampling
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.generate import draw, generate, guidance_scales, guided, uniforms, warp
+from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from stage2_prior.priors.prior_file import build_prior
+from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, manifest, random_codes
+
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+def rows_of(prior: AutoregressivePrior, codes: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> list[torch.Tensor]:
+    """Logits (B, K) of each place."""
+    return [row for level in prior(codes, labels) for row in level.unbind(1)]
+
+
+@layouts
+def test_each_place_depends_on_every_place_before_it_and_on_no_other(kind: str, layout: SequenceLayout) -> None:
+    """Another code at place j moves the logits of exactly the places after j: no blind spot, nothing from the future."""
+    prior = build(kind, layout, layers=4).double()
+    codes, labels = random_codes(layout, 1), torch.tensor([2])
+    base = rows_of(prior, codes, labels)
+    for changed in range(layout.length):
+        places = layout.flat(codes).clone()
+        places[0, changed] = (places[0, changed] + 1) % layout.num_codes[layout.level_of(changed)]
+        moved = [not torch.equal(a, b) for a, b in zip(base, rows_of(prior, layout.grids_of(places), labels), strict=True)]
+        assert moved == [place > changed for place in range(layout.length)]
+
+
+@pytest.mark.parametrize("sizes", [(3,), (3, 2), (2, 3)])
+def test_probabilities_sum_to_one_over_all_codes(kind: str, sizes: tuple[int, ...]) -> None:
+    """The chain of conditionals is one distribution: the sum of exp(log_prob) over all grids there are is 1."""
+    layout = SequenceLayout([(1, 2)] * len(sizes) if len(sizes) > 1 else [(2, 2)], sizes)
+    prior = build(kind, layout).double()
+    ranges = [torch.arange(layout.num_codes[layout.level_of(place)]) for place in range(layout.length)]
+    every = layout.grids_of(torch.cartesian_prod(*ranges))
+    log_prob = prior.log_prob(every, torch.full((len(every[0]),), 1))
+    assert log_prob.shape == (len(every[0]), layout.length)
+    assert log_prob.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-9)
+
+
+@layouts
+@pytest.mark.parametrize("labelled", [True, False])
+def test_cached_steps_give_the_logits_of_the_full_pass(kind: str, layout: SequenceLayout, labelled: bool) -> None:
+    prior = build(kind, layout)
+    codes, labels = random_codes(layout, 6), torch.arange(6) if labelled else None
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
+        prior.to(dtype)
+        full = rows_of(prior, codes, labels)
+        cache, places = prior.new_cache(6), layout.flat(codes)
+        for place in range(layout.length):
+            step = prior.step(None if place == 0 else places[:, place - 1], labels, cache)
+            assert step.dtype == dtype
+            assert torch.allclose(step, full[place], atol=tolerance, rtol=tolerance)
+
+
+def test_labels_matter_at_every_place_and_no_label_is_not_a_label(kind: str) -> None:
+    layout = LAYOUTS["top and bottom"]
+    prior = build(kind, layout)
+    codes = tuple(level[:1].expand(6, -1, -1) for level in random_codes(layout, 6))
+    for logits in rows_of(prior, codes, torch.arange(6)):
+        assert all(not torch.allclose(logits[a], logits[b], atol=1e-4) for a, b in itertools.combinations(range(6), 2))
+    for of_none, of_index in zip(prior(codes, None), prior(codes, torch.full((6,), 5)), strict=True):
+        assert torch.equal(of_none, of_index)
+
+
+def test_dropout_is_off_in_eval(kind: str) -> None:
+    prior = build(kind, LAYOUTS["one level"], dropout=0.5)
+    codes = random_codes(prior.layout, 2)
+    assert torch.equal(prior(codes, None)[0], prior(codes, None)[0])
+    prior.train()
+    assert not torch.equal(prior(codes, None)[0], prior(codes, None)[0])
+
+
+def test_it_begins_near_the_uniform_prior(kind: str) -> None:
+    torch.manual_seed(0)
+    config = part_from("prior", {"layers": 6, "width": 64, "heads": 4, **KINDS[kind]})
+    layout = SequenceLayout([(4, 4)], [512])
+    prior = build_prior(config, manifest(layout, 10)).eval()
+    nats = -prior.log_prob(random_codes(layout, 32), torch.arange(32) % 10).mean().item()
+    assert nats == pytest.approx(math.log(512), rel=0.02)
+
+
+@layouts
+def test_gradient_checkpointing_changes_no_gradient(kind: str, layout: SequenceLayout) -> None:
+    """With dropout too: the second computation of a layer draws as the first."""
+    codes, labels = random_codes(layout, 3), torch.tensor([0, 4, 5])
+    gradients = []
+    for checkpointing in (False, True):
+        prior = build(kind, layout, dropout=0.2).train()
+        prior.checkpointing = checkpointing
+        torch.manual_seed(1)
+        prior.log_prob(codes, labels).sum().backward()
+        gradients.append([parameter.grad for parameter in prior.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain is not None
+        assert checkpointed is not None
+        assert torch.equal(plain, checkpointed)
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass(kind: str) -> None:
+    """Bytes that autograd saves."""
+
+    def saved(checkpointing: bool) -> int:
+        prior = build(kind, LAYOUTS["one level"], layers=6).train()
+        prior.checkpointing = checkpointing
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel() * tensor.element_size() * (not isinstance(tensor, torch.nn.Parameter))
+            return tensor
+
+        codes = random_codes(prior.layout, 16)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            prior.log_prob(codes, None).sum()
+        return total
+
+    assert saved(True) < saved(False) / 2
+
+
+def test_it_trains_compiled_without_a_break(kind: str) -> None:
+    """Whole, through torch.compile's own tracers, checkpointed, and to the same gradients."""
+    prior = build(kind, LAYOUTS["top and bottom"], layers=2).double().train()
+    prior.checkpointing = True
+    codes, labels = random_codes(prior.layout, 2), torch.tensor([1, 5])
+    gradients = []
+    for model in (prior, torch.compile(prior, fullgraph=True, backend="aot_eager")):
+        prior.zero_grad()
+        torch.cat(code_losses(model(codes, labels), codes), 1).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in prior.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(list(prior.parameters()))
+    assert all(torch.allclose(plain, compiled) for plain, compiled in zip(*gradients, strict=True))
+
+
+def test_mixed_precision_on_tiny_tensors(kind: str) -> None:
+    prior = build(kind, LAYOUTS["one level"])
+    codes, labels = random_codes(prior.layout, 2), torch.tensor([0, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = prior.log_prob(codes, labels)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, prior.log_prob(codes, labels), atol=0.3, rtol=0.1)
+
+
+def test_samples_follow_the_priors_own_probabilities(kind: str) -> None:
+    """Frequencies of all 2^4 grids of two levels in 8,000 samples against exp(log_prob); 15 degrees of freedom, 99.9 % point 37.7."""
+    layout = SequenceLayout([(1, 2), (1, 2)], [2, 2])
+    prior = build(kind, layout, num_labels=0)
+    for parameter in prior.parameters():
+        parameter.data *= 0.5
+    codes = generate(prior, None, uniforms(0, torch.arange(8_000), 4), Sampling())
+    index = (layout.flat(codes) * torch.tensor([8, 4, 2, 1])).sum(1)
+    every = layout.grids_of(torch.tensor(list(itertools.product([0, 1], repeat=4))))
+    expected = 8_000 * prior.log_prob(every, None).sum(1).exp()
+    assert expected.min() > 5
+    statistic = ((torch.bincount(index, minlength=16) - expected).square() / expected).sum()
+    assert statistic < 37.7
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@layouts
+def test_a_sample_is_the_same_whatever_it_is_batched_with(kind: str, layout: SequenceLayout, guidance: float) -> None:
+    prior = build(kind, layout).double()
+    numbers, labels = torch.arange(12), torch.arange(12) % 5
+    config = Sampling(guidance=guidance, top_p=0.95)
+    together = generate(prior, labels, uniforms(7, numbers, layout.length), config)
+    for size in (1, 5):
+        parts = [generate(prior, labels[part], uniforms(7, part, layout.length), config) for part in numbers.split(size)]
+        assert all(torch.equal(torch.cat(level), whole) for level, whole in zip(zip(*parts, strict=True), together, strict=True))
+    other = generate(prior, labels, uniforms(8, numbers, layout.length), config)
+    assert not torch.equal(other[0], together[0])
+
+
+def test_a_batch_leaves_nothing_behind(kind: str) -> None:
+    """As many tensors are alive after the fourth batch as after the first."""
+    prior = build(kind, LAYOUTS["top and bottom"])
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    counts = []
+    for batch in range(4):
+        codes = generate(prior, torch.arange(3), uniforms(batch, torch.arange(3), prior.layout.length), Sampling(guidance=2.0))
+        counts.append(alive())
+    assert len(codes) == 2
+    assert counts[3] == counts[0]
+
+
+@layouts
+def test_kept_codes_stay_and_the_others_follow_from_them(kind: str, layout: SequenceLayout) -> None:
+    """Completion, greedily: each drawn code is the likeliest given those before it, kept or drawn, by the full pass."""
+    prior = build(kind, layout).double()
+    given, labels = random_codes(layout, 4), torch.tensor([0, 1, 4, 5])
+    kept = layout.grids_of(torch.arange(layout.length)[None] % 3 != 1)
+    found = generate(prior, labels, uniforms(0, torch.arange(4), layout.length), Sampling(temperature=0), given, kept)
+    likeliest = torch.stack([row.argmax(-1) for row in rows_of(prior, found, labels)], 1)
+    mask = layout.flat(kept)[0]
+    assert 0 < int(mask.sum()) < layout.length - 1
+    assert torch.equal(layout.flat(found)[:, mask], layout.flat(given)[:, mask])
+    assert torch.equal(layout.flat(found)[:, ~mask], likeliest[:, ~mask])
+
+
+@layouts
+def test_everything_together_is_what_full_passes_give(kind: str, layout: SequenceLayout) -> None:
+    """Guidance on a schedule, temperature, top-k, top-p, min-p and kept codes, place by place without a cache."""
+    prior = build(kind, layout).double()
+    settings = {"guidance": 2.5, "guidance_schedule": "cosine", "temperature": 0.8, "top_k": 4, "top_p": 0.9, "min_p": 0.05}
+    config = Sampling(**settings)  # type: ignore[arg-type]
+    given, labels, none = random_codes(layout, 4), torch.tensor([0, 1, 2, 4]), torch.full((4,), 5)
+    kept = layout.grids_of(torch.arange(layout.length)[None] % 4 == 1)
+    uniform = uniforms(3, torch.arange(4), layout.length)
+    found = layout.flat(generate(prior, labels, uniform, config, given, kept))
+    places = layout.flat(given)
+    for place, scale in enumerate(guidance_scales(config, layout.length)):
+        if not layout.flat(kept)[0, place]:
+            codes = layout.grids_of(places)
+            logits = guided(rows_of(prior, codes, labels)[place], rows_of(prior, codes, none)[place], scale)
+            places[:, place] = draw(warp(logits, config), uniform[:, place])
+        assert torch.equal(found[:, place], places[:, place])
+
+
+def test_what_is_not_finite_is_not_drawn_from(kind: str) -> None:
+    prior = build(kind, LAYOUTS["one level"])
+    with pytest.raises(UserError, match="finite"):
+        generate(prior, torch.tensor([0]), uniforms(0, torch.arange(1), 12), Sampling(guidance=1e308))
+
+
+def test_everything_kept_is_given_back(kind: str) -> None:
+    layout = LAYOUTS["top and bottom"]
+    given = random_codes(layout, 3)
+    kept = tuple(torch.ones(grid, dtype=torch.bool) for grid in layout.grids)
+    found = generate(build(kind, layout), None, uniforms(0, torch.arange(3), layout.length), Sampling(), given, kept)
+    assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+
+
+def test_all_its_weights_learn(kind: str) -> None:
+    """With labels hidden for some, every parameter gets a gradient; DDP would wait for one that does not."""
+    for layout in LAYOUTS.values():
+        prior = build(kind, layout).train()
+        prior.log_prob(random_codes(layout, 6), torch.arange(6)).sum().backward()
+        assert not [name for name, parameter in prior.named_parameters() if parameter.grad is None]

@@ -1,0 +1,119 @@
+"""The transformer's own: rotary positions, embeddings, levels, steps of fixed shape, sizes of the literature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.schema import Sampling
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.generate import generate, uniforms
+from stage2_prior.priors.attention import rotate, rotations
+from stage2_prior.priors.cuda_graphs import GraphedSteps, GraphedTransformer
+from stage2_prior.priors.prior_file import build_prior
+from stage2_prior.priors.transformer import Transformer, TransformerPart
+from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, manifest, random_codes
+
+
+def test_start_labels_and_tokens_share_no_embedding() -> None:
+    prior = build("transformer", LAYOUTS["top and bottom"])
+    assert isinstance(prior, Transformer)
+    assert prior.token.weight.shape == (4 + 6, 32)
+    assert prior.label.weight.shape == (6, 32)
+    pointers = {prior.start.data_ptr(), prior.token.weight.data_ptr(), prior.label.weight.data_ptr()}
+    assert len(pointers) == 3
+
+
+def test_a_place_knows_its_level_row_and_column() -> None:
+    """With all codes alike, no two places of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
+    prior = build("transformer", LAYOUTS["top and bottom"])
+    assert isinstance(prior, Transformer)
+    embedded = prior._embedded_places()
+    assert len(embedded.unique(dim=0)) == prior.layout.length
+    assert prior.layout.centres()[:2].tolist() == [[0.5, 0.5], [0.5, 2.5]]  # one row of two, over two rows of four
+    assert prior.layout.centres()[2:4].tolist() == [[0, 0], [0, 1]]
+
+
+def test_rotary_scores_depend_on_the_offset_between_places_alone() -> None:
+    positions = torch.tensor([[0, row, column] for row in range(4) for column in range(5)])
+    turns = rotations(positions[:, 1:], 16)
+    query, key = torch.randn(16).expand(1, 1, 20, 16), torch.randn(16).expand(1, 1, 20, 16)
+    scores = (rotate(query, turns) @ rotate(key, turns).transpose(-1, -2))[0, 0]
+    by_offset: dict[tuple[int, int], list[float]] = {}
+    for a in range(20):
+        for b in range(20):
+            offset = (positions[a] - positions[b])[1:].tolist()
+            by_offset.setdefault((offset[0], offset[1]), []).append(scores[a, b].item())
+    assert all(max(values) - min(values) < 1e-4 for values in by_offset.values())
+    assert len({round(values[0], 3) for values in by_offset.values()}) > 40  # rows and columns both matter
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_steps_of_fixed_shape_are_the_steps(layout: SequenceLayout) -> None:
+    """What a CUDA graph replays: the place as a tensor, attention over the whole cache under a mask."""
+    prior = build("transformer", layout).double()
+    assert isinstance(prior, Transformer)
+    codes, labels = random_codes(layout, 5), torch.arange(5)
+    cache, fixed, places = prior.new_cache(5), prior.new_cache(5), layout.flat(codes)
+    tokens = layout.to_tokens(codes)
+    for place in range(layout.length):
+        step = prior.step(None if place == 0 else places[:, place - 1], labels, cache)
+        before = tokens[:, place - 1] if place else torch.zeros(5, dtype=torch.int64)
+        same = prior.fixed_step(before, labels, fixed, torch.tensor([place]), layout.level_of(place))
+        assert torch.allclose(step, same, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_replayed_steps_draw_the_same_codes(layout: SequenceLayout, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the capture itself, which needs a GPU: in place of a graph, the step that it would hold."""
+
+    class Replayed:
+        def __init__(self, steps: GraphedSteps, level: int) -> None:
+            self.steps, self.level = steps, level
+            self.logits = torch.empty(steps.batch, layout.num_codes[level], dtype=torch.float64)
+
+        def replay(self) -> None:
+            held = self.steps
+            self.logits.copy_(held._prior.fixed_step(held._tokens, held._labels, held._cache, held._place, self.level))
+
+    def captured(steps: GraphedSteps, level: int) -> tuple[Replayed, torch.Tensor]:
+        replayed = Replayed(steps, level)
+        return replayed, replayed.logits
+
+    monkeypatch.setattr(GraphedSteps, "_captured", captured)
+    prior = build("transformer", layout).double()
+    assert isinstance(prior, Transformer)
+    graphed = GraphedTransformer(prior)
+    labels = torch.arange(4)
+    for batch in range(2):  # the second on the first one's graphs and caches
+        uniform = uniforms(batch, torch.arange(4), layout.length)
+        plain, same = (generate(model, labels, uniform, Sampling(guidance=guidance)) for model in (prior, graphed))
+        assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+
+
+def test_steps_of_fixed_shape_are_one_program() -> None:
+    """Traced once, whole, the program serves every place."""
+    prior = build("transformer", LAYOUTS["one level"])
+    assert isinstance(prior, Transformer)
+    programs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        programs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(prior.fixed_step, fullgraph=True, backend=count)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        cache = prior.new_cache(2)
+        for place in range(4):
+            compiled(nothing, nothing, cache, torch.tensor([place]), 0)
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("B", 111), ("L", 343)])
+def test_presets_have_the_sizes_of_the_literature(preset: str, millions: int) -> None:
+    """LlamaGen's B and L (Sun et al. 2024, table 1): 16,384 codes, 1,000 labels, 16 x 16 places."""
+    with torch.device("meta"):
+        prior = build_prior(TransformerPart(preset=preset), manifest(SequenceLayout([(16, 16)], [16_384]), 1000))  # type: ignore[arg-type]
+    assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
