@@ -5,7 +5,7 @@
 
 64 images of 8x8 codes, K = 512, no guidance, float32, medians of alternated rounds. Random weights: time does not depend
 on them. The chain is the transformer's own products in their order, (64, C) by each of its matrices and the head, 64 times,
-as `linear(x, weight)`. A full pass a place, timed once, is what sampling costs without a cache.
+as `linear(x, weight)`. A full pass a position, timed once, is what sampling costs without a cache.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _STEPS = 4
 
 @torch.no_grad()
 def full_passes(prior: AutoregressivePrior, labels: Tensor, uniform: Tensor) -> Tensor:
-    """Places (B, T), by a pass over the whole grid for each."""
-    places = torch.zeros(len(labels), _LAYOUT.length, dtype=torch.int64)
-    for place in range(_LAYOUT.length):
-        logits = prior(_LAYOUT.grids_of(places), labels)[0][:, place]
-        places[:, place] = draw(warp(logits, Sampling()), uniform[:, place])
-    return places
+    """Positions (B, T), by a pass over the whole grid for each."""
+    sequences = torch.zeros(len(labels), _LAYOUT.length, dtype=torch.int64)
+    for position in range(_LAYOUT.length):
+        logits = prior(_LAYOUT.grids_of(sequences), labels)[0][:, position]
+        sequences[:, position] = draw(warp(logits, Sampling()), uniform[:, position])
+    return sequences
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ class PlainTransformer(nn.Module):
 
     def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(_K + 1, width), nn.Parameter(torch.zeros(_LAYOUT.length, width))
+        self.token, self.position = nn.Embedding(_K + 1, width), nn.Parameter(torch.zeros(_LAYOUT.length, width))
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, _K, bias=False)
@@ -71,10 +71,10 @@ class PlainTransformer(nn.Module):
 
     mask: Tensor
 
-    def forward(self, places: Tensor) -> Tensor:
-        """Logits (B, T, K) of places (B, T)."""
-        before = F.pad(places[:, :-1], (1, 0), value=_K)
-        return self.head(self.layers(self.token(before) + self.place, mask=self.mask, is_causal=True))
+    def forward(self, sequences: Tensor) -> Tensor:
+        """Logits (B, T, K) of codes (B, T)."""
+        before = F.pad(sequences[:, :-1], (1, 0), value=_K)
+        return self.head(self.layers(self.token(before) + self.position, mask=self.mask, is_causal=True))
 
 
 def training_steps(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -103,7 +103,7 @@ def sampling(rounds: int) -> None:
     transformer = TransformerPart(**_SIZES).build(_LAYOUT, 10).eval()
     pixelcnn = PixelCNNPart().build(_LAYOUT, 10).eval()
     attending = PixelCNNPart(attention_interval=5).build(_LAYOUT, 10).eval()
-    print("| prior | parameters | cached s | chain of its products s | ratio | full pass a place s | ratio | same codes |")
+    print("| prior | parameters | cached s | chain of its products s | ratio | full pass a position s | ratio | same codes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", attending)):
         codes = generate(prior, labels, uniform, Sampling())
@@ -137,20 +137,20 @@ def memory() -> None:
 def training(rounds: int) -> None:
     """Print the table of training speeds."""
     ours, plain = TransformerPart(**_SIZES, dropout=0.0).build(_LAYOUT, 0), PlainTransformer(**_SIZES)
-    places = torch.randint(_K, (_IMAGES, _LAYOUT.length))
-    codes = _LAYOUT.grids_of(places)
+    sequences = torch.randint(_K, (_IMAGES, _LAYOUT.length))
+    codes = _LAYOUT.grids_of(sequences)
     optimizers = [adamw(model, 1e-3, 0.05, beta2=0.95) for model in (ours, plain)]
     contestants: dict[str, Callable[[], object]] = {
         "ours": lambda: training_steps(ours, lambda: code_losses(ours(codes, None), codes)[0].mean(), optimizers[0]),
         "nn.TransformerEncoder": lambda: training_steps(
-            plain, lambda: F.cross_entropy(plain(places).flatten(0, 1), places.flatten()), optimizers[1]
+            plain, lambda: F.cross_entropy(plain(sequences).flatten(0, 1), sequences.flatten()), optimizers[1]
         ),
     }
     found = medians(contestants, rounds)
     print("\n| transformer, 6 x 384 | parameters | tokens/s in training | ratio |\n| --- | --- | --- | --- |")
     for (name, seconds), model in zip(found.items(), (ours, plain), strict=True):
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        speed = _STEPS * places.numel() / seconds
+        speed = _STEPS * sequences.numel() / seconds
         print(f"| {name} | {parameters:.2f} M | {speed:.0f} | {found['nn.TransformerEncoder'] / seconds:.2f} |")
 
 

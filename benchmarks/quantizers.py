@@ -3,9 +3,9 @@
     python benchmarks/quantizers.py digits
     python benchmarks/quantizers.py cifar10 --data FOLDER        (a local copy of CIFAR-10 as parquet; without it, the Hub)
 
-Nine bits a place: one of 512 codes, or three of 8. CIFAR-10 is the first 10,000 of its training images. Each quantizer is
+Nine bits a position: one of 512 codes, or three of 8. CIFAR-10 is the first 10,000 of its training images. Each quantizer is
 trained, extracted and given its prior by the project's own commands; errors and bits are of the validation split. One
-seed: differences of a few per cent are noise. Perplexity is a level's (the geometric mean of three); a place of three
+seed: differences of a few per cent are noise. Perplexity is a level's (the geometric mean of three); a position of three
 codes is three tokens, so it is bits an image that compare.
 """
 

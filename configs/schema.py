@@ -230,7 +230,7 @@ class Sampling:
     guidance: float = 1.0
     """Classifier-free guidance s: logits(no label) + s (logits(label) - logits(no label)); 1 = off, any real number."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Guidance over the places: s throughout, or rising from 1 at the first to s at the last."""
+    """Guidance over the positions: s throughout, or rising from 1 at the first to s at the last."""
     batch_size: int = 64
     """Samples drawn at once; it does not change them."""
     precision: Literal["float64", "float32"] | None = None

@@ -118,12 +118,12 @@ def _find(command: Command, device: torch.device) -> None:
         for row in order:
             save_png(folder / "maps" / files[row], overlaid(images.pixels[row], heat[row], colours))
 
-        def panel(place: int) -> Panel:
-            row = order[place]
+        def panel(position: int) -> Panel:
+            row = order[position]
             three = images.pixels[row], pictures[row], overlaid(images.pixels[row], heat[row], colours)
-            return Panel(torch.stack([picture.expand(-1, -1, 3) for picture in three]), caption(rows[place]))
+            return Panel(torch.stack([picture.expand(-1, -1, 3) for picture in three]), caption(rows[position]))
 
-        blocks = [(title, [panel(place) for place in places]) for title, places in shown(errors[order], options.top).items()]
+        blocks = [(title, [panel(position) for position in positions]) for title, positions in shown(errors[order], options.top).items()]
         patch = " x ".join(str(side // cells) for side, cells in zip(images.pixels.shape[1:3], heat.shape[1:], strict=True))
         panels_picture(folder / "anomalies.png", blocks, colours, f"bits of each patch of {patch} pixels")
         write_table(folder / "anomalies.csv", rows)
@@ -150,7 +150,7 @@ def percent_below(values: Tensor, usual: Tensor) -> Tensor:
 
 
 def heat_maps(bits: Tensor, layout: SequenceLayout) -> Tensor:
-    """Bits of places (N, T) to bits of each cell of the finest grid, (N, h, w), with the same sum.
+    """Bits of positions (N, T) to bits of each cell of the finest grid, (N, h, w), with the same sum.
 
     The bits of several levels add up; a coarser level's are spread evenly over the cells that lie under its own.
     """
@@ -183,10 +183,10 @@ def shown(errors: Tensor, top: int) -> dict[str, list[int]]:
     """Which images to show, none twice, under which title; `errors` (N,) of all images, those of most bits first."""
     most, half = list(range(len(errors)))[:top], (top + 1) // 2
     others = range(len(most), len(errors))
-    largest = sorted(others, key=lambda place: -errors[place].item())[:half]
-    fewest = [place for place in reversed(others) if place not in largest][:half]
+    largest = sorted(others, key=lambda position: -errors[position].item())[:half]
+    fewest = [position for position in reversed(others) if position not in largest][:half]
     titles = {"most bits": most, "largest errors of the others": largest, "fewest bits": fewest}
-    return {f"{title}: image, reconstruction, bits": places for title, places in titles.items() if places}
+    return {f"{title}: image, reconstruction, bits": positions for title, positions in titles.items() if positions}
 
 
 def caption(row: dict[str, Any]) -> str:

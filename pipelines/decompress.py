@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     prior, _ = load_prior(prior_of(content, run, file), fingerprint(run.tokenizer), accelerator.device)
     tokenizer = load_tokenizer(run, accelerator.device)
     channels, height, width = tokenizer.image_shape
-    known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_labels
+    known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
     if content.image_shape != (height, width, channels) or not known:
         raise UserError(f"{file}: expected images and labels of run {run}, found a header that contradicts its fingerprint")
     codes = decode(prior.double(), content.coded, content.labels, progress=True)

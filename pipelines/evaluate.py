@@ -115,24 +115,24 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
 
     Errors: UserError for what is missing, no image, or an npz of another size.
     """
-    data, place = command.recipe.data, Path(path).expanduser()
+    data, where = command.recipe.data, Path(path).expanduser()
     details: dict[str, Any] = {"source": f"images in {path}"}
     details |= dict.fromkeys(("prior", "prior_sha256", "sampling", "tokenizer_sha256"))
     codes, labels = None, None
-    if place.suffix == ".npz":
-        pixels = torch.from_numpy(array_in(place))
+    if where.suffix == ".npz":
+        pixels = torch.from_numpy(array_in(where))
         if pixels.shape[1:] != (data.height, data.width, data.channels):
             wanted = f"expected uint8 (N, {data.height}, {data.width}, {data.channels})"
             raise UserError(f"--samples {path}: {wanted}, found {tuple(pixels.shape)}")
-    elif (place / "samples.json").exists():
-        told = read_json(place / "samples.json")
-        pixels = load_files([str(place / "images")], data, progress=True).pixels
+    elif (where / "samples.json").exists():
+        told = read_json(where / "samples.json")
+        pixels = load_files([str(where / "images")], data, progress=True).pixels
         if len(pixels) != told["n"]:
             raise UserError(f"--samples {path}: expected the {told['n']} images that its samples.json tells of, found {len(pixels)}")
         labels = None if told["labels"] is None else [told["label_names"][label] for label in told["labels"]]
         details |= {key: told.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
-            tensors = safetensors.torch.load_file(place / "codes.safetensors")
+            tensors = safetensors.torch.load_file(where / "codes.safetensors")
             codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
     else:
         files = load_files([path], data, progress=True)

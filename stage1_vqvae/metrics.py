@@ -43,10 +43,10 @@ def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
     if min(pictures.shape[1:3]) < _SSIM_WINDOW:
         return torch.full((len(pictures),), torch.nan, dtype=torch.float64)
     made, wanted = (images.movedim(-1, 1).double() / 255 for images in (pictures, originals))
-    _, places = structural_similarity_index_measure(made, wanted, sigma=1.5, reduction="none", data_range=1.0, return_full_image=True)
-    # Places whose window reaches beyond the image are left out, as the paper's own code and scikit-image do; torchmetrics keeps them.
+    _, similarities = structural_similarity_index_measure(made, wanted, sigma=1.5, reduction="none", data_range=1.0, return_full_image=True)
+    # Positions whose window reaches beyond the image are left out, as the paper's own code and scikit-image do; torchmetrics keeps them.
     border = _SSIM_WINDOW // 2
-    return places[..., border:-border, border:-border].mean((1, 2, 3))
+    return similarities[..., border:-border, border:-border].mean((1, 2, 3))
 
 
 def usage(*counts: Tensor) -> float:

@@ -250,7 +250,7 @@ def restarts_after(step: int, config: Stage1) -> bool:
 
 
 def training_images(training: ImageSplit, rows: Tensor, share: slice, config: Stage1, step: int) -> Tensor:
-    """This micro-step's part of a step's rows as model images, each in the variant drawn for (seed, step, place)."""
+    """This micro-step's part of a step's rows as model images, each in the variant drawn for (seed, step, position)."""
     images = to_model(training.pixels[rows[share]])
     variants = torch.randint(num_variants(config.augmentation), rows.shape, generator=generator(config.seed, "augmentation", step))
     return make_variants(images, config.augmentation, variants[share])

@@ -1,4 +1,4 @@
-"""Drawing codes from a prior: warp the logits, draw, go on to the next place.
+"""Drawing codes from a prior: warp the logits, draw, go on to the next position.
 
 A sample is a function of (seed, its number, label, weights): its uniforms are drawn once, on the CPU, and turned into
 codes by inverting the cumulative distribution. So it is the same whatever it is batched with.
@@ -31,11 +31,11 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def guidance_scales(config: Sampling, length: int) -> list[float]:
-    """The guidance scale of each of `length` places: config.guidance, or on the way to it from 1 at the first place.
+    """The guidance scale of each of `length` positions: config.guidance, or on the way to it from 1 at the first position.
 
     A rising scale (Chang et al. 2023, "Muse", section 2.7) leaves the first codes, which decide the rest, their variety.
     """
-    way = [place / max(1, length - 1) for place in range(length)]
+    way = [position / max(1, length - 1) for position in range(length)]
     if config.guidance_schedule == "constant":
         return [config.guidance] * length
     if config.guidance_schedule == "cosine":
@@ -111,26 +111,26 @@ def generate(
     if guides:
         assert labels is not None
         # Conditional and unconditional sequences run in one batch and share every code.
-        labels = torch.cat([labels, torch.full_like(labels, prior.num_labels)])
+        labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
     scales = guidance_scales(config, layout.length)
     cache = prior.new_cache(batch * 2 if guides else batch)
-    places = layout.flat(given).to(device) if given is not None else torch.empty(batch, layout.length, dtype=torch.int64, device=device)
+    sequences = layout.flat(given).to(device) if given is not None else torch.empty(batch, layout.length, dtype=torch.int64, device=device)
     drawn = [True] * layout.length if kept is None else (~layout.flat(kept)[0]).tolist()
     code = None
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for place, scale in enumerate(scales):
+    for position, scale in enumerate(scales):
         logits = prior.step(code, labels, cache)
-        if drawn[place]:
+        if drawn[position]:
             if guides:
                 logits = guided(logits[:batch], logits[batch:], scale)
             probabilities = warp(logits, config)
             # A softmax with a NaN in it is NaN throughout. Looked at once, at the end: a GPU is not made to wait for it.
             finite &= probabilities[:, 0].isfinite().all()
-            places[:, place] = draw(probabilities, uniform[:, place])
-        code = places[:, place].repeat(2) if guides else places[:, place]
+            sequences[:, position] = draw(probabilities, uniform[:, position])
+        code = sequences[:, position].repeat(2) if guides else sequences[:, position]
     if not bool(finite):
         raise UserError(f"guidance, temperature: expected finite probabilities, found some that are not ({config})")
-    return layout.grids_of(places)
+    return layout.grids_of(sequences)
 
 
 def uniform_codes(layout: SequenceLayout, uniform: Tensor) -> Codes:

@@ -1,4 +1,4 @@
-"""The likelihood report of a trained prior: bits a token beside uniform and unigram, by place, level and label.
+"""The likelihood report of a trained prior: bits a token beside uniform and unigram, by position, level and label.
 
     python stage2_prior/report.py
     python stage2_prior/report.py --prior pixelcnn

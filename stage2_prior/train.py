@@ -125,7 +125,7 @@ def train(
     prior.checkpointing = config.gradient_checkpointing
     optimizer = adamw(prior, config.lr, config.weight_decay, beta2=0.95)
     parameters = sum(parameter.numel() for parameter in prior.parameters())
-    labels = f"{prior.num_labels} labels" if prior.num_labels else "no labels"
+    labels = f"{prior.num_classes} labels" if prior.num_classes else "no labels"
     accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {labels}")
     for remark in prior.remarks():
         accelerator.print(remark)
@@ -240,7 +240,7 @@ def train(
     average.model.load_state_dict(best["weights"])
     likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, validations)
     if accelerator.is_main_process:
-        known = prior.num_labels == 0 or config.label_dropout > 0
+        known = prior.num_classes == 0 or config.label_dropout > 0
         header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"])
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
         write_results(run, folder, average.model.state_dict(), header, report, likelihood)
@@ -266,13 +266,13 @@ def write_results(
 def training_codes(
     accelerator: Accelerator, prior: AutoregressivePrior, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
 ) -> tuple[Codes, Tensor | None]:
-    """This micro-step's codes (b, h, w) a level and labels (b,): variants and hidden labels are drawn for (seed, step, place)."""
+    """This micro-step's codes (b, h, w) a level and labels (b,): variants and hidden labels are drawn for (seed, step, position)."""
     variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))
     codes = tuple(level.to(accelerator.device) for level in training.codes(rows[share], variants[share]))
-    if prior.num_labels == 0 or training.labels is None:
+    if prior.num_classes == 0 or training.labels is None:
         return codes, None
     hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-    return codes, training.labels[rows[share]].masked_fill(hidden[share], prior.num_labels).to(accelerator.device)
+    return codes, training.labels[rows[share]].masked_fill(hidden[share], prior.num_classes).to(accelerator.device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from stage1_vqvae.training.metrics_log import read_metrics
 from tests.conftest import Script
 from tests.ranks_dump import NEXT
-from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D
+from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, part
 from tests.stage2_prior.priors.prior_kinds import KINDS as PRIOR_KINDS
 
 
@@ -23,8 +23,9 @@ def steps_of_all_kinds(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Pa
         (folder / name).mkdir()
         runs: list[object] = []
         for kind in KINDS:
-            tokenizer = {"code_dim": D, "restart_below": 0.5, **KINDS[kind]}
-            settings = [text for key, value in tokenizer.items() for text in (f"--tokenizer.{key}", value)]
+            restart = {"restart_below": 0.5} if hasattr(part(kind), "restart_below") else {}
+            settings: list[object] = ["--tokenizer.code_dim", D]
+            settings += [f"--tokenizer.quantizer.{key}={value}" for key, value in {**restart, **KINDS[kind]}.items()]
             runs += [NEXT] if runs else []
             runs += [
                 "--config",

@@ -119,12 +119,12 @@ def _parsed(body: bytes) -> CodeFile:
     if not batch:
         raise ValueError("batches of no image")
     num_batches = -(-images // batch)
-    place, sections = _BEGINNING.size + _HEADER.size, []
+    end, sections = _BEGINNING.size + _HEADER.size, []
     for length in (2 * num_batches, *lengths):
-        sections.append(body[place : place + length])
-        place += length
-    if place != len(body):
-        raise ValueError(f"{place} bytes announced, {len(body)} there")
+        sections.append(body[end : end + length])
+        end += length
+    if end != len(body):
+        raise ValueError(f"{end} bytes announced, {len(body)} there")
     offsets, prior, labels, names, payload = sections
     if b"/" in prior or prior in (b".", b".."):
         raise ValueError("a prior's name that leads elsewhere")

@@ -4,7 +4,7 @@ A decoder must arrive at the encoder's probabilities bit for bit, or it reads no
 order in which a kernel adds, and so on batch size and threads, in their last bits. Rounding them does not cure that: a
 logit beside a boundary still falls to either side. So the encoder sees to it that none lies there:
 
-1. Both sides ask the prior for one place after another (`step`), in float64.
+1. Both sides ask the prior for one position after another (`step`), in float64.
 2. Logits are rounded to multiples of 2^-10, after an offset has been added to all of a batch. Of 2^16 offsets, from 0 on in
    steps of 2^-26, the encoder takes the one that keeps the batch's logits furthest from every boundary, and stores it. None is
    then nearer than `MARGIN`, a hundred times what batch size and threads were found to change (docs/compression.md): a
@@ -56,7 +56,7 @@ class Coded(NamedTuple):
     payload: bytes
     images: int
     batch: int
-    """Images that share an offset and take turns place by place; the last batch may have fewer."""
+    """Images that share an offset and take turns position by position; the last batch may have fewer."""
     offsets: list[int]
     """Of each batch, in 2^-26."""
     codes_crc: int
@@ -90,28 +90,28 @@ def encode(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, batc
         batch: images a batch, from `batch_images`.
     Errors: UserError if the prior's logits cannot be coded.
     """
-    places = prior.layout.flat(codes).cpu()
+    sequences = prior.layout.flat(codes).cpu()
     coder, family, offsets = stream.queue.RangeEncoder(), stream.model.Categorical(perfect=False), []
     nats, clearance = 0.0, math.inf
-    with progress_bar(len(places), "encode", "img", shown=progress) as bar:
-        for part in batches(len(places), batch):
-            of_batch = places[part]
+    with progress_bar(len(sequences), "encode", "img", shown=progress) as bar:
+        for part in batches(len(sequences), batch):
+            of_batch = sequences[part]
             step = _steps(prior, None if labels is None else labels[part], len(of_batch), len(of_batch))
-            logits = [step(of_batch[:, place - 1] if place else None) for place in range(places.shape[1])]
+            logits = [step(of_batch[:, position - 1] if position else None) for position in range(sequences.shape[1])]
             offset, distance = clear_offset(logits)
             if distance < MARGIN:
                 raise UserError(
                     f"the prior: expected logits of which a rounding keeps {MARGIN:g} clear, found {distance:g}; take a smaller batch"
                 )
-            for place, found in enumerate(logits):
-                nats += float(F.cross_entropy(found, of_batch[:, place], reduction="sum"))
+            for position, found in enumerate(logits):
+                nats += float(F.cross_entropy(found, of_batch[:, position], reduction="sum"))
                 if found.shape[1] > 1:
-                    coder.encode(of_batch[:, place].numpy().astype(np.int32), family, weights(found, offset))
+                    coder.encode(of_batch[:, position].numpy().astype(np.int32), family, weights(found, offset))
             offsets.append(offset)
             clearance = min(clearance, distance)
             bar.update(len(of_batch))
     payload = coder.get_compressed().astype("<u4").tobytes()
-    return Encoding(Coded(payload, len(places), batch, offsets, _crc(places)), nats / math.log(2), clearance)
+    return Encoding(Coded(payload, len(sequences), batch, offsets, _crc(sequences)), nats / math.log(2), clearance)
 
 
 @torch.no_grad()
@@ -125,31 +125,31 @@ def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_o
     Errors: UserError if they are not those that were encoded.
     """
     layout = prior.layout
-    sizes = [layout.num_codes[layout.level_of(place)] for place in range(layout.length)]
+    sizes = [layout.num_codes[layout.level_of(position)] for position in range(layout.length)]
     decoder, family = (
         stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32)),
         stream.model.Categorical(perfect=False),
     )
-    places = torch.zeros(coded.images, layout.length, dtype=torch.int64)
+    sequences = torch.zeros(coded.images, layout.length, dtype=torch.int64)
     with progress_bar(coded.images, "decode", "img", shown=progress) as bar:
         for part, offset in zip(batches(coded.images, coded.batch), coded.offsets, strict=True):
-            of_batch = places[part]
+            of_batch = sequences[part]
             step = _steps(prior, None if labels is None else labels[part], len(of_batch), at_once or len(of_batch))
-            for place, k in enumerate(sizes):
-                logits = step(of_batch[:, place - 1] if place else None)
+            for position, k in enumerate(sizes):
+                logits = step(of_batch[:, position - 1] if position else None)
                 if k > 1:
                     try:
-                        of_batch[:, place] = torch.from_numpy(decoder.decode(family, weights(logits, offset)))
+                        of_batch[:, position] = torch.from_numpy(decoder.decode(family, weights(logits, offset)))
                     except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
                         raise _out_of_step() from None
             bar.update(len(of_batch))
-    if _crc(places) != coded.codes_crc or not decoder.maybe_exhausted():
+    if _crc(sequences) != coded.codes_crc or not decoder.maybe_exhausted():
         raise _out_of_step()
-    return layout.grids_of(places)
+    return layout.grids_of(sequences)
 
 
 def _steps(prior: AutoregressivePrior, labels: Tensor | None, images: int, at_once: int) -> Callable[[Tensor | None], Tensor]:
-    """`prior.step` of one batch on the CPU: from the codes (B,) of the place before to the next place's logits (B, K)."""
+    """`prior.step` of one batch on the CPU: from the codes (B,) of the position before to the next position's logits (B, K)."""
     assert not prior.training
     assert next(prior.parameters()).dtype == torch.float64
     parts = batches(images, at_once)
@@ -171,7 +171,7 @@ def _steps(prior: AutoregressivePrior, labels: Tensor | None, images: int, at_on
 
 
 def clear_offset(logits: list[Tensor]) -> tuple[int, float]:
-    """The offset that keeps logits (B, K), of any number of places, furthest from the boundaries; and how far that is.
+    """The offset that keeps logits (B, K), of any number of positions, furthest from the boundaries; and how far that is.
 
     A logit is dangerous to the one offset that brings it nearest to a boundary: a single pass over the logits finds all
     offsets' distances. Where there is but one code, its logit does not matter.
@@ -210,8 +210,8 @@ def _table() -> np.ndarray:
     return np.array([int(context.multiply(Decimal(2**_WEIGHT_BITS), value)) for value in exponentials], np.float64)
 
 
-def _crc(places: Tensor) -> int:
-    return zlib.crc32(places.numpy().astype("<i8").tobytes())
+def _crc(sequences: Tensor) -> int:
+    return zlib.crc32(sequences.numpy().astype("<i8").tobytes())
 
 
 def _out_of_step() -> UserError:

@@ -63,13 +63,13 @@ class Assessor:
         return self._features[name]
 
     def coded(self, split: str) -> tuple[Tensor, Tensor]:
-        """Places (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
+        """Positions (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
         if split not in self._coded:
             codes, pictures = encode_and_decode(self.tokenizer, self.source.splits[split].pixels, self.config.batch_size, progress=True)
             self._coded[split] = (self.layout.flat(codes), pictures)
         return self._coded[split]
 
-    def places(self, samples: Samples) -> Tensor:
+    def sequences(self, samples: Samples) -> Tensor:
         """(N, T): the codes samples were decoded from, or else what the tokenizer makes of them."""
         if samples.codes is not None:
             return self.layout.flat(samples.codes)
@@ -103,8 +103,8 @@ class Assessor:
 
     def codes(self, split: str) -> dict[str, float]:
         """Usage and perplexity of the codebooks over a split."""
-        places = self.coded(split)[0].split(self.layout.lengths, 1)
-        counts = [level.flatten().bincount(minlength=k) for level, k in zip(places, self.layout.num_codes, strict=True)]
+        sequences = self.coded(split)[0].split(self.layout.lengths, 1)
+        counts = [level.flatten().bincount(minlength=k) for level, k in zip(sequences, self.layout.num_codes, strict=True)]
         return {"usage": usage(*counts), "perplexity": perplexity(*counts)}
 
     def distances(self, images: Features, reference: Reference) -> dict[str, Any]:
@@ -157,16 +157,16 @@ class Assessor:
 
         Of up to 1,000 of each, drawn at random.
         """
-        sets = {"samples": (self.features("samples", samples.pixels).vectors, self.places(samples))}
+        sets = {"samples": (self.features("samples", samples.pixels).vectors, self.sequences(samples))}
         sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
         known, pictures = self.coded(TRAIN)
         rows = self.some(len(known), _LOOKED_UP, "copies")
         sets["copies"] = (self.features("copies of training images", pictures[rows]).vectors, known[rows])
         found: dict[str, Any] = {}
-        for name, (vectors, places) in sets.items():
+        for name, (vectors, sequences) in sets.items():
             rows = self.some(len(vectors), _LOOKED_UP, "neighbours")
             distances = nearest(vectors[rows], self.features(TRAIN).vectors, 1, self.network.device).distances
-            others = nearest_codes(places[rows], known, 1).distances
+            others = nearest_codes(sequences[rows], known, 1).distances
             found[name] = {
                 "n": len(distances),
                 "median_distance": float(distances.median()),
@@ -183,11 +183,11 @@ class Assessor:
         """
         training = self.source.splits[TRAIN].pixels
         rows = self.some(len(samples.pixels), _LOOKED_UP, "neighbours")
-        vectors, places = self.features("samples", samples.pixels).vectors[rows], self.places(samples)[rows]
+        vectors, sequences = self.features("samples", samples.pixels).vectors[rows], self.sequences(samples)[rows]
         k = min(_NEIGHBOURS, len(training))
         by_features = nearest(vectors, self.features(TRAIN).vectors, k, self.network.device)
         shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
-        by_codes = nearest_codes(places[shown], self.coded(TRAIN)[0], k)
+        by_codes = nearest_codes(sequences[shown], self.coded(TRAIN)[0], k)
         own = samples.pixels[rows[shown]][:, None]
         gap = torch.full_like(own, 255)
         pictures = torch.cat([own, gap, training[by_features.rows[shown]], gap, training[by_codes.rows]], 1)

@@ -29,7 +29,7 @@ _CHANNELS = (32, 64, 128, 128)
 
 
 class Classifier(nn.Module):
-    """Four convolutions, each after the first at half the size, the mean over places, a linear map to labels."""
+    """Four convolutions, each after the first at half the size, the mean over positions, a linear map to labels."""
 
     def __init__(self, channels: int, label_names: list[str]) -> None:
         super().__init__()

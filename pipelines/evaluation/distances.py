@@ -133,7 +133,7 @@ def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | s
 
 
 def nearest_codes(queries: Tensor, reference: Tensor, k: int) -> Neighbours:
-    """The same for codes (N, T), by the share of places with another code."""
+    """The same for codes (N, T), by the share of positions with another code."""
     found = []
     # Comparisons are held for one block, B x N x T bytes.
     for block in queries.split(max(1, 2**28 // max(1, reference.numel()))):

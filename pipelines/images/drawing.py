@@ -105,7 +105,7 @@ def draw_images(
     size = min(config.batch_size, count)
     channels, height, width = tokenizer.image_shape
     whole = count if main else 0
-    places = torch.empty(whole, layout.length, dtype=torch.int64)
+    sequences = torch.empty(whole, layout.length, dtype=torch.int64)
     pictures = torch.empty(whole, height, width, channels, dtype=torch.uint8)
     with progress_bar(count, "sample", "img", shown=main) as bar:
         for first in range(0, count, processes * size):
@@ -125,6 +125,6 @@ def draw_images(
             found = accelerator.gather((layout.flat(codes), to_uint8(tokenizer.decode(codes))))
             if main:
                 rows = slice(first, min(count, first + processes * size))
-                places[rows], pictures[rows] = (part[: rows.stop - rows.start].cpu() for part in found)
+                sequences[rows], pictures[rows] = (part[: rows.stop - rows.start].cpu() for part in found)
                 bar.update(rows.stop - rows.start)
-    return layout.grids_of(places), pictures
+    return layout.grids_of(sequences), pictures

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, load_recipe, recipe_dict
-from configs.parts import as_dict
+from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
+from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, read_json
 from configs.schema import Recipe, Sampling
 from pipelines.images.provenance import identity, outputs, seen
@@ -177,14 +177,13 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
 
 
 def changed_keys(recipe: Recipe) -> list[list[str]]:
-    """Section and key, value, default: of every value that is not the default."""
-    defaults = recipe_dict(Recipe())
-    return [
-        [f"{section}.{key}", str(value), str(defaults[section][key])]
-        for section, values in recipe_dict(recipe).items()
-        for key, value in values.items()
-        if value != defaults[section][key]
-    ]
+    """Key, value, default of every value that is not the default; a part's defaults are those of its kind."""
+    values, defaults = flattened(recipe_dict(recipe)), flattened(recipe_dict(Recipe()))
+    for family in FAMILIES:
+        kind = values[f"{family}.kind"]
+        own = as_dict(part_class(family, kind)())
+        defaults |= {f"{family}.{name}": value for name, value in own.items() if name != "kind"}
+    return [[key, str(value), str(defaults[key])] for key, value in values.items() if value != defaults[key]]
 
 
 def image_size(recipe: Recipe) -> str:
@@ -296,7 +295,9 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
         [f"prior, {images['validation']:,} validation images", f"{measured['validation']:.3f}", ""],
         [f"prior, {images['train']:,} training images", f"{measured['train']:.3f}", ""],
     ]
-    flat = [bits for grid in measured["places"] for row in grid for bits in row]
+    # Reports written before format 3 call them places.
+    grids = measured["positions"] if "positions" in measured else measured["places"]
+    flat = [bits for grid in grids for row in grid for bits in row]
     dearest = max(measured["labels"].values(), default=1.0)
     turned = measured["validation_turned_at_step"]
     references = {key: measured[key] for key in ("unigram", "uniform")}
@@ -305,7 +306,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
         description=description,
         figures=Table(["", "bits a token", "saved by the prior"], rows),
         charts=charts(read_metrics(folder / "metrics.jsonl"), _STAGE2_CURVES, references),
-        heat_maps=[heat_map(grid, min(flat), max(flat)) for grid in measured["places"]],
+        heat_maps=[heat_map(grid, min(flat), max(flat)) for grid in grids],
         low=min(flat),
         high=max(flat),
         labels=[LabelBits(label, bits, 100 * bits / dearest) for label, bits in measured["labels"].items()],

@@ -141,7 +141,7 @@ def line_chart(title: str, records: Sequence[dict[str, Any]], name: str, referen
 
 
 class Cell(NamedTuple):
-    """A place of a heat map; x and y count cells."""
+    """A position of a heat map; x and y count cells."""
 
     x: int
     y: int

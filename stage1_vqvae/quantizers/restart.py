@@ -1,7 +1,7 @@
 """Restart of dead codes: a code that nothing chooses moves onto a latent of the present batch (Dhariwal et al. 2020, Jukebox).
 
 Which latent is a pure function of (seed, step, codebook, code), over the whole global batch; the process that holds it
-hands it in and the others hand in zeros, so that after one sum all of them move the same code to the same place.
+hands it in and the others hand in zeros, so that after one sum all of them move the same code to the same vector.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Restart:
         for number, codebook in self._codebooks.items():
             vectors = latents[number]
             an_image = len(vectors) // images
-            places = candidate_places(codebook.num_codes, self._batch_size * an_image, self._seed, self._step, number)
-            found[f"candidates/{number}"] = candidates_here(vectors, places, first_image * an_image)
+            rows = candidate_rows(codebook.num_codes, self._batch_size * an_image, self._seed, self._step, number)
+            found[f"candidates/{number}"] = candidates_here(vectors, rows, first_image * an_image)
         return found
 
     @torch.no_grad()
@@ -50,18 +50,18 @@ class Restart:
         return moved
 
 
-def candidate_places(num_codes: int, total: int, seed: int, step: int, codebook: int) -> Tensor:
-    """For each code, the place (K,) in the global batch's `total` latents where it would restart; no place twice
+def candidate_rows(num_codes: int, total: int, seed: int, step: int, codebook: int) -> Tensor:
+    """For each code, the row (K,) of the global batch's `total` latents where it would restart; no row twice
     while there are enough of them.
     """
-    places = torch.randperm(total, generator=generator(seed, "restart", step, codebook))
-    return places.repeat(-(-num_codes // total))[:num_codes]
+    rows = torch.randperm(total, generator=generator(seed, "restart", step, codebook))
+    return rows.repeat(-(-num_codes // total))[:num_codes]
 
 
-def candidates_here(vectors: Tensor, places: Tensor, first: int) -> Tensor:
-    """The candidates (K, d) among the latents (N, d), which are those from place `first` on; zeros elsewhere."""
-    local = places.to(vectors.device) - first
+def candidates_here(vectors: Tensor, rows: Tensor, first: int) -> Tensor:
+    """The candidates (K, d) among the latents (N, d), which are those from row `first` on; zeros elsewhere."""
+    local = rows.to(vectors.device) - first
     here = (local >= 0) & (local < len(vectors))
-    found = vectors.new_zeros(len(places), vectors.shape[1])
+    found = vectors.new_zeros(len(rows), vectors.shape[1])
     found[here] = vectors[local[here]]
     return found

@@ -30,7 +30,7 @@ def seed_layers(seed: int, step: int, micro_step: int, rank: int) -> None:
 class DataOrder:
     """The endless order of the training rows: one permutation of 0..count-1 after another.
 
-    Step s takes places [s B, (s + 1) B) of it, so every row is seen once an epoch, batches are all full, a resumed run
+    Step s takes entries [s B, (s + 1) B) of it, so every row is seen once an epoch, batches are all full, a resumed run
     goes on at its step, and processes only share out a step's rows.
     """
 
@@ -48,7 +48,7 @@ class DataOrder:
 
     def batch(self, step: int) -> Tensor:
         """The rows of a step, (B,)."""
-        places = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = places // self.count
-        parts = [self.epoch(int(number))[places[epochs == number] % self.count] for number in epochs.unique()]
+        entries = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = entries // self.count
+        parts = [self.epoch(int(number))[entries[epochs == number] % self.count] for number in epochs.unique()]
         return torch.cat(parts)

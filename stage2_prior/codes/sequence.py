@@ -1,7 +1,7 @@
 """Tuples of code grids <-> sequences of tokens: the functions and their inverses side by side.
 
 A sequence runs through the levels, coarse to fine, each in raster order. Token = code + the sizes of the levels before,
-so that no two levels share a token. Position (level, row, column) belongs to the place, not to the token in it.
+so that no two levels share a token. Level, row and column are a position's coordinates, whatever token stands there.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class SequenceLayout:
         self.offsets = [0, *accumulate(num_codes)][:-1]
 
     def flat(self, grids: Codes) -> Tensor:
-        """Grids (B, h, w) a level, or (h, w) for B = 1, to their places (B, T)."""
+        """Grids (B, h, w) a level, or (h, w) for B = 1, to sequences of codes (B, T)."""
         return torch.cat([grid.reshape(-1, length) for grid, length in zip(grids, self.lengths, strict=True)], 1)
 
-    def grids_of(self, places: Tensor) -> Codes:
-        """The inverse: places (B, T) to grids (B, h, w) a level."""
-        return tuple(part.unflatten(1, grid) for part, grid in zip(places.split(self.lengths, 1), self.grids, strict=True))
+    def grids_of(self, sequences: Tensor) -> Codes:
+        """The inverse: sequences (B, T) to grids (B, h, w) a level."""
+        return tuple(part.unflatten(1, grid) for part, grid in zip(sequences.split(self.lengths, 1), self.grids, strict=True))
 
     def to_tokens(self, codes: Codes) -> Tensor:
         """Grids (B, h, w) a level to tokens (B, T)."""
@@ -43,16 +43,16 @@ class SequenceLayout:
         """Tokens (B, T) to grids (B, h, w) a level."""
         return tuple(grid - offset for grid, offset in zip(self.grids_of(tokens), self.offsets, strict=True))
 
-    def level_of(self, place: int) -> int:
-        """The level of a place."""
-        return bisect(list(accumulate(self.lengths)), place)
+    def level_of(self, position: int) -> int:
+        """The level of a position."""
+        return bisect(list(accumulate(self.lengths)), position)
 
-    def offset_before(self, place: int) -> int:
-        """What turns the code of the place before this one into its token."""
-        return self.offsets[self.level_of(place - 1)]
+    def offset_before(self, position: int) -> int:
+        """What turns the code of the position before this one into its token."""
+        return self.offsets[self.level_of(position - 1)]
 
-    def positions(self) -> Tensor:
-        """(T, 3): level, row and column of each place."""
+    def coordinates(self) -> Tensor:
+        """(T, 3): level, row and column of each position."""
         parts = []
         for level, (h, w) in enumerate(self.grids):
             rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -60,8 +60,8 @@ class SequenceLayout:
         return torch.cat(parts)
 
     def centres(self) -> Tensor:
-        """(T, 2): row and column of each place's centre, on all levels in the finest grid's codes, from 0 on."""
+        """(T, 2): row and column of each position's centre, on all levels in the finest grid's codes, from 0 on."""
         heights, widths = zip(*self.grids, strict=True)
         finest = torch.tensor([max(heights), max(widths)], dtype=torch.float32)
-        level = self.positions()[:, 0]
-        return (self.positions()[:, 1:] + 0.5) * finest / torch.tensor(self.grids)[level] - 0.5
+        level = self.coordinates()[:, 0]
+        return (self.coordinates()[:, 1:] + 0.5) * finest / torch.tensor(self.grids)[level] - 0.5

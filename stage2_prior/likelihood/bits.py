@@ -1,4 +1,4 @@
-"""How many bits a code costs: under a prior, place by place and label by label, and under what needs no model of context."""
+"""How many bits a code costs: under a prior, position by position and label by label, and under what needs no model of context."""
 
 from __future__ import annotations
 
@@ -47,39 +47,39 @@ class Likelihood:
     """Bits a token over some images, labels given where the prior knows them."""
 
     images: int
-    places: Tensor
-    """(T,): of each place."""
+    positions: Tensor
+    """(T,): of each position."""
     labels: dict[int, float]
     """Of each label there was; empty for a prior without labels."""
 
     @property
     def mean(self) -> float:
-        """Over all places."""
-        return float(self.places.mean())
+        """Over all positions."""
+        return float(self.positions.mean())
 
 
 @torch.no_grad()
 def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
     """The likelihood of those rows' images, each once, whatever the processes; `batch_size` at once on each of them."""
     prior.eval()
-    device, labelled = accelerator.device, prior.num_labels > 0 and store.labels is not None
-    # What a process has seen: nats of each place, and of each label's images; how many those are.
+    device, labelled = accelerator.device, prior.num_classes > 0 and store.labels is not None
+    # What a process has seen: nats of each position, and of each label's images; how many those are.
     nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=device)
-    of_labels, images = (torch.zeros(prior.num_labels + 1, dtype=torch.float64, device=device) for _ in range(2))
+    of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=device) for _ in range(2))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     for part in batches(len(mine), batch_size):
         codes = tuple(level.to(device) for level in store.codes(mine[part]))
         labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
         found = -prior.log_prob(codes, labels).double()
         nats += found.sum(0)
-        index = prior.labels_or_none(labels, len(found))
+        index = prior.labels_or_null(labels, len(found))
         of_labels.index_add_(0, index, found.mean(1))
         images.index_add_(0, index, torch.ones_like(found[:, 0]))
     totals = summed(accelerator, {"nats": nats, "of_labels": of_labels, "images": images})
     sums, counts = totals["of_labels"].tolist(), totals["images"].tolist()
     return Likelihood(
         images=len(rows),
-        places=(totals["nats"] / len(rows) / math.log(2)).cpu(),
+        positions=(totals["nats"] / len(rows) / math.log(2)).cpu(),
         labels={label: bits(sums[label] / count) for label, count in enumerate(counts) if count and labelled},
     )
 

@@ -44,7 +44,7 @@ def likelihood_report(
     channels, height, width = manifest.image_shape
     raw = raw_bits(height, width, channels)
     coded = found.mean * prior.layout.length
-    places = found.places.split(prior.layout.lengths)
+    positions = found.positions.split(prior.layout.lengths)
     names = manifest.label_names or []
     return {
         "images": {"train": seen.images, "validation": found.images},
@@ -57,9 +57,9 @@ def likelihood_report(
         "codes_bits_per_dim": coded / (channels * height * width),
         "levels": [
             {"grid": grid, "num_codes": k, "uniform": flat, "unigram": frequent, "validation": float(bits.mean())}
-            for grid, k, flat, frequent, bits in zip(manifest.grids, manifest.num_codes, uniform, unigram, places, strict=True)
+            for grid, k, flat, frequent, bits in zip(manifest.grids, manifest.num_codes, uniform, unigram, positions, strict=True)
         ],
-        "places": [bits.view(grid).tolist() for grid, bits in zip(manifest.grids, places, strict=True)],
+        "positions": [bits.view(grid).tolist() for grid, bits in zip(manifest.grids, positions, strict=True)],
         "labels": {names[label]: value for label, value in found.labels.items()},
         "validation_turned_at_step": turned_at(validations),
     }
@@ -113,15 +113,15 @@ def markdown(name: str, report: dict[str, Any]) -> str:
 
 
 def picture(path: Path, report: dict[str, Any]) -> None:
-    """A heat map a level, of the bits of each place, on one scale; then a bar a label."""
-    panels = len(report["places"]) + bool(report["labels"])
+    """A heat map a level, of the bits of each position, on one scale; then a bar a label."""
+    panels = len(report["positions"]) + bool(report["labels"])
     figure = Figure(figsize=(4.4 * panels, 3.8), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    flat = [value for grid in report["places"] for row in grid for value in row]
-    for number, (panel, grid) in enumerate(zip(axes[: len(report["places"])], report["places"], strict=True)):
+    flat = [value for grid in report["positions"] for row in grid for value in row]
+    for number, (panel, grid) in enumerate(zip(axes[: len(report["positions"])], report["positions"], strict=True)):
         shown = panel.imshow(grid, vmin=min(flat), vmax=max(flat), cmap="magma")
-        panel.set(title=f"level {number + 1}: bits of each place", xlabel="column", ylabel="row")
-    figure.colorbar(shown, ax=list(axes[: len(report["places"])]))
+        panel.set(title=f"level {number + 1}: bits of each position", xlabel="column", ylabel="row")
+    figure.colorbar(shown, ax=list(axes[: len(report["positions"])]))
     if report["labels"]:
         names, values = zip(*report["labels"].items(), strict=True)
         axes[-1].barh(range(len(names)), values)

@@ -1,4 +1,4 @@
-"""Causal self-attention over a sequence of places in grids, whole or one place at a time; what all priors attend with.
+"""Causal self-attention over a sequence of positions in grids, whole or one position at a time; what all priors attend with.
 
 Queries and keys are normalised (Henry et al. 2020) and turned by rotary positions (Su et al. 2021), of which one half of
 a head turns with the row and the other with the column.
@@ -17,7 +17,7 @@ _ROTARY_BASE = 100.0
 
 
 class KeyValueCache:
-    """Keys and values of all places, preallocated: (B, heads, T, head width) each."""
+    """Keys and values of all positions, preallocated: (B, heads, T, head width) each."""
 
     def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
         # Zeros, because a step of fixed shape multiplies what has not been written yet by a weight of zero.
@@ -57,31 +57,31 @@ class Attention(nn.Module):
         return query, key, parts[:, 2].to(query)
 
     def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
-        """(B, T, C) to the same shape; causal: a place attends to itself and those before it."""
+        """(B, T, C) to the same shape; causal: a position attends to itself and those before it."""
         query, key, value = self._separated(self.qkv(x), rotation)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
-        """An empty one for T = `length` places."""
+        """An empty one for T = `length` positions."""
         return KeyValueCache(batch, self.heads, length, self.head_width, self.out.weight)
 
-    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, place: int | Tensor) -> Tensor:
-        """(B, C) of one place to the same shape; its key and value are added to the cache.
+    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
+        """(B, C) of one position to the same shape; its key and value are added to the cache.
 
-        `place` as a number: attends to what the cache holds up to it. As a tensor (1,): to all of it under a mask, the
-        same kernels on the same shapes at every place, which is what a CUDA graph can replay.
+        `position` as a number: attends to what the cache holds up to it. As a tensor (1,): to all of it under a mask, the
+        same kernels on the same shapes at every position, which is what a CUDA graph can replay.
         """
         query, key, value = self._separated(of_few_rows(self.qkv, x)[:, None], rotation)
         keys, values = cache.keys, cache.values
-        if isinstance(place, int):
-            keys[:, :, place : place + 1] = key
-            values[:, :, place : place + 1] = value
-            attended = F.scaled_dot_product_attention(query, keys[:, :, : place + 1], values[:, :, : place + 1])
+        if isinstance(position, int):
+            keys[:, :, position : position + 1] = key
+            values[:, :, position : position + 1] = value
+            attended = F.scaled_dot_product_attention(query, keys[:, :, : position + 1], values[:, :, : position + 1])
         else:
-            keys.index_copy_(2, place, key)
-            values.index_copy_(2, place, value)
-            seen = torch.arange(keys.shape[2], device=keys.device)[None] <= place
+            keys.index_copy_(2, position, key)
+            values.index_copy_(2, position, value)
+            seen = torch.arange(keys.shape[2], device=keys.device)[None] <= position
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
         return of_few_rows(self.out, attended.flatten(1))
 
@@ -92,20 +92,20 @@ def of_few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
     return torch.mm(linear.weight, x.t()).t() if x.device.type == "cpu" else linear(x)
 
 
-def rotations(positions: Tensor, head_width: int) -> Tensor:
-    """Cosines and sines, (T, head_width / 2, 2), of the angles by which places at positions (T, 2) turn their pairs: the
+def rotations(coordinates: Tensor, head_width: int) -> Tensor:
+    """Cosines and sines, (T, head_width / 2, 2), of the angles by which positions with coordinates (T, 2) turn their pairs: the
     first half of them with the row, the second with the column.
 
-    Place t holds the code of place t-1 but is turned as place t, the one it predicts.
+    Position t holds the code of position t-1 but is turned as position t, the one it predicts.
     """
     quarter = head_width // 4
     frequencies = _ROTARY_BASE ** (-torch.arange(quarter) / quarter)
-    angles = (positions[..., None] * frequencies).flatten(1)
+    angles = (coordinates[..., None] * frequencies).flatten(1)
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (x_2i, x_2i+1) of (..., T, d) by its place's angle; `rotation` (T, d / 2, 2) has cosines and sines.
+    """Turn each pair (x_2i, x_2i+1) of (..., T, d) by its position's angle; `rotation` (T, d / 2, 2) has cosines and sines.
 
     As complex numbers, which is one pass through memory, and one back; torch.compile, which fuses passes, knows none.
     """

@@ -1,7 +1,7 @@
 """What every prior is: an autoregressive model of codes, p(level 1) p(level 2 | level 1) ..., each level in raster order.
 
-It sees integers only, never images or files. Training asks for all places at once (`forward`); sampling asks for one
-place after another (`step`), and a cache holds what the places before it have left. Both give the same logits.
+It sees integers only, never images or files. Training asks for all positions at once (`forward`); sampling asks for one
+position after another (`step`), and a cache holds what the positions before it have left. Both give the same logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stage1_vqvae.training.precision import full_precision
 from stage2_prior.codes.sequence import SequenceLayout
 
 Logits = tuple[Tensor, ...]
-"""(B, h w, K) a level: place by place in raster order, over that level's own codes."""
+"""(B, h w, K) a level: position by position in raster order, over that level's own codes."""
 
 
 class Sizes(NamedTuple):
@@ -57,19 +57,19 @@ class AutoregressivePrior(nn.Module, ABC):
     checkpointing: bool
     """Whether training computes each layer's inside twice instead of keeping it (Chen et al. 2016)."""
 
-    def __init__(self, layout: SequenceLayout, num_labels: int) -> None:
-        """`num_labels` 0: unconditional. The label index `num_labels` means none, and always has its embedding."""
+    def __init__(self, layout: SequenceLayout, num_classes: int) -> None:
+        """`num_classes` 0: unconditional. The label index `num_classes` means none, and always has its embedding."""
         super().__init__()
-        self.layout, self.num_labels = layout, num_labels
+        self.layout, self.num_classes = layout, num_classes
         self.checkpointing = False
 
     @abstractmethod
     def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
-        """Logits of every place given the codes before it, and the label.
+        """Logits of every position given the codes before it, and the label.
 
         Args:
-            codes: int64 (B, h, w) a level, all places.
-            labels: (B,) int64, `num_labels` where there is none; None: none anywhere.
+            codes: int64 (B, h, w) a level, all positions.
+            labels: (B,) int64, `num_classes` where there is none; None: none anywhere.
         """
 
     @abstractmethod
@@ -78,8 +78,8 @@ class AutoregressivePrior(nn.Module, ABC):
 
     @abstractmethod
     def step(self, code: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
-        """Logits (B, K) of the next place over the codes of its level, from the code (B,) of the place before (None at
-        the first) and the cache, which moves on by one place.
+        """Logits (B, K) of the next position over the codes of its level, from the code (B,) of the position before (None at
+        the first) and the cache, which moves on by one position.
         """
 
     def remarks(self) -> list[str]:
@@ -95,9 +95,9 @@ class AutoregressivePrior(nn.Module, ABC):
         """Where its weights are."""
         return next(self.parameters()).device
 
-    def labels_or_none(self, labels: Tensor | None, batch: int) -> Tensor:
+    def labels_or_null(self, labels: Tensor | None, batch: int) -> Tensor:
         """Labels (B,) as given, or the index that means none."""
-        return torch.full((batch,), self.num_labels, device=self.device) if labels is None else labels
+        return torch.full((batch,), self.num_classes, device=self.device) if labels is None else labels
 
 
 def code_losses(logits: Logits, codes: Codes) -> list[Tensor]:

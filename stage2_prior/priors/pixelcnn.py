@@ -1,13 +1,13 @@
 """The Gated PixelCNN (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders") over codes.
 
-A vertical stack sees the rows above, a horizontal stack the row to the left and, place by place, what the vertical one has
+A vertical stack sees the rows above, a horizontal stack the row to the left and, position by position, what the vertical one has
 found there: together every code before, without the blind spot of a single masked stack. The paper's masks are written as
 shifts: the codes enter one row further down in the one stack and one column further right in the other, and every
-convolution after that may end at its own place (mask B); the first one is a row and a column shorter (mask A), which
+convolution after that may end at its own position (mask B); the first one is a row and a column shorter (mask A), which
 leaves exactly the paper's field. Several levels: one network a level, which is given all codes of the levels above it, as
-in VQ-VAE-2 (Razavi et al. 2019, section 3.2), every one of them at every place.
+in VQ-VAE-2 (Razavi et al. 2019, section 3.2), every one of them at every position.
 
-Sampling computes only what is new: the vertical stack once a row, the horizontal one once a place (Ramachandran et al.
+Sampling computes only what is new: the vertical stack once a row, the horizontal one once a position (Ramachandran et al.
 2017, "Fast Generation for Convolutional Autoregressive Models").
 """
 
@@ -66,27 +66,27 @@ class PixelCNNPart(SizedByPreset, PriorPart):
         """See the base class."""
         return replace(self, **self.sizes()._asdict())
 
-    def build(self, layout: SequenceLayout, num_labels: int) -> PixelCNN:
+    def build(self, layout: SequenceLayout, num_classes: int) -> PixelCNN:
         """See the base class."""
-        return PixelCNN(self.resolved(), layout, num_labels)
+        return PixelCNN(self.resolved(), layout, num_classes)
 
 
 class PixelCNN(AutoregressivePrior):
     """p(level 1 | label) p(level 2 | level 1, label) ..., a network a level."""
 
-    def __init__(self, config: PixelCNNPart, layout: SequenceLayout, num_labels: int) -> None:
+    def __init__(self, config: PixelCNNPart, layout: SequenceLayout, num_classes: int) -> None:
         """`config` has its sizes in it (`resolved`); the rest as in the contract."""
-        super().__init__(layout, num_labels)
+        super().__init__(layout, num_classes)
         self.config = config
         self.networks = nn.ModuleList(  # type: ignore[assignment]
-            LevelNetwork(config, grid, layout.num_codes[: level + 1], num_labels) for level, grid in enumerate(layout.grids)
+            LevelNetwork(config, grid, layout.num_codes[: level + 1], num_classes) for level, grid in enumerate(layout.grids)
         )
 
     networks: Sequence[LevelNetwork]
 
     def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
         """See the contract."""
-        labels = self.labels_or_none(labels, len(codes[0]))
+        labels = self.labels_or_null(labels, len(codes[0]))
         return tuple(
             network(codes[level], network.context(codes[:level], labels), self.checkpointing and self.training)
             for level, network in enumerate(self.networks)
@@ -98,7 +98,7 @@ class PixelCNN(AutoregressivePrior):
         furthest = max(max(grid) for grid in self.layout.grids) - 1
         if self.config.attention_interval or reach >= furthest:
             return []
-        return [f"a place sees {reach} codes far, of {furthest}; more --prior.layers or a larger --prior.kernel_size see further"]
+        return [f"a position sees {reach} codes far, of {furthest}; more --prior.layers or a larger --prior.kernel_size see further"]
 
     def new_cache(self, batch: int) -> PixelCNNCache:
         """See the contract."""
@@ -112,25 +112,25 @@ class PixelCNN(AutoregressivePrior):
 class LevelNetwork(nn.Module):
     """One level's codes given the levels above and the label.
 
-    Tensors are (B, h, w, C), channels last, so that a place's channels are one stretch of memory in both ways of running.
+    Tensors are (B, h, w, C), channels last, so that a position's channels are one stretch of memory in both ways of running.
     """
 
-    def __init__(self, config: PixelCNNPart, grid: tuple[int, int], num_codes: Sequence[int], num_labels: int) -> None:
+    def __init__(self, config: PixelCNNPart, grid: tuple[int, int], num_codes: Sequence[int], num_classes: int) -> None:
         """`num_codes`: K of the levels above, then of this one."""
         super().__init__()
         width, self.grid = config.width, grid
-        # With attention, a row's first place starts from the code before it in the sequence: the places up to a place then
+        # With attention, a row's first position starts from the code before it in the sequence: the positions up to a position then
         # have between them every code before it, and whoever attends to them sees it.
         self.wraps = config.attention_interval > 0
         *above, own = num_codes
         self.token = nn.Embedding(own, width)
-        self.label = nn.Embedding(num_labels + 1, width)
-        self.places = nn.Parameter(torch.zeros(2, *grid, width))
+        self.label = nn.Embedding(num_classes + 1, width)
+        self.positions = nn.Parameter(torch.zeros(2, *grid, width))
         self.above = UpperLevels(above, width, config.heads, grid) if above else None
         self.layers = nn.ModuleList(self._layer(config, number) for number in range(config.layers))  # type: ignore[assignment]
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, own))
-        places = SequenceLayout([grid], [own]).centres()
-        self.register_buffer("rotations", rotations(places, width // config.heads), persistent=False)
+        coordinates = SequenceLayout([grid], [own]).centres()
+        self.register_buffer("rotations", rotations(coordinates, width // config.heads), persistent=False)
 
     layers: Sequence[GatedLayer]
     rotations: Tensor
@@ -142,7 +142,7 @@ class LevelNetwork(nn.Module):
         return GatedLayer(config.width, kernel, number == 0, config.dropout, config.heads if attends else 0)
 
     def context(self, above: Codes, labels: Tensor) -> Tensor:
-        """What every place is given: (B, 1, 1, C) from labels (B,), or (B, h, w, C) with codes of the levels above."""
+        """What every position is given: (B, 1, 1, C) from labels (B,), or (B, h, w, C) with codes of the levels above."""
         context = self.label(labels)[:, None, None]
         return context if self.above is None else context + self.above(above, self.rotations)
 
@@ -153,7 +153,7 @@ class LevelNetwork(nn.Module):
             right = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0)).view(embedded.shape)
         else:
             right = F.pad(embedded[:, :, :-1], (0, 0, 1, 0))
-        return down + self.places[0], right + self.places[1]
+        return down + self.positions[0], right + self.positions[1]
 
     def forward(self, codes: Tensor, context: Tensor, checkpointing: bool) -> Tensor:
         """Logits (B, h w, K) of codes (B, h, w)."""
@@ -166,7 +166,7 @@ class LevelNetwork(nn.Module):
 
 class UpperLevels(nn.Module):
     """Codes of the levels above, embedded, brought to this level's grid, and seen from all sides: near ones by convolutions,
-    all of them by attention, since no causal stack can carry what lies further on to a place before it.
+    all of them by attention, since no causal stack can carry what lies further on to a position before it.
     """
 
     def __init__(self, num_codes: Sequence[int], width: int, heads: int, grid: tuple[int, int]) -> None:
@@ -225,7 +225,7 @@ def gated(x: Tensor) -> Tensor:
 
 
 class GridAttention(nn.Module):
-    """x + attention over a grid's places. Causal, on the horizontal stack: that of PixelSNAIL (Chen et al. 2018); a place's
+    """x + attention over a grid's positions. Causal, on the horizontal stack: that of PixelSNAIL (Chen et al. 2018); a position's
     own features know only codes before it, so it may attend to itself.
     """
 
@@ -242,9 +242,9 @@ class GridAttention(nn.Module):
         """An empty one."""
         return self.attention.new_cache(batch, length)
 
-    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, place: int) -> Tensor:
-        """(B, C) of one place to the same shape."""
-        return x + self.attention.step(self.norm(x), rotation, cache, place)
+    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int) -> Tensor:
+        """(B, C) of one position to the same shape."""
+        return x + self.attention.step(self.norm(x), rotation, cache, position)
 
 
 class PixelCNNCache:
@@ -253,36 +253,36 @@ class PixelCNNCache:
     def __init__(self, prior: PixelCNN, batch: int) -> None:
         self._prior, self._batch = prior, batch
         self._codes = [torch.zeros(batch, *grid, dtype=torch.int64, device=prior.device) for grid in prior.layout.grids]
-        self._place = 0
+        self._position = 0
 
     def step(self, code: Tensor | None, labels: Tensor | None) -> Tensor:
         """See `AutoregressivePrior.step`."""
         if code is not None:
             self._note(code)
-        level, row, column = self._position(self._place)
+        level, row, column = self._coordinates(self._position)
         network = self._prior.networks[level]
         if row == column == 0:
             code = None
-            context = network.context(tuple(self._codes[:level]), self._prior.labels_or_none(labels, self._batch))
+            context = network.context(tuple(self._codes[:level]), self._prior.labels_or_null(labels, self._batch))
             self._rows = RowState(network, context)
         if column == 0:
             self._rows.begin_row(row, None if row == 0 else self._codes[level][:, row - 1])
-        logits = self._rows.next_place(column, code if column or network.wraps else None)
-        self._place += 1
+        logits = self._rows.next_position(column, code if column or network.wraps else None)
+        self._position += 1
         return logits
 
-    def _position(self, place: int) -> tuple[int, int, int]:
-        level = self._prior.layout.level_of(place)
+    def _coordinates(self, position: int) -> tuple[int, int, int]:
+        level = self._prior.layout.level_of(position)
         width = self._prior.layout.grids[level][1]
-        return level, *divmod(place - sum(self._prior.layout.lengths[:level]), width)
+        return level, *divmod(position - sum(self._prior.layout.lengths[:level]), width)
 
     def _note(self, code: Tensor) -> None:
-        level, row, column = self._position(self._place - 1)
+        level, row, column = self._coordinates(self._position - 1)
         self._codes[level][:, row, column] = code
 
 
 class RowState:
-    """One level's activations, row by row and place by place."""
+    """One level's activations, row by row and position by position."""
 
     def __init__(self, network: LevelNetwork, context: Tensor) -> None:
         self._network = network
@@ -301,7 +301,7 @@ class RowState:
     def begin_row(self, row: int, codes_above: Tensor | None) -> None:
         """The vertical stack's row, from the codes (B, w) of the row above it; None above the first."""
         network, self._row = self._network, row
-        x = network.places[0, row].expand(len(self._left[0]), -1, -1)
+        x = network.positions[0, row].expand(len(self._left[0]), -1, -1)
         if codes_above is not None:
             x = x + network.token(codes_above)  # (B, w, C)
         context = self._context[:, row % self._context.shape[1]]  # (B, 1 or w, C)
@@ -314,18 +314,18 @@ class RowState:
             x = x + gated(above + to_vertical)
             self._down.append(layer.down(above) + to_horizontal + layer.horizontal.bias)
 
-    def next_place(self, column: int, code_left: Tensor | None) -> Tensor:
-        """Logits (B, K) of a place, from the code (B,) to its left; None if there is none."""
+    def next_position(self, column: int, code_left: Tensor | None) -> Tensor:
+        """Logits (B, K) of a position, from the code (B,) to its left; None if there is none."""
         network = self._network
-        x = network.places[1, self._row, column].expand(len(self._left[0]), -1)
+        x = network.positions[1, self._row, column].expand(len(self._left[0]), -1)
         if code_left is not None:
             x = x + network.token(code_left)  # (B, C)
-        place = self._row * network.grid[1] + column
+        position = self._row * network.grid[1] + column
         states = zip(network.layers, self._left, self._kernels, self._down, self._attended, strict=True)
         for layer, left, kernel, down, attended in states:
             left[:, layer.reach - 1 + column] = x
             window = left[:, column : column + layer.reach].flatten(1)
             x = x + layer.out(gated(torch.addmm(down[:, column], window, kernel)))
             if layer.attention is not None and attended is not None:
-                x = layer.attention.step(x, network.rotations[place : place + 1], attended, place)
+                x = layer.attention.step(x, network.rotations[position : position + 1], attended, position)
         return network.head(x)

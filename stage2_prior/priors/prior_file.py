@@ -19,7 +19,7 @@ from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.priors.contract import AutoregressivePrior
 
-# Format of a prior's file: 3 since each kind of prior has fields of its own; 2 differs in nothing else.
+# Format of a prior's file: 3 since each kind of prior has fields of its own.
 _FORMAT = 3
 
 UNIFORM = "uniform"
@@ -111,5 +111,6 @@ def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "
     header = PriorHeader(**{**fields, "config": prior_from(fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
     prior = header.config.build(SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()))
-    prior.load_state_dict(weights)
+    # Until format 2 a PixelCNN's embeddings of positions were called places.
+    prior.load_state_dict({name.replace(".places", ".positions"): tensor for name, tensor in weights.items()})
     return prior.to(device).eval().requires_grad_(False), header

@@ -1,7 +1,7 @@
 """A decoder-only transformer over the sequence of codes.
 
-Normalisation before each part (Xiong et al. 2020), SwiGLU (Shazeer 2020), and attention as in attention.py. Place 0
-holds a start vector of its own, place t the code of place t-1; what each place has besides is the level, row and column
+Normalisation before each part (Xiong et al. 2020), SwiGLU (Shazeer 2020), and attention as in attention.py. Position 0
+holds a start vector of its own, position t the code of position t-1; what each position has besides is the level, row and column
 that it predicts, and the label. No embedding row is shared between start, label and codes of any level.
 """
 
@@ -54,9 +54,9 @@ class TransformerPart(SizedByPreset, PriorPart):
         """See the base class."""
         return replace(self, **self.sizes()._asdict())
 
-    def build(self, layout: SequenceLayout, num_labels: int) -> Transformer:
+    def build(self, layout: SequenceLayout, num_classes: int) -> Transformer:
         """See the base class."""
-        return Transformer(layout, num_labels, self.sizes(), self.dropout)
+        return Transformer(layout, num_classes, self.sizes(), self.dropout)
 
 
 @dataclass
@@ -64,21 +64,21 @@ class TransformerCache:
     """What sampling keeps."""
 
     layers: list[KeyValueCache]
-    embedded_places: Tensor
-    """(T, C): what each place has of its own."""
-    place: int = 0
+    embedded_positions: Tensor
+    """(T, C): what each position has of its own."""
+    position: int = 0
     """The next one."""
 
 
 class Transformer(AutoregressivePrior):
-    """p(codes | label), one place after another."""
+    """p(codes | label), one position after another."""
 
-    def __init__(self, layout: SequenceLayout, num_labels: int, sizes: Sizes, dropout: float) -> None:
-        """`layout` and `num_labels` as in the contract."""
-        super().__init__(layout, num_labels)
+    def __init__(self, layout: SequenceLayout, num_classes: int, sizes: Sizes, dropout: float) -> None:
+        """`layout` and `num_classes` as in the contract."""
+        super().__init__(layout, num_classes)
         layers, width, heads = sizes
         self.token = nn.Embedding(layout.vocabulary, width)
-        self.label = nn.Embedding(num_labels + 1, width)
+        self.label = nn.Embedding(num_classes + 1, width)
         self.start = nn.Parameter(torch.empty(width))
         heights, widths = zip(*layout.grids, strict=True)
         self.level, self.row, self.column = (nn.Embedding(n, width) for n in (len(layout.grids), max(heights), max(widths)))
@@ -87,11 +87,11 @@ class Transformer(AutoregressivePrior):
         self.norm = Norm(width)
         self.head = nn.Linear(width, layout.vocabulary, bias=False)
         self.register_buffer("rotations", rotations(layout.centres(), width // heads), persistent=False)
-        self.register_buffer("positions", torch.cat([layout.positions()[:, :1], layout.centres().round().long()], 1), persistent=False)
+        self.register_buffer("coordinates", torch.cat([layout.coordinates()[:, :1], layout.centres().round().long()], 1), persistent=False)
         self._initialise()
 
     rotations: Tensor
-    positions: Tensor
+    coordinates: Tensor
     blocks: Sequence[Block]
 
     def _initialise(self) -> None:
@@ -104,17 +104,17 @@ class Transformer(AutoregressivePrior):
             for projection in (block.attention.out, block.mlp.out):
                 nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
 
-    def _embedded_places(self) -> Tensor:
-        """(T, C): of each place's level, row and column."""
-        level, row, column = self.positions.unbind(1)
+    def _embedded_positions(self) -> Tensor:
+        """(T, C): of each position's level, row and column."""
+        level, row, column = self.coordinates.unbind(1)
         return self.level(level) + self.row(row) + self.column(column)
 
     def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
         """See the contract."""
         tokens = self.layout.to_tokens(codes)
         start = self.start.expand(len(tokens), 1, -1)
-        x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_places()  # (B, T, C)
-        x = self.dropout(x + self.label(self.labels_or_none(labels, len(tokens)))[:, None])
+        x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_positions()  # (B, T, C)
+        x = self.dropout(x + self.label(self.labels_or_null(labels, len(tokens)))[:, None])
         for block in self.blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, self.rotations, use_reentrant=False)
@@ -123,37 +123,37 @@ class Transformer(AutoregressivePrior):
         return tuple(self._logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
 
     def _logits(self, x: Tensor, level: int) -> Tensor:
-        """(..., C) at places of one level to logits (..., K) over its codes."""
+        """(..., C) at positions of one level to logits (..., K) over its codes."""
         offset = self.layout.offsets[level]
         return F.linear(self.norm(x), self.head.weight[offset : offset + self.layout.num_codes[level]])
 
     def new_cache(self, batch: int) -> TransformerCache:
         """See the contract."""
-        return TransformerCache([block.attention.new_cache(batch, self.layout.length) for block in self.blocks], self._embedded_places())
+        return TransformerCache([block.attention.new_cache(batch, self.layout.length) for block in self.blocks], self._embedded_positions())
 
     def step(self, code: Tensor | None, labels: Tensor | None, cache: TransformerCache) -> Tensor:
         """See the contract."""
-        place = cache.place
-        cache.place += 1
+        position = cache.position
+        cache.position += 1
         batch = len(cache.layers[0].keys)
-        x = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(place))
-        x = x + self.label(self.labels_or_none(labels, batch))
-        return self.next_logits(x, cache, place, self.layout.level_of(place))
+        x = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(position))
+        x = x + self.label(self.labels_or_null(labels, batch))
+        return self.next_logits(x, cache, position, self.layout.level_of(position))
 
-    def fixed_step(self, tokens: Tensor, labels: Tensor, cache: TransformerCache, place: Tensor, level: int) -> Tensor:
-        """`step` with the same shapes at every place, as a CUDA graph needs them: logits (B, K) of the place (1,), which is of
-        that level, from the token (B,) before it, and labels (B,). Place 0 has no token before it: any will do.
+    def fixed_step(self, tokens: Tensor, labels: Tensor, cache: TransformerCache, position: Tensor, level: int) -> Tensor:
+        """`step` with the same shapes at every position, as a CUDA graph needs them: logits (B, K) of the position (1,), which is of
+        that level, from the token (B,) before it, and labels (B,). Position 0 has no token before it: any will do.
         """
-        x = torch.where(place == 0, self.start, self.token(tokens)) + self.label(labels)
-        return self.next_logits(x, cache, place, level)
+        x = torch.where(position == 0, self.start, self.token(tokens)) + self.label(labels)
+        return self.next_logits(x, cache, position, level)
 
-    def next_logits(self, x: Tensor, cache: TransformerCache, place: int | Tensor, level: int) -> Tensor:
-        """Logits (B, K) of a place of that level, from code and label embedded, (B, C)."""
-        at = slice(place, place + 1) if isinstance(place, int) else place
-        x = x + cache.embedded_places[at]
+    def next_logits(self, x: Tensor, cache: TransformerCache, position: int | Tensor, level: int) -> Tensor:
+        """Logits (B, K) of a position of that level, from code and label embedded, (B, C)."""
+        at = slice(position, position + 1) if isinstance(position, int) else position
+        x = x + cache.embedded_positions[at]
         rotation = self.rotations[at]
         for block, kept in zip(self.blocks, cache.layers, strict=True):
-            x = block.step(x, rotation, kept, place)
+            x = block.step(x, rotation, kept, position)
         return self._logits(x, level)
 
 
@@ -173,9 +173,9 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
-    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, place: int | Tensor) -> Tensor:
-        """(B, C), one place alone; its key and value are added to the cache."""
-        x = x + self.attention.step(self.attention_norm(x), rotation, cache, place)
+    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
+        """(B, C), one position alone; its key and value are added to the cache."""
+        x = x + self.attention.step(self.attention_norm(x), rotation, cache, position)
         return x + self.mlp.step(self.mlp_norm(x))
 
 

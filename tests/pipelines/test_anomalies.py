@@ -43,7 +43,7 @@ def loaded(run: Path, name: str = "transformer") -> tuple[AutoregressivePrior, C
 
 
 def test_a_split_is_ranked_by_its_bits_and_compared_with_itself(run_copy: Path) -> None:
-    """Bits by hand, one image at a time, from the prior's steps, which sampling uses, not from its pass over all places."""
+    """Bits by hand, one image at a time, from the prior's steps, which sampling uses, not from its pass over all positions."""
     folder, rows = found_in(run_copy)
     assert {path.name for path in folder.iterdir()} == {"anomalies.png", "anomalies.csv", "maps"}
     prior, store = loaded(run_copy)
@@ -52,9 +52,9 @@ def test_a_split_is_ranked_by_its_bits_and_compared_with_itself(run_copy: Path) 
     expected = []
     for grid, label in zip(codes, store.labels, strict=True):
         cache, code, nats = prior.new_cache(1), None, 0.0
-        for place in grid.flatten():
-            nats -= float(prior.step(code, label[None], cache).double().log_softmax(-1)[0, place])
-            code = place[None]
+        for position in grid.flatten():
+            nats -= float(prior.step(code, label[None], cache).double().log_softmax(-1)[0, position])
+            code = position[None]
         expected.append(nats / math.log(2))
     bits = {int(row["name"].split("/")[1]): float(row["bits"]) for row in rows}
     assert [bits[number] for number in range(12)] == pytest.approx(expected, rel=1e-5)
@@ -112,9 +112,9 @@ def test_a_heat_map_holds_an_image_s_bits(grids: list[tuple[int, int]]) -> None:
     assert heat.shape == (4, *grids[-1])
     assert torch.allclose(heat.sum((1, 2)), bits.sum(1))
     # What one place costs more shows in the cells under it alone, in equal parts.
-    for place, (level, row, column) in enumerate(layout.positions().tolist()):
+    for position, (level, row, column) in enumerate(layout.coordinates().tolist()):
         more = bits.clone()
-        more[:, place] += 1
+        more[:, position] += 1
         change = heat_maps(more, layout)[0] - heat[0]
         (h, w), (high, wide) = grids[level], grids[-1]
         under = torch.tensor([[y * h // high == row and x * w // wide == column for x in range(wide)] for y in range(high)])

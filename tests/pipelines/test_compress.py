@@ -147,9 +147,9 @@ def test_any_byte_that_changed_is_noticed(compressed: Path) -> None:
     """Every byte of the file, each in one of its bits; every length it may be cut to; a byte more."""
     data = compressed.read_bytes()
     unpack(data, "")
-    for place in range(len(data)):
+    for position in range(len(data)):
         damaged = bytearray(data)
-        damaged[place] ^= 1 << (place % 8)
+        damaged[position] ^= 1 << (position % 8)
         with pytest.raises(UserError, match="here: expected"):
             unpack(bytes(damaged), "here")
     for length in range(len(data)):

@@ -149,12 +149,12 @@ def test_it_shows_what_the_run_holds(full_run: Path) -> None:
         f"MSE {stage1['validation']['mse']:.5f}",
         f"{stage1['validation']['usage']:.1%}",
         *(f"{likelihood[key]:.3f}" for key in ("validation", "train", "unigram", "uniform")),
-        *(f"{bits:.1f}" for row in likelihood["places"][0] for bits in row),
+        *(f"{bits:.1f}" for row in likelihood["positions"][0] for bits in row),
         *(f"{bits:.3f}" for bits in likelihood["labels"].values()),
         *("12.35", "classifier features; 40 samples of prior transformer"),
         *("Distances of 000", "Distances of 001", "A note of 001.", "neighbours"),
         *("across", "down", "8 x 12 pixels, colour", "2 x 3", "36 images", "12 images"),
-        *("tokenizer.num_codes", "horizontal_flip"),
+        *("tokenizer.quantizer.num_codes", "horizontal_flip"),
         *(history[0]["platform"], history[0]["python"], history[0]["versions"]["torch"], history[0]["time"][:10]),
     ]
     assert [text for text in shown if text not in page.text] == []
@@ -230,8 +230,8 @@ def test_it_says_what_is_missing_and_the_command_that_makes_it(run_copy: Path, o
 
 
 def test_the_template_is_installed_with_the_package() -> None:
-    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pipelines"]
-    assert {path.name for path in (REPOSITORY / "pipelines").glob("*.jinja")} == {"report.html.jinja"} == set(listed)
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pipelines.reporting"]
+    assert {path.name for path in (REPOSITORY / "pipelines" / "reporting").glob("*.jinja")} == {"report.html.jinja"} == set(listed)
 
 
 def test_made_again_it_takes_the_older_ones_place(run_copy: Path) -> None:

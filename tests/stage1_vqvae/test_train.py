@@ -318,7 +318,7 @@ def test_a_collapse_is_named_early_and_by_the_doctor(tiny_recipe: Path, tmp_path
     first = read_metrics(tmp_path / "run/stage1/metrics.jsonl")[0]
     assert first["step"] == 10
     assert "the codebook is collapsing" in first["warning"]
-    assert "tokenizer.restart_below" in first["warning"]
+    assert "tokenizer.quantizer.restart_below" in first["warning"]
     assert "step 10: the codebook is collapsing" in capsys.readouterr().out
     doctor(["--run", run])
     said = capsys.readouterr().out
@@ -375,7 +375,7 @@ def test_unequal_codebooks_stop_the_run(finished_run: Path) -> None:
 @pytest.mark.parametrize("kind", ["residual_shared", "product_residual_projected"])
 def test_many_levels_go_through_all_commands(kind: str, tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path / "run")
-    own = [text for key, value in {"code_dim": D, **KINDS[kind]}.items() for text in (f"--tokenizer.{key}", str(value))]
+    own = [f"--tokenizer.code_dim={D}", *(f"--tokenizer.quantizer.{key}={value}" for key, value in KINDS[kind].items())]
     main(["--config", str(tiny_recipe), "--run", str(run.path), "--stage1.steps", "4", *own])
     extract_codes(["--run", str(run.path)])
     store, tokenizer = CodeStore(run.codes / TRAIN), load_tokenizer(run)

@@ -66,19 +66,19 @@ def test_draws_follow_the_probabilities() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_guidance_scale_is_honoured(scale: float, schedule: str, kind: str) -> None:
-    """Against two full passes a place, logits combined by hand, in a greedy decode."""
+    """Against two full passes a position, logits combined by hand, in a greedy decode."""
     layout = SequenceLayout([(2, 3)], [7])
-    prior = build(kind, layout, num_labels=3).double()
+    prior = build(kind, layout, num_classes=3).double()
     labels, none = torch.tensor([0, 1, 2]), torch.full((3,), 3)
     config = Sampling(guidance=scale, guidance_schedule=schedule, temperature=0)  # type: ignore[arg-type]
     (grid,) = generate(prior, labels, uniforms(0, torch.arange(3), 6), config)
-    places = torch.zeros(3, 6, dtype=torch.int64)
-    for place in range(6):
-        way = {"constant": 1.0, "linear": place / 5, "cosine": 0.5 - 0.5 * math.cos(math.pi * place / 5)}[schedule]
+    sequences = torch.zeros(3, 6, dtype=torch.int64)
+    for position in range(6):
+        way = {"constant": 1.0, "linear": position / 5, "cosine": 0.5 - 0.5 * math.cos(math.pi * position / 5)}[schedule]
         here = 1 + way * (scale - 1)
-        conditional, unconditional = (prior(layout.grids_of(places), given)[0][:, place] for given in (labels, none))
-        places[:, place] = (unconditional + here * (conditional - unconditional)).argmax(-1)
-    assert torch.equal(grid.flatten(1), places)
+        conditional, unconditional = (prior(layout.grids_of(sequences), given)[0][:, position] for given in (labels, none))
+        sequences[:, position] = (unconditional + here * (conditional - unconditional)).argmax(-1)
+    assert torch.equal(grid.flatten(1), sequences)
 
 
 def test_guidance_schedules_rise_from_none_to_all() -> None:

@@ -100,7 +100,7 @@ def test_a_finished_prior_says_so_and_another_name_is_another_prior(
 def test_unconditional_priors(run_copy: Path) -> None:
     main(["--run", str(run_copy), "--prior.conditional", "false", "--name", "blind", "--stage2.steps", "2"])
     prior, header = load_prior(run_copy / "priors/blind/prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))
-    assert prior.num_labels == 0
+    assert prior.num_classes == 0
     assert header.label_names is None
     assert header.knows_no_label
 
@@ -198,9 +198,9 @@ def test_sizes_are_the_command_lines_then_the_presets_then_the_recipes(run_copy:
     ("arguments", "parts"),
     [
         (["--prior.kind", "uniform"], ["prior.kind", "uniform"]),
-        (["--prior.attention_interval", "1"], ["prior.attention_interval", "0 for a transformer", "1"]),
-        (["--prior.kind", "pixelcnn", "--prior.attention_interval", "16"], ["prior.attention_interval", "at most the 15 layers", "16"]),
-        (["--prior.kernel_size", "5"], ["prior.kernel_size", "transformer", "5"]),
+        (["--prior.attention_interval", "1"], ["--prior.attention_interval 1"]),
+        (["--prior.kind", "pixelcnn", "--prior.attention_interval", "16"], ["prior.attention_interval", "0 to the 15 layers", "16"]),
+        (["--prior.kernel_size", "5"], ["--prior.kernel_size 5"]),
         (["--prior.kind", "pixelcnn", "--prior.kernel_size", "4"], ["prior.kernel_size", "odd", "4"]),
         (["--prior.preset", "XL"], ["prior.preset", "XL"]),
         (["--prior.width", "20"], ["prior.width", "multiple of 4 x 2", "20"]),
@@ -236,7 +236,7 @@ def test_priors_of_an_older_format_are_refused(run_copy: Path, one_line_error: C
     path = run_copy / "priors" / "transformer" / "prior.safetensors"
     weights, header = load_weights(path, "prior")
     save_weights(path, weights, {**header, "format": 1})
-    assert "expected a prior of format 2, found 1" in one_line_error(sample, "--run", run_copy)
+    assert "expected a prior of format 3, found 1" in one_line_error(sample, "--run", run_copy)
 
 
 def test_codes_of_another_tokenizer_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:

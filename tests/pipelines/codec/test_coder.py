@@ -62,7 +62,7 @@ class Disturbed(AutoregressivePrior):
     """A prior whose logits are off by up to `by`: a stand-in for another machine's arithmetic."""
 
     def __init__(self, prior: AutoregressivePrior, by: float) -> None:
-        super().__init__(prior.config, prior.layout, prior.num_labels)
+        super().__init__(prior.layout, prior.num_classes)
         self.prior, self.by = prior, by
         self.generator = torch.Generator().manual_seed(0)
 
@@ -174,11 +174,11 @@ def test_the_payload_is_what_the_prior_says_within_a_percent_and_four_bytes(kind
     prior = prior_of(kind, LAYOUTS[layout])
     labels = torch.arange(images) % 5
     with torch.no_grad():
-        cache, places = prior.new_cache(images), []
+        cache, drawn = prior.new_cache(images), []
         for _ in range(prior.layout.length):
-            logits = prior.step(places[-1] if places else None, labels, cache)
-            places.append(torch.multinomial(logits.softmax(1), 1)[:, 0])
-        codes = prior.layout.grids_of(torch.stack(places, 1))
+            logits = prior.step(drawn[-1] if drawn else None, labels, cache)
+            drawn.append(torch.multinomial(logits.softmax(1), 1)[:, 0])
+        codes = prior.layout.grids_of(torch.stack(drawn, 1))
         own = float(-prior.log_prob(codes, labels).sum()) / math.log(2)
     encoding = encode(prior, codes, labels, batch_images(prior.layout, 64))
     assert encoding.bits == pytest.approx(own, rel=1e-9)

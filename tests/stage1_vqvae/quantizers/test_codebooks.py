@@ -8,7 +8,7 @@ import torch
 from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, MovingAverageCodebook
 from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.quantizers.initialisation import kmeans
-from stage1_vqvae.quantizers.restart import candidate_places
+from stage1_vqvae.quantizers.restart import candidate_rows
 from stage1_vqvae.training.optimizer import adamw, forget_rows_
 from tests.stage1_vqvae.quantizers.quantizer_kinds import D, build
 
@@ -194,12 +194,12 @@ def test_a_code_that_moved_has_no_momentum() -> None:
 
 
 def test_restart_places_are_distinct_while_they_last_and_depend_on_seed_step_and_codebook() -> None:
-    places = candidate_places(K, 48, seed=5, step=9, codebook=0)
-    assert len(set(places.tolist())) == K
-    assert int(places.max()) < 48
+    positions = candidate_rows(K, 48, seed=5, step=9, codebook=0)
+    assert len(set(positions.tolist())) == K
+    assert int(positions.max()) < 48
     for other in ((6, 9, 0), (5, 10, 0), (5, 9, 1)):
-        assert not torch.equal(places, candidate_places(K, 48, *other))
-    assert len(candidate_places(K, 5, 0, 0, 0)) == K
+        assert not torch.equal(positions, candidate_rows(K, 48, *other))
+    assert len(candidate_rows(K, 5, 0, 0, 0)) == K
 
 
 def test_kmeans_finds_separate_clusters() -> None:

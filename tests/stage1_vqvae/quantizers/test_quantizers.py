@@ -40,7 +40,7 @@ def test_codes_and_vectors_agree_by_lookup(kind: str, spatial: tuple[int, ...]) 
 
 
 def test_height_and_width_keep_their_places(kind: str) -> None:
-    """Each place is quantized by itself: a place moved moves its code and vector."""
+    """Each position is quantized by itself: a position moved moves its code and vector."""
     quantizer = build(kind).eval()
     z = latents(2, D, 3, 4)
     found, turned = quantizer(z), quantizer(z.transpose(2, 3))
@@ -102,7 +102,7 @@ def _inner(quantizer: Quantizer) -> Quantizer:
 
 
 def rotated_back(z: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
-    """Fifty et al. 2024: (|q| / |z|) R' gradient, with R built whole, as a plane rotation, for every place."""
+    """Fifty et al. 2024: (|q| / |z|) R' gradient, with R built whole, as a plane rotation, for every position."""
     result = torch.empty_like(z)
     for b, h, w in torch.cartesian_prod(*(torch.arange(size) for size in (z.shape[0], z.shape[2], z.shape[3]))):
         e, target = z[b, :, h, w].double(), q[b, :, h, w].double()

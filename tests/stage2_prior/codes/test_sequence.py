@@ -28,7 +28,7 @@ def test_positions_name_the_place_each_token_came_from() -> None:
     """Raster order, rows first, in a non-square grid."""
     grid = torch.arange(6).view(1, 2, 3)
     tokens = SequenceLayout([(2, 3)], [6]).to_tokens((grid,))[0]
-    for token, (level, row, column) in zip(tokens, SequenceLayout([(2, 3)], [6]).positions().tolist(), strict=True):
+    for token, (level, row, column) in zip(tokens, SequenceLayout([(2, 3)], [6]).coordinates().tolist(), strict=True):
         assert level == 0
         assert int(grid[0, row, column]) == int(token)
-    assert TWO_LEVELS.positions()[:, 0].tolist() == [0] * 6 + [1] * 20
+    assert TWO_LEVELS.coordinates()[:, 0].tolist() == [0] * 6 + [1] * 20

@@ -21,33 +21,33 @@ from stage2_prior.report import main
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, manifest, random_codes
 
 
-def store(folder: Path, images: int, num_labels: int) -> CodeStore:
+def store(folder: Path, images: int, num_classes: int) -> CodeStore:
     layout = LAYOUTS["top and bottom"]
     folder.mkdir()
-    content = manifest(layout, num_labels)
+    content = manifest(layout, num_classes)
     object.__setattr__(content, "rows", images)
     writer = CodeWriter(folder, content)
     codes = random_codes(layout, images)
-    writer.add([level[:, None] for level in codes], torch.arange(images) % 3 if num_labels else None)
+    writer.add([level[:, None] for level in codes], torch.arange(images) % 3 if num_classes else None)
     writer.close()
     return CodeStore(folder)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
-@pytest.mark.parametrize("num_labels", [0, 5])
-def test_every_figure_is_the_mean_it_says(tmp_path: Path, kind: str, num_labels: int) -> None:
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_every_figure_is_the_mean_it_says(tmp_path: Path, kind: str, num_classes: int) -> None:
     """Two levels of 2 and 8 codes; three of the five labels occur."""
-    prior = build(kind, LAYOUTS["top and bottom"], num_labels).double()
-    training, validation = store(tmp_path / "train", 40, num_labels), store(tmp_path / "validation", 7, num_labels)
+    prior = build(kind, LAYOUTS["top and bottom"], num_classes).double()
+    training, validation = store(tmp_path / "train", 40, num_classes), store(tmp_path / "validation", 7, num_classes)
     report = likelihood_report(Accelerator(cpu=True), prior, training, validation, 3, [])
     bits = -prior.log_prob(validation.codes(torch.arange(7)), validation.labels) / math.log(2)
     assert report["validation"] == pytest.approx(bits.mean().item())
     assert report["bits_per_image"]["prior"] == pytest.approx(bits.sum(1).mean().item())
     assert report["codes_bits_per_dim"] == pytest.approx(bits.sum(1).mean().item() / (3 * 8 * 8))
     assert [level["validation"] for level in report["levels"]] == pytest.approx([bits[:, :2].mean().item(), bits[:, 2:].mean().item()])
-    assert torch.tensor(report["places"][0]).flatten().tolist() == pytest.approx(bits[:, :2].mean(0).tolist())
-    assert torch.tensor(report["places"][1]).shape == (2, 4)
-    expected = {str(label): pytest.approx(bits[label::3].mean().item()) for label in range(3)} if num_labels else {}
+    assert torch.tensor(report["positions"][0]).flatten().tolist() == pytest.approx(bits[:, :2].mean(0).tolist())
+    assert torch.tensor(report["positions"][1]).shape == (2, 4)
+    expected = {str(label): pytest.approx(bits[label::3].mean().item()) for label in range(3)} if num_classes else {}
     assert report["labels"] == expected
     assert report["uniform"] == pytest.approx((2 * math.log2(4) + 8 * math.log2(6)) / 10)
     assert report["unigram"] == pytest.approx(mean_over_tokens(unigram_bits(training, validation), LAYOUTS["top and bottom"].grids))
@@ -61,7 +61,7 @@ def test_the_order_of_batches_does_not_matter(tmp_path: Path) -> None:
     prior = build("transformer", LAYOUTS["top and bottom"]).double()
     codes = store(tmp_path / "codes", 11, 5)
     whole, parts = (measure(Accelerator(cpu=True), prior, codes, torch.arange(11), size) for size in (11, 2))
-    assert torch.allclose(whole.places, parts.places)
+    assert torch.allclose(whole.positions, parts.positions)
     assert whole.labels == pytest.approx(parts.labels)
 
 

@@ -26,11 +26,11 @@ LAYOUTS = {
 }
 
 
-def build(kind: str, layout: SequenceLayout, num_labels: int = 5, **settings: Any) -> AutoregressivePrior:
+def build(kind: str, layout: SequenceLayout, num_classes: int = 5, **settings: Any) -> AutoregressivePrior:
     """In eval mode, with weights large enough for a difference to show."""
     torch.manual_seed(0)
     config = part_from("prior", {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0, **KINDS[kind], **settings})
-    prior = config.build(layout, num_labels)
+    prior = config.build(layout, num_classes)
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if config.kind == "transformer" else 0.15)
     return prior.eval()
@@ -40,14 +40,14 @@ def random_codes(layout: SequenceLayout, batch: int) -> tuple[torch.Tensor, ...]
     return tuple(torch.randint(k, (batch, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
 
 
-def manifest(layout: SequenceLayout, num_labels: int = 0) -> Manifest:
+def manifest(layout: SequenceLayout, num_classes: int = 0) -> Manifest:
     """Of a code store of that layout."""
     return Manifest(
         split="train",
         rows=1,
         grids=layout.grids,
         num_codes=layout.num_codes,
-        label_names=[str(label) for label in range(num_labels)] if num_labels else None,
+        label_names=[str(label) for label in range(num_classes)] if num_classes else None,
         augmentation="none",
         variants=1,
         image_shape=(3, 8, 8),

@@ -19,13 +19,13 @@ def network(grid: tuple[int, int], **settings: int) -> LevelNetwork:
 
 
 def dependencies(network: LevelNetwork, grid: tuple[int, int]) -> torch.Tensor:
-    """(T, T): whether the logits of a place have a gradient at the embedded code of another."""
+    """(T, T): whether the logits of a position have a gradient at the embedded code of another."""
     embedded: list[torch.Tensor] = []
     network.token.register_forward_hook(lambda _m, _i, output: (embedded.append(output.detach().requires_grad_()), embedded[-1])[1])
     logits = network(torch.randint(7, (1, *grid)), network.context((), torch.tensor([0])), False)[0]
     rows = []
-    for place in logits:
-        (gradient,) = torch.autograd.grad(place.square().sum(), embedded[0], retain_graph=True)
+    for position in logits:
+        (gradient,) = torch.autograd.grad(position.square().sum(), embedded[0], retain_graph=True)
         rows.append(gradient[0].abs().sum(-1).flatten() > 0)
     return torch.stack(rows)
 
@@ -42,12 +42,12 @@ def test_a_shallow_stack_sees_what_the_masks_leave(layers: int) -> None:
     """Rows up to 3 above in the first layer and 1 more in each after; as many columns to either side, but in its own row left only."""
     grid, reach = (9, 11), 3 + layers - 1
     found = dependencies(network(grid, layers=layers), grid)
-    for place in range(99):
-        row, column = divmod(place, 11)
+    for position in range(99):
+        row, column = divmod(position, 11)
         for other in range(99):
             up, aside = row - other // 11, other % 11 - column
             within = (up > 0 and up <= reach and abs(aside) <= reach) or (up == 0 and -reach <= aside < 0)
-            assert bool(found[place, other]) == within, (place, other)
+            assert bool(found[position, other]) == within, (position, other)
 
 
 def test_with_attention_a_shallow_stack_sees_everything_before() -> None:
@@ -58,7 +58,7 @@ def test_with_attention_a_shallow_stack_sees_everything_before() -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_shifted_convolutions_are_the_papers_masked_ones(first: bool) -> None:
     """A layer's own convolutions, on shifted inputs if it is the first, against k x k and 1 x k kernels with the weights that
-    masks A (first) and B leave at their places and zeros elsewhere.
+    masks A (first) and B leave at their positions and zeros elsewhere.
     """
     torch.manual_seed(0)
     kernel, width = (7 if first else 3), 4
@@ -87,7 +87,7 @@ def test_a_stack_too_shallow_for_its_grid_says_so() -> None:
         build_prior(PixelCNNPart(layers=layers, width=16, heads=4, attention_interval=attention), manifest(layout)).remarks()
         for layers, attention in ((5, 0), (13, 0), (5, 5))
     ]
-    assert told[0] == ["a place sees 7 codes far, of 15; more --prior.layers or a larger --prior.kernel_size see further"]
+    assert told[0] == ["a position sees 7 codes far, of 15; more --prior.layers or a larger --prior.kernel_size see further"]
     assert told[1:] == [[], []]
 
 

@@ -23,21 +23,21 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys()
 
 
 def rows_of(prior: AutoregressivePrior, codes: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> list[torch.Tensor]:
-    """Logits (B, K) of each place."""
+    """Logits (B, K) of each position."""
     return [row for level in prior(codes, labels) for row in level.unbind(1)]
 
 
 @layouts
 def test_each_place_depends_on_every_place_before_it_and_on_no_other(kind: str, layout: SequenceLayout) -> None:
-    """Another code at place j moves the logits of exactly the places after j: no blind spot, nothing from the future."""
+    """Another code at position j moves the logits of exactly the positions after j: no blind spot, nothing from the future."""
     prior = build(kind, layout, layers=4).double()
     codes, labels = random_codes(layout, 1), torch.tensor([2])
     base = rows_of(prior, codes, labels)
     for changed in range(layout.length):
-        places = layout.flat(codes).clone()
-        places[0, changed] = (places[0, changed] + 1) % layout.num_codes[layout.level_of(changed)]
-        moved = [not torch.equal(a, b) for a, b in zip(base, rows_of(prior, layout.grids_of(places), labels), strict=True)]
-        assert moved == [place > changed for place in range(layout.length)]
+        sequences = layout.flat(codes).clone()
+        sequences[0, changed] = (sequences[0, changed] + 1) % layout.num_codes[layout.level_of(changed)]
+        moved = [not torch.equal(a, b) for a, b in zip(base, rows_of(prior, layout.grids_of(sequences), labels), strict=True)]
+        assert moved == [position > changed for position in range(layout.length)]
 
 
 @pytest.mark.parametrize("sizes", [(3,), (3, 2), (2, 3)])
@@ -45,7 +45,7 @@ def test_probabilities_sum_to_one_over_all_codes(kind: str, sizes: tuple[int, ..
     """The chain of conditionals is one distribution: the sum of exp(log_prob) over all grids there are is 1."""
     layout = SequenceLayout([(1, 2)] * len(sizes) if len(sizes) > 1 else [(2, 2)], sizes)
     prior = build(kind, layout).double()
-    ranges = [torch.arange(layout.num_codes[layout.level_of(place)]) for place in range(layout.length)]
+    ranges = [torch.arange(layout.num_codes[layout.level_of(position)]) for position in range(layout.length)]
     every = layout.grids_of(torch.cartesian_prod(*ranges))
     log_prob = prior.log_prob(every, torch.full((len(every[0]),), 1))
     assert log_prob.shape == (len(every[0]), layout.length)
@@ -60,11 +60,11 @@ def test_cached_steps_give_the_logits_of_the_full_pass(kind: str, layout: Sequen
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
         prior.to(dtype)
         full = rows_of(prior, codes, labels)
-        cache, places = prior.new_cache(6), layout.flat(codes)
-        for place in range(layout.length):
-            step = prior.step(None if place == 0 else places[:, place - 1], labels, cache)
+        cache, sequences = prior.new_cache(6), layout.flat(codes)
+        for position in range(layout.length):
+            step = prior.step(None if position == 0 else sequences[:, position - 1], labels, cache)
             assert step.dtype == dtype
-            assert torch.allclose(step, full[place], atol=tolerance, rtol=tolerance)
+            assert torch.allclose(step, full[position], atol=tolerance, rtol=tolerance)
 
 
 def test_labels_matter_at_every_place_and_no_label_is_not_a_label(kind: str) -> None:
@@ -158,7 +158,7 @@ def test_mixed_precision_on_tiny_tensors(kind: str) -> None:
 def test_samples_follow_the_priors_own_probabilities(kind: str) -> None:
     """Frequencies of all 2^4 grids of two levels in 8,000 samples against exp(log_prob); 15 degrees of freedom, 99.9 % point 37.7."""
     layout = SequenceLayout([(1, 2), (1, 2)], [2, 2])
-    prior = build(kind, layout, num_labels=0)
+    prior = build(kind, layout, num_classes=0)
     for parameter in prior.parameters():
         parameter.data *= 0.5
     codes = generate(prior, None, uniforms(0, torch.arange(8_000), 4), Sampling())
@@ -216,7 +216,7 @@ def test_kept_codes_stay_and_the_others_follow_from_them(kind: str, layout: Sequ
 
 @layouts
 def test_everything_together_is_what_full_passes_give(kind: str, layout: SequenceLayout) -> None:
-    """Guidance on a schedule, temperature, top-k, top-p, min-p and kept codes, place by place without a cache."""
+    """Guidance on a schedule, temperature, top-k, top-p, min-p and kept codes, position by position without a cache."""
     prior = build(kind, layout).double()
     settings = {"guidance": 2.5, "guidance_schedule": "cosine", "temperature": 0.8, "top_k": 4, "top_p": 0.9, "min_p": 0.05}
     config = Sampling(**settings)  # type: ignore[arg-type]
@@ -224,13 +224,13 @@ def test_everything_together_is_what_full_passes_give(kind: str, layout: Sequenc
     kept = layout.grids_of(torch.arange(layout.length)[None] % 4 == 1)
     uniform = uniforms(3, torch.arange(4), layout.length)
     found = layout.flat(generate(prior, labels, uniform, config, given, kept))
-    places = layout.flat(given)
-    for place, scale in enumerate(guidance_scales(config, layout.length)):
-        if not layout.flat(kept)[0, place]:
-            codes = layout.grids_of(places)
-            logits = guided(rows_of(prior, codes, labels)[place], rows_of(prior, codes, none)[place], scale)
-            places[:, place] = draw(warp(logits, config), uniform[:, place])
-        assert torch.equal(found[:, place], places[:, place])
+    sequences = layout.flat(given)
+    for position, scale in enumerate(guidance_scales(config, layout.length)):
+        if not layout.flat(kept)[0, position]:
+            codes = layout.grids_of(sequences)
+            logits = guided(rows_of(prior, codes, labels)[position], rows_of(prior, codes, none)[position], scale)
+            sequences[:, position] = draw(warp(logits, config), uniform[:, position])
+        assert torch.equal(found[:, position], sequences[:, position])
 
 
 def test_what_is_not_finite_is_not_drawn_from(kind: str) -> None:

@@ -25,10 +25,10 @@ def test_start_labels_and_tokens_share_no_embedding() -> None:
 
 
 def test_a_place_knows_its_level_row_and_column() -> None:
-    """With all codes alike, no two places of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
+    """With all codes alike, no two positions of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
     prior = build("transformer", LAYOUTS["top and bottom"])
     assert isinstance(prior, Transformer)
-    embedded = prior._embedded_places()
+    embedded = prior._embedded_positions()
     assert len(embedded.unique(dim=0)) == prior.layout.length
     assert prior.layout.centres()[:2].tolist() == [[0.5, 0.5], [0.5, 2.5]]  # one row of two, over two rows of four
     assert prior.layout.centres()[2:4].tolist() == [[0, 0], [0, 1]]
@@ -50,16 +50,16 @@ def test_rotary_scores_depend_on_the_offset_between_places_alone() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_steps_of_fixed_shape_are_the_steps(layout: SequenceLayout) -> None:
-    """What a CUDA graph replays: the place as a tensor, attention over the whole cache under a mask."""
+    """What a CUDA graph replays: the position as a tensor, attention over the whole cache under a mask."""
     prior = build("transformer", layout).double()
     assert isinstance(prior, Transformer)
     codes, labels = random_codes(layout, 5), torch.arange(5)
-    cache, fixed, places = prior.new_cache(5), prior.new_cache(5), layout.flat(codes)
+    cache, fixed, positions = prior.new_cache(5), prior.new_cache(5), layout.flat(codes)
     tokens = layout.to_tokens(codes)
-    for place in range(layout.length):
-        step = prior.step(None if place == 0 else places[:, place - 1], labels, cache)
-        before = tokens[:, place - 1] if place else torch.zeros(5, dtype=torch.int64)
-        same = prior.fixed_step(before, labels, fixed, torch.tensor([place]), layout.level_of(place))
+    for position in range(layout.length):
+        step = prior.step(None if position == 0 else positions[:, position - 1], labels, cache)
+        before = tokens[:, position - 1] if position else torch.zeros(5, dtype=torch.int64)
+        same = prior.fixed_step(before, labels, fixed, torch.tensor([position]), layout.level_of(position))
         assert torch.allclose(step, same, atol=1e-12)
 
 
@@ -93,7 +93,7 @@ def test_replayed_steps_draw_the_same_codes(layout: SequenceLayout, guidance: fl
 
 
 def test_steps_of_fixed_shape_are_one_program() -> None:
-    """Traced once, whole, the program serves every place."""
+    """Traced once, whole, the program serves every position."""
     prior = build("transformer", LAYOUTS["one level"])
     assert isinstance(prior, Transformer)
     programs = []
@@ -106,14 +106,14 @@ def test_steps_of_fixed_shape_are_one_program() -> None:
     nothing = torch.zeros(2, dtype=torch.int64)
     with torch.no_grad():
         cache = prior.new_cache(2)
-        for place in range(4):
-            compiled(nothing, nothing, cache, torch.tensor([place]), 0)
+        for position in range(4):
+            compiled(nothing, nothing, cache, torch.tensor([position]), 0)
     assert len(programs) == 1
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("B", 111), ("L", 343)])
 def test_presets_have_the_sizes_of_the_literature(preset: str, millions: int) -> None:
-    """LlamaGen's B and L (Sun et al. 2024, table 1): 16,384 codes, 1,000 labels, 16 x 16 places."""
+    """LlamaGen's B and L (Sun et al. 2024, table 1): 16,384 codes, 1,000 labels, 16 x 16 positions."""
     with torch.device("meta"):
         prior = build_prior(TransformerPart(preset=preset), manifest(SequenceLayout([(16, 16)], [16_384]), 1000))  # type: ignore[arg-type]
     assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
