@@ -1,4 +1,4 @@
-"""What each process holds after a step (tests/ranks_dump.py): the same on all, and the same as one process alone."""
+"""What each process holds after a step (launched/ranks_dump.py): the same on all, and the same as one process alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from stage1_vqvae.training.metrics_log import read_metrics
 from tests.conftest import Script
-from tests.ranks_dump import NEXT
+from tests.launched.ranks_dump import NEXT
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, part
 from tests.stage2_prior.priors.prior_kinds import KINDS as PRIOR_KINDS
 
@@ -40,7 +40,7 @@ def steps_of_all_kinds(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Pa
                 0,
                 *settings,
             ]
-        done = script("tests/ranks_dump.py", folder / name, "stage1_vqvae.train", *runs, processes=processes)
+        done = script("tests/launched/ranks_dump.py", folder / name, "stage1_vqvae.train", *runs, processes=processes)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -78,7 +78,7 @@ def steps_of_priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path
             settings = [text for key, value in kind.items() for text in (f"--prior.{key}", value)]
             runs += [NEXT] if runs else []
             runs += ["--run", run, "--name", f"p{processes}-{number}", "--stage2.steps", "1", "--prior.dropout", "0", *settings]
-        done = script("tests/ranks_dump.py", folder / str(processes), "stage2_prior.train", *runs, processes=processes)
+        done = script("tests/launched/ranks_dump.py", folder / str(processes), "stage2_prior.train", *runs, processes=processes)
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -75,7 +75,7 @@ def test_replayed_steps_draw_the_same_codes(layout: SequenceLayout, guidance: fl
 
         def replay(self) -> None:
             held = self.steps
-            self.logits.copy_(held._prior.fixed_step(held._tokens, held._labels, held._cache, held._place, self.level))
+            self.logits.copy_(held._prior.fixed_step(held._tokens, held._labels, held._cache, held._position, self.level))
 
     def captured(steps: GraphedSteps, level: int) -> tuple[Replayed, torch.Tensor]:
         replayed = Replayed(steps, level)

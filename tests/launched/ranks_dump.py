@@ -1,8 +1,9 @@
 """Run a training script's `main` under a launcher, and keep every process's own weights and moments at each checkpoint.
 
-torchrun ... tests/ranks_dump.py FOLDER stage1_vqvae.train ARGUMENTS [NEXT ARGUMENTS ...]
+torchrun ... tests/launched/ranks_dump.py FOLDER stage1_vqvae.train ARGUMENTS [NEXT ARGUMENTS ...]
 
-Several runs may follow one another in the same processes; run number i dumps to FOLDER/i.
+Several runs may follow one another in the same processes; run number i dumps to FOLDER/i. In a folder of its own, since a
+script's folder is first on sys.path, and tests/ has folders that bear the packages' names.
 """
 
 from __future__ import annotations
