@@ -11,6 +11,7 @@ from pathlib import Path
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir, read_json
+from stage1_vqvae.metrics import compression_ratio
 from stage2_prior.codes.store import read_manifest
 
 
@@ -62,7 +63,7 @@ def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
         (f"bits a token: prior {name}", f"{found['validation']:.3f}"),
         ("bits a token: unigram", f"{found['unigram']:.3f}"),
         ("bits a token: uniform (log2 K)", f"{found['uniform']:.3f}"),
-        ("bits an image under the prior", f"{bits['prior']:.0f} ({bits['raw'] / bits['prior']:.1f} : 1)"),
+        ("bits an image under the prior", f"{bits['prior']:.0f} ({compression_ratio(bits['raw'], bits['prior']):.1f} : 1)"),
         ("minutes of stage 2", f"{report['minutes']:.1f}"),
     ]
 

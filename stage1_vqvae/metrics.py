@@ -70,6 +70,11 @@ def index_bits(grids: Sequence[tuple[int, int]], num_codes: Sequence[int]) -> fl
     return sum(h * w * math.log2(k) for (h, w), k in zip(grids, num_codes, strict=True))
 
 
+def compression_ratio(raw: float, coded: float) -> float:
+    """How many times as many bits images take raw as coded; infinite where a prior is sure of every code."""
+    return raw / coded if coded > 0 else math.inf
+
+
 def raw_bits(height: int, width: int, channels: int) -> int:
     """Bits of one image as 8-bit pixels."""
     return height * width * channels * 8

@@ -27,6 +27,7 @@ from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.metrics import compression_ratio
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.averaging import WeightAverage
@@ -259,7 +260,7 @@ def write_results(
     learned = f"learned prior {likelihood['validation']:.3f} (step {report['best_step']})"
     print(f"validation bits a token: {learned}, unigram {likelihood['unigram']:.3f}, uniform {likelihood['uniform']:.3f}")
     raw, indices, coded = likelihood["bits_per_image"].values()
-    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {raw / coded:.1f}")
+    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {compression_ratio(raw, coded):.1f}")
     print(f"wrote {run.show(folder / 'prior.safetensors')}; beside it likelihood.md, likelihood.png, training.png")
 
 

@@ -298,7 +298,8 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
     # Reports written before format 3 call them places.
     grids = measured["positions"] if "positions" in measured else measured["places"]
     flat = [bits for grid in grids for row in grid for bits in row]
-    dearest = max(measured["labels"].values(), default=1.0)
+    # A prior that is sure of every code makes all classes free.
+    dearest = max(measured["labels"].values(), default=0.0) or 1.0
     turned = measured["validation_turned_at_step"]
     references = {key: measured[key] for key in ("unigram", "uniform")}
     return PriorReport(
