@@ -23,19 +23,20 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from configs.errors import UserError, fail
 from configs.former import SPELLINGS, current_prior, current_tokenizer
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
-from configs.run_dir import REPOSITORY, RunDir
+from configs.run_dir import RunDir, runs_folder, typed
 from configs.schema import Recipe
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-DEFAULT_RECIPE = REPOSITORY / "configs" / "digits.yaml"
-TRAIN_TOKENIZER = "accelerate launch stage1_vqvae/train.py"
-EXTRACT_CODES = "python stage2_prior/extract_codes.py"
-TRAIN_PRIOR = "accelerate launch stage2_prior/train.py"
-SAMPLE = "python pipelines/sample.py --n 64"
-SUMMARY = "python pipelines/summary.py"
-EVALUATE = "python pipelines/evaluate.py"
-REPORT = "python pipelines/report.py"
+RECIPES = Path(__file__).resolve().parent
+DEFAULT_RECIPE = RECIPES / "digits.yaml"
+TRAIN_TOKENIZER = typed("stage1_vqvae/train.py", launched=True)
+EXTRACT_CODES = typed("stage2_prior/extract_codes.py")
+TRAIN_PRIOR = typed("stage2_prior/train.py", launched=True)
+SAMPLE = typed("pipelines/sample.py") + " --n 64"
+SUMMARY = typed("pipelines/summary.py")
+EVALUATE = typed("pipelines/evaluate.py")
+REPORT = typed("pipelines/report.py")
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Recipe)
 """The recipe's sections and their classes; that of a section which is a part is the base of all its kinds."""
@@ -63,7 +64,7 @@ class Command:
         last = RunDir.last_touched()
         if last is not None and last.path.resolve() == self.run.path.resolve():
             return command
-        name = self.run.path.name if self.run.path.parent == REPOSITORY / "runs" else str(self.run)
+        name = self.run.path.name if self.run.path.parent == runs_folder() else str(self.run)
         return f"{command} --run {shlex.quote(name)}"
 
 
@@ -227,7 +228,7 @@ def parse(
     """
     argv = [_spelled(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     where = _WhereParser(add_help=False, allow_abbrev=False)
-    where.add_argument("--config", type=Path)
+    where.add_argument("--config", type=_recipe_path)
     where.add_argument("--run")
     where.add_argument("--name")
     where.add_argument("--prior.preset", dest="preset")
@@ -276,6 +277,13 @@ def _spelled(argument: str) -> str:
     if name in FAMILIES and "." in name:
         name += ".kind"
     return f"--{name}{equals}{value}"
+
+
+def _recipe_path(typed: str) -> Path:
+    """The recipe file meant: as typed, or the one of that name that comes with the code, where nothing stands at the path."""
+    path = Path(typed)
+    shipped = RECIPES / path.name
+    return shipped if not path.exists() and str(path.parent) in (".", RECIPES.name) and shipped.exists() else path
 
 
 def _part(recipe: Recipe, family: str) -> Any:

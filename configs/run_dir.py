@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,8 +34,22 @@ from filelock import FileLock, Timeout
 from configs.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+"""Where the packages stand: the checkout, or, if they were installed without `-e`, site-packages."""
 _LOCK = ".lock"
 _VERSIONS_OF = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def checkout() -> Path | None:
+    """The checkout that the code runs from: that of the packages, or that of the script being run; None: there is none."""
+    for root in (REPOSITORY, Path(sys.argv[0]).resolve().parent.parent):
+        if (root / "pyproject.toml").is_file() and (root / "configs" / "run_dir.py").is_file():
+            return root
+    return None
+
+
+def runs_folder() -> Path:
+    """Where named runs lie: `runs/` of the checkout that the code runs from, otherwise of the working directory."""
+    return (checkout() or Path.cwd()) / "runs"
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
@@ -136,14 +151,14 @@ class RunDir:
 
     @classmethod
     def named(cls, run: str) -> RunDir:
-        """A bare name lies in the repository's `runs/`; anything with a separator is a path."""
+        """A bare name lies in `runs_folder`; anything with a separator is a path."""
         is_path = os.sep in run or run in (".", "..") or run.startswith("~")
-        return cls(Path(run).expanduser() if is_path else REPOSITORY / "runs" / run)
+        return cls(Path(run).expanduser() if is_path else runs_folder() / run)
 
     @classmethod
     def last_touched(cls) -> RunDir | None:
-        """The run of the repository's `runs/` in which a command started last; None if there is none."""
-        runs = [cls(recipe.parent) for recipe in (REPOSITORY / "runs").glob("*/recipe.yaml")]
+        """The run of `runs_folder` in which a command started last; None if there is none."""
+        runs = [cls(recipe.parent) for recipe in runs_folder().glob("*/recipe.yaml")]
         return max(runs, key=RunDir._touched, default=None)
 
     def _touched(self) -> float:
@@ -235,8 +250,11 @@ class RunDir:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with a mark if files differ from it; None outside git."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The checkout's commit, with a mark if files differ from it; None outside git."""
+    root = checkout()
+    if root is None:  # site-packages may lie in somebody else's repository
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -244,6 +262,16 @@ def _commit() -> str | None:
 
 
 def program() -> str:
-    """The script being run, as the history names it: its path in the repository."""
+    """The script being run, as the history names it: its path in the checkout, or among the packages."""
     script = Path(sys.argv[0]).resolve()
-    return str(script.relative_to(REPOSITORY)) if script.is_relative_to(REPOSITORY) else script.name
+    root = next((root for root in (checkout(), REPOSITORY) if root is not None and script.is_relative_to(root)), script.parent)
+    return str(script.relative_to(root))
+
+
+def typed(script: str, launched: bool = False) -> str:
+    """The command of a script (its path in the repository) as a user types it where they stand: with its path where there is a
+    checkout, otherwise as the installed module; `launched` by Accelerate.
+    """
+    root = checkout()
+    what = f"-m {script.removesuffix('.py').replace('/', '.')}" if root is None else shlex.quote(RunDir.show(root / script))
+    return f"{'accelerate launch' if launched else 'python'} {what}"

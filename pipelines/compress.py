@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import program, write_bytes
+from configs.run_dir import program, typed, write_bytes
 from pipelines.codec.code_file import SUFFIX, CodeFile, Sizes, pack, run_fingerprint, unpack
 from pipelines.codec.coder import Encoding, batch_images, decode, encode
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for, unique_names
@@ -116,7 +116,7 @@ def report(command: Command, output: Path, encoding: Encoding, sizes: Sizes, pix
     own = encoding.bits / 8
     above = f", the payload {sizes.payload / own - 1:.2%} above" if own else ""
     print(f"the prior's own -log2 p: {own:.1f} bytes{above}; logits kept {encoding.clearance:.1g} clear of rounding boundaries")
-    print(f"next: {command.next(f'python pipelines/decompress.py --file {shlex.quote(command.run.show(output))}')}")
+    print(f"next: {command.next(typed('pipelines/decompress.py') + f' --file {shlex.quote(command.run.show(output))}')}")
 
 
 if __name__ == "__main__":

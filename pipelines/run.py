@@ -27,7 +27,7 @@ from typing import Any
 
 from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, load_recipe, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import REPOSITORY, RunDir, read_json
+from configs.run_dir import REPOSITORY, RunDir, read_json, runs_folder, typed
 from pipelines.images.provenance import agrees, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage2_prior.priors.prior_file import UNIFORM
@@ -53,8 +53,7 @@ class Step:
 
     def typed(self) -> str:
         """The command as a user would type it where they stand."""
-        program = ["accelerate", "launch"] if self.launched else ["python"]
-        return shlex.join([*program, RunDir.show(REPOSITORY / self.script), *self.arguments])
+        return f"{typed(self.script, self.launched)} {shlex.join(self.arguments)}"
 
     def started(self) -> list[str]:
         """The same, in this environment."""
@@ -108,7 +107,7 @@ def steps(command: Command) -> list[Step]:
     run = command.run
     named = command.options.config or command.options.run
     begins = [*([] if named else ["--config", RunDir.show(DEFAULT_RECIPE)]), *command.arguments]
-    here = ["--run", run.path.name if run.path.parent == REPOSITORY / "runs" else str(run)]
+    here = ["--run", run.path.name if run.path.parent == runs_folder() else str(run)]
     # Stage 1 takes these even where the run's recipe says otherwise, so that they have to be handed on.
     compute = options_of(command, "compute")
     evaluation = [f"--{name.removeprefix('--evaluation.')}" for name in options_of(command, "evaluation")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
 from configs.errors import run_entry
-from configs.run_dir import RunDir, read_json
+from configs.run_dir import RunDir, read_json, typed
 from stage1_vqvae.metrics import compression_ratio
 from stage2_prior.codes.store import read_manifest
 
@@ -56,7 +56,7 @@ def codes_row(folder: Path) -> str:
 def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
     """Stage 2's result on the validation split, beside what needs no learning."""
     if not (run.prior(name) / "likelihood.json").exists():
-        return [(f"bits a token: prior {name}", f"not known; python stage2_prior/report.py --prior {name} --run {run}")]
+        return [(f"bits a token: prior {name}", f"not known; {typed('stage2_prior/report.py')} --prior {name} --run {run}")]
     report, found = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
     bits = found["bits_per_image"]
     return [

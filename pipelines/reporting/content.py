@@ -11,7 +11,7 @@ import yaml
 
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
-from configs.run_dir import RunDir, read_json
+from configs.run_dir import RunDir, read_json, typed
 from configs.schema import Recipe, Sampling
 from pipelines.images.provenance import identity, outputs, seen
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
@@ -19,7 +19,7 @@ from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import Manifest, read_manifest
 from stage2_prior.priors.prior_file import UNIFORM
 
-_MEASURE_PRIOR = "python stage2_prior/report.py"
+_MEASURE_PRIOR = typed("stage2_prior/report.py")
 
 _STAGE1_CURVES = {"loss": "loss", "psnr": "PSNR, dB", "usage": "codebook usage", "perplexity": "codebook perplexity"}
 _STAGE2_CURVES = {"bits_per_token": "bits a token"}

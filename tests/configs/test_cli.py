@@ -184,7 +184,7 @@ def test_later_commands_take_the_runs_recipe_and_their_own_sections_only(finishe
 
 
 def test_config_selects_the_recipes_run_and_the_run_last_touched_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("configs.run_dir.REPOSITORY", tmp_path)
+    monkeypatch.setattr("configs.run_dir.runs_folder", lambda: tmp_path / "runs")
     for age, name in ((30, "old"), (10, "digits"), (20, "other")):
         run = RunDir.named(name)
         run.path.mkdir(parents=True)
