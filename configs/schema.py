@@ -181,7 +181,7 @@ class Extraction:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorPart(Part):
-    """The autoregressive model of the codes. `build(layout, num_classes)` makes it."""
+    """The autoregressive model of the codes. `build(layout, num_classes, num_variants)` makes it."""
 
     dropout: float = 0.1
     """Share of activations dropped in training, where the kind says."""

@@ -180,11 +180,11 @@ def train(
             step_loss = torch.zeros((), device=accelerator.device)
             for micro_step in range(config.accumulation):
                 share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-                codes, given = training_codes(accelerator, prior, training, rows, share, config, step)
+                codes, *given = training_codes(accelerator, prior, training, rows, share, config, step)
                 seed_layers(config.seed, step, micro_step, rank)
                 last = micro_step == config.accumulation - 1
                 with nullcontext() if last else accelerator.no_sync(model):
-                    loss = torch.cat(code_losses(model(codes, given), codes), 1).mean() / config.accumulation
+                    loss = torch.cat(code_losses(model(codes, *given), codes), 1).mean() / config.accumulation
                     accelerator.backward(loss)
                 step_loss += loss.detach()
             if config.clip_norm > 0:
@@ -266,14 +266,17 @@ def write_results(
 
 def training_codes(
     accelerator: Accelerator, prior: AutoregressivePrior, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
-) -> tuple[Codes, Tensor | None]:
-    """This micro-step's codes (b, h, w) a level and labels (b,): variants and hidden labels are drawn for (seed, step, position)."""
-    variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))
-    codes = tuple(level.to(accelerator.device) for level in training.codes(rows[share], variants[share]))
+) -> tuple[Codes, Tensor | None, Tensor]:
+    """This micro-step's codes (b, h, w) a level, labels and variants (b,): which variant and whose label is hidden is drawn for
+    (seed, step, number in the batch).
+    """
+    variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
+    codes = tuple(level.to(accelerator.device) for level in training.codes(rows[share], variants))
+    variants = variants.to(accelerator.device)
     if prior.num_classes == 0 or training.labels is None:
-        return codes, None
+        return codes, None, variants
     hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-    return codes, training.labels[rows[share]].masked_fill(hidden[share], prior.num_classes).to(accelerator.device)
+    return codes, training.labels[rows[share]].masked_fill(hidden[share], prior.num_classes).to(accelerator.device), variants
 
 
 if __name__ == "__main__":

@@ -51,25 +51,41 @@ class SizedByPreset:
         return found
 
 
+class VariantEmbedding(nn.Embedding):
+    """What a prior is told of the variant that codes are of; nothing of the image itself, variant 0, whose row stays zero.
+
+    Non-leaking augmentation (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix
+    F.2): a prior that knows that codes are of a shifted image need not believe that images are shifted, and draws none that is.
+    """
+
+    def __init__(self, num_variants: int, width: int) -> None:
+        super().__init__(num_variants, width, padding_idx=0)
+        # Training begins as if all were variant 0.
+        nn.init.zeros_(self.weight)
+
+
 class AutoregressivePrior(nn.Module, ABC):
     """The contract."""
 
     checkpointing: bool
     """Whether training computes each layer's inside twice instead of keeping it (Chen et al. 2016)."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int) -> None:
-        """`num_classes` 0: unconditional. The label index `num_classes` means none, and always has its embedding."""
+    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> None:
+        """`num_classes` 0: unconditional. The label index `num_classes` means none, and always has its embedding. `num_variants`:
+        of the images that codes to train on are of, the image itself among them.
+        """
         super().__init__()
-        self.layout, self.num_classes = layout, num_classes
+        self.layout, self.num_classes, self.num_variants = layout, num_classes, num_variants
         self.checkpointing = False
 
     @abstractmethod
-    def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
+    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
         """Logits of every position given the codes before it, and the label.
 
         Args:
             codes: int64 (B, h, w) a level, all positions.
             labels: (B,) int64, `num_classes` where there is none; None: none anywhere.
+            variants: (B,) int64, which variant of its image each row is of, in training; None: the images themselves.
         """
 
     @abstractmethod

@@ -14,14 +14,14 @@ class GraphedTransformer(AutoregressivePrior):
     """A transformer whose steps are replayed; otherwise the transformer itself."""
 
     def __init__(self, prior: Transformer) -> None:
-        super().__init__(prior.layout, prior.num_classes)
+        super().__init__(prior.layout, prior.num_classes, prior.num_variants)
         self.prior = prior
         self._steps: GraphedSteps | None = None
         self.train(prior.training)
 
-    def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
+    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
         """See the contract."""
-        return self.prior(codes, labels)
+        return self.prior(codes, labels, variants)
 
     def new_cache(self, batch: int) -> GraphedSteps:
         """See the contract. The graphs of the last batch size are kept, so only one cache may be in use at a time."""

@@ -27,7 +27,7 @@ from stage1_vqvae.networks.convolutional import ResidualBlock
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import Attention, KeyValueCache, Norm, rotations
-from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes
+from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
 
 _FIRST_KERNEL = 7
 
@@ -66,29 +66,29 @@ class PixelCNNPart(SizedByPreset, PriorPart):
         """See the base class."""
         return replace(self, **self.sizes()._asdict())
 
-    def build(self, layout: SequenceLayout, num_classes: int) -> PixelCNN:
+    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> PixelCNN:
         """See the base class."""
-        return PixelCNN(self.resolved(), layout, num_classes)
+        return PixelCNN(self.resolved(), layout, num_classes, num_variants)
 
 
 class PixelCNN(AutoregressivePrior):
     """p(level 1 | label) p(level 2 | level 1, label) ..., a network a level."""
 
-    def __init__(self, config: PixelCNNPart, layout: SequenceLayout, num_classes: int) -> None:
+    def __init__(self, config: PixelCNNPart, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> None:
         """`config` has its sizes in it (`resolved`); the rest as in the contract."""
-        super().__init__(layout, num_classes)
+        super().__init__(layout, num_classes, num_variants)
         self.config = config
         self.networks = nn.ModuleList(  # type: ignore[assignment]
-            LevelNetwork(config, grid, layout.num_codes[: level + 1], num_classes) for level, grid in enumerate(layout.grids)
+            LevelNetwork(config, grid, layout.num_codes[: level + 1], num_classes, num_variants) for level, grid in enumerate(layout.grids)
         )
 
     networks: Sequence[LevelNetwork]
 
-    def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
+    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
         """See the contract."""
         labels = self.labels_or_null(labels, len(codes[0]))
         return tuple(
-            network(codes[level], network.context(codes[:level], labels), self.checkpointing and self.training)
+            network(codes[level], network.context(codes[:level], labels, variants), self.checkpointing and self.training)
             for level, network in enumerate(self.networks)
         )
 
@@ -115,7 +115,9 @@ class LevelNetwork(nn.Module):
     Tensors are (B, h, w, C), channels last, so that a position's channels are one stretch of memory in both ways of running.
     """
 
-    def __init__(self, config: PixelCNNPart, grid: tuple[int, int], num_codes: Sequence[int], num_classes: int) -> None:
+    def __init__(
+        self, config: PixelCNNPart, grid: tuple[int, int], num_codes: Sequence[int], num_classes: int, num_variants: int = 1
+    ) -> None:
         """`num_codes`: K of the levels above, then of this one."""
         super().__init__()
         width, self.grid = config.width, grid
@@ -125,6 +127,7 @@ class LevelNetwork(nn.Module):
         *above, own = num_codes
         self.token = nn.Embedding(own, width)
         self.label = nn.Embedding(num_classes + 1, width)
+        self.variant = VariantEmbedding(num_variants, width) if num_variants > 1 else None
         self.positions = nn.Parameter(torch.zeros(2, *grid, width))
         self.above = UpperLevels(above, width, config.heads, grid) if above else None
         self.layers = nn.ModuleList(self._layer(config, number) for number in range(config.layers))  # type: ignore[assignment]
@@ -141,9 +144,11 @@ class LevelNetwork(nn.Module):
         kernel = config.kernel_size if number else _FIRST_KERNEL
         return GatedLayer(config.width, kernel, number == 0, config.dropout, config.heads if attends else 0)
 
-    def context(self, above: Codes, labels: Tensor) -> Tensor:
-        """What every position is given: (B, 1, 1, C) from labels (B,), or (B, h, w, C) with codes of the levels above."""
+    def context(self, above: Codes, labels: Tensor, variants: Tensor | None = None) -> Tensor:
+        """What every position is given: (B, 1, 1, C) from labels and variants (B,), or (B, h, w, C) with codes of the levels above."""
         context = self.label(labels)[:, None, None]
+        if variants is not None and self.variant is not None:
+            context = context + self.variant(variants)[:, None, None]
         return context if self.above is None else context + self.above(above, self.rotations)
 
     def inputs(self, embedded: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ class PriorHeader:
     knows_no_label: bool
     """Whether it has learned p(codes) too, which guidance needs: label dropout was on, or there are no labels."""
     tokenizer_sha256: str
+    num_variants: int = 1
+    """Of the images that it was trained on; see contract.py."""
     steps: int
     """It was trained for."""
     bits_per_token: float
@@ -53,6 +55,7 @@ class PriorHeader:
             label_names=manifest.label_names if config.conditional else None,
             knows_no_label=knows_no_label,
             tokenizer_sha256=manifest.tokenizer_sha256,
+            num_variants=manifest.variants,
             steps=steps,
             bits_per_token=bits_per_token,
         )
@@ -61,7 +64,7 @@ class PriorHeader:
 def build_prior(config: PriorPart, manifest: Manifest) -> AutoregressivePrior:
     """A prior for codes of that manifest, with fresh weights."""
     labels = manifest.label_names if config.conditional else None
-    return config.build(SequenceLayout(manifest.grids, manifest.num_codes), len(labels or ()))
+    return config.build(SequenceLayout(manifest.grids, manifest.num_codes), len(labels or ()), manifest.variants)
 
 
 def check_tokenizer(where: str, found: str, expected: str) -> None:
@@ -107,10 +110,10 @@ def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "
     """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
     weights, content = load_weights(path, "prior")
     _check_format(path, content)
-    fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader)}
+    fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader) if field.name in content}
     header = PriorHeader(**{**fields, "config": prior_from(fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
-    prior = header.config.build(SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()))
+    prior = header.config.build(SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()), header.num_variants)
     # Until format 2 a PixelCNN's embeddings of positions were called places.
     prior.load_state_dict({name.replace(".places", ".positions"): tensor for name, tensor in weights.items()})
     return prior.to(device).eval().requires_grad_(False), header

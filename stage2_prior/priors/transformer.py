@@ -20,7 +20,7 @@ from configs.schema import PriorPart
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import Attention, KeyValueCache, Norm, of_few_rows, rotations
-from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes
+from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
 
 # Of embeddings and matrices (GPT-2's).
 _INITIAL_STD = 0.02
@@ -54,9 +54,9 @@ class TransformerPart(SizedByPreset, PriorPart):
         """See the base class."""
         return replace(self, **self.sizes()._asdict())
 
-    def build(self, layout: SequenceLayout, num_classes: int) -> Transformer:
+    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> Transformer:
         """See the base class."""
-        return Transformer(layout, num_classes, self.sizes(), self.dropout)
+        return Transformer(layout, num_classes, num_variants, self.sizes(), self.dropout)
 
 
 @dataclass
@@ -73,12 +73,13 @@ class TransformerCache:
 class Transformer(AutoregressivePrior):
     """p(codes | label), one position after another."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int, sizes: Sizes, dropout: float) -> None:
-        """`layout` and `num_classes` as in the contract."""
-        super().__init__(layout, num_classes)
+    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int, sizes: Sizes, dropout: float) -> None:
+        """`layout`, `num_classes` and `num_variants` as in the contract."""
+        super().__init__(layout, num_classes, num_variants)
         layers, width, heads = sizes
         self.token = nn.Embedding(layout.vocabulary, width)
         self.label = nn.Embedding(num_classes + 1, width)
+        self.variant = VariantEmbedding(num_variants, width) if num_variants > 1 else None
         self.start = nn.Parameter(torch.empty(width))
         heights, widths = zip(*layout.grids, strict=True)
         self.level, self.row, self.column = (nn.Embedding(n, width) for n in (len(layout.grids), max(heights), max(widths)))
@@ -96,7 +97,7 @@ class Transformer(AutoregressivePrior):
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, VariantEmbedding):
                 nn.init.normal_(module.weight, std=_INITIAL_STD)
         nn.init.normal_(self.start, std=_INITIAL_STD)
         # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
@@ -109,12 +110,15 @@ class Transformer(AutoregressivePrior):
         level, row, column = self.coordinates.unbind(1)
         return self.level(level) + self.row(row) + self.column(column)
 
-    def forward(self, codes: Codes, labels: Tensor | None) -> Logits:
+    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
         """See the contract."""
         tokens = self.layout.to_tokens(codes)
         start = self.start.expand(len(tokens), 1, -1)
         x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_positions()  # (B, T, C)
-        x = self.dropout(x + self.label(self.labels_or_null(labels, len(tokens)))[:, None])
+        given = self.label(self.labels_or_null(labels, len(tokens)))
+        if variants is not None and self.variant is not None:
+            given = given + self.variant(variants)
+        x = self.dropout(x + given[:, None])
         for block in self.blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, self.rotations, use_reentrant=False)

@@ -9,7 +9,7 @@ import torch
 from configs.parts import part_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding
 
 KINDS: dict[str, dict[str, Any]] = {
     "transformer": {"kind": "transformer"},
@@ -26,13 +26,16 @@ LAYOUTS = {
 }
 
 
-def build(kind: str, layout: SequenceLayout, num_classes: int = 5, **settings: Any) -> AutoregressivePrior:
+def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> AutoregressivePrior:
     """In eval mode, with weights large enough for a difference to show."""
     torch.manual_seed(0)
     config = part_from("prior", {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0, **KINDS[kind], **settings})
-    prior = config.build(layout, num_classes)
+    prior = config.build(layout, num_classes, num_variants)
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if config.kind == "transformer" else 0.15)
+    for module in prior.modules():
+        if isinstance(module, VariantEmbedding):
+            torch.nn.init.zeros_(module.weight[0])
     return prior.eval()
 
 

@@ -14,7 +14,7 @@ from configs.parts import part_from
 from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import draw, generate, guidance_scales, guided, uniforms, warp
-from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding, code_losses
 from stage2_prior.priors.prior_file import build_prior
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, manifest, random_codes
 
@@ -253,3 +253,17 @@ def test_all_its_weights_learn(kind: str) -> None:
         prior = build(kind, layout).train()
         prior.log_prob(random_codes(layout, 6), torch.arange(6)).sum().backward()
         assert not [name for name, parameter in prior.named_parameters() if parameter.grad is None]
+
+
+@layouts
+def test_variants_move_the_logits_and_the_image_itself_needs_no_telling(kind: str, layout: SequenceLayout) -> None:
+    """Non-leaking augmentation: variant 0 is what sampling and likelihoods assume, and training keeps it so."""
+    prior = build(kind, layout, num_variants=3).train()
+    codes, labels = random_codes(layout, 4), torch.arange(4)
+    untold, itself, shifted = (prior(codes, labels, told) for told in (None, torch.zeros(4).long(), torch.full((4,), 2)))
+    assert all(torch.equal(a, b) for a, b in zip(untold, itself, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(itself, shifted, strict=True))
+    torch.cat([level.flatten() for level in prior(codes, labels, torch.arange(4) % 3)]).square().sum().backward()
+    gradients = [module.weight.grad for module in prior.modules() if isinstance(module, VariantEmbedding)]
+    assert gradients
+    assert all(gradient is not None and not gradient[0].any() and gradient[1:].any() for gradient in gradients)
