@@ -130,7 +130,7 @@ def test_neighbours_are_the_nearest(count: int) -> None:
     assert np.allclose(np.take_along_axis(distances, found.rows.numpy(), 1), found.distances.numpy(), atol=1e-4)
 
 
-def test_neighbours_by_codes_count_places() -> None:
+def test_neighbours_by_codes_count_positions() -> None:
     draws = torch.Generator().manual_seed(0)
     queries, reference = torch.randint(4, (7, 10), generator=draws), torch.randint(4, (30, 10), generator=draws)
     found = nearest_codes(queries, reference, 2)

@@ -220,3 +220,8 @@ def test_kmeans_with_fewer_vectors_than_codes() -> None:
     assert centroids.shape == (K, D)
     assert int(counts.sum()) == 5
     assert bool(torch.isfinite(centroids).all())
+
+
+def test_latents_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected \(B, 8, \.\.\.\), found \(2, 3, 4\)"):
+        build("ema")(torch.randn(2, 3, 4))

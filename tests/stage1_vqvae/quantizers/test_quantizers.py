@@ -24,22 +24,22 @@ def latents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize("spatial", [(), (5,), (3, 4), (2, 3, 2)])
-def test_codes_and_vectors_agree_by_lookup(kind: str, spatial: tuple[int, ...]) -> None:
+def test_codes_and_vectors_agree_by_lookup(kind: str) -> None:
     quantizer = build(kind).eval()
-    z = latents(6, D, *spatial)
-    found = quantizer(z)
-    assert len(found.codes) == len(quantizer.num_codes)
-    for codes, k in zip(found.codes, quantizer.num_codes, strict=True):
-        assert codes.shape == (6, *spatial)
-        assert codes.dtype == torch.int64
-        assert int(codes.min()) >= 0
-        assert int(codes.max()) < k
-    assert found.z_q.shape == z.shape
-    assert torch.equal(found.z_q, quantizer.lookup(found.codes))
+    for spatial in ((), (5,), (3, 4), (2, 3, 2)):
+        z = latents(6, D, *spatial)
+        found = quantizer(z)
+        assert len(found.codes) == len(quantizer.num_codes)
+        for codes, k in zip(found.codes, quantizer.num_codes, strict=True):
+            assert codes.shape == (6, *spatial)
+            assert codes.dtype == torch.int64
+            assert int(codes.min()) >= 0
+            assert int(codes.max()) < k
+        assert found.z_q.shape == z.shape
+        assert torch.equal(found.z_q, quantizer.lookup(found.codes))
 
 
-def test_height_and_width_keep_their_places(kind: str) -> None:
+def test_height_and_width_are_not_swapped(kind: str) -> None:
     """Each position is quantized by itself: a position moved moves its code and vector."""
     quantizer = build(kind).eval()
     z = latents(2, D, 3, 4)
@@ -174,11 +174,6 @@ def test_an_empty_batch_works(kind: str) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in quantizer.state_dict().values())
 
 
-def test_a_wrong_width_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"expected \(B, {D}, \.\.\.\), found \(2, 3, 4\)"):
-        build(kind)(torch.randn(2, 3, 4))
-
-
 def test_autocast_leaves_search_and_values_in_float32(kind: str) -> None:
     quantizer = build(kind)
     z = latents(4, D, 3, 3)
@@ -189,11 +184,7 @@ def test_autocast_leaves_search_and_values_in_float32(kind: str) -> None:
     assert found.z_q.dtype == looked_up.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(found.codes, plain.codes, strict=True))
     assert torch.equal(looked_up, plain.z_q)
-
-
-def test_half_precision_latents_are_taken(kind: str) -> None:
-    found = build(kind)(latents(4, D, 3, 3).bfloat16())
-    assert found.z_q.dtype == torch.float32
+    assert quantizer(z.bfloat16()).z_q.dtype == torch.float32
 
 
 def test_latents_are_what_the_codes_stand_for(kind: str) -> None:
@@ -256,17 +247,17 @@ def test_dead_codes_restart_on_latents_and_live_ones_stay(kind: str) -> None:
         assert torch.allclose(codebook.vectors()[[3, 7]], now[[3, 7]], atol=1e-4)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 6])
-def test_restart_candidates_are_the_same_however_the_batch_is_shared_out(kind: str, parts: int) -> None:
+def test_restart_candidates_are_the_same_however_the_batch_is_shared_out(kind: str) -> None:
     quantizer = build(kind)
     z = latents(6, D, 3, 2)
     restart = Restart(quantizer, seed=5, step=9, batch_size=6)
     whole = restart.candidates(quantizer(z).latents, 0, 6)
-    size = 6 // parts
-    shares = [restart.candidates(quantizer(share).latents, n * size, size) for n, share in enumerate(z.chunk(parts))]
-    both = added(shares)
-    assert set(both) == set(whole)
-    assert all(torch.allclose(whole[name], both[name], atol=1e-6) for name in whole)
+    for parts in (2, 3, 6):
+        size = 6 // parts
+        shares = [restart.candidates(quantizer(share).latents, n * size, size) for n, share in enumerate(z.chunk(parts))]
+        both = added(shares)
+        assert set(both) == set(whole)
+        assert all(torch.allclose(whole[name], both[name], atol=1e-6) for name in whole)
 
 
 def test_training_lowers_the_error_and_keeps_codes_in_use(kind: str) -> None:

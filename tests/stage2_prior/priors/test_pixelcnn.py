@@ -32,7 +32,7 @@ def dependencies(network: LevelNetwork, grid: tuple[int, int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("grid", [(6, 6), (4, 9), (9, 4)])
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_deep_enough_every_place_before_is_seen_and_no_other(grid: tuple[int, int], kernel_size: int) -> None:
+def test_deep_enough_every_position_before_is_seen_and_no_other(grid: tuple[int, int], kernel_size: int) -> None:
     found = dependencies(network(grid, layers=7, kernel_size=kernel_size), grid)
     assert torch.equal(found, torch.ones_like(found).tril(-1))
 

@@ -28,7 +28,7 @@ def rows_of(prior: AutoregressivePrior, codes: tuple[torch.Tensor, ...], labels:
 
 
 @layouts
-def test_each_place_depends_on_every_place_before_it_and_on_no_other(kind: str, layout: SequenceLayout) -> None:
+def test_each_position_depends_on_every_position_before_it_and_on_no_other(kind: str, layout: SequenceLayout) -> None:
     """Another code at position j moves the logits of exactly the positions after j: no blind spot, nothing from the future."""
     prior = build(kind, layout, layers=4).double()
     codes, labels = random_codes(layout, 1), torch.tensor([2])
