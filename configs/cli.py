@@ -44,14 +44,14 @@ SECTIONS: dict[str, type] = typing.get_type_hints(Recipe)
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, understood."""
+    """A script's parsed command line: which run it is about, with which recipe."""
 
     run: RunDir
     recipe: Recipe
     options: Namespace
-    """The script's own options."""
+    """The options that only this script has."""
     arguments: list[str]
-    """As typed."""
+    """The arguments as they were typed."""
 
     def need_tokenizer(self) -> None:
         """Errors: UserError if stage 1 has not finished in the run."""
@@ -212,7 +212,7 @@ def parse(
     begun_in: Callable[[RunDir, str | None], Path] | None = None,
     options: Callable[[ArgumentParser], None] = lambda parser: None,
 ) -> Command:
-    """A script's command line.
+    """Parse a script's command line.
 
     Args:
         description: the script's docstring.

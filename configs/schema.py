@@ -36,13 +36,13 @@ class Data:
     height: int = 32
     """Pixels. Other sizes are scaled to cover height x width and cropped at the centre."""
     width: int = 32
-    """Pixels."""
+    """Pixels, as `height`."""
     channels: Literal[1, 3] = 3
     """1 = grey, 3 = RGB; images of another mode are converted."""
     validation_share: float = 0.1
     """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
     seed: int = 0
-    """Seed of that draw."""
+    """Seed of the draw of validation images."""
 
     def __post_init__(self) -> None:
         require(self.height >= 1, "data.height", "at least 1", self.height)
@@ -105,7 +105,7 @@ class Tokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Loop:
-    """What both training loops have."""
+    """What the sections of both training loops have in common."""
 
     seed: int = 0
     """Seed of initial weights, order, augmentation, dropout and restarts."""
@@ -192,7 +192,7 @@ class PriorPart(Part):
         require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
 
     def resolved(self) -> PriorPart:
-        """Itself with all sizes written out: what a prior file says of itself."""
+        """The part with all sizes written out, as a prior file keeps it."""
         return self
 
 
@@ -234,7 +234,7 @@ class Sampling:
     batch_size: int = 64
     """Samples drawn at once; it does not change them."""
     precision: Literal["float64", "float32"] | None = None
-    """Of the prior while drawing. Null: float64 on a CPU, where it takes 1.7 times as long and makes samples independent of the
+    """Precision of the prior while drawing. Null: float64 on a CPU, where it takes 1.7 times as long and makes samples independent of the
     batch size; float32 on a GPU, where it may take 60 times as long: there another batch size may change a sample."""
 
     def __post_init__(self) -> None:
@@ -258,7 +258,7 @@ class Evaluation:
     n: int = 10_000
     """Samples to draw, labels in turns; Fréchet distances are comparable at equal numbers only."""
     seed: int = 0
-    """Of the samples and of all random subsets."""
+    """Seed of the samples and of all random subsets."""
     batch_size: int = 256
     """Images at once through tokenizer and network."""
 
@@ -286,7 +286,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that fixes a run."""
+    """A run's whole recipe."""
 
     data: Data = Data()
     tokenizer: Tokenizer = field(default_factory=Tokenizer)

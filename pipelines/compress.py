@@ -106,7 +106,7 @@ def verify(data: bytes, content: CodeFile, prior: AutoregressivePrior, codes: Co
 
 
 def report(command: Command, output: Path, encoding: Encoding, sizes: Sizes, pixels: Tensor, reconstructions: Tensor) -> None:
-    """Say what it came to."""
+    """Print the file's size, what its parts take and how good the images are."""
     images, raw, whole = len(pixels), pixels.numel(), sum(sizes)
     quality = f"PSNR {psnr(float(squared_errors(reconstructions, pixels).mean())):.2f} dB"
     print(f"wrote {images} images to {command.run.show(output)}: {whole} bytes, {raw / whole:.1f} : 1 of raw pixels, {quality}")

@@ -73,7 +73,7 @@ def _options(parser: Any) -> None:
 
 
 def read(file: Path) -> bytes:
-    """Its bytes. Errors: UserError if there is no such file."""
+    """Read the file's bytes. Errors: UserError if there is no such file."""
     try:
         return file.read_bytes()
     except OSError as error:

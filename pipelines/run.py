@@ -39,11 +39,11 @@ _INTERRUPTED = tuple(128 + number for number in _SIGNALS)
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the chain."""
+    """One command of the chain, with what shows that it need not be run."""
 
     name: str
     script: str
-    """Relative to the repository."""
+    """The script's path in the repository."""
     arguments: list[str]
     launched: bool = False
     """Whether by Accelerate, on all processes of its configuration."""
@@ -56,7 +56,7 @@ class Step:
         return f"{typed(self.script, self.launched)} {shlex.join(self.arguments)}"
 
     def started(self) -> list[str]:
-        """The same, in this environment."""
+        """The command line that starts the step in this environment."""
         program = ["-m", "accelerate.commands.launch"] if self.launched else []
         return [sys.executable, *program, str(REPOSITORY / self.script), *self.arguments]
 

@@ -46,7 +46,7 @@ def tokenizer_rows(run: RunDir) -> list[tuple[str, str]]:
 
 
 def codes_row(folder: Path) -> str:
-    """A split of the code store."""
+    """One line on the codes of a split."""
     manifest = read_manifest(folder)
     grids = " + ".join(f"{h}x{w} of {k}" for (h, w), k in zip(manifest.grids, manifest.num_codes, strict=True))
     variants = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
@@ -76,7 +76,7 @@ def pictures(run: RunDir, prior: str | None) -> list[Path]:
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> str:
-    """Two columns of plain text."""
+    """A title and rows of two columns as plain text."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)])
 

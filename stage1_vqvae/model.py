@@ -50,7 +50,7 @@ class VQVAE(nn.Module):
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        """(h, w) of each level's codes."""
+        """The grid (h, w) of each level's codes."""
         _, height, width = self.image_shape
         grid = (height // self.config.network.downsampling, width // self.config.network.downsampling)
         return [grid] * len(self.quantizer.num_codes)

@@ -59,7 +59,7 @@ def square_columns(count: int) -> int:
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """A figure as PNG, atomically."""
+    """Write a figure as PNG, atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     write_bytes(path, buffer.getvalue())

@@ -93,7 +93,7 @@ def _found(run: RunDir, recipe: Recipe) -> Stage:
 
 
 def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: ImageSplit, validation: ImageSplit, resume: bool) -> None:
-    """The training loop.
+    """Train the tokenizer from its first step, or from the last checkpoint.
 
     Errors: UserError for a foreign checkpoint, or a loss that is not finite.
     """

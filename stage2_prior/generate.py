@@ -90,7 +90,7 @@ def generate(
     given: Codes | None = None,
     kept: Codes | None = None,
 ) -> Codes:
-    """Sample one image's codes a row.
+    """Sample codes, one image a row.
 
     Args:
         prior: in eval mode.

@@ -112,7 +112,7 @@ def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
 def train(
     accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore, resume: bool
 ) -> None:
-    """The training loop.
+    """Train the prior from its first step, or from the last checkpoint.
 
     Errors: UserError for a foreign checkpoint, or a loss that is not finite.
     """

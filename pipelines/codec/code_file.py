@@ -46,14 +46,14 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class CodeFile(NamedTuple):
-    """What a file holds."""
+    """The content of a file of compressed images."""
 
     fingerprint: bytes
-    """Of the run, from `run_fingerprint`."""
+    """The run's fingerprint, from `run_fingerprint`."""
     prior: str
-    """Its name in the run."""
+    """The prior's name in the run."""
     image_shape: tuple[int, int, int]
-    """(height, width, channels)."""
+    """Height, width and channels of the images."""
     coded: Coded
     labels: Tensor | None
     """(N,) int64, in the prior's numbering; None: no label."""
@@ -62,7 +62,7 @@ class CodeFile(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Bytes of a file's parts."""
+    """How many bytes the parts of a file take."""
 
     header: int
     """The fixed part, offsets, the prior's name, the checksum."""
@@ -77,7 +77,7 @@ def run_fingerprint(tokenizer: Path, prior: Path) -> bytes:
 
 
 def pack(content: CodeFile) -> tuple[bytes, Sizes]:
-    """The file's bytes."""
+    """The bytes of a file with that content, and what its parts take."""
     coded = content.coded
     labels = b"" if content.labels is None else _deflated_labels(content.labels)
     names = b"" if content.names is None else zlib.compress("\0".join(content.names).encode("utf-8", "surrogateescape"), 9)

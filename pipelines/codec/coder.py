@@ -58,13 +58,13 @@ class Coded(NamedTuple):
     batch: int
     """Images that share an offset and take turns position by position; the last batch may have fewer."""
     offsets: list[int]
-    """Of each batch, in 2^-26."""
+    """The rounding offset of each batch, in units of 2^-26."""
     codes_crc: int
     """CRC-32 of the codes, so that a decoder that fell out of step does not pass for one that did not."""
 
 
 class Encoding(NamedTuple):
-    """What `encode` found."""
+    """The result of `encode`."""
 
     coded: Coded
     bits: float
@@ -81,7 +81,7 @@ def batch_images(layout: SequenceLayout, wanted: int) -> int:
 
 @torch.no_grad()
 def encode(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, batch: int, progress: bool = False) -> Encoding:
-    """Code images.
+    """Encode the codes of images under a prior.
 
     Args:
         prior: in eval mode and float64.

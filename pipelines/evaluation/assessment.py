@@ -34,7 +34,7 @@ _LPIPS_PIXELS = 32
 
 
 class Samples(NamedTuple):
-    """Images to judge."""
+    """Samples to judge, and where they are from."""
 
     pixels: Tensor
     """uint8 (N, H, W, C)."""
@@ -43,11 +43,11 @@ class Samples(NamedTuple):
     labels: list[str] | None
     """What each was asked to show; all of them labels of the run."""
     details: dict[str, Any]
-    """Where they are from: `source` in words; `prior`, `prior_sha256`, `sampling`, `tokenizer_sha256`, null where made elsewhere."""
+    """Their origin: `source` in words; `prior`, `prior_sha256`, `sampling`, `tokenizer_sha256`, null where made elsewhere."""
 
 
 class Assessor:
-    """Sees every set of images once."""
+    """Computes a run's figures; every set of images goes through the networks once."""
 
     def __init__(self, tokenizer: VQVAE, network: FeatureNetwork, source: ImageSource, config: Evaluation) -> None:
         self.tokenizer, self.network, self.source, self.config = tokenizer, network, source, config
@@ -56,7 +56,7 @@ class Assessor:
         self._coded: dict[str, tuple[Tensor, Tensor]] = {}
 
     def features(self, name: str, pixels: Tensor | None = None) -> Features:
-        """Of a split by its name, or of other `pixels` under a name of their own."""
+        """Features of a split by its name, or of other `pixels` under a name of their own."""
         if name not in self._features:
             pixels = self.source.splits[name].pixels if pixels is None else pixels
             self._features[name] = self.network(pixels, self.config.batch_size, name)

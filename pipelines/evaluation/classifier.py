@@ -46,7 +46,7 @@ class Classifier(nn.Module):
         return self.layers(images).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, labels)."""
+        """Images (B, C, H, W) in [-1, 1] to logits (B, classes)."""
         return self.head(self.features(images))
 
 

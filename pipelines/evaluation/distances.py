@@ -38,9 +38,9 @@ class Neighbours(NamedTuple):
     """The nearest of a reference, nearest first."""
 
     distances: Tensor
-    """(N, k)."""
+    """Distances to the nearest of the reference, (N, k)."""
     rows: Tensor
-    """(N, k), in the reference."""
+    """Rows of those in the reference, (N, k)."""
 
 
 class Reference:

@@ -48,12 +48,12 @@ class FeatureNetwork:
     distance: str
     """What a Fréchet distance of its features is called."""
     sha256: str
-    """Of its weights."""
+    """The sha256 of its weights."""
     forward: Callable[[Tensor], Features]
     """Images, uint8 (B, H, W, C), on its device."""
     device: torch.device
     label_names: list[str] | None = None
-    """Of its logits, if they are the run's own labels."""
+    """Names of the classes of its logits, if they are the run's own."""
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, batch_size: int, what: str, progress: bool = True) -> Features:

@@ -8,12 +8,12 @@ from pipelines.evaluation.distances import PARTS
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """To significant digits; a dash for none."""
+    """A number to significant digits; a dash for none."""
     return "-" if value is None else f"{value:.{digits}g}"
 
 
 def share(value: float | None) -> str:
-    """In per cent."""
+    """A share in per cent."""
     return "-" if value is None else f"{value:.1%}"
 
 
@@ -23,7 +23,7 @@ def spread(values: dict[str, float] | None, scale: float = 1) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> dict[str, Any]:
-    """As evaluation.json has it."""
+    """The tables of an evaluation, from its JSON content."""
     assert all(len(row) == len(columns) for row in rows)
     return {"title": title, "columns": columns, "rows": rows}
 

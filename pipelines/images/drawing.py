@@ -26,14 +26,14 @@ from stage2_prior.priors.transformer import Transformer
 
 
 class ChosenPrior(NamedTuple):
-    """What to draw from."""
+    """The prior that a command draws from, and its settings."""
 
     prior: AutoregressivePrior | None
-    """In the precision to draw in. None: every code equally likely."""
+    """The prior, in the precision to draw in; None: every code is equally likely."""
     header: PriorHeader | None
     name: str
     details: dict[str, Any]
-    """For the file beside the pictures: name, precision, and all settings of the drawing."""
+    """What the file beside the pictures says: name, precision, and all settings of the drawing."""
 
 
 def chosen_prior(command: Command, accelerator: Accelerator) -> ChosenPrior:

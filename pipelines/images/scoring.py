@@ -85,9 +85,9 @@ class Panel(NamedTuple):
     """Pictures side by side, and what is said above them."""
 
     pictures: Tensor
-    """uint8 (k, H, W, C)."""
+    """Pictures side by side, uint8 (k, H, W, C)."""
     caption: str
-    """Two lines."""
+    """Caption of two lines."""
 
 
 # Of `panels_picture`, in pixels of save_figure's 110 an inch.

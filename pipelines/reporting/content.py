@@ -30,7 +30,7 @@ _MOST_LABELS_NAMED = 20
 
 
 class KeyFigure(NamedTuple):
-    """A number to see first."""
+    """A number that the report shows first."""
 
     name: str
     value: str
@@ -38,7 +38,7 @@ class KeyFigure(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Text in rows."""
+    """A table of text."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -60,16 +60,16 @@ class Picture(NamedTuple):
 
 
 class LabelBits(NamedTuple):
-    """What a label costs."""
+    """What images of one class cost."""
 
     label: str
     bits: float
     percent: float
-    """Of the dearest label."""
+    """Its bits in per cent of those of the class that costs most."""
 
 
 class PriorReport(NamedTuple):
-    """A finished prior."""
+    """What the report says of a finished prior."""
 
     name: str
     description: str
@@ -91,19 +91,19 @@ class ClassOfSamples(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """One call of the sampler."""
+    """What one call of the sampler drew."""
 
     where: str
     prior: str
     description: str
     classes: list[ClassOfSamples]
     columns: int
-    """Of the fullest class."""
+    """Samples in the class that has most of them."""
     remarks: list[str]
 
 
 class Evaluation(NamedTuple):
-    """One call of the evaluation."""
+    """What one call of the evaluation found."""
 
     where: str
     tables: list[Table]
@@ -111,7 +111,7 @@ class Evaluation(NamedTuple):
     remarks: list[str]
     pictures: list[Picture]
     distance: KeyFigure | None
-    """Of the samples to the reference images."""
+    """Fréchet distance of the samples to the reference images."""
     learned: bool
     """Whether the samples are of a learned prior of the run."""
 
@@ -187,7 +187,7 @@ def changed_keys(recipe: Recipe) -> list[list[str]]:
 
 
 def image_size(recipe: Recipe) -> str:
-    """In words."""
+    """Size and channels of the run's images in words."""
     data = recipe.data
     return f"{data.height} x {data.width} pixels, {'grey' if data.channels == 1 else 'colour'}"
 
@@ -206,7 +206,7 @@ def data_table(run: RunDir, recipe: Recipe) -> Table:
 
 
 def manifests(run: RunDir) -> list[Manifest]:
-    """Of the splits whose codes are extracted; an extraction that was killed may have left an empty folder."""
+    """Manifests of the splits whose codes are extracted; an extraction that was killed may have left an empty folder."""
     return [read_manifest(path.parent) for path in sorted(run.codes.glob("*/manifest.json"))]
 
 
@@ -222,7 +222,7 @@ def codes_table(run: RunDir) -> Table | None:
 
 
 def charts(records: Sequence[dict[str, Any]], names: dict[str, str], references: dict[str, float]) -> list[Chart]:
-    """A chart a metric."""
+    """Line charts of a metrics log, one a metric."""
     found = [line_chart(title, records, name, references) for name, title in names.items()]
     return [chart for chart in found if chart is not None]
 
@@ -234,7 +234,7 @@ def stage1_text(run: RunDir) -> str:
 
 
 def newest_reconstructions(run: RunDir) -> Picture | None:
-    """Those after the last step."""
+    """The reconstructions after the last step."""
     found = sorted((run.stage1 / "reconstructions").glob("*.png"))
     step = int(found[-1].stem.removeprefix("step-")) if found else 0
     return picture(found[-1], f"Validation images, and under each its reconstruction, after step {step:,}.") if found else None
@@ -392,7 +392,7 @@ def environment(history: Sequence[dict[str, Any]]) -> Table:
 
 
 def commands(history: Sequence[dict[str, Any]]) -> Table:
-    """The commands in order."""
+    """The run's commands in the order they were given."""
     rows = [
         [entry["time"].replace("T", " ").removesuffix("+00:00"), " ".join([entry["command"], *entry["arguments"]])] for entry in history
     ]

@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
 
     uri: str
     width: int
-    """Pixels, as embedded."""
+    """Width in pixels, as embedded."""
     height: int
     remark: str
     """What a caption has to add, or nothing."""
@@ -79,7 +79,7 @@ class Line(NamedTuple):
     name: str
     points: list[tuple[float, float]]
     last: float
-    """Its last value, in the metric's unit."""
+    """The line's last value, in the metric's unit."""
 
 
 class Chart(NamedTuple):
@@ -90,16 +90,16 @@ class Chart(NamedTuple):
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     references: list[Tick]
-    """Horizontal lines."""
+    """Horizontal reference lines."""
 
 
 class _Axis(NamedTuple):
     low: float
     high: float
     first: float
-    """Coordinate of `low`."""
+    """Coordinate at which `low` is drawn."""
     last: float
-    """Coordinate of `high`."""
+    """Coordinate at which `high` is drawn."""
     logarithmic: bool = False
 
     def at(self, value: float) -> float:
@@ -152,7 +152,7 @@ class Cell(NamedTuple):
 
 
 class HeatMap(NamedTuple):
-    """A grid of values as colours."""
+    """A grid of values as a heat map."""
 
     rows: int
     columns: int

@@ -26,7 +26,7 @@ def decode_image(content: bytes | None, path: str, data: Data) -> np.ndarray:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    """To 8 bits of grey or colour. Errors: ValueError for pixels of unknown range."""
+    """Convert an image to 8 bits of grey or colour. Errors: ValueError for pixels of unknown range."""
     if image.mode.startswith("I;16"):
         # Pillow would clip 16 bits at 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))

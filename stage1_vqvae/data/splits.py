@@ -24,7 +24,7 @@ class ImageSplit:
         return len(self.pixels)
 
     def take(self, rows: Tensor) -> ImageSplit:
-        """Those rows, in that order."""
+        """The split made of those rows, in that order."""
         return ImageSplit(self.pixels[rows].numpy(), None if self.labels is None else self.labels[rows].numpy())
 
 

@@ -27,18 +27,18 @@ _MOST_PROBED = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class LevelHealth:
-    """One level's codes over a split."""
+    """What the codes of one level say over a split."""
 
     num_codes: int
-    """K."""
+    """K, the size of the level's codebook."""
     usage: float
-    """Share of codes hit."""
+    """Share of the codes that were chosen at least once."""
     perplexity: float
-    """2 ** entropy of the counts."""
+    """2 ** entropy of how often each code was chosen."""
     dead: int
-    """Codes never hit."""
+    """Codes that were never chosen."""
     histogram: dict[str, int]
-    """How many codes were hit so many times: 0, 1, 2-3, 4-7, ..."""
+    """How many codes were chosen so many times: 0, 1, 2-3, 4-7, ..."""
     judged: bool
     """Whether the split had enough vectors to say anything of usage."""
     nearest_pair: float | None
@@ -50,13 +50,13 @@ class LevelHealth:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """All levels after a step."""
+    """The health of all levels after a training step."""
 
     step: int
     processes: int
     """Processes whose quantizers were equal bit for bit."""
     checksum: str
-    """Of the quantizer's weights and buffers."""
+    """Hash of the quantizer's weights and buffers."""
     levels: list[LevelHealth]
     warning: str | None
     """Names a collapse and what to change."""
@@ -146,7 +146,7 @@ def _by_codebook(counts: Sequence[Tensor], quantizer: Quantizer) -> list[Tensor]
 
 
 def health_table(health: Health) -> str:
-    """Plain text for a terminal."""
+    """The health as plain text for a terminal."""
     same = f", equal on {health.processes} processes" if health.processes > 1 else ""
     lines = [f"codebook over the validation split, after step {health.step} (checksum {health.checksum}{same})"]
     for number, level in enumerate(health.levels):

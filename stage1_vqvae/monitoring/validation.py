@@ -26,12 +26,12 @@ _SHOWN_IMAGES = 32
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one validation pass found."""
+    """The result of one validation pass."""
 
     metrics: dict[str, float]
     """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which are training's), psnr, usage, perplexity."""
     counts: list[Tensor]
-    """How often each code was chosen, (K,) a level."""
+    """How often each code was chosen: one tensor (K,) a level."""
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ class Window:
 
     @property
     def steps(self) -> int:
-        """Steps gathered."""
+        """Training steps noted since the last log line."""
         return len(self._counts)
 
     def restart_clock(self) -> None:

@@ -47,7 +47,7 @@ class Codebook(nn.Module, ABC):
 
     @abstractmethod
     def _vectors(self) -> Tensor:
-        """As they are kept."""
+        """The vectors (K, d) as they are kept, before the metric scales them."""
 
     def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
         """The loss that teaches the codebook, from latents without gradient and their codes' vectors, (N, d) both: the mean
@@ -113,7 +113,7 @@ class MovingAverageCodebook(Codebook):
         return self.weight
 
     def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
-        """None: it learns in `update_`."""
+        """No loss: this codebook learns in `update_`."""
         return {}
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class MovingAverageCodebook(Codebook):
 
     @torch.no_grad()
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
-        """Also start the moving sums there."""
+        """See the base class; the moving sums start at the new vectors too."""
         self.weight[where] = vectors[where].to(self.weight)
         self.cluster_size[where] = counts[where].to(self.cluster_size)
         self.moving_sum[where] = self.weight[where] * self.cluster_size[where, None]
@@ -157,17 +157,17 @@ class LinearCodebook(Codebook):
         return self.frozen @ self.map
 
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
-        """Not possible."""
+        """Errors: TypeError, always: a single code of a linear map cannot be moved without all others."""
         raise TypeError("the codes of a linear map cannot be placed one by one")
 
 
 def codebook_names(model: nn.Module) -> list[str]:
-    """Of the codebooks among a model's submodules."""
+    """Names of the codebooks among a model's submodules."""
     return [name for name, module in model.named_modules() if isinstance(module, Codebook)]
 
 
 class _MeanSquare(torch.autograd.Function):
-    """With fewer passes over memory than `mse_loss`: the difference is taken once, for both directions."""
+    """The mean squared difference with fewer passes over memory than `mse_loss`: the difference is taken once, for both directions."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:

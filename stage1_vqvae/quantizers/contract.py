@@ -1,4 +1,4 @@
-"""What every quantizer is.
+"""The contract that every quantizer keeps.
 
 A quantizer's forward pass is pure: it changes nothing, and hands back the sums that learning the codebooks needs. The
 training loop adds those up over micro-steps and processes and calls `update_` once a step, after the optimiser's step,
@@ -47,9 +47,9 @@ class Quantizer(nn.Module, ABC):
     """The contract. The channel axis is the quantized one: z of (16, 64, 32, 32) is 16,384 vectors of 64."""
 
     dim: int
-    """D, the channels of z."""
+    """D, the channels of the latents that are quantized."""
     num_codes: tuple[int, ...]
-    """K of each level."""
+    """K, the number of codes, of each level."""
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize z (B, D, *spatial), in float32 at least, whatever autocast says. An empty batch works.
@@ -73,7 +73,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def quantize(self, rows: Tensor) -> Quantized:
-        """Quantize rows (N, D)."""
+        """Quantize rows (N, D), one vector a row."""
 
     @abstractmethod
     def lookup_rows(self, codes: Codes) -> Tensor:
@@ -115,7 +115,7 @@ def counted(codes: Tensor, num_codes: int) -> Tensor:
 
 
 def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Terms of equal name, added up."""
+    """Add up dictionaries of tensors, name by name."""
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():

@@ -36,10 +36,10 @@ class WeightAverage(Generic[Model]):
         torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The averages, for a checkpoint."""
         return {"steps": self.steps, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Take over the averages of a checkpoint."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])

@@ -28,7 +28,7 @@ class Checkpoints:
         self._accelerator = accelerator
 
     def paths(self) -> list[Path]:
-        """Oldest first."""
+        """The checkpoints' files, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class DataOrder:
         return self._epochs[number]
 
     def batch(self, step: int) -> Tensor:
-        """The rows of a step, (B,)."""
+        """The training rows of a step, (B,)."""
         entries = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = entries // self.count
         parts = [self.epoch(int(number))[entries[epochs == number] % self.count] for number in epochs.unique()]

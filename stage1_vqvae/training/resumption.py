@@ -15,15 +15,15 @@ class Stage:
     """What was found of a stage on disk, and how its messages name it."""
 
     where: str
-    """Its folder, for messages."""
+    """The stage's folder, for messages."""
     name: str
-    """For instance `stage 1`."""
+    """How messages name the stage, for instance `stage 1`."""
     section: str
     """The recipe's section that has its steps."""
     elsewhere: str
     """How to train another one instead, for instance `a new run with --run`."""
     recipe: Recipe
-    """The one it was begun with."""
+    """The recipe that the stage was begun with."""
     begun: bool
     """Whether it has left a checkpoint."""
     finished_after: int | None

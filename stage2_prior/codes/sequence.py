@@ -17,7 +17,7 @@ from stage1_vqvae.quantizers.contract import Codes
 
 
 class SequenceLayout:
-    """How grids (h, w) of K codes a level lie in a sequence."""
+    """The layout of a sequence: which position holds which code of which level, for grids (h, w) of K codes a level."""
 
     def __init__(self, grids: Sequence[tuple[int, int]], num_codes: Sequence[int]) -> None:
         assert len(grids) == len(num_codes) > 0
@@ -44,7 +44,7 @@ class SequenceLayout:
         return tuple(grid - offset for grid, offset in zip(self.grids_of(tokens), self.offsets, strict=True))
 
     def level_of(self, position: int) -> int:
-        """The level of a position."""
+        """The level that a position belongs to, 0 for the coarsest."""
         return bisect(list(accumulate(self.lengths)), position)
 
     def offset_before(self, position: int) -> int:

@@ -32,25 +32,25 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a split's codes are."""
+    """The manifest of a split: all there is to know of its codes but the codes."""
 
     split: str
     rows: int
-    """Samples."""
+    """Number of images."""
     grids: list[tuple[int, int]]
     """(h, w) of each level, coarse to fine."""
     num_codes: list[int]
-    """K of each level."""
+    """K, the number of codes, of each level."""
     label_names: list[str] | None
     """Null: the images have no labels."""
     augmentation: Augmentation
     """What the variant axis enumerates."""
     variants: int
-    """Length of that axis."""
+    """How many variants of each image are stored."""
     image_shape: tuple[int, int, int]
-    """(C, H, W) of the images."""
+    """Channels, height and width of the images."""
     tokenizer_sha256: str
-    """Of the tokenizer file that made the codes."""
+    """The sha256 of the tokenizer file that made the codes."""
     format: int = _FORMAT
 
 
@@ -107,7 +107,7 @@ class CodeStore:
     """A split's codes, in memory, in the dtype they have on disk."""
 
     def __init__(self, folder: Path, tokenizer_sha256: str | None = None) -> None:
-        """Read a split.
+        """Read a split's codes into memory.
 
         Args:
             folder: the split's.

@@ -1,4 +1,4 @@
-"""How many bits a code costs: under a prior, position by position and label by label, and under what needs no model of context."""
+"""How many bits a code costs: under a prior, by position and by class, and under references that know no context."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stage2_prior.priors.contract import AutoregressivePrior
 
 
 def bits(nats: float) -> float:
-    """Nats to bits."""
+    """Convert nats to bits."""
     return nats / math.log(2)
 
 
 def uniform_bits(num_codes: Sequence[int]) -> list[float]:
-    """log2 K, of each level."""
+    """The bits of a code when all K are equally likely, log2 K: one number a level."""
     return [math.log2(k) for k in num_codes]
 
 
@@ -48,13 +48,13 @@ class Likelihood:
 
     images: int
     positions: Tensor
-    """(T,): of each position."""
+    """Mean bits of the code at each position, (T,)."""
     labels: dict[int, float]
-    """Of each label there was; empty for a prior without labels."""
+    """Mean bits a token of each class that occurred; empty for a prior without classes."""
 
     @property
     def mean(self) -> float:
-        """Over all positions."""
+        """Mean bits a token over all positions."""
         return float(self.positions.mean())
 
 

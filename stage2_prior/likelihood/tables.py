@@ -81,7 +81,7 @@ def write_report(folder: Path, name: str, report: dict[str, Any]) -> None:
 
 
 def markdown(name: str, report: dict[str, Any]) -> str:
-    """The report as tables."""
+    """The report as Markdown tables."""
     saved, images, per_image = report["saved_percent"], report["images"], report["bits_per_image"]
     lines = [
         f"# Likelihood of prior {name}",

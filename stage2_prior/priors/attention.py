@@ -35,7 +35,7 @@ class Norm(nn.LayerNorm):
         super().__init__(width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to the same shape."""
+        """Normalise the last axis of (..., C); the shape stays."""
         return super().forward(x.to(self.weight.dtype))
 
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
-        """An empty one for T = `length` positions."""
+        """An empty key-value cache for sequences of `length` positions."""
         return KeyValueCache(batch, self.heads, length, self.head_width, self.out.weight)
 
     def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Logits = tuple[Tensor, ...]
 
 
 class Sizes(NamedTuple):
-    """How large a network is."""
+    """The sizes of a prior's network."""
 
     layers: int
     width: int
@@ -65,7 +65,7 @@ class VariantEmbedding(nn.Embedding):
 
 
 class AutoregressivePrior(nn.Module, ABC):
-    """The contract."""
+    """The contract that every prior keeps."""
 
     checkpointing: bool
     """Whether training computes each layer's inside twice instead of keeping it (Chen et al. 2016)."""
@@ -108,7 +108,7 @@ class AutoregressivePrior(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device that the weights are on."""
         return next(self.parameters()).device
 
     def labels_or_null(self, labels: Tensor | None, batch: int) -> Tensor:

@@ -182,7 +182,7 @@ class UpperLevels(nn.Module):
         self.attention = GridAttention(width, heads)
 
     def forward(self, codes: Codes, rotation: Tensor) -> Tensor:
-        """(B, h, w, C)."""
+        """Codes (B, h', w') of the levels above to features (B, h, w, C) of this level's grid."""
         found = [F.interpolate(token(grid).movedim(-1, 1), self.grid) for token, grid in zip(self.tokens, codes, strict=True)]
         return self.attention(self.layers(torch.stack(found).sum(0)).movedim(1, -1), rotation, causal=False)
 
@@ -195,7 +195,7 @@ class GatedLayer(nn.Module):
     """
 
     def __init__(self, width: int, kernel: int, first: bool, dropout: float, heads: int) -> None:
-        """`heads` 0: without attention."""
+        """`heads` 0 makes a layer without attention."""
         super().__init__()
         # Of rows above and of columns to the left, its own among them, but not in the first layer (mask A).
         self.reach = kernel // 2 + (not first)
@@ -209,7 +209,7 @@ class GatedLayer(nn.Module):
         self.attention = GridAttention(width, heads) if heads else None
 
     def forward(self, vertical: Tensor, horizontal: Tensor, context: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Both stacks (B, h, w, C) to the same shapes."""
+        """Advance the vertical and the horizontal stack, (B, h, w, C) both; the shapes stay."""
         to_vertical, to_horizontal = self.context(context).chunk(2, -1)
         above = convolved(self.vertical, F.pad(vertical, (0, 0, self.sides, self.sides, self.reach - 1, 0)))
         left = convolved(self.horizontal, F.pad(horizontal, (0, 0, self.reach - 1, 0)))
@@ -224,7 +224,7 @@ def convolved(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def gated(x: Tensor) -> Tensor:
-    """(..., 2 C) to (..., C)."""
+    """Gate features (..., 2 C), of which the second half gates the first: (..., C)."""
     a, b = x.chunk(2, -1)
     return a.tanh() * b.sigmoid()
 
@@ -239,12 +239,12 @@ class GridAttention(nn.Module):
         self.norm, self.attention = Norm(width), Attention(width, heads)
 
     def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
-        """(B, h, w, C) to the same shape."""
+        """Attend over the positions of (B, h, w, C); the shape stays."""
         sequence = x.flatten(1, 2)
         return (sequence + self.attention(self.norm(sequence), rotation, causal)).view(x.shape)
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
-        """An empty one."""
+        """An empty key-value cache for a grid of `length` positions."""
         return self.attention.new_cache(batch, length)
 
     def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int) -> Tensor:

@@ -34,16 +34,16 @@ class PriorHeader:
     grids: list[tuple[int, int]]
     num_codes: list[int]
     label_names: list[str] | None
-    """Null: unconditional."""
+    """Names of the classes it is conditioned on; null: unconditional."""
     knows_no_label: bool
     """Whether it has learned p(codes) too, which guidance needs: label dropout was on, or there are no labels."""
     tokenizer_sha256: str
     num_variants: int = 1
-    """Of the images that it was trained on; see contract.py."""
+    """Variants of the images whose codes it was trained on; see contract.py."""
     steps: int
-    """It was trained for."""
+    """Training steps."""
     bits_per_token: float
-    """On the validation split."""
+    """Mean bits a token on the validation split."""
 
     @classmethod
     def of(cls, config: PriorPart, manifest: Manifest, knows_no_label: bool, steps: int, bits_per_token: float) -> PriorHeader:
@@ -75,7 +75,7 @@ def check_tokenizer(where: str, found: str, expected: str) -> None:
 
 
 def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> None:
-    """Write a prior, atomically."""
+    """Write a prior's weights and header, atomically."""
     save_weights(path, weights, {"kind": "prior", "format": _FORMAT, **as_dict(header)})
 
 

@@ -61,13 +61,13 @@ class TransformerPart(SizedByPreset, PriorPart):
 
 @dataclass
 class TransformerCache:
-    """What sampling keeps."""
+    """What sampling keeps from one position to the next."""
 
     layers: list[KeyValueCache]
     embedded_positions: Tensor
     """(T, C): what each position has of its own."""
     position: int = 0
-    """The next one."""
+    """The position whose logits come next."""
 
 
 class Transformer(AutoregressivePrior):
@@ -194,7 +194,7 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) to the same shape."""
+        """The MLP on (B, T, C); the shape stays."""
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
     def step(self, x: Tensor) -> Tensor:
