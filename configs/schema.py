@@ -200,8 +200,11 @@ class PriorPart(Part):
 class Stage2(_Loop):
     """Training of the prior."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the steps of the hidden matrices: far fewer steps, each a sixth dearer in a small transformer (Jordan et
+    al. 2024); the rest stays with AdamW."""
     weight_decay: float = 0.05
-    """AdamW's decay of matrices (not of gains and embeddings)."""
+    """Decay of matrices (not of gains and embeddings)."""
     label_dropout: float = 0.1
     """Share of labels hidden in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
     weight_average: float = 0.999

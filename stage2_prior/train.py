@@ -34,7 +34,7 @@ from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw
+from stage1_vqvae.training.optimizer import adamw, muon
 from stage1_vqvae.training.processes import start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
@@ -124,7 +124,7 @@ def train(
     torch.manual_seed(derived_seed(config.seed, "weights"))
     prior = build_prior(recipe.prior, training.manifest)
     prior.checkpointing = config.gradient_checkpointing
-    optimizer = adamw(prior, config.lr, config.weight_decay, beta2=0.95)
+    optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     labels = f"{prior.num_classes} labels" if prior.num_classes else "no labels"
     accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {labels}")

@@ -44,6 +44,7 @@ TINY = {
     "extraction": {"batch_size": 7},
     "prior": {"layers": 2, "width": 16, "heads": 2, "dropout": 0.1},
     "stage2": {
+        "optimizer": "muon",
         "steps": 8,
         "batch_size": 8,
         "lr": 1e-2,
