@@ -47,35 +47,29 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) 
     assert float(raised.max()) < 1.3
 
 
-def test_matrices_move_as_torchs_muon_moves_them() -> None:
-    """To the two or three digits of its bfloat16; a fused map as three."""
-    ours, theirs = Net(), Net()
-    stepped(ours, muon(ours, 1e-3, 0.1, beta2=0.95), 3)
+def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw_does() -> None:
+    """To the two or three digits of its bfloat16; a fused map as three matrices."""
+    ours, theirs, start = Net(), Net(), Net()
+    optimizer, rest = muon(ours, 1e-3, 0.1, beta2=0.95), adamw(theirs, 1e-3, 0.1, beta2=0.95)
     separate = [nn.Parameter(part.detach().clone()) for part in theirs.qkv.weight.chunk(3)]
-    hidden = [*separate, theirs.out.weight]
-    reference = torch.optim.Muon(hidden, lr=1e-2, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original")
-    rest = adamw(theirs, 1e-3, 0.1, beta2=0.95)
-    draws = torch.Generator().manual_seed(0)
+    reference = torch.optim.Muon([*separate, theirs.out.weight], lr=1e-2, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original")
+    draws = torch.Generator().manual_seed(2)
     for _ in range(3):
-        theirs.qkv.weight.data = torch.cat([part.data for part in separate])
-        theirs.zero_grad()
-        tokens = torch.randint(9, (32,), generator=draws)
-        nn.functional.cross_entropy(theirs(tokens), (3 * tokens + 1) % 9).backward()
-        assert theirs.qkv.weight.grad is not None
-        for part, gradient in zip(separate, theirs.qkv.weight.grad.chunk(3), strict=True):
+        gradients = {name: torch.randn(weight.shape, generator=draws) for name, weight in ours.named_parameters()}
+        for net in (ours, theirs):
+            for name, weight in net.named_parameters():
+                weight.grad = gradients[name].clone()
+        for part, gradient in zip(separate, gradients["qkv.weight"].chunk(3), strict=True):
             part.grad = gradient.clone()
+        optimizer.step()
         reference.step()
         theirs.qkv.weight.grad = theirs.out.weight.grad = None
         rest.step()
-    start = Net()
-    for mine, their, before in (
-        (ours.qkv.weight, torch.cat(list(separate)), start.qkv.weight),
-        (ours.out.weight, theirs.out.weight, start.out.weight),
-    ):
-        moved, expected = (mine - before).detach(), (their - before).detach()
-        assert float((moved - expected).norm() / expected.norm()) < 0.05
-    assert torch.allclose(ours.head.weight, theirs.head.weight, atol=1e-4)
-    assert torch.allclose(ours.token.weight, theirs.token.weight, atol=1e-4)
+    theirs.qkv.weight.data = torch.cat([part.data for part in separate])
+    for name, weight in ours.state_dict().items():
+        moved, expected = weight - start.state_dict()[name], theirs.state_dict()[name] - start.state_dict()[name]
+        tolerance = 0.03 if name in ("qkv.weight", "out.weight") else 0.0
+        assert float((moved - expected).norm()) <= tolerance * float(expected.norm()), name
 
 
 def test_it_resumes_bit_for_bit() -> None:
