@@ -13,10 +13,20 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from PIL import ImageColor
+
 from configs.former import current_prior, current_tokenizer
 from configs.parts import Part, default_part, part_from
 
 Augmentation = Literal["none", "horizontal_flip", "shift"]
+
+
+def _is_colour(text: str) -> bool:
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        return False
+    return True
 
 
 def require(holds: bool, key: str, expected: str, found: object) -> None:
@@ -39,6 +49,8 @@ class Data:
     """Pixels, as `height`."""
     channels: Literal[1, 3] = 3
     """1 = grey, 3 = RGB; images of another mode are converted."""
+    background: str = "white"
+    """Colour that transparent images are composed over: a name, or #rrggbb."""
     validation_share: float = 0.1
     """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
     seed: int = 0
@@ -47,6 +59,7 @@ class Data:
     def __post_init__(self) -> None:
         require(self.height >= 1, "data.height", "at least 1", self.height)
         require(self.width >= 1, "data.width", "at least 1", self.width)
+        require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)
         require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from configs.errors import UserError
 from configs.schema import Data
@@ -14,15 +14,25 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 def decode_image(content: bytes | None, path: str, data: Data) -> np.ndarray:
-    """An encoded image (or the file at `path`) as uint8 (H, W, C): turned upright, converted to `data.channels`, scaled
-    to cover height x width and cropped at the centre. Errors: UserError with the path if it cannot be read.
+    """An encoded image (or the file at `path`) as uint8 (H, W, C): turned upright, composed over `data.background` where it is
+    transparent, converted to `data.channels`, scaled to cover height x width and cropped at the centre.
+
+    Errors: UserError with the path if it cannot be read.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as opened:
-            image = _converted(ImageOps.exif_transpose(opened), _MODES[data.channels])
+            image = _converted(_composed(ImageOps.exif_transpose(opened), data.background), _MODES[data.channels])
     except Exception as error:  # decoders of damaged files raise anything
         raise UserError(f"{path}: expected a readable image, found: {error}") from None
     return _fit(image, data)
+
+
+def _composed(image: Image.Image, background: str) -> Image.Image:
+    """An image over a background, if parts of it are transparent: what such pixels hide is arbitrary, and no part of the picture."""
+    if not image.has_transparency_data or image.mode.startswith("I"):  # 16 bits have at most one transparent shade
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*ImageColor.getrgb(background)[:3], 255)), image)
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
