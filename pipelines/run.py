@@ -25,6 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate.commands.config.config_args import default_config_file
+
 from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, load_recipe, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, read_json, runs_folder, typed
@@ -57,7 +60,7 @@ class Step:
 
     def started(self) -> list[str]:
         """The command line that starts the step in this environment."""
-        program = ["-m", "accelerate.commands.launch"] if self.launched else []
+        program = ["-m", "accelerate.commands.launch", *launch_options()] if self.launched else []
         return [sys.executable, *program, str(REPOSITORY / self.script), *self.arguments]
 
 
@@ -82,6 +85,17 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(code)
         print(f"{step.name}: {(time.monotonic() - step_began) / 60:.1f} minutes", flush=True)
     print(f"\n{command.run}: all is done, in {(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def launch_options() -> list[str]:
+    """What `accelerate launch` takes where nobody has configured it, said outright: otherwise it names each value that it had to
+    choose, and seven lines of that would open every training step.
+    """
+    if Path(default_config_file).is_file():  # the user's own settings
+        return []
+    devices = max(1, torch.accelerator.device_count())
+    several = ["--multi_gpu"] if devices > 1 else []
+    return [*several, f"--num_processes={devices}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
 def check_options(command: Command) -> None:
