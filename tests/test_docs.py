@@ -1,0 +1,105 @@
+"""What the documentation names is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from configs.run_dir import REPOSITORY
+
+README = REPOSITORY / "README.md"
+DOCS = REPOSITORY / "docs"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+LAYOUT = DOCS / "layout.md"
+
+
+def links(page: Path) -> set[str]:
+    """The relative links of a page, pictures too."""
+    found = set(re.findall(r"\]\(([^)\s]+)\)", page.read_text()))
+    return {link for link in found if not re.match(r"[a-z]+:", link)}
+
+
+def anchors(page: Path) -> set[str]:
+    """The addresses of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def tree() -> list[str]:
+    """The paths in the layout page's tree, a line each, indented by two spaces a level; folders end with a slash."""
+    folders: list[str] = []
+    paths = []
+    for line in LAYOUT.read_text().split("```")[1].strip("\n").splitlines():
+        name = line.split()[0]
+        folders = folders[: (len(line) - len(line.lstrip())) // 2]
+        paths.append("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_index_links_every_page() -> None:
+    index = DOCS / "README.md"
+    pages = {page.name for page in DOCS.glob("*.md")} - {index.name}
+    assert pages <= {link.partition("#")[0] for link in links(index)}
+
+
+def test_every_picture_is_shown() -> None:
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    assert not {picture.name for picture in DOCS.glob("*.png") if picture not in shown}
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_files_named_are_there(page: Path) -> None:
+    """Recipes, and what commands run."""
+    text = page.read_text()
+    named = set(re.findall(r"configs/\w+\.yaml", text)) - {"configs/NAME.yaml"}
+    named |= set(re.findall(r"(?:python|launch|torchrun[^\n]*?) ((?:stage|pipelines|benchmarks)\S*\.py)", text))
+    assert not {name for name in named if not (REPOSITORY / name).exists()}
+
+
+def test_every_recipe_is_described() -> None:
+    text = (DOCS / "recipes.md").read_text()
+    assert not {path.name for path in (REPOSITORY / "configs").glob("*.yaml") if f"`configs/{path.name}`" not in text}
+
+
+def test_the_tree_is_as_it_is_drawn() -> None:
+    assert not [path for path in tree() if not (REPOSITORY / path).exists() or path.endswith("/") != (REPOSITORY / path).is_dir()]
+
+
+def test_the_tree_has_every_package_and_script() -> None:
+    packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    scripts = [
+        str(path.relative_to(REPOSITORY))
+        for package in ("stage1_vqvae", "stage2_prior", "pipelines", "benchmarks")
+        for path in (REPOSITORY / package).glob("*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    ]
+    assert not {package.replace(".", "/") + "/" for package in packages} - set(tree())
+    assert not set(scripts) - set(tree())
+
+
+def test_the_table_of_rooms_is_the_rule() -> None:
+    """Against the rule that test_layering.py checks the code by."""
+    body = ast.parse((REPOSITORY / "tests" / "test_layering.py").read_text()).body
+    rules = next(node.value for node in body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "ROOMS")
+    wanted = {(package, room, frozenset(may)) for package, rooms in ast.literal_eval(rules).items() for room, may in rooms.items()}
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \|$", LAYOUT.read_text(), re.MULTILINE)
+    assert {(package, room, frozenset(re.findall(r"`(\w+)`", may))) for package, room, may in rows} == wanted
