@@ -105,7 +105,7 @@ def main() -> None:
         # Channels last, as the encoder gives them.
         z = torch.randn(_IMAGES, dim, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
         codebook = torch.randn(num_codes, dim)
-        layers = {"floor": floor(z.detach(), codebook), "EMA": ours(z, codebook), "gradient": ours(z, codebook, quantizer="gradient")}
+        layers = {"floor": floor(z.detach(), codebook), "EMA": ours(z, codebook), "gradient": ours(z, codebook, kind="gradient")}
         layers["EMA, rotation trick"] = ours(z, codebook, gradient_estimator="rotation")
         layers["EMA, cosine"] = ours(z, codebook, metric="cosine")
         layers["EMA, channels first"] = ours(z.detach().contiguous().requires_grad_(), codebook)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
-from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, load_recipe, parse
+from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, read_json, runs_folder, typed
 from pipelines.images.provenance import agrees, identity, outputs, seen
@@ -110,7 +110,7 @@ def check_options(command: Command) -> None:
             raise UserError(f"--{name}: expected options of single keys, --{name}.KEY, found the whole section")
         if section in ("compute", "evaluation") or not run.tokenizer.exists():
             continue
-        asked, there = (getattr(getattr(recipe, section), key) for recipe in (command.recipe, load_recipe(run.recipe)))
+        asked, there = (flattened(recipe_dict(recipe)).get(name) for recipe in (command.recipe, load_recipe(run.recipe)))
         if asked != there:
             wanted = f"expected {there}, with which this run's tokenizer was finished and which codes and priors depend on"
             raise UserError(f"--{name}: {wanted}, found {asked}; begin another run with --run NAME, or use the stages' own commands")

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate.commands.config.config_args as config_args
+import accelerate.commands.launch as accelerate_launch
 import pytest
+import yaml
 
 from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
 from configs.run_dir import RunDir, read_json, write_json
 from pipelines.images.provenance import identity
-from pipelines.run import evaluation_of, main, run_to_its_end, samples_of, steps
+from pipelines.run import evaluation_of, launch_options, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
 from tests.conftest import Script
 from tests.stage2_prior.test_train import change_bytes
@@ -44,7 +47,24 @@ def test_each_step_is_a_command_as_one_would_type_it() -> None:
     ]
     command = steps(chain("--run", "nowhere"))[0].started()
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert Path(command[3]).is_file()
+    assert Path(next(word for word in command if word.endswith("train.py"))).is_file()
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_accelerate_has_nothing_to_say_of_how_a_step_is_started(configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own reading of the command that we start: neither where nobody has configured it, nor against the user's settings."""
+    settings = tmp_path / "default_config.yaml"
+    monkeypatch.setattr("pipelines.run.default_config_file", str(settings))
+    monkeypatch.setattr(accelerate_launch, "default_config_file", str(settings))
+    monkeypatch.setattr(config_args, "default_config_file", str(settings))
+    if configured:
+        settings.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_processes": 3}))
+    said: list[str] = []
+    monkeypatch.setattr(accelerate_launch.logger, "warning", lambda message, *_: said.append(message))
+    arguments = accelerate_launch.launch_command_parser().parse_args([*launch_options(), "train.py"])
+    read, *_ = accelerate_launch._validate_launch_command(arguments)
+    assert said == []
+    assert read.num_processes == (3 if configured else 1)
 
 
 def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +82,7 @@ def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: py
         (["--stage1.steps", "1000"], ["--stage1.steps", "expected 60", "found 1000"]),
         (["--stage1.lr=1.0"], ["--stage1.lr", "1.0"]),
         (["--prior.kind", "pixelcnn"], ["--prior.kind", "transformer", "pixelcnn"]),
+        (["--tokenizer.quantizer", "fsq"], ["--tokenizer.quantizer.kind", "expected ema", "found fsq"]),
         (["--evaluation", "{n: 3}"], ["--evaluation.KEY"]),
     ],
 )
