@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         coded=encoding.coded,
         labels=labels,
         # Rows of a split are known by their number.
-        names=None if options.images is None else unique_names([Path(name).stem for name in images.names]),
+        names=None if images.below is None else unique_names(images.below),
     )
     data, sizes = pack(content)
     verify(data, content, prior, codes)

@@ -3,7 +3,8 @@
     python pipelines/decompress.py --file photos.vqc
     python pipelines/decompress.py --file photos.vqc --output photos/
 
-Needs the run that compressed it, with the same tokenizer and prior. PNGs have the images' names, or the rows of the split. Without
+Needs the run that compressed it, with the same tokenizer and prior. PNGs have the images' names, in the
+folders they were in, or the rows of the split. Without
 --output, a new folder decompressed/NNN in the run.
 """
 
@@ -100,7 +101,9 @@ def _empty(path: Path) -> Path:
 
 @contextmanager
 def _filled(numbered: Path | None, output: Path | None, names: list[str]) -> Iterator[Path]:
-    """The folder to fill: the run's, or the user's, from which the images of those names vanish if the block fails."""
+    """The folder to fill: the run's, or the user's, from which the images of those names, and the folders they lie in, vanish if
+    the block fails.
+    """
     if numbered is not None:
         yield numbered
         return
@@ -110,11 +113,13 @@ def _filled(numbered: Path | None, output: Path | None, names: list[str]) -> Ite
     try:
         yield output
     except BaseException:
-        for name in names:
-            (output / f"{name}.png").unlink(missing_ok=True)
-        if made:
-            with suppress(OSError):  # somebody else's files in it
-                output.rmdir()
+        files = [output / f"{name}.png" for name in names]
+        for path in files:
+            path.unlink(missing_ok=True)
+        folders = {folder for path in files for folder in path.parents if folder.is_relative_to(output)} - ({output} if not made else set())
+        for folder in sorted(folders, reverse=True):  # those inside before what they lie in
+            with suppress(OSError):  # never made, or somebody else's files in it
+                folder.rmdir()
         raise
 
 

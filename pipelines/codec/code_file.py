@@ -5,7 +5,7 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | bytes | what |
 | --- | --- |
 | 8 | magic: 89 "VQC" 0D 0A 1A 0A, which (as PNG's) a transfer as text would break |
-| 2 | version of this layout, 1 |
+| 2 | version of this layout, 2; 1 had no folders in its names |
 | 16 | fingerprint of the run: sha256 over the sha256 of tokenizer and prior, cut short |
 | 3 x 2 | height, width, channels of the images |
 | 4, 4 | images; images a batch |
@@ -14,7 +14,7 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | 2 a batch | the batch's rounding offset (codec.py) |
 | | the prior's name, UTF-8 |
 | | labels, one an image, in the prior's numbering, the smallest unsigned integers, deflated; nothing: no labels |
-| | names, NUL between them, deflated; nothing: no names |
+| | names, with `/` after each folder, NUL between them, deflated; nothing: no names |
 | | payload |
 | 4 | CRC-32 of all before it |
 """
@@ -22,10 +22,9 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ from stage1_vqvae.training.weights_file import fingerprint
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"
-_VERSION = 1
+_VERSION = 2
 _BEGINNING = struct.Struct("<8sH")
 _HEADER = struct.Struct("<16s3HIIIHIIQ")
 _CHECKSUM = struct.Struct("<I")
@@ -58,7 +57,7 @@ class CodeFile(NamedTuple):
     labels: Tensor | None
     """(N,) int64, in the prior's numbering; None: no label."""
     names: list[str] | None
-    """File names of the images without folder and ending, from `unique_names`; None: they had none."""
+    """Paths of the images below the folder they were in, with `/` and without ending, from `unique_names`; None: they had none."""
 
 
 class Sizes(NamedTuple):
@@ -104,7 +103,7 @@ def unpack(data: bytes, where: str) -> CodeFile:
     if len(body) < _BEGINNING.size + _HEADER.size:
         raise UserError(f"{where}: expected compressed images, found a truncated file of {len(data)} bytes")
     _, version = _BEGINNING.unpack_from(body)
-    if version != _VERSION:
+    if version not in (1, _VERSION):
         raise UserError(f"{where}: expected version {_VERSION} of the format, found {version}")
     if checksum != _CHECKSUM.pack(zlib.crc32(body)):
         raise UserError(f"{where}: expected the checksum of its {len(data)} bytes, found another; it is damaged or truncated")
@@ -149,9 +148,14 @@ def _inflated_labels(deflated: bytes, images: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(raw, f"<u{width or 1}").astype(np.int64))
 
 
+def _is_below(name: str) -> bool:
+    """Whether a name, parts joined by `/`, is a path below the folder it is put in, on this system."""
+    return all(part not in ("", ".", "..") and PurePath(part).parts == (part,) and not PurePath(part).drive for part in name.split("/"))
+
+
 def _checked_names(joined: str, images: int) -> list[str]:
     names = joined.split("\0") if images else []
     # They become files: none may lead out of the folder, or onto another.
-    if len(names) != images or names != unique_names(names) or any(not name or "/" in name or os.sep in name for name in names):
+    if len(names) != images or names != unique_names(names) or not all(_is_below(name) for name in names):
         raise ValueError(f"names that cannot be those of {images} files")
     return names

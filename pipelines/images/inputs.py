@@ -34,13 +34,16 @@ class Images(NamedTuple):
     names: list[str]
     """Paths; or split and row, such as validation/17."""
     labels: list[str] | None
+    below: list[str] | None = None
+    """The path of each below the folder that the user named, with `/` and without ending; None: of a split."""
 
     def spread(self, count: int) -> Images:
         """`count` of them, or all if they are fewer, spread evenly: sources are often sorted by label."""
         count = min(count, len(self.pixels))
         rows = torch.arange(count) * len(self.pixels) // max(1, count)
         labels = None if self.labels is None else [self.labels[row] for row in rows]
-        return Images(self.pixels[rows], [self.names[row] for row in rows], labels)
+        below = None if self.below is None else [self.below[row] for row in rows]
+        return Images(self.pixels[rows], [self.names[row] for row in rows], labels, below)
 
 
 def image_options(parser: Any) -> None:
@@ -56,7 +59,7 @@ def chosen_images(options: Any, data: Data, progress: bool) -> Images:
         if options.split is not None:
             raise UserError(f"--images: expected no --split beside it, found {options.split}")
         files = load_files(options.images, data, progress)
-        return Images(files.pixels, files.paths, files.labels)
+        return Images(files.pixels, files.paths, files.labels, files.below)
     if split_name not in (TRAIN, VALIDATION, TEST):
         raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {split_name}")
     # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
@@ -117,15 +120,18 @@ def known_labels_for(asked: str | None, images: Images, header: PriorHeader | No
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Names numbered where they would meet, also where case is all that tells them apart; where none do, as they are."""
-    taken: set[str] = set()
+    """Names of PNG files, with or without folders before them (`a/b/c`), numbered where they would meet, also where case is all
+    that tells them apart, or where a folder bears a file's name; where none do, as they are.
+    """
+    parts = [[os.fsdecode(os.fsencode(part)[:_LONGEST]) for part in whole.split("/")] for whole in names]
+    taken = {"/".join(found[:depth]).casefold() for found in parts for depth in range(1, len(found))}  # the folders
     met: dict[str, int] = {}
     result = []
-    for whole in names:
-        name = candidate = os.fsdecode(os.fsencode(whole)[:_LONGEST])
-        while candidate.casefold() in taken:
+    for found in parts:
+        name = candidate = "/".join(found)
+        while f"{candidate}.png".casefold() in taken:
             met[name] = met.get(name, 1) + 1
             candidate = f"{name}-{met[name]}"
-        taken.add(candidate.casefold())
+        taken.add(f"{candidate}.png".casefold())
         result.append(candidate)
     return result

@@ -24,6 +24,8 @@ class ImageFiles(NamedTuple):
     pixels: Tensor
     """uint8 (N, H, W, C)."""
     paths: list[str]
+    below: list[str]
+    """The path of each below the folder that was named, with `/` and without ending; of a file that was named, its name."""
     labels: list[str] | None
     """The folder in which each lies, below the one that was named; None unless all lie in one."""
 
@@ -34,17 +36,17 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
     Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
     """
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}  # not those Pillow only writes
-    found: list[tuple[Path, str | None]] = []
+    found: list[tuple[Path, Path, str | None]] = []
     for named in paths:
         path = Path(named).expanduser()
         if path.is_file():
-            found.append((path, None))
+            found.append((path, path.parent, None))
             continue
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
         files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not files:
             raise UserError(f"{path}: expected an image or a folder of images, found {'no image in it' if path.is_dir() else 'nothing'}")
-        found += [(file, file.parent.name if file.parent != path else None) for file in files]
+        found += [(file, path, file.parent.name if file.parent != path else None) for file in files]
     pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
 
     def decode(number: int) -> None:
@@ -53,7 +55,8 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
     with ThreadPoolExecutor() as pool, progress_bar(len(found), "decode", "img", shown=progress) as bar:
         for _ in pool.map(decode, range(len(found))):
             bar.update()
-    labels = [label for _, label in found if label is not None]
+    labels = [label for _, _, label in found if label is not None]
     # A name that is not UTF-8 could not be printed, or written into a table.
-    names = [str(path).encode(errors="backslashreplace").decode() for path, _ in found]
-    return ImageFiles(torch.from_numpy(pixels), names, labels if len(labels) == len(found) else None)
+    names = [str(path).encode(errors="backslashreplace").decode() for path, _, _ in found]
+    below = [path.relative_to(root).with_suffix("").as_posix() for path, root, _ in found]
+    return ImageFiles(torch.from_numpy(pixels), names, below, labels if len(labels) == len(found) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -55,7 +56,7 @@ def compressed(run_copy: Path, folder: Path, tmp_path: Path) -> Path:
 
 
 def pictures_in(folder: Path, names: list[str]) -> np.ndarray:
-    assert {path.name for path in folder.iterdir()} == {f"{name}.png" for name in names}
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {f"{name}.png" for name in names}
     return np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
 
 
@@ -64,7 +65,7 @@ def test_a_folder_comes_back_as_its_reconstructions_by_name(run_copy: Path, fold
     originals = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))]))
     tokenizer = load_tokenizer(RunDir(run_copy))
     expected = to_uint8(tokenizer.decode(tokenizer.encode(to_model(originals)))).numpy()
-    found = pictures_in(tmp_path / "back", ["other", "same", "SAME-2", "same-2-2", "ä b"])
+    found = pictures_in(tmp_path / "back", ["one/other", "one/same", "two/SAME", "two/same-2", "two/ä b"])
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert unpack(compressed.read_bytes(), "").labels is None
 
@@ -167,7 +168,7 @@ def resealed(body: bytes) -> bytes:
     ("change", "parts"),
     [
         (lambda data: b"\x89PNG" + data[4:], ["another kind"]),
-        (lambda data: data[:8] + b"\2\0" + data[10:], ["version 1", "found 2"]),
+        (lambda data: data[:8] + b"\3\0" + data[10:], ["version 2", "found 3"]),
         (lambda data: data[:-1], ["truncated"]),
         (lambda data: b"", ["another kind"]),
     ],
@@ -210,7 +211,11 @@ def test_a_file_holds_what_was_packed() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["../a", "b", "c"], ["/etc/a", "b", "c"], ["a", "a", "b"], ["a", "A", "b"], ["a", "b"], ["", "a", "b"], ["a"] * 4]
+    "names",
+    [
+        *(["../a", "b", "c"], ["/etc/a", "b", "c"], ["a/../../b", "b", "c"], ["a/./b", "b", "c"], ["a//b", "b", "c"], ["a/", "b", "c"]),
+        *(["a", "a", "b"], ["a", "A", "b"], ["a", "b"], ["", "a", "b"], ["a"] * 4, ["a", "a.png/b", "c"], ["d/a", "D/a", "b"]),
+    ],
 )
 def test_names_that_would_leave_the_folder_or_meet_are_refused(names: list[str]) -> None:
     with pytest.raises(UserError, match="contradicts itself"):
@@ -231,6 +236,46 @@ def test_a_payload_of_no_words_and_a_prior_elsewhere_are_refused() -> None:
     for content in (CONTENT._replace(coded=CONTENT.coded._replace(payload=b"12345")), CONTENT._replace(prior="../priors/transformer")):
         with pytest.raises(UserError, match="contradicts itself"):
             unpack(pack(content)[0], "")
+
+
+def test_a_folder_tree_comes_back_as_it_was(run_copy: Path, tmp_path: Path) -> None:
+    """Folders of any depth, one file name in several, a folder that bears a file's name, one whose name is not UTF-8."""
+    photos, back = tmp_path / "photos", tmp_path / "back"
+    places = ["x.png", "a/x.png", "a/b/x.png", "b/x.jpg", "b/y.png", "c.png/z.png", "c.png/deep/z.png"]
+    for place in places:
+        (photos / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 8), "red").save(photos / place)
+    compress.main(["--run", str(run_copy), "--images", str(photos), "--output", str(tmp_path / "photos.vqc")])
+    decompress.main(["--run", str(run_copy), "--file", str(tmp_path / "photos.vqc"), "--output", str(back)])
+    found = {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()}
+    assert found == {str(Path(place).with_suffix(".png")) for place in places}
+
+
+def test_files_without_folders_in_their_names_are_still_read() -> None:
+    data = bytearray(pack(CONTENT)[0])
+    data[8] = 1
+    assert unpack(resealed(bytes(data[:-4])), "").names == CONTENT.names
+
+
+def test_a_failure_leaves_no_folder_behind(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos" / "a" / "b").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (12, 8), "red").save(tmp_path / "photos" / "a" / "b" / f"{number}.png")
+    compress.main(["--run", str(run_copy), "--images", str(tmp_path / "photos"), "--output", str(tmp_path / "photos.vqc")])
+    written: list[Path] = []
+
+    def full(path: Path, pixels: torch.Tensor) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(decompress, "save_png", full)
+    (tmp_path / "back").mkdir()
+    with pytest.raises(OSError, match="No space"):
+        decompress.main(["--run", str(run_copy), "--file", str(tmp_path / "photos.vqc"), "--output", str(tmp_path / "back")])
+    assert list((tmp_path / "back").iterdir()) == []
 
 
 def test_names_become_unique() -> None:
@@ -307,7 +352,7 @@ def test_threads_of_another_command_decode_the_same(run_copy: Path, compressed: 
         arguments = ["--run", str(run_copy), "--file", str(compressed), "--output", str(output)]
         decompress_main([*arguments, "--compute.threads", str(threads)])
         assert torch.get_num_threads() == threads
-        found.append(pictures_in(output, ["other", "same", "SAME-2", "same-2-2", "ä b"]))
+        found.append(pictures_in(output, ["one/other", "one/same", "two/SAME", "two/same-2", "two/ä b"]))
     torch.set_num_threads(before)
     assert np.abs(found[0].astype(int) - found[1]).max() <= 1
 
