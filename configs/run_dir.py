@@ -9,7 +9,7 @@ runs/NAME/
   priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
   samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations, compressed and
                          what other pipelines leave
-  classifier.safetensors what evaluations with its features compare images by
+  classifier.safetensors, rotation.safetensors   what evaluations with their features compare images by
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class RunDir:
         self.samples = path / "samples"
         self.evaluations = path / "evaluations"
         self.classifier = path / "classifier.safetensors"
+        self.rotation = path / "rotation.safetensors"
 
     def __str__(self) -> str:
         """The path as a user would type it: relative to where they stand if it is below."""

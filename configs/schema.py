@@ -266,9 +266,10 @@ class Sampling:
 class Evaluation:
     """What a run is judged by."""
 
-    features: str = "inception"
-    """What images are compared by: `inception` (FID's own network), `classifier` (a small one, trained once on the run's
-    labelled training images), or a network of torchvision by its name, such as resnet50, with `weights`."""
+    features: str = "auto"
+    """What images are compared by: `inception` (FID's own network); `classifier` (a small one, trained once on the run's labelled
+    training images); `rotation` (the same without labels: it tells how images were turned); `auto` (inception where its weights
+    are at hand or can be fetched, otherwise rotation); or a network of torchvision by its name, such as resnet50, with `weights`."""
     weights: str | None = None
     """File of the network's weights. Null: inception's are looked for in the cache and then downloaded."""
     n: int = 10_000

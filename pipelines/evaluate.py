@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         assessor = None
         if folder is not None:
             lpips_weights()
-            assessor = Assessor(tokenizer, feature_network(config, run, source, accelerator.device), source, config)
+            network = feature_network(config, run, source, accelerator.device)
+            if network.instead_of is not None:
+                print(network.instead_of)
+            assessor = Assessor(tokenizer, network, source, config)
         samples = None
         if options.samples is not None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
@@ -176,6 +179,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         },
         "drawn": samples is not None and command.options.samples is None,
         "distance": network.distance,
+        "instead_of": network.instead_of,
         "split": split,
         "reference": reference,
         "reconstruction": assessor.reconstruction(split),

@@ -122,7 +122,7 @@ class Assessor:
             "recall": recall,
             "density": density,
             "coverage": coverage,
-            "inception_score": _dictionary(inception_score(images.logits, seed)),
+            "inception_score": _dictionary(inception_score(images.logits, seed) if images.logits.shape[1] else None),
         }
 
     def beside_real(self, samples: Samples, split: str, reference: str, classifier: Classifier | None) -> dict[str, Any]:

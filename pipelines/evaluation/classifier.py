@@ -1,9 +1,13 @@
-"""A small classifier of the run's own labels: features to compare images by where Inception says little, as on digits.
+"""Small networks made on the spot: features to compare images by where Inception's weights are missing or say little.
 
-Trained once on the labelled training split and kept in the run, so that all evaluations of the run use the same one.
+Trained once on the run's training split and kept in the run, so that all evaluations of the run use the same one: to tell the
+run's own classes, or, where there are no labels, to tell by how many quarter turns an image was turned.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +25,7 @@ from stage1_vqvae.training.randomness import DataOrder, generator
 from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
 from stage1_vqvae.training.weights_file import load_weights, save_weights
 
-_KIND = "classifier"
+CLASSIFIER, ROTATION = "classifier", "rotation"
 _SEED, _BATCH, _RATE = 0, 128, 2e-3
 # At most; a few images are seen a hundred times instead, but for so many steps at least.
 _STEPS, _EPOCHS, _LEAST_STEPS = 1000, 100, 150
@@ -50,44 +54,77 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
+Examples = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""From rows (B,) and the step to images (B, C, h, w) in [-1, 1] and the classes (B,) to tell."""
+
+
 def run_classifier(run: RunDir, source: ImageSource, device: torch.device) -> Classifier:
-    """The run's classifier, in eval mode; trained first, if it is not there yet, on the source's training split.
+    """The run's classifier of its own classes, in eval mode; trained first, if it is not there yet.
 
     Errors: UserError for a source without labels.
     """
     train = source.splits[TRAIN]
     if train.labels is None or source.label_names is None:
-        raise UserError("features classifier: expected images with labels, found none; name another network with --features")
-    names, channels = source.label_names, train.pixels.shape[-1]
-    if run.classifier.exists():
-        weights, header = load_weights(run.classifier, _KIND)
+        wanted = f"expected images with labels, found none; take --features {ROTATION}, which needs none"
+        raise UserError(f"features {CLASSIFIER}: {wanted}")
+    labels = train.labels
+
+    def examples(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        variants = torch.randint(num_variants("shift"), rows.shape, generator=generator(_SEED, "variants", step))
+        return make_variants(to_model(train.pixels[rows].to(device)), "shift", variants), labels[rows].to(device)
+
+    return _kept(run, run.classifier, CLASSIFIER, source.label_names, train, examples, device)
+
+
+def run_rotation(run: RunDir, source: ImageSource, device: torch.device) -> Classifier:
+    """The run's network that tells by how many quarter turns an image was turned, in eval mode; trained first, if it is not there.
+
+    Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations". It is trained on the largest centred
+    square of each image, and takes images of any shape.
+    """
+    train = source.splits[TRAIN]
+    height, width = train.pixels.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+
+    def examples(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        images = to_model(train.pixels[rows, top : top + side, left : left + side].to(device))
+        turns = torch.randint(4, rows.shape, generator=generator(_SEED, "turns", step)).to(device)
+        turned = torch.stack([images.rot90(quarter, (2, 3)) for quarter in range(4)])
+        return turned[turns, torch.arange(len(rows), device=device)], turns
+
+    return _kept(run, run.rotation, ROTATION, [f"{90 * quarter} degrees" for quarter in range(4)], train, examples, device)
+
+
+def _kept(run: RunDir, path: Path, kind: str, names: list[str], train: ImageSplit, examples: Examples, device: torch.device) -> Classifier:
+    """The network in the run's file, or a new one, trained on examples and written there."""
+    channels = train.pixels.shape[-1]
+    if path.exists():
+        weights, header = load_weights(path, kind)
         if header["label_names"] != names:
-            raise UserError(f"{run.show(run.classifier)}: expected a classifier of this run's labels, found one of others; remove the file")
+            raise UserError(f"{run.show(path)}: expected a {kind} of this run's labels, found one of others; remove the file")
         classifier = Classifier(channels, names)
         classifier.load_state_dict(weights)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             classifier = Classifier(channels, names)
-        fit(classifier.to(device), train, device)
-        save_weights(run.classifier, classifier.state_dict(), {"kind": _KIND, "label_names": names})
+        fit(classifier.to(device), kind, len(train), examples, device)
+        save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names})
     return classifier.to(device).eval().requires_grad_(False)
 
 
-def fit(classifier: Classifier, train: ImageSplit, device: torch.device) -> None:
-    """Train it: up to 1,000 steps of 128 images, shifted by up to a pixel, with AdamW."""
-    assert train.labels is not None
-    steps = min(_STEPS, max(_LEAST_STEPS, _EPOCHS * len(train) // _BATCH))
+def fit(classifier: Classifier, kind: str, count: int, examples: Examples, device: torch.device) -> None:
+    """Train it: up to 1,000 steps of 128 of `count` images, with AdamW."""
+    steps = min(_STEPS, max(_LEAST_STEPS, _EPOCHS * count // _BATCH))
     optimizer = adamw(classifier, _RATE, weight_decay=0.05, beta2=0.99)
-    order = DataOrder(len(train), _BATCH, _SEED)
+    order = DataOrder(count, _BATCH, _SEED)
     classifier.train()
-    with progress_bar(steps * _BATCH, "train the classifier", "img") as bar:
+    with progress_bar(steps * _BATCH, f"train the {kind} network", "img") as bar:
         for step in range(steps):
             set_learning_rate(optimizer, learning_rate(step, peak=_RATE, warmup_steps=50, steps=steps, final_share=0.01))
-            rows = order.batch(step)
-            variants = torch.randint(num_variants("shift"), rows.shape, generator=generator(_SEED, "variants", step))
-            images = make_variants(to_model(train.pixels[rows].to(device)), "shift", variants)
-            F.cross_entropy(classifier(images), train.labels[rows].to(device)).backward()
+            images, classes = examples(order.batch(step), step)
+            F.cross_entropy(classifier(images), classes).backward()
             optimizer.step()
             optimizer.zero_grad()
             bar.update(_BATCH)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.run_dir import RunDir
 from configs.schema import Evaluation
-from pipelines.evaluation.classifier import Classifier, run_classifier
+from pipelines.evaluation.classifier import CLASSIFIER, ROTATION, Classifier, run_classifier, run_rotation
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
 
-INCEPTION, CLASSIFIER = "inception", "classifier"
+AUTO, INCEPTION = "auto", "inception"
 _OTHERS = "or the name of a classification network of torchvision, such as resnet50"
 
 
@@ -37,7 +37,7 @@ class Features(NamedTuple):
     vectors: Tensor
     """float32 (N, D), on the CPU: what its last layer sees."""
     logits: Tensor
-    """float32 (N, classes)."""
+    """float32 (N, classes); (N, 0) of a network whose classes say nothing of what images show."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class FeatureNetwork:
     forward: Callable[[Tensor], Features]
     """Images, uint8 (B, H, W, C), on its device."""
     device: torch.device
+    instead_of: str | None = None
+    """One line on what was missing, if it stands in for another network."""
     label_names: list[str] | None = None
     """Names of the classes of its logits, if they are the run's own."""
 
@@ -71,26 +73,44 @@ def feature_network(config: Evaluation, run: RunDir, source: ImageSource, device
 
     Errors: UserError for a name there is not, or weights that are missing or another network's.
     """
+    if config.features == AUTO:
+        try:
+            return _inception(config.weights, device)
+        except UserError as error:
+            if config.weights is not None:
+                raise
+            missing = f"{error}; until then images are compared by --features {ROTATION}, whose distances are no FID"
+            return replace(feature_network(replace(config, features=ROTATION), run, source, device), instead_of=missing)
+    if config.features == ROTATION:
+        _no_weights(ROTATION, config)
+        return _made_here(ROTATION, run_rotation(run, source, device), run.rotation, device)
     if config.features == CLASSIFIER:
-        if config.weights is not None:
-            raise UserError(f"weights: expected none for the run's own classifier, found {config.weights}")
-        return _own(run_classifier(run, source, device), run, device)
+        _no_weights(CLASSIFIER, config)
+        classifier = run_classifier(run, source, device)
+        return replace(_made_here(CLASSIFIER, classifier, run.classifier, device), label_names=classifier.label_names)
     if config.features == INCEPTION:
         return _inception(config.weights, device)
     if config.features not in torchvision.models.list_models(torchvision.models):
-        raise UserError(f"features: expected {INCEPTION}, {CLASSIFIER}, {_OTHERS}, found {config.features}")
+        raise UserError(f"features: expected {AUTO}, {INCEPTION}, {CLASSIFIER}, {ROTATION}, {_OTHERS}, found {config.features}")
     if config.weights is None:
         raise UserError(f"features {config.features}: expected a file of its weights (--weights FILE), found none")
     return _of_torchvision(config.features, Path(config.weights).expanduser(), device)
 
 
-def _own(classifier: Classifier, run: RunDir, device: torch.device) -> FeatureNetwork:
-    def forward(pixels: Tensor) -> Features:
-        vectors = classifier.features(to_model(pixels))
-        return Features(vectors, classifier.head(vectors))
+def _no_weights(features: str, config: Evaluation) -> None:
+    if config.weights is not None:
+        raise UserError(f"weights: expected none for {features}, which is made from the run's own images, found {config.weights}")
 
-    distance = "Fréchet distance (classifier features)"
-    return FeatureNetwork(CLASSIFIER, distance, fingerprint(run.classifier), forward, device, classifier.label_names)
+
+def _made_here(name: str, network: Classifier, path: Path, device: torch.device) -> FeatureNetwork:
+    """A network trained on the run's own images."""
+
+    def forward(pixels: Tensor) -> Features:
+        vectors = network.features(to_model(pixels))
+        # Which way up an image is says nothing of what it shows.
+        return Features(vectors, vectors[:, :0] if name == ROTATION else network.head(vectors))
+
+    return FeatureNetwork(name, f"Fréchet distance ({name} features)", fingerprint(path), forward, device)
 
 
 def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
@@ -106,7 +126,7 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_hash_in(file_name))
         except (URLError, OSError, RuntimeError) as error:
             wanted = f"expected its weights at {path}, or a connection to {URL_INCEPTION_V3}"
-            raise UserError(f"features {INCEPTION}: {wanted}, found: {error}; or try --features {CLASSIFIER}") from None
+            raise UserError(f"features {INCEPTION}: {wanted}, found: {error}") from None
     sha256 = _checked(path)
     with tempfile.TemporaryDirectory() as folder:
         # The library unpickles whatever is in a file: it gets one made here of tensors alone.

@@ -105,6 +105,8 @@ def notes(found: dict[str, Any]) -> list[str]:
             "Fréchet distances fall with the number of images N: compare rows of equal N only. The parts are disjoint; their spread "
             "says how sure the distance is, their mean is that of a smaller N."
         )
+        if found.get("instead_of") is not None:
+            said.append(f"{found['instead_of']}.")
         if found["distance"] != "FID":
             said.append(f"{found['distance']} is not FID and compares with figures of the same features alone.")
     else:

@@ -15,8 +15,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from configs.errors import UserError
 from configs.run_dir import RunDir
 from configs.schema import Evaluation
+from pipelines.evaluation.classifier import labels_found, run_rotation
 from pipelines.evaluation.features import feature_network
-from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
 
 NO_IMAGES = ImageSource({}, None)
 CPU = torch.device("cpu")
@@ -56,8 +57,32 @@ def test_without_weights_and_connection_it_says_where_they_belong(monkeypatch: p
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_connection)
-    with pytest.raises(UserError, match=r"features inception: .*hub.*no connection.*classifier"):
-        feature_network(Evaluation(), RunDir(tmp_path), NO_IMAGES, CPU)
+    with pytest.raises(UserError, match=r"features inception: .*hub.*no connection"):
+        feature_network(Evaluation(features="inception"), RunDir(tmp_path), NO_IMAGES, CPU)
+    # By default, a network that needs neither: made of unlabelled images, of any shape.
+    pixels = torch.randint(256, (12, 9, 14, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = ImageSource({TRAIN: ImageSplit(pixels.numpy(), None)}, None)
+    network = feature_network(Evaluation(), RunDir(tmp_path), source, CPU)
+    assert network.name == "rotation"
+    assert "no connection" in (network.instead_of or "")
+    assert "FID" not in network.distance
+    found = network(pixels, batch_size=5, what="some", progress=False)
+    assert found.vectors.shape == (12, 128)
+    assert found.logits.shape == (12, 0)
+    again = feature_network(Evaluation(features="rotation"), RunDir(tmp_path), source, CPU)
+    assert again.sha256 == network.sha256
+    assert torch.equal(again(pixels, batch_size=12, what="some", progress=False).vectors, found.vectors)
+
+
+def test_a_network_of_rotations_learns_to_tell_them(tmp_path: Path) -> None:
+    """On images that are dark above and bright below, it does."""
+    shade = torch.linspace(30, 220, 8).round().to(torch.uint8)
+    pixels = (shade[:, None] + torch.randint(20, (64, 1, 1), generator=torch.Generator().manual_seed(0))).expand(64, 8, 8)[..., None]
+    source = ImageSource({TRAIN: ImageSplit(pixels.to(torch.uint8).contiguous().numpy(), None)}, None)
+    network = run_rotation(RunDir(tmp_path), source, CPU)
+    for turns in range(4):
+        turned = source.splits[TRAIN].pixels.rot90(turns, (1, 2)).contiguous()
+        assert (labels_found(network, turned, 64) == turns).double().mean() > 0.95
 
 
 def test_weights_in_torchs_cache_are_found_and_checked(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,7 +146,7 @@ def test_a_network_without_a_last_layer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Evaluation(features="resnet"), "features: expected inception, classifier, .* found resnet"),
+        (Evaluation(features="resnet"), "features: expected auto, inception, classifier, rotation, .* found resnet"),
         (Evaluation(features="resnet18"), "features resnet18: expected a file of its weights"),
         (Evaluation(features="classifier", weights="w.pth"), "weights: expected none"),
     ],
