@@ -29,7 +29,7 @@ from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSplit
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.model import VQVAE, save_tokenizer
-from stage1_vqvae.monitoring.health import collapse_warning
+from stage1_vqvae.monitoring.health import CollapseWatch
 from stage1_vqvae.monitoring.validation import Judgement, check_equal_codebooks, save_health, save_reconstructions, validate
 from stage1_vqvae.monitoring.window import Window
 from stage1_vqvae.plots import training_graph
@@ -142,7 +142,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
         accelerator.init_trackers("stage1")
     log = MetricsLog(run.stage1 / "metrics.jsonl", accelerator, first_step)
     window = Window()
-    warning: str | None = None
+    watch, warning = CollapseWatch(tokenizer.quantizer, recipe.tokenizer), None
     quantizer = tokenizer.quantizer
     parts = processes * config.accumulation
     size, main = config.batch_size, accelerator.is_main_process
@@ -197,7 +197,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
                 values, counts = window.close(done - window.steps, size, _ADVICE)
-                former, warning = warning, collapse_warning(counts, quantizer, recipe.tokenizer)
+                former, warning = warning, watch.warning(counts)
                 if warning is not None and former is None and main:
                     bar.write(f"step {done}: {warning}")
                 noted = {} if warning is None else {"warning": warning}

@@ -21,6 +21,8 @@ from stage1_vqvae.quantizers.contract import Quantizer
 _ENOUGH_PER_CODE = 4
 # Healthy codebooks were seen to fill half of their codes within the first hundred steps, collapsing ones never.
 _LOW_USAGE, _LOW_PERPLEXITY_SHARE = 0.5, 0.1
+# Windows in a row, and by how much perplexity has to grow over them to be on its way up.
+_LASTING, _GROWING = 4, 1.1
 # Nearest neighbours of this many codes at most are looked at, each among all.
 _MOST_PROBED = 2048
 
@@ -115,21 +117,52 @@ def checksum(module: nn.Module) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def collapse_warning(counts: Sequence[Tensor], quantizer: Quantizer, config: Tokenizer) -> str | None:
-    """One line that names a collapsing codebook and what to change, or None; counts (K,) a level, of a window of steps.
+class CollapseWatch:
+    """Judges window after window of training steps, and names a collapse that lasts.
 
-    Levels that share a codebook are judged together: what residuals leave to the later ones needs few of its codes.
+    A codebook that is little used at one moment may be on its way up: an untrained encoder's latents lie close together, and
+    k-means and restarts need some tens of steps to spread the codes over them. It is collapsing if it was little used in each of
+    the last few windows and its perplexity has not grown over them. A resumed run watches anew.
     """
-    judged = _by_codebook(counts, quantizer) if quantizer.codebooks() else list(counts)
-    for number, used in enumerate(judged):
-        if not enough_to_judge(used):
-            continue
-        share, spread = usage(used), perplexity(used)
-        if share < _LOW_USAGE or spread - 1 < _LOW_PERPLEXITY_SHARE * (len(used) - 1):
-            found = f"{int((used > 0).sum())} of {len(used)} codes in use, perplexity {spread:.1f}"
-            name = "the codebook" if len(judged) == 1 else f"codebook {number + 1} of {len(judged)}"
-            return f"{name} is collapsing: {found}; {config.quantizer.advice_on_collapse}"
+
+    def __init__(self, quantizer: Quantizer, config: Tokenizer) -> None:
+        self._quantizer, self._config = quantizer, config
+        self._low: dict[int, list[float]] = {}
+
+    def warning(self, counts: Sequence[Tensor]) -> str | None:
+        """One line that names a collapsing codebook and what to change, or None; counts (K,) a level, of the newest window."""
+        found = None
+        for number, used in enumerate(_by_codebook(counts, self._quantizer)):
+            if not enough_to_judge(used):
+                continue
+            lasting = self._low.setdefault(number, [])
+            if not little_used(used):
+                lasting.clear()
+                continue
+            lasting.append(perplexity(used))
+            if len(lasting) >= _LASTING and lasting[-1] < _GROWING * lasting[-_LASTING] and found is None:
+                found = _named(number, used, self._quantizer, self._config)
+        return found
+
+
+def collapse_warning(counts: Sequence[Tensor], quantizer: Quantizer, config: Tokenizer) -> str | None:
+    """One line that names a collapsed codebook and what to change, or None; counts (K,) a level, of a whole split at one moment."""
+    for number, used in enumerate(_by_codebook(counts, quantizer)):
+        if enough_to_judge(used) and little_used(used):
+            return _named(number, used, quantizer, config)
     return None
+
+
+def _named(number: int, used: Tensor, quantizer: Quantizer, config: Tokenizer) -> str:
+    codebooks = len(quantizer.codebooks()) or len(quantizer.num_codes)
+    name = "the codebook" if codebooks == 1 else f"codebook {number + 1} of {codebooks}"
+    found = f"{int((used > 0).sum())} of {len(used)} codes in use, perplexity {perplexity(used):.1f}"
+    return f"{name} is collapsing: {found}; {config.quantizer.advice_on_collapse}"
+
+
+def little_used(counts: Tensor) -> bool:
+    """Whether few of the codes, by their counts (K,), are chosen at all, or few of them carry nearly everything."""
+    return usage(counts) < _LOW_USAGE or perplexity(counts) - 1 < _LOW_PERPLEXITY_SHARE * (len(counts) - 1)
 
 
 def enough_to_judge(counts: Tensor) -> bool:
@@ -138,7 +171,11 @@ def enough_to_judge(counts: Tensor) -> bool:
 
 
 def _by_codebook(counts: Sequence[Tensor], quantizer: Quantizer) -> list[Tensor]:
-    """Counts (K,) of each codebook, over the levels that use it."""
+    """Counts (K,) of each codebook, over the levels that use it: what residuals leave to the later levels needs few of its codes.
+    Of each level, where nothing is learned.
+    """
+    if not quantizer.codebooks():
+        return list(counts)
     together = [torch.zeros_like(counts[0]) for _ in quantizer.codebooks()]
     for level, used in enumerate(counts):
         together[quantizer.codebook_of(level)] += used

@@ -12,6 +12,7 @@ import torch
 from configs.parts import part_from
 from configs.schema import Stage1, Tokenizer
 from stage1_vqvae.monitoring.health import (
+    CollapseWatch,
     Health,
     checksum,
     collapse_warning,
@@ -63,6 +64,29 @@ def test_levels_that_share_a_codebook_are_judged_together() -> None:
     levels = [torch.full((16,), 100.0), few, few]
     assert collapse_warning(levels, build("residual_shared"), Tokenizer(quantizer=part("residual_shared"))) is None
     assert collapse_warning([few, few, few], build("residual_shared"), Tokenizer(quantizer=part("residual_shared"))) is not None
+
+
+def window(perplexity: float, num_codes: int = 512) -> torch.Tensor:
+    """Counts of about that perplexity: so many codes alike, of many vectors."""
+    counts = torch.zeros(num_codes)
+    counts[: round(perplexity)] = 10_000.0
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "warned"),
+    [
+        ([26, 290, 300, 320, 330, 340], []),  # what the recipe `digits` does
+        ([10, 14, 20, 28, 39, 55, 77, 108], []),  # slow, but on its way up
+        ([3, 3, 3, 3, 3, 3], [3, 4, 5]),
+        ([200, 120, 60, 30, 15, 8, 4, 2], [3, 4, 5, 6, 7]),  # below half of the codes from the first window on
+        ([3, 3, 3, 3, 300, 300, 3, 3, 3, 3], [3, 9]),  # recovered, and lost again
+    ],
+)
+def test_a_collapse_that_lasts_is_named_and_one_that_heals_is_not(perplexities: list[int], warned: list[int]) -> None:
+    watch = CollapseWatch(build("ema", num_codes=512), Tokenizer())
+    found = [watch.warning([window(value)]) for value in perplexities]
+    assert [number for number, warning in enumerate(found) if warning is not None] == warned
 
 
 @pytest.mark.parametrize("num_codes", [8, 512])
