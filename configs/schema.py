@@ -124,6 +124,8 @@ class _Loop:
     """Seed of initial weights, order, augmentation, dropout and restarts."""
     steps: int = 10_000
     """Optimiser steps in all."""
+    minutes: float = 0.0
+    """Time budget: when the stage begins, a step is measured on this machine, and `steps` becomes what fits; 0 = `steps` as given."""
     batch_size: int = 128
     """Images a step, over all processes and accumulation."""
     accumulation: int = 1
@@ -153,7 +155,7 @@ class _Loop:
             require(getattr(self, name) >= 1, f"{section}.{name}", "at least 1", getattr(self, name))
         for name in ("checkpoint_interval", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"{section}.{name}", "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+        for name in ("minutes", "warmup_steps", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"{section}.{name}", "at least 0", getattr(self, name))
         require(self.lr > 0, f"{section}.lr", "above 0", self.lr)
         require(0 <= self.final_lr_share <= 1, f"{section}.final_lr_share", "0 to 1", self.final_lr_share)

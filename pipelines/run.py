@@ -2,6 +2,7 @@
 
     python pipelines/run.py --config configs/digits.yaml
     python pipelines/run.py --config configs/imagefolder.yaml --data.path FOLDER --run mine
+    python pipelines/run.py --config configs/imagefolder_cpu.yaml --data.path FOLDER --run mine --minutes 20
     python pipelines/run.py --run mine
 
 Each step is a command of its own, printed as one would type it. Typed again, what is finished is skipped and what was
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage2_prior.priors.prior_file import UNIFORM
 
 _SAMPLES = 64
+# Of a budget of minutes. The rest is for extraction, samples, evaluation and report.
+_SHARES = {"stage1": 0.4, "stage2": 0.45}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = tuple(128 + number for number in _SIGNALS)
 
@@ -66,7 +69,8 @@ class Step:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, _: run.stage1)
+    argv = with_budgets(sys.argv[1:] if argv is None else argv)
+    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, _: run.stage1, options=_options)
     check_options(command)
     began = time.monotonic()
     for step in steps(command):
@@ -85,6 +89,31 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(code)
         print(f"{step.name}: {(time.monotonic() - step_began) / 60:.1f} minutes", flush=True)
     print(f"\n{command.run}: all is done, in {(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def _options(parser: Any) -> None:
+    rest = f"--stage1.minutes gets {_SHARES['stage1']:.0%} of them, --stage2.minutes {_SHARES['stage2']:.0%}"
+    parser.add_argument("--minutes", help=f"time budget of the whole chain: {rest}, the other steps have the rest")
+
+
+def with_budgets(argv: Sequence[str]) -> list[str]:
+    """The arguments with the stages' shares of `--minutes` in its place. Errors: UserError for anything but a number above 0."""
+    found: list[str] = []
+    left = iter(argv)
+    for argument in left:
+        name, equals, value = argument.partition("=")
+        if name != "--minutes":
+            found.append(argument)
+            continue
+        value = value if equals else next(left, "")
+        try:
+            minutes = float(value)
+        except ValueError:
+            minutes = 0.0
+        if not 0 < minutes < float("inf"):
+            raise UserError(f"--minutes: expected a number above 0, found {value or 'none'}")
+        found += [f"--{stage}.minutes={share * minutes:g}" for stage, share in _SHARES.items()]
+    return found
 
 
 def launch_options() -> list[str]:

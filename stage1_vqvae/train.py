@@ -10,6 +10,7 @@ Writes tokenizer.safetensors, metrics, checkpoints and pictures into the run. It
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from contextlib import nullcontext
@@ -39,6 +40,7 @@ from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
 from stage1_vqvae.quantizers.restart import Restart
 from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.batching import check_divides, share_of_step
+from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw
@@ -67,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     # Before the run's folder is made: images that cannot be read should leave no trace.
     images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
     with run.lock():
+        if recipe.stage1.minutes > 0 and not run.begun(run.stage1):
+            recipe = within_budget(accelerator, recipe, images.splits[TRAIN], images.splits[VALIDATION])
         if accelerator.is_main_process:
             write_yaml(run.recipe, recipe_dict(recipe))
             run.record(program(), command.arguments, recipe_dict(recipe))
@@ -99,13 +103,10 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     """
     config = recipe.stage1
     began = time.monotonic()
-    processes, rank = accelerator.num_processes, accelerator.process_index
+    processes = accelerator.num_processes
 
     # --- model, optimiser, and where they left off
-    torch.manual_seed(derived_seed(config.seed, "weights"))
-    tokenizer = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
-    optimizer = adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99)
-    model, optimizer = accelerator.prepare(tokenizer, optimizer)
+    tokenizer, model, optimizer = build(accelerator, recipe)
     average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)) if config.weight_average > 0 else None
     judged = average.model if average is not None else tokenizer
     order = DataOrder(len(training), config.batch_size, config.seed)
@@ -143,39 +144,15 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     log = MetricsLog(run.stage1 / "metrics.jsonl", accelerator, first_step)
     window = Window()
     watch, warning = CollapseWatch(tokenizer.quantizer, recipe.tokenizer), None
-    quantizer = tokenizer.quantizer
     parts = processes * config.accumulation
     size, main = config.batch_size, accelerator.is_main_process
     bar = progress_bar(config.steps * size, "stage 1", "img", initial=first_step * size, shown=main)
+    left = TimeLeft("stage 1", first_step, config.steps)
     model.train()
     with bar, GracefulStop(accelerator) as stop:
         for step in range(first_step, config.steps):
-            # --- one step: forward, loss, backward, clip, step
-            set_learning_rate(optimizer, scheduled_rate(config, step))
-            rows = order.batch(step)
-            restart = Restart(quantizer, config.seed, step, size) if restarts_after(step, config) else None
-            statistics: dict[str, Tensor] = {}
-            for micro_step in range(config.accumulation):
-                share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-                images = training_images(training, rows, share, config, step).to(accelerator.device)
-                seed_layers(config.seed, step, micro_step, rank)
-                last = micro_step == config.accumulation - 1
-                with nullcontext() if last else accelerator.no_sync(model):
-                    output = model(images)
-                    loss = torch.stack(list(output.losses.values())).sum() / config.accumulation
-                    accelerator.backward(loss)
-                found = {**output.statistics, **{f"loss/{name}": value.detach() for name, value in output.losses.items()}}
-                found["squared_error"] = (output.reconstruction.detach() - images).square().mean()
-                if restart is not None:
-                    found |= restart.candidates(output.latents, share.start, len(images))
-                statistics = added([statistics, found])
-            if config.clip_norm > 0:
-                accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            statistics = summed(accelerator, statistics)
-            quantizer.update_(statistics)
-            restarted = restart.apply_(statistics, optimizer) if restart is not None else 0
+            # --- one step, and what it leaves
+            statistics = take_step(accelerator, model, optimizer, training, order, config, step)
             if average is not None:
                 average.update_()
             losses = {name.removeprefix("loss/"): value / parts for name, value in statistics.items() if name.startswith("loss/")}
@@ -185,12 +162,14 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                 loss=torch.stack(list(losses.values())).sum(),
                 # Squared error on [-1, 1] is four times that on [0, 1].
                 mse=statistics["squared_error"] / parts / 4,
-                restarted=torch.as_tensor(restarted),
+                restarted=statistics["restarted"],
             )
-            bar.update(config.batch_size)
+            bar.update(size)
 
             # --- what is noted, checked and kept
             done = step + 1
+            if main and (outlook := left.line(done)) is not None:
+                bar.write(outlook)
             stopping = stop.requested()
             finished = done == config.steps
             due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
@@ -226,6 +205,75 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     if main:
         write_results(run, judged, config.steps, minutes(), judgement)
     accelerator.end_training()
+
+
+def build(accelerator: Accelerator, recipe: Recipe) -> tuple[VQVAE, Any, Any]:
+    """The tokenizer with its first weights, the same as the processes train it together, and its optimiser."""
+    config, data = recipe.stage1, recipe.data
+    torch.manual_seed(derived_seed(config.seed, "weights"))
+    tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
+    return tokenizer, *accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
+
+
+def take_step(
+    accelerator: Accelerator, model: Any, optimizer: Any, training: ImageSplit, order: DataOrder, config: Stage1, step: int
+) -> dict[str, Tensor]:
+    """One step of training: forward, loss, backward, clip, step; then the codebooks' own update and restarts.
+
+    Returns the statistics of the whole batch, summed over its parts: those of the quantizer, `loss/NAME`, `squared_error`, and
+    how many codes were `restarted`.
+    """
+    processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch_size
+    quantizer = accelerator.unwrap_model(model).quantizer
+    set_learning_rate(optimizer, scheduled_rate(config, step))
+    rows = order.batch(step)
+    restart = Restart(quantizer, config.seed, step, size) if restarts_after(step, config) else None
+    statistics: dict[str, Tensor] = {}
+    for micro_step in range(config.accumulation):
+        share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
+        images = training_images(training, rows, share, config, step).to(accelerator.device)
+        seed_layers(config.seed, step, micro_step, rank)
+        last = micro_step == config.accumulation - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            output = model(images)
+            loss = torch.stack(list(output.losses.values())).sum() / config.accumulation
+            accelerator.backward(loss)
+        found = {**output.statistics, **{f"loss/{name}": value.detach() for name, value in output.losses.items()}}
+        found["squared_error"] = (output.reconstruction.detach() - images).square().mean()
+        if restart is not None:
+            found |= restart.candidates(output.latents, share.start, len(images))
+        statistics = added([statistics, found])
+    if config.clip_norm > 0:
+        accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    statistics = summed(accelerator, statistics)
+    quantizer.update_(statistics)
+    restarted = restart.apply_(statistics, optimizer) if restart is not None else 0
+    return {**statistics, "restarted": torch.as_tensor(restarted)}
+
+
+def within_budget(accelerator: Accelerator, recipe: Recipe, training: ImageSplit, validation: ImageSplit) -> Recipe:
+    """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
+    config = recipe.stage1
+    tokenizer, model, optimizer = build(accelerator, recipe)
+    order = DataOrder(len(training), config.batch_size, config.seed)
+    initialise_codebooks(accelerator, tokenizer, training, order, config)
+    micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
+
+    def step(number: int) -> None:
+        model.train()
+        take_step(accelerator, model, optimizer, training, order, config, number)
+
+    steps = fitting_steps(
+        accelerator,
+        "stage 1",
+        config.minutes,
+        step,
+        lambda: validate(accelerator, tokenizer, validation, micro_batch),
+        config.validation_interval,
+    )
+    return dataclasses.replace(recipe, stage1=dataclasses.replace(config, steps=steps))
 
 
 def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:

@@ -11,6 +11,7 @@ checkpoints, a graph.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import time
@@ -32,6 +33,7 @@ from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.batching import check_divides, share_of_step
+from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw, muon
@@ -71,6 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(recipe.compute, str(run.prior(name) / "tensorboard"))
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     with run.lock():
+        if recipe.stage2.minutes > 0 and not run.begun(run.prior(name)):
+            recipe = within_budget(accelerator, recipe, training, validation)
         if accelerator.is_main_process:
             run.record(program(), command.arguments, recipe_dict(recipe))
         accelerator.wait_for_everyone()
@@ -118,19 +122,15 @@ def train(
     """
     config, folder = recipe.stage2, run.prior(name)
     began = time.monotonic()
-    processes, rank = accelerator.num_processes, accelerator.process_index
+    processes = accelerator.num_processes
 
     # --- model, optimiser, and where they left off
-    torch.manual_seed(derived_seed(config.seed, "weights"))
-    prior = build_prior(recipe.prior, training.manifest)
-    prior.checkpointing = config.gradient_checkpointing
-    optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
+    prior, model, optimizer = build(accelerator, recipe, training)
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     labels = f"{prior.num_classes} labels" if prior.num_classes else "no labels"
     accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {labels}")
     for remark in prior.remarks():
         accelerator.print(remark)
-    model, optimizer = accelerator.prepare(prior, optimizer)
     average = WeightAverage(prior, config.weight_average, shared=())
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator)
@@ -171,32 +171,20 @@ def train(
     size, main = config.batch_size, accelerator.is_main_process
     every, micro_batch = torch.arange(len(validation)), size // (processes * config.accumulation)
     bar = progress_bar(config.steps * size, "stage 2", "img", initial=first_step * size, shown=main)
+    left = TimeLeft("stage 2", first_step, config.steps)
     model.train()
     with bar, GracefulStop(accelerator) as stop:
         for step in range(first_step, config.steps):
-            # --- one step: forward, loss, backward, clip, step
-            set_learning_rate(optimizer, scheduled_rate(config, step))
-            rows = order.batch(step)
-            step_loss = torch.zeros((), device=accelerator.device)
-            for micro_step in range(config.accumulation):
-                share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-                codes, *given = training_codes(accelerator, prior, training, rows, share, config, step)
-                seed_layers(config.seed, step, micro_step, rank)
-                last = micro_step == config.accumulation - 1
-                with nullcontext() if last else accelerator.no_sync(model):
-                    loss = torch.cat(code_losses(model(codes, *given), codes), 1).mean() / config.accumulation
-                    accelerator.backward(loss)
-                step_loss += loss.detach()
-            if config.clip_norm > 0:
-                accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            # --- one step, and what it leaves
+            step_loss = take_step(accelerator, model, optimizer, training, order, config, step)
             average.update_()
             losses.append(step_loss)
             bar.update(size)
 
             # --- what is noted, checked and kept
             done = step + 1
+            if main and (outlook := left.line(done)) is not None:
+                bar.write(outlook)
             stopping = stop.requested()
             finished = done == config.steps
             due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
@@ -248,6 +236,64 @@ def train(
     accelerator.end_training()
 
 
+def build(accelerator: Accelerator, recipe: Recipe, training: CodeStore) -> tuple[AutoregressivePrior, Any, Any]:
+    """The prior with its first weights, the same as the processes train it together, and its optimiser."""
+    config = recipe.stage2
+    torch.manual_seed(derived_seed(config.seed, "weights"))
+    prior = build_prior(recipe.prior, training.manifest)
+    prior.checkpointing = config.gradient_checkpointing
+    optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
+    return prior, *accelerator.prepare(prior, optimizer)
+
+
+def take_step(
+    accelerator: Accelerator, model: Any, optimizer: Any, training: CodeStore, order: DataOrder, config: Stage2, step: int
+) -> Tensor:
+    """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    num_classes = accelerator.unwrap_model(model).num_classes
+    set_learning_rate(optimizer, scheduled_rate(config, step))
+    rows = order.batch(step)
+    step_loss = torch.zeros((), device=accelerator.device)
+    for micro_step in range(config.accumulation):
+        share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
+        codes, *given = training_codes(accelerator, num_classes, training, rows, share, config, step)
+        seed_layers(config.seed, step, micro_step, rank)
+        last = micro_step == config.accumulation - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = torch.cat(code_losses(model(codes, *given), codes), 1).mean() / config.accumulation
+            accelerator.backward(loss)
+        step_loss += loss.detach()
+    if config.clip_norm > 0:
+        accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return step_loss
+
+
+def within_budget(accelerator: Accelerator, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
+    """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
+    config = recipe.stage2
+    prior, model, optimizer = build(accelerator, recipe, training)
+    order, every = DataOrder(len(training), config.batch_size, config.seed), torch.arange(len(validation))
+    micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
+
+    def step(number: int) -> None:
+        model.train()
+        take_step(accelerator, model, optimizer, training, order, config, number)
+
+    steps = fitting_steps(
+        accelerator,
+        "stage 2",
+        config.minutes,
+        step,
+        lambda: measure(accelerator, prior, validation, every, micro_batch),
+        config.validation_interval,
+        passes_at_end=2,  # the likelihood report: of the validation images, and of as many training images
+    )
+    return dataclasses.replace(recipe, stage2=dataclasses.replace(config, steps=steps))
+
+
 def write_results(
     run: RunDir, folder: Path, weights: dict[str, Tensor], header: PriorHeader, report: dict[str, Any], likelihood: dict[str, Any]
 ) -> None:
@@ -265,7 +311,7 @@ def write_results(
 
 
 def training_codes(
-    accelerator: Accelerator, prior: AutoregressivePrior, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
+    accelerator: Accelerator, num_classes: int, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
 ) -> tuple[Codes, Tensor | None, Tensor]:
     """This micro-step's codes (b, h, w) a level, labels and variants (b,): which variant and whose label is hidden is drawn for
     (seed, step, number in the batch).
@@ -273,10 +319,10 @@ def training_codes(
     variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
     codes = tuple(level.to(accelerator.device) for level in training.codes(rows[share], variants))
     variants = variants.to(accelerator.device)
-    if prior.num_classes == 0 or training.labels is None:
+    if num_classes == 0 or training.labels is None:
         return codes, None, variants
     hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-    return codes, training.labels[rows[share]].masked_fill(hidden[share], prior.num_classes).to(accelerator.device), variants
+    return codes, training.labels[rows[share]].masked_fill(hidden[share], num_classes).to(accelerator.device), variants
 
 
 if __name__ == "__main__":

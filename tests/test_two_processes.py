@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.cli import load_recipe
 from configs.run_dir import read_json
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import CodeStore
@@ -29,6 +30,14 @@ def two_process_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path,
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("next: ") == 1  # one process speaks
     return run
+
+
+def test_processes_agree_on_the_steps_of_a_budget(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
+    """They would wait for each other for ever, if one took more steps."""
+    done = script("stage1_vqvae/train.py", "--config", tiny_recipe, "--run", tmp_path, "--stage1.minutes", "0.02", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps in 0.02 minutes") == 1
+    assert read_json(tmp_path / "stage1/report.json")["steps"] == load_recipe(tmp_path / "recipe.yaml").stage1.steps
 
 
 def test_two_processes_leave_the_same_files_as_one(two_process_run: Path, finished_run: Path) -> None:

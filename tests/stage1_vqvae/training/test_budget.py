@@ -1,0 +1,107 @@
+"""Time budgets: the steps that fit, by a clock of the test's own; and that counting them leaves no trace in what is trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from configs.cli import load_recipe
+from configs.run_dir import RunDir, read_json
+from stage1_vqvae.train import main as train_tokenizer
+from stage1_vqvae.training.budget import TimeLeft, fitting_steps
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.train import main as train_prior
+
+
+class Clock:
+    """A clock that only work moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("minutes", "step", "validation", "interval"), [(20, 0.25, 8.0, 100), (1, 0.01, 0.0, 10), (480, 3.0, 60.0, 1000), (5, 7.0, 1.0, 50)]
+)
+def test_rehearsal_training_and_validations_fill_the_minutes(
+    minutes: float, step: float, validation: float, interval: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    rehearsed: list[int] = []
+
+    def take_step(number: int) -> None:
+        rehearsed.append(number)
+        # The first two choose kernels.
+        clock.work(step if number >= 2 else 10 * step)
+
+    began = clock.now
+    accelerator = Accelerator(cpu=True)
+    steps = fitting_steps(accelerator, "stage 1", minutes, take_step, lambda: clock.work(validation), interval, passes_at_end=2)
+    rehearsal = clock.now - began
+    # A short budget of slow steps is not spent on counting them.
+    assert rehearsal <= 0.05 * 60 * minutes + 25 * step + validation
+    assert rehearsed == list(range(len(rehearsed)))
+    whole = rehearsal + steps * (step + validation / interval) + 2 * validation
+    assert 60 * minutes - (step + validation / interval) < whole <= 60 * minutes
+    assert capsys.readouterr().out == f"stage 1: {step:.3g} s a step on this machine, so {steps:,} steps in {minutes:g} minutes\n"
+
+
+def test_a_budget_that_is_too_small_for_anything_gives_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    assert fitting_steps(Accelerator(cpu=True), "stage 2", 0.01, lambda _: clock.work(5), lambda: clock.work(5), 10) == 1
+
+
+def test_the_time_left_is_said_once_after_a_minute_and_only_if_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    left = TimeLeft("stage 2", first_step=100, steps=1100)
+    said = []
+    for done in range(101, 161):
+        clock.work(2)
+        said.append(left.line(done))
+    assert [number + 1 for number, line in enumerate(said) if line] == [30]
+    assert str(said[29]).startswith("stage 2: about 32 minutes left")
+    assert "--stage2.minutes" in str(said[29])
+    clock.work(-120)
+    short = TimeLeft("stage 1", first_step=0, steps=200)
+    clock.work(61)
+    assert short.line(20) is None
+
+
+def test_what_a_budget_trains_is_what_as_many_steps_train(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    def trained(name: str, first: list[str], second: list[str]) -> RunDir:
+        run = ["--run", str(tmp_path / name)]
+        train_tokenizer(["--config", str(tiny_recipe), *run, *first])
+        extract_codes(run)
+        train_prior([*run, *second])
+        return RunDir(tmp_path / name)
+
+    budget = ["--stage1.minutes", "0.02", "--stage2.minutes", "0.03"]
+    timed = trained("timed", budget, [])
+    fixed, prior = load_recipe(timed.recipe), load_recipe(timed.prior("transformer") / "recipe.yaml")
+    assert (fixed.stage1.minutes, fixed.stage2.minutes) == (0.02, 0.03)
+    assert (fixed.stage1.steps, prior.stage2.steps) == tuple(
+        read_json(folder / "report.json")["steps"] for folder in (timed.stage1, timed.prior("transformer"))
+    )
+    assert fixed.stage1.steps not in (1, load_recipe(tiny_recipe).stage1.steps)
+    counted = trained("counted", ["--stage1.steps", str(fixed.stage1.steps)], ["--stage2.steps", str(prior.stage2.steps)])
+    assert timed.tokenizer.read_bytes() == counted.tokenizer.read_bytes()
+    weights = [run.prior("transformer") / "prior.safetensors" for run in (timed, counted)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    # Typed again, it is known to be done; another budget is refused.
+    capsys.readouterr()
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(timed), *budget, "--resume"])
+    train_prior(["--run", str(timed), "--resume"])
+    assert capsys.readouterr().out.count("already finished") == 2
+    line = one_line_error(train_tokenizer, "--run", timed, "--stage1.minutes", "1", "--resume")
+    assert "stage1.minutes: 1.0, not 0.02" in line
