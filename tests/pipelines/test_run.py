@@ -190,6 +190,13 @@ def test_a_failing_step_ends_the_chain_with_its_code(
     assert len(ran) == 2
 
 
+@pytest.mark.parametrize("arguments", [["--minutes"], ["--minutes=soon"], ["--minutes", "0"], ["--minutes", "nan"]])
+def test_a_budget_has_to_be_a_time(arguments: list[str], tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    line = one_line_error(main, "--run", tmp_path / "run", *arguments)
+    assert "--minutes: expected a number above 0, found" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_impossible_option_is_refused_before_any_step(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     assert "stage1.lr" in one_line_error(main, "--run", tmp_path / "run", "--stage1.lr", "fast")
     assert not (tmp_path / "run").exists()
@@ -239,9 +246,11 @@ def test_a_signal_reaches_what_the_launcher_started_and_its_saving_is_waited_for
 
 def test_one_command_leaves_a_report_and_knows_what_is_done(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
     path = tmp_path / "run"
-    arguments = ["--config", tiny_recipe, "--run", path, "--evaluation.features", "classifier", "--evaluation.n", "24"]
-    done = script("pipelines/run.py", *arguments, threads=1)
+    here = ["--config", tiny_recipe, "--run", path, "--evaluation.features", "classifier", "--evaluation.n", "24"]
+    done = script("pipelines/run.py", *here, "--minutes", "0.1", threads=1)
     assert done.returncode == 0, done.stdout + done.stderr
+    arguments = [*here, "--stage1.minutes=0.04", "--stage2.minutes=0.045"]
+    assert done.stdout.count(" a step on this machine") == 2
     printed = [line.removeprefix("$ ") for line in done.stdout.splitlines() if line.startswith("$ ")]
     assert printed == typed(*arguments, "--compute.threads", "1")
     assert "Samples by class" in (path / "report.html").read_text()
