@@ -127,8 +127,8 @@ def train(
     # --- model, optimiser, and where they left off
     prior, model, optimizer = build(accelerator, recipe, training)
     parameters = sum(parameter.numel() for parameter in prior.parameters())
-    labels = f"{prior.num_classes} labels" if prior.num_classes else "no labels"
-    accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {labels}")
+    classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
+    accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
     for remark in prior.remarks():
         accelerator.print(remark)
     average = WeightAverage(prior, config.weight_average, shared=())

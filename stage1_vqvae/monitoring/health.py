@@ -136,10 +136,11 @@ class CollapseWatch:
             if not enough_to_judge(used):
                 continue
             lasting = self._low.setdefault(number, [])
-            if not little_used(used):
+            spread = perplexity(used)
+            if not little_used(usage(used), spread, len(used)):
                 lasting.clear()
                 continue
-            lasting.append(perplexity(used))
+            lasting.append(spread)
             if len(lasting) >= _LASTING and lasting[-1] < _GROWING * lasting[-_LASTING] and found is None:
                 found = _named(number, used, self._quantizer, self._config)
         return found
@@ -148,7 +149,7 @@ class CollapseWatch:
 def collapse_warning(counts: Sequence[Tensor], quantizer: Quantizer, config: Tokenizer) -> str | None:
     """One line that names a collapsed codebook and what to change, or None; counts (K,) a level, of a whole split at one moment."""
     for number, used in enumerate(_by_codebook(counts, quantizer)):
-        if enough_to_judge(used) and little_used(used):
+        if enough_to_judge(used) and little_used(usage(used), perplexity(used), len(used)):
             return _named(number, used, quantizer, config)
     return None
 
@@ -160,9 +161,9 @@ def _named(number: int, used: Tensor, quantizer: Quantizer, config: Tokenizer) -
     return f"{name} is collapsing: {found}; {config.quantizer.advice_on_collapse}"
 
 
-def little_used(counts: Tensor) -> bool:
-    """Whether few of the codes, by their counts (K,), are chosen at all, or few of them carry nearly everything."""
-    return usage(counts) < _LOW_USAGE or perplexity(counts) - 1 < _LOW_PERPLEXITY_SHARE * (len(counts) - 1)
+def little_used(share: float, spread: float, num_codes: int) -> bool:
+    """Whether few codes are chosen at all (`share` of them), or few of them carry nearly everything (`spread`, their perplexity)."""
+    return share < _LOW_USAGE or spread - 1 < _LOW_PERPLEXITY_SHARE * (num_codes - 1)
 
 
 def enough_to_judge(counts: Tensor) -> bool:

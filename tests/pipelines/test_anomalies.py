@@ -111,7 +111,7 @@ def test_a_heat_map_holds_an_image_s_bits(grids: list[tuple[int, int]]) -> None:
     heat = heat_maps(bits, layout)
     assert heat.shape == (4, *grids[-1])
     assert torch.allclose(heat.sum((1, 2)), bits.sum(1))
-    # What one place costs more shows in the cells under it alone, in equal parts.
+    # What one position costs more shows in the cells under it alone, in equal parts.
     for position, (level, row, column) in enumerate(layout.coordinates().tolist()):
         more = bits.clone()
         more[:, position] += 1

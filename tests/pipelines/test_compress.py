@@ -241,14 +241,14 @@ def test_a_payload_of_no_words_and_a_prior_elsewhere_are_refused() -> None:
 def test_a_folder_tree_comes_back_as_it_was(run_copy: Path, tmp_path: Path) -> None:
     """Folders of any depth, one file name in several, a folder that bears a file's name, one whose name is not UTF-8."""
     photos, back = tmp_path / "photos", tmp_path / "back"
-    places = ["x.png", "a/x.png", "a/b/x.png", "b/x.jpg", "b/y.png", "c.png/z.png", "c.png/deep/z.png"]
-    for place in places:
-        (photos / place).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (12, 8), "red").save(photos / place)
+    paths = ["x.png", "a/x.png", "a/b/x.png", "b/x.jpg", "b/y.png", "c.png/z.png", "c.png/deep/z.png"]
+    for path in paths:
+        (photos / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 8), "red").save(photos / path)
     compress.main(["--run", str(run_copy), "--images", str(photos), "--output", str(tmp_path / "photos.vqc")])
     decompress.main(["--run", str(run_copy), "--file", str(tmp_path / "photos.vqc"), "--output", str(back)])
     found = {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()}
-    assert found == {str(Path(place).with_suffix(".png")) for place in places}
+    assert found == {str(Path(path).with_suffix(".png")) for path in paths}
 
 
 def test_files_without_folders_in_their_names_are_still_read() -> None:

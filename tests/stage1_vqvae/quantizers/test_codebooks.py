@@ -193,7 +193,7 @@ def test_a_code_that_moved_has_no_momentum() -> None:
     assert bool(moments[~dead].any())
 
 
-def test_restart_places_are_distinct_while_they_last_and_depend_on_seed_step_and_codebook() -> None:
+def test_restarts_take_distinct_vectors_while_they_last_and_depend_on_seed_step_and_codebook() -> None:
     positions = candidate_rows(K, 48, seed=5, step=9, codebook=0)
     assert len(set(positions.tolist())) == K
     assert int(positions.max()) < 48

@@ -24,7 +24,7 @@ def test_levels_share_no_token() -> None:
     assert int(high.max()) == TWO_LEVELS.vocabulary - 1
 
 
-def test_positions_name_the_place_each_token_came_from() -> None:
+def test_coordinates_name_the_level_row_and_column_of_each_token() -> None:
     """Raster order, rows first, in a non-square grid."""
     grid = torch.arange(6).view(1, 2, 3)
     tokens = SequenceLayout([(2, 3)], [6]).to_tokens((grid,))[0]

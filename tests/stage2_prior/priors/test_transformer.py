@@ -24,7 +24,7 @@ def test_start_labels_and_tokens_share_no_embedding() -> None:
     assert len(pointers) == 3
 
 
-def test_a_place_knows_its_level_row_and_column() -> None:
+def test_a_position_knows_its_level_row_and_column() -> None:
     """With all codes alike, no two positions of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
     prior = build("transformer", LAYOUTS["top and bottom"])
     assert isinstance(prior, Transformer)
@@ -34,7 +34,7 @@ def test_a_place_knows_its_level_row_and_column() -> None:
     assert prior.layout.centres()[2:4].tolist() == [[0, 0], [0, 1]]
 
 
-def test_rotary_scores_depend_on_the_offset_between_places_alone() -> None:
+def test_rotary_scores_depend_on_the_offset_between_positions_alone() -> None:
     positions = torch.tensor([[0, row, column] for row in range(4) for column in range(5)])
     turns = rotations(positions[:, 1:], 16)
     query, key = torch.randn(16).expand(1, 1, 20, 16), torch.randn(16).expand(1, 1, 20, 16)

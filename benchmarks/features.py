@@ -1,0 +1,65 @@
+"""Whether features trained on the spot rank sets of images as one would wish: their Fréchet distances to the training images.
+
+    python benchmarks/features.py --run digits
+
+Each set has as many images as the validation split: real ones, their reconstructions, samples of the run's last prior under several
+settings, samples of the uniform prior, noise. Networks that are not in the run yet are trained, and kept there.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from configs.cli import parse
+from configs.schema import Evaluation, Sampling
+from pipelines.evaluation.classifier import CLASSIFIER, ROTATION
+from pipelines.evaluation.distances import Reference
+from pipelines.evaluation.features import feature_network
+from pipelines.images.drawing import draw_images
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.priors.prior_file import finished_prior, load_prior
+
+SETTINGS = {
+    "samples as the recipe says": None,
+    "samples, no guidance": Sampling(),
+    "samples, temperature 1.5": Sampling(temperature=1.5),
+    "samples, temperature 0.3": Sampling(temperature=0.3),
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print the table."""
+    command = parse(__doc__, ("sampling",))
+    run, recipe, accelerator = command.run, command.recipe, Accelerator(cpu=True)
+    source, tokenizer = load_images(recipe.data, (TRAIN, VALIDATION)), load_tokenizer(run)
+    prior, header = load_prior(finished_prior(run, None, "stage 2"), fingerprint(run.tokenizer))
+    real = source.splits[VALIDATION].pixels
+    count = len(real)
+    labels = torch.arange(count) % len(header.label_names) if header.label_names else None
+    sets: dict[str, Tensor] = {"real, validation": real, "the same, reconstructed": to_uint8(tokenizer(to_model(real)).reconstruction)}
+    for name, sampling in SETTINGS.items():
+        sets[name] = draw_images(accelerator, tokenizer, prior, labels, count, 0, sampling or recipe.sampling)[1]
+    sets["samples of the uniform prior"] = draw_images(accelerator, tokenizer, None, None, count, 0, Sampling())[1]
+    sets["noise"] = torch.randint(256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kinds = [*([CLASSIFIER] if source.label_names else []), ROTATION]
+    found: dict[str, list[float]] = {name: [] for name in sets}
+    for kind in kinds:
+        network = feature_network(Evaluation(features=kind), run, source, accelerator.device)
+        reference = Reference(network(source.splits[TRAIN].pixels, 256, TRAIN).vectors)
+        for name, pixels in sets.items():
+            distance = reference.frechet(network(pixels, 256, name).vectors)
+            found[name].append(float("nan") if distance is None else distance)
+    print(f"| {count} images each | {' | '.join(kinds)} |\n| --- |{' --- |' * len(kinds)}")
+    for name, distances in found.items():
+        print(f"| {name} | {' | '.join(f'{distance:.3g}' for distance in distances)} |")
+
+
+if __name__ == "__main__":
+    main()
