@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# Rows of distances held at once: a block of this many bytes stays in a CPU's cache between the matrix product that
-# writes it and the argmin that reads it.
-_BLOCK_BYTES = 2 * 2**20
+# A CPU's second-level cache, a core, where the machine does not say.
+_USUAL_CACHE_BYTES = 2**20
+# Where Linux says it.
+_CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
 # A GPU needs more work a launch than a cache holds.
 _BLOCK_BYTES_GPU = 256 * 2**20
 # Codes whose least distance is found at once.
@@ -51,14 +54,15 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             return fused_nearest(vectors.to(dtype) - centre, codes, squares)
         # Whole groups of codes: the last one is filled up with copies of the last code, which count as it.
         filled = torch.arange(-(-len(codes) // _GROUP) * _GROUP, device=codes.device).clamp_(max=len(codes) - 1)
-        codes, squares = codes[filled], squares[filled]
-        count, size = len(vectors), rows_a_block(codes)
-        distances = torch.empty(min(count, size), len(codes), dtype=dtype, device=vectors.device)
+        # |e|^2 as one channel more, which is 1 in every vector: adding it to the product would be a pass over all distances.
+        terms = torch.cat([-2 * codes, squares[:, None]], 1)[filled].T
+        count, size = len(vectors), rows_a_block(terms.T)
+        rows = torch.cat([vectors.to(dtype) - centre, vectors.new_ones(count, 1, dtype=dtype)], 1)
+        distances = torch.empty(min(count, size), len(filled), dtype=dtype, device=vectors.device)
         nearest = torch.empty(count, dtype=torch.int64, device=vectors.device)
         for start in range(0, count, size):
-            block = vectors[start : start + size].to(dtype) - centre
-            out = torch.addmm(squares, block, codes.T, alpha=-2, out=distances[: len(block)])
-            nearest[start : start + size] = _argmin_by_groups(out)
+            block = rows[start : start + size]
+            nearest[start : start + size] = _argmin_by_groups(torch.mm(block, terms, out=distances[: len(block)]))
     return nearest.clamp_(max=len(codebook) - 1)
 
 
@@ -82,9 +86,22 @@ def _argmin_by_groups(distances: Tensor) -> Tensor:
 
 
 def rows_a_block(codebook: Tensor) -> int:
-    """How many vectors' distances to all codes (K, D) make a block."""
-    block_bytes = _BLOCK_BYTES_GPU if codebook.is_cuda else _BLOCK_BYTES
+    """How many vectors' distances to all codes (K, D) make a block.
+
+    On a CPU, what all threads' second-level caches hold: so a block stays there between the matrix product that writes it and the
+    argmin that reads it.
+    """
+    block_bytes = _BLOCK_BYTES_GPU if codebook.is_cuda else torch.get_num_threads() * cache_bytes()
     return max(1, block_bytes // (codebook.element_size() * len(codebook)))
+
+
+@cache
+def cache_bytes() -> int:
+    """The size of a core's second-level cache on this machine."""
+    try:
+        return int(_CACHE_SIZE.read_text().strip().removesuffix("K")) * 2**10
+    except (OSError, ValueError):
+        return _USUAL_CACHE_BYTES
 
 
 @contextmanager

@@ -6,14 +6,18 @@ a head turns with the row and the other with the column.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stage1_vqvae.training.precision import full_precision
 
 # Wavelengths of the rotary positions run from 2 pi to below 2 pi times this many rows: grids are tens of codes wide.
 _ROTARY_BASE = 100.0
+_NORM_EPSILON = 1e-5
 
 
 class KeyValueCache:
@@ -50,11 +54,16 @@ class Attention(nn.Module):
 
     def _separated(self, projected: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (B, heads, T, d) each, of what `qkv` made of (B, T, C)."""
-        parts = projected.unflatten(-1, (3, self.heads, self.head_width)).movedim(-4, -2)  # (B, 3, heads, T, d)
-        # Queries and keys in one: half as many passes through memory.
-        normed = F.layer_norm(full_precision(parts[:, :2]), (self.head_width,))
-        query, key = rotate(normed, rotation).unbind(1)
-        return query, key, parts[:, 2].to(query)
+        parts = projected.unflatten(-1, (3, self.heads, self.head_width))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            separated = _Separation.apply(parts, rotation)
+        else:
+            # Queries and keys in one: half as many passes through memory.
+            normed = F.layer_norm(full_precision(parts[:, :, :2]), (self.head_width,))
+            query, key = rotate(normed, rotation[:, None, None]).unbind(2)
+            separated = query, key, parts[:, :, 2].to(query)
+        query, key, value = (part.transpose(1, 2) for part in separated)
+        return query, key, value
 
     def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
         """(B, T, C) to the same shape; causal: a position attends to itself and those before it."""
@@ -86,6 +95,37 @@ class Attention(nn.Module):
         return of_few_rows(self.out, attended.flatten(1))
 
 
+class _Separation(torch.autograd.Function):
+    """Queries and keys, normalised and turned, and values, of one tensor that holds all three, (B, T, 3, heads, d): each (B, T, heads,
+    d). For training, where memory is what it waits for: one pass each for norm and turn, and gradients joined where they are made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = full_precision(parts)
+        # Of values too, which is for nothing, but saves a copy of all others.
+        normed, mean, reciprocal = torch.native_layer_norm(wide, parts.shape[-1:], None, None, _NORM_EPSILON)
+        as_complex(normed[:, :, :2]).mul_(torch.view_as_complex(rotation)[:, None, None])
+        ctx.save_for_backward(wide, mean, reciprocal, rotation)
+        ctx.dtype = parts.dtype
+        return normed[:, :, 0], normed[:, :, 1], wide[:, :, 2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        wide, mean, reciprocal, rotation = ctx.saved_tensors
+        back = torch.view_as_complex(rotation)[:, None].conj()
+        turned = torch.empty_like(wide)
+        turned[:, :, 2] = 0
+        for number, gradient in enumerate(gradients[:2]):
+            torch.mul(as_complex(gradient), back, out=as_complex(turned[:, :, number]))
+        found = torch.ops.aten.native_layer_norm_backward(
+            turned, wide, wide.shape[-1:], mean, reciprocal, None, None, [True, False, False]
+        )[0]
+        found[:, :, 2] = gradients[2]
+        return found.to(ctx.dtype), None
+
+
 def of_few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
     """A linear map without bias of (B, C), B much smaller than C, without gradient: on a CPU, the weight from the left."""
     # The same product; with its long side first, MKL takes a sixth less time.
@@ -112,5 +152,9 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         (real, imaginary), (cosine, sine) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
         return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1).flatten(-2)
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(rotation)
-    return torch.view_as_real(turned).flatten(-2)
+    return torch.view_as_real(as_complex(x) * torch.view_as_complex(rotation)).flatten(-2)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """A view of (..., d) as complex numbers (..., d / 2), of its pairs (x_2i, x_2i+1)."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

@@ -20,7 +20,7 @@ def reference(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 10.0])
 @pytest.mark.parametrize("block_bytes", [1, 8 * 2**20])
 def test_value_and_gradients_are_those_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch, temperature: float, block_bytes: int) -> None:
-    monkeypatch.setattr(search, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(search, "cache_bytes", lambda: block_bytes)
     torch.manual_seed(0)
     rows, vectors = torch.randn(40, 5).double().requires_grad_(), torch.randn(7, 5).double().requires_grad_()
     found, expected = (function(rows, vectors, temperature) for function in (entropy_loss, reference))

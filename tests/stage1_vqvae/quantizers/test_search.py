@@ -85,7 +85,7 @@ def test_a_coded_vector_finds_its_own_code_in_any_block(monkeypatch: pytest.Monk
     codebook = torch.randn(100, 16)
     order = torch.randperm(100).repeat(3)
     for block_bytes in (1, 100 * 4 * 7, 2**20):
-        monkeypatch.setattr(search, "_BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(search, "cache_bytes", lambda size=block_bytes: size)
         assert torch.equal(nearest_codes(codebook[order], codebook), order)
 
 

@@ -8,10 +8,10 @@ import torch
 from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import generate, uniforms
-from stage2_prior.priors.attention import rotate, rotations
+from stage2_prior.priors.attention import Attention, rotate, rotations
 from stage2_prior.priors.cuda_graphs import GraphedSteps, GraphedTransformer
 from stage2_prior.priors.prior_file import build_prior
-from stage2_prior.priors.transformer import Transformer, TransformerPart
+from stage2_prior.priors.transformer import SwiGLU, Transformer, TransformerPart
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, manifest, random_codes
 
 
@@ -46,6 +46,23 @@ def test_rotary_scores_depend_on_the_offset_between_positions_alone() -> None:
             by_offset.setdefault((offset[0], offset[1]), []).append(scores[a, b].item())
     assert all(max(values) - min(values) < 1e-4 for values in by_offset.values())
     assert len({round(values[0], 3) for values in by_offset.values()}) > 40  # rows and columns both matter
+
+
+def test_gradients_written_by_hand_are_those_of_small_differences() -> None:
+    """Of the parts whose backward pass is ours; and what they give with a gradient is what they give without one."""
+    torch.manual_seed(0)
+    attention, mlp = Attention(16, 2).double(), SwiGLU(16).double()
+    turns = rotations(torch.rand(3, 2, dtype=torch.float64), 8)
+    x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+
+    def separated(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attention._separated(attention.qkv(x), turns)
+
+    for part in (separated, mlp):
+        assert torch.autograd.gradcheck(part, x)
+        with_gradient = part(x)
+        with torch.no_grad():
+            torch.testing.assert_close(part(x), with_gradient)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
