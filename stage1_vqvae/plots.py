@@ -11,15 +11,19 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
+from torch.nn import functional as F
 
 from configs.run_dir import write_bytes
 
 matplotlib.use("agg")
+
+# White pixels between pictures.
+_GAP = 2
 
 
 def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
@@ -35,8 +39,11 @@ def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
 
 def image_grid(pictures: Tensor, columns: int) -> Tensor:
     """uint8 pictures (N, H, W, C) side by side, `columns` a row, white between them: uint8 (H', W', C)."""
-    grid = make_grid(pictures.movedim(-1, 1), nrow=columns, padding=2, pad_value=255)
-    return grid.movedim(0, -1)[..., : pictures.shape[-1]].contiguous()
+    # torchvision has such a grid too, but two seconds of imports with it, which every command would begin with.
+    columns = min(columns, len(pictures))
+    cells = F.pad(pictures, (0, 0, _GAP, 0, _GAP, 0, 0, -len(pictures) % columns), value=255)
+    grid = rearrange(cells, "(row column) h w c -> (row h) (column w) c", column=columns)
+    return F.pad(grid, (0, 0, 0, _GAP, 0, _GAP), value=255)
 
 
 def grid_scale(height: int) -> int:

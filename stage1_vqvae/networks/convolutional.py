@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from configs.schema import NetworkPart, require
 
@@ -34,8 +35,8 @@ class ConvolutionalPart(NetworkPart):
         require(self.hidden_channels % 2 == 0, f"{where}.hidden_channels", "an even number", self.hidden_channels)
         require(self.residual_blocks >= 0, f"{where}.residual_blocks", "at least 0", self.residual_blocks)
 
+    @override
     def build(self, image_channels: int, code_dim: int, output_channels: int) -> tuple[nn.Module, nn.Module]:
-        """See the base class."""
         sizes = (self.hidden_channels, self.downsampling, self.residual_blocks, self.residual_channels)
         return Encoder(image_channels, code_dim, *sizes), Decoder(code_dim, output_channels, *sizes)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from configs.schema import ObjectivePart
 from stage1_vqvae.objectives.contract import Objective
@@ -16,8 +17,8 @@ from stage1_vqvae.training.precision import full_precision
 class MSEPart(ObjectivePart):
     """Mean squared error, for grey and colour images."""
 
+    @override
     def build(self) -> Objective:
-        """See the base class."""
         return SquaredError()
 
 
@@ -25,30 +26,30 @@ class MSEPart(ObjectivePart):
 class BCEPart(ObjectivePart):
     """Binary cross-entropy, for black-and-white images."""
 
+    @override
     def build(self) -> Objective:
-        """See the base class."""
         return BinaryCrossEntropy()
 
 
 class SquaredError(Objective):
     """The mean squared error on [-1, 1]: four times that on [0, 1]. The decoder puts out the image itself."""
 
+    @override
     def loss(self, output: Tensor, images: Tensor) -> Tensor:
-        """See the contract."""
         return F.mse_loss(full_precision(output), images)
 
+    @override
     def mean_image(self, output: Tensor) -> Tensor:
-        """See the contract."""
         return full_precision(output)
 
 
 class BinaryCrossEntropy(Objective):
     """Mean nats a pixel of black-and-white images under Bernoulli distributions, whose logits the decoder puts out."""
 
+    @override
     def loss(self, output: Tensor, images: Tensor) -> Tensor:
-        """See the contract."""
         return F.binary_cross_entropy_with_logits(full_precision(output), (images + 1) / 2)
 
+    @override
     def mean_image(self, output: Tensor) -> Tensor:
-        """See the contract."""
         return 2 * full_precision(output).sigmoid() - 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from typing_extensions import override
 
 # Laplace smoothing of the counts that divide the moving sums (Sonnet's VectorQuantizerEMA).
 _SMOOTHING = 1e-5
@@ -86,8 +87,8 @@ class GradientCodebook(Codebook):
         return self.weight
 
     @torch.no_grad()
+    @override
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> Tensor:
-        """See the base class."""
         self.weight[where] = vectors[where].to(self.weight)
         self.cluster_size[where] = counts[where].to(self.cluster_size)
         return self.weight

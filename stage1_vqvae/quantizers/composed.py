@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, added, numbered, part_of
 from stage1_vqvae.quantizers.gradients import Estimator
@@ -31,8 +32,8 @@ class ResidualQuantizer(Quantizer):
         assert isinstance(stage, Quantizer)
         return stage
 
+    @override
     def quantize(self, rows: Tensor) -> Quantized:
-        """See the contract."""
         left, parts = rows, []
         for level in range(self.depth):
             parts.append(self._stage(level).quantize(left))
@@ -47,8 +48,8 @@ class ResidualQuantizer(Quantizer):
         losses = added([part.losses for part in parts])
         return Quantized(z_q, codes, losses, numbered([part.statistics for part in parts]), latents)
 
+    @override
     def lookup_rows(self, codes: Codes) -> Tensor:
-        """See the contract."""
         levels = len(codes) // self.depth
         parts = [self._stage(level).lookup_rows(codes[level * levels : (level + 1) * levels]) for level in range(self.depth)]
         return sum_of(parts)
@@ -74,8 +75,8 @@ class ProductQuantizer(Quantizer):
         self.dim = sum(group.dim for group in groups)
         self.num_codes = tuple(k for group in groups for k in group.num_codes)
 
+    @override
     def quantize(self, rows: Tensor) -> Quantized:
-        """See the contract."""
         channels = rows.split([group.dim for group in self._groups], 1)
         parts = [group.quantize(part) for group, part in zip(self._groups, channels, strict=True)]
         losses = {name: total / len(parts) for name, total in added([part.losses for part in parts]).items()}
@@ -87,8 +88,8 @@ class ProductQuantizer(Quantizer):
             tuple(vectors for part in parts for vectors in part.latents),
         )
 
+    @override
     def lookup_rows(self, codes: Codes) -> Tensor:
-        """See the contract."""
         parts, first = [], 0
         for group in self._groups:
             levels = len(group.num_codes)
@@ -96,8 +97,8 @@ class ProductQuantizer(Quantizer):
             first += levels
         return torch.cat(parts, 1)
 
+    @override
     def update_(self, statistics: Statistics) -> None:
-        """See the contract."""
         for number, group in enumerate(self._groups):
             group.update_(part_of(statistics, number))
 
@@ -114,17 +115,17 @@ class ProjectedQuantizer(Quantizer):
         self.dim, self.num_codes = dim, inner.num_codes
         self.down, self.inner, self.up = nn.Linear(dim, inner.dim), inner, nn.Linear(inner.dim, dim)
 
+    @override
     def quantize(self, rows: Tensor) -> Quantized:
-        """See the contract."""
         found = self.inner.quantize(self.down(rows))
         return found._replace(z_q=self.up(found.z_q))
 
+    @override
     def lookup_rows(self, codes: Codes) -> Tensor:
-        """See the contract."""
         return self.up(self.inner.lookup_rows(codes))
 
+    @override
     def update_(self, statistics: Statistics) -> None:
-        """See the contract."""
         self.inner.update_(statistics)
 
 

@@ -9,6 +9,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+from typing_extensions import override
+
 from configs.schema import QuantizerPart, require
 from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, Metric, MovingAverageCodebook
 from stage1_vqvae.quantizers.composed import ProductQuantizer, ProjectedQuantizer, ResidualQuantizer
@@ -56,8 +58,8 @@ class _LearnedPart(QuantizerPart):
         require(self.depth > 1 or not self.shared_codebook, f"{where}.shared_codebook", "false at depth 1", self.shared_codebook)
         require(self.entropy_temperature > 0, f"{where}.entropy_temperature", "above 0", self.entropy_temperature)
 
+    @override
     def check(self, dim: int) -> None:
-        """See the base class."""
         width = self.codebook_dim or dim
         wanted = f"a divisor of the {width} channels (see tokenizer.quantizer.codebook_dim)"
         require(width % self.groups == 0, "tokenizer.quantizer.groups", wanted, self.groups)
@@ -65,12 +67,12 @@ class _LearnedPart(QuantizerPart):
         require(wide, "tokenizer.quantizer.metric", "euclidean in one channel, where angles are two", self.metric)
 
     @property
+    @override
     def needs_whole_batch(self) -> bool:
-        """See the base class."""
         return self.entropy_weight > 0
 
+    @override
     def build(self, dim: int) -> Quantizer:
-        """See the base class."""
         width = self.codebook_dim or dim
         groups = [self._residual(width // self.groups) for _ in range(self.groups)]
         inner = groups[0] if self.groups == 1 else ProductQuantizer(groups)
@@ -111,13 +113,13 @@ class _PlacedPart(_LearnedPart):
         require(0 <= self.restart_below < 1, "tokenizer.quantizer.restart_below", "0 <= share < 1", self.restart_below)
 
     @property
+    @override
     def starts_by_kmeans(self) -> bool:
-        """See the base class."""
         return self.initialisation == "kmeans"
 
     @property
+    @override
     def advice_on_collapse(self) -> str:
-        """See the base class."""
         if self.restart_below == 0:
             return "let dead codes restart: set tokenizer.quantizer.restart_below 0.05"
         if self.initialisation == "random":
@@ -130,8 +132,8 @@ class EMAPart(_PlacedPart):
     """Codes are moving averages of the latents that choose them (van den Oord et al. 2017, appendix A.1)."""
 
     @property
+    @override
     def advice_on_collapse(self) -> str:
-        """See the base class."""
         if self.restart_below > 0 and self.starts_by_kmeans and self.decay > 0.95:
             return "set tokenizer.quantizer.decay 0.95, so that the codes keep up with the encoder"
         return super().advice_on_collapse
@@ -153,8 +155,8 @@ class SimVQPart(_LearnedPart):
     """One learned linear map over a frozen codebook (Zhu et al. 2024)."""
 
     @property
+    @override
     def advice_on_collapse(self) -> str:
-        """See the base class."""
         if self.entropy_weight == 0:
             return "set tokenizer.quantizer.entropy_weight 0.01"
         return f"raise tokenizer.quantizer.entropy_weight, for instance to {2 * self.entropy_weight}"

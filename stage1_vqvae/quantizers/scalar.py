@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from configs.schema import QuantizerPart, require
 from stage1_vqvae.quantizers.codebook import mean_square
@@ -35,12 +36,12 @@ class FSQPart(QuantizerPart):
         require(within, "tokenizer.quantizer.levels", "each from 2 to 256", self.levels)
 
     @property
+    @override
     def advice_on_collapse(self) -> str:
-        """See the base class."""
         return "lower stage1.lr: the encoder's latents have left the quantizer's range"
 
+    @override
     def build(self, dim: int) -> Quantizer:
-        """See the base class."""
         return fitted_to(dim, FiniteScalarQuantizer(self.levels))
 
 
@@ -65,17 +66,17 @@ class LFQPart(QuantizerPart):
         require(self.entropy_temperature > 0, f"{where}.entropy_temperature", "above 0", self.entropy_temperature)
 
     @property
+    @override
     def needs_whole_batch(self) -> bool:
-        """See the base class."""
         return True
 
     @property
+    @override
     def advice_on_collapse(self) -> str:
-        """See the base class."""
         return f"raise tokenizer.quantizer.entropy_weight, for instance to {2 * self.entropy_weight}"
 
+    @override
     def build(self, dim: int) -> Quantizer:
-        """See the base class."""
         inner = LookupFreeQuantizer(
             self.num_codes,
             commitment=self.commitment,
@@ -103,8 +104,8 @@ class FiniteScalarQuantizer(Quantizer):
         strides = torch.tensor([math.prod(levels[:number]) for number in range(len(levels))])
         self.register_buffer("strides", strides, persistent=False)
 
+    @override
     def quantize(self, rows: Tensor) -> Quantized:
-        """See the contract."""
         squashed = self._squashed(rows)
         digits = squashed.detach().round()
         codes = ((digits.long() + self.sizes // 2) * self.strides).sum(1)
@@ -153,8 +154,8 @@ class LookupFreeQuantizer(Quantizer):
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, self.signs.to(rows.dtype), self.entropy_temperature)
         return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": counted(codes, self.num_codes[0])}, ())
 
+    @override
     def lookup_rows(self, codes: Codes) -> Tensor:
-        """See the contract."""
         return self.signs[codes[0]]
 
     def _bits(self, codes: Tensor) -> Tensor:

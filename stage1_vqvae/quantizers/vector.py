@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from stage1_vqvae.quantizers.codebook import Codebook, mean_square
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, counted
@@ -50,10 +51,10 @@ class VectorQuantizer(Quantizer):
             statistics["sums"] = torch.zeros_like(vectors).detach_().index_add_(0, codes, latents)
         return Quantized(self.estimator(rows, vectors_q.detach()), (codes,), losses, statistics, (latents,))
 
+    @override
     def lookup_rows(self, codes: Codes) -> Tensor:
-        """See the contract."""
         return F.embedding(codes[0], self.codebook.vectors())
 
+    @override
     def update_(self, statistics: Statistics) -> None:
-        """See the contract."""
         self.codebook.update_(statistics["counts"], statistics.get("sums"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.priors.contract import AutoregressivePrior, Logits
@@ -19,8 +20,8 @@ class GraphedTransformer(AutoregressivePrior):
         self._steps: GraphedSteps | None = None
         self.train(prior.training)
 
+    @override
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        """See the contract."""
         return self.prior(codes, labels, variants)
 
     def new_cache(self, batch: int) -> GraphedSteps:
@@ -60,7 +61,7 @@ class GraphedSteps:
         return graph, logits
 
     def step(self, code: Tensor | None, labels: Tensor) -> Tensor:
-        """See `GraphedTransformer.step`."""
+        """Logits (B, K) of the next position, from the code (B,) of the one before (None at the first) and labels (B,)."""
         if code is not None:
             self._tokens.copy_(code + self._prior.layout.offset_before(self.position))
         self._labels.copy_(labels)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from configs.schema import PriorPart, require
 from stage1_vqvae.networks.convolutional import ResidualBlock
@@ -62,12 +63,12 @@ class PixelCNNPart(SizedByPreset, PriorPart):
         require(0 <= interval <= layers, "prior.attention_interval", f"0 to the {layers} layers", interval)
         require(kernel % 2 == 1 and kernel > 1, "prior.kernel_size", "an odd number above 1", kernel)
 
+    @override
     def resolved(self) -> PixelCNNPart:
-        """See the base class."""
         return replace(self, **self.sizes()._asdict())
 
+    @override
     def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> PixelCNN:
-        """See the base class."""
         return PixelCNN(self.resolved(), layout, num_classes, num_variants)
 
 
@@ -84,8 +85,8 @@ class PixelCNN(AutoregressivePrior):
 
     networks: Sequence[LevelNetwork]
 
+    @override
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        """See the contract."""
         labels = self.labels_or_null(labels, len(codes[0]))
         return tuple(
             network(codes[level], network.context(codes[:level], labels, variants), self.checkpointing and self.training)
@@ -100,12 +101,12 @@ class PixelCNN(AutoregressivePrior):
             return []
         return [f"a position sees {reach} codes far, of {furthest}; more --prior.layers or a larger --prior.kernel_size see further"]
 
+    @override
     def new_cache(self, batch: int) -> PixelCNNCache:
-        """See the contract."""
         return PixelCNNCache(self, batch)
 
+    @override
     def step(self, code: Tensor | None, labels: Tensor | None, cache: PixelCNNCache) -> Tensor:
-        """See the contract."""
         return cache.step(code, labels)
 
 
@@ -261,7 +262,7 @@ class PixelCNNCache:
         self._position = 0
 
     def step(self, code: Tensor | None, labels: Tensor | None) -> Tensor:
-        """See `AutoregressivePrior.step`."""
+        """Logits (B, K) of the next position, from the code (B,) of the one before (None at the first) and labels (B,)."""
         if code is not None:
             self._note(code)
         level, row, column = self._coordinates(self._position)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from configs.schema import PriorPart
 from stage1_vqvae.quantizers.contract import Codes
@@ -51,12 +52,12 @@ class TransformerPart(SizedByPreset, PriorPart):
         super().__post_init__()
         self.sizes()
 
+    @override
     def resolved(self) -> TransformerPart:
-        """See the base class."""
         return replace(self, **self.sizes()._asdict())
 
+    @override
     def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> Transformer:
-        """See the base class."""
         return Transformer(layout, num_classes, num_variants, self.sizes(), self.dropout)
 
 
@@ -111,8 +112,8 @@ class Transformer(AutoregressivePrior):
         level, row, column = self.coordinates.unbind(1)
         return self.level(level) + self.row(row) + self.column(column)
 
+    @override
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        """See the contract."""
         tokens = self.layout.to_tokens(codes)
         start = self.start.expand(len(tokens), 1, -1)
         x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_positions()  # (B, T, C)
@@ -132,12 +133,12 @@ class Transformer(AutoregressivePrior):
         offset = self.layout.offsets[level]
         return F.linear(self.norm(x), self.head.weight[offset : offset + self.layout.num_codes[level]])
 
+    @override
     def new_cache(self, batch: int) -> TransformerCache:
-        """See the contract."""
         return TransformerCache([block.attention.new_cache(batch, self.layout.length) for block in self.blocks], self._embedded_positions())
 
+    @override
     def step(self, code: Tensor | None, labels: Tensor | None, cache: TransformerCache) -> Tensor:
-        """See the contract."""
         position = cache.position
         cache.position += 1
         batch = len(cache.layers[0].keys)

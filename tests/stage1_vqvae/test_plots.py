@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.utils import make_grid
 
-from stage1_vqvae.plots import reconstruction_grid
+from stage1_vqvae.plots import image_grid, reconstruction_grid
+
+
+@pytest.mark.parametrize(("count", "columns", "channels"), [(7, 3, 3), (6, 3, 1), (2, 5, 3)])
+def test_a_grid_is_that_of_torchvision(count: int, columns: int, channels: int) -> None:
+    pictures = torch.randint(256, (count, 4, 6, channels), dtype=torch.uint8)
+    expected = make_grid(pictures.movedim(-1, 1), nrow=columns, padding=2, pad_value=255)
+    assert torch.equal(image_grid(pictures, columns), expected.movedim(0, -1)[..., :channels])
 
 
 @pytest.mark.parametrize(("count", "columns"), [(5, 3), (6, 3), (2, 16), (1, 1)])
