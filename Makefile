@@ -19,9 +19,9 @@ demo: install
 	$(BIN)/python pipelines/run.py --config configs/digits.yaml
 	$(BIN)/python pipelines/summary.py --config configs/digits.yaml
 
-# Workers share the cores: threads that wait by spinning would take them from one another.
+# Workers share the cores: a thread each, and none that waits by spinning.
 test: install lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -54,6 +54,8 @@ TINY = {
         "checkpoint_interval": 4,
         "label_dropout": 0.3,
     },
+    # Tests run side by side, and what is this small gains nothing from a second thread.
+    "compute": {"threads": 1},
 }
 
 

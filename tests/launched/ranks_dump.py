@@ -41,19 +41,18 @@ def main() -> None:
         torch.set_default_dtype(torch.float64)
         for user in (script, importlib.import_module("stage1_vqvae.monitoring.validation")):
             user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
-    save = Checkpoints.save
     # The processes stay joined from run to run.
     Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
     for number, arguments in enumerate(runs):
         (folder / str(number)).mkdir(exist_ok=True)
 
-        def save_and_dump(self: Checkpoints, step: int, state: dict[str, Any], number: int = number) -> None:
+        def dump(self: Checkpoints, step: int, state: dict[str, Any], number: int = number) -> None:
             # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
             moments = {f"moment of {index}": found["exp_avg"] for index, found in state["optimizer"]["state"].items()}
             torch.save({**state["model"], **moments}, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
-            save(self, step, state)
 
-        Checkpoints.save = save_and_dump  # type: ignore[method-assign]
+        # In place of checkpoints, from which nobody goes on here.
+        Checkpoints.save = dump  # type: ignore[method-assign]
         script.main(arguments)
 
 

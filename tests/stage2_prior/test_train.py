@@ -22,7 +22,6 @@ from stage2_prior.likelihood.bits import mean_over_tokens, turning_point, unifor
 from stage2_prior.priors.pixelcnn import PixelCNN
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main
-from tests.conftest import Script
 from tests.stage1_vqvae.test_train import kill_after_checkpoint
 
 
@@ -66,19 +65,19 @@ def test_references_by_hand(finished_run: Path) -> None:
     assert mean_over_tokens([2, 4], [(1, 1), (1, 3)]) == (2 + 3 * 4) / 4
 
 
-def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(run_copy: Path, script: Script) -> None:
+def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
     settings = ["--run", str(run_copy), "--stage2.steps", "150", "--stage2.checkpoint_interval", "40", "--compute.threads", "1"]
     settings += ["--stage2.accumulation", "2"]
-    whole = script("stage2_prior/train.py", *settings, "--name", "whole")
-    assert whole.returncode == 0, whole.stderr
+    main([*settings, "--name", "whole"])
     folder = run_copy / "priors" / "killed"
     command = [sys.executable, str(REPOSITORY / "stage2_prior/train.py"), *settings, "--name", "killed"]
     kill_after_checkpoint(command, folder / "checkpoints/step-000000040.pt", folder / "metrics.jsonl", 44)
     assert not (folder / "prior.safetensors").exists()
-    assert "--resume" in script("stage2_prior/train.py", *settings, "--name", "killed").stderr
-    resumed = script("stage2_prior/train.py", *settings, "--name", "killed", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step" in resumed.stdout
+    assert "--resume" in one_line_error(main, *settings, "--name", "killed")
+    main([*settings, "--name", "killed", "--resume"])
+    assert "going on after step" in capsys.readouterr().out
     assert (folder / "prior.safetensors").read_bytes() == (run_copy / "priors/whole/prior.safetensors").read_bytes()
     newest = [torch.load(max((run_copy / "priors" / name / "checkpoints").iterdir()), weights_only=True) for name in ("whole", "killed")]
     assert all(torch.equal(newest[0]["model"][key], newest[1]["model"][key]) for key in newest[0]["model"])

@@ -269,14 +269,14 @@ def test_training_lowers_the_error_and_keeps_codes_in_use(kind: str) -> None:
     decoder = torch.nn.Conv1d(D, D, 1)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters(), *quantizer.parameters()], lr=1e-2)
     errors = []
-    for step in range(150):
+    for step in range(80):
         found = quantizer(encoder(target))
         error = (decoder(found.z_q) - target).square().mean()
         (error + sum(found.losses.values())).backward()
         optimizer.step()
         optimizer.zero_grad()
         quantizer.update_(found.statistics)
-        if step % 5 == 0 and step < 120:
+        if step % 5 == 0 and step < 60:
             restart = Restart(quantizer, 0, step, 256)
             restart.apply_(restart.candidates(found.latents, 0, 256), optimizer)
         errors.append(error.item())
