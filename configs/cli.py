@@ -239,8 +239,8 @@ def parse(
     help_wanted = "--help" in argv or "-h" in argv
     try:
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
-        run, base = _locate(known, starts_run, help_wanted, begun_in)
-        base = _with_parts(base, known)
+        run, base, begun = _locate(known, starts_run, help_wanted, begun_in)
+        base = _with_parts(base if begun else _with_counted_steps(base, argv), known)
         kinds = {family: _part(base, family).kind for family in families}
         usage = "%(prog)s [--option value ...]"
         parser = _parser(sections, kinds, flat, usage=usage, description=description, formatter_class=_Help)
@@ -301,8 +301,8 @@ def _defaults(base: Recipe, sections: Sequence[str], flat: str | None) -> dict[s
 
 def _locate(
     known: argparse.Namespace, starts_run: bool, help_wanted: bool, begun_in: Callable[[RunDir, str | None], Path] | None
-) -> tuple[RunDir, Recipe]:
-    """The run a command line means, and the recipe its overrides start from."""
+) -> tuple[RunDir, Recipe, bool]:
+    """The run a command line means, the recipe its overrides start from, and whether that is what was begun there."""
     if known.run is not None:
         run = RunDir.named(known.run)
     elif known.config is not None:
@@ -316,13 +316,13 @@ def _locate(
         own = run.recipe if starts_run else folder / "recipe.yaml"
         # A changed recipe file must not pass unnoticed, unless the user says to go on with what was begun.
         if RunDir.begun(folder) and own.exists() and (known.resume or known.config is None or not starts_run):
-            return run, load_recipe(own)
+            return run, load_recipe(own), True
     if starts_run:
-        return run, load_recipe(known.config or DEFAULT_RECIPE)
+        return run, load_recipe(known.config or DEFAULT_RECIPE), False
     if exists:
-        return run, load_recipe(run.recipe)
+        return run, load_recipe(run.recipe), False
     if help_wanted:
-        return run, load_recipe(known.config or DEFAULT_RECIPE)
+        return run, load_recipe(known.config or DEFAULT_RECIPE), False
     raise UserError(f"{run}: there is no such run; start it with: {TRAIN_TOKENIZER}")
 
 
@@ -330,6 +330,16 @@ def _prior_kind(known: argparse.Namespace) -> str | None:
     """The prior's kind, if the command line names one there is."""
     kind = getattr(known, "prior", None)
     return kind if kind in FAMILIES["prior"] else None
+
+
+def _with_counted_steps(recipe: Recipe, argv: Sequence[str]) -> Recipe:
+    """The recipe without its time budget for a stage whose steps are counted on the command line."""
+    named = {argument.partition("=")[0] for argument in argv}
+    for stage in ("stage1", "stage2"):
+        if f"--{stage}.steps" in named and f"--{stage}.minutes" not in named:
+            changed: dict[str, Any] = {stage: dataclasses.replace(getattr(recipe, stage), minutes=0.0)}
+            recipe = dataclasses.replace(recipe, **changed)
+    return recipe
 
 
 def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:

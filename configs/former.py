@@ -40,6 +40,8 @@ def current_tokenizer(section: dict[str, Any]) -> dict[str, Any]:
     kind = section.get("quantizer", "ema")
     unused = _OF_KIND.get(kind, set())
     quantizer = {new: section[old] for old, new in _QUANTIZER.items() if old in section and old not in unused}
+    if kind == "lfq":
+        quantizer.setdefault("entropy_temperature", 1.0)  # its default then
     found: dict[str, Any] = {name: value for name, value in section.items() if f"tokenizer.{name}" not in SPELLINGS}
     found["quantizer"] = {"kind": kind, **quantizer}
     found["network"] = {"kind": "convolutional", **{name: section[name] for name in _NETWORK if name in section}}

@@ -129,7 +129,7 @@ class _Loop:
     batch_size: int = 128
     """Images a step, over all processes and accumulation."""
     accumulation: int = 1
-    """Micro-steps a step: their gradients are averaged, so memory falls and the result stays."""
+    """Micro-steps a step: their gradients are averaged, so memory falls and the result stays (but for the prior's dropout)."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 100
@@ -156,7 +156,7 @@ class _Loop:
         for name in ("checkpoint_interval", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"{section}.{name}", "at least 1", getattr(self, name))
         for name in ("minutes", "warmup_steps", "weight_decay", "clip_norm"):
-            require(getattr(self, name) >= 0, f"{section}.{name}", "at least 0", getattr(self, name))
+            require(0 <= getattr(self, name) < float("inf"), f"{section}.{name}", "at least 0, and finite", getattr(self, name))
         require(self.lr > 0, f"{section}.lr", "above 0", self.lr)
         require(0 <= self.final_lr_share <= 1, f"{section}.final_lr_share", "0 to 1", self.final_lr_share)
         micro_batch = self.batch_size % self.accumulation

@@ -31,7 +31,7 @@ from accelerate.commands.config.config_args import default_config_file
 
 from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry
-from configs.run_dir import REPOSITORY, RunDir, read_json, runs_folder, typed
+from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from pipelines.images.provenance import agrees, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage2_prior.priors.prior_file import UNIFORM
@@ -64,7 +64,8 @@ class Step:
     def started(self) -> list[str]:
         """The command line that starts the step in this environment."""
         program = ["-m", "accelerate.commands.launch", *launch_options()] if self.launched else []
-        return [sys.executable, *program, str(REPOSITORY / self.script), *self.arguments]
+        # Of this script's own checkout, if there is one: so that all look for runs in one place.
+        return [sys.executable, *program, str((checkout() or REPOSITORY) / self.script), *self.arguments]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.lock():
         if recipe.stage1.minutes > 0 and not run.begun(run.stage1):
             recipe = within_budget(accelerator, recipe, images.splits[TRAIN], images.splits[VALIDATION])
+            accelerator.free_memory()  # of the rehearsal
         if accelerator.is_main_process:
             write_yaml(run.recipe, recipe_dict(recipe))
             run.record(program(), command.arguments, recipe_dict(recipe))
@@ -224,7 +225,7 @@ def take_step(
     how many codes were `restarted`.
     """
     processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch_size
-    quantizer = accelerator.unwrap_model(model).quantizer
+    quantizer = accelerator.unwrap_model(model, keep_torch_compile=False).quantizer
     set_learning_rate(optimizer, scheduled_rate(config, step))
     rows = order.batch(step)
     restart = Restart(quantizer, config.seed, step, size) if restarts_after(step, config) else None
@@ -255,7 +256,7 @@ def take_step(
 
 def within_budget(accelerator: Accelerator, recipe: Recipe, training: ImageSplit, validation: ImageSplit) -> Recipe:
     """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
-    config = recipe.stage1
+    config, began = recipe.stage1, time.monotonic()
     tokenizer, model, optimizer = build(accelerator, recipe)
     order = DataOrder(len(training), config.batch_size, config.seed)
     initialise_codebooks(accelerator, tokenizer, training, order, config)
@@ -265,15 +266,15 @@ def within_budget(accelerator: Accelerator, recipe: Recipe, training: ImageSplit
         model.train()
         take_step(accelerator, model, optimizer, training, order, config, number)
 
-    steps = fitting_steps(
+    found = fitting_steps(
         accelerator,
         "stage 1",
-        config.minutes,
+        config,
+        began,
         step,
         lambda: validate(accelerator, tokenizer, validation, micro_batch),
-        config.validation_interval,
     )
-    return dataclasses.replace(recipe, stage1=dataclasses.replace(config, steps=steps))
+    return dataclasses.replace(recipe, stage1=found)
 
 
 def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:

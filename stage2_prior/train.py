@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.lock():
         if recipe.stage2.minutes > 0 and not run.begun(run.prior(name)):
             recipe = within_budget(accelerator, recipe, training, validation)
+            accelerator.free_memory()  # of the rehearsal
         if accelerator.is_main_process:
             run.record(program(), command.arguments, recipe_dict(recipe))
         accelerator.wait_for_everyone()
@@ -251,7 +252,7 @@ def take_step(
 ) -> Tensor:
     """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token."""
     processes, rank = accelerator.num_processes, accelerator.process_index
-    num_classes = accelerator.unwrap_model(model).num_classes
+    num_classes = accelerator.unwrap_model(model, keep_torch_compile=False).num_classes
     set_learning_rate(optimizer, scheduled_rate(config, step))
     rows = order.batch(step)
     step_loss = torch.zeros((), device=accelerator.device)
@@ -273,7 +274,7 @@ def take_step(
 
 def within_budget(accelerator: Accelerator, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
     """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
-    config = recipe.stage2
+    config, began = recipe.stage2, time.monotonic()
     prior, model, optimizer = build(accelerator, recipe, training)
     order, every = DataOrder(len(training), config.batch_size, config.seed), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
@@ -282,16 +283,16 @@ def within_budget(accelerator: Accelerator, recipe: Recipe, training: CodeStore,
         model.train()
         take_step(accelerator, model, optimizer, training, order, config, number)
 
-    steps = fitting_steps(
+    found = fitting_steps(
         accelerator,
         "stage 2",
-        config.minutes,
+        config,
+        began,
         step,
         lambda: measure(accelerator, prior, validation, every, micro_batch),
-        config.validation_interval,
         passes_at_end=2,  # the likelihood report: of the validation images, and of as many training images
     )
-    return dataclasses.replace(recipe, stage2=dataclasses.replace(config, steps=steps))
+    return dataclasses.replace(recipe, stage2=found)
 
 
 def write_results(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+
+from configs.schema import Stage1, Stage2
+
+Section = TypeVar("Section", Stage1, Stage2)
 
 # Before anything is timed: the first steps allocate memory and choose kernels.
 _UNTIMED = 2
@@ -19,23 +25,25 @@ _SAID_AFTER, _WORTH_SAYING = 60.0, 600.0
 def fitting_steps(
     accelerator: Accelerator,
     stage: str,
-    minutes: float,
+    config: Section,
+    began: float,
     take_step: Callable[[int], object],
     validate: Callable[[], object],
-    validation_interval: int,
     passes_at_end: float = 0.0,
-) -> int:
-    """How many steps, with their validations, fit the minutes; the same on all processes, all of which must call it. Says so.
+) -> Section:
+    """The stage's section with as many steps as fit its minutes, validations among them; the same on all processes, all of which must
+    call it. Says how many. The warm-up is at most a tenth of them, so that the rate has time to fall.
 
     Args:
         stage: what messages call the training.
+        config: its section of the recipe.
+        began: `time.monotonic()` before model and optimiser of the rehearsal were made.
         take_step: takes the step of that number of a rehearsal. What it trains is thrown away: the steps that are counted here
             do not depend on how they were counted.
         validate: one validation pass.
-        validation_interval: steps between validation passes.
         passes_at_end: what follows the last step, in validation passes.
     """
-    began = time.monotonic()
+    setup = time.monotonic() - began
 
     def slowest(taken: float) -> float:
         """The longest of the processes' times."""
@@ -48,22 +56,22 @@ def fitting_steps(
             torch.cuda.synchronize(accelerator.device)
         return slowest(time.monotonic() - start)
 
-    def steps(first: int, count: int) -> float:
+    def pace_of(first: int, count: int) -> float:
         return seconds(lambda: [take_step(first + number) for number in range(count)]) / count
 
     # Another optimiser and other steps of mixed precision must not show in the training that follows.
     scale = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    steps(0, _UNTIMED)
-    guess = steps(_UNTIMED, 1)
-    count = max(1, min(_TIMED, int(_SHARE_FOR_TIMING * 60 * minutes / guess)))
-    pace, validation = steps(_UNTIMED + 1, count), seconds(validate)
-    accelerator.free_memory()
+    pace_of(0, _UNTIMED)
+    guess = pace_of(_UNTIMED, 1)
+    count = max(1, min(_TIMED, int(_SHARE_FOR_TIMING * 60 * config.minutes / guess)))
+    pace, validation = pace_of(_UNTIMED + 1, count), seconds(validate)
     if accelerator.scaler is not None and scale is not None:
         accelerator.scaler.load_state_dict(scale)
-    left = 60 * minutes - slowest(time.monotonic() - began) - passes_at_end * validation
-    found = max(1, int(left / (pace + validation / validation_interval)))
-    accelerator.print(f"{stage}: {pace:.3g} s a step on this machine, so {found:,} steps in {minutes:g} minutes")
-    return found
+    # The training that follows is set up as the rehearsal was.
+    left = 60 * config.minutes - slowest(time.monotonic() - began + setup) - passes_at_end * validation
+    steps = max(1, int(left / (pace + validation / config.validation_interval)))
+    accelerator.print(f"{stage}: {pace:.3g} s a step on this machine, so {steps:,} steps in {config.minutes:g} minutes")
+    return dataclasses.replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps // 10))
 
 
 class TimeLeft:
@@ -83,4 +91,5 @@ class TimeLeft:
         if left < _WORTH_SAYING:
             return None
         length = f"{left / 60:.0f} minutes" if left < 2 * 3600 else f"{left / 3600:.1f} hours"
-        return f"{self._stage}: about {length} left; Ctrl-C saves, --resume goes on, --{self._stage.replace(' ', '')}.minutes sets a time"
+        option = f"--{self._stage.replace(' ', '')}.minutes"
+        return f"{self._stage}: about {length} left; Ctrl-C saves, --resume goes on; a new run keeps to a time with {option}"

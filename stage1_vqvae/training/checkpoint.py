@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_bytes
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 class Checkpoints:

@@ -118,7 +118,8 @@ class _Separation(torch.autograd.Function):
         turned = torch.empty_like(wide)
         turned[:, :, 2] = 0
         for number, gradient in enumerate(gradients[:2]):
-            torch.mul(as_complex(gradient), back, out=as_complex(turned[:, :, number]))
+            # Attention without a kernel of its own leaves gradients transposed.
+            torch.mul(as_complex(gradient.contiguous()), back, out=as_complex(turned[:, :, number]))
         found = torch.ops.aten.native_layer_norm_backward(
             turned, wide, wide.shape[-1:], mean, reciprocal, None, None, [True, False, False]
         )[0]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import yaml
 from accelerate import Accelerator
 
 from configs.cli import load_recipe
-from configs.run_dir import RunDir, read_json
+from configs.run_dir import REPOSITORY, RunDir, read_json
+from configs.schema import Stage1, Stage2
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training import budget
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
@@ -47,19 +48,23 @@ def test_rehearsal_training_and_validations_fill_the_minutes(
 
     began = clock.now
     accelerator = Accelerator(cpu=True)
-    steps = fitting_steps(accelerator, "stage 1", minutes, take_step, lambda: clock.work(validation), interval, passes_at_end=2)
-    rehearsal = clock.now - began
+    clock.work(setup := 3 * step)
+    config = Stage1(minutes=minutes, validation_interval=interval, lr=0.5)
+    found = fitting_steps(accelerator, "stage 1", config, began, take_step, lambda: clock.work(validation), passes_at_end=2)
+    steps, rehearsal = found.steps, clock.now - began
+    assert found == dataclasses.replace(config, steps=steps, warmup_steps=min(100, steps // 10))
     # A short budget of slow steps is not spent on counting them.
-    assert rehearsal <= 0.05 * 60 * minutes + 25 * step + validation
+    assert rehearsal <= 0.05 * 60 * minutes + 25 * step + validation + setup
     assert rehearsed == list(range(len(rehearsed)))
-    whole = rehearsal + steps * (step + validation / interval) + 2 * validation
+    whole = rehearsal + setup + steps * (step + validation / interval) + 2 * validation
     assert 60 * minutes - (step + validation / interval) < whole <= 60 * minutes
     assert capsys.readouterr().out == f"stage 1: {step:.3g} s a step on this machine, so {steps:,} steps in {minutes:g} minutes\n"
 
 
 def test_a_budget_that_is_too_small_for_anything_gives_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    assert fitting_steps(Accelerator(cpu=True), "stage 2", 0.01, lambda _: clock.work(5), lambda: clock.work(5), 10) == 1
+    config = Stage2(minutes=0.01)
+    assert fitting_steps(Accelerator(cpu=True), "stage 2", config, clock.now, lambda _: clock.work(5), lambda: clock.work(5)).steps == 1
 
 
 def test_the_time_left_is_said_once_after_a_minute_and_only_if_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +92,7 @@ def test_what_a_budget_trains_is_what_as_many_steps_train(
 ) -> None:
     # Each look at the clock finds it a tenth of a second on, however busy the machine.
     ticks = itertools.count(step=0.1)
-    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
 
     def trained(name: str, first: list[str], second: list[str]) -> RunDir:
         run = ["--run", str(tmp_path / name)]
@@ -105,7 +110,11 @@ def test_what_a_budget_trains_is_what_as_many_steps_train(
     )
     assert min(fixed.stage1.steps, prior.stage2.steps) > 1
     assert fixed.stage1.steps != load_recipe(tiny_recipe).stage1.steps
-    counted = trained("counted", ["--stage1.steps", str(fixed.stage1.steps)], ["--stage2.steps", str(prior.stage2.steps)])
+    counts = [
+        [f"--{name}.steps={section.steps}", f"--{name}.warmup_steps={section.warmup_steps}"]
+        for name, section in (("stage1", fixed.stage1), ("stage2", prior.stage2))
+    ]
+    counted = trained("counted", *counts)
     assert timed.tokenizer.read_bytes() == counted.tokenizer.read_bytes()
     weights = [run.prior("transformer") / "prior.safetensors" for run in (timed, counted)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -117,3 +126,24 @@ def test_what_a_budget_trains_is_what_as_many_steps_train(
     assert capsys.readouterr().out.count("already finished") == 2
     line = one_line_error(train_tokenizer, "--run", timed, "--stage1.minutes", "1", "--resume")
     assert "stage1.minutes: 1.0, not 0.1" in line
+
+    # More steps may be asked for later, whatever fixed their number.
+    more = fixed.stage1.steps + 4
+    train_tokenizer(["--run", str(timed), "--stage1.steps", str(more), "--resume"])
+    assert read_json(timed.stage1 / "report.json")["steps"] == more
+
+
+def test_steps_that_are_typed_count_whatever_the_recipes_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(REPOSITORY / "configs" / "imagefolder_cpu.yaml")
+
+    def resolved(*options: str) -> tuple[float, int, float]:
+        with pytest.raises(SystemExit):
+            train_tokenizer(["--config", recipe, "--run", "nowhere", *options, "--print-recipe"])
+        content = yaml.safe_load(capsys.readouterr().out)
+        return content["stage1"]["minutes"], content["stage1"]["steps"], content["stage2"]["minutes"]
+
+    minutes, steps, others = resolved()
+    assert min(minutes, others) > 0
+    assert resolved("--stage1.steps", "7") == (0, 7, others)
+    assert resolved("--stage1.steps=7", "--stage1.minutes=3") == (3, 7, others)
+    assert resolved("--stage2.steps", "7") == (minutes, steps, 0)

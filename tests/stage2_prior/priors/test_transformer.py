@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
@@ -63,6 +64,11 @@ def test_gradients_written_by_hand_are_those_of_small_differences() -> None:
         with_gradient = part(x)
         with torch.no_grad():
             torch.testing.assert_close(part(x), with_gradient)
+    gradients = []
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):  # the latter's are laid out in another way
+        with sdpa_kernel(kernel):
+            gradients.append(torch.autograd.grad(attention(x, turns).square().sum(), x)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
