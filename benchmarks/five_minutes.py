@@ -58,7 +58,7 @@ ABLATIONS: dict[str, list[str]] = {
 
 
 class Result(NamedTuple):
-    """Of one training run."""
+    """What one training run reached on the test split, and in how many minutes."""
 
     mse: float
     usage: float
@@ -66,13 +66,13 @@ class Result(NamedTuple):
     minutes: float
 
     def cells(self) -> str:
-        """Of a Markdown row."""
+        """The figures as the cells of a Markdown row."""
         return f"{self.mse:.5f} | {self.usage:.1%} | {self.perplexity:.0f} | {self.minutes:.1f}"
 
 
 @torch.no_grad()
 def judged(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], test: ImageSplit, minutes: float) -> Result:
-    """Over the test split."""
+    """Error and codebook use of a model over the test split."""
     total, counts = 0.0, torch.zeros(_K)
     for part in batches(len(test), 500):
         pixels = test.pixels[part]
@@ -141,7 +141,7 @@ class PlainVQVAE(nn.Module):
 
 
 def plain(training: ImageSplit, test: ImageSplit, minutes: float, seed: int) -> Result:
-    """Trained for as many minutes."""
+    """Train the plain VQ-VAE for so many minutes and judge it."""
     torch.manual_seed(seed)
     model = PlainVQVAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -36,7 +36,7 @@ _STEPS = 4
 
 @torch.no_grad()
 def full_passes(prior: AutoregressivePrior, labels: Tensor, uniform: Tensor) -> Tensor:
-    """Positions (B, T), by a pass over the whole grid for each."""
+    """Codes (B, T), sampled with a pass over the whole grid for each."""
     sequences = torch.zeros(len(labels), _LAYOUT.length, dtype=torch.int64)
     for position in range(_LAYOUT.length):
         logits = prior(_LAYOUT.grids_of(sequences), labels)[0][:, position]

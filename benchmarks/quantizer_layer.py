@@ -71,7 +71,7 @@ def peer(z: Tensor, codebook: Tensor) -> Callable[[], object]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Of one call."""
+    """Seconds that one call takes."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began

@@ -55,7 +55,7 @@ def command(script: str, *arguments: str) -> None:
 
 
 def row(name: str, run: RunDir) -> str:
-    """Of the Markdown table."""
+    """The run's figures as one row of the Markdown table."""
     found = read_json(run.stage1 / "report.json")
     prior = read_json(run.prior("transformer") / "likelihood.json")
     speeds = [record["images_per_second"] for record in read_metrics(run.stage1 / "metrics.jsonl") if record["split"] == "train"]

@@ -60,7 +60,7 @@ class Point(NamedTuple):
 
 
 def judged(codec: str, setting: str, size: float, decoded: Tensor, pixels: Tensor) -> Point:
-    """Of pictures uint8 (N, H, W, C)."""
+    """The point of a codec: its size, and the error of `decoded` against `pixels`, both uint8 (N, H, W, C)."""
     some = slice(None, None, max(1, len(pixels) // _SSIM_IMAGES))
     ssim = float(ssim_of_each(decoded[some], pixels[some]).mean())
     return Point(codec, setting, size, float(squared_errors(decoded, pixels).mean()), ssim)
@@ -108,7 +108,7 @@ def files(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
 
 
 def mosaic(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
-    """All images in one file, likewise."""
+    """All images in one file: bytes an image, and the images cut out of it again."""
     count, height, width, channels = pixels.shape
     columns = square_columns(count)
     rows = -(-count // columns)
@@ -121,17 +121,17 @@ def mosaic(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
 
 
 def size_apart(size: float, point: Point) -> float:
-    """In bytes an image."""
+    """How far a point's size is from `size`, bytes an image."""
     return abs(point.size - size)
 
 
 def psnr_apart(mse: float, point: Point) -> float:
-    """In dB."""
+    """How far a point's PSNR is from that of `mse`, dB."""
     return abs(psnr(point.mse) - psnr(mse))
 
 
 def row(point: Point, pixels: int) -> str:
-    """Of the table."""
+    """A point as one row of the Markdown table."""
     cells = (f"{point.size:.1f}", f"{8 * point.size / pixels:.3f}", f"{psnr(point.mse):.2f}", f"{point.ssim:.3f}")
     return f"| {point.codec} | {point.setting} | {' | '.join(cells)} |"
 

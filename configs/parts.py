@@ -89,7 +89,9 @@ def as_dict(section: Any) -> dict[str, Any]:
 
 
 def of_kind(part: Part, family: str, kind: str) -> Part:
-    """The part as another kind: with what both kinds have from the same definition, and its own defaults for the rest."""
+    """The part as another kind: fields that both inherit from one class keep their values; all others, even of the same name, take the
+    kind's defaults.
+    """
     wanted = part_class(family, kind)
     if type(part) is wanted:
         return part

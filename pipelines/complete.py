@@ -90,7 +90,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--keep_rows", type=str | None, help="the rows to keep instead, from 0, for instance 0,1,2,6")
     image_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: the validation split's own)")
+    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")
     parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished), or `uniform`")
 
 

@@ -72,3 +72,10 @@ def test_a_checkouts_script_keeps_runs_in_the_checkout(installed: Path, checkout
     done = run([checkout / "stage1_vqvae" / "doctor.py"], installed, checkout if where == "inside" else tmp_path)
     assert done.returncode == 2
     assert f"error: {'runs/digits' if where == 'inside' else checkout / 'runs' / 'digits'}: there is no such run" in done.stderr
+
+
+def test_a_checkouts_chain_is_of_its_own_scripts(installed: Path, checkout: Path, tmp_path: Path) -> None:
+    """So that its steps look for runs where it does itself."""
+    started = "from pipelines.run import Step; print(Step('report', 'pipelines/report.py', []).started()[1])"
+    done = run(["-c", f"import sys; sys.argv[0] = {str(checkout / 'pipelines' / 'run.py')!r}; {started}"], installed, tmp_path)
+    assert done.stdout.strip() == str(checkout / "pipelines" / "report.py"), done.stderr

@@ -11,7 +11,7 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | 4, 4 | images; images a batch |
 | 4 | CRC-32 of the codes |
 | 2, 4, 4, 8 | bytes of the prior's name, the labels, the names, the payload |
-| 2 a batch | the batch's rounding offset (codec.py) |
+| 2 a batch | the batch's rounding offset (coder.py) |
 | | the prior's name, UTF-8 |
 | | labels, one an image, in the prior's numbering, the smallest unsigned integers, deflated; nothing: no labels |
 | | names, with `/` after each folder, NUL between them, deflated; nothing: no names |

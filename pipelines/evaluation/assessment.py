@@ -63,7 +63,7 @@ class Assessor:
         return self._features[name]
 
     def coded(self, split: str) -> tuple[Tensor, Tensor]:
-        """Positions (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
+        """Code sequences (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
         if split not in self._coded:
             codes, pictures = encode_and_decode(self.tokenizer, self.source.splits[split].pixels, self.config.batch_size, progress=True)
             self._coded[split] = (self.layout.flat(codes), pictures)

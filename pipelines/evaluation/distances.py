@@ -93,8 +93,8 @@ class Reference:
         return Spread(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
 
     def precision_recall(self, images: Tensor) -> tuple[float, float] | None:
-        """The shares of images among the reference, and of the reference among the images: within a ball around one of them
-        that reaches to its third neighbour (Kynkaanniemi et al. 2019).
+        """Precision, the share of images that lie in a ball around some vector of the reference, and recall, the reverse; a ball reaches
+        to its centre's third neighbour (Kynkaanniemi et al. 2019).
         """
         if min(len(images), len(self.vectors)) <= _PRECISION_K:
             return None

@@ -23,7 +23,7 @@ def spread(values: dict[str, float] | None, scale: float = 1) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> dict[str, Any]:
-    """The tables of an evaluation, from its JSON content."""
+    """One table: its title, the names of its columns, and rows of as many strings."""
     assert all(len(row) == len(columns) for row in rows)
     return {"title": title, "columns": columns, "rows": rows}
 

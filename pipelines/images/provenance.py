@@ -12,7 +12,9 @@ _OF_ROUNDING = ("batch_size", "precision")
 
 
 def identity(run: RunDir, prior: str | None) -> dict[str, Any]:
-    """What an output's JSON says of its models, if they are those the run holds now; None, or the uniform prior: no file."""
+    """Name and sha256 of the run's prior and tokenizer as they are now, under the keys that outputs' JSON has; the prior's sha256 is None
+    where there is no file of it (the uniform prior).
+    """
     file = None if prior is None else run.prior(prior) / "prior.safetensors"
     sha256 = fingerprint(file) if file is not None and file.exists() else None
     return {"prior": prior, "prior_sha256": sha256, "tokenizer_sha256": fingerprint(run.tokenizer)}

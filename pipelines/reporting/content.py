@@ -261,7 +261,7 @@ def codebook_table(run: RunDir) -> Table | None:
 
 
 def missing_prior(command: Command) -> Missing:
-    """What stands in place of a prior."""
+    """What the report says where it has no prior to show: which command to run."""
     for name in unmeasured_priors(command.run):
         return Missing(f"Prior {name} has no likelihood report.", command.next(f"{_MEASURE_PRIOR} --prior {name}"))
     return Missing("No prior has been trained.", command.next(TRAIN_PRIOR))

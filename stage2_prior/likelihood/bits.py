@@ -85,8 +85,8 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
 
 
 def turning_point(validation: Sequence[float], training: Sequence[float]) -> int | None:
-    """Which validation was the last before two in a row were worse, while training got better than it was then: from there
-    on the prior learned its images by heart. None: not so, or not so any more.
+    """The index of the best validation, if at least two have followed it and the training mean has since fallen below what it was then:
+    from there on the prior learned its images by heart. Otherwise None.
 
     Args:
         validation: bits a token at each validation, oldest first.

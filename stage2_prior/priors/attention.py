@@ -96,8 +96,8 @@ class Attention(nn.Module):
 
 
 class _Separation(torch.autograd.Function):
-    """Queries and keys, normalised and turned, and values, of one tensor that holds all three, (B, T, 3, heads, d): each (B, T, heads,
-    d). For training, where memory is what it waits for: one pass each for norm and turn, and gradients joined where they are made.
+    """Splits one tensor (B, T, 3, heads, d) into normalised and rotated queries and keys, and values, (B, T, heads, d) each. Its gradient
+    is written by hand, to pass through memory less often in training.
     """
 
     @staticmethod

@@ -52,7 +52,7 @@ class SizedByPreset:
 
 
 class VariantEmbedding(nn.Embedding):
-    """What a prior is told of the variant that codes are of; nothing of the image itself, variant 0, whose row stays zero.
+    """Embeds which augmented variant of an image codes are of; variant 0, the image itself, stays zero.
 
     Non-leaking augmentation (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix
     F.2): a prior that knows that codes are of a shifted image need not believe that images are shifted, and draws none that is.
@@ -72,7 +72,7 @@ class AutoregressivePrior(nn.Module, ABC):
 
     def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> None:
         """`num_classes` 0: unconditional. The label index `num_classes` means none, and always has its embedding. `num_variants`:
-        of the images that codes to train on are of, the image itself among them.
+        how many variants of each image the training codes hold, the image itself included.
         """
         super().__init__()
         self.layout, self.num_classes, self.num_variants = layout, num_classes, num_variants
