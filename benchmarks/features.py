@@ -33,7 +33,6 @@ SETTINGS = {
 }
 
 
-@torch.no_grad()
 def main() -> None:
     """Print the table."""
     command = parse(__doc__, ("sampling",))
@@ -43,7 +42,9 @@ def main() -> None:
     real = source.splits[VALIDATION].pixels
     count = len(real)
     labels = torch.arange(count) % len(header.label_names) if header.label_names else None
-    sets: dict[str, Tensor] = {"real, validation": real, "the same, reconstructed": to_uint8(tokenizer(to_model(real)).reconstruction)}
+    with torch.no_grad():
+        reconstructed = to_uint8(tokenizer(to_model(real)).reconstruction)
+    sets: dict[str, Tensor] = {"real, validation": real, "the same, reconstructed": reconstructed}
     for name, sampling in SETTINGS.items():
         sets[name] = draw_images(accelerator, tokenizer, prior, labels, count, 0, sampling or recipe.sampling)[1]
     sets["samples of the uniform prior"] = draw_images(accelerator, tokenizer, None, None, count, 0, Sampling())[1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,7 +19,7 @@ Section = TypeVar("Section", Stage1, Stage2)
 # Before anything is timed: the first steps allocate memory and choose kernels.
 _UNTIMED = 2
 # Steps timed at most, and the share of the budget that they may take.
-_TIMED, _SHARE_FOR_TIMING = 30, 0.03
+_TIMED, _SHARE_FOR_TIMING = 200, 0.03
 # After how many seconds the time left is said, and how many there have to be left.
 _SAID_AFTER, _WORTH_SAYING = 60.0, 600.0
 
@@ -57,7 +59,8 @@ def fitting_steps(
         return slowest(time.monotonic() - start)
 
     def pace_of(first: int, count: int) -> float:
-        return seconds(lambda: [take_step(first + number) for number in range(count)]) / count
+        # The median: other work on the machine slows some steps down.
+        return statistics.median(seconds(partial(take_step, number)) for number in range(first, first + count))
 
     # Another optimiser and other steps of mixed precision must not show in the training that follows.
     scale = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
