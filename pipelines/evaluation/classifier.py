@@ -30,6 +30,8 @@ _SEED, _BATCH, _RATE = 0, 128, 2e-3
 # At most; a few images are seen a hundred times instead, but for so many steps at least.
 _STEPS, _EPOCHS, _LEAST_STEPS = 1000, 100, 150
 _CHANNELS = (32, 64, 128, 128)
+# Pixels along the longer side that it sees: more would take minutes for little, since it is no judge of fine detail.
+_SIDE = 32
 
 
 class Classifier(nn.Module):
@@ -46,8 +48,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(channels, len(label_names))
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to (B, 128)."""
-        return self.layers(images).mean((2, 3))
+        """Images (B, C, H, W) in [-1, 1], averaged over blocks down to at most 32 pixels a side, to (B, 128)."""
+        block = -(-max(images.shape[2:]) // _SIDE)
+        return self.layers(F.avg_pool2d(images, block, ceil_mode=True) if block > 1 else images).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to logits (B, classes)."""
@@ -101,8 +104,9 @@ def _kept(run: RunDir, path: Path, kind: str, names: list[str], train: ImageSpli
     channels = train.pixels.shape[-1]
     if path.exists():
         weights, header = load_weights(path, kind)
-        if header["label_names"] != names:
-            raise UserError(f"{run.show(path)}: expected a {kind} of this run's labels, found one of others; remove the file")
+        reduced = max(train.pixels.shape[1:3]) > _SIDE
+        if header["label_names"] != names or (reduced and header.get("side") != _SIDE):
+            raise UserError(f"{run.show(path)}: expected a {kind} network of this run's labels and images, found another; remove the file")
         classifier = Classifier(channels, names)
         classifier.load_state_dict(weights)
     else:
@@ -110,7 +114,7 @@ def _kept(run: RunDir, path: Path, kind: str, names: list[str], train: ImageSpli
             torch.manual_seed(_SEED)
             classifier = Classifier(channels, names)
         fit(classifier.to(device), kind, len(train), examples, device)
-        save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names})
+        save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})
     return classifier.to(device).eval().requires_grad_(False)
 
 
