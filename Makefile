@@ -19,9 +19,9 @@ demo: install
 	$(BIN)/python pipelines/run.py --config configs/digits.yaml
 	$(BIN)/python pipelines/summary.py --config configs/digits.yaml
 
-# Workers share the cores: a thread each, and none that waits by spinning.
+# Workers share the cores: a thread each, and none that waits by spinning. Files in conftest.py's order: the longest first.
 test: install lint
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

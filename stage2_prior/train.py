@@ -29,6 +29,7 @@ from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.metrics import compression_ratio
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.averaging import WeightAverage
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     with run.lock():
         if recipe.stage2.minutes > 0 and not run.begun(run.prior(name)):
-            recipe = within_budget(accelerator, recipe, training, validation)
+            recipe = within_budget(accelerator, run, recipe, training, validation)
             accelerator.free_memory()  # of the rehearsal
         if accelerator.is_main_process:
             run.record(program(), command.arguments, recipe_dict(recipe))
@@ -126,7 +127,7 @@ def train(
     processes = accelerator.num_processes
 
     # --- model, optimiser, and where they left off
-    prior, model, optimizer = build(accelerator, recipe, training)
+    prior, model, optimizer = build(accelerator, run, recipe, training)
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
     accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
@@ -237,11 +238,12 @@ def train(
     accelerator.end_training()
 
 
-def build(accelerator: Accelerator, recipe: Recipe, training: CodeStore) -> tuple[AutoregressivePrior, Any, Any]:
+def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore) -> tuple[AutoregressivePrior, Any, Any]:
     """The prior with its first weights, the same as the processes train it together, and its optimiser."""
     config = recipe.stage2
     torch.manual_seed(derived_seed(config.seed, "weights"))
     prior = build_prior(recipe.prior, training.manifest)
+    prior.begin_from(load_tokenizer(run).quantizer.code_vectors())
     prior.checkpointing = config.gradient_checkpointing
     optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
     return prior, *accelerator.prepare(prior, optimizer)
@@ -272,10 +274,10 @@ def take_step(
     return step_loss
 
 
-def within_budget(accelerator: Accelerator, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
+def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
     """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
     config, began = recipe.stage2, time.monotonic()
-    prior, model, optimizer = build(accelerator, recipe, training)
+    prior, model, optimizer = build(accelerator, run, recipe, training)
     order, every = DataOrder(len(training), config.batch_size, config.seed), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 

@@ -22,6 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
+# Files of a minute and more. They begin first, so that no worker is left with one when the others have nothing more to do.
+LONGEST = ("test_ranks.py", "test_two_processes.py", "test_run.py", "test_train.py", "test_evaluate.py", "test_extending.py")
+
 # Non-square, so that height and width cannot be swapped unnoticed: 8x12 pixels, 2x3 codes.
 TINY = {
     "data": {"height": 8, "width": 12, "channels": 3, "validation_share": 0.25},
@@ -68,6 +71,10 @@ def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (12, 8
             ramp = np.linspace(0, 1, size[label])[:, None] * (colours[1] - colours[0]) + colours[0]
             pixels = np.broadcast_to(ramp[None] if label == 0 else ramp[:, None], (size[1], size[0], 3))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

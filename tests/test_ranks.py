@@ -10,16 +10,16 @@ import torch
 
 from stage1_vqvae.training.metrics_log import read_metrics
 from tests.conftest import Script
-from tests.launched.ranks_dump import NEXT
+from tests.launched.commands import NEXT
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, part
 from tests.stage2_prior.priors.prior_kinds import KINDS as PRIOR_KINDS
 
 
 @pytest.fixture(scope="module")
 def steps_of_all_kinds(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, script: Script) -> Path:
-    """Each quantizer: one step at one process, fifty at two, of which all are kept; restarts, three steps apart, are among them."""
+    """Each quantizer: one step at one process, twelve at two; restarts, three steps apart, are among them."""
     folder = tmp_path_factory.mktemp("kinds")
-    for name, processes, steps in (("one", 1, 1), ("two", 2, 50)):
+    for name, processes, steps in (("one", 1, 1), ("two", 2, 12)):
         (folder / name).mkdir()
         runs: list[object] = []
         for kind in KINDS:
@@ -55,10 +55,10 @@ def test_one_step_at_two_processes_is_the_step_of_one(kind: str, steps_of_all_ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fifty_steps_leave_equal_ranks(kind: str, steps_of_all_kinds: Path) -> None:
+def test_twelve_steps_leave_equal_ranks(kind: str, steps_of_all_kinds: Path) -> None:
     """DDP does not broadcast buffers here, so equality of the codebooks is the sums' doing."""
     number = str(list(KINDS).index(kind))
-    first, second = (torch.load(steps_of_all_kinds / "two" / number / f"50-of-rank-{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(steps_of_all_kinds / "two" / number / f"12-of-rank-{rank}.pt") for rank in (0, 1))
     for name in first:
         assert torch.equal(first[name], second[name]), name
     records = read_metrics(steps_of_all_kinds / f"run-two-{kind}" / "stage1" / "metrics.jsonl")

@@ -8,15 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from configs.cli import load_recipe
 from configs.run_dir import read_json
+from pipelines.complete import main as complete
+from pipelines.evaluate import main as evaluate
 from pipelines.sample import main as sample
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
 from tests.conftest import Script
+from tests.launched.commands import NEXT
 
 
 def paths(run: Path) -> set[str]:
@@ -68,18 +72,51 @@ def test_the_code_store_has_each_row_once(two_process_run: Path, tmp_path: Path)
         assert torch.equal(one.labels, two.labels)
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(64, 7), (3, 64)])
-def test_samples_are_those_of_one_process(run_copy: Path, count: int, batch_size: int, script: Script) -> None:
-    settings = ["--run", str(run_copy), "--n", str(count), "--batch-size", str(batch_size), "--npz"]
-    sample(settings)
-    done = script("pipelines/sample.py", *settings, processes=2)
+# Counts and batches that two processes cannot share out evenly.
+SAMPLES = [["--n", "64", "--batch-size", "7", "--npz"], ["--n", "3", "--batch-size", "64", "--npz"]]
+COMPLETIONS = ["--n", "3", "--continuations", "3", "--batch-size", "4"]
+EVALUATION = ["--features", "classifier", "--n", "21", "--sampling.batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def used_by_two(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, script: Script) -> tuple[Path, str]:
+    """A run on which two processes have used every pipeline, and what they printed."""
+    run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("used") / "run"))
+    typed = [("pipelines.sample", *SAMPLES[0]), ("pipelines.sample", *SAMPLES[1]), ("pipelines.complete", *COMPLETIONS)]
+    typed += [("pipelines.reconstruct",), ("pipelines.anomalies",), ("pipelines.evaluate", *EVALUATION)]
+    words = [word for module, *arguments in typed for word in (NEXT, module, "--run", run, *arguments)]
+    done = script("tests/launched/commands.py", *words[1:], processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = (run_copy / "samples" / name for name in ("000", "001"))
-    assert not (run_copy / "samples" / "002").exists()
+    return run, done.stdout
+
+
+@pytest.mark.parametrize("number", range(len(SAMPLES)))
+def test_samples_are_those_of_one_process(number: int, run_copy: Path, used_by_two: tuple[Path, str]) -> None:
+    sample(["--run", str(run_copy), *SAMPLES[number]])
+    one, two = run_copy / "samples" / "000", used_by_two[0] / "samples" / f"{number:03d}"
     codes = [load_file(folder / "codes.safetensors") for folder in (one, two)]
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
-    assert len(np.load(two / "samples.npz")["arr_0"]) == count
+    assert len(np.load(two / "samples.npz")["arr_0"]) == int(SAMPLES[number][1])
     assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
+
+
+def test_completions_are_those_of_one_process(run_copy: Path, used_by_two: tuple[Path, str]) -> None:
+    complete(["--run", str(run_copy), *COMPLETIONS])
+    one, two = (np.asarray(Image.open(run / "completions" / "000" / "completions.png")) for run in (run_copy, used_by_two[0]))
+    assert np.array_equal(one, two)
+
+
+def test_the_same_samples_are_judged(run_copy: Path, used_by_two: tuple[Path, str]) -> None:
+    evaluate(["--run", str(run_copy), *EVALUATION])
+    one, two = (read_json(run / "evaluations" / "000" / "evaluation.json") for run in (run_copy, used_by_two[0]))
+    assert one["distances"]["samples"]["frechet"] == pytest.approx(two["distances"]["samples"]["frechet"], rel=1e-4)
+
+
+def test_results_are_written_once_and_one_process_speaks(used_by_two: tuple[Path, str]) -> None:
+    run, printed = used_by_two
+    folders = {"samples": len(SAMPLES), "completions": 1, "reconstructions": 1, "anomalies": 1, "evaluations": 1}
+    assert {name: len(list((run / name).iterdir())) for name in folders} == folders
+    assert printed.count("reconstructions.csv; look at") == printed.count("ranked 12 images") == 1
 
 
 def test_one_signal_stops_both_at_the_same_step(tiny_recipe: Path, tmp_path: Path) -> None:

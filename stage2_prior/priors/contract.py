@@ -7,6 +7,7 @@ position after another (`step`), and a cache holds what the positions before it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -96,6 +97,11 @@ class AutoregressivePrior(nn.Module, ABC):
     def step(self, code: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
         """Logits (B, K) of the next position over the codes of its level, from the code (B,) of the position before (None at
         the first) and the cache, which moves on by one position.
+        """
+
+    def begin_from(self, vectors: Sequence[Tensor]) -> None:
+        """Let training begin from what the tokenizer knows of its codes: their vectors, (K, D) a level, with mean 0. Not all priors
+        have a use for them.
         """
 
     def remarks(self) -> list[str]:

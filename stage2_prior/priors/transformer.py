@@ -26,6 +26,8 @@ from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPre
 
 # Of embeddings and matrices (GPT-2's).
 _INITIAL_STD = 0.02
+# Of that variance, how much is the codes' vectors' where they are known.
+_SHARE_OF_VECTORS = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,18 @@ class Transformer(AutoregressivePrior):
         for block in self.blocks:
             for projection in (block.attention.out, block.mlp.out):
                 nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
+
+    @override
+    @torch.no_grad()
+    def begin_from(self, vectors: Sequence[Tensor]) -> None:
+        """Codes of near vectors get near embeddings, and near rows of the map to logits, so that what is learned of one code holds for
+        those that look alike: both begin as a random map of the vectors, with a remainder of their own and the scale of before.
+        """
+        for weight in (self.token.weight, self.head.weight):
+            for rows, of_level in zip(weight.split(self.layout.num_codes), vectors, strict=True):
+                mapped = of_level @ torch.randn(of_level.shape[1], rows.shape[1])
+                mapped *= _INITIAL_STD / mapped.std().clamp(min=1e-12)
+                rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
 
     def _embedded_positions(self) -> Tensor:
         """(T, C): of each position's level, row and column."""

@@ -15,23 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from commands import commands, stay_joined  # a script's folder is first on sys.path
 
 from configs.errors import run_entry
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.training.checkpoint import Checkpoints
 
-NEXT = "NEXT"
-
 
 def main() -> None:
     folder, module = Path(sys.argv[1]), sys.argv[2]
-    runs: list[list[str]] = [[]]
-    for argument in sys.argv[3:]:
-        if argument == NEXT:
-            runs.append([])
-        else:
-            runs[-1].append(argument)
+    runs = commands(sys.argv[3:])
     script = importlib.import_module(module)
     # Pictures take longer than the steps, and nobody looks at them here.
     for drawn in ("training_graph", "save_health", "save_reconstructions"):
@@ -41,8 +34,7 @@ def main() -> None:
         torch.set_default_dtype(torch.float64)
         for user in (script, importlib.import_module("stage1_vqvae.monitoring.validation")):
             user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
-    # The processes stay joined from run to run.
-    Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
+    stay_joined()
     for number, arguments in enumerate(runs):
         (folder / str(number)).mkdir(exist_ok=True)
 

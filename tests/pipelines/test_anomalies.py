@@ -24,7 +24,6 @@ from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import load_prior
-from tests.conftest import Script
 
 Row = dict[str, str]
 
@@ -207,10 +206,3 @@ def test_codes_of_another_tokenizer_are_no_comparison(run_copy: Path, one_line_e
     assert path.read_text() != manifest
     assert "extract them anew" in one_line_error(main, "--run", run_copy)
     assert not (run_copy / "anomalies").exists()
-
-
-def test_two_processes_write_once(run_copy: Path, script: Script) -> None:
-    done = script("pipelines/anomalies.py", "--run", run_copy, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in (run_copy / "anomalies").iterdir()] == ["000"]
-    assert done.stdout.count("ranked 12 images") == 1

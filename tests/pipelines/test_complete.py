@@ -19,7 +19,6 @@ from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.train import main as train_prior
-from tests.conftest import Script
 
 
 def completed(run: Path, *arguments: object) -> Path:
@@ -132,11 +131,3 @@ def test_a_prior_that_knows_labels_only_needs_one(run_copy: Path, one_line_error
     train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
     assert "--label" in one_line_error(main, "--run", run_copy, "--images", pictures_of_one_label)
     assert completed(run_copy, "--images", pictures_of_one_label, "--label", "down", "--n", 2).exists()
-
-
-def test_two_processes_complete_as_one(run_copy: Path, script: Script) -> None:
-    for processes in (1, 2):
-        done = script("pipelines/complete.py", "--run", run_copy, "--n", 3, "--continuations", 3, "--batch-size", 4, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = (drawn(run_copy / "completions" / name) for name in ("000", "001"))
-    assert np.array_equal(one, two)

@@ -24,7 +24,6 @@ from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import save_png
-from tests.conftest import Script
 
 OWN = ["--features", "classifier"]
 
@@ -264,12 +263,3 @@ def test_the_classifier_needs_labels(run_copy: Path, source: ImageSource) -> Non
     unlabelled = ImageSource({TRAIN: ImageSplit(source.splits[TRAIN].pixels.numpy(), None)}, None)
     with pytest.raises(UserError, match="features classifier: expected images with labels"):
         run_classifier(RunDir(run_copy), unlabelled, torch.device("cpu"))
-
-
-def test_two_processes_judge_the_same_samples_once(run_copy: Path, script: Script) -> None:
-    for processes in (1, 2):
-        done = script("pipelines/evaluate.py", "--run", run_copy, *OWN, "--n", 21, "--sampling.batch_size", 4, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = (json.loads((run_copy / "evaluations" / name / "evaluation.json").read_text()) for name in ("001", "002"))
-    assert one["distances"]["samples"]["frechet"] == pytest.approx(two["distances"]["samples"]["frechet"], rel=1e-4)
-    assert len(list((run_copy / "evaluations").iterdir())) == 3

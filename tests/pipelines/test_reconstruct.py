@@ -25,7 +25,6 @@ from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.prior_file import load_prior
-from tests.conftest import Script
 
 Row = dict[str, str]
 
@@ -181,10 +180,3 @@ def test_mistakes_get_one_line_and_leave_nothing(
     line = one_line_error(main, "--run", run_copy, *[argument.format(run=run_copy) for argument in arguments])
     assert all(part in line for part in parts), line
     assert not (run_copy / "reconstructions").exists()
-
-
-def test_two_processes_write_once(run_copy: Path, script: Script) -> None:
-    done = script("pipelines/reconstruct.py", "--run", run_copy, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in (run_copy / "reconstructions").iterdir()] == ["000"]
-    assert done.stdout.count("look at") == 1

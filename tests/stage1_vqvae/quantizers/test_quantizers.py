@@ -39,6 +39,17 @@ def test_codes_and_vectors_agree_by_lookup(kind: str) -> None:
         assert torch.equal(found.z_q, quantizer.lookup(found.codes))
 
 
+def test_each_levels_vectors_are_its_share_of_the_whole(kind: str) -> None:
+    """The vector of all levels' codes is the sum of theirs, but for a constant."""
+    quantizer = build(kind).eval()
+    vectors = quantizer.code_vectors()
+    assert [tuple(found.shape) for found in vectors] == [(k, D) for k in quantizer.num_codes]
+    assert all(torch.allclose(found.mean(0), torch.zeros(D), atol=1e-5) for found in vectors)
+    codes = [torch.randint(k, (20,)) for k in quantizer.num_codes]
+    rest = quantizer.lookup(tuple(codes)) - sum(found[chosen] for found, chosen in zip(vectors, codes, strict=True))
+    assert torch.allclose(rest, rest[:1].expand_as(rest), atol=1e-4)
+
+
 def test_height_and_width_are_not_swapped(kind: str) -> None:
     """Each position is quantized by itself: a position moved moves its code and vector."""
     quantizer = build(kind).eval()

@@ -140,3 +140,20 @@ def test_presets_have_the_sizes_of_the_literature(preset: str, millions: int) ->
     with torch.device("meta"):
         prior = build_prior(TransformerPart(preset=preset), manifest(SequenceLayout([(16, 16)], [16_384]), 1000))  # type: ignore[arg-type]
     assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_training_begins_with_codes_of_near_vectors_near_one_another() -> None:
+    """Of each level by its own vectors, at the scale of an initialisation that knows none; without them, nothing of the kind."""
+    layout = SequenceLayout([(1, 2), (2, 4)], [40, 60])
+    plain = TransformerPart(layers=1, width=64, heads=1).build(layout, 0).state_dict()
+    prior = TransformerPart(layers=1, width=64, heads=1).build(layout, 0)
+    vectors = [torch.randn(k, 8) * scale for k, scale in zip(layout.num_codes, (0.01, 100), strict=True)]
+    prior.begin_from(vectors)
+    for name in ("token.weight", "head.weight"):
+        found = prior.state_dict()[name]
+        assert found.std().item() == pytest.approx(plain[name].std().item(), rel=0.1)
+        for begun, fresh, of_level in zip(*(weight.split(layout.num_codes) for weight in (found, plain[name])), vectors, strict=True):
+            distances = torch.stack([torch.pdist(rows) for rows in (of_level, begun, fresh)])
+            _, with_vectors, without = torch.corrcoef(distances)[0].tolist()
+            assert with_vectors > 0.7
+            assert abs(without) < 0.2

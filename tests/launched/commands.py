@@ -1,0 +1,41 @@
+"""Several commands one after another in the same processes, which start once: a start takes longer than any of them here.
+
+torchrun ... tests/launched/commands.py pipelines.sample ARGUMENTS [NEXT pipelines.complete ARGUMENTS ...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from accelerate import Accelerator
+
+from configs.errors import run_entry
+
+NEXT = "NEXT"
+
+
+def commands(words: list[str]) -> list[list[str]]:
+    """What stands between one NEXT and another."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == NEXT:
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def stay_joined() -> None:
+    """The processes stay joined from command to command."""
+    Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
+
+
+def main() -> None:
+    stay_joined()
+    for module, *arguments in commands(sys.argv[1:]):
+        importlib.import_module(module).main(arguments)
+
+
+if __name__ == "__main__":
+    run_entry(main)
