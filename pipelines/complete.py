@@ -1,13 +1,14 @@
-"""Complete images: keep some rows of their codes, and let the prior draw the others, several times.
+"""Complete images: keep some of their codes, and let the prior draw the others, several times.
 
     python pipelines/complete.py --prefix-rows 4
     python pipelines/complete.py --keep-rows 0,1,2,6 --n 8 --continuations 6
-    python pipelines/complete.py --prefix-rows 8 --images FOLDER --label 3
+    python pipelines/complete.py --mask MASK.png --images FOLDER --label 3
 
 The images are spread evenly over a split, with their labels, or over the files and folders of --images. Rows are those of the
-(coarsest) grid of codes, from the top. A drawn row follows from what is above it: kept rows further down stay, but the
-prior has not seen them when it draws. Writes a new folder completions/NNN into the run: completions.png with an image a row (the
-image, its reconstruction, what is kept of it, its continuations), an image a continuation, completions.json.
+(coarsest) grid of codes, from the top. A mask is a picture of the images' size, white where they are kept and black where they are
+drawn anew; of each grid, codes are kept that span nothing black. A drawn code follows from those before it: kept ones further on
+stay, but the prior has not seen them when it draws. Writes a new folder completions/NNN into the run: completions.png with an image
+a row (the image, its reconstruction, what is kept of it, its continuations), an image a continuation, completions.json.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import dataclasses
 import re
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from configs.cli import parse
@@ -44,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
     tokenizer = load_tokenizer(run, accelerator.device)
-    rows = kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
+    _, *size = tokenizer.image_shape
+    rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
+    kept = rows_of_pixels(rows, *size) if rows is not None else mask_in(options, *size)
     chosen = chosen_prior(command, accelerator)
     images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process).spread(options.n)
     pixels, count = images.pixels, len(images.pixels)
@@ -58,12 +63,12 @@ def main(argv: list[str] | None = None) -> None:
         codes, reconstructions = encode_and_decode(tokenizer, pixels, config.batch_size)
         given = tuple(level.repeat_interleave(options.continuations, 0) for level in codes)
         _, pictures = draw_images(
-            accelerator, tokenizer, chosen.prior, repeated, len(given[0]), options.seed, config, given, kept_codes(tokenizer, rows)
+            accelerator, tokenizer, chosen.prior, repeated, len(given[0]), options.seed, config, given, kept_codes(tokenizer, kept)
         )
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             continuations = pictures.view(count, options.continuations, *pictures.shape[1:])
-            shown = torch.cat([torch.stack([pixels, reconstructions, kept_part(reconstructions, rows)], 1), continuations], 1)
+            shown = torch.cat([torch.stack([pixels, reconstructions, kept_part(reconstructions, kept)], 1), continuations], 1)
             grid = image_grid(shown[:_SHOWN].flatten(0, 1), shown.shape[1])
             save_png(folder / "completions.png", grid, grid_scale(pixels.shape[1]))
             for number, picture in enumerate(pictures):
@@ -71,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
             details = {
                 "n": count,
                 "continuations": options.continuations,
-                "kept_rows": [row for row, kept in enumerate(rows) if kept],
-                "rows": len(rows),
+                "kept_rows": None if rows is None else [row for row, stays in enumerate(rows) if stays],
+                "rows": tokenizer.grids[0][0],
+                "mask": options.mask,
                 "seed": options.seed,
                 **chosen.details,
                 "labels": None if labels is None else labels.tolist(),
@@ -88,6 +94,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--continuations", type=int, default=5, help="draws for each of them")
     parser.add_argument("--prefix_rows", type=int, help="rows of codes to keep, from the top (default: half of them)")
     parser.add_argument("--keep_rows", type=str | None, help="the rows to keep instead, from 0, for instance 0,1,2,6")
+    parser.add_argument("--mask", type=str | None, help="a picture of the images' size instead: white is kept, black is drawn")
     image_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")
@@ -108,17 +115,35 @@ def kept_rows(prefix: int | None, listed: str | None, rows: int) -> list[bool]:
     return [row < prefix for row in range(rows)]
 
 
-def kept_codes(tokenizer: VQVAE, rows: list[bool]) -> Codes:
-    """Masks (h, w) a level: a finer level keeps what lies under the coarsest one's rows."""
-    coarse = torch.tensor(rows)
-    return tuple(coarse[torch.arange(h) * len(rows) // h][:, None].expand(h, w) for h, w in tokenizer.grids)
+def rows_of_pixels(rows: list[bool], height: int, width: int) -> Tensor:
+    """Which pixels (H, W) lie in the kept ones of the coarsest grid's rows."""
+    return torch.tensor(rows)[torch.arange(height) * len(rows) // height][:, None].expand(height, width)
 
 
-def kept_part(pictures: Tensor, rows: list[bool]) -> Tensor:
+def mask_in(options: Any, height: int, width: int) -> Tensor:
+    """Which pixels (H, W) the picture of `--mask` keeps. Errors: UserError for one of another size, or rows beside it."""
+    for name in ("prefix_rows", "keep_rows"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--mask: expected no --{name.replace('_', '-')} beside it, found {getattr(options, name)}")
+    try:
+        with Image.open(options.mask) as opened:
+            mask = torch.from_numpy(np.array(opened.convert("L")))
+    except OSError as error:
+        raise UserError(f"--mask {options.mask}: expected a readable picture, found: {error}") from None
+    if mask.shape != (height, width):
+        raise UserError(f"--mask {options.mask}: expected {width} x {height} pixels, found {mask.shape[1]} x {mask.shape[0]}")
+    return mask >= 128
+
+
+def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:
+    """Masks (h, w) a level, of the pixels (H, W) that are kept: of each grid, those codes that span no other pixel."""
+    height, width = kept.shape
+    return tuple(kept.view(h, height // h, w, width // w).all(3).all(1) for h, w in tokenizer.grids)
+
+
+def kept_part(pictures: Tensor, kept: Tensor) -> Tensor:
     """Pictures (N, H, W, C) with grey where nothing is kept."""
-    height = pictures.shape[1]
-    kept = torch.tensor(rows)[torch.arange(height) * len(rows) // height]
-    return pictures.where(kept[:, None, None], torch.full_like(pictures, _GREY))
+    return pictures.where(kept[..., None], torch.full_like(pictures, _GREY))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from configs.run_dir import RunDir
-from pipelines.complete import kept_codes, kept_part, kept_rows, main
+from pipelines.complete import kept_codes, kept_part, kept_rows, main, rows_of_pixels
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
@@ -97,10 +97,16 @@ def test_finer_levels_and_pixels_keep_what_lies_under_the_rows(run_copy: Path) -
     class Two:
         grids = [(2, 3), (4, 6)]  # noqa: RUF012
 
-    coarse, fine = kept_codes(Two(), [False, True])  # type: ignore[arg-type]
+    below = rows_of_pixels([False, True], 8, 12)
+    coarse, fine = kept_codes(Two(), below)  # type: ignore[arg-type]
     assert coarse.tolist() == [[False] * 3, [True] * 3]
     assert fine.tolist() == [[False] * 6] * 2 + [[True] * 6] * 2
-    part = kept_part(torch.zeros(1, 8, 12, 3, dtype=torch.uint8), [False, True])
+    hole = torch.ones(8, 12, dtype=torch.bool)
+    hole[0, 5] = False
+    coarse, fine = kept_codes(Two(), hole)  # type: ignore[arg-type]
+    assert (~coarse).nonzero().tolist() == [[0, 1]]  # columns 4 to 7
+    assert (~fine).nonzero().tolist() == [[0, 2]]  # columns 4 and 5
+    part = kept_part(torch.zeros(1, 8, 12, 3, dtype=torch.uint8), below)
     assert part[0, :4].eq(128).all()
     assert part[0, 4:].eq(0).all()
 
@@ -112,6 +118,9 @@ def test_finer_levels_and_pixels_keep_what_lies_under_the_rows(run_copy: Path) -
         (["--keep-rows", "0,2"], ["--keep-rows", "0 to 1", "0,2"]),
         (["--prefix-rows", "x"], ["prefix_rows", "int", "x"]),
         (["--keep-rows", "top"], ["--keep-rows", "top"]),
+        (["--mask", "nowhere.png"], ["--mask nowhere.png", "No such file"]),
+        (["--mask", "{run}/stage1/training.png"], ["--mask", "12 x 8 pixels"]),
+        (["--mask", "x.png", "--keep-rows", "0"], ["--mask", "--keep-rows"]),
         (["--keep-rows", "0", "--prefix-rows", "1"], ["--keep-rows", "--prefix-rows"]),
         (["--n", "0"], ["--n", "at least 1"]),
         (["--continuations", "0"], ["--continuations", "at least 1"]),
@@ -122,7 +131,7 @@ def test_finer_levels_and_pixels_keep_what_lies_under_the_rows(run_copy: Path) -
 def test_mistakes_get_one_line_and_leave_nothing(
     run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
 ) -> None:
-    line = one_line_error(main, "--run", run_copy, *arguments)
+    line = one_line_error(main, "--run", run_copy, *[argument.format(run=run_copy) for argument in arguments])
     assert all(part in line for part in parts), line
     assert not (run_copy / "completions").exists()
 
