@@ -114,7 +114,9 @@ def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: R
             built[name] = _built(name, values[name])
         elif base is not None:
             built[name] = getattr(base, name)
-    return Recipe(**built)
+    recipe = Recipe(**built)
+    recipe.check()
+    return recipe
 
 
 def _built(name: str, values: Any) -> Any:

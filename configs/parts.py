@@ -26,10 +26,14 @@ FAMILIES: dict[str, dict[str, str]] = {
     },
     "tokenizer.network": {
         "convolutional": "stage1_vqvae.networks.convolutional:ConvolutionalPart",
+        "hierarchical": "stage1_vqvae.networks.hierarchical:HierarchicalPart",
     },
     "tokenizer.objective": {
         "mse": "stage1_vqvae.objectives.pixels:MSEPart",
         "bce": "stage1_vqvae.objectives.pixels:BCEPart",
+        "logistic": "stage1_vqvae.objectives.likelihoods:LogisticPart",
+        "categorical": "stage1_vqvae.objectives.likelihoods:CategoricalPart",
+        "bernoulli": "stage1_vqvae.objectives.likelihoods:BernoulliPart",
     },
     "prior": {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",

@@ -4,7 +4,7 @@ Quantizer, network, objective and prior are parts: their fields stand beside the
 asks of all kinds stands here.
 
 A `configs/NAME.yaml` names only what differs from the defaults here. Values that cannot work are refused when the
-section is built, with the key's name; what takes two sections to judge is refused by `Recipe`.
+section is built, with the key's name; what takes two sections to judge is refused by `Recipe.check`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,12 @@ class NetworkPart(Part):
     @property
     @abstractmethod
     def downsampling(self) -> int:
-        """Pixels a code spans along each side."""
+        """Pixels a code of the finest grid spans along each side."""
+
+    @property
+    def downsamplings(self) -> list[int]:
+        """Pixels that a code of each grid spans, coarse to fine; most networks have but one grid."""
+        return [self.downsampling]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,10 +322,13 @@ class Recipe:
     evaluation: Evaluation = Evaluation()
     compute: Compute = Compute()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Errors: ValueError that names the key, for sections that do not go together. Not when a recipe is made: on the way to the one
+        that the user asks for, parts are exchanged one by one.
+        """
         whole = not self.tokenizer.quantizer.needs_whole_batch or self.stage1.accumulation == 1
         require(whole, "stage1.accumulation", "1 with an entropy term, which needs the whole batch at once", self.stage1.accumulation)
-        step = self.tokenizer.network.downsampling
+        step = max(self.tokenizer.network.downsamplings)
         for name in ("height", "width"):
             pixels = getattr(self.data, name)
             require(pixels % step == 0, f"tokenizer.network.downsampling {step}", f"a divisor of data.{name}", pixels)

@@ -3,29 +3,39 @@
     python pipelines/compress.py --images photos/ --output photos.vqc
     python pipelines/compress.py
     python pipelines/compress.py --split test --prior pixelcnn
+    python pipelines/compress.py --lossless
 
-Lossy: what comes back (pipelines/decompress.py) is the tokenizer's reconstruction of each image, at the recipe's size. Without
---images, the validation split; without --output, a new folder compressed/NNN in the run. The file needs this run's tokenizer
-and prior to be read. It is decoded once before it is written. Labels, where the prior knows them, are stored and save bits.
+Lossy: what comes back (pipelines/decompress.py) is the tokenizer's reconstruction of each image, at the recipe's size. With
+--lossless every pixel comes back: they follow the codes, coded under p(x | z), which takes a tokenizer whose objective is a
+likelihood; an image that is smaller as PNG is stored so. Without --images, the validation split; without --output, a new folder
+compressed/NNN in the run. The file needs this run's tokenizer and prior to be read. It is decoded once before it is written.
+Labels, where the prior knows them, are stored and save bits.
 """
 
 from __future__ import annotations
 
+import copy
 import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
-from pipelines.codec.code_file import SUFFIX, CodeFile, Sizes, pack, run_fingerprint, unpack
+from configs.schema import Data
+from pipelines.codec.code_file import SUFFIX, CodeFile, Lossless, Sizes, pack, run_fingerprint, unpack, with_stored
 from pipelines.codec.coder import Encoding, batch_images, decode, encode
-from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for, unique_names
+from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
+from pipelines.images.bound import pixel_bits
+from pipelines.images.inputs import Images, chosen_images, encode_and_decode, image_options, known_labels_for, unique_names
+from pipelines.images.scoring import surprisals
 from stage1_vqvae.metrics import psnr, squared_errors
-from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.plots import png
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import fingerprint
@@ -50,10 +60,26 @@ def main(argv: list[str] | None = None) -> None:
     path = finished_prior(run, options.prior, command.next(TRAIN_PRIOR))
     prior, header = load_prior(path, fingerprint(run.tokenizer), accelerator.device)
     prior.double()
+    if options.lossless:
+        tokenizer.likelihood()
     images = chosen_images(options, command.recipe.data, progress=True)
+    if options.lossless:
+        check_exact(images, command.recipe.data)
+        tokenizer.likelihood().check(images.pixels)
     labels = known_labels_for(options.label, images, header)
 
     codes, reconstructions = encode_and_decode(tokenizer, images.pixels, options.batch_size, progress=True)
+    exact = copy.deepcopy(tokenizer).double()
+    lossless, bound, coded = None, None, torch.ones(len(images.pixels), dtype=torch.bool)
+    if options.lossless:
+        bound = surprisals(prior, codes, labels, "bits of codes", progress=True).sum(1)
+        bound += pixel_bits(exact, codes, images.pixels, progress=True)
+        stored = smaller_as_png(images.pixels, bound)
+        coded[list(stored)] = False
+        codes, labels = tuple(level[coded] for level in codes), None if labels is None else labels[coded]
+        batch = batch_of_pixels(exact, options.batch_size)
+        pixels, _ = encode_pixels(exact, codes, images.pixels[coded], batch, progress=True)
+        lossless = Lossless(pixels, stored)
     encoding = encode(prior, codes, labels, batch_images(prior.layout, options.batch_size), progress=True)
     height, width, channels = images.pixels.shape[1:]
     content = CodeFile(
@@ -64,20 +90,28 @@ def main(argv: list[str] | None = None) -> None:
         labels=labels,
         # Rows of a split are known by their number.
         names=None if images.below is None else unique_names(images.below),
+        lossless=lossless,
     )
     data, sizes = pack(content)
     verify(data, content, prior, codes)
+    if lossless is not None:
+        verify_pixels(data, exact, codes, images.pixels)
 
     with run.numbered("compressed", output is None) as folder:
         output = output or (folder or run.path) / f"images{SUFFIX}"
         write_bytes(output, data)
         run.record(program(), command.arguments, {"file": str(output), "prior": content.prior, "batch_size": encoding.coded.batch})
-    report(command, output, encoding, sizes, images.pixels, reconstructions)
+    if lossless is None or bound is None:
+        report(command, output, encoding, sizes, images.pixels, reconstructions)
+    else:
+        report_lossless(command, output, sizes, images.pixels, bound[coded], len(lossless.stored))
+    print(f"next: {command.next(typed('pipelines/decompress.py') + f' --file {shlex.quote(run.show(output))}')}")
     accelerator.end_training()
 
 
 def _options(parser: Any) -> None:
     image_options(parser)
+    parser.add_argument("--lossless", action="store_true", help="code the pixels too, so that every one comes back")
     parser.add_argument("--output", type=str | None, help="the file to write; must not exist (default: compressed/NNN in the run)")
     parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, where known)")
@@ -88,6 +122,25 @@ def _free(path: Path) -> Path:
     if path.exists():
         raise UserError(f"--output {path}: expected a file that does not exist yet, found {'a folder' if path.is_dir() else 'one'}")
     return path
+
+
+def check_exact(images: Images, data: Data) -> None:
+    """Errors: UserError if an image was scaled, converted or composed over a background when it was read, so that not all of it would
+    come back. Those of a split are what the run knows of them.
+    """
+    modes = ("1", "L") if data.channels == 1 else ("1", "L", "P", "RGB")
+    for path in images.names if images.below is not None else ():
+        with Image.open(path) as opened:
+            found = ImageOps.exif_transpose(opened)
+            if found.size != (data.width, data.height) or found.mode not in modes or found.has_transparency_data:
+                wanted = f"expected images of {data.width} x {data.height} in {' or '.join(modes)}, which come back as they are"
+                raise UserError(f"--lossless {path}: {wanted}, found {found.width} x {found.height} in {found.mode}")
+
+
+def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
+    """Which images, uint8 (N, H, W, C), take fewer bytes as optimised PNG than those bits (N,), and their PNGs."""
+    pngs = [png(picture, optimize=True) for picture in pixels]
+    return {number: found for number, (found, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(found) <= cost}
 
 
 def verify(data: bytes, content: CodeFile, prior: AutoregressivePrior, codes: Codes) -> None:
@@ -105,6 +158,15 @@ def verify(data: bytes, content: CodeFile, prior: AutoregressivePrior, codes: Co
         raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
 
 
+def verify_pixels(data: bytes, tokenizer: VQVAE, codes: Codes, pixels: Tensor) -> None:
+    """`verify` for the pixels of a lossless file. Errors: UserError if one differs."""
+    found = unpack(data, "the new file").lossless
+    assert found is not None
+    again = decode_pixels(tokenizer, codes, found.pixels, at_once=-(-found.pixels.batch // 2), progress=True)
+    if not torch.equal(with_stored(again, found.stored), pixels):
+        raise UserError("expected the new file to decode to the images, found something else; nothing was written")
+
+
 def report(command: Command, output: Path, encoding: Encoding, sizes: Sizes, pixels: Tensor, reconstructions: Tensor) -> None:
     """Print the file's size, what its parts take and how good the images are."""
     images, raw, whole = len(pixels), pixels.numel(), sum(sizes)
@@ -116,7 +178,17 @@ def report(command: Command, output: Path, encoding: Encoding, sizes: Sizes, pix
     own = encoding.bits / 8
     above = f", the payload {sizes.payload / own - 1:.2%} above" if own else ""
     print(f"the prior's own -log2 p: {own:.1f} bytes{above}; logits kept {encoding.clearance:.1g} clear of rounding boundaries")
-    print(f"next: {command.next(typed('pipelines/decompress.py') + f' --file {shlex.quote(command.run.show(output))}')}")
+
+
+def report_lossless(command: Command, output: Path, sizes: Sizes, pixels: Tensor, bound: Tensor, stored: int) -> None:
+    """Print a lossless file's size, what its parts take, and how near it comes to the bits (N,) of the images that are coded."""
+    images, raw, whole = len(pixels), pixels.numel(), sum(sizes)
+    print(f"wrote {images} images to {command.run.show(output)}, lossless: {whole} bytes, {raw / whole:.2f} : 1 of raw pixels")
+    print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, codes {sizes.payload}, pixels {sizes.pixels}")
+    print(f"{8 * whole / raw:.4f} bits a dimension, {whole / images:.1f} bytes an image; {stored} of them stored as PNG")
+    if len(bound):
+        own = float(bound.sum())
+        print(f"the bound of the {len(bound)} coded ones: {own / 8:.1f} bytes, {own * images / (raw * len(bound)):.4f} bits a dimension")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ folders they were in, or the rows of the split. Without
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch
 from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program
-from pipelines.codec.code_file import CodeFile, run_fingerprint, unpack
+from pipelines.codec.code_file import CodeFile, run_fingerprint, unpack, with_stored
 from pipelines.codec.coder import decode
+from pipelines.codec.pixels import decode_pixels
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import save_png
@@ -53,18 +55,25 @@ def main(argv: list[str] | None = None) -> None:
     if content.image_shape != (height, width, channels) or not known:
         raise UserError(f"{file}: expected images and labels of run {run}, found a header that contradicts its fingerprint")
     codes = decode(prior.double(), content.coded, content.labels, progress=True)
+    exact = None
+    if content.lossless is not None:
+        pixels = decode_pixels(copy.deepcopy(tokenizer).double(), codes, content.lossless.pixels, progress=True)
+        exact = with_stored(pixels, content.lossless.stored)
 
-    count = content.coded.images
+    count = content.images
     names = content.names or [f"{row:0{max(5, len(str(count)))}d}" for row in range(count)]
     with run.numbered("decompressed", output is None) as numbered, _filled(numbered, output, names) as folder:
         with progress_bar(count, "write", "img") as bar:
             for part in batches(count, content.coded.batch):
-                pictures = to_uint8(tokenizer.decode(tuple(level[part].to(accelerator.device) for level in codes))).cpu()
+                if exact is not None:
+                    pictures = exact[part]
+                else:
+                    pictures = to_uint8(tokenizer.decode(tuple(level[part].to(accelerator.device) for level in codes))).cpu()
                 for name, picture in zip(names[part], pictures, strict=True):
                     save_png(folder / f"{name}.png", picture)
                 bar.update(len(pictures))
         run.record(program(), command.arguments, {"file": str(file), "prior": content.prior})
-    print(f"wrote {count} images to {run.show(folder)}")
+    print(f"wrote {count} images to {run.show(folder)}" + (", every pixel as it was" if exact is not None else ""))
     accelerator.end_training()
 
 

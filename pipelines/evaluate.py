@@ -31,13 +31,16 @@ from pipelines.evaluation.features import feature_network
 from pipelines.evaluation.tables import markdown, notes, tables
 from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
 from pipelines.images.provenance import agrees, identity
+from pipelines.images.scoring import ScoringPrior, scoring_prior
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.plots import grid_scale, save_png
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.prior_file import UNIFORM
 
 
@@ -158,6 +161,16 @@ def array_in(path: Path) -> np.ndarray:
     return array
 
 
+def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:
+    """What the run knows of its codes: the prior that `--prior` names, or the one last finished, and the training codes; None where it
+    has none of them.
+    """
+    run, sha256 = command.run, fingerprint(command.run.tokenizer)
+    trained = command.options.prior != UNIFORM and run.last_prior() is not None
+    codes = run.codes / TRAIN
+    return scoring_prior(command, device) if trained else None, CodeStore(codes, sha256) if codes.is_dir() else None
+
+
 def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> dict[str, Any]:
     """All figures, tables and notes, as evaluation.json has them."""
     run, config, split, reference = command.run, command.recipe.evaluation, command.options.split, command.options.reference
@@ -185,6 +198,8 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "reconstruction": assessor.reconstruction(split),
         "codes": assessor.codes(split),
     }
+    if isinstance(assessor.tokenizer.objective, PixelLikelihood):
+        found["bound"] = assessor.bound(split, *priors_of_codes(command, torch.device(network.device)))
     if samples is not None:
         labelled = samples.labels is not None and held_out.labels is not None
         classifier = run_classifier(run, source, network.device) if labelled else None

@@ -12,6 +12,7 @@ from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir, read_json, typed
 from stage1_vqvae.metrics import compression_ratio
+from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import read_manifest
 
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         rows += [(f"codes, {path.name}", codes_row(path)) for path in sorted(run.codes.iterdir())]
     name = run.last_prior()
     rows += prior_rows(run, name) if name is not None else [("prior", f"none yet; {command.next(TRAIN_PRIOR)}")]
+    rows += bound_rows(run)
     rows += [("pictures" if number == 0 else "", run.show(path)) for number, path in enumerate(pictures(run, name))]
     print(table(f"run {run}", rows))
 
@@ -66,6 +68,17 @@ def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
         ("bits an image under the prior", f"{bits['prior']:.0f} ({compression_ratio(bits['raw'], bits['prior']):.1f} : 1)"),
         ("minutes of stage 2", f"{report['minutes']:.1f}"),
     ]
+
+
+def bound_rows(run: RunDir) -> list[tuple[str, str]]:
+    """The bound on bits a dimension, as the last evaluation that has one found it."""
+    for path in sorted(run.path.glob("evaluations/*/evaluation.json"), reverse=True):
+        found = read_json(path)
+        if "bound" in found and found["tokenizer_sha256"] == fingerprint(run.tokenizer):
+            bits = found["bound"]["bits_per_dimension"]
+            names = [name for name in bits if name != "pixels"]
+            return [(f"bits a dimension, {found['split']}: p(z) {name}", f"at most {bits[name]['mean']:.4f}") for name in names]
+    return []
 
 
 def pictures(run: RunDir, prior: str | None) -> list[Path]:

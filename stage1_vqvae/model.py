@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from configs.errors import UserError
 from configs.parts import as_dict
 from configs.run_dir import RunDir
 from configs.schema import Tokenizer, tokenizer_from
-from stage1_vqvae.objectives.contract import Objective
-from stage1_vqvae.quantizers.contract import Codes, Quantizer, Statistics
+from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
+from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer, Statistics
+from stage1_vqvae.quantizers.grids import GridQuantizers
 from stage1_vqvae.training.weights_file import load_weights, save_weights
 
 # Format of a tokenizer's file: 2 since quantizers are composed, 3 since a recipe's parts have fields of their own.
@@ -37,7 +39,8 @@ class TokenizerOutput(NamedTuple):
 class VQVAE(nn.Module):
     """The tokenizer: images to grids of codes and back.
 
-    Van den Oord et al. 2017, "Neural Discrete Representation Learning", equation 3.
+    Van den Oord et al. 2017, "Neural Discrete Representation Learning", equation 3. With several grids, as in VQ-VAE-2 (Razavi et al.
+    2019), the encoder quantizes on its way from the coarsest to the finest.
     """
 
     def __init__(self, config: Tokenizer, height: int, width: int, channels: int) -> None:
@@ -46,35 +49,87 @@ class VQVAE(nn.Module):
         self.image_shape = (channels, height, width)
         self.objective: Objective = config.objective.build()
         self.encoder, self.decoder = config.network.build(channels, config.code_dim, self.objective.output_channels(channels))
-        self.quantizer: Quantizer = config.quantizer.build(config.code_dim)
+        parts: list[Quantizer] = [config.quantizer.build(config.code_dim) for _ in config.network.downsamplings]
+        self.quantizer: Levels = parts[0] if len(parts) == 1 else GridQuantizers(parts)
+
+    @property
+    def quantizers(self) -> Sequence[Quantizer]:
+        """The quantizer of each grid, coarse to fine."""
+        return self.quantizer.parts if isinstance(self.quantizer, GridQuantizers) else [self.quantizer]  # type: ignore[list-item]
 
     @property
     def grids(self) -> list[tuple[int, int]]:
         """The grid (h, w) of each level's codes."""
         _, height, width = self.image_shape
-        grid = (height // self.config.network.downsampling, width // self.config.network.downsampling)
-        return [grid] * len(self.quantizer.num_codes)
+        steps = self.config.network.downsamplings
+        return [(height // step, width // step) for step, part in zip(steps, self.quantizers, strict=True) for _ in part.num_codes]
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Images (B, C, H, W) in [-1, 1]. Changes nothing: see quantizers/contract.py."""
-        quantized = self.quantizer(self.latents(images))
-        output = self.decoder(quantized.z_q)
-        losses = {"reconstruction": self.objective.loss(output, images), **quantized.losses}
-        return TokenizerOutput(self.objective.mean_image(output), quantized.codes, losses, quantized.statistics, quantized.latents)
+        found = [quantized for _, quantized in self._quantized(images)]
+        output = self.decoder(*(part.z_q for part in found))
+        codes, losses, statistics, latents = found[0][1:] if len(found) == 1 else GridQuantizers.joined(found)
+        losses = {"reconstruction": self.objective.loss(output, images), **losses}
+        return TokenizerOutput(self.objective.mean_image(output), codes, losses, statistics, latents)
 
     def encode(self, images: Tensor) -> Codes:
         """Images (B, C, H, W) in [-1, 1] to codes, int64 (B, h, w) a level."""
-        return self.quantizer(self.latents(images)).codes
+        return tuple(level for _, quantized in self._quantized(images) for level in quantized.codes)
 
-    def decode(self, codes: Codes) -> Tensor:
-        """Codes to images (B, C, H, W) about [-1, 1]; in eval equal to `forward`'s reconstruction."""
-        return self.objective.mean_image(self.decoder(self.quantizer.lookup(codes)))
+    def latents(self, images: Tensor, grid: int = 0) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] to what is quantized on that grid, (B, D, h, w), given the codes of the coarser ones."""
+        return self._quantized(images)[grid][0]
 
-    def latents(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to what is quantized, (B, D, h, w), channels last in memory: as the quantizer's
-        rows have them, so that nothing has to be transposed for it, or back.
+    def _quantized(self, images: Tensor) -> list[tuple[Tensor, Quantized]]:
+        """The latents (B, D, h, w) of each grid, coarse to fine, and what its quantizer makes of them. They are channels last in memory:
+        as the quantizer's rows have them, so that nothing has to be transposed for it, or back.
         """
-        return self.encoder(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        found: list[tuple[Tensor, Quantized]] = []
+
+        def quantize(z: Tensor) -> Tensor:
+            found.append((z, self.quantizers[len(found)](z)))
+            return found[-1][1].z_q
+
+        if len(self.quantizers) == 1:
+            quantize(self.encoder(images))
+        else:
+            self.encoder(images, quantize)
+        return found
+
+    def outputs(self, codes: Codes) -> Tensor:
+        """What the decoder puts out for codes, (B, h, w) a level: (B, C', H, W), which the objective reads."""
+        rest = iter(codes)
+        return self.decoder(*(part.lookup(tuple(next(rest) for _ in part.num_codes)) for part in self.quantizers))
+
+    def decode(self, codes: Codes, sample: bool = False, uniform: Tensor | None = None) -> Tensor:
+        """Codes to images (B, C, H, W) about [-1, 1]; in eval equal to `forward`'s reconstruction.
+
+        Args:
+            codes: int64 (B, h, w) a level.
+            sample: draw pixels from p(x | z) instead of taking its mean. Errors: UserError if the objective is no likelihood.
+            uniform: what pixels are drawn by, (B, C, H, W) in [0, 1); None: drawn here.
+        """
+        output = self.outputs(codes)
+        if not sample:
+            return self.objective.mean_image(output)
+        uniform = torch.rand(len(output), *self.image_shape, device=output.device) if uniform is None else uniform
+        return self.likelihood().sample(output, uniform)
+
+    def likelihood(self) -> PixelLikelihood:
+        """The objective as p(x | z). Errors: UserError if it is none."""
+        if not isinstance(self.objective, PixelLikelihood):
+            wanted = "expected one that is a likelihood (logistic, categorical, bernoulli)"
+            raise UserError(f"tokenizer.objective: {wanted}, found {self.config.objective.kind}")
+        return self.objective
+
+    def nats(self, codes: Codes, pixels: Tensor) -> Tensor:
+        """-log p(x | z) in nats, (B,), of images of uint8 (B, H, W, C) given their codes (B, h, w) a level.
+
+        Errors: UserError if the objective is no likelihood.
+        """
+        likelihood = self.likelihood()
+        return likelihood.nats(self.outputs(codes), likelihood.values_of(pixels))
 
 
 def save_tokenizer(path: Path, model: VQVAE, steps: int) -> None:

@@ -27,14 +27,19 @@ _GAP = 2
 
 
 def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
-    """uint8 (H, W, C) as a PNG, each pixel `scale` wide."""
+    """Write uint8 (H, W, C) as a PNG, each pixel `scale` wide."""
+    write_bytes(path, png(pixels, scale), durable=False)
+
+
+def png(pixels: Tensor, scale: int = 1, optimize: bool = False) -> bytes:
+    """uint8 (H, W, C) as the bytes of a PNG, each pixel `scale` wide."""
     array = pixels.numpy()
     image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    image.save(buffer, "png")
-    write_bytes(path, buffer.getvalue(), durable=False)
+    image.save(buffer, "png", optimize=optimize)
+    return buffer.getvalue()
 
 
 def image_grid(pictures: Tensor, columns: int) -> Tensor:

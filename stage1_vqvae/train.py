@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
     # Before the run's folder is made: images that cannot be read should leave no trace.
     images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
+    for split in images.splits.values():
+        recipe.tokenizer.objective.build().check(split.pixels)
     with run.lock():
         if recipe.stage1.minutes > 0 and not run.begun(run.stage1):
             recipe = within_budget(accelerator, recipe, images.splits[TRAIN], images.splits[VALIDATION])
@@ -308,24 +310,29 @@ def training_images(training: ImageSplit, rows: Tensor, share: slice, config: St
 @torch.no_grad()
 def initialise_codebooks(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
     """k-means of the untrained encoder's latents of the first batches, the same on all processes; where the recipe says so."""
-    placeable = [codebook for codebook in tokenizer.quantizer.codebooks() if codebook.placeable]
-    if not (tokenizer.config.quantizer.starts_by_kmeans and placeable):
+    if not tokenizer.config.quantizer.starts_by_kmeans:
         return
     tokenizer.eval()
     processes, rank = accelerator.num_processes, accelerator.process_index
-    (height, width), wanted = tokenizer.grids[0], max(vectors_for(codebook.num_codes) for codebook in placeable)
-    batches = []
-    steps = -(-wanted // (config.batch_size * height * width))
-    for step in range(steps):
-        for micro_step in range(config.accumulation):
-            share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-            images = training_images(training, order.batch(step), share, config, step)
-            batches.append(tokenizer.latents(images.to(accelerator.device)))
 
     def agree(tensor: Tensor) -> Tensor:
         return summed(accelerator, {"": tensor * (rank == 0)})[""]
 
-    place_by_kmeans_(tokenizer.quantizer, batches, steps, config.seed, accelerator.gather, agree)
+    level = 0
+    for grid, quantizer in enumerate(tokenizer.quantizers):  # those above are placed: a grid's latents depend on them
+        (height, width), level = tokenizer.grids[level], level + len(quantizer.num_codes)
+        placeable = [codebook for codebook in quantizer.codebooks() if codebook.placeable]
+        if not placeable:
+            continue
+        wanted = max(vectors_for(codebook.num_codes) for codebook in placeable)
+        batches = []
+        steps = -(-wanted // (config.batch_size * height * width))
+        for step in range(steps):
+            for micro_step in range(config.accumulation):
+                share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
+                images = training_images(training, order.batch(step), share, config, step)
+                batches.append(tokenizer.latents(images.to(accelerator.device), grid))
+        place_by_kmeans_(quantizer, batches, steps, config.seed, accelerator.gather, agree)
 
 
 if __name__ == "__main__":

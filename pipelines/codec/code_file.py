@@ -5,23 +5,36 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | bytes | what |
 | --- | --- |
 | 8 | magic: 89 "VQC" 0D 0A 1A 0A, which (as PNG's) a transfer as text would break |
-| 2 | version of this layout, 2; 1 had no folders in its names |
+| 2 | version of this layout, 3; 2 was always lossy, 1 had no folders in its names |
 | 16 | fingerprint of the run: sha256 over the sha256 of tokenizer and prior, cut short |
 | 3 x 2 | height, width, channels of the images |
-| 4, 4 | images; images a batch |
+| 4, 4 | images that have codes; images a batch |
 | 4 | CRC-32 of the codes |
-| 2, 4, 4, 8 | bytes of the prior's name, the labels, the names, the payload |
+| 2, 4, 4, 8, 8 | bytes of the prior's name, the labels, the names, the payload, the pixels |
 | 2 a batch | the batch's rounding offset (coder.py) |
 | | the prior's name, UTF-8 |
-| | labels, one an image, in the prior's numbering, the smallest unsigned integers, deflated; nothing: no labels |
+| | labels, one an image that has codes, in the prior's numbering, the smallest unsigned integers, deflated; nothing: no labels |
 | | names, with `/` after each folder, NUL between them, deflated; nothing: no names |
 | | payload |
+| | pixels; nothing: the file is lossy, and all images have codes |
 | 4 | CRC-32 of all before it |
+
+Pixels of a lossless file:
+
+| bytes | what |
+| --- | --- |
+| 4, 4, 4 | images a batch of pixels; CRC-32 of the pixels that are coded; images stored as PNG |
+| 8, 4 | bytes of their payload, and number of its rounding offsets (pixels.py) |
+| 2 each | the offsets |
+| | payload |
+| 4, 4 each | images stored as PNG: which one it is of all, and bytes of its PNG that follow |
+| | the PNGs without their first eight bytes, which all PNGs begin with: so that none takes more here than it did |
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 import zlib
 from pathlib import Path, PurePath
@@ -29,19 +42,34 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from configs.errors import UserError
 from pipelines.codec.coder import Coded
+from pipelines.codec.pixels import CodedPixels, num_offsets
 from pipelines.images.inputs import unique_names
 from stage1_vqvae.training.weights_file import fingerprint
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"
-_VERSION = 2
+_VERSION = 3
 _BEGINNING = struct.Struct("<8sH")
-_HEADER = struct.Struct("<16s3HIIIHIIQ")
+_HEADER = struct.Struct("<16s3HIIIHIIQQ")
+_FORMER_HEADER = struct.Struct("<16s3HIIIHIIQ")  # of versions 1 and 2
+_PIXELS = struct.Struct("<IIIQI")
+_STORED = struct.Struct("<II")
+_PNG = b"\x89PNG\r\n\x1a\n"
 _CHECKSUM = struct.Struct("<I")
+
+
+class Lossless(NamedTuple):
+    """What a lossless file has beside codes."""
+
+    pixels: CodedPixels
+    """Of the images that have codes."""
+    stored: dict[int, bytes]
+    """PNG files of those that take fewer bytes so, by their number among all images."""
 
 
 class CodeFile(NamedTuple):
@@ -58,6 +86,13 @@ class CodeFile(NamedTuple):
     """(N,) int64, in the prior's numbering; None: no label."""
     names: list[str] | None
     """Paths of the images below the folder they were in, with `/` and without ending, from `unique_names`; None: they had none."""
+    lossless: Lossless | None = None
+    """What brings every pixel back; None: the file is lossy."""
+
+    @property
+    def images(self) -> int:
+        """Images in the file: those that have codes, and those stored as PNG."""
+        return self.coded.images + (0 if self.lossless is None else len(self.lossless.stored))
 
 
 class Sizes(NamedTuple):
@@ -68,6 +103,8 @@ class Sizes(NamedTuple):
     labels: int
     names: int
     payload: int
+    pixels: int
+    """Of a lossless file: the pixels' payload and offsets, and the PNGs."""
 
 
 def run_fingerprint(tokenizer: Path, prior: Path) -> bytes:
@@ -81,12 +118,49 @@ def pack(content: CodeFile) -> tuple[bytes, Sizes]:
     labels = b"" if content.labels is None else _deflated_labels(content.labels)
     names = b"" if content.names is None else zlib.compress("\0".join(content.names).encode("utf-8", "surrogateescape"), 9)
     prior = content.prior.encode("utf-8", "surrogateescape")
-    counts = (coded.images, coded.batch, coded.codes_crc, len(prior), len(labels), len(names), len(coded.payload))
+    pixels = b"" if content.lossless is None else _packed_pixels(content.lossless)
+    counts = (coded.images, coded.batch, coded.codes_crc, len(prior), len(labels), len(names), len(coded.payload), len(pixels))
     header = _BEGINNING.pack(_MAGIC, _VERSION) + _HEADER.pack(content.fingerprint, *content.image_shape, *counts)
     header += np.array(coded.offsets, "<u2").tobytes() + prior
-    body = header + labels + names + coded.payload
+    body = header + labels + names + coded.payload + pixels
     whole = body + _CHECKSUM.pack(zlib.crc32(body))
-    return whole, Sizes(len(header) + _CHECKSUM.size, len(labels), len(names), len(coded.payload))
+    return whole, Sizes(len(header) + _CHECKSUM.size, len(labels), len(names), len(coded.payload), len(pixels))
+
+
+def _packed_pixels(lossless: Lossless) -> bytes:
+    pixels, stored = lossless
+    counts = _PIXELS.pack(pixels.batch, pixels.crc, len(stored), len(pixels.payload), len(pixels.offsets))
+    cut = {number: png.removeprefix(_PNG) for number, png in stored.items()}
+    pngs = b"".join(_STORED.pack(number, len(png)) for number, png in cut.items()) + b"".join(cut.values())
+    return counts + np.array(pixels.offsets, "<u2").tobytes() + pixels.payload + pngs
+
+
+def _unpacked_pixels(section: bytes) -> Lossless:
+    if len(section) < _PIXELS.size:
+        raise ValueError(f"{len(section)} bytes of pixels")
+    batch, crc, count, length, offsets = _PIXELS.unpack_from(section)
+    begin = _PIXELS.size + 2 * offsets
+    end = begin + length
+    pngs = end + count * _STORED.size
+    if pngs > len(section) or length % 4 or not batch:
+        raise ValueError(f"{len(section)} bytes of pixels, {pngs} or more announced")
+    found, stored = np.frombuffer(section, "<u2", offsets, _PIXELS.size).tolist(), {}
+    for number, size in _STORED.iter_unpack(section[end:pngs]):
+        stored[number] = _PNG + section[pngs : pngs + size]
+        pngs += size
+    if pngs != len(section) or len(stored) != count:
+        raise ValueError(f"{len(section)} bytes of pixels, {pngs} announced")
+    return Lossless(CodedPixels(section[begin:end], batch, found, crc), stored)
+
+
+def with_stored(pixels: Tensor, stored: dict[int, bytes]) -> Tensor:
+    """All images of a lossless file, uint8 (N, H, W, C): `pixels` of those that were coded, and between them those stored as PNG."""
+    others = iter(pixels)
+    pictures = [
+        torch.from_numpy(np.array(Image.open(io.BytesIO(stored[number])))).view(pixels.shape[1:]) if number in stored else next(others)
+        for number in range(len(pixels) + len(stored))
+    ]
+    return torch.stack(pictures) if pictures else pixels
 
 
 def _deflated_labels(labels: Tensor) -> bytes:
@@ -100,43 +174,51 @@ def unpack(data: bytes, where: str) -> CodeFile:
     if data[: len(_MAGIC)] != _MAGIC:
         raise UserError(f"{where}: expected a file that pipelines/compress.py wrote, found another kind of file")
     body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
-    if len(body) < _BEGINNING.size + _HEADER.size:
+    if len(body) < _BEGINNING.size + _FORMER_HEADER.size:
         raise UserError(f"{where}: expected compressed images, found a truncated file of {len(data)} bytes")
     _, version = _BEGINNING.unpack_from(body)
-    if version not in (1, _VERSION):
+    if version not in (1, 2, _VERSION):
         raise UserError(f"{where}: expected version {_VERSION} of the format, found {version}")
     if checksum != _CHECKSUM.pack(zlib.crc32(body)):
         raise UserError(f"{where}: expected the checksum of its {len(data)} bytes, found another; it is damaged or truncated")
     try:
-        return _parsed(body)
-    except (ValueError, zlib.error) as error:  # a right checksum over wrong content: somebody else's writing
+        return _parsed(body, _HEADER if version == _VERSION else _FORMER_HEADER)
+    except (ValueError, struct.error, zlib.error) as error:  # a right checksum over wrong content: somebody else's writing
         raise UserError(f"{where}: expected a file that pipelines/compress.py wrote, found one that contradicts itself ({error})") from None
 
 
-def _parsed(body: bytes) -> CodeFile:
-    found, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
+def _parsed(body: bytes, header: struct.Struct) -> CodeFile:
+    found, height, width, channels, images, batch, codes_crc, *lengths = header.unpack_from(body, _BEGINNING.size)
     if not batch:
         raise ValueError("batches of no image")
     num_batches = -(-images // batch)
-    end, sections = _BEGINNING.size + _HEADER.size, []
+    end, sections = _BEGINNING.size + header.size, []
+    lengths += [0] if header is _FORMER_HEADER else []
     for length in (2 * num_batches, *lengths):
         sections.append(body[end : end + length])
         end += length
     if end != len(body):
         raise ValueError(f"{end} bytes announced, {len(body)} there")
-    offsets, prior, labels, names, payload = sections
+    offsets, prior, labels, names, payload, pixels = sections
     if b"/" in prior or prior in (b".", b".."):
         raise ValueError("a prior's name that leads elsewhere")
     if len(payload) % 4:
         raise ValueError(f"a payload of {len(payload)} bytes, not of words of 4")
     coded = Coded(payload, images, batch, np.frombuffer(offsets, "<u2").tolist(), codes_crc)
+    lossless = _unpacked_pixels(pixels) if pixels else None
+    count = images + (0 if lossless is None else len(lossless.stored))
+    if lossless is not None:
+        expected = num_offsets(images, lossless.pixels.batch, (channels, height, width))
+        if len(lossless.pixels.offsets) != expected or any(number >= count for number in lossless.stored):
+            raise ValueError(f"pixels of other images than {count}")
     return CodeFile(
         fingerprint=found,
         prior=prior.decode("utf-8", "surrogateescape"),
         image_shape=(height, width, channels),
         coded=coded,
         labels=_inflated_labels(labels, images) if labels else None,
-        names=_checked_names(zlib.decompress(names).decode("utf-8", "surrogateescape"), images) if names else None,
+        names=_checked_names(zlib.decompress(names).decode("utf-8", "surrogateescape"), count) if names else None,
+        lossless=lossless,
     )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import ROUND_FLOOR, Context, Decimal
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ MARGIN = 1e-11
 """How near a logit may lie to a rounding boundary."""
 
 _STEPS = 2**10  # of a logit, in one nat
-_OFFSETS = 2**16  # of the rounding, in one step
+_OFFSETS = 2**16  # of a rounding, in one step
 _WEIGHT_BITS = 32
 # From here on float64 logits are too coarse for the margin.
 _LARGEST_LOGIT = 2.0**14
@@ -171,26 +171,36 @@ def _steps(prior: AutoregressivePrior, labels: Tensor | None, images: int, at_on
 
 
 def clear_offset(logits: list[Tensor]) -> tuple[int, float]:
-    """The offset that keeps logits (B, K), of any number of positions, furthest from the boundaries; and how far that is.
+    """The rounding offset of logits (B, K), in units of 2^-26, that keeps them furthest from every boundary, and how far that is.
 
-    A logit is dangerous to the one offset that brings it nearest to a boundary: a single pass over the logits finds all
-    offsets' distances. Where there is but one code, its logit does not matter.
+    Where there is but one code, its logit does not matter.
 
     Errors: UserError for logits that are not finite, or too large.
     """
-    nearest = torch.full((_OFFSETS,), 0.5, dtype=torch.float64)  # in 2^-26; a logit further away is nearer to another offset
     found = [x for x in logits if x.shape[1] > 1]
-    if not found:
-        return 0, math.inf
-    for x in found:
-        if not bool((x.abs() < _LARGEST_LOGIT).all()):
-            raise UserError(f"the prior: expected finite logits below {_LARGEST_LOGIT:g}, to code with, found some that are not")
-        # Boundaries lie at halves of a step: what an offset would have to add to get there, in 2^-26, modulo 2^16.
-        missing = -(x.flatten() * _STEPS + 0.5).remainder(1) * _OFFSETS
+    if not all(bool((x.abs() < _LARGEST_LOGIT).all()) for x in found):
+        raise UserError(f"the prior: expected finite logits below {_LARGEST_LOGIT:g}, to code with, found some that are not")
+    # Boundaries lie at halves of a step.
+    offset, distance = clearest(x * _STEPS + 0.5 for x in found)
+    return offset, distance / _STEPS
+
+
+def clearest(numbers: Iterable[Tensor]) -> tuple[int, float]:
+    """Which of 2^16 offsets, in units of 2^-16, to add to all numbers so that none lies near a whole one, and how near the nearest then
+    is; infinite without numbers.
+
+    A number is dangerous to the one offset that brings it nearest to a whole one: a single pass finds all offsets' distances.
+    """
+    nearest = torch.full((_OFFSETS,), 0.5, dtype=torch.float64)  # in 2^-16; a number further away is nearer to another offset
+    empty = True
+    for x in numbers:
+        empty = False
+        # What an offset would have to add to get there, modulo 1.
+        missing = -x.flatten().remainder(1) * _OFFSETS
         offset = missing.round()
         nearest.scatter_reduce_(0, offset.long().remainder(_OFFSETS), (missing - offset).abs(), "amin")
     best = int(nearest.argmax())
-    return best, float(nearest[best]) / (_OFFSETS * _STEPS)
+    return (0, math.inf) if empty else (best, float(nearest[best]) / _OFFSETS)
 
 
 def weights(logits: Tensor, offset: int) -> np.ndarray:

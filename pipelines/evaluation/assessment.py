@@ -15,7 +15,9 @@ from configs.schema import Evaluation
 from pipelines.evaluation.classifier import Classifier, labels_found
 from pipelines.evaluation.distances import PARTS, Reference, Spread, inception_score, mean_with_interval, nearest, nearest_codes
 from pipelines.evaluation.features import FeatureNetwork, Features, weights_in
+from pipelines.images.bound import image_bits
 from pipelines.images.inputs import encode_and_decode
+from pipelines.images.scoring import ScoringPrior
 from stage1_vqvae.data.splits import TRAIN, ImageSource
 from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors, ssim_of_each, usage
 from stage1_vqvae.model import VQVAE
@@ -24,6 +26,7 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.randomness import generator
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.codes.store import CodeStore
 
 # Images whose nearest training images are looked for, drawn at random: splits may stand in the order of their labels.
 _LOOKED_UP = 1000
@@ -100,6 +103,30 @@ class Assessor:
         }
         made, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
         return found | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
+
+    def bound(self, split: str, prior: ScoringPrior | None, training: CodeStore | None) -> dict[str, Any]:
+        """The bound on bits a dimension of a split's images by each p(z), their share of pixels first, with its 95 % interval, as bound.py
+        has it; `learned` by that prior, and `unigram` by those training codes.
+        """
+        images, codes = self.source.splits[split], self.layout.grids_of(self.coded(split)[0])
+        self.tokenizer.likelihood().check(images.pixels)
+        labels = None
+        if prior is not None and prior.header.label_names is not None and images.labels is not None and self.source.label_names is not None:
+            known, names = prior.header.label_names, [self.source.label_names[label] for label in images.labels.tolist()]
+            labels = torch.tensor([known.index(name) for name in names]) if set(names) <= set(known) else None
+        counts = None if training is None else training.counts()
+        learned, alone = (None, True) if prior is None else (prior.prior, prior.header.knows_no_label)
+        bits = image_bits(self.tokenizer, codes, images.pixels, counts, learned, labels, alone, progress=True)
+        dimensions = images.pixels[0].numel()
+        return {
+            "n": len(images.pixels),
+            "dimensions": dimensions,
+            "prior": None if prior is None else prior.name,
+            "bits_per_dimension": {
+                name: dict(zip(("mean", "low", "high"), mean_with_interval(values / dimensions, self.config.seed), strict=True))
+                for name, values in bits.items()
+            },
+        }
 
     def codes(self, split: str) -> dict[str, float]:
         """Usage and perplexity of the codebooks over a split."""

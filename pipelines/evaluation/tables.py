@@ -34,6 +34,8 @@ def tables(found: dict[str, Any]) -> list[dict[str, Any]]:
     if found.get("sampling"):
         compared.append(["drawn with", ", ".join(f"{name} {value}" for name, value in found["sampling"].items())])
     result = [table("What was compared", ["", ""], compared), _reconstruction(found), _codes(found)]
+    if "bound" in found:
+        result.append(_bound(found))
     if "distances" in found:
         result += [_distances(found), _memorisation(found["memorisation"])]
     return result
@@ -62,6 +64,20 @@ def _codes(found: dict[str, Any]) -> dict[str, Any]:
     likelihood = found.get("likelihood", {})
     rows += [[name, number(likelihood[key])] for key, name in names.items() if key in likelihood]
     return table("Codes", ["", ""], rows)
+
+
+def _bound(found: dict[str, Any]) -> dict[str, Any]:
+    bits = found["bound"]["bits_per_dimension"]
+    names = {"uniform": "uniform", "unigram": "unigram (training frequencies)", "learned": f"prior {found['bound']['prior']}"}
+    names["learned, given the class"] = f"{names['learned']}, given the class"
+    of_pixels = bits["pixels"]["mean"]
+    rows = [
+        [name, number(bits[key]["mean"]), f"{bits[key]['low']:.4g} to {bits[key]['high']:.4g}", number(bits[key]["mean"] - of_pixels)]
+        for key, name in names.items()
+        if key in bits
+    ]
+    title = f"Bound on bits a dimension of the {found['split']} images: pixels given codes {number(of_pixels)}, and codes under p(z)"
+    return table(title, ["p(z)", "bits a dimension", "95 % of bootstrap means", "of them codes"], rows)
 
 
 def _distances(found: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +116,11 @@ def notes(found: dict[str, Any]) -> list[str]:
     said = ["All images were rounded to 8 bits before anything was computed."]
     if found["reconstruction"]["lpips"] is None:
         said.append("LPIPS: not computed; its network's weights are not in torch's cache, or images are below 32 pixels a side.")
+    if "bound" in found:
+        said.append(
+            "Bits a dimension are an upper bound of -log2 p(x): -log2 p(x|z) - log2 p(z), with the one z that the encoder chooses. What is "
+            "given the class is p(x | class), and no likelihood of images alone."
+        )
     if "distances" in found:
         said.append(
             "Fréchet distances fall with the number of images N: compare rows of equal N only. The parts are disjoint; their spread "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.schema import Tokenizer
 from stage1_vqvae.metrics import perplexity, usage
-from stage1_vqvae.quantizers.contract import Quantizer
+from stage1_vqvae.quantizers.contract import Levels
 
 # A window or split with fewer vectors a code than this says nothing of usage.
 _ENOUGH_PER_CODE = 4
@@ -125,7 +125,7 @@ class CollapseWatch:
     the last few windows and its perplexity has not grown over them. A resumed run watches anew.
     """
 
-    def __init__(self, quantizer: Quantizer, config: Tokenizer) -> None:
+    def __init__(self, quantizer: Levels, config: Tokenizer) -> None:
         self._quantizer, self._config = quantizer, config
         self._low: dict[int, list[float]] = {}
 
@@ -146,7 +146,7 @@ class CollapseWatch:
         return found
 
 
-def collapse_warning(counts: Sequence[Tensor], quantizer: Quantizer, config: Tokenizer) -> str | None:
+def collapse_warning(counts: Sequence[Tensor], quantizer: Levels, config: Tokenizer) -> str | None:
     """One line that names a collapsed codebook and what to change, or None; counts (K,) a level, of a whole split at one moment."""
     for number, used in enumerate(_by_codebook(counts, quantizer)):
         if enough_to_judge(used) and little_used(usage(used), perplexity(used), len(used)):
@@ -154,7 +154,7 @@ def collapse_warning(counts: Sequence[Tensor], quantizer: Quantizer, config: Tok
     return None
 
 
-def _named(number: int, used: Tensor, quantizer: Quantizer, config: Tokenizer) -> str:
+def _named(number: int, used: Tensor, quantizer: Levels, config: Tokenizer) -> str:
     codebooks = len(quantizer.codebooks()) or len(quantizer.num_codes)
     name = "the codebook" if codebooks == 1 else f"codebook {number + 1} of {codebooks}"
     found = f"{int((used > 0).sum())} of {len(used)} codes in use, perplexity {perplexity(used):.1f}"
@@ -171,7 +171,7 @@ def enough_to_judge(counts: Tensor) -> bool:
     return float(counts.sum()) >= _ENOUGH_PER_CODE * len(counts)
 
 
-def _by_codebook(counts: Sequence[Tensor], quantizer: Quantizer) -> list[Tensor]:
+def _by_codebook(counts: Sequence[Tensor], quantizer: Levels) -> list[Tensor]:
     """Counts (K,) of each codebook, over the levels that use it: what residuals leave to the later levels needs few of its codes.
     Of each level, where nothing is learned.
     """

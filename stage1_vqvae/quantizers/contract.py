@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from stage1_vqvae.quantizers.codebook import Codebook
 
@@ -43,13 +44,33 @@ class Quantized(NamedTuple):
     their order and without gradient: where k-means and restarts place codes."""
 
 
-class Quantizer(nn.Module, ABC):
+class Levels(nn.Module, ABC):
+    """Levels of codes, coarse to fine, and what they learn from: a quantizer, or several, one a grid."""
+
+    num_codes: tuple[int, ...]
+    """K, the number of codes, of each level."""
+
+    @abstractmethod
+    def code_vectors(self) -> tuple[Tensor, ...]:
+        """(K, D) a level: what each of its codes adds to the latents beside the other levels' codes, less the mean over its codes."""
+
+    def update_(self, statistics: Statistics) -> None:
+        """Learn from one step's statistics, summed over micro-steps and processes. Without codebooks: nothing."""
+
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """The codebooks, each once, in the order of the first level that uses each; none where the codes are given."""
+        return tuple(module for module in self.modules() if isinstance(module, Codebook))
+
+    def codebook_of(self, level: int) -> int:
+        """Which of `codebooks` a level uses: its own, or one that it shares with its neighbours."""
+        return level * len(self.codebooks()) // len(self.num_codes)
+
+
+class Quantizer(Levels):
     """The contract. The channel axis is the quantized one: z of (16, 64, 32, 32) is 16,384 vectors of 64."""
 
     dim: int
     """D, the channels of the latents that are quantized."""
-    num_codes: tuple[int, ...]
-    """K, the number of codes, of each level."""
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantize z (B, D, *spatial), in float32 at least, whatever autocast says. An empty batch works.
@@ -79,9 +100,9 @@ class Quantizer(nn.Module, ABC):
     def lookup_rows(self, codes: Codes) -> Tensor:
         """Vectors (N, D) of codes (N,) a level."""
 
+    @override
     @torch.no_grad()
     def code_vectors(self) -> tuple[Tensor, ...]:
-        """(K, D) a level: what each of its codes adds to the latents beside the other levels' codes, less the mean over its codes."""
         device = next((tensor.device for tensor in self.state_dict(keep_vars=True).values()), None)
         found = []
         for level, size in enumerate(self.num_codes):
@@ -90,17 +111,6 @@ class Quantizer(nn.Module, ABC):
             rows = self.lookup_rows(tuple(codes))
             found.append(rows - rows.mean(0))
         return tuple(found)
-
-    def update_(self, statistics: Statistics) -> None:
-        """Learn from one step's statistics, summed over micro-steps and processes. Without codebooks: nothing."""
-
-    def codebooks(self) -> tuple[Codebook, ...]:
-        """The codebooks, each once, in the order of the first level that uses each; none where the codes are given."""
-        return tuple(module for module in self.modules() if isinstance(module, Codebook))
-
-    def codebook_of(self, level: int) -> int:
-        """Which of `codebooks` a level uses: its own, or one that it shares with its neighbours."""
-        return level * len(self.codebooks()) // len(self.num_codes)
 
 
 def numbered(parts: Sequence[Statistics]) -> Statistics:

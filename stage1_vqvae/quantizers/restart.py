@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stage1_vqvae.quantizers.contract import Quantizer, Statistics
+from stage1_vqvae.quantizers.contract import Levels, Statistics
 from stage1_vqvae.training.optimizer import forget_rows_
 from stage1_vqvae.training.randomness import generator
 
@@ -17,7 +17,7 @@ from stage1_vqvae.training.randomness import generator
 class Restart:
     """One step's restart of a quantizer's dead codes: `candidates` of every micro-step, added up, go to `apply_`."""
 
-    def __init__(self, quantizer: Quantizer, seed: int, step: int, batch_size: int) -> None:
+    def __init__(self, quantizer: Levels, seed: int, step: int, batch_size: int) -> None:
         self._codebooks = {
             number: codebook for number, codebook in enumerate(quantizer.codebooks()) if codebook.placeable and codebook.restart_below > 0
         }

@@ -53,7 +53,7 @@ def likelihood_report(
         **references,
         "saved_percent": {name: 100 * (1 - found.mean / reference) for name, reference in references.items()},
         "bits_per_image": {"raw": raw, "indices": index_bits(manifest.grids, manifest.num_codes), "prior": coded},
-        # Of the codes alone. What the decoder leaves open is not in it: a VQ-VAE has no likelihood of its pixels.
+        # Of the codes alone. What the decoder leaves open is not in it; evaluate.py has the whole, if the objective is a likelihood.
         "codes_bits_per_dim": coded / (channels * height * width),
         "levels": [
             {"grid": grid, "num_codes": k, "uniform": flat, "unigram": frequent, "validation": float(bits.mean())}

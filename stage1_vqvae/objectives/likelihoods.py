@@ -1,0 +1,184 @@
+"""Objectives that are likelihoods of 8-bit values: `logistic`, `categorical`, `bernoulli`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import override
+
+from configs.errors import UserError
+from configs.schema import ObjectivePart, require
+from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
+from stage1_vqvae.training.precision import full_precision
+
+# A component narrower than e^-7 of half the range lies within one value (Salimans et al. 2017); one wider than e^7 is flat.
+_LARGEST_LOG_SCALE = 7.0
+# Where training begins: components an eighth of half the range wide.
+_FIRST_LOG_SCALE = -2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogisticPart(ObjectivePart):
+    """A mixture of discretised logistic distributions, for grey and colour images (Salimans et al. 2017)."""
+
+    components: int = 5
+    """Components of the mixture, whose choice a pixel's channels share."""
+
+    def __post_init__(self) -> None:
+        require(self.components >= 1, "tokenizer.objective.components", "at least 1", self.components)
+
+    @override
+    def build(self) -> Objective:
+        return LogisticMixture(self.components)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoricalPart(ObjectivePart):
+    """256 probabilities a channel, for grey and colour images: nothing is supposed about values that are near one another."""
+
+    @override
+    def build(self) -> Objective:
+        return Categorical()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BernoulliPart(ObjectivePart):
+    """The probability of white, for images of black and white alone."""
+
+    @override
+    def build(self) -> Objective:
+        return Bernoulli()
+
+
+class LogisticMixture(PixelLikelihood):
+    """p(x | z) of a pixel is a mixture of logistic distributions, integrated over each value's interval.
+
+    Salimans et al. 2017, "PixelCNN++", section 2: the least and the greatest value's intervals reach to infinity, and each
+    component's mean of a channel is linear in the channels before it. The decoder puts out, component after component, a weight,
+    C means, C log scales and C (C - 1) / 2 coefficients.
+    """
+
+    def __init__(self, components: int) -> None:
+        self.components = components
+
+    @override
+    def output_channels(self, image_channels: int) -> int:
+        return self.components * (1 + 2 * image_channels + image_channels * (image_channels - 1) // 2)
+
+    def _parameters(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits (B, M, H, W), means and log scales (B, M, C, H, W), coefficients (B, M, C (C - 1) / 2, H, W)."""
+        output = full_precision(output).unflatten(1, (self.components, -1))
+        each = output.shape[2]
+        channels = next(c for c in range(1, each) if 1 + 2 * c + c * (c - 1) // 2 == each)
+        logits, means, log_scales, coefficients = output.split((1, channels, channels, each - 1 - 2 * channels), 2)
+        # Training begins with the components side by side.
+        apart = torch.linspace(-1, 1, self.components + 2, dtype=output.dtype, device=output.device)[1:-1]
+        log_scales = (log_scales + _FIRST_LOG_SCALE).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+        return logits[:, :, 0], means + apart[:, None, None, None], log_scales, coefficients.tanh()
+
+    @staticmethod
+    def _mean(means: Tensor, coefficients: Tensor, channel: int, before: Tensor) -> Tensor:
+        """Each component's mean (B, M, H, W) of a channel, given the channels before it, (B, M or 1, C, H, W)."""
+        first = channel * (channel - 1) // 2
+        return means[:, :, channel] + (coefficients[:, :, first : first + channel] * before[:, :, :channel]).sum(2)
+
+    def _log_probabilities(self, output: Tensor, values: Tensor, channels: int) -> Tensor:
+        """log p of weight, and of the values of the first `channels` channels, of each component: (B, M, H, W)."""
+        logits, means, log_scales, coefficients = self._parameters(output)
+        x = self.images(values).to(logits)[:, None]
+        total = logits.log_softmax(1)
+        half = 1 / (self.num_values - 1)
+        for channel in range(channels):
+            value, centred = values[:, None, channel], x[:, :, channel] - self._mean(means, coefficients, channel, x)
+            sharpness = (-log_scales[:, :, channel]).exp()
+            # log(sigmoid(a) - sigmoid(b)) = -softplus(-a) - softplus(b) + log(1 - exp(b - a)): no difference of near numbers is left.
+            above = F.softplus(-(centred + half) * sharpness)
+            below = F.softplus((centred - half) * sharpness)
+            inside = torch.log(-torch.expm1(-2 * half * sharpness))
+            first, last = value == 0, value == self.num_values - 1
+            total = total - above.masked_fill(last, 0) - below.masked_fill(first, 0) + inside.masked_fill(first | last, 0)
+        return total
+
+    @override
+    def nats(self, output: Tensor, values: Tensor) -> Tensor:
+        return -self._log_probabilities(output, values, values.shape[1]).logsumexp(1).sum((1, 2))
+
+    @override
+    def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
+        weights = self._log_probabilities(output, values, channel).softmax(1)  # of the components, given the channels before
+        _, means, log_scales, coefficients = self._parameters(output)
+        mean = self._mean(means, coefficients, channel, self.images(values).to(means)[:, None])
+        sharpness = (-log_scales[:, :, channel]).exp()
+        boundaries = (torch.arange(self.num_values - 1, dtype=mean.dtype, device=mean.device) + 0.5) * (2 / (self.num_values - 1)) - 1
+        cumulative = mean.new_zeros(*mean[:, 0].shape, self.num_values + 1)
+        cumulative[..., -1] = 1
+        for weight, centre, sharp in zip(weights.unbind(1), mean.unbind(1), sharpness.unbind(1), strict=True):
+            reached = ((boundaries - centre[..., None]) * sharp[..., None]).sigmoid_()
+            cumulative[..., 1:-1].addcmul_(weight[..., None].expand_as(reached), reached)
+        return cumulative.diff(dim=-1).clamp_(min=0)
+
+    @override
+    def mean_image(self, output: Tensor) -> Tensor:
+        """See the contract: of the distributions before they are cut into values, within [-1, 1]."""
+        logits, means, _, coefficients = self._parameters(output)
+        found: list[Tensor] = []
+        for channel in range(means.shape[2]):
+            before = torch.stack(found, 2) if found else means[:, :, :0]
+            found.append(self._mean(means, coefficients, channel, before).clamp(-1, 1))
+        return (logits.softmax(1)[:, :, None] * torch.stack(found, 2)).sum(1)
+
+
+class Categorical(PixelLikelihood):
+    """p(x | z) of a channel is any distribution over its 256 values. The decoder puts out 256 logits a channel."""
+
+    @override
+    def output_channels(self, image_channels: int) -> int:
+        return self.num_values * image_channels
+
+    def _logits(self, output: Tensor) -> Tensor:
+        """(B, V, C, H, W)."""
+        return full_precision(output).unflatten(1, (-1, self.num_values)).transpose(1, 2)
+
+    @override
+    def nats(self, output: Tensor, values: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(output), values, reduction="none").sum((1, 2, 3))
+
+    @override
+    def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
+        return self._logits(output)[:, :, channel].movedim(1, -1).softmax(-1)
+
+    @override
+    def mean_image(self, output: Tensor) -> Tensor:
+        logits = self._logits(output)
+        values = self.images(torch.arange(self.num_values, device=logits.device)).to(logits)
+        return torch.einsum("bvchw,v->bchw", logits.softmax(1), values)
+
+
+class Bernoulli(PixelLikelihood):
+    """p(x | z) of a channel is the probability of white against black. The decoder puts out its logit."""
+
+    num_values = 2
+
+    @override
+    def nats(self, output: Tensor, values: Tensor) -> Tensor:
+        logits = full_precision(output)
+        return F.binary_cross_entropy_with_logits(logits, values.to(logits), reduction="none").sum((1, 2, 3))
+
+    @override
+    def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
+        logit = full_precision(output)[:, channel]
+        return torch.stack([(-logit).sigmoid(), logit.sigmoid()], -1)
+
+    @override
+    def mean_image(self, output: Tensor) -> Tensor:
+        return 2 * full_precision(output).sigmoid() - 1
+
+    @override
+    def check(self, pixels: Tensor) -> None:
+        grey = (pixels != 0) & (pixels != 255)
+        if bool(grey.any()):
+            wanted = "expected images of black and white alone (0 and 255)"
+            raise UserError(f"tokenizer.objective bernoulli: {wanted}, found a value {int(pixels[grey][0])}; take logistic or categorical")

@@ -1,0 +1,199 @@
+"""Objectives that are likelihoods: distributions over 8-bit values, by brute force, by scipy and by gradcheck."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import logistic
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.parts import part_from
+from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.objectives.contract import PixelLikelihood
+from stage1_vqvae.objectives.likelihoods import Bernoulli, Categorical, LogisticMixture
+
+KINDS = {
+    "logistic": {"kind": "logistic", "components": 3},
+    "one logistic": {"kind": "logistic", "components": 1},
+    "categorical": {"kind": "categorical"},
+    "bernoulli": {"kind": "bernoulli"},
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_depth = pytest.mark.parametrize("channels", [1, 3])
+
+
+def objective_of(kind: str) -> PixelLikelihood:
+    found = part_from("tokenizer.objective", KINDS[kind]).build()
+    assert isinstance(found, PixelLikelihood)
+    return found
+
+
+def output_for(objective: PixelLikelihood, channels: int, batch: int = 2, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, objective.output_channels(channels), 2, 3)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def values_for(objective: PixelLikelihood, channels: int, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random ones, the least and the greatest among them."""
+    found = torch.randint(objective.num_values, (batch, channels, 2, 3), generator=torch.Generator().manual_seed(seed))
+    found[0, :, 0, 0], found[0, :, 0, 1] = 0, objective.num_values - 1
+    return found
+
+
+@each_kind
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+def test_over_all_values_it_adds_up_to_one(kind: str, scale: float) -> None:
+    """-log p itself, at each of a grey pixel's values in turn."""
+    objective = objective_of(kind)
+    output = output_for(objective, 1, batch=1, scale=scale)[:, :, :1, :1]
+    every = torch.arange(objective.num_values).view(-1, 1, 1, 1)
+    total = (-objective.nats(output.expand(len(every), -1, -1, -1), every)).exp().sum()
+    assert abs(float(total) - 1) < 1e-12
+
+
+@each_kind
+@each_depth
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+def test_channel_by_channel_it_is_the_same(kind: str, channels: int, scale: float) -> None:
+    """Each channel's probabilities add up to one, and the product of those of an image's values is its p."""
+    objective = objective_of(kind)
+    output, values = output_for(objective, channels, scale=scale), values_for(objective, channels)
+    product = torch.ones(len(values), dtype=torch.float64)
+    logs = torch.zeros(len(values), dtype=torch.float64)
+    for channel in range(channels):
+        known = values.clone()
+        known[:, channel:] = 0  # of those to come nothing may be known
+        found = objective.probabilities(output, known, channel)
+        assert found.shape == (2, 2, 3, objective.num_values)
+        assert bool((found >= 0).all())
+        assert torch.allclose(found.sum(-1), torch.ones(2, 2, 3, dtype=torch.float64), rtol=0, atol=1e-12)
+        chosen = found.gather(-1, values[:, channel, ..., None])[..., 0]
+        product *= chosen.flatten(1).prod(1)
+        logs += chosen.clamp(min=1e-300).log().flatten(1).sum(1)
+    # What lies below the rounding of a sum of 256 probabilities has no digits left there; -log p has them.
+    if bool((product > 1e-100).all()):
+        assert torch.allclose(-objective.nats(output, values), logs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("components", [1, 4])
+def test_the_mixture_is_scipys(components: int) -> None:
+    """Each pixel of a grey image by itself: the mass of scipy's logistic distributions on each value's interval."""
+    objective = LogisticMixture(components)
+    output, values = output_for(objective, 1), values_for(objective, 1)
+    logits, means, log_scales = output.view(2, components, 3, 2, 3).unbind(2)
+    apart = np.linspace(-1, 1, components + 2)[1:-1]
+    total = 0.0
+    for row in range(2):
+        for column in range(3):
+            weights = logits[0, :, row, column].softmax(0).numpy()
+            value = int(values[0, 0, row, column])
+            low, high = (-math.inf if value == 0 else (value - 0.5) / 127.5 - 1), (math.inf if value == 255 else (value + 0.5) / 127.5 - 1)
+            p = 0.0
+            for component in range(components):
+                loc = float(means[0, component, row, column]) + apart[component]
+                of_it = logistic(loc, math.exp(float(log_scales[0, component, row, column]) - 2))
+                # Above its middle as survival: its cdf has no digits left there.
+                p += weights[component] * (of_it.sf(low) - of_it.sf(high) if low > loc else of_it.cdf(high) - of_it.cdf(low))
+            total -= math.log(p)
+    assert float(objective.nats(output, values)[0]) == pytest.approx(total, rel=1e-9)
+
+
+def test_a_channels_mean_moves_with_the_channels_before_it() -> None:
+    """One narrow component with coefficients near one: green is red, and blue is red and green together, about a constant."""
+    objective = LogisticMixture(1)
+    output = torch.zeros(1, objective.output_channels(3), 1, 1, dtype=torch.float64)
+    output[:, 4:7], output[:, 7:] = -5, 20  # log scales, coefficients before tanh
+    for red, green in ((128, 128), (138, 128), (128, 118), (118, 138)):
+        values = torch.tensor([red, green, 0]).view(1, 3, 1, 1)
+        expected = {1: red, 2: red + green - 127.5}
+        for channel, value in expected.items():
+            found = objective.probabilities(output, values, channel)[0, 0, 0]
+            mean = float((found * torch.arange(256)).sum())
+            assert mean == pytest.approx(value, abs=0.1)
+
+
+@each_kind
+@each_depth
+def test_gradients(kind: str, channels: int) -> None:
+    objective = objective_of(kind)
+    # Of a categorical's 256 logits a channel, the first image's first pixel is enough.
+    output, values = output_for(objective, channels)[:1, :, :1, :1], values_for(objective, channels)[:1, :, :1, :1]
+    for value in (values, torch.full_like(values, objective.num_values - 1), torch.full_like(values, objective.num_values // 2)):
+        assert torch.autograd.gradcheck(lambda x, value=value: objective.nats(x, value), (output.clone().requires_grad_(),))
+
+
+@each_kind
+@each_depth
+def test_far_from_the_truth_loss_and_gradient_stay_finite(kind: str, channels: int) -> None:
+    """In float32: sharp distributions that are wrong, as diverging or late training has them."""
+    objective = objective_of(kind)
+    for scale in (30.0, 300.0):
+        output = output_for(objective, channels, scale=scale).float().requires_grad_()
+        loss = objective.nats(output, values_for(objective, channels)).sum()
+        loss.backward()
+        assert bool(loss.isfinite())
+        assert output.grad is not None
+        assert bool(output.grad.isfinite().all())
+
+
+@each_kind
+@each_depth
+def test_samples_are_drawn_by_the_probabilities(kind: str, channels: int) -> None:
+    """Uniforms in even steps give each value of the first channel as often as its probability says, to within one of them."""
+    objective, count = objective_of(kind), 4000
+    output = output_for(objective, channels, batch=1)[:, :, :1, :1]
+    uniform = torch.rand(count, channels, 1, 1, generator=torch.Generator().manual_seed(0))
+    uniform[:, 0, 0, 0] = (torch.arange(count) + 0.5) / count
+    values = objective.values(objective.sample(output.expand(count, -1, -1, -1), uniform))
+    expected = objective.probabilities(output, values[:1], 0)[0, 0, 0]
+    found = values[:, 0].flatten().bincount(minlength=objective.num_values) / count
+    assert float((found - expected).abs().max()) <= 1.01 / count
+    # -log p of what is drawn has the distribution's own entropy for its mean.
+    nats = objective.nats(output.expand(count, -1, -1, -1), values)
+    if channels == 1:
+        entropy = float(-torch.special.xlogy(expected, expected).sum())
+        assert float(nats.mean()) == pytest.approx(entropy, abs=0.02)
+
+
+@each_kind
+@each_depth
+def test_the_mean_image_is_the_mean_of_the_distribution(kind: str, channels: int) -> None:
+    """The first channel's; to half a value's width, where the mixture is cut at the range's ends."""
+    objective = objective_of(kind)
+    output = output_for(objective, channels, scale=0.3)
+    values = values_for(objective, channels)
+    expected = (objective.probabilities(output, values, 0) * objective.images(torch.arange(objective.num_values))).sum(-1)
+    assert torch.allclose(objective.mean_image(output)[:, 0], expected, atol=1e-9 if not kind.endswith("logistic") else 0.06)
+    assert objective.mean_image(output).shape == (2, channels, 2, 3)
+
+
+def test_every_value_is_recognised_in_what_models_see() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    for objective in (LogisticMixture(2), Categorical()):
+        assert torch.equal(objective.values(to_model(pixels)), pixels.long().movedim(-1, 1))
+        assert torch.equal(objective.values_of(pixels), objective.values(to_model(pixels)))
+        assert torch.equal(objective.pixels(objective.values_of(pixels)), pixels)
+        assert torch.allclose(objective.images(objective.values_of(pixels)), to_model(pixels).double(), atol=1e-6)
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1)
+    assert Bernoulli().values(to_model(black_and_white)).flatten().tolist() == [0, 1]
+    assert torch.equal(Bernoulli().pixels(Bernoulli().values_of(black_and_white)), black_and_white)
+
+
+@each_kind
+@each_depth
+def test_the_loss_is_nats_a_dimension(kind: str, channels: int) -> None:
+    objective = objective_of(kind)
+    output, values = output_for(objective, channels), values_for(objective, channels)
+    loss = objective.loss(output, objective.images(values).float())
+    assert float(loss) == pytest.approx(float(objective.nats(output, values).sum()) / values.numel(), rel=1e-12)
+
+
+def test_grey_is_refused_by_what_knows_black_and_white() -> None:
+    Bernoulli().check(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1))
+    with pytest.raises(UserError, match="found a value 128"):
+        Bernoulli().check(torch.tensor([0, 128], dtype=torch.uint8).view(1, 1, 2, 1))

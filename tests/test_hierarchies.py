@@ -1,0 +1,158 @@
+"""What holds for one grid holds for two: the whole pipeline over a hierarchy, its prior of either kind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from configs.run_dir import RunDir, read_json
+from pipelines.anomalies import main as anomalies
+from pipelines.complete import main as complete
+from pipelines.compress import main as compress
+from pipelines.decompress import main as decompress
+from pipelines.evaluate import main as evaluate
+from pipelines.reconstruct import main as reconstruct
+from pipelines.report import main as report
+from pipelines.sample import main as sample
+from pipelines.summary import main as summary
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.train import main as train_tokenizer
+from stage2_prior.codes.store import CodeStore, read_manifest
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.train import main as train_prior
+from tests.conftest import Script
+
+# 8 x 12 pixels: grids of 2 x 3 and 4 x 6.
+HIERARCHY = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
+GRIDS = [(2, 3), (4, 6)]
+PRIORS = ["transformer", "pixelcnn"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    """Two grids, their pixels' likelihood, a prior of each kind. Pipelines only add to it."""
+    run = tmp_path_factory.mktemp("hierarchy") / "run"
+    objective = ["--tokenizer.objective.kind", "logistic"]
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *HIERARCHY, *objective, "--stage1.augmentation", "none"])
+    extract_codes(["--run", str(run), "--extraction.augmentation", "horizontal_flip"])
+    for kind in PRIORS:
+        train_prior(["--run", str(run), "--prior.kind", kind])
+    return run
+
+
+def test_codes_on_disk_are_the_tokenizers(run: Path) -> None:
+    manifest = read_manifest(run / "codes" / "validation")
+    assert (manifest.grids, manifest.num_codes) == (GRIDS, [16, 16])
+    store = CodeStore(run / "codes" / "train")
+    assert [level.shape[1:] for level in store.levels] == [(2, *grid) for grid in GRIDS]
+
+
+def test_codes_of_both_grids_tell_an_images_place(run: Path) -> None:
+    """A picture that differs on the right alone has codes that differ there, in both grids, and not on the far left."""
+    tokenizer = load_tokenizer(RunDir(run))
+    assert tokenizer.grids == GRIDS
+    pixels = torch.zeros(2, 8, 12, 3, dtype=torch.uint8)
+    pixels[1, :, 8:] = 255
+    assert all(level.shape == (2, *grid) for level, grid in zip(tokenizer.encode(to_model(pixels)), GRIDS, strict=True))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_samples_are_the_same_at_any_batch_size(prior: str, run: Path) -> None:
+    found = []
+    for batch_size in ("5", "1"):
+        sample(["--run", str(run), "--n", "5", "--prior", prior, "--batch-size", batch_size])
+        found.append(load_file(max((run / "samples").iterdir()) / "codes.safetensors"))
+    assert [tuple(found[0][f"level{level}"].shape[1:]) for level in range(2)] == GRIDS
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("lossless", [False, True])
+def test_compressed_images_come_back(prior: str, lossless: bool, run: Path, pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "images.vqc"
+    options = ["--lossless"] if lossless else []
+    compress(["--run", str(run), "--images", str(pictures), "--prior", prior, "--output", str(file), *options])
+    decompress(["--run", str(run), "--file", str(file), "--output", str(tmp_path / "back")])
+    for path in pictures.rglob("*.png"):
+        back = tmp_path / "back" / path.relative_to(pictures)
+        assert back.exists()
+        assert not lossless or np.array_equal(np.asarray(Image.open(back)), np.asarray(Image.open(path)))
+
+
+def test_a_mask_of_pixels_keeps_codes_of_both_grids(run: Path, pictures: Path, tmp_path: Path) -> None:
+    """White all over: nothing is drawn, and what comes is the reconstruction. With a black pixel it varies; all black, all of it."""
+    mask = np.full((8, 12), 255, np.uint8)
+    tokenizer = load_tokenizer(RunDir(run))
+    paths = sorted(pictures.rglob("*.png"))[:2]
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))
+    expected = to_uint8(tokenizer.decode(tokenizer.encode(to_model(pixels)))).int()
+    changed = []
+    for black in (0, 1, 12):
+        mask[: 8 if black == 12 else 1, :black] = 0
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        options = ["--mask", str(tmp_path / "mask.png"), "--n", "2", "--continuations", "6", "--prior", "pixelcnn", "--label", "down"]
+        complete(["--run", str(run), "--images", *map(str, paths), *options])
+        folder = max((run / "completions").iterdir())
+        found = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())])).int()
+        changed.append(float((found.view(2, 6, 8, 12, 3) - expected[:, None]).abs().float().mean()))
+    assert changed[0] < 0.01
+    assert changed[0] < changed[1] < changed[2]
+
+
+def test_bits_of_both_grids_add_up_in_heat_maps_and_reports(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.evaluation.classifier._LEAST_STEPS", 1)
+    anomalies(["--run", str(run)])
+    reconstruct(["--run", str(run)])
+    evaluate(["--run", str(run), "--features", "classifier", "--n", "8", "--prior", "transformer"])
+    bound = read_json(max((run / "evaluations").iterdir()) / "evaluation.json")["bound"]["bits_per_dimension"]
+    assert bound["uniform"]["mean"] - bound["pixels"]["mean"] == pytest.approx((6 + 24) * 4 / 288)
+    report(["--run", str(run)])
+    summary(["--run", str(run)])
+    assert "2x3 of 16 + 4x6 of 16" in capsys.readouterr().out
+    likelihood = read_json(run / "priors" / "transformer" / "likelihood.json")
+    levels = [level["validation"] for level in likelihood["levels"]]
+    assert likelihood["validation"] == pytest.approx((6 * levels[0] + 24 * levels[1]) / 30)
+
+
+def test_resumed_it_ends_bit_for_bit_the_same(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Stopped at a checkpoint, as if killed there."""
+    settings = ["--config", str(tiny_recipe), *HIERARCHY, "--stage1.steps", "40", "--stage1.checkpoint_interval", "20"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train_tokenizer([*settings, "--run", str(whole)])
+    shutil.copytree(whole, stopped)
+    (stopped / "tokenizer.safetensors").unlink()
+    max((stopped / "stage1" / "checkpoints").iterdir()).unlink()
+    train_tokenizer([*settings, "--run", str(stopped), "--resume"])
+    assert (stopped / "tokenizer.safetensors").read_bytes() == (whole / "tokenizer.safetensors").read_bytes()
+
+
+def test_a_step_at_two_processes_is_the_step_of_one(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
+    """K-means of each grid given the grids above, sums, gradients; after twelve steps with restarts, equal ranks."""
+    for processes, steps in ((1, 1), (2, 12)):
+        (tmp_path / str(processes)).mkdir()
+        arguments = ["--config", tiny_recipe, "--run", tmp_path / f"run-{processes}", *HIERARCHY, "--stage1.steps", steps]
+        arguments += ["--stage1.checkpoint_interval", 1, "--stage1.clip_norm", 0, "--tokenizer.quantizer.restart_below", 0.5]
+        done = script("tests/launched/ranks_dump.py", tmp_path / str(processes), "stage1_vqvae.train", *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name / "0" / "1-of-rank-0.pt") for name in ("1", "2"))
+    assert any("parts.1" in name for name in one)
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
+    first, second = (torch.load(tmp_path / "2" / "0" / f"12-of-rank-{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_images_that_the_coarsest_grid_does_not_divide_are_refused(tiny_recipe: Path, one_line_error: Callable[..., str]) -> None:
+    line = one_line_error(train_tokenizer, "--config", tiny_recipe, *HIERARCHY, "--tokenizer.network.factors", "[4]")
+    assert "8" in line
+    assert "data.width" in line
