@@ -211,7 +211,7 @@ def parse(
     *,
     flat: str | None = None,
     starts_run: bool = False,
-    begun_in: Callable[[RunDir, str | None], Path] | None = None,
+    begun_in: Callable[[RunDir, str | None, str | None], Path] | None = None,
     options: Callable[[ArgumentParser], None] = lambda parser: None,
 ) -> Command:
     """Parse a script's command line.
@@ -222,9 +222,9 @@ def parse(
         argv: arguments; None = the process's.
         flat: the one of `sections` whose options have no prefix.
         starts_run: whether this script may begin a run (stage 1) or needs one.
-        begun_in: for a training script, its folder in the run, given `--name` (or else `--prior.kind`, a prior's name if it
-            has no other): what was begun there goes on with the recipe it has there, and then `--config` only says which
-            run is meant.
+        begun_in: for a training script, its folder in the run, given `--name` (or else `--prior.kind`, a prior's name if it has no
+            other and is not a level's) and `--level`: what was begun there goes on with the recipe it has there, and then `--config`
+            only says which run is meant.
         options: adds the script's own options.
     Errors: exits with code 2 and one line on any mistake.
     """
@@ -233,6 +233,7 @@ def parse(
     where.add_argument("--config", type=_recipe_path)
     where.add_argument("--run")
     where.add_argument("--name")
+    where.add_argument("--level")
     where.add_argument("--prior.preset", dest="preset")
     where.add_argument("--resume", action="store_true")
     families = _parts_of(sections)
@@ -302,7 +303,7 @@ def _defaults(base: Recipe, sections: Sequence[str], flat: str | None) -> dict[s
 
 
 def _locate(
-    known: argparse.Namespace, starts_run: bool, help_wanted: bool, begun_in: Callable[[RunDir, str | None], Path] | None
+    known: argparse.Namespace, starts_run: bool, help_wanted: bool, begun_in: Callable[[RunDir, str | None, str | None], Path] | None
 ) -> tuple[RunDir, Recipe, bool]:
     """The run a command line means, the recipe its overrides start from, and whether that is what was begun there."""
     if known.run is not None:
@@ -314,7 +315,7 @@ def _locate(
         run = last or RunDir.named(DEFAULT_RECIPE.stem)
     exists = run.exists()
     if exists and begun_in is not None:
-        folder = begun_in(run, known.name or _prior_kind(known))
+        folder = begun_in(run, known.name or (None if known.level else _prior_kind(known)), known.level)
         own = run.recipe if starts_run else folder / "recipe.yaml"
         # A changed recipe file must not pass unnoticed, unless the user says to go on with what was begun.
         if RunDir.begun(folder) and own.exists() and (known.resume or known.config is None or not starts_run):

@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "prior": {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",
         "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",
+        "levelwise": "stage2_prior.priors.levelwise:LevelwisePart",
     },
 }
 """Where in a recipe a part is chosen, and its kinds: name -> module:class. The first kind is the default."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from PIL import ImageColor
 
@@ -201,8 +201,11 @@ class Extraction:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorPart(Part):
-    """The autoregressive model of the codes. `build(layout, num_classes, num_variants)` makes it."""
+    """The autoregressive model of the codes. `build(layout, num_classes, num_variants)` makes it; a kind that may be given levels has
+    one more, `build(.., given)`: the layout of the levels above those of `layout`.
+    """
 
+    MAY_BE_GIVEN_LEVELS: ClassVar[bool] = False
     dropout: float = 0.1
     """Share of activations dropped in training, where the kind says."""
     conditional: bool = True

@@ -70,7 +70,9 @@ class VQVAE(nn.Module):
         output = self.decoder(*(part.z_q for part in found))
         codes, losses, statistics, latents = found[0][1:] if len(found) == 1 else GridQuantizers.joined(found)
         losses = {"reconstruction": self.objective.loss(output, images), **losses}
-        return TokenizerOutput(self.objective.mean_image(output), codes, losses, statistics, latents)
+        # A likelihood's mean is for people to look at: no loss takes it further back.
+        shown = output.detach() if isinstance(self.objective, PixelLikelihood) else output
+        return TokenizerOutput(self.objective.mean_image(shown), codes, losses, statistics, latents)
 
     def encode(self, images: Tensor) -> Codes:
         """Images (B, C, H, W) in [-1, 1] to codes, int64 (B, h, w) a level."""
@@ -99,8 +101,20 @@ class VQVAE(nn.Module):
 
     def outputs(self, codes: Codes) -> Tensor:
         """What the decoder puts out for codes, (B, h, w) a level: (B, C', H, W), which the objective reads."""
+        return self.decoder(*self._vectors(codes))
+
+    def decode_coarsest(self, codes: Codes, grids: int) -> Tensor:
+        """Images (B, C, H, W) of so many of the coarsest grids alone: every finer one is given the mean vector of its own codes in these
+        images, so that what differs between them is what the coarse ones hold.
+        """
+        vectors = self._vectors(codes)
+        means = [finer.mean((0, 2, 3), keepdim=True).expand_as(finer) for finer in vectors[grids:]]
+        return self.objective.mean_image(self.decoder(*vectors[:grids], *means))
+
+    def _vectors(self, codes: Codes) -> list[Tensor]:
+        """The vectors (B, D, h, w) of each grid's codes, coarse to fine."""
         rest = iter(codes)
-        return self.decoder(*(part.lookup(tuple(next(rest) for _ in part.num_codes)) for part in self.quantizers))
+        return [part.lookup(tuple(next(rest) for _ in part.num_codes)) for part in self.quantizers]
 
     def decode(self, codes: Codes, sample: bool = False, uniform: Tensor | None = None) -> Tensor:
         """Codes to images (B, C, H, W) about [-1, 1]; in eval equal to `forward`'s reconstruction.

@@ -31,7 +31,7 @@ from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.model import VQVAE, save_tokenizer
 from stage1_vqvae.monitoring.health import CollapseWatch
-from stage1_vqvae.monitoring.validation import Judgement, check_equal_codebooks, save_health, save_reconstructions, validate
+from stage1_vqvae.monitoring.validation import Judgement, check_equal_codebooks, save_grids, save_health, save_reconstructions, validate
 from stage1_vqvae.monitoring.window import Window
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.codebook import codebook_names
@@ -59,7 +59,7 @@ _ADVICE = "lower --stage1.lr and go on with --resume"
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, _: run.stage1, options=_options)
+    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, *_: run.stage1, options=_options)
     run, recipe, resume = command.run, command.recipe, command.options.resume
     if nothing_to_do(_found(run, recipe), recipe, resume, _MAY_CHANGE):
         say(f"next: {command.next(EXTRACT_CODES)}")
@@ -192,6 +192,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
                 if main:
                     save_health(run, judged, judgement.counts, done, processes)
                     save_reconstructions(run, judged, validation, done, accelerator.device)
+                    save_grids(run, judged, validation, accelerator.device)
                 model.train()
                 window.restart_clock()
             if due_checkpoint:

@@ -4,9 +4,12 @@
     accelerate launch stage2_prior/train.py --prior.kind pixelcnn
     accelerate launch stage2_prior/train.py --name small --prior.layers 4 --prior.width 256
     accelerate launch stage2_prior/train.py --resume
+    accelerate launch stage2_prior/train.py --level 1
+    accelerate launch stage2_prior/train.py --level 2 --prior.kind pixelcnn
 
 Writes priors/NAME into the run: prior.safetensors with the weights of the best validation, the likelihood report, metrics,
-checkpoints, a graph.
+checkpoints, a graph. With --level, a prior of that level of codes alone, given the levels above, in priors/NAME/levelN; once every
+level has its own, of whatever kinds, they are joined to a prior of all of them in priors/NAME.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
-from configs.run_dir import RunDir, program, write_json, write_yaml
+from configs.parts import as_dict
+from configs.run_dir import RunDir, program, read_json, write_json, write_yaml
 from configs.schema import Recipe, Stage2
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.metrics import compression_ratio
@@ -49,52 +53,102 @@ from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.bits import bits, measure
 from stage2_prior.likelihood.tables import likelihood_report, turned_at, write_report
 from stage2_prior.priors.contract import AutoregressivePrior, code_losses
-from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, build_prior, check_tokenizer, read_prior_header, save_prior
+from stage2_prior.priors.levelwise import LevelwisePart
+from stage2_prior.priors.prior_file import (
+    UNIFORM,
+    PriorHeader,
+    build_prior,
+    check_tokenizer,
+    load_prior,
+    read_prior_header,
+    save_prior,
+)
 
 _MAY_CHANGE = (
     *("stage2.steps", "stage2.lr", "stage2.clip_norm", "stage2.gradient_checkpointing"),
     *("compute", "data", "tokenizer", "stage1", "extraction", "sampling", "evaluation"),
 )
 _ADVICE = "lower --stage2.lr and go on with --resume"
+# Images at once for the likelihood of a prior that is not trained here.
+_BATCH_SIZE = 64
+# The name of priors of single levels, if they are given none.
+_LEVELWISE = "levelwise"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_folder, options=_options)
+    command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_begun_in, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
-    name = _folder(run, command.options.name or recipe.prior.kind).name
+    level = command.options.level
+    name = _name(command.options.name, level, recipe.prior.kind)
     sha256 = fingerprint(run.tokenizer)
-    if nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, _MAY_CHANGE):
+    folder = _folder(run, name)
+    joined = folder.parent / "prior.safetensors" if level is not None else None
+    done = nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, _MAY_CHANGE)
+    if done and (joined is None or joined.exists()):
         say(f"next: {command.next(SAMPLE)}")
         return
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
-    accelerator = start(recipe.compute, str(run.prior(name) / "tensorboard"))
+    if level is not None and not 1 <= level <= len(training.levels):
+        raise UserError(f"--level: expected 1 to {len(training.levels)}, the levels of codes from the coarsest on, found {level}")
+    accelerator = start(recipe.compute, str(folder / "tensorboard"))
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
+    missing = None
     with run.lock():
-        if recipe.stage2.minutes > 0 and not run.begun(run.prior(name)):
-            recipe = within_budget(accelerator, run, recipe, training, validation)
-            accelerator.free_memory()  # of the rehearsal
-        if accelerator.is_main_process:
-            run.record(program(), command.arguments, recipe_dict(recipe))
-        accelerator.wait_for_everyone()
-        train(accelerator, run, name, recipe, training, validation, command.options.resume)
-        accelerator.print(f"next: {command.next(SAMPLE)}")
+        if not done:
+            if recipe.stage2.minutes > 0 and not run.begun(folder):
+                recipe = within_budget(accelerator, run, name, recipe, training, validation)
+                accelerator.free_memory()  # of the rehearsal
+            if accelerator.is_main_process:
+                run.record(program(), command.arguments, recipe_dict(recipe))
+                if joined is not None:
+                    joined.unlink(missing_ok=True)  # of this level's former weights
+            accelerator.wait_for_everyone()
+            train(accelerator, run, name, recipe, training, validation, command.options.resume)
+        if level is not None:
+            missing = join_levels(accelerator, run, name, training, validation)
+    following = command.next(SAMPLE) if missing is None else f"{command.next(TRAIN_PRIOR)} --level {missing}{_named(name)}"
+    accelerator.print(f"next: {following}")
+    accelerator.end_training()
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--name", type=str | None, help="name of the prior in the run (default: its kind)")
+    parser.add_argument("--name", type=str | None, help=f"name of the prior in the run (default: its kind; with --level, {_LEVELWISE})")
+    parser.add_argument("--level", type=int | None, help="train a prior of this level alone, 1 for the coarsest, given those above")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
 
 
-def _folder(run: RunDir, name: str | None) -> Path:
+def _name(name: str | None, level: int | None, kind: str) -> str:
+    """The name of a prior: as typed, or its kind; of a level's, `NAME/levelN`."""
+    return (name or kind) if level is None else f"{name or _LEVELWISE}/level{level}"
+
+
+def _named(name: str) -> str:
+    """The options that say which prior `_name` is of, without its level."""
+    whole = name.partition("/")[0]
+    return "" if whole == _LEVELWISE else f" --name {whole}"
+
+
+def _folder(run: RunDir, name: str) -> Path:
     """The prior's folder in the run. Errors: UserError for a name that cannot be one."""
-    name = name or load_recipe(run.recipe).prior.kind
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == UNIFORM:
-        raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {name}")
+    whole, _, level = name.partition("/level")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", whole) or whole == UNIFORM:
+        raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {whole}")
+    if level and (run.prior(whole) / "recipe.yaml").exists():
+        raise UserError(f"--name {whole}: expected a name for priors of single levels, found that of a prior of all levels")
+    if not level and any(run.prior(whole).glob("level*")):
+        raise UserError(f"--name {whole}: expected a name for a prior of all levels, found that of priors of single levels")
     return run.prior(name)
+
+
+def _begun_in(run: RunDir, name: str | None, level: str | None) -> Path:
+    """The folder in which training goes on, if it was begun."""
+    return _folder(
+        run, _name(name, int(level) if level is not None and level.isdecimal() else None, name or load_recipe(run.recipe).prior.kind)
+    )
 
 
 def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
@@ -127,7 +181,7 @@ def train(
     processes = accelerator.num_processes
 
     # --- model, optimiser, and where they left off
-    prior, model, optimizer = build(accelerator, run, recipe, training)
+    prior, model, optimizer = build(accelerator, run, recipe, training, _level_of(name))
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
     accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
@@ -221,7 +275,9 @@ def train(
                 save(done)
             if stopping:
                 bar.close()
-                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} --name {name}")
+                whole, _, of = name.partition("/level")
+                which = f"--name {whole}" + (f" --level {of}" if of else "")
+                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} {which}")
                 accelerator.end_training()
                 sys.exit(128 + (stop.signal or 0))
 
@@ -232,19 +288,65 @@ def train(
     likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, validations)
     if accelerator.is_main_process:
         known = prior.num_classes == 0 or config.label_dropout > 0
-        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"])
+        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], _level_of(name))
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
         write_results(run, folder, average.model.state_dict(), header, report, likelihood)
-    accelerator.end_training()
 
 
-def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore) -> tuple[AutoregressivePrior, Any, Any]:
+def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: CodeStore, validation: CodeStore) -> int | None:
+    """Once all levels have a prior under that name, write a prior of all of them beside, with its likelihood, to which theirs add up.
+    Returns the first level, from 1 on, that has none yet; None: the prior is written.
+
+    Errors: UserError if some are told of classes and others are not.
+    """
+    whole, sha256 = run.prior(name).parent, training.manifest.tokenizer_sha256
+    accelerator.wait_for_everyone()
+    folders = [whole / f"level{number}" for number in range(1, 1 + len(training.levels))]
+    for number, folder in enumerate(folders, 1):
+        if not (folder / "prior.safetensors").exists():
+            return number
+    parts, headers = zip(*(load_prior(folder / "prior.safetensors", sha256, accelerator.device) for folder in folders), strict=True)
+    if len({header.config.conditional for header in headers}) > 1:
+        raise UserError(
+            f"{run.show(whole)}: expected all levels with prior.conditional, or none, found both; train one under another --name"
+        )
+    config = LevelwisePart(conditional=headers[0].config.conditional, levels=[as_dict(header.config) for header in headers])
+    prior = build_prior(config, training.manifest).to(accelerator.device)
+    weights = {f"parts.{number}.{key}": value for number, part in enumerate(parts) for key, value in part.state_dict().items()}
+    prior.load_state_dict(weights)
+    likelihood = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, [])
+    if accelerator.is_main_process:
+        reports = [read_json(folder / "report.json") for folder in folders]
+        added = {key: sum(report[key] for report in reports) for key in ("steps", "minutes", "parameters")}
+        known = all(header.knows_no_label for header in headers)
+        header = PriorHeader.of(config, training.manifest, known, added["steps"], likelihood["validation"])
+        write_json(whole / "report.json", {**added, "best_step": [report["best_step"] for report in reports]})
+        write_report(whole, whole.name, likelihood)
+        save_prior(whole / "prior.safetensors", weights, header)
+        print(f"all levels: {likelihood['validation']:.3f} bits a token; wrote {run.show(whole / 'prior.safetensors')}")
+    return None
+
+
+def _level_of(name: str) -> int | None:
+    """The level, from 0 on, that `_name` names; None: all."""
+    level = name.partition("/level")[2]
+    return int(level) - 1 if level else None
+
+
+def build(
+    accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, level: int | None
+) -> tuple[AutoregressivePrior, Any, Any]:
     """The prior with its first weights, the same as the processes train it together, and its optimiser."""
     config = recipe.stage2
     torch.manual_seed(derived_seed(config.seed, "weights"))
-    prior = build_prior(recipe.prior, training.manifest)
-    prior.begin_from(load_tokenizer(run).quantizer.code_vectors())
-    prior.checkpointing = config.gradient_checkpointing
+    try:
+        prior = build_prior(recipe.prior, training.manifest, level)
+    except ValueError as error:  # of fields that do not fit the levels there are
+        raise UserError(str(error)) from None
+    prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
+    for module in prior.modules():
+        if isinstance(module, AutoregressivePrior):
+            module.checkpointing = config.gradient_checkpointing
     optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
     return prior, *accelerator.prepare(prior, optimizer)
 
@@ -254,17 +356,17 @@ def take_step(
 ) -> Tensor:
     """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token."""
     processes, rank = accelerator.num_processes, accelerator.process_index
-    num_classes = accelerator.unwrap_model(model, keep_torch_compile=False).num_classes
+    prior = accelerator.unwrap_model(model, keep_torch_compile=False)
     set_learning_rate(optimizer, scheduled_rate(config, step))
     rows = order.batch(step)
     step_loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(config.accumulation):
         share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-        codes, *given = training_codes(accelerator, num_classes, training, rows, share, config, step)
+        codes, *given = training_codes(accelerator, prior.num_classes, training, rows, share, config, step)
         seed_layers(config.seed, step, micro_step, rank)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = torch.cat(code_losses(model(codes, *given), codes), 1).mean() / config.accumulation
+            loss = torch.cat(code_losses(model(codes, *given), codes[prior.levels]), 1).mean() / config.accumulation
             accelerator.backward(loss)
         step_loss += loss.detach()
     if config.clip_norm > 0:
@@ -274,10 +376,10 @@ def take_step(
     return step_loss
 
 
-def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
+def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
     """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
     config, began = recipe.stage2, time.monotonic()
-    prior, model, optimizer = build(accelerator, run, recipe, training)
+    prior, model, optimizer = build(accelerator, run, recipe, training, _level_of(name))
     order, every = DataOrder(len(training), config.batch_size, config.seed), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
@@ -302,7 +404,7 @@ def write_results(
 ) -> None:
     """Reports, pictures, and last the prior, whose presence says that it is finished."""
     write_json(folder / "report.json", report)
-    write_report(folder, folder.name, likelihood)
+    write_report(folder, str(folder.relative_to(run.priors)), likelihood)
     references = {name: likelihood[name] for name in ("unigram", "uniform")}
     training_graph(folder / "training.png", read_metrics(folder / "metrics.jsonl"), ("bits_per_token",), references)
     save_prior(folder / "prior.safetensors", weights, header)

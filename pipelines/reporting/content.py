@@ -134,6 +134,10 @@ def report_content(command: Command) -> dict[str, Any]:
         "curves": charts(read_metrics(run.stage1 / "metrics.jsonl"), _STAGE1_CURVES, {}),
         "stage1": stage1_text(run),
         "reconstructions": newest_reconstructions(run),
+        "grids": picture(
+            run.stage1 / "grids.png",
+            "Validation images; what the coarsest grid of codes holds, the finer at their mean; then with them.",
+        ),
         "codebook": codebook_table(run),
         "codebook_picture": picture(run.stage1 / "codebook.png", "How often each code is used, and the codes on their two principal axes."),
         "codebook_warning": read_json(run.codebook_health)["warning"] if run.codebook_health.exists() else None,

@@ -16,7 +16,7 @@ from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import perplexity, psnr, squared_errors, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.monitoring.health import Health, checksum, collapse_warning, examine
-from stage1_vqvae.plots import codebook_picture, grid_scale, reconstruction_grid, save_png
+from stage1_vqvae.plots import codebook_picture, grid_scale, image_grid, reconstruction_grid, save_png
 from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import summed
@@ -89,3 +89,16 @@ def save_reconstructions(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, 
     pictures = to_uint8(tokenizer(to_model(originals.to(device))).reconstruction).cpu()
     grid = reconstruction_grid(originals, pictures, columns=16)
     save_png(run.stage1 / "reconstructions" / f"step-{step:09d}.png", grid, grid_scale(originals.shape[1]))
+
+
+@torch.no_grad()
+def save_grids(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, device: torch.device) -> None:
+    """Of a hierarchy: originals, and under them what comes of the coarsest grid alone, of the two coarsest, and so on."""
+    count = len(tokenizer.quantizers)
+    if count == 1:
+        return
+    rows = torch.arange(len(validation))[:: max(1, len(validation) // _SHOWN_IMAGES)][: _SHOWN_IMAGES // 2]
+    originals = validation.pixels[rows]
+    codes = tokenizer.encode(to_model(originals.to(device)))
+    decoded = [to_uint8(tokenizer.decode_coarsest(codes, grids)).cpu() for grids in range(1, count + 1)]
+    save_png(run.stage1 / "grids.png", image_grid(torch.cat([originals, *decoded]), len(originals)), grid_scale(originals.shape[1]))

@@ -70,7 +70,8 @@ class LogisticMixture(PixelLikelihood):
 
     def _parameters(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits (B, M, H, W), means and log scales (B, M, C, H, W), coefficients (B, M, C (C - 1) / 2, H, W)."""
-        output = full_precision(output).unflatten(1, (self.components, -1))
+        # Each parameter's pixels side by side in memory, however the decoder left them: twice as fast on a CPU.
+        output = full_precision(output).contiguous().unflatten(1, (self.components, -1))
         each = output.shape[2]
         channels = next(c for c in range(1, each) if 1 + 2 * c + c * (c - 1) // 2 == each)
         logits, means, log_scales, coefficients = output.split((1, channels, channels, each - 1 - 2 * channels), 2)
@@ -139,22 +140,23 @@ class Categorical(PixelLikelihood):
         return self.num_values * image_channels
 
     def _logits(self, output: Tensor) -> Tensor:
-        """(B, V, C, H, W)."""
-        return full_precision(output).unflatten(1, (-1, self.num_values)).transpose(1, 2)
+        """(B, H, W, C, V): a value's logits side by side in memory, as a decoder with channels last leaves them."""
+        return full_precision(output).movedim(1, -1).unflatten(-1, (-1, self.num_values))
 
     @override
     def nats(self, output: Tensor, values: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(output), values, reduction="none").sum((1, 2, 3))
+        logits = self._logits(output)
+        nats = F.cross_entropy(logits.flatten(0, 3), values.movedim(1, -1).flatten(), reduction="none")
+        return nats.view(len(values), -1).sum(1)
 
     @override
     def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
-        return self._logits(output)[:, :, channel].movedim(1, -1).softmax(-1)
+        return self._logits(output)[..., channel, :].softmax(-1)
 
     @override
     def mean_image(self, output: Tensor) -> Tensor:
         logits = self._logits(output)
-        values = self.images(torch.arange(self.num_values, device=logits.device)).to(logits)
-        return torch.einsum("bvchw,v->bchw", logits.softmax(1), values)
+        return (logits.softmax(-1) @ self.images(torch.arange(self.num_values, device=logits.device)).to(logits)).movedim(-1, 1)
 
 
 class Bernoulli(PixelLikelihood):

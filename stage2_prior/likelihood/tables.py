@@ -27,7 +27,7 @@ def likelihood_report(
     batch_size: int,
     validations: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """All of it, as JSON will have it: bits a token unless a name says otherwise.
+    """All of it, as JSON will have it: bits a token, of the levels that the prior models, unless a name says otherwise.
 
     Training's figure is over as many images as validation has, drawn once and for all.
 
@@ -35,12 +35,13 @@ def likelihood_report(
         batch_size: images at once on each process.
         validations: their records in metrics.jsonl, for the step at which they turned.
     """
-    manifest = validation.manifest
+    manifest, levels = validation.manifest, prior.levels
+    grids, num_codes = manifest.grids[levels], manifest.num_codes[levels]
     chosen = torch.randperm(len(training), generator=generator(0, "likelihood of training images"))[: len(validation)]
     seen = measure(accelerator, prior, training, chosen.sort().values, batch_size)
     found = measure(accelerator, prior, validation, torch.arange(len(validation)), batch_size)
-    uniform, unigram = uniform_bits(manifest.num_codes), unigram_bits(training, validation)
-    references = {"unigram": mean_over_tokens(unigram, manifest.grids), "uniform": mean_over_tokens(uniform, manifest.grids)}
+    uniform, unigram = uniform_bits(num_codes), unigram_bits(training, validation)[levels]
+    references = {"unigram": mean_over_tokens(unigram, grids), "uniform": mean_over_tokens(uniform, grids)}
     channels, height, width = manifest.image_shape
     raw = raw_bits(height, width, channels)
     coded = found.mean * prior.layout.length
@@ -52,14 +53,14 @@ def likelihood_report(
         "validation": found.mean,
         **references,
         "saved_percent": {name: 100 * (1 - found.mean / reference) for name, reference in references.items()},
-        "bits_per_image": {"raw": raw, "indices": index_bits(manifest.grids, manifest.num_codes), "prior": coded},
+        "bits_per_image": {"raw": raw, "indices": index_bits(grids, num_codes), "prior": coded},
         # Of the codes alone. What the decoder leaves open is not in it; evaluate.py has the whole, if the objective is a likelihood.
         "codes_bits_per_dim": coded / (channels * height * width),
         "levels": [
             {"grid": grid, "num_codes": k, "uniform": flat, "unigram": frequent, "validation": float(bits.mean())}
-            for grid, k, flat, frequent, bits in zip(manifest.grids, manifest.num_codes, uniform, unigram, positions, strict=True)
+            for grid, k, flat, frequent, bits in zip(grids, num_codes, uniform, unigram, positions, strict=True)
         ],
-        "positions": [bits.view(grid).tolist() for grid, bits in zip(manifest.grids, positions, strict=True)],
+        "positions": [bits.view(grid).tolist() for grid, bits in zip(grids, positions, strict=True)],
         "labels": {names[label]: value for label, value in found.labels.items()},
         "validation_turned_at_step": turned_at(validations),
     }

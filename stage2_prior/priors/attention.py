@@ -95,6 +95,29 @@ class Attention(nn.Module):
         return of_few_rows(self.out, attended.flatten(1))
 
 
+class GridAttention(nn.Module):
+    """x + attention over a grid's positions. Causal, on the horizontal stack: that of PixelSNAIL (Chen et al. 2018); a position's
+    own features know only codes before it, so it may attend to itself.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.attention = Norm(width), Attention(width, heads)
+
+    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
+        """Attend over the positions of (B, h, w, C); the shape stays."""
+        sequence = x.flatten(1, 2)
+        return (sequence + self.attention(self.norm(sequence), rotation, causal)).view(x.shape)
+
+    def new_cache(self, batch: int, length: int) -> KeyValueCache:
+        """An empty key-value cache for a grid of `length` positions."""
+        return self.attention.new_cache(batch, length)
+
+    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int) -> Tensor:
+        """(B, C) of one position to the same shape."""
+        return x + self.attention.step(self.norm(x), rotation, cache, position)
+
+
 class _Separation(torch.autograd.Function):
     """Splits one tensor (B, T, 3, heads, d) into normalised and rotated queries and keys, and values, (B, T, heads, d) each. Its gradient
     is written by hand, to pass through memory less often in training.

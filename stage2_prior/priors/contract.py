@@ -71,27 +71,34 @@ class AutoregressivePrior(nn.Module, ABC):
     checkpointing: bool
     """Whether training computes each layer's inside twice instead of keeping it (Chen et al. 2016)."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> None:
-        """`num_classes` 0: unconditional. The label index `num_classes` means none, and always has its embedding. `num_variants`:
-        how many variants of each image the training codes hold, the image itself included.
+    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
+        """`layout`: the levels that it models. `num_classes` 0: unconditional. The label index `num_classes` means none, and always has
+        its embedding. `num_variants`: how many variants of each image the training codes hold, the image itself included. `given`: the
+        levels above, where it models p(levels | levels above).
         """
         super().__init__()
-        self.layout, self.num_classes, self.num_variants = layout, num_classes, num_variants
+        self.layout, self.num_classes, self.num_variants, self.given = layout, num_classes, num_variants, given
         self.checkpointing = False
+
+    @property
+    def levels(self) -> slice:
+        """Which of an image's levels it models; those above it is given."""
+        first = 0 if self.given is None else len(self.given.grids)
+        return slice(first, first + len(self.layout.grids))
 
     @abstractmethod
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        """Logits of every position given the codes before it, and the label.
+        """Logits of every position of its own levels given the codes before it, and the label.
 
         Args:
-            codes: int64 (B, h, w) a level, all positions.
+            codes: int64 (B, h, w) a level, all positions, of the levels above and its own.
             labels: (B,) int64, `num_classes` where there is none; None: none anywhere.
             variants: (B,) int64, which variant of its image each row is of, in training; None: the images themselves.
         """
 
     @abstractmethod
-    def new_cache(self, batch: int) -> Any:
-        """An empty cache for `batch` sequences."""
+    def new_cache(self, batch: int, above: Codes = ()) -> Any:
+        """An empty cache for `batch` sequences, given the codes (B, h, w) of the levels above, if it has such."""
 
     @abstractmethod
     def step(self, code: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
@@ -110,7 +117,7 @@ class AutoregressivePrior(nn.Module, ABC):
 
     def log_prob(self, codes: Codes, labels: Tensor | None) -> Tensor:
         """log p of each code given those before it, (B, T), in nats, float32 or wider."""
-        return -torch.cat(code_losses(self(codes, labels), codes), 1)
+        return -torch.cat(code_losses(self(codes, labels), codes[self.levels]), 1)
 
     @property
     def device(self) -> torch.device:

@@ -24,8 +24,10 @@ class GraphedTransformer(AutoregressivePrior):
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
         return self.prior(codes, labels, variants)
 
-    def new_cache(self, batch: int) -> GraphedSteps:
-        """See the contract. The graphs of the last batch size are kept, so only one cache may be in use at a time."""
+    def new_cache(self, batch: int, above: Codes = ()) -> GraphedSteps:
+        """See the contract; of a transformer over all levels. The graphs of the last batch size are kept, so only one cache may be in
+        use at a time.
+        """
         if self._steps is None or self._steps.batch != batch:
             self._steps = GraphedSteps(self.prior, batch)
         self._steps.position = 0

@@ -24,11 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.schema import PriorPart, require
-from stage1_vqvae.networks.convolutional import ResidualBlock
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.attention import Attention, KeyValueCache, Norm, rotations
+from stage2_prior.priors.attention import GridAttention, rotations
 from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.upper_levels import UpperLevels
 
 _FIRST_KERNEL = 7
 
@@ -37,6 +37,7 @@ _FIRST_KERNEL = 7
 class PixelCNNPart(SizedByPreset, PriorPart):
     """The Gated PixelCNN, masked convolutions over the grid of codes. Dropout is of what gated layers add."""
 
+    MAY_BE_GIVEN_LEVELS = True
     PRESETS: ClassVar[dict[str, Sizes]] = {
         # S: 1.8 M parameters with 512 codes. L: the layers and channels of van den Oord et al. 2016 for ImageNet, section 3.2.
         "S": Sizes(15, 64, 4),
@@ -68,19 +69,28 @@ class PixelCNNPart(SizedByPreset, PriorPart):
         return replace(self, **self.sizes()._asdict())
 
     @override
-    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> PixelCNN:
-        return PixelCNN(self.resolved(), layout, num_classes, num_variants)
+    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> PixelCNN:
+        return PixelCNN(self.resolved(), layout, num_classes, num_variants, given)
 
 
 class PixelCNN(AutoregressivePrior):
     """p(level 1 | label) p(level 2 | level 1, label) ..., a network a level."""
 
-    def __init__(self, config: PixelCNNPart, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> None:
+    def __init__(
+        self,
+        config: PixelCNNPart,
+        layout: SequenceLayout,
+        num_classes: int,
+        num_variants: int = 1,
+        given: SequenceLayout | None = None,
+    ) -> None:
         """`config` has its sizes in it (`resolved`); the rest as in the contract."""
-        super().__init__(layout, num_classes, num_variants)
+        super().__init__(layout, num_classes, num_variants, given)
         self.config = config
+        num_codes = [*(given.num_codes if given is not None else []), *layout.num_codes]
         self.networks = nn.ModuleList(  # type: ignore[assignment]
-            LevelNetwork(config, grid, layout.num_codes[: level + 1], num_classes, num_variants) for level, grid in enumerate(layout.grids)
+            LevelNetwork(config, grid, num_codes[: self.levels.start + number + 1], num_classes, num_variants)
+            for number, grid in enumerate(layout.grids)
         )
 
     networks: Sequence[LevelNetwork]
@@ -90,7 +100,7 @@ class PixelCNN(AutoregressivePrior):
         labels = self.labels_or_null(labels, len(codes[0]))
         return tuple(
             network(codes[level], network.context(codes[:level], labels, variants), self.checkpointing and self.training)
-            for level, network in enumerate(self.networks)
+            for level, network in enumerate(self.networks, self.levels.start)
         )
 
     def remarks(self) -> list[str]:
@@ -102,8 +112,8 @@ class PixelCNN(AutoregressivePrior):
         return [f"a position sees {reach} codes far, of {furthest}; more --prior.layers or a larger --prior.kernel_size see further"]
 
     @override
-    def new_cache(self, batch: int) -> PixelCNNCache:
-        return PixelCNNCache(self, batch)
+    def new_cache(self, batch: int, above: Codes = ()) -> PixelCNNCache:
+        return PixelCNNCache(self, batch, above)
 
     @override
     def step(self, code: Tensor | None, labels: Tensor | None, cache: PixelCNNCache) -> Tensor:
@@ -170,24 +180,6 @@ class LevelNetwork(nn.Module):
         return self.head(horizontal).flatten(1, 2)
 
 
-class UpperLevels(nn.Module):
-    """Codes of the levels above, embedded, brought to this level's grid, and seen from all sides: near ones by convolutions,
-    all of them by attention, since no causal stack can carry what lies further on to a position before it.
-    """
-
-    def __init__(self, num_codes: Sequence[int], width: int, heads: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.grid = grid
-        self.tokens = nn.ModuleList(nn.Embedding(k, width) for k in num_codes)
-        self.layers = nn.Sequential(*(ResidualBlock(width, width) for _ in range(2)))
-        self.attention = GridAttention(width, heads)
-
-    def forward(self, codes: Codes, rotation: Tensor) -> Tensor:
-        """Codes (B, h', w') of the levels above to features (B, h, w, C) of this level's grid."""
-        found = [F.interpolate(token(grid).movedim(-1, 1), self.grid) for token, grid in zip(self.tokens, codes, strict=True)]
-        return self.attention(self.layers(torch.stack(found).sum(0)).movedim(1, -1), rotation, causal=False)
-
-
 class GatedLayer(nn.Module):
     """One layer of both stacks: y = tanh(a) * sigmoid(b) (equation 2; with the context's share of a and b, equation 4).
 
@@ -230,34 +222,11 @@ def gated(x: Tensor) -> Tensor:
     return a.tanh() * b.sigmoid()
 
 
-class GridAttention(nn.Module):
-    """x + attention over a grid's positions. Causal, on the horizontal stack: that of PixelSNAIL (Chen et al. 2018); a position's
-    own features know only codes before it, so it may attend to itself.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm, self.attention = Norm(width), Attention(width, heads)
-
-    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
-        """Attend over the positions of (B, h, w, C); the shape stays."""
-        sequence = x.flatten(1, 2)
-        return (sequence + self.attention(self.norm(sequence), rotation, causal)).view(x.shape)
-
-    def new_cache(self, batch: int, length: int) -> KeyValueCache:
-        """An empty key-value cache for a grid of `length` positions."""
-        return self.attention.new_cache(batch, length)
-
-    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int) -> Tensor:
-        """(B, C) of one position to the same shape."""
-        return x + self.attention.step(self.norm(x), rotation, cache, position)
-
-
 class PixelCNNCache:
     """What sampling keeps: the codes so far and, of the level it is in, the rows and columns that convolutions reach back to."""
 
-    def __init__(self, prior: PixelCNN, batch: int) -> None:
-        self._prior, self._batch = prior, batch
+    def __init__(self, prior: PixelCNN, batch: int, above: Codes) -> None:
+        self._prior, self._batch, self._above = prior, batch, above
         self._codes = [torch.zeros(batch, *grid, dtype=torch.int64, device=prior.device) for grid in prior.layout.grids]
         self._position = 0
 
@@ -269,7 +238,7 @@ class PixelCNNCache:
         network = self._prior.networks[level]
         if row == column == 0:
             code = None
-            context = network.context(tuple(self._codes[:level]), self._prior.labels_or_null(labels, self._batch))
+            context = network.context((*self._above, *self._codes[:level]), self._prior.labels_or_null(labels, self._batch))
             self._rows = RowState(network, context)
         if column == 0:
             self._rows.begin_row(row, None if row == 0 else self._codes[level][:, row - 1])

@@ -18,6 +18,7 @@ from stage1_vqvae.training.weights_file import load_weights, read_header, save_w
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.levelwise import build_level
 
 # Format of a prior's file: 3 since each kind of prior has fields of its own.
 _FORMAT = 3
@@ -40,13 +41,17 @@ class PriorHeader:
     tokenizer_sha256: str
     num_variants: int = 1
     """Variants of the images whose codes it was trained on; see contract.py."""
+    level: int | None = None
+    """The one level that it models, from 0 on, given those above; null: all of them."""
     steps: int
     """Training steps."""
     bits_per_token: float
     """Mean bits a token on the validation split."""
 
     @classmethod
-    def of(cls, config: PriorPart, manifest: Manifest, knows_no_label: bool, steps: int, bits_per_token: float) -> PriorHeader:
+    def of(
+        cls, config: PriorPart, manifest: Manifest, knows_no_label: bool, steps: int, bits_per_token: float, level: int | None = None
+    ) -> PriorHeader:
         """The header of a prior trained on codes of that manifest."""
         return cls(
             config=config.resolved(),
@@ -56,15 +61,22 @@ class PriorHeader:
             knows_no_label=knows_no_label,
             tokenizer_sha256=manifest.tokenizer_sha256,
             num_variants=manifest.variants,
+            level=level,
             steps=steps,
             bits_per_token=bits_per_token,
         )
 
 
-def build_prior(config: PriorPart, manifest: Manifest) -> AutoregressivePrior:
-    """A prior for codes of that manifest, with fresh weights."""
+def build_prior(config: PriorPart, manifest: Manifest, level: int | None = None) -> AutoregressivePrior:
+    """A prior for codes of that manifest, or for one level of them given those above, with fresh weights."""
     labels = manifest.label_names if config.conditional else None
-    return config.build(SequenceLayout(manifest.grids, manifest.num_codes), len(labels or ()), manifest.variants)
+    return _built(config, SequenceLayout(manifest.grids, manifest.num_codes), level, len(labels or ()), manifest.variants)
+
+
+def _built(config: PriorPart, layout: SequenceLayout, level: int | None, num_classes: int, num_variants: int) -> AutoregressivePrior:
+    if level is None:
+        return config.build(layout, num_classes, num_variants)
+    return build_level(config, layout, level, num_classes, num_variants)
 
 
 def check_tokenizer(where: str, found: str, expected: str) -> None:
@@ -113,7 +125,8 @@ def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "
     fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader) if field.name in content}
     header = PriorHeader(**{**fields, "config": prior_from(fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
-    prior = header.config.build(SequenceLayout(header.grids, header.num_codes), len(header.label_names or ()), header.num_variants)
+    layout = SequenceLayout(header.grids, header.num_codes)
+    prior = _built(header.config, layout, header.level, len(header.label_names or ()), header.num_variants)
     # Until format 2 a PixelCNN's embeddings of positions were called places.
     prior.load_state_dict({name.replace(".places", ".positions"): tensor for name, tensor in weights.items()})
     return prior.to(device).eval().requires_grad_(False), header

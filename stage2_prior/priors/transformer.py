@@ -23,6 +23,7 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import Attention, KeyValueCache, Norm, of_few_rows, rotations
 from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.upper_levels import UpperLevels
 
 # Of embeddings and matrices (GPT-2's).
 _INITIAL_STD = 0.02
@@ -34,6 +35,7 @@ _SHARE_OF_VECTORS = 0.7
 class TransformerPart(SizedByPreset, PriorPart):
     """A decoder-only transformer over the sequence of codes. Dropout is of embedded codes, attention and MLP."""
 
+    MAY_BE_GIVEN_LEVELS = True
     PRESETS: ClassVar[dict[str, Sizes]] = {
         # S: ViT-S, DiT-S. B and L: LlamaGen's (Sun et al. 2024, table 1), 111 M and 343 M parameters with 16,384 codes.
         "S": Sizes(12, 384, 6),
@@ -59,8 +61,8 @@ class TransformerPart(SizedByPreset, PriorPart):
         return replace(self, **self.sizes()._asdict())
 
     @override
-    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> Transformer:
-        return Transformer(layout, num_classes, num_variants, self.sizes(), self.dropout)
+    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> Transformer:
+        return Transformer(layout, num_classes, num_variants, self.sizes(), self.dropout, given)
 
 
 @dataclass
@@ -70,6 +72,8 @@ class TransformerCache:
     layers: list[KeyValueCache]
     embedded_positions: Tensor
     """(T, C): what each position has of its own."""
+    above: Tensor | None
+    """(B, T, C): what each position is told of the levels above; None: there are none."""
     position: int = 0
     """The position whose logits come next."""
 
@@ -77,9 +81,17 @@ class TransformerCache:
 class Transformer(AutoregressivePrior):
     """p(codes | label), one position after another."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int, sizes: Sizes, dropout: float) -> None:
-        """`layout`, `num_classes` and `num_variants` as in the contract."""
-        super().__init__(layout, num_classes, num_variants)
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        num_classes: int,
+        num_variants: int,
+        sizes: Sizes,
+        dropout: float,
+        given: SequenceLayout | None = None,
+    ) -> None:
+        """`layout`, `num_classes`, `num_variants` and `given` as in the contract; of levels that are given, one is modelled."""
+        super().__init__(layout, num_classes, num_variants, given)
         layers, width, heads = sizes
         self.token = nn.Embedding(layout.vocabulary, width)
         self.label = nn.Embedding(num_classes + 1, width)
@@ -91,6 +103,7 @@ class Transformer(AutoregressivePrior):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))  # type: ignore[assignment]
         self.norm = Norm(width)
         self.head = nn.Linear(width, layout.vocabulary, bias=False)
+        self.above = None if given is None else UpperLevels(given.num_codes, width, heads, layout.grids[0])
         self.register_buffer("rotations", rotations(layout.centres(), width // heads), persistent=False)
         self.register_buffer("coordinates", torch.cat([layout.coordinates()[:, :1], layout.centres().round().long()], 1), persistent=False)
         self._initialise()
@@ -126,15 +139,20 @@ class Transformer(AutoregressivePrior):
         level, row, column = self.coordinates.unbind(1)
         return self.level(level) + self.row(row) + self.column(column)
 
+    def _told(self, above: Codes) -> Tensor | None:
+        """(B, T, C): what each position is told of the levels above, by their codes."""
+        return None if self.above is None else self.above(above, self.rotations).flatten(1, 2)
+
     @override
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        tokens = self.layout.to_tokens(codes)
+        tokens = self.layout.to_tokens(codes[self.levels])
         start = self.start.expand(len(tokens), 1, -1)
         x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_positions()  # (B, T, C)
         given = self.label(self.labels_or_null(labels, len(tokens)))
         if variants is not None and self.variant is not None:
             given = given + self.variant(variants)
-        x = self.dropout(x + given[:, None])
+        told = self._told(codes[: self.levels.start])
+        x = self.dropout(x + given[:, None] if told is None else x + given[:, None] + told)
         for block in self.blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, self.rotations, use_reentrant=False)
@@ -148,8 +166,9 @@ class Transformer(AutoregressivePrior):
         return F.linear(self.norm(x), self.head.weight[offset : offset + self.layout.num_codes[level]])
 
     @override
-    def new_cache(self, batch: int) -> TransformerCache:
-        return TransformerCache([block.attention.new_cache(batch, self.layout.length) for block in self.blocks], self._embedded_positions())
+    def new_cache(self, batch: int, above: Codes = ()) -> TransformerCache:
+        layers = [block.attention.new_cache(batch, self.layout.length) for block in self.blocks]
+        return TransformerCache(layers, self._embedded_positions(), self._told(above))
 
     @override
     def step(self, code: Tensor | None, labels: Tensor | None, cache: TransformerCache) -> Tensor:
@@ -171,6 +190,8 @@ class Transformer(AutoregressivePrior):
         """Logits (B, K) of a position of that level, from code and label embedded, (B, C)."""
         at = slice(position, position + 1) if isinstance(position, int) else position
         x = x + cache.embedded_positions[at]
+        if cache.above is not None:
+            x = x + cache.above[:, position]
         rotation = self.rotations[at]
         for block, kept in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, rotation, kept, position)

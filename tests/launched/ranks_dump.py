@@ -27,7 +27,7 @@ def main() -> None:
     runs = commands(sys.argv[3:])
     script = importlib.import_module(module)
     # Pictures take longer than the steps, and nobody looks at them here.
-    for drawn in ("training_graph", "save_health", "save_reconstructions"):
+    for drawn in ("training_graph", "save_health", "save_reconstructions", "save_grids"):
         setattr(script, drawn, lambda *_, **__: None)
     if module == "stage1_vqvae.train":
         # In float64, since a code that rounding flips grows into a difference that is nobody's fault.

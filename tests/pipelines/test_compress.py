@@ -168,7 +168,7 @@ def resealed(body: bytes) -> bytes:
     ("change", "parts"),
     [
         (lambda data: b"\x89PNG" + data[4:], ["another kind"]),
-        (lambda data: data[:8] + b"\3\0" + data[10:], ["version 2", "found 3"]),
+        (lambda data: data[:8] + b"\4\0" + data[10:], ["version 3", "found 4"]),
         (lambda data: data[:-1], ["truncated"]),
         (lambda data: b"", ["another kind"]),
     ],
@@ -251,10 +251,13 @@ def test_a_folder_tree_comes_back_as_it_was(run_copy: Path, tmp_path: Path) -> N
     assert found == {str(Path(path).with_suffix(".png")) for path in paths}
 
 
-def test_files_without_folders_in_their_names_are_still_read() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_former_versions_are_still_read(version: int) -> None:
+    """Their header has no number of bytes of pixels, the last 8 of 70; those of version 1 have names without folders."""
     data = bytearray(pack(CONTENT)[0])
-    data[8] = 1
-    assert unpack(resealed(bytes(data[:-4])), "").names == CONTENT.names
+    data[8] = version
+    found = unpack(resealed(bytes(data[:62] + data[70:-4])), "")
+    assert (found.names, found.coded, found.lossless) == (CONTENT.names, CONTENT.coded, None)
 
 
 def test_a_failure_leaves_no_folder_behind(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from tests.stage2_prior.test_train import change_bytes
 
 
 def chain(*arguments: object) -> Command:
-    return parse("", tuple(SECTIONS), list(map(str, arguments)), starts_run=True, begun_in=lambda run, _: run.stage1)
+    return parse("", tuple(SECTIONS), list(map(str, arguments)), starts_run=True, begun_in=lambda run, *_: run.stage1)
 
 
 def typed(*arguments: object) -> list[str]:

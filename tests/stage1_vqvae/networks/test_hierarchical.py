@@ -78,6 +78,16 @@ def test_the_image_depends_on_every_grid(grids: str) -> None:
         assert not torch.allclose(model.decode(other), picture, atol=1e-4)
 
 
+def test_the_coarsest_grids_alone() -> None:
+    """Codes of the finer grids, told apart by position alone, do not show; all grids give the image itself."""
+    model = hierarchy(grids="three").eval()
+    codes = tuple(torch.randint(k, (3, *grid)) for k, grid in zip(model.quantizer.num_codes, model.grids, strict=True))
+    assert torch.equal(model.decode_coarsest(codes, 3), model.decode(codes))
+    moved = (codes[0], codes[1].roll(1, 2), codes[2].roll(1, 1))
+    assert torch.allclose(model.decode_coarsest(moved, 1), model.decode_coarsest(codes, 1), atol=1e-5)
+    assert not torch.allclose(model.decode_coarsest(moved, 2), model.decode_coarsest(codes, 2), atol=1e-4)
+
+
 def test_every_weight_learns() -> None:
     """Of three grids, from the reconstruction and commitment alone."""
     model = hierarchy("gradient", "three").train()

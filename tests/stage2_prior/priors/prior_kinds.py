@@ -10,6 +10,7 @@ from configs.parts import part_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding
+from stage2_prior.priors.transformer import Transformer
 
 KINDS: dict[str, dict[str, Any]] = {
     "transformer": {"kind": "transformer"},
@@ -27,12 +28,18 @@ LAYOUTS = {
 
 
 def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> AutoregressivePrior:
-    """In eval mode, with weights large enough for a difference to show."""
+    """In eval mode, with weights large enough for a difference to show. `levelwise`: a transformer and a PixelCNN by turns."""
     torch.manual_seed(0)
-    config = part_from("prior", {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0, **KINDS[kind], **settings})
+    sizes = {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0}
+    if kind == "levelwise":
+        alternating = [{**sizes, **list(KINDS.values())[level % 2], **settings} for level in range(len(layout.grids))]
+        config = part_from("prior", {"kind": kind, "levels": alternating})
+    else:
+        config = part_from("prior", {**sizes, **KINDS[kind], **settings})
     prior = config.build(layout, num_classes, num_variants)
-    for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if config.kind == "transformer" else 0.15)
+    for part in getattr(prior, "parts", [prior]):
+        for parameter in part.parameters():
+            torch.nn.init.normal_(parameter, std=0.3 if isinstance(part, Transformer) else 0.15)
     for module in prior.modules():
         if isinstance(module, VariantEmbedding):
             torch.nn.init.zeros_(module.weight[0])

@@ -1,0 +1,154 @@
+"""Lossless files of a run beside PNG, WebP and JPEG XL of the same images, in bytes an image, and seconds.
+
+    python benchmarks/lossless.py runs/digits_logistic runs/cifar10_logistic --images 1000
+    pip install -e '.[bench]'     (for JPEG XL)
+
+Ours is `pipelines/compress.py --lossless`: codes under the prior, given classes if it knows them, then pixels under p(x | z), and PNG
+where that is smaller. Others: a file an image, and all images in one mosaic without gaps. PNG is optimised, WebP of method 6, JPEG XL
+of effort 9. The run's weights are not counted. Every image is decoded and compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from configs.cli import TRAIN_PRIOR, load_recipe
+from configs.errors import UserError, run_entry
+from configs.run_dir import RunDir
+from pipelines.codec.code_file import CodeFile, Lossless, pack, run_fingerprint, with_stored
+from pipelines.codec.coder import batch_images, decode, encode
+from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
+from pipelines.compress import smaller_as_png
+from pipelines.images.bound import pixel_bits
+from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.images.scoring import surprisals
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.plots import square_columns
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.priors.prior_file import finished_prior, load_prior
+
+_FORMATS: dict[str, dict[str, Any]] = {
+    "PNG": {"optimize": True},
+    "WebP": {"lossless": True, "quality": 100, "method": 6},
+    "JXL": {"lossless": True, "effort": 9},
+}
+_BATCH = 64
+
+
+def timed(made: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and its seconds."""
+    began = time.perf_counter()
+    return made(), time.perf_counter() - began
+
+
+def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
+    """A row of the table: our file, its parts, the bound."""
+    tokenizer = load_tokenizer(run)
+    exact = copy.deepcopy(tokenizer).double()
+    path = finished_prior(run, prior_name, TRAIN_PRIOR)
+    prior, header = load_prior(path, fingerprint(run.tokenizer))
+    prior.double()
+    pixels, labels = images.pixels, labels_for(None, images, header)
+
+    def made() -> tuple[CodeFile, Tensor]:
+        codes, _ = encode_and_decode(tokenizer, pixels, _BATCH)
+        bound = surprisals(prior, codes, labels, "bits").sum(1) + pixel_bits(exact, codes, pixels)
+        stored = smaller_as_png(pixels, bound)
+        coded = torch.tensor([number not in stored for number in range(len(pixels))])
+        codes, told = tuple(level[coded] for level in codes), None if labels is None else labels[coded]
+        of_pixels, _ = encode_pixels(exact, codes, pixels[coded], batch_of_pixels(exact, _BATCH), progress=True)
+        of_codes = encode(prior, codes, told, batch_images(prior.layout, _BATCH)).coded
+        height, width, channels = pixels.shape[1:]
+        fingerprints = run_fingerprint(run.tokenizer, path)
+        content = CodeFile(fingerprints, path.parent.name, (height, width, channels), of_codes, told, None, Lossless(of_pixels, stored))
+        return content, bound
+
+    def again() -> Tensor:
+        assert content.lossless is not None
+        codes = decode(prior, content.coded, content.labels)
+        return with_stored(decode_pixels(exact, codes, content.lossless.pixels, progress=True), content.lossless.stored)
+
+    (content, bound), encoding = timed(made)
+    decoded, decoding = timed(again)
+    assert torch.equal(decoded, pixels)
+    data, sizes = pack(content)
+    count, stored = len(pixels), 0 if content.lossless is None else len(content.lossless.stored)
+    print(
+        f"{run.path.name}: bound {float(bound.mean()) / 8:.1f} bytes an image, {float(bound.sum()) / pixels.numel():.4f} bits a dimension; "
+        f"codes {sizes.payload / count:.1f}, pixels {sizes.pixels / count:.1f}, labels {sizes.labels / count:.2f}, header {sizes.header}; "
+        f"{stored} stored as PNG"
+    )
+    return row(f"{run.path.name}, {path.parent.name}", len(data), pixels, encoding, decoding)
+
+
+def row(name: str, size: int, pixels: Tensor, encoding: float, decoding: float) -> list[str]:
+    """A row of the table."""
+    return [name, f"{size / len(pixels):.1f}", f"{8 * size / pixels.numel():.4f}", f"{encoding:.1f}", f"{decoding:.1f}"]
+
+
+def saved(picture: np.ndarray, kind: str) -> bytes:
+    """A picture uint8 (H, W, C) in that format."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, kind, **_FORMATS[kind])
+    return buffer.getvalue()
+
+
+def opened(data: bytes, like: np.ndarray) -> np.ndarray:
+    """The picture again."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("L" if like.shape[-1] == 1 else "RGB")).reshape(like.shape)
+
+
+def of_format(kind: str, pixels: Tensor) -> list[list[str]]:
+    """Rows of the table: a file an image, and one mosaic."""
+    rows = []
+    count, height, width, channels = pixels.shape
+    columns = square_columns(count)
+    padded = np.pad(pixels.numpy(), ((0, -count % columns), (0, 0), (0, 0), (0, 0)))
+    mosaic = padded.reshape(-1, columns, height, width, channels).swapaxes(1, 2).reshape(-1, columns * width, channels)
+    for name, pictures in (("files", list(pixels.numpy())), ("mosaic", [mosaic])):
+        files, encoding = timed(lambda pictures=pictures: [saved(picture, kind) for picture in pictures])
+        again, decoding = timed(lambda files=files, pictures=pictures: [opened(*pair) for pair in zip(files, pictures, strict=True)])
+        assert all(np.array_equal(*pair) for pair in zip(again, pictures, strict=True))
+        rows.append(row(f"{kind}, {name}", sum(map(len, files)), pixels, encoding, decoding))
+    return rows
+
+
+def main() -> None:
+    """Print a table for each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="runs whose objective is a likelihood, with a prior; names or paths")
+    parser.add_argument("--images", type=int, default=1000, help="images, spread evenly; all, if there are fewer")
+    parser.add_argument("--split", help="the split they are of (default: validation)")
+    parser.add_argument("--prior", help="name of the prior in each run (default: the last finished)")
+    options = parser.parse_args()
+    if options.images < 1:
+        raise UserError(f"--images: expected at least 1, found {options.images}")
+    if importlib.util.find_spec("pillow_jxl") is None:
+        print("JPEG XL is left out: pip install -e '.[bench]'")
+        del _FORMATS["JXL"]
+    else:
+        importlib.import_module("pillow_jxl")
+    for run in map(RunDir.named, options.runs):
+        split = argparse.Namespace(images=None, split=options.split)
+        images = chosen_images(split, load_recipe(run.recipe).data, progress=True).spread(options.images)
+        rows = [ours(run, images, options.prior)]
+        for kind in _FORMATS:
+            rows += of_format(kind, images.pixels)
+        print("\n| | bytes an image | bits a dimension | encode s | decode s |\n| --- | --- | --- | --- | --- |")
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+
+
+if __name__ == "__main__":
+    run_entry(main)

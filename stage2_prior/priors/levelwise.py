@@ -1,0 +1,98 @@
+"""A prior a level, p(level 1 | label) p(level 2 | level 1, label) ..., of any kinds, trained together or one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from configs.parts import as_dict
+from configs.schema import PriorPart, prior_from, require
+from stage1_vqvae.quantizers.contract import Codes
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.contract import AutoregressivePrior, Logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelwisePart(PriorPart):
+    """A prior of its own for each level of codes, given the levels above (Razavi et al. 2019, section 3.2)."""
+
+    levels: list[dict[str, Any]] = field(default_factory=list)
+    """Each level's prior, coarse to fine, as `prior` would have it: {kind: pixelcnn, layers: 20}."""
+
+    @override
+    def resolved(self) -> LevelwisePart:
+        parts = [prior_from(level).resolved() for level in self.levels]
+        return LevelwisePart(dropout=self.dropout, conditional=self.conditional, levels=[as_dict(part) for part in parts])
+
+    @override
+    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> Levelwise:
+        require(len(self.levels) == len(layout.grids), "prior.levels", f"{len(layout.grids)} priors, one a level", len(self.levels))
+        parts = [build_level(prior_from(level), layout, number, num_classes, num_variants) for number, level in enumerate(self.levels)]
+        return Levelwise(layout, num_classes, num_variants, parts)
+
+
+def build_level(config: PriorPart, layout: SequenceLayout, level: int, num_classes: int, num_variants: int = 1) -> AutoregressivePrior:
+    """A prior with fresh weights of one level, from 0 on, given those above.
+
+    Errors: ValueError for a kind that cannot be given levels.
+    """
+    own = SequenceLayout([layout.grids[level]], [layout.num_codes[level]])
+    if level == 0:
+        return config.build(own, num_classes, num_variants)
+    require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)
+    return config.build(own, num_classes, num_variants, SequenceLayout(layout.grids[:level], layout.num_codes[:level]))
+
+
+@dataclass
+class LevelwiseCache:
+    """What sampling keeps: the codes so far, and the cache of the level it is in."""
+
+    codes: Tensor
+    """(B, T) int64."""
+    of_level: Any = None
+    position: int = 0
+    """The position whose logits come next."""
+
+
+class Levelwise(AutoregressivePrior):
+    """Priors of single levels as a prior of all of them."""
+
+    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int, parts: Sequence[AutoregressivePrior]) -> None:
+        """`parts`: of each level, coarse to fine, given those above; the rest as in the contract."""
+        super().__init__(layout, num_classes, num_variants)
+        self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
+
+    parts: Sequence[AutoregressivePrior]
+
+    @override
+    def begin_from(self, vectors: Sequence[Tensor]) -> None:
+        for part, of_level in zip(self.parts, vectors, strict=True):
+            part.begin_from([of_level])
+
+    @override
+    def remarks(self) -> list[str]:
+        return [f"level {number}: {remark}" for number, part in enumerate(self.parts, 1) for remark in part.remarks()]
+
+    @override
+    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
+        return tuple(part(codes[: level + 1], labels, variants)[0] for level, part in enumerate(self.parts))
+
+    @override
+    def new_cache(self, batch: int, above: Codes = ()) -> LevelwiseCache:
+        return LevelwiseCache(torch.zeros(batch, self.layout.length, dtype=torch.int64, device=self.device))
+
+    @override
+    def step(self, code: Tensor | None, labels: Tensor | None, cache: LevelwiseCache) -> Tensor:
+        if code is not None:
+            cache.codes[:, cache.position - 1] = code
+        level = self.layout.level_of(cache.position)
+        part = self.parts[level]
+        if cache.position == sum(self.layout.lengths[:level]):
+            cache.of_level, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
+        cache.position += 1
+        return part.step(code, labels, cache.of_level)

@@ -1,0 +1,154 @@
+"""A prior a level: what holds for every prior holds for them together, and together they are what they are apart."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.parts import part_from
+from configs.run_dir import read_json
+from configs.schema import Sampling
+from pipelines.sample import main as sample
+from stage1_vqvae.train import main as train_tokenizer
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.generate import generate, uniforms
+from stage2_prior.priors.levelwise import Levelwise
+from stage2_prior.priors.prior_file import load_prior
+from stage2_prior.train import main as train_prior
+from tests.conftest import Script
+from tests.stage2_prior.priors import test_priors as of_all
+from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
+
+KIND = "levelwise"
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+@layouts
+def test_each_position_depends_on_every_position_before_it_and_on_no_other(layout: SequenceLayout) -> None:
+    of_all.test_each_position_depends_on_every_position_before_it_and_on_no_other(KIND, layout)
+
+
+@layouts
+def test_cached_steps_give_the_logits_of_the_full_pass(layout: SequenceLayout) -> None:
+    of_all.test_cached_steps_give_the_logits_of_the_full_pass(KIND, layout, True)
+
+
+def test_probabilities_sum_to_one_over_all_codes() -> None:
+    of_all.test_probabilities_sum_to_one_over_all_codes(KIND, (3, 2))
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    of_all.test_gradient_checkpointing_changes_no_gradient(KIND, LAYOUTS["top and bottom"])
+
+
+def test_bits_of_the_levels_add_up_and_no_level_learns_from_another() -> None:
+    """The whole's log p of each level is its own prior's, and its gradient reaches that prior alone."""
+    layout = LAYOUTS["top and bottom"]
+    prior = build(KIND, layout).double()
+    assert isinstance(prior, Levelwise)
+    codes, labels = random_codes(layout, 4), torch.tensor([0, 1, 5, 2])
+    whole = prior.log_prob(codes, labels).split(layout.lengths, 1)
+    for level, part in enumerate(prior.parts):
+        assert torch.equal(part.log_prob(codes[: level + 1], labels), whole[level])
+        gradients = torch.autograd.grad(whole[level].sum(), list(prior.parameters()), allow_unused=True, retain_graph=True)
+        named = zip(prior.named_parameters(), gradients, strict=True)
+        names = [name for (name, _), gradient in named if gradient is not None and bool((gradient != 0).any())]
+        assert names
+        assert all(name.startswith(f"parts.{level}.") for name in names)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_sample_is_the_same_whatever_it_is_batched_with(guidance: float) -> None:
+    layout = LAYOUTS["top and bottom"]
+    prior = build(KIND, layout).double()
+    uniform, labels = uniforms(0, torch.arange(5), layout.length), torch.arange(5)
+    config = Sampling(guidance=guidance)
+    together = generate(prior, labels, uniform, config)
+    for row in range(5):
+        alone = generate(prior, labels[row : row + 1], uniform[row : row + 1], config)
+        assert all(torch.equal(level[row : row + 1], of_one) for level, of_one in zip(together, alone, strict=True))
+
+
+def test_as_many_priors_as_levels_are_wanted() -> None:
+    config = part_from("prior", {"kind": KIND, "levels": [{"kind": "pixelcnn"}]})
+    with pytest.raises(ValueError, match="expected 2 priors, one a level, found 1"):
+        config.build(LAYOUTS["top and bottom"], 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    """Two grids; no prior. Take copies."""
+    run = tmp_path_factory.mktemp("levels") / "run"
+    network = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *network, "--stage1.steps", "20"])
+    extract_codes(["--run", str(run)])
+    return run
+
+
+def test_levels_trained_apart_are_joined_once_all_are_there(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    """A transformer above, a PixelCNN with attention below; resumed bit for bit; then sampled as any other prior."""
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    below = ["--level", "2", "--prior.kind", "pixelcnn", "--prior.layers", "2", "--prior.width", "16", "--prior.attention_interval", "1"]
+    train_prior(["--run", str(run), *below])
+    assert "--level 1" in capsys.readouterr().out.splitlines()[-1]
+    assert not (run / "priors/levelwise/prior.safetensors").exists()
+    assert "finished prior" in one_line_error(sample, "--run", run, "--n", "2")
+    train_prior(["--run", str(run), "--level", "1"])
+    assert "all levels: " in capsys.readouterr().out
+
+    folder = run / "priors/levelwise"
+    whole, apart = (read_json(path / "likelihood.json") for path in (folder, folder / "level2"))
+    above = read_json(folder / "level1/likelihood.json")
+    assert whole["bits_per_image"]["prior"] == pytest.approx(sum(report["bits_per_image"]["prior"] for report in (above, apart)))
+    assert [level["validation"] for level in whole["levels"]] == pytest.approx([above["validation"], apart["validation"]])
+    sha256 = fingerprint(run / "tokenizer.safetensors")
+    prior, header = load_prior(folder / "prior.safetensors", sha256)
+    assert (header.config.kind, header.level) == ("levelwise", None)
+    part, own = load_prior(folder / "level2/prior.safetensors", sha256)
+    assert (own.config.kind, own.level) == ("pixelcnn", 1)
+    store = CodeStore(run / "codes/validation")
+    codes = store.codes(torch.arange(len(store)))
+    assert torch.equal(prior.log_prob(codes, store.labels)[:, 6:], part.log_prob(codes, store.labels))
+
+    sample(["--run", str(run), "--n", "3"])
+    assert read_json(run / "samples/000/samples.json")["prior"] == "levelwise"
+    assert "--name levelwise" in one_line_error(train_prior, "--run", run, "--name", "levelwise")
+
+    # Killed after a checkpoint, the second level goes on to the same weights, with the recipe that it had.
+    before = (folder / "level2/prior.safetensors").read_bytes()
+    (folder / "level2/prior.safetensors").unlink()
+    max((folder / "level2/checkpoints").iterdir()).unlink()
+    train_prior(["--run", str(run), "--level", "2", "--resume"])
+    assert (folder / "level2/prior.safetensors").read_bytes() == before
+
+
+def test_levels_there_are_not(run: Path, one_line_error: Callable[..., str]) -> None:
+    for level in ("0", "3"):
+        assert "expected 1 to 2" in one_line_error(train_prior, "--run", run, "--level", level)
+    assert not (run / "priors").exists()
+
+
+def test_a_level_at_two_processes_is_what_it_is_at_one(run: Path, tmp_path: Path, script: Script) -> None:
+    """A first step, the level above given."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        settings = ["--level", "2", "--name", f"p{processes}", "--stage2.steps", "1", "--prior.dropout", "0"]
+        done = script(
+            "tests/launched/ranks_dump.py", tmp_path / str(processes), "stage2_prior.train", "--run", copy, *settings, processes=processes
+        )
+        assert done.returncode == 0, done.stderr
+    one, first, second = (torch.load(tmp_path / name) for name in ("1/0/1-of-rank-0.pt", "2/0/1-of-rank-0.pt", "2/0/1-of-rank-1.pt"))
+    assert any(name.startswith("above.") for name in one)
+    for name in one:
+        assert torch.allclose(one[name], first[name], atol=1e-5), name
+        assert torch.equal(first[name], second[name]), name
