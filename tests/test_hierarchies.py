@@ -117,7 +117,8 @@ def test_bits_of_both_grids_add_up_in_heat_maps_and_reports(
     bound = read_json(max((run / "evaluations").iterdir()) / "evaluation.json")["bound"]["bits_per_dimension"]
     assert bound["uniform"]["mean"] - bound["pixels"]["mean"] == pytest.approx((6 + 24) * 4 / 288)
     report(["--run", str(run)])
-    assert Image.open(run / "stage1" / "grids.png").height > 3 * 8  # the originals, one grid, two
+    with Image.open(run / "stage1" / "grids.png") as picture:
+        assert picture.height > 3 * 8  # the originals, one grid, two
     assert "what the coarsest grid of codes holds" in (run / "report.html").read_text()
     summary(["--run", str(run)])
     assert "2x3 of 16 + 4x6 of 16" in capsys.readouterr().out

@@ -75,10 +75,8 @@ class LogisticMixture(PixelLikelihood):
         each = output.shape[2]
         channels = next(c for c in range(1, each) if 1 + 2 * c + c * (c - 1) // 2 == each)
         logits, means, log_scales, coefficients = output.split((1, channels, channels, each - 1 - 2 * channels), 2)
-        # Training begins with the components side by side.
-        apart = torch.linspace(-1, 1, self.components + 2, dtype=output.dtype, device=output.device)[1:-1]
         log_scales = (log_scales + _FIRST_LOG_SCALE).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
-        return logits[:, :, 0], means + apart[:, None, None, None], log_scales, coefficients.tanh()
+        return logits[:, :, 0], means, log_scales, coefficients.tanh()
 
     @staticmethod
     def _mean(means: Tensor, coefficients: Tensor, channel: int, before: Tensor) -> Tensor:

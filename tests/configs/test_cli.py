@@ -209,7 +209,7 @@ prior: {kind: PRIOR, preset: S, layers: 2, width: 16, heads: 2, kernel_size: 3, 
 
 
 @pytest.mark.parametrize("quantizer", FAMILIES["tokenizer.quantizer"])
-@pytest.mark.parametrize("prior", FAMILIES["prior"])
+@pytest.mark.parametrize("prior", ["transformer", "pixelcnn"])
 def test_recipes_of_the_former_format_load(quantizer: str, prior: str, tmp_path: Path) -> None:
     """As every run of then holds one, with all fields of all kinds written out."""
     old = OLD.replace("QUANTIZER", quantizer).replace("PRIOR", prior).replace("ENTROPY", "0.1" if quantizer == "lfq" else "0.0")
