@@ -28,7 +28,6 @@ from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.codes.store import CodeStore, read_manifest
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
-from tests.conftest import Script
 
 # 8 x 12 pixels: grids of 2 x 3 and 4 x 6.
 HIERARCHY = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
@@ -137,22 +136,6 @@ def test_resumed_it_ends_bit_for_bit_the_same(tiny_recipe: Path, tmp_path: Path)
     max((stopped / "stage1" / "checkpoints").iterdir()).unlink()
     train_tokenizer([*settings, "--run", str(stopped), "--resume"])
     assert (stopped / "tokenizer.safetensors").read_bytes() == (whole / "tokenizer.safetensors").read_bytes()
-
-
-def test_a_step_at_two_processes_is_the_step_of_one(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
-    """K-means of each grid given the grids above, sums, gradients; after twelve steps with restarts, equal ranks."""
-    for processes, steps in ((1, 1), (2, 12)):
-        (tmp_path / str(processes)).mkdir()
-        arguments = ["--config", tiny_recipe, "--run", tmp_path / f"run-{processes}", *HIERARCHY, "--stage1.steps", steps]
-        arguments += ["--stage1.checkpoint_interval", 1, "--stage1.clip_norm", 0, "--tokenizer.quantizer.restart_below", 0.5]
-        done = script("tests/launched/ranks_dump.py", tmp_path / str(processes), "stage1_vqvae.train", *arguments, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / name / "0" / "1-of-rank-0.pt") for name in ("1", "2"))
-    assert any("parts.1" in name for name in one)
-    for name in one:
-        assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
-    first, second = (torch.load(tmp_path / "2" / "0" / f"12-of-rank-{rank}.pt") for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_images_that_the_coarsest_grid_does_not_divide_are_refused(tiny_recipe: Path, one_line_error: Callable[..., str]) -> None:

@@ -28,23 +28,32 @@ def paths(run: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def two_process_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, script: Script) -> Path:
-    """All three training and extraction commands at two processes."""
+def trained_by_two(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, script: Script) -> tuple[Path, str]:
+    """A run by all three training and extraction commands at two processes, beside it the first stage of one with a budget; and what they
+    printed.
+    """
     run = tmp_path_factory.mktemp("two") / "run"
-    commands = (("stage1_vqvae/train.py", "--config", tiny_recipe), ("stage2_prior/extract_codes.py",), ("stage2_prior/train.py",))
-    for command, *arguments in commands:
-        done = script(command, *arguments, "--run", run, processes=2)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("next: ") == 1  # one process speaks
-    return run
-
-
-def test_processes_agree_on_the_steps_of_a_budget(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
-    """They would wait for each other for ever, if one took more steps."""
-    done = script("stage1_vqvae/train.py", "--config", tiny_recipe, "--run", tmp_path, "--stage1.minutes", "0.02", processes=2)
+    begun = ["stage1_vqvae.train", "--config", tiny_recipe, "--run", run]
+    codes, prior = (["stage2_prior.extract_codes", "--run", run], ["stage2_prior.train", "--run", run])
+    budget = ["stage1_vqvae.train", "--config", tiny_recipe, "--run", run.with_name("budget"), "--stage1.minutes", "0.02"]
+    words = [*begun, NEXT, *codes, NEXT, *prior, NEXT, *budget]
+    done = script("tests/launched/commands.py", *words, processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("steps in 0.02 minutes") == 1
-    assert read_json(tmp_path / "stage1/report.json")["steps"] == load_recipe(tmp_path / "recipe.yaml").stage1.steps
+    assert done.stdout.count("next: ") == 4  # one process speaks
+    return run, done.stdout
+
+
+@pytest.fixture(scope="module")
+def two_process_run(trained_by_two: tuple[Path, str]) -> Path:
+    return trained_by_two[0]
+
+
+def test_processes_agree_on_the_steps_of_a_budget(trained_by_two: tuple[Path, str]) -> None:
+    """They would wait for each other for ever, if one took more steps."""
+    run, printed = trained_by_two
+    assert printed.count("steps in 0.02 minutes") == 1
+    budget = run.with_name("budget")
+    assert read_json(budget / "stage1/report.json")["steps"] == load_recipe(budget / "recipe.yaml").stage1.steps
 
 
 def test_two_processes_leave_the_same_files_as_one(two_process_run: Path, finished_run: Path) -> None:
@@ -107,6 +116,8 @@ def test_completions_are_those_of_one_process(run_copy: Path, used_by_two: tuple
 
 
 def test_the_same_samples_are_judged(run_copy: Path, used_by_two: tuple[Path, str]) -> None:
+    # Seconds go into training the network whose features images are compared by.
+    shutil.copy(used_by_two[0] / "classifier.safetensors", run_copy)
     evaluate(["--run", str(run_copy), *EVALUATION])
     one, two = (read_json(run / "evaluations" / "000" / "evaluation.json") for run in (run_copy, used_by_two[0]))
     assert one["distances"]["samples"]["frechet"] == pytest.approx(two["distances"]["samples"]["frechet"], rel=1e-4)

@@ -22,7 +22,6 @@ from stage2_prior.generate import generate, uniforms
 from stage2_prior.priors.levelwise import Levelwise
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main as train_prior
-from tests.conftest import Script
 from tests.stage2_prior.priors import test_priors as of_all
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
 
@@ -135,20 +134,3 @@ def test_levels_there_are_not(run: Path, one_line_error: Callable[..., str]) -> 
     for level in ("0", "3"):
         assert "expected 1 to 2" in one_line_error(train_prior, "--run", run, "--level", level)
     assert not (run / "priors").exists()
-
-
-def test_a_level_at_two_processes_is_what_it_is_at_one(run: Path, tmp_path: Path, script: Script) -> None:
-    """A first step, the level above given."""
-    copy = shutil.copytree(run, tmp_path / "run")
-    for processes in (1, 2):
-        (tmp_path / str(processes)).mkdir()
-        settings = ["--level", "2", "--name", f"p{processes}", "--stage2.steps", "1", "--prior.dropout", "0"]
-        done = script(
-            "tests/launched/ranks_dump.py", tmp_path / str(processes), "stage2_prior.train", "--run", copy, *settings, processes=processes
-        )
-        assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(tmp_path / name) for name in ("1/0/1-of-rank-0.pt", "2/0/1-of-rank-0.pt", "2/0/1-of-rank-1.pt"))
-    assert any(name.startswith("above.") for name in one)
-    for name in one:
-        assert torch.allclose(one[name], first[name], atol=1e-5), name
-        assert torch.equal(first[name], second[name]), name
