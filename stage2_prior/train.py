@@ -320,7 +320,7 @@ def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: Code
         added = {key: sum(report[key] for report in reports) for key in ("steps", "minutes", "parameters")}
         known = all(header.knows_no_label for header in headers)
         header = PriorHeader.of(config, training.manifest, known, added["steps"], likelihood["validation"])
-        write_json(whole / "report.json", {**added, "best_step": [report["best_step"] for report in reports]})
+        write_json(whole / "report.json", {**added, "best_step": None})
         write_report(whole, whole.name, likelihood)
         save_prior(whole / "prior.safetensors", weights, header)
         print(f"all levels: {likelihood['validation']:.3f} bits a token; wrote {run.show(whole / 'prior.safetensors')}")

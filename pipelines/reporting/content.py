@@ -12,12 +12,12 @@ import yaml
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, read_json, typed
-from configs.schema import Recipe, Sampling
+from configs.schema import Recipe, Sampling, prior_from
 from pipelines.images.provenance import identity, outputs, seen
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import Manifest, read_manifest
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import UNIFORM, read_prior_header
 
 _MEASURE_PRIOR = typed("stage2_prior/report.py")
 
@@ -286,12 +286,14 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
     """Curves, likelihood and heat maps of a prior."""
     folder = run.prior(name)
     report, measured = (read_json(folder / file) for file in ("report.json", "likelihood.json"))
-    config = load_recipe(folder / "recipe.yaml" if (folder / "recipe.yaml").exists() else run.recipe).prior.resolved()
+    config = prior_from(read_prior_header(folder / "prior.safetensors")["config"])
     fields = ", ".join(f"{name} {value}" for name, value in as_dict(config).items() if name != "kind")
     description = (
         f"{config.kind} ({fields}), {report['parameters'] / 1e6:.1f} M parameters; "
-        f"{report['steps']:,} steps in {report['minutes']:.1f} minutes, best at step {report['best_step']:,}"
+        f"{report['steps']:,} steps in {report['minutes']:.1f} minutes"
     )
+    if report["best_step"] is not None:  # of levels trained apart, each has its own
+        description += f", best at step {report['best_step']:,}"
     saved, images = measured["saved_percent"], measured["images"]
     rows = [
         ["uniform (log2 K)", f"{measured['uniform']:.3f}", f"{saved['uniform']:.1f} %"],

@@ -12,6 +12,7 @@ import torch
 from configs.parts import part_from
 from configs.run_dir import read_json
 from configs.schema import Sampling
+from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
@@ -120,6 +121,8 @@ def test_levels_trained_apart_are_joined_once_all_are_there(
 
     sample(["--run", str(run), "--n", "3"])
     assert read_json(run / "samples/000/samples.json")["prior"] == "levelwise"
+    report(["--run", str(run)])
+    assert "levelwise" in (run / "report.html").read_text()
     assert "--name levelwise" in one_line_error(train_prior, "--run", run, "--name", "levelwise")
 
     # Killed after a checkpoint, the second level goes on to the same weights, with the recipe that it had.
