@@ -27,8 +27,10 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.progress import progress_bar
 
-MARGIN = 2e-13
-"""How near a probability may lie to a rounding boundary: a hundred times what batch size and threads were found to change."""
+MARGIN = 1e-12
+"""How near a probability may lie to a rounding boundary: ninety times what batch size and threads were found to change
+(docs/likelihoods.md).
+"""
 
 _STEPS = 2**20  # of a probability
 _OFFSETS = 2**16  # of its rounding, in one step
