@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     labels = known_labels_for(options.label, images, header)
 
     codes, reconstructions = encode_and_decode(tokenizer, images.pixels, options.batch_size, progress=True)
-    exact = copy.deepcopy(tokenizer).double()
-    lossless, bound, coded = None, None, torch.ones(len(images.pixels), dtype=torch.bool)
+    exact, lossless, bound, coded = None, None, None, torch.ones(len(images.pixels), dtype=torch.bool)
     if options.lossless:
+        exact = copy.deepcopy(tokenizer).double()
         bound = surprisals(prior, codes, labels, "bits of codes", progress=True).sum(1)
         bound += pixel_bits(exact, codes, images.pixels, progress=True)
         stored = smaller_as_png(images.pixels, bound)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     data, sizes = pack(content)
     verify(data, content, prior, codes)
-    if lossless is not None:
+    if exact is not None:
         verify_pixels(data, exact, codes, images.pixels)
 
     with run.numbered("compressed", output is None) as folder:
