@@ -88,7 +88,10 @@ class QuantizerPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkPart(Part):
-    """Encoder and decoder. `build(image_channels, code_dim, output_channels)` makes both."""
+    """Encoder and decoder. `build(image_channels, code_dim, output_channels)` makes both. An encoder of several grids is called with a
+    function besides, to which it hands each grid's latents, coarse to fine, and which gives back their codes' vectors; its decoder takes
+    the vectors of all grids.
+    """
 
     @property
     @abstractmethod

@@ -41,8 +41,10 @@ from stage2_prior.priors.contract import AutoregressivePrior
 MARGIN = 1e-11
 """How near a logit may lie to a rounding boundary."""
 
+OFFSETS = 2**16
+"""How many offsets of a rounding there are to choose from, in one step of it."""
+
 _STEPS = 2**10  # of a logit, in one nat
-_OFFSETS = 2**16  # of a rounding, in one step
 _WEIGHT_BITS = 32
 # From here on float64 logits are too coarse for the margin.
 _LARGEST_LOGIT = 2.0**14
@@ -141,10 +143,10 @@ def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_o
                     try:
                         of_batch[:, position] = torch.from_numpy(decoder.decode(family, weights(logits, offset)))
                     except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
-                        raise _out_of_step() from None
+                        raise out_of_step("codes") from None
             bar.update(len(of_batch))
     if _crc(sequences) != coded.codes_crc or not decoder.maybe_exhausted():
-        raise _out_of_step()
+        raise out_of_step("codes")
     return layout.grids_of(sequences)
 
 
@@ -191,21 +193,21 @@ def clearest(numbers: Iterable[Tensor]) -> tuple[int, float]:
 
     A number is dangerous to the one offset that brings it nearest to a whole one: a single pass finds all offsets' distances.
     """
-    nearest = torch.full((_OFFSETS,), 0.5, dtype=torch.float64)  # in 2^-16; a number further away is nearer to another offset
+    nearest = torch.full((OFFSETS,), 0.5, dtype=torch.float64)  # in 2^-16; a number further away is nearer to another offset
     empty = True
     for x in numbers:
         empty = False
         # What an offset would have to add to get there, modulo 1.
-        missing = -x.flatten().remainder(1) * _OFFSETS
+        missing = -x.flatten().remainder(1) * OFFSETS
         offset = missing.round()
-        nearest.scatter_reduce_(0, offset.long().remainder(_OFFSETS), (missing - offset).abs(), "amin")
+        nearest.scatter_reduce_(0, offset.long().remainder(OFFSETS), (missing - offset).abs(), "amin")
     best = int(nearest.argmax())
-    return (0, math.inf) if empty else (best, float(nearest[best]) / _OFFSETS)
+    return (0, math.inf) if empty else (best, float(nearest[best]) / OFFSETS)
 
 
 def weights(logits: Tensor, offset: int) -> np.ndarray:
     """Logits (B, K) to what the coder takes for probabilities: integers as float64 (B, K), the largest of a row 2^32."""
-    steps = (logits * _STEPS + (offset / _OFFSETS + 0.5)).floor().long()
+    steps = (logits * _STEPS + (offset / OFFSETS + 0.5)).floor().long()
     below = steps.amax(1, keepdim=True) - steps
     table = _table()
     return table[below.clamp(max=len(table) - 1).numpy()]
@@ -224,8 +226,9 @@ def _crc(sequences: Tensor) -> int:
     return zlib.crc32(sequences.numpy().astype("<i8").tobytes())
 
 
-def _out_of_step() -> UserError:
+def out_of_step(what: str) -> UserError:
+    """What is said of a decoder that did not arrive at the encoder's codes or pixels."""
     return UserError(
-        "decoding: expected the codes that were encoded, found others: this machine's arithmetic is not the one that encoded them, or "
+        f"decoding: expected the {what} that were encoded, found others: this machine's arithmetic is not the one that encoded them, or "
         "the payload is another's"
     )

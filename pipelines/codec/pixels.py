@@ -21,7 +21,7 @@ from constriction import stream
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.codec.coder import clearest
+from pipelines.codec.coder import OFFSETS, clearest, out_of_step
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
@@ -33,7 +33,6 @@ MARGIN = 1e-12
 """
 
 _STEPS = 2**20  # of a probability
-_OFFSETS = 2**16  # of its rounding, in one step
 # Probabilities of a batch's channel: 128 MiB.
 _PROBABILITIES_AT_ONCE = 2**24
 # Channels of pixels that share an offset: fewer would store more offsets, more leave none that keeps clear of all of them.
@@ -108,12 +107,12 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
                     try:
                         symbols[stretch] = torch.from_numpy(decoder.decode(family, weights))
                     except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
-                        raise _out_of_step() from None
+                        raise out_of_step("pixels") from None
                 values[:, channel] = symbols.view(-1, height, width)
             pixels[part] = likelihood.pixels(values)
             bar.update(len(values))
     if _crc(pixels) != coded.crc or not decoder.maybe_exhausted():
-        raise _out_of_step()
+        raise out_of_step("pixels")
     return pixels
 
 
@@ -149,15 +148,8 @@ def _channels(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_on
 
 def _weights(scaled: Tensor, offset: int) -> np.ndarray:
     """Probabilities (N, V) in steps to what the coder takes for them: whole numbers from 1 on, as float64."""
-    return (scaled + offset / _OFFSETS).floor().add_(1).numpy()
+    return (scaled + offset / OFFSETS).floor().add_(1).numpy()
 
 
 def _crc(pixels: Tensor) -> int:
     return zlib.crc32(pixels.contiguous().numpy().tobytes())
-
-
-def _out_of_step() -> UserError:
-    return UserError(
-        "decoding: expected the pixels that were encoded, found others: this machine's arithmetic is not the one that encoded them, or "
-        "the payload is another's"
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,6 @@ def test_pixels_are_drawn_or_are_the_mean(exact: VQVAE, validation: torch.Tensor
 def load_codes(tokenizer: VQVAE, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
         return tokenizer.encode(to_model(pixels).double())
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def test_pixels_come_back_whatever_is_decoded_at_once_and_by_how_many_threads(exact: VQVAE, validation: torch.Tensor, threads: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -23,14 +22,6 @@ _LONELY = SequenceLayout([(1, 2), (2, 2), (1, 3)], [1, 6, 300])
 
 def prior_of(kind: str, layout: SequenceLayout) -> AutoregressivePrior:
     return build(kind, layout).double()
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS.values(), _LONELY], ids=[*LAYOUTS, "a level of one code"])
