@@ -26,8 +26,6 @@ from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
 from configs.run_dir import RunDir, runs_folder, typed
 from configs.schema import Recipe
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 RECIPES = Path(__file__).resolve().parent
 DEFAULT_RECIPE = RECIPES / "digits.yaml"
 TRAIN_TOKENIZER = typed("stage1_vqvae/train.py", launched=True)
@@ -240,6 +238,8 @@ def parse(
     for family in families:
         where.add_argument(f"--{family}.kind", dest=family)
     help_wanted = "--help" in argv or "-h" in argv
+    # The fields' docstrings are their help. Finding them takes longer than all else here, so nobody else waits for it.
+    set_parsing_settings(docstring_parse_attribute_docstrings=help_wanted)
     try:
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
         run, base, begun = _locate(known, starts_run, help_wanted, begun_in)
