@@ -26,13 +26,11 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, load_recipe
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir
-from pipelines.codec.code_file import CodeFile, Lossless, pack, run_fingerprint, with_stored
-from pipelines.codec.coder import batch_images, decode, encode
-from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
-from pipelines.compress import smaller_as_png
-from pipelines.images.bound import pixel_bits
-from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
-from pipelines.images.scoring import surprisals
+from pipelines.codec.code_file import pack, run_fingerprint, with_stored
+from pipelines.codec.coder import decode
+from pipelines.codec.image_coder import encode_images
+from pipelines.codec.pixels import decode_pixels
+from pipelines.images.inputs import Images, chosen_images, labels_for
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import square_columns
 from stage1_vqvae.training.weights_file import fingerprint
@@ -55,37 +53,26 @@ def timed(made: Callable[[], Any]) -> tuple[Any, float]:
 def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     """A row of the table: our file, its parts, the bound."""
     tokenizer = load_tokenizer(run)
-    exact = copy.deepcopy(tokenizer).double()
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
     prior, header = load_prior(path, fingerprint(run.tokenizer))
     prior.double()
-    pixels, labels = images.pixels, labels_for(None, images, header)
-
-    def made() -> tuple[CodeFile, Tensor]:
-        codes, _ = encode_and_decode(tokenizer, pixels, _BATCH)
-        bound = surprisals(prior, codes, labels, "bits").sum(1) + pixel_bits(exact, codes, pixels)
-        stored = smaller_as_png(pixels, bound)
-        coded = torch.tensor([number not in stored for number in range(len(pixels))])
-        codes, told = tuple(level[coded] for level in codes), None if labels is None else labels[coded]
-        of_pixels, _ = encode_pixels(exact, codes, pixels[coded], batch_of_pixels(exact, _BATCH), progress=True)
-        of_codes = encode(prior, codes, told, batch_images(prior.layout, _BATCH)).coded
-        height, width, channels = pixels.shape[1:]
-        fingerprints = run_fingerprint(run.tokenizer, path)
-        content = CodeFile(fingerprints, path.parent.name, (height, width, channels), of_codes, told, None, Lossless(of_pixels, stored))
-        return content, bound
+    pixels, labels, made_by = images.pixels, labels_for(None, images, header), (run_fingerprint(run.tokenizer, path), path.parent.name)
 
     def again() -> Tensor:
         assert content.lossless is not None
         codes = decode(prior, content.coded, content.labels)
-        return with_stored(decode_pixels(exact, codes, content.lossless.pixels, progress=True), content.lossless.stored)
+        found = decode_pixels(copy.deepcopy(tokenizer).double(), codes, content.lossless.pixels, progress=True)
+        return with_stored(found, content.lossless.stored)
 
-    (content, bound), encoding = timed(made)
+    encoded, encoding = timed(lambda: encode_images(tokenizer, prior, pixels, labels, None, made_by, _BATCH, lossless=True, progress=True))
+    content = encoded.content
     decoded, decoding = timed(again)
     assert torch.equal(decoded, pixels)
     data, sizes = pack(content)
-    count, stored = len(pixels), 0 if content.lossless is None else len(content.lossless.stored)
+    count, stored = len(pixels), len(pixels) - len(encoded.bound)
     print(
-        f"{run.path.name}: bound {float(bound.mean()) / 8:.1f} bytes an image, {float(bound.sum()) / pixels.numel():.4f} bits a dimension; "
+        f"{run.path.name}: bound of those coded {float(encoded.bound.mean()) / 8:.1f} bytes an image, "
+        f"{float(encoded.bound.sum()) / (count - stored) / pixels[0].numel():.4f} bits a dimension; "
         f"codes {sizes.payload / count:.1f}, pixels {sizes.pixels / count:.1f}, labels {sizes.labels / count:.2f}, header {sizes.header}; "
         f"{stored} stored as PNG"
     )

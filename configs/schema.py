@@ -106,7 +106,7 @@ class NetworkPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivePart(Part):
-    """What a reconstruction is judged by in training. `build()` makes the objective."""
+    """What a reconstruction is judged by in training. `build(image_shape)` makes the objective of images of (channels, height, width)."""
 
 
 @dataclass(frozen=True, kw_only=True)

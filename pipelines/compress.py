@@ -27,15 +27,13 @@ from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
 from configs.schema import Data
-from pipelines.codec.code_file import SUFFIX, CodeFile, Lossless, Sizes, pack, run_fingerprint, unpack, with_stored
-from pipelines.codec.coder import Encoding, batch_images, decode, encode
-from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
-from pipelines.images.bound import pixel_bits
-from pipelines.images.inputs import Images, chosen_images, encode_and_decode, image_options, known_labels_for, unique_names
-from pipelines.images.scoring import surprisals
+from pipelines.codec.code_file import SUFFIX, Sizes, pack, run_fingerprint, unpack, with_stored
+from pipelines.codec.coder import decode
+from pipelines.codec.image_coder import EncodedImages, encode_images
+from pipelines.codec.pixels import decode_pixels
+from pipelines.images.inputs import Images, chosen_images, image_options, known_labels_for, unique_names
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage1_vqvae.model import VQVAE, load_tokenizer
-from stage1_vqvae.plots import png
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import fingerprint
@@ -68,43 +66,23 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.likelihood().check(images.pixels)
     labels = known_labels_for(options.label, images, header)
 
-    codes, reconstructions = encode_and_decode(tokenizer, images.pixels, options.batch_size, progress=True)
-    exact, lossless, bound, coded = None, None, None, torch.ones(len(images.pixels), dtype=torch.bool)
-    if options.lossless:
-        exact = copy.deepcopy(tokenizer).double()
-        bound = surprisals(prior, codes, labels, "bits of codes", progress=True).sum(1)
-        bound += pixel_bits(exact, codes, images.pixels, progress=True)
-        stored = smaller_as_png(images.pixels, bound)
-        coded[list(stored)] = False
-        codes, labels = tuple(level[coded] for level in codes), None if labels is None else labels[coded]
-        batch = batch_of_pixels(exact, options.batch_size)
-        pixels, _ = encode_pixels(exact, codes, images.pixels[coded], batch, progress=True)
-        lossless = Lossless(pixels, stored)
-    encoding = encode(prior, codes, labels, batch_images(prior.layout, options.batch_size), progress=True)
-    height, width, channels = images.pixels.shape[1:]
-    content = CodeFile(
-        fingerprint=run_fingerprint(run.tokenizer, path),
-        prior=path.parent.name,
-        image_shape=(height, width, channels),
-        coded=encoding.coded,
-        labels=labels,
-        # Rows of a split are known by their number.
-        names=None if images.below is None else unique_names(images.below),
-        lossless=lossless,
-    )
-    data, sizes = pack(content)
-    verify(data, content, prior, codes)
-    if exact is not None:
-        verify_pixels(data, exact, codes, images.pixels)
+    # Rows of a split are known by their number.
+    names = None if images.below is None else unique_names(images.below)
+    made_by = run_fingerprint(run.tokenizer, path), path.parent.name
+    pixels, size, lossless = images.pixels, options.batch_size, options.lossless
+    encoded = encode_images(tokenizer, prior, pixels, labels, names, made_by, size, lossless, progress=True)
+    data, sizes = pack(encoded.content)
+    verify(data, encoded, prior)
+    if lossless:
+        verify_pixels(data, encoded.codes, tokenizer, pixels)
 
     with run.numbered("compressed", output is None) as folder:
         output = output or (folder or run.path) / f"images{SUFFIX}"
         write_bytes(output, data)
-        run.record(program(), command.arguments, {"file": str(output), "prior": content.prior, "batch_size": encoding.coded.batch})
-    if lossless is None or bound is None:
-        report(command, output, encoding, sizes, images.pixels, reconstructions)
-    else:
-        report_lossless(command, output, sizes, images.pixels, bound[coded], len(lossless.stored))
+        run.record(
+            program(), command.arguments, {"file": str(output), "prior": path.parent.name, "batch_size": encoded.content.coded.batch}
+        )
+    (report_lossless if lossless else report)(command, output, sizes, pixels, encoded)
     print(f"next: {command.next(typed('pipelines/decompress.py') + f' --file {shlex.quote(run.show(output))}')}")
     accelerator.end_training()
 
@@ -137,20 +115,14 @@ def check_exact(images: Images, data: Data) -> None:
                 raise UserError(f"--lossless {path}: {wanted}, found {found.width} x {found.height} in {found.mode}")
 
 
-def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
-    """Which images, uint8 (N, H, W, C), take fewer bytes as optimised PNG than those bits (N,), and their PNGs."""
-    pngs = [png(picture, optimize=True) for picture in pixels]
-    return {number: found for number, (found, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(found) <= cost}
-
-
-def verify(data: bytes, content: CodeFile, prior: AutoregressivePrior, codes: Codes) -> None:
+def verify(data: bytes, encoded: EncodedImages, prior: AutoregressivePrior) -> None:
     """Read and decode the file's bytes, in smaller steps than they were encoded in, so that not all arithmetic is the same.
 
     Errors: UserError if anything differs.
     """
-    found = unpack(data, "the new file")
+    found, content = unpack(data, "the new file"), encoded.content
     again = decode(prior, found.coded, found.labels, at_once=-(-found.coded.batch // 2), progress=True)
-    same = all(torch.equal(*level) for level in zip(again, codes, strict=True))
+    same = all(torch.equal(*level) for level in zip(again, encoded.codes, strict=True))
     labels_same = (found.labels is None) == (content.labels is None)
     if found.labels is not None and content.labels is not None:
         labels_same = torch.equal(found.labels, content.labels)
@@ -158,19 +130,19 @@ def verify(data: bytes, content: CodeFile, prior: AutoregressivePrior, codes: Co
         raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
 
 
-def verify_pixels(data: bytes, tokenizer: VQVAE, codes: Codes, pixels: Tensor) -> None:
+def verify_pixels(data: bytes, codes: Codes, tokenizer: VQVAE, pixels: Tensor) -> None:
     """`verify` for the pixels of a lossless file. Errors: UserError if one differs."""
-    found = unpack(data, "the new file").lossless
+    found, exact = unpack(data, "the new file").lossless, copy.deepcopy(tokenizer).double()
     assert found is not None
-    again = decode_pixels(tokenizer, codes, found.pixels, at_once=-(-found.pixels.batch // 2), progress=True)
+    again = decode_pixels(exact, codes, found.pixels, at_once=-(-found.pixels.batch // 2), progress=True)
     if not torch.equal(with_stored(again, found.stored), pixels):
         raise UserError("expected the new file to decode to the images, found something else; nothing was written")
 
 
-def report(command: Command, output: Path, encoding: Encoding, sizes: Sizes, pixels: Tensor, reconstructions: Tensor) -> None:
+def report(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded: EncodedImages) -> None:
     """Print the file's size, what its parts take and how good the images are."""
-    images, raw, whole = len(pixels), pixels.numel(), sum(sizes)
-    quality = f"PSNR {psnr(float(squared_errors(reconstructions, pixels).mean())):.2f} dB"
+    images, raw, whole, encoding = len(pixels), pixels.numel(), sum(sizes), encoded.encoding
+    quality = f"PSNR {psnr(float(squared_errors(encoded.reconstructions, pixels).mean())):.2f} dB"
     print(f"wrote {images} images to {command.run.show(output)}: {whole} bytes, {raw / whole:.1f} : 1 of raw pixels, {quality}")
     print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, payload {sizes.payload}")
     ratio = f"{raw / max(1, sizes.payload):.1f} : 1"
@@ -180,15 +152,15 @@ def report(command: Command, output: Path, encoding: Encoding, sizes: Sizes, pix
     print(f"the prior's own -log2 p: {own:.1f} bytes{above}; logits kept {encoding.clearance:.1g} clear of rounding boundaries")
 
 
-def report_lossless(command: Command, output: Path, sizes: Sizes, pixels: Tensor, bound: Tensor, stored: int) -> None:
-    """Print a lossless file's size, what its parts take, and how near it comes to the bits (N,) of the images that are coded."""
-    images, raw, whole = len(pixels), pixels.numel(), sum(sizes)
+def report_lossless(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded: EncodedImages) -> None:
+    """Print a lossless file's size, what its parts take, and how near it comes to the bound of the images that are coded."""
+    images, raw, whole, coded = len(pixels), pixels.numel(), sum(sizes), len(encoded.bound)
     print(f"wrote {images} images to {command.run.show(output)}, lossless: {whole} bytes, {raw / whole:.2f} : 1 of raw pixels")
     print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, codes {sizes.payload}, pixels {sizes.pixels}")
-    print(f"{8 * whole / raw:.4f} bits a dimension, {whole / images:.1f} bytes an image; {stored} of them stored as PNG")
-    if len(bound):
-        own = float(bound.sum())
-        print(f"the bound of the {len(bound)} coded ones: {own / 8:.1f} bytes, {own * images / (raw * len(bound)):.4f} bits a dimension")
+    print(f"{8 * whole / raw:.4f} bits a dimension, {whole / images:.1f} bytes an image; {images - coded} of them stored as PNG")
+    if coded:
+        own = float(encoded.bound.sum())
+        print(f"the bound of the {coded} coded ones: {own / 8:.1f} bytes, {own * images / (raw * coded):.4f} bits a dimension")
 
 
 if __name__ == "__main__":

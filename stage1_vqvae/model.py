@@ -29,7 +29,7 @@ class TokenizerOutput(NamedTuple):
     """(B, C, H, W) in [-1, 1] for a perfect decoder; not clipped."""
     codes: Codes
     losses: dict[str, Tensor]
-    """Scalars to add up: `reconstruction` and the quantizer's own."""
+    """Scalars to add up: the objective's, `reconstruction` among them, and the quantizer's."""
     statistics: Statistics
     """The quantizer's, to be summed and given to its `update_`."""
     latents: tuple[Tensor, ...]
@@ -47,8 +47,8 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.image_shape = (channels, height, width)
-        self.objective: Objective = config.objective.build()
-        self.encoder, self.decoder = config.network.build(channels, config.code_dim, self.objective.output_channels(channels))
+        self.objective: Objective = config.objective.build(self.image_shape)
+        self.encoder, self.decoder = config.network.build(channels, config.code_dim, self.objective.output_channels)
         parts: list[Quantizer] = [config.quantizer.build(config.code_dim) for _ in config.network.downsamplings]
         self.quantizer: Levels = parts[0] if len(parts) == 1 else GridQuantizers(parts)
 
@@ -69,7 +69,7 @@ class VQVAE(nn.Module):
         found = [quantized for _, quantized in self._quantized(images)]
         output = self.decoder(*(part.z_q for part in found))
         codes, losses, statistics, latents = found[0][1:] if len(found) == 1 else GridQuantizers.joined(found)
-        losses = {"reconstruction": self.objective.loss(output, images), **losses}
+        losses = {**self.objective.losses(output, images), **losses}
         # A likelihood's mean is for people to look at: no loss takes it further back.
         shown = output.detach() if isinstance(self.objective, PixelLikelihood) else output
         return TokenizerOutput(self.objective.mean_image(shown), codes, losses, statistics, latents)

@@ -68,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
     # Before the run's folder is made: images that cannot be read should leave no trace.
     images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
+    objective = recipe.tokenizer.objective.build((recipe.data.channels, recipe.data.height, recipe.data.width))
     for split in images.splits.values():
-        recipe.tokenizer.objective.build().check(split.pixels)
+        objective.check(split.pixels)
     with run.lock():
         if recipe.stage1.minutes > 0 and not run.begun(run.stage1):
             recipe = within_budget(accelerator, recipe, images.splits[TRAIN], images.splits[VALIDATION])

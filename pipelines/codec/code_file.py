@@ -5,7 +5,7 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | bytes | what |
 | --- | --- |
 | 8 | magic: 89 "VQC" 0D 0A 1A 0A, which (as PNG's) a transfer as text would break |
-| 2 | version of this layout, 3; 2 was always lossy, 1 had no folders in its names |
+| 2 | version of this layout, 4; 3 shared out the offsets of pixels otherwise, 2 was always lossy, 1 had no folders in its names |
 | 16 | fingerprint of the run: sha256 over the sha256 of tokenizer and prior, cut short |
 | 3 x 2 | height, width, channels of the images |
 | 4, 4 | images that have codes; images a batch |
@@ -53,7 +53,7 @@ from stage1_vqvae.training.weights_file import fingerprint
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"
-_VERSION = 3
+_VERSION = 4
 _BEGINNING = struct.Struct("<8sH")
 _HEADER = struct.Struct("<16s3HIIIHIIQQ")
 _FORMER_HEADER = struct.Struct("<16s3HIIIHIIQ")  # of versions 1 and 2
@@ -177,14 +177,19 @@ def unpack(data: bytes, where: str) -> CodeFile:
     if len(body) < _BEGINNING.size + _FORMER_HEADER.size:
         raise UserError(f"{where}: expected compressed images, found a truncated file of {len(data)} bytes")
     _, version = _BEGINNING.unpack_from(body)
-    if version not in (1, 2, _VERSION):
+    if version not in (1, 2, 3, _VERSION) or (version == 3 and _is_lossless(body)):
         raise UserError(f"{where}: expected version {_VERSION} of the format, found {version}")
     if checksum != _CHECKSUM.pack(zlib.crc32(body)):
         raise UserError(f"{where}: expected the checksum of its {len(data)} bytes, found another; it is damaged or truncated")
     try:
-        return _parsed(body, _HEADER if version == _VERSION else _FORMER_HEADER)
+        return _parsed(body, _HEADER if version >= 3 else _FORMER_HEADER)
     except (ValueError, struct.error, zlib.error) as error:  # a right checksum over wrong content: somebody else's writing
         raise UserError(f"{where}: expected a file that pipelines/compress.py wrote, found one that contradicts itself ({error})") from None
+
+
+def _is_lossless(body: bytes) -> bool:
+    """Whether a file from version 3 on has pixels."""
+    return len(body) >= _BEGINNING.size + _HEADER.size and _HEADER.unpack_from(body, _BEGINNING.size)[-1] > 0
 
 
 def _parsed(body: bytes, header: struct.Struct) -> CodeFile:
@@ -208,7 +213,7 @@ def _parsed(body: bytes, header: struct.Struct) -> CodeFile:
     lossless = _unpacked_pixels(pixels) if pixels else None
     count = images + (0 if lossless is None else len(lossless.stored))
     if lossless is not None:
-        expected = num_offsets(images, lossless.pixels.batch, (channels, height, width))
+        expected = num_offsets(images, lossless.pixels.batch, (height, width, channels))
         if len(lossless.pixels.offsets) != expected or any(number >= count for number in lossless.stored):
             raise ValueError(f"pixels of other images than {count}")
     return CodeFile(

@@ -7,39 +7,63 @@ give honest bits, pixels drawn from them, and lossless compression.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from stage1_vqvae.objectives.context import CausalContext
 
 
-class Objective(ABC):
-    """The contract. Images are (B, C, H, W) in [-1, 1]; what the decoder puts out has `output_channels` in place of C."""
+class Objective(nn.Module, ABC):
+    """The contract. Images are (B, C, H, W) in [-1, 1]; what the decoder puts out has P channels, `output_channels`, in place of C.
 
-    def output_channels(self, image_channels: int) -> int:
-        """Channels the decoder has to put out for images of so many."""
-        return image_channels
+    Args:
+        image_shape: channels, height, width.
+        output_channels: None: C.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], output_channels: int | None = None) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        self.output_channels = image_shape[0] if output_channels is None else output_channels
 
     @abstractmethod
-    def loss(self, output: Tensor, images: Tensor) -> Tensor:
-        """The training loss, a scalar of float32 or wider: a mean over pixels and images."""
+    def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """What training lowers the sum of: scalars of float32 or wider, means over pixels and images, `reconstruction` among them."""
 
     @abstractmethod
     def mean_image(self, output: Tensor) -> Tensor:
         """The image that `decode` shows, (B, C, H, W), about [-1, 1], float32 or wider; not clipped."""
 
-    def check(self, pixels: Tensor) -> None:  # noqa: B027 - most can judge any image
+    def check(self, pixels: Tensor) -> None:
         """Errors: UserError if it cannot judge images of such pixels, uint8 (N, H, W, C)."""
+
+
+class Turn(NamedTuple):
+    """Pixels and one of their channels, whose values do not depend on one another given z and all that has had its turn before."""
+
+    rows: slice
+    columns: slice
+    channel: int
 
 
 class PixelLikelihood(Objective):
     """An objective that is -log p(x | z), exact for images of 8-bit values.
 
-    Given z pixels are independent; a pixel's channels need not be, and are taken one after another. The values of a channel are
-    the indices 0 to `num_values` - 1, int64 (B, C, H, W) for an image.
+    A pixel's channels are taken one after another. Given z pixels are independent; with a context of some width each depends on those
+    above and to the left of it too, through a network (context.py) that brings the decoder's output up to date with them, and learns
+    beside it without teaching the decoder: what the output means by itself stays what it was, and is what `mean_image` shows.
+
+    The values of a channel are the indices 0 to `num_values` - 1, int64 (B, C, H, W) for an image.
     """
 
     num_values = 256
     """How many values a channel of a pixel can have."""
+
+    def __init__(self, image_shape: tuple[int, int, int], output_channels: int, context: int = 0) -> None:
+        super().__init__(image_shape, output_channels)
+        self.context = CausalContext(image_shape, output_channels, context) if context else None
 
     def values(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to the indices of their values, int64 of the same shape."""
@@ -58,24 +82,53 @@ class PixelLikelihood(Objective):
         return (values * (255 // (self.num_values - 1))).to(torch.uint8).movedim(1, -1).contiguous()
 
     @abstractmethod
-    def nats(self, output: Tensor, values: Tensor) -> Tensor:
-        """-log p(x | z) of each image, (B,) in nats, float32 or wider."""
+    def independent_nats(self, output: Tensor, values: Tensor) -> Tensor:
+        """-log p of each image, (B,) in nats, float32 or wider, if pixels are independent given `output`."""
 
     @abstractmethod
-    def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
-        """p(value of the channel | values of the channels before it), (B, H, W, V): of `values` those channels alone count."""
+    def channel_probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
+        """p(value of the channel | output, values of the channels before it), (B, H, W, V): of `values` those channels alone count."""
 
-    def loss(self, output: Tensor, images: Tensor) -> Tensor:
-        """See the contract: -log p(x | z) in nats a dimension."""
-        return self.nats(output, self.values(images)).mean() / images[0].numel()
+    def nats(self, output: Tensor, values: Tensor) -> Tensor:
+        """-log p(x | z) of each image, (B,) in nats, float32 or wider."""
+        return self.independent_nats(output if self.context is None else self.context(output, self.images(values)), values)
+
+    def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """See the contract: in nats a dimension, -log p(x | z) if pixels were independent, and `context`: as they are."""
+        values, dimensions = self.values(images), images[0].numel()
+        found = {"reconstruction": self.independent_nats(output, values).mean() / dimensions}
+        if self.context is not None:
+            found["context"] = self.nats(output.detach(), values).mean() / dimensions
+        return found
+
+    def turns(self) -> list[Turn]:
+        """The order in which an image's values are drawn or decoded."""
+        channels, height, width = self.image_shape
+        if self.context is None:
+            return [Turn(slice(0, height), slice(0, width), channel) for channel in range(channels)]
+        pixels = [(slice(row, row + 1), slice(column, column + 1)) for row in range(height) for column in range(width)]
+        return [Turn(*pixel, channel) for pixel in pixels for channel in range(channels)]
+
+    def probabilities(self, output: Tensor, values: Tensor, turn: Turn) -> Tensor:
+        """p(value | z, all values that had their turn before) of each of a turn's pixels, (B, rows, columns, V); of `values` those alone
+        count.
+        """
+        here = output[..., turn.rows, turn.columns]
+        if self.context is not None:
+            row, column = turn.rows.start, turn.columns.start
+            above, beside = self.context.window(row, column)
+            here = self.context.at(here, self.images(values[..., above, beside]), row, column)
+        return self.channel_probabilities(here, values[..., turn.rows, turn.columns], turn.channel)
 
     def sample(self, output: Tensor, uniform: Tensor) -> Tensor:
-        """Images drawn from p(x | z) by inverting the distribution of each channel: (B, C, H, W) in [-1, 1], from uniforms of the same
+        """Images drawn from p(x | z) by inverting the distribution of each value: (B, C, H, W) in [-1, 1], from uniforms of the same
         shape in [0, 1).
         """
         values = torch.zeros(uniform.shape, dtype=torch.int64, device=output.device)
-        for channel in range(values.shape[1]):
-            cumulative = self.probabilities(output, values, channel).cumsum(-1)
-            threshold = uniform[:, channel, ..., None].to(cumulative) * cumulative[..., -1:]
-            values[:, channel] = torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp_(max=self.num_values - 1)
+        for turn in self.turns():
+            rows, columns, channel = turn
+            cumulative = self.probabilities(output, values, turn).cumsum(-1)
+            threshold = uniform[:, channel, rows, columns, None].to(cumulative) * cumulative[..., -1:]
+            drawn = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+            values[:, channel, rows, columns] = drawn.clamp_(max=self.num_values - 1)
         return self.images(values).to(torch.promote_types(output.dtype, torch.float32))

@@ -21,36 +21,46 @@ _FIRST_LOG_SCALE = -2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogisticPart(ObjectivePart):
+class _LikelihoodPart(ObjectivePart):
+    context: int = 0
+    """Width of a network through which a pixel also depends on the pixels above and to the left; 0 = on z alone."""
+
+    def __post_init__(self) -> None:
+        require(self.context >= 0, "tokenizer.objective.context", "at least 0", self.context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogisticPart(_LikelihoodPart):
     """A mixture of discretised logistic distributions, for grey and colour images (Salimans et al. 2017)."""
 
     components: int = 5
     """Components of the mixture, whose choice a pixel's channels share."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.components >= 1, "tokenizer.objective.components", "at least 1", self.components)
 
     @override
-    def build(self) -> Objective:
-        return LogisticMixture(self.components)
+    def build(self, image_shape: tuple[int, int, int]) -> Objective:
+        return LogisticMixture(image_shape, self.components, self.context)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CategoricalPart(ObjectivePart):
+class CategoricalPart(_LikelihoodPart):
     """256 probabilities a channel, for grey and colour images: nothing is supposed about values that are near one another."""
 
     @override
-    def build(self) -> Objective:
-        return Categorical()
+    def build(self, image_shape: tuple[int, int, int]) -> Objective:
+        return Categorical(image_shape, self.context)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BernoulliPart(ObjectivePart):
+class BernoulliPart(_LikelihoodPart):
     """The probability of white, for images of black and white alone."""
 
     @override
-    def build(self) -> Objective:
-        return Bernoulli()
+    def build(self, image_shape: tuple[int, int, int]) -> Objective:
+        return Bernoulli(image_shape, self.context)
 
 
 class LogisticMixture(PixelLikelihood):
@@ -61,20 +71,17 @@ class LogisticMixture(PixelLikelihood):
     C means, C log scales and C (C - 1) / 2 coefficients.
     """
 
-    def __init__(self, components: int) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], components: int, context: int = 0) -> None:
+        channels = image_shape[0]
+        super().__init__(image_shape, components * (1 + 2 * channels + channels * (channels - 1) // 2), context)
         self.components = components
 
-    @override
-    def output_channels(self, image_channels: int) -> int:
-        return self.components * (1 + 2 * image_channels + image_channels * (image_channels - 1) // 2)
-
-    def _parameters(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _mixture(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits (B, M, H, W), means and log scales (B, M, C, H, W), coefficients (B, M, C (C - 1) / 2, H, W)."""
         # Each parameter's pixels side by side in memory, however the decoder left them: twice as fast on a CPU.
         output = full_precision(output).contiguous().unflatten(1, (self.components, -1))
-        each = output.shape[2]
-        channels = next(c for c in range(1, each) if 1 + 2 * c + c * (c - 1) // 2 == each)
-        logits, means, log_scales, coefficients = output.split((1, channels, channels, each - 1 - 2 * channels), 2)
+        channels = self.image_shape[0]
+        logits, means, log_scales, coefficients = output.split((1, channels, channels, channels * (channels - 1) // 2), 2)
         log_scales = (log_scales + _FIRST_LOG_SCALE).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
         return logits[:, :, 0], means, log_scales, coefficients.tanh()
 
@@ -86,7 +93,7 @@ class LogisticMixture(PixelLikelihood):
 
     def _log_probabilities(self, output: Tensor, values: Tensor, channels: int) -> Tensor:
         """log p of weight, and of the values of the first `channels` channels, of each component: (B, M, H, W)."""
-        logits, means, log_scales, coefficients = self._parameters(output)
+        logits, means, log_scales, coefficients = self._mixture(output)
         x = self.images(values).to(logits)[:, None]
         total = logits.log_softmax(1)
         half = 1 / (self.num_values - 1)
@@ -102,13 +109,13 @@ class LogisticMixture(PixelLikelihood):
         return total
 
     @override
-    def nats(self, output: Tensor, values: Tensor) -> Tensor:
+    def independent_nats(self, output: Tensor, values: Tensor) -> Tensor:
         return -self._log_probabilities(output, values, values.shape[1]).logsumexp(1).sum((1, 2))
 
     @override
-    def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
+    def channel_probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
         weights = self._log_probabilities(output, values, channel).softmax(1)  # of the components, given the channels before
-        _, means, log_scales, coefficients = self._parameters(output)
+        _, means, log_scales, coefficients = self._mixture(output)
         mean = self._mean(means, coefficients, channel, self.images(values).to(means)[:, None])
         sharpness = (-log_scales[:, :, channel]).exp()
         boundaries = (torch.arange(self.num_values - 1, dtype=mean.dtype, device=mean.device) + 0.5) * (2 / (self.num_values - 1)) - 1
@@ -122,7 +129,7 @@ class LogisticMixture(PixelLikelihood):
     @override
     def mean_image(self, output: Tensor) -> Tensor:
         """See the contract: of the distributions before they are cut into values, within [-1, 1]."""
-        logits, means, _, coefficients = self._parameters(output)
+        logits, means, _, coefficients = self._mixture(output)
         found: list[Tensor] = []
         for channel in range(means.shape[2]):
             before = torch.stack(found, 2) if found else means[:, :, :0]
@@ -133,22 +140,21 @@ class LogisticMixture(PixelLikelihood):
 class Categorical(PixelLikelihood):
     """p(x | z) of a channel is any distribution over its 256 values. The decoder puts out 256 logits a channel."""
 
-    @override
-    def output_channels(self, image_channels: int) -> int:
-        return self.num_values * image_channels
+    def __init__(self, image_shape: tuple[int, int, int], context: int = 0) -> None:
+        super().__init__(image_shape, self.num_values * image_shape[0], context)
 
     def _logits(self, output: Tensor) -> Tensor:
         """(B, H, W, C, V): a value's logits side by side in memory, as a decoder with channels last leaves them."""
         return full_precision(output).movedim(1, -1).unflatten(-1, (-1, self.num_values))
 
     @override
-    def nats(self, output: Tensor, values: Tensor) -> Tensor:
+    def independent_nats(self, output: Tensor, values: Tensor) -> Tensor:
         logits = self._logits(output)
         nats = F.cross_entropy(logits.flatten(0, 3), values.movedim(1, -1).flatten(), reduction="none")
         return nats.view(len(values), -1).sum(1)
 
     @override
-    def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
+    def channel_probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
         return self._logits(output)[..., channel, :].softmax(-1)
 
     @override
@@ -162,13 +168,16 @@ class Bernoulli(PixelLikelihood):
 
     num_values = 2
 
+    def __init__(self, image_shape: tuple[int, int, int], context: int = 0) -> None:
+        super().__init__(image_shape, image_shape[0], context)
+
     @override
-    def nats(self, output: Tensor, values: Tensor) -> Tensor:
+    def independent_nats(self, output: Tensor, values: Tensor) -> Tensor:
         logits = full_precision(output)
         return F.binary_cross_entropy_with_logits(logits, values.to(logits), reduction="none").sum((1, 2, 3))
 
     @override
-    def probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
+    def channel_probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
         logit = full_precision(output)[:, channel]
         return torch.stack([(-logit).sigmoid(), logit.sigmoid()], -1)
 

@@ -18,8 +18,8 @@ class MSEPart(ObjectivePart):
     """Mean squared error, for grey and colour images."""
 
     @override
-    def build(self) -> Objective:
-        return SquaredError()
+    def build(self, image_shape: tuple[int, int, int]) -> Objective:
+        return SquaredError(image_shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +27,16 @@ class BCEPart(ObjectivePart):
     """Binary cross-entropy, for black-and-white images."""
 
     @override
-    def build(self) -> Objective:
-        return BinaryCrossEntropy()
+    def build(self, image_shape: tuple[int, int, int]) -> Objective:
+        return BinaryCrossEntropy(image_shape)
 
 
 class SquaredError(Objective):
     """The mean squared error on [-1, 1]: four times that on [0, 1]. The decoder puts out the image itself."""
 
     @override
-    def loss(self, output: Tensor, images: Tensor) -> Tensor:
-        return F.mse_loss(full_precision(output), images)
+    def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": F.mse_loss(full_precision(output), images)}
 
     @override
     def mean_image(self, output: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ class BinaryCrossEntropy(Objective):
     """Mean nats a pixel of black-and-white images under Bernoulli distributions, whose logits the decoder puts out."""
 
     @override
-    def loss(self, output: Tensor, images: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(full_precision(output), (images + 1) / 2)
+    def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": F.binary_cross_entropy_with_logits(full_precision(output), (images + 1) / 2)}
 
     @override
     def mean_image(self, output: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.objectives.contract import Turn
 from stage1_vqvae.train import main as train_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
@@ -39,17 +40,23 @@ from stage2_prior.train import main as train_prior
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
-    """A finished run whose objective is a mixture of logistics. Never written into but by pipelines' own numbered folders."""
+    """A finished run whose objective is a mixture of logistics, of pixels that see their neighbours. Never written into but by
+    pipelines' own numbered folders.
+    """
     run = tmp_path_factory.mktemp("likelihood") / "run"
-    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), "--tokenizer.objective.kind", "logistic"])
+    objective = ["--tokenizer.objective.kind", "logistic", "--tokenizer.objective.context", "8"]
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *objective])
     extract_codes(["--run", str(run)])
     train_prior(["--run", str(run)])
     return run
 
 
-@pytest.fixture(scope="module")
-def exact(run: Path) -> VQVAE:
-    return load_tokenizer(RunDir(run)).double()
+@pytest.fixture(scope="module", params=["pixels alone", "pixels in context"])
+def exact(request: pytest.FixtureRequest, run: Path) -> VQVAE:
+    tokenizer = load_tokenizer(RunDir(run)).double()
+    if request.param == "pixels alone":
+        tokenizer.likelihood().context = None
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +72,9 @@ def independent_bits(run: Path, pixels: torch.Tensor, with_class: bool) -> dict[
     output = tokenizer.decoder(tokenizer.quantizer.lookup(codes))
     values = pixels.long().movedim(-1, 1)
     of_pixels = torch.zeros(len(pixels), dtype=torch.float64)
-    for channel in range(3):
-        p = tokenizer.likelihood().probabilities(output, values, channel).gather(-1, values[:, channel, ..., None])
-        of_pixels -= p.log2().flatten(1).sum(1)
+    for rows, columns, channel in tokenizer.likelihood().turns():
+        p = tokenizer.likelihood().probabilities(output, values, Turn(rows, columns, channel))
+        of_pixels -= p.gather(-1, values[:, channel, rows, columns, None]).log2().flatten(1).sum(1)
     store = CodeStore(run / "codes" / "train")
     seen = np.bincount(store.levels[0].ravel(), minlength=16) + 1.0
     prior, _ = load_prior(run / "priors/transformer/prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
@@ -122,13 +129,15 @@ def load_codes(tokenizer: VQVAE, pixels: torch.Tensor) -> tuple[torch.Tensor, ..
 
 
 def test_pixels_come_back_whatever_is_decoded_at_once_and_by_how_many_threads(exact: VQVAE, validation: torch.Tensor, threads: int) -> None:
-    codes = load_codes(exact, validation)
-    for batch in (5, 64):
-        coded, clearance = encode_pixels(exact, codes, validation, batch)
+    images = validation[:5]
+    codes = load_codes(exact, images)
+    for batch in (2, 64):
+        coded, clearance = encode_pixels(exact, codes, images, batch)
         assert clearance >= MARGIN
-        for at_once, others in ((None, 1), (1, 2), (3, 1)):
+        for at_once, others in ((None, 3 - threads), (1, 2)):
             torch.set_num_threads(others)
-            assert torch.equal(decode_pixels(exact, codes, coded, at_once), validation)
+            assert torch.equal(decode_pixels(exact, codes, coded, at_once), images)
+        torch.set_num_threads(threads)
 
 
 def test_arithmetic_that_differs_within_the_clearance_decodes_exactly_and_beyond_it_is_noticed(
@@ -156,12 +165,12 @@ def test_arithmetic_that_differs_within_the_clearance_decodes_exactly_and_beyond
 
 
 def test_a_payload_costs_what_the_likelihood_says(exact: VQVAE, validation: torch.Tensor) -> None:
-    """Within a hundredth and the coder's last words, in stretches that share offsets of their own."""
+    """Within a hundredth and the coder's last words, in stretches that share an offset."""
     codes = load_codes(exact, validation)
     own = float(exact.nats(codes, validation).sum()) / math.log(2) / 8
     coded, _ = encode_pixels(exact, codes, validation, 64)
     assert own - 8 <= len(coded.payload) <= 1.01 * own + 8
-    assert len(coded.offsets) == codec.num_offsets(len(validation), 64, (3, 8, 12))
+    assert len(coded.offsets) == codec.num_offsets(len(validation), 64, (8, 12, 3))
 
 
 def test_probabilities_that_cannot_be_coded_are_refused(exact: VQVAE, validation: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +179,7 @@ def test_probabilities_that_cannot_be_coded_are_refused(exact: VQVAE, validation
     with pytest.raises(UserError, match="expected probabilities of which a rounding keeps"):
         encode_pixels(exact, codes, validation, 64)
     monkeypatch.undo()
-    monkeypatch.setattr(exact.likelihood(), "probabilities", lambda output, values, channel: torch.full((12, 8, 12, 256), torch.nan))
+    monkeypatch.setattr(exact.likelihood(), "probabilities", lambda output, values, turn: torch.full((12, 8, 12, 256), torch.nan))
     with pytest.raises(UserError, match="found nan"):
         encode_pixels(exact, codes, validation, 64)
 

@@ -74,10 +74,10 @@ def test_reconstruction_gradients_reach_encoder_and_decoder() -> None:
 
 def test_losses_are_what_they_say() -> None:
     images = torch.tensor([[[[-1.0, 1.0]]]])
-    assert SquaredError().loss(torch.tensor([[[[0.0, 1.0]]]]), images).item() == pytest.approx(0.5)
+    assert SquaredError((1, 1, 2)).losses(torch.tensor([[[[0.0, 1.0]]]]), images)["reconstruction"].item() == pytest.approx(0.5)
     chance = torch.tensor([[[[0.25, 0.75]]]])
     expected = -(torch.log(torch.tensor(0.75)) * 2) / 2
-    assert BinaryCrossEntropy().loss(torch.logit(chance), images).item() == pytest.approx(expected.item())
+    assert BinaryCrossEntropy((1, 1, 2)).losses(torch.logit(chance), images)["reconstruction"].item() == pytest.approx(expected.item())
 
 
 def test_bce_reconstructions_are_probabilities_as_pixels() -> None:

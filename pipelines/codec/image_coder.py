@@ -1,0 +1,79 @@
+"""Images to the content of a file: their codes under the prior; and where no pixel may be lost, their pixels given the codes."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.codec.code_file import CodeFile, Lossless
+from pipelines.codec.coder import Encoding, batch_images, encode
+from pipelines.codec.pixels import batch_of_pixels, encode_pixels
+from pipelines.images.bound import pixel_bits
+from pipelines.images.inputs import encode_and_decode
+from pipelines.images.scoring import surprisals
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.plots import png
+from stage1_vqvae.quantizers.contract import Codes
+from stage2_prior.priors.contract import AutoregressivePrior
+
+
+class EncodedImages(NamedTuple):
+    """The content of a file, and what is known of it beside."""
+
+    content: CodeFile
+    codes: Codes
+    """Those in the file, int64 (N, h, w) a level."""
+    encoding: Encoding
+    reconstructions: Tensor
+    """What a lossy file shows of all images, uint8 (N, H, W, C)."""
+    bound: Tensor
+    """-log2 p(x | z) - log2 p(z) of the images that have codes, (N,), in float64; of a lossy file, which does not ask: of none."""
+
+
+def encode_images(
+    tokenizer: VQVAE,
+    prior: AutoregressivePrior,
+    pixels: Tensor,
+    labels: Tensor | None,
+    names: list[str] | None,
+    made_by: tuple[bytes, str],
+    batch: int,
+    lossless: bool = False,
+    progress: bool = False,
+) -> EncodedImages:
+    """Encode images.
+
+    Args:
+        tokenizer: in eval mode; its objective a likelihood if no pixel may be lost.
+        prior: in eval mode and float64.
+        pixels: uint8 (N, H, W, C).
+        labels: (N,) in the prior's numbering, or None.
+        names: as `CodeFile` has them.
+        made_by: the run's fingerprint and the prior's name.
+        batch: images at once, if memory allows.
+        lossless: whether every pixel has to come back.
+        progress: show bars.
+    """
+    codes, reconstructions = encode_and_decode(tokenizer, pixels, batch, progress)
+    bound, pixel_part = torch.zeros(0, dtype=torch.float64), None
+    if lossless:
+        exact = copy.deepcopy(tokenizer).double()
+        bound = surprisals(prior, codes, labels, "bits of codes", progress).sum(1) + pixel_bits(exact, codes, pixels, progress)
+        stored = smaller_as_png(pixels, bound)
+        coded = torch.tensor([number not in stored for number in range(len(pixels))], dtype=torch.bool)
+        bound, codes, labels = bound[coded], tuple(level[coded] for level in codes), None if labels is None else labels[coded]
+        of_pixels, _ = encode_pixels(exact, codes, pixels[coded], batch_of_pixels(exact, batch), progress)
+        pixel_part = Lossless(of_pixels, stored)
+    encoding = encode(prior, codes, labels, batch_images(prior.layout, batch), progress)
+    height, width, channels = pixels.shape[1:]
+    content = CodeFile(*made_by, (height, width, channels), encoding.coded, labels, names, pixel_part)
+    return EncodedImages(content, codes, encoding, reconstructions, bound)
+
+
+def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
+    """Which images, uint8 (N, H, W, C), take fewer bytes as optimised PNG than those bits (N,), and their PNGs."""
+    pngs = [png(picture, optimize=True) for picture in pixels]
+    return {number: found for number, (found, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(found) <= cost}
