@@ -24,7 +24,7 @@ from torch import Tensor
 from configs.errors import UserError
 from pipelines.codec.coder import OFFSETS, clearest, out_of_step
 from stage1_vqvae.model import VQVAE
-from stage1_vqvae.objectives.contract import Turn
+from stage1_vqvae.objectives.contract import Index
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.progress import progress_bar
@@ -68,11 +68,8 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
     likelihood = tokenizer.likelihood()
     with progress_bar(len(pixels), "encode pixels", "img", shown=progress) as bar:
         for part in batches(len(pixels), batch):
-            values = likelihood.values_of(pixels[part])
-            turns = (
-                (scaled, values[:, turn.channel, turn.rows, turn.columns].flatten())
-                for turn, scaled in _turns(tokenizer, codes, part, values, batch)
-            )
+            values = likelihood.values_of(pixels[part]).to(next(tokenizer.parameters()).device)
+            turns = ((scaled, values[index].flatten().cpu()) for index, scaled in _turns(tokenizer, codes, part, values, batch))
             for scaled, symbols in _stretches(turns):
                 offset, distance = clearest([scaled]) if bool(scaled.isfinite().all()) else (0, math.nan)
                 if not distance / _STEPS >= MARGIN:
@@ -97,40 +94,56 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
     Errors: UserError if they are not those that were encoded.
     """
     channels, height, width = tokenizer.image_shape
-    likelihood, family, offsets = tokenizer.likelihood(), stream.model.Categorical(perfect=False), iter(coded.offsets)
-    decoder = stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32))
+    device, likelihood, values_in = next(tokenizer.parameters()).device, tokenizer.likelihood(), _Values(coded)
     pixels = torch.zeros(len(codes[0]), height, width, channels, dtype=torch.uint8)
     with progress_bar(len(pixels), "decode pixels", "img", shown=progress) as bar:
         for part in batches(len(pixels), coded.batch):
-            values = torch.zeros(part.stop - part.start, channels, height, width, dtype=torch.int64)
-            offset, left = 0, 0  # of this stretch: its offset, and values to come
-            for turn, scaled in _turns(tokenizer, codes, part, values, at_once or coded.batch):
-                symbols = torch.zeros(len(scaled), dtype=torch.int64)
-                done = 0
-                while done < len(symbols):
-                    if left == 0:
-                        offset, left = next(offsets), _SHARING
-                    piece = slice(done, min(done + left, len(symbols)))
-                    try:
-                        symbols[piece] = torch.from_numpy(decoder.decode(family, _weights(scaled[piece], offset)))
-                    except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
-                        raise out_of_step("pixels") from None
-                    done, left = piece.stop, left - (piece.stop - done)
-                target = values[:, turn.channel, turn.rows, turn.columns]
-                target.copy_(symbols.view_as(target))
-            pixels[part] = likelihood.pixels(values)
+            values = torch.zeros(part.stop - part.start, channels, height, width, dtype=torch.int64, device=device)
+            for index, scaled in _turns(tokenizer, codes, part, values, at_once or coded.batch):
+                values[index] = values_in.next(scaled).view_as(values[index])
+            values_in.end_stretch()
+            pixels[part] = likelihood.pixels(values).cpu()
             bar.update(len(values))
-    if _crc(pixels) != coded.crc or not decoder.maybe_exhausted():
+    if _crc(pixels) != coded.crc or not values_in.exhausted():
         raise out_of_step("pixels")
     return pixels
+
+
+class _Values:
+    """The values in a payload, one turn's after another's."""
+
+    def __init__(self, coded: CodedPixels) -> None:
+        self._decoder = stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32))
+        self._offsets = iter(coded.offsets)
+        self._offset = self._left = 0  # of the present stretch: its offset, and how many values are to come
+
+    def next(self, scaled: Tensor) -> Tensor:
+        """A turn's values (N,), given their probabilities (N, V) in steps."""
+        found, family = [], stream.model.Categorical(perfect=False)
+        while len(scaled):
+            if self._left == 0:
+                self._offset, self._left = next(self._offsets), _SHARING
+            piece, scaled = scaled[: self._left], scaled[self._left :]
+            try:
+                found.append(torch.from_numpy(self._decoder.decode(family, _weights(piece, self._offset))))
+            except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
+                raise out_of_step("pixels") from None
+            self._left -= len(piece)
+        return torch.cat(found).long()
+
+    def end_stretch(self) -> None:
+        """A batch ends, and with it its last stretch."""
+        self._left = 0
+
+    def exhausted(self) -> bool:
+        """Whether no more than the coder's last words are left."""
+        return bool(self._decoder.maybe_exhausted())
 
 
 def batch_of_pixels(tokenizer: VQVAE, wanted: int) -> int:
     """Images a batch: as many as wanted, or as memory allows."""
     likelihood = tokenizer.likelihood()
-    rows, columns, _ = likelihood.turns()[0]
-    pixels = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return max(1, min(wanted, _PROBABILITIES_AT_ONCE // (pixels * likelihood.num_values)))
+    return max(1, min(wanted, _PROBABILITIES_AT_ONCE // (likelihood.pixels_at_once * likelihood.num_values)))
 
 
 def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> int:
@@ -138,22 +151,22 @@ def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> i
     return sum(-(-(part.stop - part.start) * math.prod(image_shape) // _SHARING) for part in batches(images, batch))
 
 
-def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int) -> Iterator[tuple[Turn, Tensor]]:
-    """Each turn of some images and the probabilities (N, V) of its values in steps, given those before it, which whoever decodes fills
-    into `values` in between.
+def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int) -> Iterator[tuple[Index, Tensor]]:
+    """Turn by turn some images' probabilities (N, V), in steps, as `PixelLikelihood.in_turn` gives them, of `at_once` images a pass.
+
+    Args:
+        values: on the tokenizer's device.
     """
     assert not tokenizer.training
     device = next(tokenizer.parameters()).device
     assert next(tokenizer.parameters()).dtype == torch.float64
-    likelihood, pieces = tokenizer.likelihood(), batches(len(values), at_once)
-    mine = [level[part].to(device) for level in codes]
-    outputs = [tokenizer.outputs(tuple(level[piece] for level in mine)) for piece in pieces]
-    for turn in likelihood.turns():
-        found = [
-            likelihood.probabilities(output, values[piece].to(device), turn).flatten(0, 2).cpu()
-            for output, piece in zip(outputs, pieces, strict=True)
-        ]
-        yield turn, torch.cat(found) * _STEPS
+    passes = []
+    for piece in batches(len(values), at_once):
+        output = tokenizer.outputs(tuple(level[part][piece].to(device) for level in codes))
+        passes.append(tokenizer.likelihood().in_turn(output, values[piece]))
+    for turns in zip(*passes, strict=True):
+        index = turns[0][0]
+        yield index, torch.cat([probabilities.flatten(0, 2).cpu() for _, probabilities in turns]) * _STEPS
 
 
 def _stretches(turns: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,12 +7,15 @@ give honest bits, pixels drawn from them, and lossless compression.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from stage1_vqvae.objectives.context import CausalContext
+
+Index = tuple[slice, int, slice, slice]
+"""All images, one channel, rows and columns of pixels."""
 
 
 class Objective(nn.Module, ABC):
@@ -38,14 +41,6 @@ class Objective(nn.Module, ABC):
 
     def check(self, pixels: Tensor) -> None:
         """Errors: UserError if it cannot judge images of such pixels, uint8 (N, H, W, C)."""
-
-
-class Turn(NamedTuple):
-    """Pixels and one of their channels, whose values do not depend on one another given z and all that has had its turn before."""
-
-    rows: slice
-    columns: slice
-    channel: int
 
 
 class PixelLikelihood(Objective):
@@ -101,34 +96,39 @@ class PixelLikelihood(Objective):
             found["context"] = self.nats(output.detach(), values).mean() / dimensions
         return found
 
-    def turns(self) -> list[Turn]:
-        """The order in which an image's values are drawn or decoded."""
-        channels, height, width = self.image_shape
-        if self.context is None:
-            return [Turn(slice(0, height), slice(0, width), channel) for channel in range(channels)]
-        pixels = [(slice(row, row + 1), slice(column, column + 1)) for row in range(height) for column in range(width)]
-        return [Turn(*pixel, channel) for pixel in pixels for channel in range(channels)]
+    @property
+    def pixels_at_once(self) -> int:
+        """How many of an image's pixels `in_turn` takes at once."""
+        _, height, width = self.image_shape
+        return height * width if self.context is None else 1
 
-    def probabilities(self, output: Tensor, values: Tensor, turn: Turn) -> Tensor:
-        """p(value | z, all values that had their turn before) of each of a turn's pixels, (B, rows, columns, V); of `values` those alone
-        count.
+    def in_turn(self, output: Tensor, values: Tensor) -> Iterator[tuple[Index, Tensor]]:
+        """How an image is drawn or decoded: one channel after another of all pixels at once, or of one pixel after another.
+
+        Gives the index in `values` of what has its turn, and p(value | z, all values that had theirs before), (B, rows, columns, V).
+        Of `values` those alone count: whoever draws or decodes fills the others in between.
         """
-        here = output[..., turn.rows, turn.columns]
+        channels, height, width = self.image_shape
+        turns: list[tuple[slice, slice]] = [(slice(0, height), slice(0, width))]
         if self.context is not None:
-            row, column = turn.rows.start, turn.columns.start
-            above, beside = self.context.window(row, column)
-            here = self.context.at(here, self.images(values[..., above, beside]), row, column)
-        return self.channel_probabilities(here, values[..., turn.rows, turn.columns], turn.channel)
+            turns = [(slice(row, row + 1), slice(column, column + 1)) for row in range(height) for column in range(width)]
+        for rows, columns in turns:
+            here = output[..., rows, columns]
+            if self.context is not None:
+                above, beside = self.context.window(rows.start, columns.start)
+                here = self.context.at(here, self.images(values[..., above, beside]), rows.start, columns.start)
+            for channel in range(channels):
+                probabilities = self.channel_probabilities(here, values[..., rows, columns], channel)
+                yield (slice(None), channel, rows, columns), probabilities
 
     def sample(self, output: Tensor, uniform: Tensor) -> Tensor:
         """Images drawn from p(x | z) by inverting the distribution of each value: (B, C, H, W) in [-1, 1], from uniforms of the same
         shape in [0, 1).
         """
         values = torch.zeros(uniform.shape, dtype=torch.int64, device=output.device)
-        for turn in self.turns():
-            rows, columns, channel = turn
-            cumulative = self.probabilities(output, values, turn).cumsum(-1)
-            threshold = uniform[:, channel, rows, columns, None].to(cumulative) * cumulative[..., -1:]
+        for index, probabilities in self.in_turn(output, values):
+            cumulative = probabilities.cumsum(-1)
+            threshold = uniform[index][..., None].to(cumulative) * cumulative[..., -1:]
             drawn = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
-            values[:, channel, rows, columns] = drawn.clamp_(max=self.num_values - 1)
+            values[index] = drawn.clamp_(max=self.num_values - 1)
         return self.images(values).to(torch.promote_types(output.dtype, torch.float32))

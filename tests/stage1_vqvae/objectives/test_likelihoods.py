@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.parts import part_from
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.objectives.context import CausalContext
-from stage1_vqvae.objectives.contract import PixelLikelihood, Turn
+from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.objectives.likelihoods import Bernoulli, Categorical, LogisticMixture
 
 KINDS = {
@@ -217,12 +217,10 @@ def test_in_context_turn_by_turn_it_is_the_same(kind: str, channels: int) -> Non
     objective = objective_of(kind, channels, height=5, width=9)
     output, values = output_for(objective, scale=0.5), values_for(objective)
     known, logs = torch.zeros_like(values), torch.zeros(len(values), dtype=torch.float64)
-    for rows, columns, channel in objective.turns():
-        found = objective.probabilities(output, known, Turn(rows, columns, channel))
+    for index, found in objective.in_turn(output, known):
         assert found.shape == (2, 1, 1, objective.num_values)
-        true = values[:, channel, rows, columns]
-        logs += found.gather(-1, true[..., None])[..., 0].log().flatten(1).sum(1)
-        known[:, channel, rows, columns] = true
+        logs += found.gather(-1, values[index][..., None])[..., 0].log().flatten(1).sum(1)
+        known[index] = values[index]
     assert torch.equal(known, values)
     assert torch.allclose(-objective.nats(output, values), logs, rtol=1e-6)
     assert not torch.allclose(objective.independent_nats(output, values), -logs, rtol=1e-3)
