@@ -15,8 +15,8 @@ class CausalContext(nn.Module):
     """Brings what the decoder puts out for a pixel up to date with the 24 pixels above and to the left of it.
 
     A masked convolution (mask A of van den Oord et al. 2016, "Pixel Recurrent Neural Networks") sees the true pixels that come before
-    in raster order; two layers of single pixels follow. Since it is one window deep, one pixel takes no more than that window (`at`),
-    and nothing has to be cached. It begins as the identity.
+    in raster order; layers of single pixels follow. Since it is one window deep, a pixel takes no more than that window, and nothing
+    has to be cached while pixels are drawn or decoded. It begins as the identity.
 
     Args:
         image_shape: channels, height, width.
@@ -40,28 +40,25 @@ class CausalContext(nn.Module):
 
     mask: Tensor
 
-    def forward(self, output: Tensor, images: Tensor) -> Tensor:
-        """All pixels at once: (B, P, H, W), as `output`, from images (B, C, H, W) in [-1, 1]."""
-        return self._refined(output, self._padded(images, (_REACH, _REACH, _REACH, 0)), self.position)
+    def window(self, rows: slice, columns: slice) -> tuple[slice, slice]:
+        """The rows and columns of an image on which those of the output depend."""
+        width = self.position.shape[-1]
+        return slice(max(0, rows.start - _REACH), rows.stop), slice(max(0, columns.start - _REACH), min(width, columns.stop + _REACH))
 
-    def window(self, row: int, column: int) -> tuple[slice, slice]:
-        """The rows and columns of the pixels that `at` has to be given."""
-        return slice(max(0, row - _REACH), row + 1), slice(max(0, column - _REACH), column + _REACH + 1)
+    def forward(self, output: Tensor, images: Tensor, rows: slice, columns: slice) -> Tensor:
+        """What the decoder puts out for these rows and columns of pixels, (B, P, rows, columns), brought up to date.
 
-    def at(self, output: Tensor, images: Tensor, row: int, column: int) -> Tensor:
-        """One pixel, (B, P, 1, 1), as `forward` has it, from the decoder's output for it and the window's part of the images."""
-        (top, _), (left, _) = ((s.start, s.stop) for s in self.window(row, column))
-        above, before = _REACH - (row - top), _REACH - (column - left)
-        behind = 2 * _REACH + 1 - before - images.shape[-1]
-        position = self.position[:, row : row + 1, column : column + 1]
-        return self._refined(output, self._padded(images, (before, behind, above, 0)), position)
-
-    def _padded(self, images: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
-        """Images with a channel of ones, which is zero where there is no pixel."""
+        Args:
+            output: of those pixels.
+            images: (B, C, ..) in [-1, 1], their `window`: of it, what comes after a pixel does not count for it.
+            rows, columns: which they are.
+        """
         images = images.to(self.position.dtype)
-        return F.pad(torch.cat([images, torch.ones_like(images[:, :1])], 1), sides)
-
-    def _refined(self, output: Tensor, seen: Tensor, position: Tensor) -> Tensor:
-        hidden = F.conv2d(seen, self.seen.weight * self.mask, self.seen.bias) + self.own(output) + position
+        window_rows, window_columns = self.window(rows, columns)
+        before, behind = window_columns.start - (columns.start - _REACH), columns.stop + _REACH - window_columns.stop
+        above = window_rows.start - (rows.start - _REACH)
+        # A channel of ones, which is zero where there is no pixel.
+        seen = F.pad(torch.cat([images, torch.ones_like(images[:, :1])], 1), (before, behind, above, 0))
+        hidden = F.conv2d(seen, self.seen.weight * self.mask, self.seen.bias) + self.own(output) + self.position[:, rows, columns]
         hidden = hidden + self.inner(F.gelu(hidden))
         return full_precision(output) + full_precision(self.out(F.gelu(hidden)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_vqvae.objectives.context import CausalContext
+from stage1_vqvae.training.batching import batches
 
 Index = tuple[slice, int, slice, slice]
 """All images, one channel, rows and columns of pixels."""
@@ -86,14 +87,32 @@ class PixelLikelihood(Objective):
 
     def nats(self, output: Tensor, values: Tensor) -> Tensor:
         """-log p(x | z) of each image, (B,) in nats, float32 or wider."""
-        return self.independent_nats(output if self.context is None else self.context(output, self.images(values)), values)
+        _, height, width = self.image_shape
+        return self.independent_nats(self._in_context(output, values, slice(0, height), slice(0, width)), values)
+
+    def _in_context(self, output: Tensor, values: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The output for those rows and columns of pixels, brought up to date with the values before each, if there is a context."""
+        here = output[..., rows, columns]
+        if self.context is None:
+            return here
+        above, beside = self.context.window(rows, columns)
+        return self.context(here, self.images(values[..., above, beside]), rows, columns)
 
     def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """See the contract: in nats a dimension, -log p(x | z) if pixels were independent, and `context`: as they are."""
+        """See the contract: in nats a dimension, -log p(x | z) if pixels were independent, and `context`: as they are.
+
+        In training the context learns from a quarter of the rows of all images, another one each time: pixels of an image teach much
+        the same, and all of them would double a step's time.
+        """
         values, dimensions = self.values(images), images[0].numel()
         found = {"reconstruction": self.independent_nats(output, values).mean() / dimensions}
         if self.context is not None:
-            found["context"] = self.nats(output.detach(), values).mean() / dimensions
+            _, height, width = self.image_shape
+            size = -(-height // 4) if self.training else height
+            bands = batches(height, size)
+            rows = bands[int(torch.randint(len(bands), ()))]
+            here = self._in_context(output.detach(), values, rows, slice(0, width))
+            found["context"] = self.independent_nats(here, values[..., rows, :]).mean() * len(bands) / dimensions
         return found
 
     @property
@@ -113,10 +132,7 @@ class PixelLikelihood(Objective):
         if self.context is not None:
             turns = [(slice(row, row + 1), slice(column, column + 1)) for row in range(height) for column in range(width)]
         for rows, columns in turns:
-            here = output[..., rows, columns]
-            if self.context is not None:
-                above, beside = self.context.window(rows.start, columns.start)
-                here = self.context.at(here, self.images(values[..., above, beside]), rows.start, columns.start)
+            here = self._in_context(output, values, rows, columns)
             for channel in range(channels):
                 probabilities = self.channel_probabilities(here, values[..., rows, columns], channel)
                 yield (slice(None), channel, rows, columns), probabilities
