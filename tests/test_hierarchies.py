@@ -31,16 +31,16 @@ from stage2_prior.train import main as train_prior
 
 # 8 x 12 pixels: grids of 2 x 3 and 4 x 6.
 HIERARCHY = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
+OBJECTIVE = ["--tokenizer.objective.kind", "logistic", "--tokenizer.objective.context", "4"]
 GRIDS = [(2, 3), (4, 6)]
 PRIORS = ["transformer", "pixelcnn"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
-    """Two grids, their pixels' likelihood, a prior of each kind. Pipelines only add to it."""
+    """Two grids, the likelihood of pixels that see their neighbours, a prior of each kind. Pipelines only add to it."""
     run = tmp_path_factory.mktemp("hierarchy") / "run"
-    objective = ["--tokenizer.objective.kind", "logistic"]
-    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *HIERARCHY, *objective, "--stage1.augmentation", "none"])
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *HIERARCHY, *OBJECTIVE, "--stage1.augmentation", "none"])
     extract_codes(["--run", str(run), "--extraction.augmentation", "horizontal_flip"])
     for kind in PRIORS:
         train_prior(["--run", str(run), "--prior.kind", kind])
@@ -128,7 +128,7 @@ def test_bits_of_both_grids_add_up_in_heat_maps_and_reports(
 
 def test_resumed_it_ends_bit_for_bit_the_same(tiny_recipe: Path, tmp_path: Path) -> None:
     """Stopped at a checkpoint, as if killed there."""
-    settings = ["--config", str(tiny_recipe), *HIERARCHY, "--stage1.steps", "40", "--stage1.checkpoint_interval", "20"]
+    settings = ["--config", str(tiny_recipe), *HIERARCHY, *OBJECTIVE, "--stage1.steps", "40", "--stage1.checkpoint_interval", "20"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_tokenizer([*settings, "--run", str(whole)])
     shutil.copytree(whole, stopped)
