@@ -27,6 +27,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "tokenizer.network": {
         "convolutional": "stage1_vqvae.networks.convolutional:ConvolutionalPart",
         "hierarchical": "stage1_vqvae.networks.hierarchical:HierarchicalPart",
+        "vqgan": "stage1_vqvae.networks.vqgan:VQGANPart",
     },
     "tokenizer.objective": {
         "mse": "stage1_vqvae.objectives.pixels:MSEPart",

@@ -22,16 +22,23 @@ from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
 from configs.errors import run_entry, say
-from configs.run_dir import RunDir, program, write_json, write_yaml
+from configs.run_dir import RunDir, program, write_yaml
 from configs.schema import Recipe, Stage1
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSplit
 from stage1_vqvae.data.variants import make_variants, num_variants
-from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.model import VQVAE, save_tokenizer
 from stage1_vqvae.monitoring.health import CollapseWatch
-from stage1_vqvae.monitoring.validation import Judgement, check_equal_codebooks, save_grids, save_health, save_reconstructions, validate
+from stage1_vqvae.monitoring.validation import (
+    Judgement,
+    check_equal_codebooks,
+    save_grids,
+    save_health,
+    save_reconstructions,
+    save_report,
+    validate,
+)
 from stage1_vqvae.monitoring.window import Window
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.codebook import codebook_names
@@ -283,17 +290,10 @@ def within_budget(accelerator: Accelerator, recipe: Recipe, training: ImageSplit
 
 def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
     """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
-    channels, height, width = tokenizer.image_shape
-    report, num_codes = judgement.metrics, tokenizer.quantizer.num_codes
-    bits = {"raw": raw_bits(height, width, channels), "indices": index_bits(tokenizer.grids, num_codes)}
-    write_json(run.stage1 / "report.json", {"steps": steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
     names = ("loss", "psnr", "usage", "perplexity")
     training_graph(run.stage1 / "training.png", read_metrics(run.stage1 / "metrics.jsonl"), names, {})
+    save_report(run, tokenizer, steps, minutes, judgement)
     save_tokenizer(run.tokenizer, tokenizer, steps)
-    shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
-    print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))
-    grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, num_codes, strict=True))
-    print(f"an image: {bits['raw']} bits raw, {bits['indices']:.0f} as {grids}; ratio {bits['raw'] / bits['indices']:.1f}")
     print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")
 
 

@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.run_dir import RunDir, write_json
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSplit
-from stage1_vqvae.metrics import perplexity, psnr, squared_errors, usage
+from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.monitoring.health import Health, checksum, collapse_warning, examine
 from stage1_vqvae.plots import codebook_picture, grid_scale, image_grid, reconstruction_grid, save_png
@@ -102,3 +102,15 @@ def save_grids(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, device: to
     codes = tokenizer.encode(to_model(originals.to(device)))
     decoded = [to_uint8(tokenizer.decode_coarsest(codes, grids)).cpu() for grids in range(1, count + 1)]
     save_png(run.stage1 / "grids.png", image_grid(torch.cat([originals, *decoded]), len(originals)), grid_scale(originals.shape[1]))
+
+
+def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
+    """Write stage1/report.json, by which later commands know what stage 1 has come to, and print its first figures."""
+    channels, height, width = tokenizer.image_shape
+    report, num_codes = judgement.metrics, tokenizer.quantizer.num_codes
+    bits = {"raw": raw_bits(height, width, channels), "indices": index_bits(tokenizer.grids, num_codes)}
+    write_json(run.stage1 / "report.json", {"steps": steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
+    shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
+    print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))
+    grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, num_codes, strict=True))
+    print(f"an image: {bits['raw']} bits raw, {bits['indices']:.0f} as {grids}; ratio {bits['raw'] / bits['indices']:.1f}")

@@ -1,0 +1,172 @@
+"""VQGAN tokenizers as other projects name their weights: LlamaGen, taming-transformers, diffusers' `VQModel`.
+
+All three have the layers of vqgan.py in the same order, so a project is no more than a spelling of their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from stage1_vqvae.networks.vqgan import AttentionBlock, Downsampling, ResidualBlock, Stack, Upsampling, VQGANPart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """One project's names. In {level} the full size is 0; in {up} the smallest."""
+
+    block: str = "encoder.down.{level}.block.{number}"
+    attention: str = "encoder.down.{level}.attn.{number}"
+    downsampling: str = "encoder.down.{level}.downsample.conv"
+    block_up: str = "decoder.up.{level}.block.{number}"
+    attention_up: str = "decoder.up.{level}.attn.{number}"
+    upsampling: str = "decoder.up.{level}.upsample.conv"
+    middle: tuple[str, str, str] = ("mid.block_1", "mid.attn_1", "mid.block_2")
+    norm: str = "norm_out"
+    shortcut: str = "nin_shortcut"
+    attention_parts: tuple[str, str, str, str, str] = ("norm", "q", "k", "v", "proj_out")
+    containers: tuple[str, ...] = ()
+    """Under which of a file's keys the weights are, the best first; if none is there, they are the file."""
+    unit_length: bool = False
+    """Whether latents and codes are compared, and codes decoded, at unit length."""
+
+
+SPELLINGS = {
+    "llamagen": Spelling(
+        block="encoder.conv_blocks.{level}.res.{number}",
+        attention="encoder.conv_blocks.{level}.attn.{number}",
+        downsampling="encoder.conv_blocks.{level}.downsample.conv",
+        block_up="decoder.conv_blocks.{up}.res.{number}",
+        attention_up="decoder.conv_blocks.{up}.attn.{number}",
+        upsampling="decoder.conv_blocks.{up}.upsample.conv",
+        middle=("mid.0", "mid.1", "mid.2"),
+        containers=("ema", "model", "state_dict"),
+        unit_length=True,
+    ),
+    "taming": Spelling(containers=("state_dict",)),
+    "diffusers": Spelling(
+        block="encoder.down_blocks.{level}.resnets.{number}",
+        attention="encoder.down_blocks.{level}.attentions.{number}",
+        downsampling="encoder.down_blocks.{level}.downsamplers.0.conv",
+        block_up="decoder.up_blocks.{up}.resnets.{number}",
+        attention_up="decoder.up_blocks.{up}.attentions.{number}",
+        upsampling="decoder.up_blocks.{up}.upsamplers.0.conv",
+        middle=("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
+        norm="conv_norm_out",
+        shortcut="conv_shortcut",
+        attention_parts=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
+    ),
+}
+
+CODEBOOK = "quantize.embedding.weight"
+
+
+def names_of(spelling: Spelling, part: VQGANPart, encoder: Stack, decoder: Stack) -> dict[str, list[str]]:
+    """The project's names of each of our weights `encoder.N...` and `decoder.N...`; queries, keys and values are three there."""
+    found: dict[str, list[str]] = {}
+    for side, stack, prefixes in (
+        ("encoder", encoder, _encoder_names(spelling, part)),
+        ("decoder", decoder, _decoder_names(spelling, part)),
+    ):
+        layers = [(number, layer) for number, layer in enumerate(stack) if not isinstance(layer, nn.SiLU)]
+        for (number, layer), prefix in zip(layers, prefixes, strict=True):
+            for own, theirs in _inside(spelling, layer).items():
+                for end in ("weight", "bias"):
+                    found[f"{side}.{number}{own}.{end}"] = [f"{prefix}{name}.{end}" for name in theirs]
+    return found
+
+
+def _inside(spelling: Spelling, layer: nn.Module) -> dict[str, list[str]]:
+    """Below a layer: the project's names of each of our modules."""
+    if isinstance(layer, ResidualBlock):
+        kept = {f".{name}": [f".{name}"] for name in ("norm1", "conv1", "norm2", "conv2")}
+        return kept if isinstance(layer.shortcut, nn.Identity) else {**kept, ".shortcut": [f".{spelling.shortcut}"]}
+    if isinstance(layer, AttentionBlock):
+        norm, *qkv, out = (f".{name}" for name in spelling.attention_parts)
+        return {".norm": [norm], ".qkv": qkv, ".out": [out]}
+    return {".conv": [""]} if isinstance(layer, Downsampling | Upsampling) else {"": [""]}
+
+
+def _encoder_names(spelling: Spelling, part: VQGANPart) -> Iterator[str]:
+    """Of the encoder's layers in their order, the map to the quantizer last."""
+    yield "encoder.conv_in"
+    for level in range(len(part.multipliers)):
+        if level:
+            yield spelling.downsampling.format(level=level - 1)
+        for number in range(part.residual_blocks):
+            yield spelling.block.format(level=level, number=number)
+            if 2**level in part.attention:
+                yield spelling.attention.format(level=level, number=number)
+    yield from (f"encoder.{name}" for name in (*spelling.middle, spelling.norm, "conv_out"))
+    yield "quant_conv"
+
+
+def _decoder_names(spelling: Spelling, part: VQGANPart) -> Iterator[str]:
+    """Of the decoder's layers in their order, the map from the quantizer first."""
+    yield "post_quant_conv"
+    yield from (f"decoder.{name}" for name in ("conv_in", *spelling.middle))
+    for up, level in enumerate(reversed(range(len(part.multipliers)))):
+        for number in range(part.residual_blocks + 1):
+            yield spelling.block_up.format(level=level, up=up, number=number)
+            if 2**level in part.attention:
+                yield spelling.attention_up.format(level=level, up=up, number=number)
+        if level:
+            yield spelling.upsampling.format(level=level, up=up)
+    yield from (f"decoder.{name}" for name in (spelling.norm, "conv_out"))
+
+
+def part_of_weights(spelling: Spelling, weights: Mapping[str, Tensor]) -> VQGANPart:
+    """The network's sizes, by the shapes of its weights. Errors: UserError for a weight that is missing, or sizes that cannot be."""
+
+    def there(template: str, level: int, number: int = 0, end: str = "") -> bool:
+        return f"{template.format(level=level, number=number)}{end}" in weights
+
+    hidden = needed(weights, "encoder.conv_in.weight").shape[0]
+    levels, blocks = 0, 0
+    while there(spelling.block, levels, end=".conv1.weight"):
+        levels += 1
+    while there(spelling.block, 0, blocks, ".conv1.weight"):
+        blocks += 1
+    first = spelling.block.format(level=0, number=0)
+    needed(weights, f"{first}.conv1.weight")
+    widths = [needed(weights, f"{spelling.block.format(level=level, number=0)}.conv2.weight").shape[0] for level in range(levels)]
+    norm = f".{spelling.attention_parts[0]}.weight"
+    return VQGANPart(
+        hidden_channels=hidden,
+        multipliers=[width // hidden for width in widths],
+        residual_blocks=blocks,
+        attention=[2**level for level in range(levels) if there(spelling.attention, level, end=norm)],
+        latent_channels=needed(weights, "encoder.conv_out.weight").shape[0],
+    )
+
+
+def needed(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The weight of that name. Errors: UserError if there is none."""
+    if name not in weights:
+        raise UserError(f"expected a weight {name}, found none")
+    return weights[name]
+
+
+def translated(theirs: Mapping[str, Tensor], names: Mapping[str, list[str]], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights, from those of a project.
+
+    Args:
+        theirs: the project's weights.
+        names: from `names_of`.
+        ours: weights of our shapes.
+    Errors: UserError, naming the first weight that is missing or of another shape.
+    """
+    found = {}
+    for own, pieces in names.items():
+        expected = (ours[own].shape[0] // len(pieces), *ours[own].shape[1:])
+        for name in pieces:
+            shape = tuple(needed(theirs, name).shape)
+            # A linear map of pixels is a convolution of one pixel elsewhere.
+            if shape not in (expected, (*expected, 1, 1)) or (len(expected) != 2 and shape != expected):
+                raise UserError(f"expected a weight {name} of shape {expected}, found {shape}")
+        found[own] = torch.cat([theirs[name].view(expected) for name in pieces])
+    return found

@@ -1,0 +1,142 @@
+"""Tokenizers of other projects: what their own code computed, we compute; whatever does not fit is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.cli import load_recipe
+from configs.run_dir import RunDir
+from pipelines.reconstruct import main as reconstruct
+from pipelines.report import main as report
+from pipelines.sample import main as sample
+from pipelines.summary import main as summary
+from stage1_vqvae.import_tokenizer import main as import_tokenizer
+from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.train import main as train_prior
+
+REFERENCES = Path(__file__).parents[1] / "data"
+
+
+def reference(project: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights, and input, latents, codes and reconstruction of the project's code, from `PROJECT_small.safetensors`."""
+    found = load_file(REFERENCES / f"{project}_small.safetensors")
+    weights = {name.removeprefix("weights."): value for name, value in found.items() if name.startswith("weights.")}
+    return weights, {name: value for name, value in found.items() if not name.startswith("weights.")}
+
+
+def of_diffusers(height: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same of `diffusers.VQModel` with random weights: three sizes, two blocks, no attention but in the middle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it imports
+        from diffusers import VQModel
+    torch.manual_seed(0)
+    model = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=2,
+        latent_channels=16,
+        num_vq_embeddings=48,
+        vq_embed_dim=6,
+        norm_num_groups=32,
+    ).eval()
+    images = torch.randn(2, 3, height, width).clamp(-1, 1)
+    with torch.no_grad():
+        latents = model.encode(images).latents
+        # Codes where latents are, and so far apart that no rounding chooses.
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        model.quantize.embedding.weight.copy_(mean + std * torch.randn(48, 6))
+        codes = model.quantize(latents)[2][2].view(2, *latents.shape[2:])
+        reconstruction = model.decode(latents).sample
+    return dict(model.state_dict()), {"input": images, "latents": latents, "codes": codes, "reconstruction": reconstruction}
+
+
+def imported(project: str, weights: dict[str, Tensor], size: tuple[int, int], recipe: Path, folder: Path) -> VQVAE:
+    save_file(weights, folder / "theirs.safetensors")
+    height, width = size
+    options = ["--config", str(recipe), "--data.height", str(height), "--data.width", str(width), "--run", str(folder / "run")]
+    import_tokenizer(["--from", project, str(folder / "theirs.safetensors"), *options])
+    return load_tokenizer(RunDir(folder / "run"))
+
+
+@pytest.mark.parametrize("project", ["llamagen", "taming", "diffusers", "diffusers, not square"])
+def test_codes_latents_and_reconstructions_are_the_projects_own(project: str, tiny_recipe: Path, tmp_path: Path) -> None:
+    name, _, shape = project.partition(", ")
+    weights, expected = of_diffusers(16, 24 if shape else 16) if name == "diffusers" else reference(project)
+    tokenizer = imported(name, weights, (expected["input"].shape[2], expected["input"].shape[3]), tiny_recipe, tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(tokenizer.latents(expected["input"]), expected["latents"], atol=1e-5)
+        codes = tokenizer.encode(expected["input"])
+        assert torch.equal(codes[0], expected["codes"].long())
+        assert len(codes[0].unique()) > 8
+        assert torch.allclose(tokenizer.decode(codes), expected["reconstruction"], atol=1e-5)
+
+
+def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With all that stands beside the weights in a public file."""
+    weights, _ = reference("taming")
+    beside = {"epoch": 3, "state_dict": {**weights, "loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}}
+    torch.save({**beside, "optimizer_states": [{}]}, tmp_path / "last.ckpt")
+    run = str(tmp_path / "run")
+    import_tokenizer(["--from", "taming", str(tmp_path / "last.ckpt"), "--config", str(tiny_recipe), "--run", run])
+    printed = capsys.readouterr().out
+    for name in ("epoch", "optimizer_states", "loss.*"):
+        assert printed.count(f"left aside: {name}\n") == 1
+    extract_codes(["--run", run])
+    train_prior(["--run", run])
+    sample(["--run", run, "--n", "2"])
+    reconstruct(["--run", run])
+    summary(["--run", run])
+    report(["--run", run])
+    recipe = load_recipe(RunDir(Path(run)).recipe)
+    network = dataclasses.asdict(recipe.tokenizer.network)
+    assert (network["multipliers"], network["attention"], network["residual_blocks"], network["hidden_channels"]) == ([1, 2], [2], 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights: weights.pop("decoder.up.1.block.0.norm2.bias"), "expected a weight decoder.up.1.block.0.norm2.bias, found none"),
+        (lambda weights: weights.update({"decoder.conv_out.bias": torch.zeros(4)}), "decoder.conv_out.bias of shape (3,), found (4,)"),
+        (lambda weights: weights.pop("quantize.embedding.weight"), "expected a weight quantize.embedding.weight, found none"),
+        (lambda weights: weights.pop("encoder.conv_in.weight"), "expected a weight encoder.conv_in.weight, found none"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named_and_leaves_no_run(
+    change: Callable[[dict[str, Tensor]], object], said: str, tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    weights, _ = reference("taming")
+    change(weights)
+    save_file(weights, tmp_path / "theirs.safetensors")
+    begin = ["--config", tiny_recipe, "--run", tmp_path / "run"]
+    line = one_line_error(import_tokenizer, "--from", "taming", tmp_path / "theirs.safetensors", *begin)
+    assert said in line
+    assert "theirs.safetensors" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_such_file_is_refused(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    begin = ["--config", tiny_recipe, "--run", tmp_path / "run"]
+    (tmp_path / "text").write_text("no weights")
+    weights, _ = reference("llamagen")
+    save_file(weights, tmp_path / "llamagen.safetensors")
+    for project, file, said in (
+        ("taming", "missing", "found none"),
+        ("taming", "text", "found something else"),
+        ("taming", "llamagen.safetensors", "expected a weight encoder.down.0.block.0.conv1.weight, found none"),
+        ("nobody", "text", "expected one of llamagen, taming, diffusers, found nobody"),
+    ):
+        assert said in one_line_error(import_tokenizer, "--from", project, tmp_path / file, *begin)
+    grey = ["--data.channels", "1"]
+    line = one_line_error(import_tokenizer, "--from", "llamagen", tmp_path / "llamagen.safetensors", *begin, *grey)
+    assert "found them for 3" in line
+    assert not (tmp_path / "run").exists()
