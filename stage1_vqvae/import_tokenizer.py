@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     weights, aside = read(path, spelling)
     try:
         tokenizer, unused = tokenizer_of(weights, spelling, recipe)
-    except UserError as error:
+    except ValueError as error:  # of sizes too
         raise UserError(f"{path}: {error}") from None
     recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
     recipe.check()

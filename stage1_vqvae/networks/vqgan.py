@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from configs.schema import NetworkPart, require
 
-_GROUPS = 32
+GROUPS = 32
+"""Groups of a normalisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class VQGANPart(NetworkPart):
 
     def __post_init__(self) -> None:
         where = "tokenizer.network"
-        groups = self.hidden_channels >= 1 and self.hidden_channels % _GROUPS == 0
-        require(groups, f"{where}.hidden_channels", f"a multiple of {_GROUPS}", self.hidden_channels)
+        groups = self.hidden_channels >= 1 and self.hidden_channels % GROUPS == 0
+        require(groups, f"{where}.hidden_channels", f"a multiple of {GROUPS}", self.hidden_channels)
         positive = len(self.multipliers) > 0 and min(self.multipliers) >= 1
         require(positive, f"{where}.multipliers", "one number or more, each at least 1", self.multipliers)
         for name in ("residual_blocks", "latent_channels"):
@@ -163,7 +164,7 @@ class Upsampling(nn.Module):
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
 
 def _middle(channels: int) -> list[nn.Module]:

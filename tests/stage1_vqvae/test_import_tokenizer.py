@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.cli import load_recipe
-from configs.run_dir import RunDir
+from configs.run_dir import REPOSITORY, RunDir
 from pipelines.reconstruct import main as reconstruct
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from pipelines.summary import main as summary
 from stage1_vqvae.import_tokenizer import main as import_tokenizer
+from stage1_vqvae.import_tokenizer import tokenizer_of
 from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.networks.vqgan import VQGANPart
+from stage1_vqvae.networks.vqgan_names import SPELLINGS
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 
@@ -79,6 +83,28 @@ def test_codes_latents_and_reconstructions_are_the_projects_own(project: str, ti
         assert torch.equal(codes[0], expected["codes"].long())
         assert len(codes[0].unique()) > 8
         assert torch.allclose(tokenizer.decode(codes), expected["reconstruction"], atol=1e-5)
+
+
+# What the papers and configurations of the public checkpoints say.
+PUBLIC = {
+    "llamagen vq_ds16_c2i": ([1, 1, 2, 2, 4], [16], 16_384, 8),
+    "llamagen vq_ds8_c2i": ([1, 2, 2, 4], [8], 16_384, 8),
+    "taming vqgan_imagenet_f16_1024": ([1, 1, 2, 2, 4], [16], 1024, 256),
+    "taming vqgan_imagenet_f16_16384": ([1, 1, 2, 2, 4], [16], 16_384, 256),
+}
+
+
+@pytest.mark.parametrize("file", PUBLIC)
+def test_sizes_of_public_checkpoints_follow_from_their_shapes(file: str) -> None:
+    shapes = json.loads((REFERENCES / "state_dicts.json").read_text())[file]
+    with torch.device("meta"):
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+        tokenizer, unused = tokenizer_of(weights, SPELLINGS[file.split()[0]], load_recipe(REPOSITORY / "configs" / "imagefolder.yaml"))
+    network, quantizer = tokenizer.config.network, tokenizer.quantizer
+    assert isinstance(network, VQGANPart)
+    assert (network.multipliers, network.attention, *quantizer.num_codes, tokenizer.config.code_dim) == PUBLIC[file]
+    assert (network.hidden_channels, network.residual_blocks, network.latent_channels) == (128, 2, 256)
+    assert set(unused) <= {"quantize.codebook_used"}
 
 
 def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

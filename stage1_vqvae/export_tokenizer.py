@@ -1,0 +1,91 @@
+"""Write a run's tokenizer as another project loads it: a folder for `diffusers.VQModel.from_pretrained`.
+
+    python stage1_vqvae/export_tokenizer.py --to diffusers --output photos_vq
+    python stage1_vqvae/export_tokenizer.py --run photos --to diffusers --output photos_vq
+
+Images in [-1, 1] have the same codes there, and codes the same images. For tokenizers whose network is `vqgan`, whose objective is `mse`,
+and whose quantizer is one learned codebook.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from configs.cli import parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import replacing_folder, write_json
+from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.networks.vqgan import GROUPS, Stack, VQGANPart
+from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, names_of
+from stage1_vqvae.objectives.pixels import SquaredError
+from stage1_vqvae.quantizers.vector import VectorQuantizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, (), argv, options=_options)
+    run, options = command.run, command.options
+    if options.to != "diffusers":
+        raise UserError(f"--to: expected diffusers, found {options.to}")
+    output = Path(options.output).expanduser()
+    if output.exists():
+        raise UserError(f"--output {output}: expected a folder that does not exist yet, found one")
+    command.need_tokenizer()
+    tokenizer = load_tokenizer(run)
+    weights, config = for_diffusers(tokenizer)
+    with replacing_folder(output) as folder:
+        write_json(folder / "config.json", config)
+        safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    print(f'wrote {output}; load it by diffusers.VQModel.from_pretrained("{output}")')
+
+
+def _options(parser: Any) -> None:
+    parser.add_argument("--to", default="diffusers", help="whose format: diffusers")
+    parser.add_argument("--output", required=True, help="the folder to write; must not exist")
+
+
+def for_diffusers(tokenizer: VQVAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and configuration of an equal `diffusers.VQModel`. Errors: UserError if there is none."""
+    part, quantizer = tokenizer.config.network, tokenizer.quantizer
+    if not isinstance(part, VQGANPart):
+        raise UserError(f"tokenizer.network: expected vqgan, which diffusers knows too, found {part.kind}")
+    if not isinstance(tokenizer.objective, SquaredError):
+        found = tokenizer.config.objective.kind
+        raise UserError(f"tokenizer.objective: expected mse, where the decoder puts out the image itself, found {found}")
+    if not isinstance(quantizer, VectorQuantizer):
+        found = tokenizer.config.quantizer.kind
+        wanted = "expected one learned codebook, neither residual nor in groups nor projected"
+        raise UserError(f"tokenizer.quantizer: {wanted}, found {found} of {len(quantizer.num_codes)} levels")
+    assert isinstance(tokenizer.encoder, Stack)
+    assert isinstance(tokenizer.decoder, Stack)
+    own, weights = tokenizer.state_dict(), dict[str, Tensor]()
+    for name, pieces in names_of(SPELLINGS["diffusers"], part, tokenizer.encoder, tokenizer.decoder).items():
+        weights |= {piece: value.contiguous() for piece, value in zip(pieces, own[name].chunk(len(pieces)), strict=True)}
+    # Of codes at unit length the nearest is that of the smallest angle, whatever the latent's length.
+    weights[CODEBOOK] = quantizer.codebook.vectors().detach().clone()
+    channels, height, width = tokenizer.image_shape
+    attends = [2**level in part.attention for level in range(len(part.multipliers))]
+    config = {
+        "_class_name": "VQModel",
+        "act_fn": "silu",
+        "block_out_channels": part.widths,
+        "down_block_types": ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in attends],
+        "in_channels": channels,
+        "latent_channels": part.latent_channels,
+        "layers_per_block": part.residual_blocks,
+        "norm_num_groups": GROUPS,
+        "num_vq_embeddings": quantizer.num_codes[0],
+        "out_channels": channels,
+        "sample_size": max(height, width),
+        "up_block_types": ["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in reversed(attends)],
+        "vq_embed_dim": tokenizer.config.code_dim,
+    }
+    return weights, config
+
+
+if __name__ == "__main__":
+    run_entry(main)
