@@ -36,7 +36,8 @@ from pipelines.codec.coder import batch_images, encode
 from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
 from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.plots import save_figure, square_columns
+from stage1_vqvae.pictures import square_columns
+from stage1_vqvae.plots import save_figure
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import finished_prior, load_prior
 

@@ -29,21 +29,12 @@ from configs.cli import EXTRACT_CODES, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.images.scoring import (
-    BATCH_SIZE,
-    Panel,
-    ScoringPrior,
-    file_names,
-    panels_picture,
-    scoring_prior,
-    short,
-    surprisals,
-    write_table,
-)
+from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
+from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.metrics import squared_errors
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.plots import save_png
+from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import fingerprint

@@ -28,7 +28,7 @@ from configs.run_dir import program, write_json
 from pipelines.images.drawing import check_guidance, chosen_prior, draw_images
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, labels_for
 from stage1_vqvae.model import VQVAE, load_tokenizer
-from stage1_vqvae.plots import grid_scale, image_grid, save_png
+from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
 

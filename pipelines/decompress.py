@@ -26,7 +26,7 @@ from pipelines.codec.coder import decode
 from pipelines.codec.pixels import decode_pixels
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.plots import save_png
+from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar

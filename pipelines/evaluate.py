@@ -37,7 +37,7 @@ from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
-from stage1_vqvae.plots import grid_scale, save_png
+from stage1_vqvae.pictures import grid_scale, save_png
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore

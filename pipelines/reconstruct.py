@@ -22,20 +22,11 @@ from configs.cli import Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.images.scoring import (
-    BATCH_SIZE,
-    Panel,
-    ScoringPrior,
-    file_names,
-    panels_picture,
-    scoring_prior,
-    short,
-    surprisals,
-    write_table,
-)
+from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
+from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
 from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.plots import save_png
+from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar

@@ -25,7 +25,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program, write_bytes, write_json
 from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.plots import grid_scale, image_grid, save_png, square_columns
+from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import fingerprint

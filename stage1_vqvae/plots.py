@@ -1,9 +1,8 @@
-"""Pictures: grids of images, training graphs, the codebook. The only owner of matplotlib in this package."""
+"""Plots: training graphs, the codebook. The only owner of matplotlib in this package."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,63 +10,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from configs.run_dir import write_bytes
 
 matplotlib.use("agg")
-
-# White pixels between pictures.
-_GAP = 2
-
-
-def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
-    """Write uint8 (H, W, C) as a PNG, each pixel `scale` wide."""
-    write_bytes(path, png(pixels, scale), durable=False)
-
-
-def png(pixels: Tensor, scale: int = 1, optimize: bool = False) -> bytes:
-    """uint8 (H, W, C) as the bytes of a PNG, each pixel `scale` wide."""
-    array = pixels.numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-    if scale > 1:
-        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, "png", optimize=optimize)
-    return buffer.getvalue()
-
-
-def image_grid(pictures: Tensor, columns: int) -> Tensor:
-    """uint8 pictures (N, H, W, C) side by side, `columns` a row, white between them: uint8 (H', W', C)."""
-    # torchvision has such a grid too, but two seconds of imports with it, which every command would begin with.
-    columns = min(columns, len(pictures))
-    cells = F.pad(pictures, (0, 0, _GAP, 0, _GAP, 0, 0, -len(pictures) % columns), value=255)
-    grid = rearrange(cells, "(row column) h w c -> (row h) (column w) c", column=columns)
-    return F.pad(grid, (0, 0, 0, _GAP, 0, _GAP), value=255)
-
-
-def grid_scale(height: int) -> int:
-    """How much to enlarge small pictures so that a grid of them can be looked at: to about 64 pixels each."""
-    return max(1, round(64 / height))
-
-
-def reconstruction_grid(originals: Tensor, pictures: Tensor, columns: int) -> Tensor:
-    """Rows of originals, each over the row of its reconstructions; uint8 (N, H, W, C) both."""
-    columns = min(columns, len(originals))
-    # The last row may be short: white takes the places that are left, so that what follows begins a row of its own.
-    white = torch.full_like(originals[:1], 255).expand(-len(originals) % columns, -1, -1, -1)
-    rows = [torch.cat([images, white]).split(columns) for images in (originals, pictures)]
-    return image_grid(torch.cat([row for pair in zip(*rows, strict=True) for row in pair]), columns)
-
-
-def square_columns(count: int) -> int:
-    """Columns of a grid about as wide as it is high."""
-    return math.ceil(math.sqrt(count))
 
 
 def save_figure(path: Path, figure: Figure) -> None:

@@ -15,7 +15,7 @@ from pipelines.images.bound import pixel_bits
 from pipelines.images.inputs import encode_and_decode
 from pipelines.images.scoring import surprisals
 from stage1_vqvae.model import VQVAE
-from stage1_vqvae.plots import png
+from stage1_vqvae.pictures import png
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.priors.contract import AutoregressivePrior
 

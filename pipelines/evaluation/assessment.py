@@ -21,7 +21,7 @@ from pipelines.images.scoring import ScoringPrior
 from stage1_vqvae.data.splits import TRAIN, ImageSource
 from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors, ssim_of_each, usage
 from stage1_vqvae.model import VQVAE
-from stage1_vqvae.plots import image_grid
+from stage1_vqvae.pictures import image_grid
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.randomness import generator

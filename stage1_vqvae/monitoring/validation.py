@@ -16,7 +16,8 @@ from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.monitoring.health import Health, checksum, collapse_warning, examine
-from stage1_vqvae.plots import codebook_picture, grid_scale, image_grid, reconstruction_grid, save_png
+from stage1_vqvae.pictures import grid_scale, image_grid, reconstruction_grid, save_png
+from stage1_vqvae.plots import codebook_picture
 from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import summed

@@ -23,7 +23,7 @@ from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.plots import save_png
+from stage1_vqvae.pictures import save_png
 
 OWN = ["--features", "classifier"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.utils import make_grid
 
-from stage1_vqvae.plots import image_grid, reconstruction_grid
+from stage1_vqvae.pictures import image_grid, reconstruction_grid
 
 
 @pytest.mark.parametrize(("count", "columns", "channels"), [(7, 3, 3), (6, 3, 1), (2, 5, 3)])

@@ -1,4 +1,4 @@
-"""VQGAN's encoder and decoder; that they compute what the public ones do, stands in test_import_tokenizer.py."""
+"""VQGAN's encoder and decoder; that they compute what the public ones do, stands in test_other_projects.py."""
 
 from __future__ import annotations
 
