@@ -112,9 +112,7 @@ def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: R
             built[name] = _built(name, values[name])
         elif base is not None:
             built[name] = getattr(base, name)
-    recipe = Recipe(**built)
-    recipe.check()
-    return recipe
+    return Recipe(**built)
 
 
 def _built(name: str, values: Any) -> Any:
@@ -138,7 +136,9 @@ def load_recipe(path: Path) -> Recipe:
     try:
         content, kinds = _spelled_out(content)
         _check_keys(content, kinds)
-        return _build(_parser(tuple(SECTIONS), kinds).parse_object(content), tuple(SECTIONS), None, None)
+        recipe = _build(_parser(tuple(SECTIONS), kinds).parse_object(content), tuple(SECTIONS), None, None)
+        recipe.check()
+        return recipe
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -211,6 +211,7 @@ def parse(
     starts_run: bool = False,
     begun_in: Callable[[RunDir, str | None, str | None], Path] | None = None,
     options: Callable[[ArgumentParser], None] = lambda parser: None,
+    whole: bool = True,
 ) -> Command:
     """Parse a script's command line.
 
@@ -224,6 +225,7 @@ def parse(
             other and is not a level's) and `--level`: what was begun there goes on with the recipe it has there, and then `--config`
             only says which run is meant.
         options: adds the script's own options.
+        whole: whether the recipe's parts have to fit one another; False where the script puts in others.
     Errors: exits with code 2 and one line on any mistake.
     """
     argv = [_spelled(argument) for argument in (sys.argv[1:] if argv is None else argv)]
@@ -254,6 +256,8 @@ def parse(
         parser.set_defaults(_defaults(base, sections, flat))
         values = parser.parse_args(argv)
         recipe = _build(values, sections, flat, base)
+        if whole:
+            recipe.check()
         if starts_run and recipe.data.path is not None:
             # Later commands may be typed elsewhere.
             path = str(Path(recipe.data.path).expanduser().resolve())

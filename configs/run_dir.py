@@ -176,7 +176,12 @@ class RunDir:
     @staticmethod
     def begun(folder: Path) -> bool:
         """Whether training in that folder (stage 1's or a prior's) has left a checkpoint, or a result."""
-        return (folder / "report.json").exists() or any((folder / "checkpoints").glob("step-*.pt"))
+        return (folder / "report.json").exists() or RunDir.checkpointed(folder)
+
+    @staticmethod
+    def checkpointed(folder: Path) -> bool:
+        """Whether training in that folder has left a checkpoint."""
+        return any((folder / "checkpoints").glob("step-*.pt"))
 
     def prior(self, name: str) -> Path:
         """The folder of the prior of that name."""

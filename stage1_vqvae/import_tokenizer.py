@@ -12,7 +12,6 @@ that: extract the codes, train a prior.
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, parse, recipe_dict
 from configs.errors import UserError, run_entry
-from configs.run_dir import program, write_yaml
+from configs.run_dir import program, read_json, write_yaml
 from configs.schema import Recipe, Tokenizer
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import VQVAE, save_tokenizer
 from stage1_vqvae.monitoring.validation import save_health, save_reconstructions, save_report, validate
-from stage1_vqvae.networks.vqgan import Stack
+from stage1_vqvae.networks.vqgan import GROUPS, Stack
 from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, Spelling, names_of, needed, part_of_weights, translated
 from stage1_vqvae.quantizers.learned import GradientPart
 from stage1_vqvae.training.processes import start
@@ -39,31 +38,32 @@ from stage1_vqvae.training.processes import start
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("data", "extraction", "prior", "stage2", "sampling", "compute"), argv, starts_run=True, options=_options)
+    sections = ("data", "extraction", "prior", "stage2", "sampling", "compute")
+    command = parse(__doc__, sections, argv, starts_run=True, options=_options, whole=False)
     run, recipe, project = command.run, command.recipe, getattr(command.options, "from")
     if project not in SPELLINGS:
         raise UserError(f"--from: expected one of {', '.join(SPELLINGS)}, found {project}")
     if run.exists():
         raise UserError(f"--run {run}: expected a new run, found one")
-    path = Path(command.options.file).expanduser()
     spelling = SPELLINGS[project]
+    path = _file(Path(command.options.file).expanduser(), spelling)
     weights, aside = read(path, spelling)
     try:
         tokenizer, unused = tokenizer_of(weights, spelling, recipe)
+        recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
+        recipe.check()
     except ValueError as error:  # of sizes too
         raise UserError(f"{path}: {error}") from None
-    recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
-    recipe.check()
     began, accelerator = time.monotonic(), start(recipe.compute)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}")
     validation = load_images(recipe.data, (VALIDATION,), progress=True).splits[VALIDATION]
     tokenizer.to(accelerator.device)
+    judgement = validate(accelerator, tokenizer, validation, recipe.extraction.batch_size)
     with run.lock():
         write_yaml(run.recipe, recipe_dict(recipe))
         run.record(program(), command.arguments, recipe_dict(recipe))
         run.stage1.mkdir(parents=True, exist_ok=True)
-        judgement = validate(accelerator, tokenizer, validation, recipe.extraction.batch_size)
         save_health(run, tokenizer, judgement.counts, 0, 1)
         save_reconstructions(run, tokenizer, validation, 0, accelerator.device)
         save_report(run, tokenizer, 0, (time.monotonic() - began) / 60, judgement)
@@ -79,6 +79,23 @@ def _options(parser: Any) -> None:
     parser.add_argument("file", help="its weights")
 
 
+def _file(path: Path, spelling: Spelling) -> Path:
+    """The file meant: of a folder, the one in it that has the weights. Errors: UserError if there is none, or its settings are others."""
+    if path.is_dir():
+        if spelling.file is None or not (path / spelling.file).is_file():
+            raise UserError(
+                f"{path}: expected a file of weights{f', or a folder with {spelling.file}' * bool(spelling.file)}, found a folder"
+            )
+        path = path / spelling.file
+    config = path.with_name("config.json")
+    if path.name == spelling.file and config.is_file():
+        found = read_json(config)
+        for key, wanted in (("norm_num_groups", GROUPS), ("act_fn", "silu"), ("norm_type", "group")):
+            if found.get(key, wanted) != wanted:
+                raise UserError(f"{config}: expected {key} {wanted}, found {found[key]}")
+    return path
+
+
 def read(path: Path, spelling: Spelling) -> tuple[dict[str, Tensor], list[str]]:
     """The weights in a file, and the names of what stands beside them. Errors: UserError if there are none."""
     try:
@@ -86,19 +103,40 @@ def read(path: Path, spelling: Spelling) -> tuple[dict[str, Tensor], list[str]]:
     except OSError as error:
         raise UserError(f"{path}: expected a file of weights, found none ({error.strerror or error})") from None
     except SafetensorError:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise UserError(
-                f"{path}: expected safetensors or torch's weights, found something else ({str(error).splitlines()[0]})"
-            ) from None
+        content = _unpickled(path)
     aside: list[str] = []
     container = next((key for key in spelling.containers if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), None)
     if container is not None:
-        aside, content = [key for key in content if key != container], content[container]
+        aside, content = [str(key) for key in content if key != container], content[container]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: expected names and weights, found {type(content).__name__}")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}, aside
+    return {spelling.today(name): value for name, value in content.items() if isinstance(value, Tensor)}, aside
+
+
+class _Inert:
+    """Stands for an object of somebody's own class beside the weights (a callback, arguments): it takes all it is given, and does
+    nothing.
+    """
+
+    def __new__(cls, *_: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _unpickled(path: Path) -> Any:
+    """What torch.save wrote, of which nothing but tensors and plain Python is made. Errors: UserError if it did not write it."""
+    try:
+        strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in strangers]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever reading foreign bytes as a pickle may end in
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path}: expected safetensors or torch's weights, found something else ({reason})") from None
 
 
 def tokenizer_of(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Recipe) -> tuple[VQVAE, list[str]]:

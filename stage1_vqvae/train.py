@@ -103,6 +103,7 @@ def _found(run: RunDir, recipe: Recipe) -> Stage:
         elsewhere="another with --run NAME",
         recipe=load_recipe(run.recipe) if run.exists() else recipe,
         begun=run.begun(run.stage1),
+        checkpointed=run.checkpointed(run.stage1),
         finished_after=read_header(run.tokenizer, "tokenizer")["steps"] if run.tokenizer.exists() else None,
     )
 

@@ -165,6 +165,7 @@ def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
         elsewhere="another with --name NAME",
         recipe=load_recipe(begun_with) if begun_with.exists() else recipe,
         begun=run.begun(folder),
+        checkpointed=run.checkpointed(folder),
         finished_after=header["steps"] if header is not None else None,
     )
 

@@ -35,8 +35,8 @@ MARGIN = 1e-12
 """
 
 _STEPS = 2**20  # of a probability
-# Probabilities of a batch's turn: 128 MiB.
-_PROBABILITIES_AT_ONCE = 2**24
+# Probabilities of a batch's turn, or what the decoder puts out for the batch: 128 MiB.
+_NUMBERS_AT_ONCE = 2**24
 # Values that share an offset: fewer would store more offsets, more leave none that keeps clear of all of them.
 _SHARING = 2**13
 
@@ -46,7 +46,7 @@ class CodedPixels(NamedTuple):
 
     payload: bytes
     batch: int
-    """Images that take turns channel by channel; the last batch may have fewer."""
+    """Images of which one after another has its values in each turn; the last batch may have fewer."""
     offsets: list[int]
     """The rounding offset of each stretch of 2^13 values, of which a batch's last may be shorter, in units of 2^-36."""
     crc: int
@@ -142,8 +142,9 @@ class _Values:
 
 def batch_of_pixels(tokenizer: VQVAE, wanted: int) -> int:
     """Images a batch: as many as wanted, or as memory allows."""
-    likelihood = tokenizer.likelihood()
-    return max(1, min(wanted, _PROBABILITIES_AT_ONCE // (likelihood.pixels_at_once * likelihood.num_values)))
+    likelihood, (_, height, width) = tokenizer.likelihood(), tokenizer.image_shape
+    numbers = max(likelihood.pixels_at_once * likelihood.num_values, likelihood.output_channels * height * width)
+    return max(1, min(wanted, _NUMBERS_AT_ONCE // numbers))
 
 
 def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> int:

@@ -30,7 +30,9 @@ class Judgement:
     """The result of one validation pass."""
 
     metrics: dict[str, float]
-    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which are training's), psnr, usage, perplexity."""
+    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which are training's) and the objective's shares of it by their names,
+    psnr, usage, perplexity.
+    """
     counts: list[Tensor]
     """How often each code was chosen: one tensor (K,) a level."""
 
@@ -42,13 +44,15 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     processes, rank = accelerator.num_processes, accelerator.process_index
     mine = torch.arange(rank, len(validation), processes)
     zero = torch.zeros((), device=accelerator.device)
-    totals = {"mse": zero, "loss": zero}
+    names = tokenizer.objective.loss_names
+    totals = {"mse": zero, "loss": zero, **dict.fromkeys(names, zero)}
     totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
     for part in batches(len(mine), batch_size):
         pixels = validation.pixels[mine[part]].to(accelerator.device)
         output = tokenizer(to_model(pixels))
         found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}
         found["loss"] = torch.stack(list(output.losses.values())).sum() * len(pixels)
+        found |= {name: output.losses[name] * len(pixels) for name in names}
         found |= {f"counts/{level}": counts for level, counts in enumerate(level_counts(output.statistics))}
         totals = {name: total + found[name] for name, total in totals.items()}
     totals = summed(accelerator, totals)

@@ -33,6 +33,16 @@ class Spelling:
     """Under which of a file's keys the weights are, the best first; if none is there, they are the file."""
     unit_length: bool = False
     """Whether latents and codes are compared, and codes decoded, at unit length."""
+    file: str | None = None
+    """The name of the weights' file where the project keeps them in a folder."""
+    former: tuple[tuple[str, str], ...] = ()
+    """Parts of names as they once were, and what they are today."""
+
+    def today(self, name: str) -> str:
+        """A name as it is today."""
+        for old, new in self.former:
+            name = name.replace(old, new)
+        return name
 
 
 SPELLINGS = {
@@ -59,6 +69,8 @@ SPELLINGS = {
         norm="conv_norm_out",
         shortcut="conv_shortcut",
         attention_parts=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
+        file="diffusion_pytorch_model.safetensors",
+        former=((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
     ),
 }
 

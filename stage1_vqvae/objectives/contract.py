@@ -32,9 +32,14 @@ class Objective(nn.Module, ABC):
         self.image_shape = image_shape
         self.output_channels = image_shape[0] if output_channels is None else output_channels
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The names of its losses, `reconstruction` first."""
+        return ("reconstruction",)
+
     @abstractmethod
     def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """What training lowers the sum of: scalars of float32 or wider, means over pixels and images, `reconstruction` among them."""
+        """What training lowers the sum of, by `loss_names`: scalars of float32 or wider, means over pixels and images."""
 
     @abstractmethod
     def mean_image(self, output: Tensor) -> Tensor:
@@ -48,8 +53,8 @@ class PixelLikelihood(Objective):
     """An objective that is -log p(x | z), exact for images of 8-bit values.
 
     A pixel's channels are taken one after another. Given z pixels are independent; with a context of some width each depends on those
-    above and to the left of it too, through a network (context.py) that brings the decoder's output up to date with them, and learns
-    beside it without teaching the decoder: what the output means by itself stays what it was, and is what `mean_image` shows.
+    above and to the left of it too, through a network (context.py) that brings the decoder's output up to date with them. No gradient
+    of it reaches the decoder: what the output means by itself stays a likelihood, and is what `mean_image` shows.
 
     The values of a channel are the indices 0 to `num_values` - 1, int64 (B, C, H, W) for an image.
     """
@@ -59,7 +64,13 @@ class PixelLikelihood(Objective):
 
     def __init__(self, image_shape: tuple[int, int, int], output_channels: int, context: int = 0) -> None:
         super().__init__(image_shape, output_channels)
-        self.context = CausalContext(image_shape, output_channels, context) if context else None
+        with torch.random.fork_rng(devices=[]):  # encoder and decoder begin as they do without it
+            self.context = CausalContext(image_shape, output_channels, context) if context else None
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """See the contract."""
+        return ("reconstruction",) if self.context is None else ("reconstruction", "context")
 
     def values(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to the indices of their values, int64 of the same shape."""

@@ -25,9 +25,11 @@ class Stage:
     recipe: Recipe
     """The recipe that the stage was begun with."""
     begun: bool
+    """Whether it has left a checkpoint, or a result."""
+    checkpointed: bool
     """Whether it has left a checkpoint."""
     finished_after: int | None
-    """Steps its finished weights were trained for; None: there are none."""
+    """Steps its finished weights were trained for, 0: elsewhere; None: there are none."""
 
 
 def nothing_to_do(stage: Stage, asked: Recipe, resume: bool, may_change: Sequence[str]) -> bool:
@@ -42,6 +44,9 @@ def nothing_to_do(stage: Stage, asked: Recipe, resume: bool, may_change: Sequenc
     changed = differences(asked, stage.recipe, may_change)
     if changed:
         raise UserError(f"{stage.where}: its recipe is fixed, but asked for was {changed[0]}; train {stage.elsewhere}")
+    if done == 0:
+        say(f"{stage.where}: its weights were imported, so {stage.name} has nothing to train; train {stage.elsewhere}")
+        return True
     steps = getattr(asked, stage.section).steps
     if done is None:
         if not resume:
@@ -53,6 +58,8 @@ def nothing_to_do(stage: Stage, asked: Recipe, resume: bool, may_change: Sequenc
         return True
     if steps < done or not resume:
         raise UserError(f"{stage.where}: {stage.name} is finished after {done} steps, but asked for were {steps}; {longer}")
+    if not stage.checkpointed:
+        raise UserError(f"{stage.where}: expected a checkpoint to go on from after {done} steps, found none; train {stage.elsewhere}")
     return False
 
 

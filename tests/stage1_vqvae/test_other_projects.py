@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.cli import load_recipe
+from configs.errors import UserError
+from configs.parts import part_from
 from configs.run_dir import REPOSITORY, RunDir
+from configs.schema import Tokenizer
 from pipelines.reconstruct import main as reconstruct
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from pipelines.summary import main as summary
+from stage1_vqvae.export_tokenizer import for_diffusers
 from stage1_vqvae.export_tokenizer import main as export_tokenizer
 from stage1_vqvae.import_tokenizer import main as import_tokenizer
 from stage1_vqvae.import_tokenizer import tokenizer_of
@@ -28,6 +35,11 @@ from stage1_vqvae.networks.vqgan_names import SPELLINGS
 from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
+
+
+class Stranger:
+    """Of a class that nobody has who reads the file."""
+
 
 REFERENCES = Path(__file__).parents[1] / "data"
 
@@ -110,18 +122,24 @@ def test_sizes_of_public_checkpoints_follow_from_their_shapes(file: str) -> None
 
 
 def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With all that stands beside the weights in a public file."""
+    """With what stands beside the weights in public files: losses, callbacks by their class, arguments, numpy's numbers."""
     weights, _ = reference("taming")
     beside = {"epoch": 3, "state_dict": {**weights, "loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}}
-    torch.save({**beside, "optimizer_states": [{}]}, tmp_path / "last.ckpt")
+    strangers = {"callbacks": {Stranger: {"best": np.float64(0.5)}}, "args": argparse.Namespace(lr=1.0), "optimizer_states": [Stranger()]}
+    torch.save({**beside, **strangers}, tmp_path / "last.ckpt")
     run = str(tmp_path / "run")
     import_tokenizer(["--from", "taming", str(tmp_path / "last.ckpt"), "--config", str(tiny_recipe), "--run", run])
     printed = capsys.readouterr().out
-    for name in ("epoch", "optimizer_states", "loss.*"):
+    for name in ("epoch", "callbacks", "args", "optimizer_states", "loss.*"):
         assert printed.count(f"left aside: {name}\n") == 1
     extract_codes(["--run", run])
     train_prior(["--run", run])
     sample(["--run", run, "--n", "2"])
+    imported_bytes = RunDir(Path(run)).tokenizer.read_bytes()
+    for options in ([], ["--resume"], ["--resume", "--stage1.steps", "3"]):
+        train_tokenizer(["--run", run, *options])
+        assert "imported, so stage 1 has nothing to train" in capsys.readouterr().out
+    assert RunDir(Path(run)).tokenizer.read_bytes() == imported_bytes
     reconstruct(["--run", run])
     summary(["--run", run])
     report(["--run", run])
@@ -154,12 +172,17 @@ def test_a_file_that_does_not_fit_is_named_and_leaves_no_run(
 
 def test_what_is_no_such_file_is_refused(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     begin = ["--config", tiny_recipe, "--run", tmp_path / "run"]
-    (tmp_path / "text").write_text("no weights")
     weights, _ = reference("llamagen")
     save_file(weights, tmp_path / "llamagen.safetensors")
+    torch.save(weights, tmp_path / "whole.pt")
+    contents = {"empty": b"", "text": b"no weights", "words": b"hello world\n", "cut.pt": (tmp_path / "whole.pt").read_bytes()[:-5000]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert "found something else" in one_line_error(import_tokenizer, "--from", "taming", tmp_path / name, *begin)
     for project, file, said in (
         ("taming", "missing", "found none"),
-        ("taming", "text", "found something else"),
+        ("taming", ".", "expected a file of weights, found a folder"),
+        ("diffusers", ".", "or a folder with diffusion_pytorch_model.safetensors, found a folder"),
         ("taming", "llamagen.safetensors", "expected a weight encoder.down.0.block.0.conv1.weight, found none"),
         ("nobody", "text", "expected one of llamagen, taming, diffusers, found nobody"),
     ):
@@ -192,6 +215,9 @@ def test_diffusers_computes_the_same(metric: str, tiny_recipe: Path, tmp_path: P
         assert torch.equal(found, codes[0])
         assert len(found.unique()) > 2
         assert torch.allclose(theirs.decode(latents).sample, ours.decode(codes), atol=1e-5)
+    back = tmp_path / "back"
+    import_tokenizer(["--from", "diffusers", str(tmp_path / "theirs"), "--config", str(tiny_recipe), "--run", str(back)])
+    assert torch.equal(load_tokenizer(RunDir(back)).encode(images)[0], codes[0])
 
 
 def test_what_diffusers_does_not_know_is_refused(run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
@@ -200,3 +226,45 @@ def test_what_diffusers_does_not_know_is_refused(run_copy: Path, tmp_path: Path,
     assert "expected diffusers" in one_line_error(export_tokenizer, *there, "--to", "nobody")
     assert not (tmp_path / "theirs").exists()
     assert "expected a folder that does not exist yet" in one_line_error(export_tokenizer, "--run", run_copy, "--output", run_copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "said"),
+    [
+        ("objective", {"kind": "bce"}, "expected mse, where the decoder puts out the image itself, found bce"),
+        ("quantizer", {"kind": "ema", "depth": 2}, "neither residual nor in groups nor projected, found ema of 2 levels"),
+        ("quantizer", {"kind": "fsq", "levels": [3, 3]}, "expected one learned codebook"),
+    ],
+)
+def test_parts_that_diffusers_does_not_know_are_refused(part: str, fields: dict[str, Any], said: str) -> None:
+    network = VQGANPart(hidden_channels=32, multipliers=[1], attention=[], residual_blocks=1, latent_channels=4)
+    chosen: Any = {part: part_from(f"tokenizer.{part}", fields)}
+    with pytest.raises(UserError, match=said):
+        for_diffusers(VQVAE(Tokenizer(code_dim=2, network=network, **chosen), 8, 12, 3))
+
+
+def test_settings_beside_the_weights_are_read(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    """A network of another number of groups has the same shapes."""
+    weights, _ = reference("llamagen")
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text('{"norm_num_groups": 16, "act_fn": "silu"}')
+    line = one_line_error(import_tokenizer, "--from", "diffusers", tmp_path, "--config", tiny_recipe, "--run", tmp_path / "run")
+    assert "config.json: expected norm_num_groups 32, found 16" in line
+
+
+def test_names_that_diffusers_once_gave_are_understood(tiny_recipe: Path, tmp_path: Path) -> None:
+    weights, expected = of_diffusers(8, 12)
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for today, once in former.items():
+        weights = {name.replace(f".{today}.", f".{once}."): value for name, value in weights.items()}
+    assert any(".query." in name for name in weights)
+    tokenizer = imported("diffusers", weights, (8, 12), tiny_recipe, tmp_path)
+    assert torch.equal(tokenizer.encode(expected["input"])[0], expected["codes"].long())
+
+
+def test_the_sizes_that_count_are_the_imported_tokenizers(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    """Height 10: the recipe's own network, of downsampling 4, would refuse it; the imported one, of 2, does not."""
+    weights, _ = reference("taming")
+    assert imported("taming", weights, (10, 12), tiny_recipe, tmp_path).grids == [(5, 6)]
+    size = ["--data.height", "11", "--config", tiny_recipe, "--run", tmp_path / "other"]
+    assert "data.height" in one_line_error(import_tokenizer, "--from", "taming", tmp_path / "theirs.safetensors", *size)

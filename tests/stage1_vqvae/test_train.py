@@ -53,7 +53,7 @@ def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
     assert not [name for name in found if ".tmp-" in name]
     report = read_json(finished_run / "stage1" / "report.json")
     assert report["bits_per_image"] == {"raw": 8 * 12 * 3 * 8, "indices": 6 * 4}
-    assert set(report["validation"]) == {"mse", "psnr", "loss", "usage", "perplexity"}
+    assert set(report["validation"]) == {"mse", "psnr", "loss", "reconstruction", "usage", "perplexity"}
 
 
 def test_what_is_logged(finished_run: Path) -> None:
@@ -207,6 +207,15 @@ def test_a_first_attempt_that_failed_does_not_set_the_recipe(tiny_recipe: Path, 
 def test_a_runs_recipe_is_fixed(run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]) -> None:
     line = one_line_error(main, "--run", run_copy, *arguments)
     assert all(part in line for part in parts), line
+
+
+def test_without_its_checkpoints_a_finished_stage_is_not_begun_again(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    """It cannot be trained longer, and what there is stays."""
+    shutil.rmtree(run_copy / "stage1" / "checkpoints")
+    written = (run_copy / "tokenizer.safetensors").read_bytes()
+    line = one_line_error(main, "--run", run_copy, "--resume", "--stage1.steps", "99")
+    assert "expected a checkpoint to go on from after 60 steps, found none" in line
+    assert (run_copy / "tokenizer.safetensors").read_bytes() == written
 
 
 def test_resume_without_a_checkpoint_starts(tiny_recipe: Path, tmp_path: Path) -> None:
