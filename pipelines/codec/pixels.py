@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
     with progress_bar(len(pixels), "encode pixels", "img", shown=progress) as bar:
         for part in batches(len(pixels), batch):
             values = likelihood.values_of(pixels[part]).to(next(tokenizer.parameters()).device)
-            turns = ((scaled, values[index].flatten().cpu()) for index, scaled in _turns(tokenizer, codes, part, values, batch))
+            turns = ((scaled, values[index].flatten().cpu()) for index, scaled in _turns(tokenizer, codes, part, values, batch, bar))
             for scaled, symbols in _stretches(turns):
                 offset, distance = clearest([scaled]) if bool(scaled.isfinite().all()) else (0, math.nan)
                 if not distance / _STEPS >= MARGIN:
@@ -78,7 +78,6 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
                 coder.encode(symbols.numpy().astype(np.int32), family, _weights(scaled, offset))
                 offsets.append(offset)
                 clearance = min(clearance, distance / _STEPS)
-            bar.update(len(values))
     payload = coder.get_compressed().astype("<u4").tobytes()
     return CodedPixels(payload, batch, offsets, _crc(pixels)), clearance
 
@@ -99,11 +98,10 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
     with progress_bar(len(pixels), "decode pixels", "img", shown=progress) as bar:
         for part in batches(len(pixels), coded.batch):
             values = torch.zeros(part.stop - part.start, channels, height, width, dtype=torch.int64, device=device)
-            for index, scaled in _turns(tokenizer, codes, part, values, at_once or coded.batch):
+            for index, scaled in _turns(tokenizer, codes, part, values, at_once or coded.batch, bar):
                 values[index] = values_in.next(scaled).view_as(values[index])
             values_in.end_stretch()
             pixels[part] = likelihood.pixels(values).cpu()
-            bar.update(len(values))
     if _crc(pixels) != coded.crc or not values_in.exhausted():
         raise out_of_step("pixels")
     return pixels
@@ -152,11 +150,12 @@ def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> i
     return sum(-(-(part.stop - part.start) * math.prod(image_shape) // _SHARING) for part in batches(images, batch))
 
 
-def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int) -> Iterator[tuple[Index, Tensor]]:
+def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int, bar: Any) -> Iterator[tuple[Index, Tensor]]:
     """Turn by turn some images' probabilities (N, V), in steps, as `PixelLikelihood.in_turn` gives them, of `at_once` images a pass.
 
     Args:
         values: on the tokenizer's device.
+        bar: of the images; each turn moves it by its share.
     """
     assert not tokenizer.training
     device = next(tokenizer.parameters()).device
@@ -165,9 +164,11 @@ def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once:
     for piece in batches(len(values), at_once):
         output = tokenizer.outputs(tuple(level[part][piece].to(device) for level in codes))
         passes.append(tokenizer.likelihood().in_turn(output, values[piece]))
+    share = len(values) * tokenizer.likelihood().pixels_at_once / math.prod(tokenizer.image_shape)
     for turns in zip(*passes, strict=True):
         index = turns[0][0]
         yield index, torch.cat([probabilities.flatten(0, 2).cpu() for _, probabilities in turns]) * _STEPS
+        bar.update(share)
 
 
 def _stretches(turns: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
