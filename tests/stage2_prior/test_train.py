@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,9 @@ def test_a_finished_prior_says_so_and_another_name_is_another_prior(
     line = one_line_error(main, "--run", run_copy, "--prior.layers", "1")
     assert "prior.layers: 1, not 2" in line
     assert "--name" in line
+    shutil.rmtree(run_copy / "priors" / "transformer" / "checkpoints")
+    line = one_line_error(main, "--run", run_copy, "--resume", "--stage2.steps", "99")
+    assert "expected a checkpoint to go on from after 8 steps, found none" in line
     main(["--run", str(run_copy), "--prior.layers", "1", "--name", "flat", "--stage2.steps", "2"])
     assert RunDir(run_copy).last_prior() == "flat"
     assert len(load_prior(run_copy / "priors/flat/prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))[0].blocks) == 1
