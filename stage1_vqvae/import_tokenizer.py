@@ -83,9 +83,8 @@ def _file(path: Path, spelling: Spelling) -> Path:
     """The file meant: of a folder, the one in it that has the weights. Errors: UserError if there is none, or its settings are others."""
     if path.is_dir():
         if spelling.file is None or not (path / spelling.file).is_file():
-            raise UserError(
-                f"{path}: expected a file of weights{f', or a folder with {spelling.file}' * bool(spelling.file)}, found a folder"
-            )
+            wanted = "a file of weights" if spelling.file is None else f"a file of weights, or a folder with {spelling.file}"
+            raise UserError(f"{path}: expected {wanted}, found a folder")
         path = path / spelling.file
     config = path.with_name("config.json")
     if path.name == spelling.file and config.is_file():
