@@ -89,9 +89,9 @@ def _file(path: Path, spelling: Spelling) -> Path:
     config = path.with_name("config.json")
     if path.name == spelling.file and config.is_file():
         found = read_json(config)
-        for key, wanted in (("norm_num_groups", GROUPS), ("act_fn", "silu"), ("norm_type", "group")):
-            if found.get(key, wanted) != wanted:
-                raise UserError(f"{config}: expected {key} {wanted}, found {found[key]}")
+        for key, supposed in (("norm_num_groups", GROUPS), ("act_fn", "silu"), ("norm_type", "group")):
+            if found.get(key, supposed) != supposed:
+                raise UserError(f"{config}: expected {key} {supposed}, found {found[key]}")
     return path
 
 

@@ -164,11 +164,11 @@ def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once:
     for piece in batches(len(values), at_once):
         output = tokenizer.outputs(tuple(level[part][piece].to(device) for level in codes))
         passes.append(tokenizer.likelihood().in_turn(output, values[piece]))
-    share = len(values) * tokenizer.likelihood().pixels_at_once / math.prod(tokenizer.image_shape)
-    for turns in zip(*passes, strict=True):
+    count = math.prod(tokenizer.image_shape) // tokenizer.likelihood().pixels_at_once
+    for number, turns in enumerate(zip(*passes, strict=True)):
         index = turns[0][0]
         yield index, torch.cat([probabilities.flatten(0, 2).cpu() for _, probabilities in turns]) * _STEPS
-        bar.update(share)
+        bar.update(len(values) * (number + 1) // count - len(values) * number // count)
 
 
 def _stretches(turns: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
