@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.cli import parse
-from configs.schema import Evaluation, Sampling
-from pipelines.evaluation.classifier import CLASSIFIER, ROTATION
+from configs.schema import Sampling
 from pipelines.evaluation.distances import Reference
-from pipelines.evaluation.features import feature_network
 from pipelines.images.drawing import draw_images
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
+from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import finished_prior, load_prior
@@ -52,7 +52,7 @@ def main() -> None:
     kinds = [*([CLASSIFIER] if source.label_names else []), ROTATION]
     found: dict[str, list[float]] = {name: [] for name in sets}
     for kind in kinds:
-        network = feature_network(Evaluation(features=kind), run, source, accelerator.device)
+        network = feature_network(kind, None, run.path, source, accelerator.device)
         reference = Reference(network(source.splits[TRAIN].pixels, 256, TRAIN).vectors)
         for name, pixels in sets.items():
             distance = reference.frechet(network(pixels, 256, name).vectors)

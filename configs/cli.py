@@ -235,6 +235,7 @@ def parse(
     where.add_argument("--name")
     where.add_argument("--level")
     where.add_argument("--prior.preset", dest="preset")
+    where.add_argument("--stage1.init_from", dest="init_from")
     where.add_argument("--resume", action="store_true")
     families = _parts_of(sections)
     for family in families:
@@ -245,6 +246,8 @@ def parse(
     try:
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
         run, base, begun = _locate(known, starts_run, help_wanted, begun_in)
+        if starts_run and not begun:
+            base = _with_tokenizer_of(known, base)
         base = _with_parts(base if begun else _with_counted_steps(base, argv), known)
         kinds = {family: _part(base, family).kind for family in families}
         usage = "%(prog)s [--option value ...]"
@@ -281,6 +284,8 @@ def _spelled(argument: str) -> str:
     name = name.replace("-", "_")
     if name in SPELLINGS:
         fail(f"--{name}: expected its new spelling, --{SPELLINGS[name]}, found the old one")
+    if name == "init_from":
+        name = "stage1.init_from"
     if name in FAMILIES and "." in name:
         name += ".kind"
     return f"--{name}{equals}{value}"
@@ -347,6 +352,23 @@ def _with_counted_steps(recipe: Recipe, argv: Sequence[str]) -> Recipe:
             changed: dict[str, Any] = {stage: dataclasses.replace(getattr(recipe, stage), minutes=0.0)}
             recipe = dataclasses.replace(recipe, **changed)
     return recipe
+
+
+def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe with the tokenizer of the run that training is to begin from, if there is one; without a recipe of its own, that run's.
+
+    Errors: UserError if there is no such run, or the new one has no name.
+    """
+    source = known.init_from or recipe.stage1.init_from
+    if source is None:
+        return recipe
+    if known.run is None and known.config is None:
+        raise UserError("--init-from: expected a name for the new run beside it (--run NAME), found none")
+    run = RunDir.named(source)
+    if not run.tokenizer.exists():
+        raise UserError(f"--init-from {source}: expected a run with a finished tokenizer, found none at {run}")
+    theirs = load_recipe(run.recipe)
+    return theirs if known.config is None else dataclasses.replace(recipe, tokenizer=theirs.tokenizer)
 
 
 def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:

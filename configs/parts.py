@@ -36,6 +36,16 @@ FAMILIES: dict[str, dict[str, str]] = {
         "categorical": "stage1_vqvae.objectives.likelihoods:CategoricalPart",
         "bernoulli": "stage1_vqvae.objectives.likelihoods:BernoulliPart",
     },
+    "stage1.perceptual": {
+        "none": "stage1_vqvae.objectives.perceptual:NoPerceptualPart",
+        "features": "stage1_vqvae.objectives.perceptual:FeaturesPart",
+        "lpips": "stage1_vqvae.objectives.perceptual:LPIPSPart",
+    },
+    "stage1.adversarial": {
+        "none": "stage1_vqvae.objectives.adversarial:NoAdversaryPart",
+        "patch": "stage1_vqvae.objectives.discriminators:PatchPart",
+        "projected": "stage1_vqvae.objectives.discriminators:ProjectedPart",
+    },
     "prior": {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",
         "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",

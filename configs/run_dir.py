@@ -133,8 +133,6 @@ class RunDir:
         self.priors = path / "priors"
         self.samples = path / "samples"
         self.evaluations = path / "evaluations"
-        self.classifier = path / "classifier.safetensors"
-        self.rotation = path / "rotation.safetensors"
 
     def __str__(self) -> str:
         """The path as a user would type it: relative to where they stand if it is below."""

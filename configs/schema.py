@@ -108,6 +108,59 @@ class NetworkPart(Part):
 class ObjectivePart(Part):
     """What a reconstruction is judged by in training. `build(image_shape)` makes the objective of images of (channels, height, width)."""
 
+    @property
+    def image_is_learned(self) -> bool:
+        """Whether a gradient at the image that it shows reaches the decoder, so that terms on whole images can be added."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualPart(Part):
+    """How different a reconstruction looks from its original, added to the objective. `build(folder, source, device, seed)` makes a module,
+    from images and originals (B, C, H, W) in [-1, 1] to the scalar to add, or None: there is no such term. It may keep a network that it
+    trains on the source's images in the folder.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialPart(Part):
+    """Who tells reconstructions from real images while the tokenizer learns to be taken for real; kinds with a discriminator are
+    `DiscriminatorPart`s.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorPart(AdversarialPart):
+    """`build(channels, folder, source, device, seed)` makes the discriminator: images (B, C, H, W) in [-1, 1] to a list of logits, each
+    (B, ..), one for each scale at which it judges.
+    """
+
+    weight: float = 0.5
+    """How strong its pull at the decoder's last layer is beside that of all other terms, once it is fully there."""
+    start: float = 0.5
+    """Share of the steps after which it begins: by then reconstructions are good."""
+    ramp: float = 0.05
+    """Share of the steps that it first learns alone, and over which its weight then rises from 0."""
+    loss: Literal["hinge", "non_saturating"] = "hinge"
+    """Hinge loss (Lim & Ye 2017) or the logistic one whose gradient does not vanish (Goodfellow et al. 2014)."""
+    bound: float = 10.0
+    """The most that its loss is multiplied by to make its pull as strong as `weight` asks for."""
+    penalty: Literal["none", "r1", "lecam"] = "none"
+    """What keeps it from being too sure: R1, its gradient at real images (Mescheder et al. 2018), or LeCam (Tseng et al. 2021)."""
+    penalty_weight: float = 1.0
+    """Weight of the penalty in its loss."""
+    lr_share: float = 0.5
+    """Its learning rate as a share of the tokenizer's."""
+
+    def __post_init__(self) -> None:
+        where = "stage1.adversarial"
+        for name in ("weight", "penalty_weight"):
+            require(0 <= getattr(self, name) < float("inf"), f"{where}.{name}", "at least 0, and finite", getattr(self, name))
+        require(0 <= self.start < 1, f"{where}.start", "0 <= share < 1", self.start)
+        require(0 <= self.ramp <= 0.5, f"{where}.ramp", "a share of 0 to 0.5", self.ramp)
+        require(self.bound > 0, f"{where}.bound", "above 0", self.bound)
+        require(0 < self.lr_share < float("inf"), f"{where}.lr_share", "above 0, and finite", self.lr_share)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
@@ -182,9 +235,17 @@ class Stage1(_Loop):
     """Steps between restarts of dead codes; none in the last tenth of the steps, so that the decoder knows every code."""
     augmentation: Augmentation = "none"
     """Each training image in a random one of its variants: mirrored, or shifted by up to one pixel."""
+    init_from: str | None = None
+    """Run whose tokenizer training begins with (--init-from); its network and quantizer are this run's. Null: random weights."""
+    trained: Literal["all", "decoder"] = "all"
+    """What learns: of `decoder`, codes stay what they are in the run that `init_from` names."""
+    perceptual: PerceptualPart = field(default_factory=lambda: default_part("stage1.perceptual"))
+    adversarial: AdversarialPart = field(default_factory=lambda: default_part("stage1.adversarial"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        fixed = self.trained == "all" or self.init_from is not None
+        require(fixed, "stage1.trained", "all without a run to begin from (stage1.init_from)", self.trained)
         require(0 <= self.weight_average < 1, "stage1.weight_average", "0 <= decay < 1", self.weight_average)
         require(self.restart_interval >= 1, "stage1.restart_interval", "at least 1", self.restart_interval)
 
@@ -320,7 +381,7 @@ class Recipe:
 
     data: Data = Data()
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
-    stage1: Stage1 = Stage1()
+    stage1: Stage1 = field(default_factory=Stage1)
     extraction: Extraction = Extraction()
     prior: PriorPart = field(default_factory=lambda: default_part("prior"))
     stage2: Stage2 = Stage2()
@@ -334,6 +395,10 @@ class Recipe:
         """
         whole = not self.tokenizer.quantizer.needs_whole_batch or self.stage1.accumulation == 1
         require(whole, "stage1.accumulation", "1 with an entropy term, which needs the whole batch at once", self.stage1.accumulation)
+        for name in ("perceptual", "adversarial"):
+            chosen = getattr(self.stage1, name).kind
+            fits = chosen == "none" or self.tokenizer.objective.image_is_learned
+            require(fits, f"stage1.{name}", f"none with the objective {self.tokenizer.objective.kind}, which is a likelihood", chosen)
         step = max(self.tokenizer.network.downsamplings)
         for name in ("height", "width"):
             pixels = getattr(self.data, name)

@@ -25,9 +25,7 @@ from accelerate import Accelerator
 from configs.cli import REPORT, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json, write_bytes, write_json
-from pipelines.evaluation.assessment import Assessor, Samples, lpips_weights, pixels_hash
-from pipelines.evaluation.classifier import run_classifier
-from pipelines.evaluation.features import feature_network
+from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
 from pipelines.evaluation.tables import markdown, notes, tables
 from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
 from pipelines.images.provenance import agrees, identity
@@ -35,6 +33,8 @@ from pipelines.images.scoring import ScoringPrior, scoring_prior
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
+from stage1_vqvae.features.classifier import run_classifier
+from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         source = images(command, progress=folder is not None)
         assessor = None
         if folder is not None:
-            lpips_weights()
-            network = feature_network(config, run, source, accelerator.device)
+            lpips_at_hand()
+            network = feature_network(config.features, config.weights, run.path, source, accelerator.device)
             if network.instead_of is not None:
                 print(network.instead_of)
             assessor = Assessor(tokenizer, network, source, config)
@@ -202,7 +202,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         found["bound"] = assessor.bound(split, *priors_of_codes(command, torch.device(network.device)))
     if samples is not None:
         labelled = samples.labels is not None and held_out.labels is not None
-        classifier = run_classifier(run, source, network.device) if labelled else None
+        classifier = run_classifier(run.path, source, network.device) if labelled else None
         found["distances"] = assessor.beside_real(samples, split, reference, classifier)
         found["memorisation"] = assessor.memorisation(samples, split)
         own = run.prior(samples.details["prior"]) / "likelihood.json" if samples.details["prior_sha256"] is not None else None

@@ -14,21 +14,23 @@ import dataclasses
 import sys
 import time
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
-from configs.errors import run_entry, say
+from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_yaml
-from configs.schema import Recipe, Stage1
+from configs.schema import DiscriminatorPart, Recipe, Stage1
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSplit
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.data.variants import make_variants, num_variants
-from stage1_vqvae.model import VQVAE, save_tokenizer
+from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, kept_at
+from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
 from stage1_vqvae.monitoring.health import CollapseWatch
 from stage1_vqvae.monitoring.validation import (
     Judgement,
@@ -40,6 +42,8 @@ from stage1_vqvae.monitoring.validation import (
     validate,
 )
 from stage1_vqvae.monitoring.window import Window
+from stage1_vqvae.objectives.adversarial import Adversary
+from stage1_vqvae.objectives.image_terms import pull
 from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.quantizers.contract import added, level_counts
@@ -50,8 +54,8 @@ from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw
-from stage1_vqvae.training.processes import start, summed
+from stage1_vqvae.training.optimizer import adamw, trainable
+from stage1_vqvae.training.processes import average_gradients_, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
 from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
@@ -79,14 +83,18 @@ def main(argv: list[str] | None = None) -> None:
     for split in images.splits.values():
         objective.check(split.pixels)
     with run.lock():
-        if recipe.stage1.minutes > 0 and not run.begun(run.stage1):
-            recipe = within_budget(accelerator, recipe, images.splits[TRAIN], images.splits[VALIDATION])
-            accelerator.free_memory()  # of the rehearsal
+        if not run.begun(run.stage1):
+            began = time.monotonic()
+            if accelerator.is_main_process:
+                forget_networks(run.stage1)
+            if recipe.stage1.minutes > 0:
+                recipe = within_budget(accelerator, run, recipe, images, began)
+                accelerator.free_memory()  # of the rehearsal
         if accelerator.is_main_process:
             write_yaml(run.recipe, recipe_dict(recipe))
             run.record(program(), command.arguments, recipe_dict(recipe))
         accelerator.wait_for_everyone()
-        train(accelerator, run, recipe, images.splits[TRAIN], images.splits[VALIDATION], resume)
+        train(accelerator, run, recipe, images, resume)
         accelerator.print(f"next: {command.next(EXTRACT_CODES)}")
 
 
@@ -108,7 +116,19 @@ def _found(run: RunDir, recipe: Recipe) -> Stage:
     )
 
 
-def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: ImageSplit, validation: ImageSplit, resume: bool) -> None:
+class Models(NamedTuple):
+    """What stage 1 trains, and by what it judges images; all processes have the same."""
+
+    tokenizer: VQVAE
+    model: Any
+    """The tokenizer as the processes train it together."""
+    optimizer: Any
+    perceptual: nn.Module | None
+    adversary: Adversary | None
+    its_optimizer: torch.optim.Optimizer | None
+
+
+def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource, resume: bool) -> None:
     """Train the tokenizer from its first step, or from the last checkpoint.
 
     Errors: UserError for a foreign checkpoint, or a loss that is not finite.
@@ -116,9 +136,11 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     config = recipe.stage1
     began = time.monotonic()
     processes = accelerator.num_processes
+    training, validation = images.splits[TRAIN], images.splits[VALIDATION]
 
-    # --- model, optimiser, and where they left off
-    tokenizer, model, optimizer = build(accelerator, recipe)
+    # --- models, optimisers, and where they left off
+    models = build(accelerator, run, recipe, images)
+    tokenizer, model, optimizer, _, adversary, its_optimizer = models
     average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)) if config.weight_average > 0 else None
     judged = average.model if average is not None else tokenizer
     order = DataOrder(len(training), config.batch_size, config.seed)
@@ -131,13 +153,16 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
             average.load_state_dict(state["average"])
+        if adversary is not None and its_optimizer is not None:
+            adversary.load_state_dict(state["adversary"]["model"])
+            its_optimizer.load_state_dict(state["adversary"]["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before = state["step"], state["minutes"]
         check_resumable(first_step, config.steps)
         accelerator.print(f"{run}: going on after step {first_step}")
     else:
-        initialise_codebooks(accelerator, tokenizer, training, order, config)
+        begin(accelerator, tokenizer, training, order, config)
 
     def minutes() -> float:
         return minutes_before + (time.monotonic() - began) / 60
@@ -146,6 +171,8 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         state = {"model": tokenizer.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
         state["average"] = average.state_dict() if average is not None else None
+        if adversary is not None and its_optimizer is not None:
+            state["adversary"] = {"model": adversary.state_dict(), "optimizer": its_optimizer.state_dict()}
         checkpoints.save(step, {**state, "minutes": minutes()})
 
     if accelerator.is_main_process:
@@ -164,13 +191,15 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     with bar, GracefulStop(accelerator) as stop:
         for step in range(first_step, config.steps):
             # --- one step, and what it leaves
-            statistics = take_step(accelerator, model, optimizer, training, order, config, step)
+            statistics = take_step(accelerator, models, training, order, config, step)
             if average is not None:
                 average.update_()
             losses = {name.removeprefix("loss/"): value / parts for name, value in statistics.items() if name.startswith("loss/")}
+            beside = {name.removeprefix("noted/"): value / parts for name, value in statistics.items() if name.startswith("noted/")}
             window.add(
                 level_counts(statistics),
                 **losses,
+                **beside,
                 loss=torch.stack(list(losses.values())).sum(),
                 # Squared error on [-1, 1] is four times that on [0, 1].
                 mse=statistics["squared_error"] / parts / 4,
@@ -220,27 +249,48 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: Image
     accelerator.end_training()
 
 
-def build(accelerator: Accelerator, recipe: Recipe) -> tuple[VQVAE, Any, Any]:
-    """The tokenizer with its first weights, the same as the processes train it together, and its optimiser."""
-    config, data = recipe.stage1, recipe.data
+def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource) -> Models:
+    """The tokenizer with its first weights, its optimiser, and what judges its images, on every process the same.
+
+    Errors: UserError if weights that the recipe asks for are missing or do not fit.
+    """
+    config, data, device = recipe.stage1, recipe.data, accelerator.device
     torch.manual_seed(derived_seed(config.seed, "weights"))
     tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
-    return tokenizer, *accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
+    if config.init_from is not None:
+        begin_with(tokenizer, RunDir.named(config.init_from))
+    if config.trained == "decoder":
+        tokenizer.encoder.requires_grad_(False)
+        tokenizer.quantizer.requires_grad_(False)
+    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
+    adversary, its_optimizer = None, None
+    with accelerator.main_process_first():  # which trains what is made on the spot
+        perceptual = config.perceptual.build(run.stage1, images, device, derived_seed(config.seed, "features"))
+        torch.manual_seed(derived_seed(config.seed, "discriminator"))
+        discriminator = config.adversarial.build(data.channels, run.stage1, images, device, derived_seed(config.seed, "features"))
+    if isinstance(config.adversarial, DiscriminatorPart):
+        adversary = Adversary(config.adversarial, discriminator, config.steps)
+        its_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0)
+    return Models(tokenizer, model, optimizer, perceptual, adversary, its_optimizer)
 
 
 def take_step(
-    accelerator: Accelerator, model: Any, optimizer: Any, training: ImageSplit, order: DataOrder, config: Stage1, step: int
+    accelerator: Accelerator, models: Models, training: ImageSplit, order: DataOrder, config: Stage1, step: int
 ) -> dict[str, Tensor]:
-    """One step of training: forward, loss, backward, clip, step; then the codebooks' own update and restarts.
+    """One step of training: forward, loss, backward, clip, step; then the codebooks' own update and restarts, and the discriminator's step.
 
-    Returns the statistics of the whole batch, summed over its parts: those of the quantizer, `loss/NAME`, `squared_error`, and
-    how many codes were `restarted`.
+    Returns the statistics of the whole batch, summed over its parts: those of the quantizer, `loss/NAME`, `noted/NAME`, `squared_error`,
+    and how many codes were `restarted`.
     """
+    tokenizer, model, optimizer, perceptual, adversary, its_optimizer = models
     processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch_size
-    quantizer = accelerator.unwrap_model(model, keep_torch_compile=False).quantizer
+    judging = adversary if adversary is not None and adversary.begin_(step) else None
+    learns_codes = config.trained == "all"
     set_learning_rate(optimizer, scheduled_rate(config, step))
     rows = order.batch(step)
-    restart = Restart(quantizer, config.seed, step, size) if restarts_after(step, config) else None
+    restart = Restart(tokenizer.quantizer, config.seed, step, size) if learns_codes and restarts_after(step, config) else None
+    # A discriminator's loss has no scaler of its own, so fp16 is not for it.
+    autocast = nullcontext if accelerator.mixed_precision == "fp16" else accelerator.autocast
     statistics: dict[str, Tensor] = {}
     for micro_step in range(config.accumulation):
         share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
@@ -249,10 +299,21 @@ def take_step(
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
             output = model(images)
-            loss = torch.stack(list(output.losses.values())).sum() / config.accumulation
-            accelerator.backward(loss)
-        found = {**output.statistics, **{f"loss/{name}": value.detach() for name, value in output.losses.items()}}
+            loss, losses = torch.stack(list(output.losses.values())).sum(), dict(output.losses)
+            found = dict(output.statistics)
+            if perceptual is not None or judging is not None:
+                with autocast():
+                    pulled = pull(output.reconstruction, images, losses, tokenizer.decoder, perceptual, judging, step)
+                loss = loss + (output.reconstruction * pulled.gradient).sum()
+                losses, found = losses | pulled.losses, found | pulled.statistics
+            accelerator.backward(loss / config.accumulation)
+        found |= {f"loss/{name}": value.detach() for name, value in losses.items()}
         found["squared_error"] = (output.reconstruction.detach() - images).square().mean()
+        if judging is not None:
+            with autocast():
+                its_loss, of_it = judging.discriminator_loss(images, output.reconstruction)
+            (its_loss / config.accumulation).backward()
+            found |= {**of_it, "noted/discriminator": its_loss.detach(), "noted/adversarial_weight": judging.weight(step)}
         if restart is not None:
             found |= restart.candidates(output.latents, share.start, len(images))
         statistics = added([statistics, found])
@@ -261,32 +322,62 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad()
     statistics = summed(accelerator, statistics)
-    quantizer.update_(statistics)
+    if learns_codes:
+        tokenizer.quantizer.update_(statistics)
     restarted = restart.apply_(statistics, optimizer) if restart is not None else 0
+    if judging is not None and its_optimizer is not None:
+        average_gradients_(accelerator, judging.discriminator)
+        set_learning_rate(its_optimizer, judging.part.lr_share * scheduled_rate(config, step))
+        its_optimizer.step()
+        its_optimizer.zero_grad()
+        judging.update_(statistics, processes * config.accumulation)
     return {**statistics, "restarted": torch.as_tensor(restarted)}
 
 
-def within_budget(accelerator: Accelerator, recipe: Recipe, training: ImageSplit, validation: ImageSplit) -> Recipe:
-    """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
-    config, began = recipe.stage1, time.monotonic()
-    tokenizer, model, optimizer = build(accelerator, recipe)
+def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource, began: float) -> Recipe:
+    """The recipe with as many steps as fit its minutes since `began`, by a rehearsal that leaves no trace."""
+    config, training, validation = recipe.stage1, images.splits[TRAIN], images.splits[VALIDATION]
+    models = build(accelerator, run, recipe, images)
     order = DataOrder(len(training), config.batch_size, config.seed)
-    initialise_codebooks(accelerator, tokenizer, training, order, config)
+    begin(accelerator, models.tokenizer, training, order, config)
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
-    def step(number: int) -> None:
-        model.train()
-        take_step(accelerator, model, optimizer, training, order, config, number)
+    def step(models: Models, number: int) -> None:
+        models.model.train()
+        take_step(accelerator, models, training, order, config, number)
 
+    def judged_step(number: int) -> None:
+        assert models.adversary is not None
+        models.adversary.begun.fill_(0)
+        step(models, number)
+
+    start = config.adversarial.start if isinstance(config.adversarial, DiscriminatorPart) else 1.0
+    kinds = [(start, lambda number: step(models._replace(adversary=None), number)), (1 - start, judged_step)]
     found = fitting_steps(
         accelerator,
         "stage 1",
         config,
         began,
-        step,
-        lambda: validate(accelerator, tokenizer, validation, micro_batch),
+        [kind for kind in kinds if kind[0] > 0],
+        lambda: validate(accelerator, models.tokenizer, validation, micro_batch),
     )
     return dataclasses.replace(recipe, stage1=found)
+
+
+def begin_with(tokenizer: VQVAE, run: RunDir) -> None:
+    """Give the tokenizer the weights of another run's. Errors: UserError, naming the first that does not fit."""
+    weights, own = load_tokenizer(run).state_dict(), tokenizer.state_dict()
+    for name, weight in own.items():
+        if name not in weights or weights[name].shape != weight.shape:
+            found = "none" if name not in weights else f"one of {list(weights[name].shape)}"
+            raise UserError(f"--init-from {run}: expected a weight {name} of {list(weight.shape)}, found {found}")
+    tokenizer.load_state_dict({name: weights[name] for name in own})
+
+
+def forget_networks(folder: Path) -> None:
+    """Remove what a stage that left nothing else has made on the spot: it may be of another recipe."""
+    for kind in (CLASSIFIER, ROTATION):
+        kept_at(folder, kind).unlink(missing_ok=True)
 
 
 def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
@@ -311,9 +402,11 @@ def training_images(training: ImageSplit, rows: Tensor, share: slice, config: St
 
 
 @torch.no_grad()
-def initialise_codebooks(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
-    """k-means of the untrained encoder's latents of the first batches, the same on all processes; where the recipe says so."""
-    if not tokenizer.config.quantizer.starts_by_kmeans:
+def begin(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
+    """Place the codebooks, the same on all processes, by k-means of the untrained encoder's latents of the first batches; where the recipe
+    says so, and the codebooks are not another run's.
+    """
+    if not tokenizer.config.quantizer.starts_by_kmeans or config.init_from is not None:
         return
     tokenizer.eval()
     processes, rank = accelerator.num_processes, accelerator.process_index

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
     monkeypatch.setitem(FAMILIES[head["family"]], head["kind"], head["address"])
 
     # The classifier need not be a good one here.
-    monkeypatch.setattr("pipelines.evaluation.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
 
     run = RunDir(tmp_path / "run")
     chosen = [f"--{head['family']}.kind", head["kind"]]
@@ -66,7 +67,9 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
     evaluate(["--run", str(run.path), "--features", "classifier", "--n", "8"])
     report(["--run", str(run.path)])
     recipe = load_recipe(run.recipe)
-    part = recipe.prior if head["family"] == "prior" else getattr(recipe.tokenizer, head["family"].partition(".")[2])
+    part: Any = recipe
+    for key in head["family"].split("."):
+        part = getattr(part, key)
     assert type(part).__name__ == name
     assert part.kind == head["kind"]
     if head["family"] == "prior":

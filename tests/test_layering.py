@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs.parts import FAMILIES, part_class
 from configs.run_dir import REPOSITORY
-from configs.schema import NetworkPart, ObjectivePart, PriorPart, QuantizerPart
+from configs.schema import AdversarialPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
 
 # Each package may import those before it.
 ORDER = ["configs", "stage1_vqvae", "stage2_prior", "pipelines"]
@@ -31,7 +31,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "plots": set(),
         "pictures": set(),
         "data": {"training"},
-        "objectives": {"training"},
+        "features": {"training", "data"},
+        "objectives": {"training", "data", "features"},
         "networks": {"training"},
         "quantizers": {"training"},
         "model": {"training", "objectives", "networks", "quantizers"},
@@ -91,12 +92,19 @@ def test_rooms_import_what_they_may() -> None:
 
 def test_what_a_recipe_may_choose_is_there() -> None:
     """The tables name classes by address: each in a room of its family, with the fields' base class that the recipe expects."""
-    bases = {"quantizer": QuantizerPart, "network": NetworkPart, "objective": ObjectivePart, "prior": PriorPart}
+    bases = {
+        "tokenizer.quantizer": ("quantizers", QuantizerPart),
+        "tokenizer.network": ("networks", NetworkPart),
+        "tokenizer.objective": ("objectives", ObjectivePart),
+        "stage1.perceptual": ("objectives", PerceptualPart),
+        "stage1.adversarial": ("objectives", AdversarialPart),
+        "prior": ("priors", PriorPart),
+    }
     for family, kinds in FAMILIES.items():
-        name = family.split(".")[-1]
+        room, base = bases[family]
         for kind, address in kinds.items():
-            assert address.split(".")[1] == f"{name}s"
-            assert issubclass(part_class(family, kind), bases[name])
+            assert address.split(".")[1] == room
+            assert issubclass(part_class(family, kind), base)
 
 
 def test_there_are_scripts() -> None:

@@ -16,14 +16,17 @@ from tests.launched.commands import NEXT
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, part
 from tests.stage2_prior.priors.prior_kinds import KINDS as PRIOR_KINDS
 
-# Quantizers on one grid, and one of them on two: 2 x 3 and 4 x 6 codes.
-RUNS = [*KINDS, "hierarchy"]
+# Quantizers on one grid, and one of them on two: 2 x 3 and 4 x 6 codes; and one whose tokenizer has an adversary.
+RUNS = [*KINDS, "hierarchy", "adversary"]
 
 
 def settings_of(run: str) -> list[object]:
     if run == "hierarchy":
         network = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
         return [*network, *settings_of("ema")]
+    if run == "adversary":
+        fields = ["kind=patch", "layers=1", "channels=4", "penalty=r1", "start=0", "ramp=0"]
+        return [*settings_of("ema"), *(f"--stage1.adversarial.{field}" for field in fields)]
     restart = {"restart_below": 0.5} if hasattr(part(run), "restart_below") else {}
     chosen = [f"--tokenizer.quantizer.{key}={value}" for key, value in {**restart, **KINDS[run]}.items()]
     return ["--tokenizer.code_dim", D, *chosen]
@@ -44,7 +47,8 @@ def steps_of_all_kinds(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Pa
                 "--run",
                 folder / f"run-{name}-{kind}",
                 "--stage1.steps",
-                steps,
+                # An adversary pulls from the second step on.
+                max(steps, 4) if kind == "adversary" else steps,
                 "--stage1.checkpoint_interval",
                 1,
                 "--stage1.clip_norm",
@@ -61,6 +65,15 @@ def test_one_step_at_two_processes_is_the_step_of_one(kind: str, steps_of_all_ki
     """K-means of the same latents, the same sums, and gradients of the same global batch, entropy terms included."""
     number = str(RUNS.index(kind))
     one, two = (torch.load(steps_of_all_kinds / name / number / "1-of-rank-0.pt") for name in ("one", "two"))
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
+
+
+def test_an_adversarys_steps_at_two_processes_are_those_of_one(steps_of_all_kinds: Path) -> None:
+    """The discriminator's gradients are averaged, the ratio is of the whole batch's, and the tokenizer is pulled alike."""
+    number = str(RUNS.index("adversary"))
+    one, two = (torch.load(steps_of_all_kinds / name / number / "2-of-rank-0.pt") for name in ("one", "two"))
+    assert float(one["adversary.ratio"]) > 0
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7), name
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Evaluation
-from pipelines.evaluation.classifier import Classifier, labels_found
 from pipelines.evaluation.distances import PARTS, Reference, Spread, inception_score, mean_with_interval, nearest, nearest_codes
-from pipelines.evaluation.features import FeatureNetwork, Features, weights_in
 from pipelines.images.bound import image_bits
 from pipelines.images.inputs import encode_and_decode
 from pipelines.images.scoring import ScoringPrior
+from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource
+from stage1_vqvae.features.classifier import Classifier, labels_found
+from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, cached_weights
+from stage1_vqvae.features.networks import FeatureNetwork, Features
 from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors, ssim_of_each, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import image_grid
@@ -32,8 +32,6 @@ from stage2_prior.codes.store import CodeStore
 _LOOKED_UP = 1000
 # In the picture of them: so many that are nearest, the first so many, and so many training images of each.
 _NEAREST, _FIRST, _NEIGHBOURS = 4, 10, 3
-# LPIPS: AlexNet's pooling leaves nothing of smaller images.
-_LPIPS_PIXELS = 32
 
 
 class Samples(NamedTuple):
@@ -230,30 +228,23 @@ def pixels_hash(pixels: Tensor) -> str:
     return hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-def lpips_weights() -> Path | None:
-    """AlexNet's file in torch's cache; None: not there. Errors: UserError for a file of more than tensors, before torchvision
-    unpickles it.
+def lpips_at_hand() -> LPIPS | None:
+    """LPIPS with AlexNet, if its weights are in torch's cache: nothing is downloaded for it.
+
+    Errors: UserError for a file of other things than its weights.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / torchvision.models.AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[1]
-    if not path.exists():
-        return None
     try:
-        weights_in(path)
+        return LPIPS("alex", cached_weights("alex")) if cached_weights("alex").exists() else None
     except UserError as error:
-        raise UserError(f"LPIPS: {error}; remove the file, and LPIPS is left out") from None
-    return path
+        raise UserError(f"{error}; remove the file, and LPIPS is left out") from None
 
 
 def perceptual_distances(pictures: Tensor, originals: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """LPIPS of each image (Zhang et al. 2018), (N,), by torchmetrics' AlexNet; None below 32 pixels a side, or if the weights are
-    not in torch's cache: nothing is downloaded for it.
-    """
-    if min(pictures.shape[1:3]) < _LPIPS_PIXELS or lpips_weights() is None:
+    """LPIPS of each image (Zhang et al. 2018), (N,); None below 32 pixels a side, or if its weights are not at hand."""
+    network = lpips_at_hand() if min(pictures.shape[1:3]) >= LEAST_PIXELS else None
+    if network is None:
         return None
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True).to(device)
-    for part in batches(len(pictures), batch_size):
-        made, wanted = (images[part].movedim(-1, 1).expand(-1, 3, -1, -1).to(device) / 255 for images in (pictures, originals))
-        metric.update(made, wanted)
-    return metric.compute().flatten().cpu()
+    network.to(device)
+    parts = batches(len(pictures), batch_size)
+    with torch.no_grad():
+        return torch.cat([network(*(to_model(images[part].to(device)) for images in (pictures, originals))).cpu() for part in parts])

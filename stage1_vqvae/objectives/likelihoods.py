@@ -28,6 +28,11 @@ class _LikelihoodPart(ObjectivePart):
     def __post_init__(self) -> None:
         require(self.context >= 0, "tokenizer.objective.context", "at least 0", self.context)
 
+    @property
+    @override
+    def image_is_learned(self) -> bool:
+        return False  # it is the mean of what is learned
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogisticPart(_LikelihoodPart):

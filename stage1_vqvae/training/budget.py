@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ def fitting_steps(
     stage: str,
     config: Section,
     began: float,
-    take_step: Callable[[int], object],
+    kinds: Sequence[tuple[float, Callable[[int], object]]],
     validate: Callable[[], object],
     passes_at_end: float = 0.0,
 ) -> Section:
@@ -40,8 +40,8 @@ def fitting_steps(
         stage: what messages call the training.
         config: its section of the recipe.
         began: `time.monotonic()` before model and optimiser of the rehearsal were made.
-        take_step: takes the step of that number of a rehearsal. What it trains is thrown away: the steps that are counted here
-            do not depend on how they were counted.
+        kinds: the share of the steps that are of a kind, and what takes the step of that number of a rehearsal; the shares add up to 1.
+            What it trains is thrown away: the steps that are counted here do not depend on how they were counted.
         validate: one validation pass.
         passes_at_end: what follows the last step, in validation passes.
     """
@@ -58,16 +58,18 @@ def fitting_steps(
             torch.cuda.synchronize(accelerator.device)
         return slowest(time.monotonic() - start)
 
-    def pace_of(first: int, count: int) -> float:
-        # The median: other work on the machine slows some steps down.
-        return statistics.median(seconds(partial(take_step, number)) for number in range(first, first + count))
+    def pace_of(take_step: Callable[[int], object], share: float) -> float:
+        def median(first: int, count: int) -> float:
+            # Other work on the machine slows some steps down.
+            return statistics.median(seconds(partial(take_step, number)) for number in range(first, first + count))
+
+        median(0, _UNTIMED)
+        guess = median(_UNTIMED, 1)
+        return median(_UNTIMED + 1, max(1, min(_TIMED, int(share * _SHARE_FOR_TIMING * 60 * config.minutes / guess))))
 
     # Another optimiser and other steps of mixed precision must not show in the training that follows.
     scale = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    pace_of(0, _UNTIMED)
-    guess = pace_of(_UNTIMED, 1)
-    count = max(1, min(_TIMED, int(_SHARE_FOR_TIMING * 60 * config.minutes / guess)))
-    pace, validation = pace_of(_UNTIMED + 1, count), seconds(validate)
+    pace, validation = sum(share * pace_of(take_step, share) for share, take_step in kinds), seconds(validate)
     if accelerator.scaler is not None and scale is not None:
         accelerator.scaler.load_state_dict(scale)
     # The training that follows is set up as the rehearsal was.

@@ -13,10 +13,15 @@ _MOMENTUM, _MUON_RATE = 0.95, 10.0
 _WITH_KERNELS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks."""
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, _WITH_KERNELS)}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = trainable(model)
     groups = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},

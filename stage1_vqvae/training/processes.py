@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Compute
@@ -52,6 +52,16 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
     # What a process found in the run before this line, all found: nobody writes into it earlier.
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def average_gradients_(accelerator: Accelerator, module: nn.Module) -> None:
+    """Give all processes the mean of their gradients, by one collective: for a module that nobody has prepared."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    if accelerator.num_processes == 1 or not gradients:
+        return
+    flat: Any = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def summed(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,10 @@ def main() -> None:
         def dump(self: Checkpoints, step: int, state: dict[str, Any], number: int = number) -> None:
             # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
             moments = {f"moment of {index}": found["exp_avg"] for index, found in state["optimizer"]["state"].items()}
-            torch.save({**state["model"], **moments}, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
+            adversary = {f"adversary.{name}": value for name, value in state.get("adversary", {}).get("model", {}).items()}
+            torch.save(
+                {**state["model"], **moments, **adversary}, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt"
+            )
 
         # In place of checkpoints, from which nobody goes on here.
         Checkpoints.save = dump  # type: ignore[method-assign]

@@ -17,11 +17,11 @@ import torchvision
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
 from pipelines.evaluate import main
-from pipelines.evaluation.classifier import labels_found, run_classifier
 from pipelines.images.inputs import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
+from stage1_vqvae.features.classifier import labels_found, run_classifier
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 
@@ -173,9 +173,9 @@ def test_labels_of_real_images_in_folders(run_copy: Path, pictures: Path, tmp_pa
 
 def test_the_classifier_is_trained_once_and_learns(run_copy: Path, source: ImageSource) -> None:
     run, device = RunDir(run_copy), torch.device("cpu")
-    before = run.classifier.read_bytes()
-    classifier = run_classifier(run, source, device)
-    assert run.classifier.read_bytes() == before
+    before = (run.path / "classifier.safetensors").read_bytes()
+    classifier = run_classifier(run.path, source, device)
+    assert (run.path / "classifier.safetensors").read_bytes() == before
     train = source.splits[TRAIN]
     assert train.labels is not None
     assert (labels_found(classifier, train.pixels, 7) == train.labels).double().mean() > 0.9
@@ -262,4 +262,4 @@ def test_the_classifier_needs_labels(run_copy: Path, source: ImageSource) -> Non
 
     unlabelled = ImageSource({TRAIN: ImageSplit(source.splits[TRAIN].pixels.numpy(), None)}, None)
     with pytest.raises(UserError, match="features classifier: expected images with labels"):
-        run_classifier(RunDir(run_copy), unlabelled, torch.device("cpu"))
+        run_classifier(run_copy, unlabelled, torch.device("cpu"))

@@ -27,7 +27,7 @@ from pipelines.sample import main as sample
 from pipelines.summary import main as summary
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSplit
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.doctor import main as doctor
 from stage1_vqvae.metrics import usage
 from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
@@ -102,10 +102,15 @@ def kill_after_checkpoint(command: list[str], checkpoint: Path, metrics: Path, l
     process.wait()
 
 
+# A discriminator that begins at step 30 of 120, learns alone for 6 and then pulls, with something to remember besides.
+ADVERSARY = ["--stage1.adversarial.kind", "patch", "--stage1.adversarial.layers", "1", "--stage1.adversarial.channels", "4"]
+ADVERSARY += ["--stage1.adversarial.start", "0.25", "--stage1.adversarial.penalty", "lecam"]
+
+
 def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
-    settings = ["--config", str(tiny_recipe), "--compute.threads", "1"]
+    settings = ["--config", str(tiny_recipe), "--compute.threads", "1", *ADVERSARY]
     settings += ["--stage1.steps", "120", "--stage1.checkpoint_interval", "40", "--stage1.validation_interval", "60"]
     main([*settings, "--run", str(tmp_path / "whole")])
     run = tmp_path / "killed"
@@ -124,6 +129,53 @@ def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
         for path in (run, tmp_path / "whole")
     ]
     assert timeless[0] == timeless[1]
+    assert [record["step"] for record in timeless[0] if record.get("adversarial", 0) != 0] == [40, 50, 60, 70, 80, 90, 100, 110, 120]
+
+
+def test_networks_made_before_it_are_kept_for_going_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A perceptual term and a projected discriminator by one classifier, which is not evaluation's."""
+    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 2)
+    settings = ["--config", str(tiny_recipe), "--stage1.steps", "8", "--stage1.checkpoint_interval", "4", "--stage1.perceptual", "features"]
+    settings += ["--stage1.adversarial", "projected", "--stage1.adversarial.start", "0.25", "--stage1.adversarial.channels", "4"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main([*settings, "--run", str(whole)])
+    shutil.copytree(whole, cut)
+    (cut / "tokenizer.safetensors").unlink()
+    (cut / "stage1/checkpoints/step-000000008.pt").unlink()
+    monkeypatch.setattr("stage1_vqvae.features.classifier.fit", None)  # nobody trains it again
+    main(["--run", str(cut), "--resume"])
+    assert (cut / "tokenizer.safetensors").read_bytes() == (whole / "tokenizer.safetensors").read_bytes()
+    assert not (whole / "classifier.safetensors").exists()
+    names = set(read_metrics(whole / "stage1/metrics.jsonl")[0])
+    assert names >= {"perceptual", "adversarial", "discriminator", "adversarial_weight"}
+
+
+@pytest.mark.parametrize("trained", ["all", "decoder"])
+def test_training_begins_from_another_runs_tokenizer(trained: str, finished_run: Path, tmp_path: Path) -> None:
+    """Its recipe is taken over; of the decoder alone, codes stay what they are."""
+    new = tmp_path / "new"
+    main(["--init-from", str(finished_run), "--run", str(new), "--stage1.steps", "6", "--stage1.trained", trained, *ADVERSARY])
+    before, after = (load_file(run / "tokenizer.safetensors") for run in (finished_run, new))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == ({"decoder"} if trained == "decoder" else {"encoder", "quantizer", "decoder"})
+    errors = [read_json(run / "stage1/report.json")["validation"]["mse"] for run in (finished_run, new)]
+    assert errors[1] < 1.5 * errors[0]  # as good as it began, to the noise of a few steps: random weights' is ten times as much
+    recipe = load_recipe(new / "recipe.yaml")
+    assert recipe.tokenizer == load_recipe(finished_run / "recipe.yaml").tokenizer
+    assert recipe.stage1.init_from == str(finished_run)
+
+
+def test_a_beginning_that_does_not_fit_is_refused(
+    finished_run: Path, tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    new = ["--run", tmp_path / "new"]
+    assert "--run NAME" in one_line_error(main, "--init-from", finished_run)
+    assert "expected a run with a finished tokenizer" in one_line_error(main, "--init-from", tmp_path / "none", *new)
+    line = one_line_error(main, "--init-from", finished_run, *new, "--tokenizer.network.residual_blocks", "2")
+    assert "expected a weight encoder." in line
+    assert "stage1.trained: expected all" in one_line_error(main, "--config", tiny_recipe, *new, "--stage1.trained", "decoder")
+    likelihood = ["--tokenizer.objective", "logistic", *ADVERSARY]
+    assert "stage1.adversarial: expected none" in one_line_error(main, "--config", tiny_recipe, *new, *likelihood)
 
 
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -> None:
@@ -279,9 +331,11 @@ def test_a_batch_that_does_not_divide_is_named(
 def test_accumulation_changes_memory_and_not_the_result(tiny_recipe: Path, tmp_path: Path) -> None:
     """Without layer dropout one step in two halves is one step, to float rounding."""
     for name, accumulation in (("one", 1), ("four", 4)):
-        settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / name), "--stage1.steps", "1"]
-        main([*settings, "--stage1.accumulation", str(accumulation)])
-    one, four = (load_file(tmp_path / name / "tokenizer.safetensors") for name in ("one", "four"))
+        settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / name), "--stage1.steps", "1", *ADVERSARY]
+        main([*settings, "--stage1.adversarial.start", "0", "--stage1.accumulation", str(accumulation)])
+    states = [torch.load(tmp_path / name / "stage1/checkpoints/step-000000001.pt", weights_only=True) for name in ("one", "four")]
+    one, four = ({**state["model"], **state["adversary"]["model"]} for state in states)
+    assert float(one["ratio"]) > 0
     for name in one:
         assert torch.allclose(one[name], four[name], atol=1e-5), name
 
@@ -348,7 +402,8 @@ def test_validation_images_teach_nothing(tiny_recipe: Path, tmp_path: Path) -> N
     own = splits[VALIDATION].pixels.numpy()
     for name, pixels in (("own", own), ("other", 255 - own[:5])):
         run = RunDir(tmp_path / name)
-        train(start(recipe.compute), run, recipe, splits[TRAIN], ImageSplit(pixels, None), resume=False)
+        images = ImageSource({TRAIN: splits[TRAIN], VALIDATION: ImageSplit(pixels, None)}, None)
+        train(start(recipe.compute), run, recipe, images, resume=False)
         kept.append(run.tokenizer.read_bytes())
     assert kept[0] == kept[1]
 

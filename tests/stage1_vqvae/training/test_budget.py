@@ -50,7 +50,7 @@ def test_rehearsal_training_and_validations_fill_the_minutes(
     accelerator = Accelerator(cpu=True)
     clock.work(setup := 3 * step)
     config = Stage1(minutes=minutes, validation_interval=interval, lr=0.5)
-    found = fitting_steps(accelerator, "stage 1", config, began, take_step, lambda: clock.work(validation), passes_at_end=2)
+    found = fitting_steps(accelerator, "stage 1", config, began, [(1.0, take_step)], lambda: clock.work(validation), passes_at_end=2)
     steps, rehearsal = found.steps, clock.now - began
     assert found == dataclasses.replace(config, steps=steps, warmup_steps=min(100, steps // 10))
     # A short budget of slow steps is not spent on counting them.
@@ -64,7 +64,8 @@ def test_rehearsal_training_and_validations_fill_the_minutes(
 def test_a_budget_that_is_too_small_for_anything_gives_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     config = Stage2(minutes=0.01)
-    assert fitting_steps(Accelerator(cpu=True), "stage 2", config, clock.now, lambda _: clock.work(5), lambda: clock.work(5)).steps == 1
+    kinds = [(1.0, lambda _: clock.work(5))]
+    assert fitting_steps(Accelerator(cpu=True), "stage 2", config, clock.now, kinds, lambda: clock.work(5)).steps == 1
 
 
 def test_the_time_left_is_said_once_after_a_minute_and_only_if_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.run_dir import RunDir
-from configs.schema import Evaluation
-from pipelines.evaluation.classifier import CLASSIFIER, ROTATION, Classifier, run_classifier, run_rotation
-from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, Classifier, kept_at, run_classifier, run_rotation
+from stage1_vqvae.features.weights import weights_in
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
 
 AUTO, INCEPTION = "auto", "inception"
+_SIDE = 299  # pixels that Inception sees
 _OTHERS = "or the name of a classification network of torchvision, such as resnet50"
 
 
@@ -38,6 +37,36 @@ class Features(NamedTuple):
     """float32 (N, D), on the CPU: what its last layer sees."""
     logits: Tensor
     """float32 (N, classes); (N, 0) of a network whose classes say nothing of what images show."""
+
+
+class Layers:
+    """What a frozen network has inside: from images (B, C, H, W) in [-1, 1] to one tensor (B, C', h, w) for each size that its features
+    have, the last of that size, in the order in which they come. A gradient reaches the images.
+    """
+
+    def __init__(self, network: nn.Module, run: Callable[[Tensor], object]) -> None:
+        """`run` puts images through `network`, of whose modules this collects what they put out."""
+        self._run, self._found = run, dict[torch.Size, Tensor]()
+        self._collecting = False
+        network.requires_grad_(False)
+        for module in network.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False  # type: ignore[assignment]  # what was collected would change after it
+            module.register_forward_hook(self._collect)
+
+    def _collect(self, _: nn.Module, __: object, output: object) -> None:
+        # A single position is no map of features.
+        if self._collecting and isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
+            self._found[output.shape[2:]] = output
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The features."""
+        self._collecting = True
+        try:
+            self._run(images)
+            return list(self._found.values())
+        finally:
+            self._collecting, self._found = False, {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +80,7 @@ class FeatureNetwork:
     """The sha256 of its weights."""
     forward: Callable[[Tensor], Features]
     """Images, uint8 (B, H, W, C), on its device."""
+    layers: Layers
     device: torch.device
     instead_of: str | None = None
     """One line on what was missing, if it stands in for another network."""
@@ -68,55 +98,60 @@ class FeatureNetwork:
         return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def feature_network(config: Evaluation, run: RunDir, source: ImageSource, device: torch.device) -> FeatureNetwork:
-    """The network that the recipe names; the run's classifier is trained if it is not there yet.
+def feature_network(
+    name: str, weights: str | None, folder: Path, source: ImageSource, device: torch.device, seed: int = 0
+) -> FeatureNetwork:
+    """The network of that name, as a recipe names it.
 
+    Args:
+        name: see `Evaluation.features`.
+        weights: the file of its weights; None: see `Evaluation.weights`.
+        folder: where networks made on the spot are kept; they are trained if they are not there yet.
+        source: the images that those are trained on.
+        device: where it is to run.
+        seed: of the training of those.
     Errors: UserError for a name there is not, or weights that are missing or another network's.
     """
-    if config.features == AUTO:
+    if name == AUTO:
         try:
-            return _inception(config.weights, device)
+            return _inception(weights, device)
         except UserError as error:
-            if config.weights is not None:
+            if weights is not None:
                 raise
             missing = f"{error}; until then images are compared by --features {ROTATION}, whose distances are no FID"
-            return replace(feature_network(replace(config, features=ROTATION), run, source, device), instead_of=missing)
-    if config.features == ROTATION:
-        _no_weights(ROTATION, config)
-        return _made_here(ROTATION, run_rotation(run, source, device), run.rotation, device)
-    if config.features == CLASSIFIER:
-        _no_weights(CLASSIFIER, config)
-        classifier = run_classifier(run, source, device)
-        return replace(_made_here(CLASSIFIER, classifier, run.classifier, device), label_names=classifier.label_names)
-    if config.features == INCEPTION:
-        return _inception(config.weights, device)
-    if config.features not in torchvision.models.list_models(torchvision.models):
-        raise UserError(f"features: expected {AUTO}, {INCEPTION}, {CLASSIFIER}, {ROTATION}, {_OTHERS}, found {config.features}")
-    if config.weights is None:
-        raise UserError(f"features {config.features}: expected a file of its weights (--weights FILE), found none")
-    return _of_torchvision(config.features, Path(config.weights).expanduser(), device)
-
-
-def _no_weights(features: str, config: Evaluation) -> None:
-    if config.weights is not None:
-        raise UserError(f"weights: expected none for {features}, which is made from the run's own images, found {config.weights}")
+            return replace(feature_network(ROTATION, None, folder, source, device, seed), instead_of=missing)
+    if name in (CLASSIFIER, ROTATION):
+        if weights is not None:
+            raise UserError(f"weights: expected none for {name}, which is made from the run's own images, found {weights}")
+        made = (run_classifier if name == CLASSIFIER else run_rotation)(folder, source, device, seed)
+        return _made_here(name, made, kept_at(folder, name), device)
+    if name == INCEPTION:
+        return _inception(weights, device)
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise UserError(f"features: expected {AUTO}, {INCEPTION}, {CLASSIFIER}, {ROTATION}, {_OTHERS}, found {name}")
+    if weights is None:
+        raise UserError(f"features {name}: expected a file of its weights (--weights FILE), found none")
+    return _of_torchvision(name, Path(weights).expanduser(), device)
 
 
 def _made_here(name: str, network: Classifier, path: Path, device: torch.device) -> FeatureNetwork:
     """A network trained on the run's own images."""
+    knows_classes = name == CLASSIFIER  # which way up an image is says nothing of what it shows
 
     def forward(pixels: Tensor) -> Features:
         vectors = network.features(to_model(pixels))
-        # Which way up an image is says nothing of what it shows.
-        return Features(vectors, vectors[:, :0] if name == ROTATION else network.head(vectors))
+        return Features(vectors, network.head(vectors) if knows_classes else vectors[:, :0])
 
-    return FeatureNetwork(name, f"Fréchet distance ({name} features)", fingerprint(path), forward, device)
+    labels = network.label_names if knows_classes else None
+    layers = Layers(network, network.features)
+    return FeatureNetwork(name, f"Fréchet distance ({name} features)", fingerprint(path), forward, layers, device, label_names=labels)
 
 
 def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
     """Inception as FID has it, by torch-fidelity, with its way of scaling images."""
     # Slow to import, and only this needs it.
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
     file_name = URL_INCEPTION_V3.rsplit("/", 1)[1]
     path = Path(weights).expanduser() if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / file_name
@@ -141,8 +176,18 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
     def forward(pixels: Tensor) -> Features:
         return Features(*network(pixels.movedim(-1, 1).expand(-1, 3, -1, -1)))
 
+    def run(images: Tensor) -> object:
+        # Its own forward pass takes rounded images alone, through which no gradient comes: its first layer gets them as they are.
+        scaled = interpolate_bilinear_2d_like_tensorflow1x((images.expand(-1, 3, -1, -1) + 1) * 127.5, size=(_SIDE, _SIDE))
+        hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: ((scaled - 128) / 128,))
+        try:
+            return forward(to_uint8(images.detach()))
+        finally:
+            hook.remove()
+
     standard = sha256.startswith(_hash_in(file_name))
-    return FeatureNetwork(INCEPTION, "FID" if standard else "Fréchet distance (Inception, other weights)", sha256, forward, device)
+    distance = "FID" if standard else "Fréchet distance (Inception, other weights)"
+    return FeatureNetwork(INCEPTION, distance, sha256, forward, Layers(network, run), device)
 
 
 def _hash_in(file_name: str) -> str:
@@ -171,7 +216,10 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
         logits = network(prepare(pixels.movedim(-1, 1).expand(-1, 3, -1, -1)))
         return Features(seen[-1].flatten(1), logits)
 
-    return FeatureNetwork(name, f"Fréchet distance ({name} features)", sha256, forward, device)
+    def run(images: Tensor) -> object:
+        return network(prepare((images.expand(-1, 3, -1, -1) + 1) / 2))
+
+    return FeatureNetwork(name, f"Fréchet distance ({name} features)", sha256, forward, Layers(network, run), device)
 
 
 def _checked(path: Path) -> str:
@@ -179,16 +227,3 @@ def _checked(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"--weights {path}: expected a file, found none")
     return fingerprint(path)
-
-
-def weights_in(path: Path) -> dict[str, Tensor]:
-    """Weights in a safetensors file, or in one of torch, of which only tensors are read. Errors: UserError for another file."""
-    wanted = f"{path}: expected weights (safetensors, or torch's format with named tensors alone)"
-    try:
-        is_safetensors = path.suffix == ".safetensors"
-        found = safetensors.torch.load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds: pickle's own, zip's, safetensors'
-        raise UserError(f"{wanted}, found: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
-        raise UserError(f"{wanted}, found a {type(found).__name__}")
-    return dict(found)

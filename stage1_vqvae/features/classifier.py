@@ -1,7 +1,7 @@
 """Small networks made on the spot: features to compare images by where Inception's weights are missing or say little.
 
-Trained once on the run's training split and kept in the run, so that all evaluations of the run use the same one: to tell the
-run's own classes, or, where there are no labels, to tell by how many quarter turns an image was turned.
+Trained once on a run's training split and kept in a folder of the run, so that whoever compares images by it uses the same one: to
+tell the run's own classes, or, where there are no labels, to tell by how many quarter turns an image was turned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
 from stage1_vqvae.training.weights_file import load_weights, save_weights
 
 CLASSIFIER, ROTATION = "classifier", "rotation"
-_SEED, _BATCH, _RATE = 0, 128, 2e-3
+_BATCH, _RATE = 128, 2e-3
 # At most; a few images are seen a hundred times instead, but for so many steps at least.
 _STEPS, _EPOCHS, _LEAST_STEPS = 1000, 100, 150
 _CHANNELS = (32, 64, 128, 128)
@@ -57,12 +57,17 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
+def kept_at(folder: Path, kind: str) -> Path:
+    """The file of a network made on the spot."""
+    return folder / f"{kind}.safetensors"
+
+
 Examples = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From rows (B,) and the step to images (B, C, h, w) in [-1, 1] and the classes (B,) to tell."""
 
 
-def run_classifier(run: RunDir, source: ImageSource, device: torch.device) -> Classifier:
-    """The run's classifier of its own classes, in eval mode; trained first, if it is not there yet.
+def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed: int = 0) -> Classifier:
+    """The folder's classifier of a run's own classes, in eval mode; trained first, if it is not there yet.
 
     Errors: UserError for a source without labels.
     """
@@ -73,14 +78,14 @@ def run_classifier(run: RunDir, source: ImageSource, device: torch.device) -> Cl
     labels = train.labels
 
     def examples(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        variants = torch.randint(num_variants("shift"), rows.shape, generator=generator(_SEED, "variants", step))
+        variants = torch.randint(num_variants("shift"), rows.shape, generator=generator(seed, "variants", step))
         return make_variants(to_model(train.pixels[rows].to(device)), "shift", variants), labels[rows].to(device)
 
-    return _kept(run, run.classifier, CLASSIFIER, source.label_names, train, examples, device)
+    return _kept(folder, CLASSIFIER, source.label_names, train, examples, device, seed)
 
 
-def run_rotation(run: RunDir, source: ImageSource, device: torch.device) -> Classifier:
-    """The run's network that tells by how many quarter turns an image was turned, in eval mode; trained first, if it is not there.
+def run_rotation(folder: Path, source: ImageSource, device: torch.device, seed: int = 0) -> Classifier:
+    """The folder's network that tells by how many quarter turns an image was turned, in eval mode; trained first, if it is not there.
 
     Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations". It is trained on the largest centred
     square of each image, and takes images of any shape.
@@ -92,37 +97,40 @@ def run_rotation(run: RunDir, source: ImageSource, device: torch.device) -> Clas
 
     def examples(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
         images = to_model(train.pixels[rows, top : top + side, left : left + side].to(device))
-        turns = torch.randint(4, rows.shape, generator=generator(_SEED, "turns", step)).to(device)
+        turns = torch.randint(4, rows.shape, generator=generator(seed, "turns", step)).to(device)
         turned = torch.stack([images.rot90(quarter, (2, 3)) for quarter in range(4)])
         return turned[turns, torch.arange(len(rows), device=device)], turns
 
-    return _kept(run, run.rotation, ROTATION, [f"{90 * quarter} degrees" for quarter in range(4)], train, examples, device)
+    return _kept(folder, ROTATION, [f"{90 * quarter} degrees" for quarter in range(4)], train, examples, device, seed)
 
 
-def _kept(run: RunDir, path: Path, kind: str, names: list[str], train: ImageSplit, examples: Examples, device: torch.device) -> Classifier:
-    """The network in the run's file, or a new one, trained on examples and written there."""
+def _kept(folder: Path, kind: str, names: list[str], train: ImageSplit, examples: Examples, device: torch.device, seed: int) -> Classifier:
+    """The network in the folder's file, or a new one, trained on examples and written there."""
+    path = kept_at(folder, kind)
     channels = train.pixels.shape[-1]
     if path.exists():
         weights, header = load_weights(path, kind)
         reduced = max(train.pixels.shape[1:3]) > _SIDE
         if header["label_names"] != names or (reduced and header.get("side") != _SIDE):
-            raise UserError(f"{run.show(path)}: expected a {kind} network of this run's labels and images, found another; remove the file")
+            raise UserError(
+                f"{RunDir.show(path)}: expected a {kind} network of this run's labels and images, found another; remove the file"
+            )
         classifier = Classifier(channels, names)
         classifier.load_state_dict(weights)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
+            torch.manual_seed(seed)
             classifier = Classifier(channels, names)
-        fit(classifier.to(device), kind, len(train), examples, device)
+        fit(classifier.to(device), kind, len(train), examples, device, seed)
         save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})
     return classifier.to(device).eval().requires_grad_(False)
 
 
-def fit(classifier: Classifier, kind: str, count: int, examples: Examples, device: torch.device) -> None:
+def fit(classifier: Classifier, kind: str, count: int, examples: Examples, device: torch.device, seed: int) -> None:
     """Train it: up to 1,000 steps of 128 of `count` images, with AdamW."""
     steps = min(_STEPS, max(_LEAST_STEPS, _EPOCHS * count // _BATCH))
     optimizer = adamw(classifier, _RATE, weight_decay=0.05, beta2=0.99)
-    order = DataOrder(count, _BATCH, _SEED)
+    order = DataOrder(count, _BATCH, seed)
     classifier.train()
     with progress_bar(steps * _BATCH, f"train the {kind} network", "img") as bar:
         for step in range(steps):

@@ -13,11 +13,9 @@ import torchvision
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from configs.errors import UserError
-from configs.run_dir import RunDir
-from configs.schema import Evaluation
-from pipelines.evaluation.classifier import labels_found, run_rotation
-from pipelines.evaluation.features import feature_network
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
+from stage1_vqvae.features.classifier import labels_found, run_rotation
+from stage1_vqvae.features.networks import AUTO, feature_network
 
 NO_IMAGES = ImageSource({}, None)
 CPU = torch.device("cpu")
@@ -41,7 +39,7 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inception_is_the_librarys_and_is_not_called_fid_under_other_weights(inception_weights: Path, tmp_path: Path) -> None:
-    network = feature_network(Evaluation(weights=str(inception_weights)), RunDir(tmp_path), NO_IMAGES, CPU)
+    network = feature_network(AUTO, str(inception_weights), tmp_path, NO_IMAGES, CPU)
     grey = torch.randint(256, (3, 28, 20, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = network(grey, batch_size=2, what="some", progress=False)
     own = FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights))
@@ -58,18 +56,18 @@ def test_without_weights_and_connection_it_says_where_they_belong(monkeypatch: p
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_connection)
     with pytest.raises(UserError, match=r"features inception: .*hub.*no connection"):
-        feature_network(Evaluation(features="inception"), RunDir(tmp_path), NO_IMAGES, CPU)
+        feature_network("inception", None, tmp_path, NO_IMAGES, CPU)
     # By default, a network that needs neither: made of unlabelled images, of any shape.
     pixels = torch.randint(256, (12, 9, 14, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ImageSource({TRAIN: ImageSplit(pixels.numpy(), None)}, None)
-    network = feature_network(Evaluation(), RunDir(tmp_path), source, CPU)
+    network = feature_network(AUTO, None, tmp_path, source, CPU)
     assert network.name == "rotation"
     assert "no connection" in (network.instead_of or "")
     assert "FID" not in network.distance
     found = network(pixels, batch_size=5, what="some", progress=False)
     assert found.vectors.shape == (12, 128)
     assert found.logits.shape == (12, 0)
-    again = feature_network(Evaluation(features="rotation"), RunDir(tmp_path), source, CPU)
+    again = feature_network("rotation", None, tmp_path, source, CPU)
     assert again.sha256 == network.sha256
     assert torch.equal(again(pixels, batch_size=12, what="some", progress=False).vectors, found.vectors)
 
@@ -79,7 +77,7 @@ def test_a_network_of_rotations_learns_to_tell_them(tmp_path: Path) -> None:
     shade = torch.linspace(30, 220, 8).round().to(torch.uint8)
     pixels = (shade[:, None] + torch.randint(20, (64, 1, 1), generator=torch.Generator().manual_seed(0))).expand(64, 8, 8)[..., None]
     source = ImageSource({TRAIN: ImageSplit(pixels.to(torch.uint8).contiguous().numpy(), None)}, None)
-    network = run_rotation(RunDir(tmp_path), source, CPU)
+    network = run_rotation(tmp_path, source, CPU)
     for turns in range(4):
         turned = source.splits[TRAIN].pixels.rot90(turns, (1, 2)).contiguous()
         assert (labels_found(network, turned, 64) == turns).double().mean() > 0.95
@@ -90,21 +88,20 @@ def test_weights_in_torchs_cache_are_found_and_checked(inception_weights: Path, 
     cached.parent.mkdir(parents=True)
     cached.symlink_to(inception_weights)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    network = feature_network(Evaluation(), RunDir(tmp_path), NO_IMAGES, CPU)
+    network = feature_network(AUTO, None, tmp_path, NO_IMAGES, CPU)
     assert "FID" not in network.distance  # by the file's content, not its name
 
 
 def test_it_is_called_fid_with_fids_own_weights(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipelines.evaluation.features.fingerprint", lambda path: "6726825d" + "0" * 56)
-    assert feature_network(Evaluation(weights=str(inception_weights)), RunDir(tmp_path), NO_IMAGES, CPU).distance == "FID"
+    monkeypatch.setattr("stage1_vqvae.features.networks.fingerprint", lambda path: "6726825d" + "0" * 56)
+    assert feature_network(AUTO, str(inception_weights), tmp_path, NO_IMAGES, CPU).distance == "FID"
 
 
 def test_a_torchvision_network_gives_what_its_last_layer_sees(tmp_path: Path) -> None:
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18(weights=None)
     safetensors.torch.save_file(resnet.state_dict(), tmp_path / "resnet18.safetensors")
-    config = Evaluation(features="resnet18", weights=str(tmp_path / "resnet18.safetensors"))
-    network = feature_network(config, RunDir(tmp_path), NO_IMAGES, CPU)
+    network = feature_network("resnet18", str(tmp_path / "resnet18.safetensors"), tmp_path, NO_IMAGES, CPU)
     pixels = torch.randint(256, (2, 40, 30, 3), dtype=torch.uint8)
     found = network(pixels, batch_size=2, what="some", progress=False)
     resnet.eval()
@@ -134,23 +131,23 @@ def test_weights_that_are_none_are_refused_and_never_executed(features: str, con
     elif content == "text":
         path.write_text("no weights")
     with pytest.raises(UserError, match=r"weights\.pth"):
-        feature_network(Evaluation(features=features, weights=str(path)), RunDir(tmp_path), NO_IMAGES, CPU)
+        feature_network(features, str(path), tmp_path, NO_IMAGES, CPU)
 
 
 def test_a_network_without_a_last_layer_is_refused(tmp_path: Path) -> None:
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="linear layer, found squeezenet1_1"):
-        feature_network(Evaluation(features="squeezenet1_1", weights=str(tmp_path / "w.pth")), RunDir(tmp_path), NO_IMAGES, CPU)
+        feature_network("squeezenet1_1", str(tmp_path / "w.pth"), tmp_path, NO_IMAGES, CPU)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "weights", "message"),
     [
-        (Evaluation(features="resnet"), "features: expected auto, inception, classifier, rotation, .* found resnet"),
-        (Evaluation(features="resnet18"), "features resnet18: expected a file of its weights"),
-        (Evaluation(features="classifier", weights="w.pth"), "weights: expected none"),
+        ("resnet", None, "features: expected auto, inception, classifier, rotation, .* found resnet"),
+        ("resnet18", None, "features resnet18: expected a file of its weights"),
+        ("classifier", "w.pth", "weights: expected none"),
     ],
 )
-def test_mistakes_get_one_line(config: Evaluation, message: str, tmp_path: Path) -> None:
+def test_mistakes_get_one_line(name: str, weights: str | None, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        feature_network(config, RunDir(tmp_path), NO_IMAGES, CPU)
+        feature_network(name, weights, tmp_path, NO_IMAGES, CPU)

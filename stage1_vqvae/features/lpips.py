@@ -1,0 +1,64 @@
+"""LPIPS: how different two images look, by a network's features weighed as people judged (Zhang et al. 2018)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from stage1_vqvae.features.weights import weights_in
+
+Trunk = Literal["alex", "vgg"]
+LEAST_PIXELS = 32
+"""A side of the smallest images: pooling leaves nothing of smaller ones."""
+_TRUNKS = {"alex": torchvision.models.AlexNet_Weights.IMAGENET1K_V1, "vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1}
+
+
+class LPIPS(nn.Module):
+    """The distance, by torchmetrics, in whose package its own few weights are; those of the trunk are torchvision's.
+
+    Frozen; a gradient reaches the images. Errors: UserError for a file of other weights than the trunk's.
+    """
+
+    def __init__(self, trunk: Trunk, weights: Path) -> None:
+        super().__init__()
+        # Slow to import, and only this needs it. Not by its public class, which looks for the trunk in torch's cache alone.
+        from torchmetrics.functional.image.lpips import _LPIPS
+
+        self.distance = _LPIPS(net=trunk, pnet_rand=True)
+        content = weights_in(weights)
+        names = {name: f"features.{name.split('.', 1)[1]}" for name in self.distance.net.state_dict()}  # slice1.0.weight
+        missing = [name for name in names.values() if name not in content]
+        if missing:
+            raise UserError(f"LPIPS: {weights}: expected torchvision's weights of {trunk}, found no {missing[0]}")
+        try:
+            self.distance.net.load_state_dict({own: content[name] for own, name in names.items()})
+        except RuntimeError as error:
+            raise UserError(f"LPIPS: {weights}: expected torchvision's weights of {trunk}, found others ({error})") from None
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1], grey ones too, and others to compare them with, to (B,)."""
+        return self.distance(*(of.expand(-1, 3, -1, -1) for of in (images, originals))).flatten()
+
+
+def cached_weights(trunk: Trunk) -> Path:
+    """The file in torch's cache where torchvision keeps the trunk's weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / _TRUNKS[trunk].url.rsplit("/", 1)[1]
+
+
+def downloaded_weights(trunk: Trunk) -> Path:
+    """The same file, downloaded if it is not there. Errors: UserError if it cannot be."""
+    path, url = cached_weights(trunk), _TRUNKS[trunk].url
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=url.rsplit("-", 1)[1].split(".")[0])
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(f"LPIPS: expected the weights of {trunk} at {path}, or a connection to {url}, found: {error}") from None
+    return path

@@ -1,0 +1,24 @@
+"""Weights of networks that others have trained: tensors alone are read, whatever else is in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+
+
+def weights_in(path: Path) -> dict[str, Tensor]:
+    """Weights in a safetensors file, or in one of torch, of which only tensors are read. Errors: UserError for another file."""
+    wanted = f"{path}: expected weights (safetensors, or torch's format with named tensors alone)"
+    try:
+        is_safetensors = path.suffix == ".safetensors"
+        found = safetensors.torch.load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: pickle's own, zip's, safetensors'
+        raise UserError(f"{wanted}, found: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
+        raise UserError(f"{wanted}, found a {type(found).__name__}")
+    return dict(found)

@@ -1,0 +1,140 @@
+"""The adversarial term: when a discriminator takes part in training, by which losses, and how strongly it pulls at the decoder.
+
+A discriminator that is switched on ruins reconstructions in three ways, and each is met here. It knows nothing yet, and its gradient is
+noise: first it learns alone. Its pull has nothing to do with the other terms' in size: it is scaled to theirs by the ratio of the gradients
+at the decoder's last layer (Esser et al. 2021, equation 7), and since a discriminator that is sure of itself has next to none, which would
+make the ratio explode, the ratio is bounded and averaged over steps. And what it asks for comes at once: its weight rises step by step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
+from typing_extensions import override
+
+from configs.schema import AdversarialPart, DiscriminatorPart
+from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.training.precision import full_precision
+
+# Decays a step: of the ratio of gradients, and of LeCam's mean logits.
+_RATIO_DECAY, _LOGIT_DECAY = 0.9, 0.99
+# Gradients at the last layer are taken of losses so many times as large: half precision would lose the least.
+_SCALE = 2.0**10
+_REAL, _MADE, _OTHERS, _PULL = (f"adversary/{name}" for name in ("real", "made", "others", "pull"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAdversaryPart(AdversarialPart):
+    """No adversarial term."""
+
+    @override
+    def build(self, channels: int, folder: Path, source: ImageSource, device: torch.device, seed: int) -> None:
+        return None
+
+
+class Adversary(nn.Module):
+    """A discriminator with the losses of both sides, and the weight of its pull.
+
+    What it must remember stands in buffers: since which step it takes part, the ratio of gradients, LeCam's mean logits. They change in
+    `begin_` and `update_` alone.
+
+    Args:
+        part: its fields in the recipe.
+        discriminator: images (B, C, H, W) to a list of logits.
+        steps: of the whole training.
+    """
+
+    def __init__(self, part: DiscriminatorPart, discriminator: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.part, self.discriminator, self.steps = part, discriminator, steps
+        device = next(discriminator.parameters()).device
+        self.register_buffer("begun", torch.tensor(-1))  # not on the device: nobody should wait for it to be told
+        self.register_buffer("ratio", torch.tensor(-1.0, dtype=torch.float64, device=device))
+        self.register_buffer("logits", torch.zeros(2, dtype=torch.float64, device=device))  # of real images, of reconstructions
+
+    begun: Tensor
+    ratio: Tensor
+    logits: Tensor
+
+    def begin_(self, step: int) -> bool:
+        """Whether it takes part in this step; notes the first one."""
+        if self.begun < 0 and step >= self.part.start * self.steps:
+            self.begun.fill_(step)
+        return bool(self.begun >= 0)
+
+    def weight(self, step: int) -> Tensor:
+        """What its loss is multiplied by in this step: 0 while it learns alone, and before the ratio is known."""
+        ramp = round(self.part.ramp * self.steps)
+        alone = step - int(self.begun) < ramp
+        risen = 0.0 if alone else min(1.0, (step - int(self.begun) - ramp) / ramp) if ramp else 1.0
+        return self.part.weight * risen * self.ratio.clamp(0, self.part.bound)
+
+    def tokenizer_loss(self, made: Tensor) -> Tensor:
+        """What the tokenizer lowers, unweighted: low if reconstructions (B, C, H, W) are taken for real."""
+        return _mean([-logits if self.part.loss == "hinge" else F.softplus(-logits) for logits in self._judged(made)])
+
+    def discriminator_loss(self, images: Tensor, made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the discriminator lowers, with its penalty, for images and reconstructions (B, C, H, W); and the statistics of it."""
+        penalised = self.part.penalty == "r1"
+        images = images.detach().requires_grad_(penalised)
+        both = [logits.chunk(2) for logits in self._judged(torch.cat([images, made.detach()]))]
+        real, of_made = [logits[0] for logits in both], [logits[1] for logits in both]
+        if self.part.loss == "hinge":
+            loss = (_mean([F.relu(1 - logits) for logits in real]) + _mean([F.relu(1 + logits) for logits in of_made])) / 2
+        else:
+            loss = (_mean([F.softplus(-logits) for logits in real]) + _mean([F.softplus(logits) for logits in of_made])) / 2
+        if penalised:
+            of_image = torch.stack([logits.flatten(1).mean(1) for logits in real]).mean(0).sum()
+            (gradient,) = torch.autograd.grad(of_image, images, create_graph=True)
+            loss = loss + self.part.penalty_weight / 2 * gradient.square().sum((1, 2, 3)).mean()
+        elif self.part.penalty == "lecam":
+            mean_real, mean_made = self.logits.to(loss).unbind()
+            away = [(logits - mean_made).square() for logits in real], [(logits - mean_real).square() for logits in of_made]
+            loss = loss + self.part.penalty_weight * (_mean(away[0]) + _mean(away[1]))
+        return loss, {_REAL: _mean(real).detach().double(), _MADE: _mean(of_made).detach().double()}
+
+    @torch.no_grad()
+    def update_(self, statistics: dict[str, Tensor], parts: int) -> None:
+        """After a step, by the statistics of `discriminator_loss` and `gradients_at`, summed over its `parts`: once for all processes."""
+        ratio = (statistics[_OTHERS].norm() / statistics[_PULL].norm().clamp(min=1e-30)).double().clamp(max=self.part.bound)
+        self.ratio.copy_(torch.where(self.ratio < 0, ratio, self.ratio.lerp(ratio, 1 - _RATIO_DECAY)))
+        self.logits.lerp_(torch.stack([statistics[_REAL], statistics[_MADE]]) / parts, 1 - _LOGIT_DECAY)
+        for module in self.discriminator.modules():
+            if is_parametrized(module, "weight"):
+                # Spectral normalisation takes a step of its power iteration whenever the weight is read in training mode.
+                module.train()
+                _ = module.weight
+                module.eval()
+
+    def _judged(self, images: Tensor) -> list[Tensor]:
+        return [full_precision(logits) for logits in self.discriminator(images)]
+
+
+def last_layer(decoder: nn.Module) -> Tensor:
+    """The weight of the last layer with a matrix or kernels."""
+    return [weight for weight in decoder.parameters() if weight.dim() >= 2][-1]
+
+
+def gradients_at(layer: Tensor, others: Tensor, image: Tensor, of_others: Tensor, pull: Tensor) -> dict[str, Tensor]:
+    """The statistics from which the ratio of gradients at a layer comes, flat: of all other terms, and of the adversarial one.
+
+    Args:
+        layer: the weight.
+        others: a loss that is no function of the image.
+        image: the reconstruction (B, C, H, W), which the layer puts out.
+        of_others: the gradient at the image of the other terms on it, or zeros.
+        pull: the gradient at the image of the adversarial term.
+    """
+    (of_layer,) = torch.autograd.grad([others, image], layer, [torch.full_like(others, _SCALE), _SCALE * of_others], retain_graph=True)
+    (pulled,) = torch.autograd.grad(image, layer, _SCALE * pull, retain_graph=True)
+    return {_OTHERS: of_layer.flatten(), _PULL: pulled.flatten()}
+
+
+def _mean(of_scales: list[Tensor]) -> Tensor:
+    """The mean over scales of the mean over all logits of each."""
+    return torch.stack([logits.mean() for logits in of_scales]).mean()

@@ -1,0 +1,126 @@
+"""Discriminators: `patch`, which sees patches of an image, and `projected`, which sees what a frozen network makes of it.
+
+None normalises over the batch, whose statistics would differ from process to process, and a forward pass changes nothing: what spectral
+normalisation estimates of a weight is brought up to date once a step, by `Adversary.update_`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+from typing_extensions import override
+
+from configs.schema import DiscriminatorPart, require
+from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.features.networks import Layers, feature_network
+
+_SLOPE = 0.2  # of a leaky ReLU below 0, as published
+_GROUPS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchPart(DiscriminatorPart):
+    """PatchGAN (Isola et al. 2017): a logit for each of an image's overlapping patches."""
+
+    channels: int = 64
+    """Channels after the first convolution; each further one of stride 2 doubles them, up to eight times as many."""
+    layers: int = 3
+    """Convolutions of stride 2: with 1, 2, 3 of them a patch is of 16, 34, 70 pixels."""
+    norm: Literal["spectral", "group"] = "spectral"
+    """Spectral normalisation of all weights (Miyato et al. 2018), or group normalisation after inner convolutions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.layers >= 1, "stage1.adversarial.layers", "at least 1", self.layers)
+        multiple = 1 if self.norm == "spectral" else _GROUPS
+        fits = self.channels >= 1 and self.channels % multiple == 0
+        require(fits, "stage1.adversarial.channels", f"a multiple of {multiple}", self.channels)
+
+    @override
+    def build(self, channels: int, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
+        return PatchDiscriminator(channels, self.channels, self.layers, self.norm).to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedPart(DiscriminatorPart):
+    """A small head for each size of a frozen network's features (Sauer et al. 2021)."""
+
+    channels: int = 64
+    """Channels that features of each size are projected to, and of the heads."""
+    network: str = "classifier"
+    """As `evaluation.features` names them; `classifier` and `rotation` are the perceptual term's, made by it or for this."""
+    weights: str | None = None
+    """File of the network's weights. Null: looked for in torch's cache and then downloaded, of networks that are not made here."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.channels >= 1, "stage1.adversarial.channels", "at least 1", self.channels)
+
+    @override
+    def build(self, channels: int, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
+        network = feature_network(self.network, self.weights, folder, source, device, seed)
+        pixels = next(iter(source.splits.values())).pixels[:1].to(device)
+        with torch.no_grad():
+            sizes = [features.shape[1] for features in network.layers(pixels.movedim(-1, 1).float())]
+        return ProjectedDiscriminator(network.layers, sizes, self.channels).to(device)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Convolutions of stride 2 and two of stride 1, the last of which puts out a logit a position."""
+
+    def __init__(self, image_channels: int, channels: int, layers: int, norm: Literal["spectral", "group"]) -> None:
+        found: list[nn.Module] = []
+        before = image_channels
+        for number in range(layers + 1):
+            after = channels * min(2**number, 8)
+            found += [_convolution(before, after, 4, 2 if number < layers else 1, norm == "spectral")]
+            found += [nn.GroupNorm(_GROUPS, after)] if norm == "group" and number else []
+            found += [nn.LeakyReLU(_SLOPE)]
+            before = after
+        super().__init__(*found, _convolution(before, 1, 4, 1, norm == "spectral"))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) in [-1, 1] to one tensor of logits (B, 1, h, w)."""
+        return [super().forward(images.contiguous(memory_format=torch.channels_last))]
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Features of each size, mixed by random maps that stay as they are, and a head a size.
+
+    Sauer et al. 2021, "Projected GANs Converge Faster", section 3: each size's channels are mixed by a 1x1 convolution, and the mixture of
+    the next coarser size is added, enlarged. So a head cannot be content with the few features that are easiest to tell apart.
+    """
+
+    def __init__(self, layers: Layers, sizes: list[int], channels: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.mixtures = nn.ModuleList(nn.Conv2d(size, channels, 1, bias=False).requires_grad_(False) for size in sizes)
+        for mixture, size in zip(self.mixtures, sizes, strict=True):
+            nn.init.normal_(mixture.weight, std=size**-0.5)  # type: ignore[arg-type]
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                _convolution(channels, channels, 3, 1, spectral=True),
+                nn.LeakyReLU(_SLOPE),
+                _convolution(channels, 1, 3, 1, spectral=True),
+            )
+            for _ in sizes
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w) of each size of the features."""
+        mixed: list[Tensor] = []
+        for features, mixture in reversed(list(zip(self.layers(images), self.mixtures, strict=True))):
+            own = mixture(features)
+            mixed.append(own + F.interpolate(mixed[-1], own.shape[2:]) if mixed else own)
+        return [head(features) for head, features in zip(self.heads, reversed(mixed), strict=True)]
+
+
+def _convolution(before: int, after: int, kernel: int, stride: int, spectral: bool) -> nn.Module:
+    layer = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2 if kernel % 2 or stride == 1 else 1)
+    return spectral_norm(layer).eval() if spectral else layer

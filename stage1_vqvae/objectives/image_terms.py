@@ -1,0 +1,65 @@
+"""Terms on decoded images, beside the objective: a perceptual distance, and a discriminator's pull."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stage1_vqvae.objectives.adversarial import Adversary, gradients_at, last_layer
+
+
+class Pulled(NamedTuple):
+    """What the terms say of a batch of reconstructions."""
+
+    gradient: Tensor
+    """Of the weighted terms' sum at the reconstructions, (B, C, H, W)."""
+    losses: dict[str, Tensor]
+    """The weighted terms, without a graph: `perceptual`, `adversarial`."""
+    statistics: dict[str, Tensor]
+    """What `Adversary.update_` asks for."""
+
+
+def pull(
+    reconstruction: Tensor,
+    images: Tensor,
+    losses: Mapping[str, Tensor],
+    decoder: nn.Module,
+    perceptual: nn.Module | None,
+    adversary: Adversary | None,
+    step: int,
+) -> Pulled:
+    """What the terms there are say of reconstructions (B, C, H, W), which stay as they are.
+
+    Each term's gradient is taken at the image, where its own graph ends: what the loop adds to its loss is
+    `(reconstruction * gradient).sum()`, which has that gradient, and no term's graph is walked twice or kept until then.
+
+    Args:
+        reconstruction: with the graph that made it.
+        images: the originals.
+        losses: all other terms, none of them a function of `reconstruction` itself.
+        decoder: the last of what made it.
+        perceptual: from images and originals to a weighted distance; None: there is no such term.
+        adversary: None: there is none, or it has not begun.
+        step: the number of the step, on which the adversary's weight depends.
+    """
+    gradient, found = torch.zeros_like(reconstruction), dict[str, Tensor]()
+    statistics: dict[str, Tensor] = {}
+    if perceptual is not None:
+        found["perceptual"], gradient = _at(reconstruction, lambda image: perceptual(image, images))
+    if adversary is not None:
+        value, pulling = _at(reconstruction, adversary.tokenizer_loss)
+        others = torch.stack(list(losses.values())).sum()
+        statistics = gradients_at(last_layer(decoder), others, reconstruction, gradient, pulling)
+        weight = adversary.weight(step).to(pulling)
+        found["adversarial"], gradient = weight * value, gradient + weight * pulling
+    return Pulled(gradient, found, statistics)
+
+
+def _at(image: Tensor, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A term's value for an image, and its gradient there, without a graph."""
+    image = image.detach().requires_grad_()
+    value = term(image)
+    return value.detach(), torch.autograd.grad(value, image)[0]

@@ -1,0 +1,106 @@
+"""Perceptual terms: how different a reconstruction looks from its original, by what networks see in both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from configs.errors import UserError
+from configs.schema import PerceptualPart, require
+from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, downloaded_weights
+from stage1_vqvae.features.networks import FeatureNetwork, feature_network
+from stage1_vqvae.training.precision import full_precision
+
+# Of the length of a position's features, which are then divided by it.
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPerceptualPart(PerceptualPart):
+    """No perceptual term."""
+
+    @override
+    def build(self, folder: Path, source: ImageSource, device: torch.device, seed: int) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WeightedPart(PerceptualPart):
+    weight: float = 1.0
+    """Weight of the term beside the objective."""
+    weights: str | None = None
+    """File of the network's weights. Null: looked for in torch's cache and then downloaded, of networks that are not made here."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.weight < float("inf"), "stage1.perceptual.weight", "at least 0, and finite", self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesPart(_WeightedPart):
+    """Distance of the features of any network that evaluation knows."""
+
+    network: str = "classifier"
+    """As `evaluation.features` names them. `classifier` and `rotation` are made before the tokenizer, from its training images, and are
+    others than evaluation's."""
+
+    @override
+    def build(self, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
+        return FeatureDistance(feature_network(self.network, self.weights, folder, source, device, seed), self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPIPSPart(_WeightedPart):
+    """LPIPS (Zhang et al. 2018)."""
+
+    trunk: Literal["alex", "vgg"] = "vgg"
+    """Network of torchvision whose features are compared; evaluation's LPIPS is by alex."""
+
+    @override
+    def build(self, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
+        height, width = source.splits[next(iter(source.splits))].pixels.shape[1:3]
+        if min(height, width) < LEAST_PIXELS:
+            raise UserError(f"stage1.perceptual lpips: expected images of at least {LEAST_PIXELS} pixels a side, found {height}x{width}")
+        path = downloaded_weights(self.trunk) if self.weights is None else Path(self.weights).expanduser()
+        return LPIPSDistance(LPIPS(self.trunk, path).to(device), self.weight)
+
+
+class FeatureDistance(nn.Module):
+    """The mean over sizes and positions of |f(x) / |f(x)| - f(y) / |f(y)||^2, f the features that a frozen network has at a position.
+
+    As LPIPS without what people's judgements taught it (Zhang et al. 2018, equation 1).
+    """
+
+    def __init__(self, network: FeatureNetwork, weight: float) -> None:
+        super().__init__()
+        self.layers, self.weight = network.layers, weight
+
+    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Images and originals (B, C, H, W) in [-1, 1] to the weighted distance."""
+        with torch.no_grad():
+            wanted = self.layers(originals)
+        pairs = zip(self.layers(images), wanted, strict=True)
+        distances = [(_unit(made) - _unit(of_original)).square().sum(1).mean() for made, of_original in pairs]
+        return self.weight * torch.stack(distances).mean()
+
+
+class LPIPSDistance(nn.Module):
+    """The mean LPIPS of a batch."""
+
+    def __init__(self, network: LPIPS, weight: float) -> None:
+        super().__init__()
+        self.network, self.weight = network, weight
+
+    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Images and originals (B, C, H, W) in [-1, 1] to the weighted distance."""
+        return self.weight * full_precision(self.network(images, originals)).mean()
+
+
+def _unit(features: Tensor) -> Tensor:
+    features = full_precision(features)
+    return features / (features.square().sum(1, keepdim=True) + _EPSILON).sqrt()

@@ -1,0 +1,239 @@
+"""Perceptual and adversarial terms: what they compute, what they pull at, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.errors import UserError
+from configs.parts import part_from
+from configs.schema import DiscriminatorPart, Tokenizer
+from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
+from stage1_vqvae.features.lpips import LPIPS
+from stage1_vqvae.features.networks import feature_network
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.objectives.adversarial import Adversary, last_layer
+from stage1_vqvae.objectives.discriminators import PatchDiscriminator, ProjectedDiscriminator
+from stage1_vqvae.objectives.image_terms import pull
+from stage1_vqvae.objectives.perceptual import FeatureDistance, LPIPSPart
+
+CPU = torch.device("cpu")
+NO_IMAGES = ImageSource({TRAIN: ImageSplit(torch.zeros(1, 64, 64, 3, dtype=torch.uint8).numpy(), None)}, None)
+
+
+@pytest.fixture
+def resnet(tmp_path: Path) -> Any:
+    """torchvision's, with random weights, by their file."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None)
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    return feature_network("resnet18", str(tmp_path / "resnet18.pth"), tmp_path, NO_IMAGES, CPU)
+
+
+def patch(**fields: Any) -> DiscriminatorPart:
+    part = part_from("stage1.adversarial", {"kind": "patch", "channels": 4, "layers": 1, **fields})
+    assert isinstance(part, DiscriminatorPart)
+    return part
+
+
+class Linear(nn.Module):
+    """One logit an image: its product with a weight."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [(images * self.weight).sum((1, 2, 3), keepdim=True)]
+
+
+def test_the_distance_is_that_of_unit_features_at_each_size(resnet: Any) -> None:
+    """By the library's own blocks, called one after another."""
+    images, originals = torch.rand(2, 2, 3, 40, 40, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    images.requires_grad_()
+    found = FeatureDistance(resnet, weight=2.0)(images, originals)
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None).eval()  # with the weights that the fixture has
+    prepare = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+
+    def blocks(x: Tensor) -> list[Tensor]:
+        stem = F.relu(network.bn1(network.conv1(prepare((x + 1) / 2))))
+        first = network.layer1(network.maxpool(stem))
+        second = network.layer2(first)
+        third = network.layer3(second)
+        return [stem, first, second, third, network.layer4(third)]
+
+    def unit(x: Tensor) -> Tensor:
+        return x / x.norm(dim=1, keepdim=True).clamp(min=1e-3)
+
+    terms = [(unit(a) - unit(b)).square().sum(1).mean() for a, b in zip(blocks(images), blocks(originals), strict=True)]
+    wanted = 2 * sum(terms) / 5
+    assert torch.allclose(found, wanted, rtol=1e-3)
+    gradients = [torch.autograd.grad(value, images)[0] for value in (found, wanted)]
+    assert torch.allclose(*gradients, rtol=1e-2, atol=1e-3 * float(gradients[1].abs().max()))
+    assert float(FeatureDistance(resnet, 1.0)(originals, originals)) == 0
+
+
+def test_lpips_is_the_librarys_with_the_weights_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torchmetrics' public class, which finds the same weights in torch's cache."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    torch.manual_seed(0)
+    weights = torchvision.models.alexnet(weights=None).state_dict()
+    path = tmp_path / "checkpoints" / torchvision.models.AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[1]
+    path.parent.mkdir()
+    torch.save(weights, path)
+    images, originals = torch.rand(2, 2, 3, 40, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = LPIPSPart(trunk="alex", weights=str(path), weight=3.0).build(tmp_path, NO_IMAGES, CPU, 0)(images, originals)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert torch.allclose(found, 3 * LearnedPerceptualImagePatchSimilarity("alex")(images, originals), rtol=1e-5)
+    torch.save({"features.0.bias": weights["features.0.bias"]}, path)
+    with pytest.raises(UserError, match=r"LPIPS: .*expected torchvision's weights of alex, found no features.0.weight"):
+        LPIPS("alex", path)
+
+
+def test_lpips_without_its_weights_and_a_connection_says_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_connection(*_: object, **__: object) -> None:
+        raise URLError("no connection")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_connection)
+    with pytest.raises(UserError, match=r"LPIPS: expected the weights of vgg at .*vgg16.*no connection"):
+        LPIPSPart().build(tmp_path, NO_IMAGES, CPU, 0)
+
+
+@pytest.mark.parametrize(("layers", "pixels"), [(1, 16), (2, 34), (3, 70)])
+def test_a_logit_is_of_a_patch(layers: int, pixels: int) -> None:
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(3, 8, layers, "spectral")
+    images = torch.randn(1, 3, 160, 160, requires_grad=True)
+    (logits,) = discriminator(images)
+    middle = logits.shape[-1] // 2
+    (gradient,) = torch.autograd.grad(logits[0, 0, middle, middle], images)
+    for axis in (2, 3):
+        seen = gradient.abs().amax([other for other in (0, 1, 2, 3) if other != axis]).nonzero()
+        assert int(seen.max() - seen.min()) + 1 == pixels
+
+
+def test_spectral_normalisation_follows_the_weights_once_a_step() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(patch(), PatchDiscriminator(3, 4, 1, "spectral"), 100)
+    convolutions = [module for module in adversary.modules() if isinstance(module, nn.Conv2d)]
+    with torch.no_grad():
+        for layer in convolutions:
+            layer.parametrizations.weight.original.normal_()  # type: ignore[union-attr]
+    before = [layer.weight.clone() for layer in convolutions]
+    adversary.discriminator(torch.randn(2, 3, 16, 16))
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(convolutions, before, strict=True))  # forward is pure
+    zero = torch.zeros((), dtype=torch.float64)
+    for _ in range(200):
+        adversary.update_({f"adversary/{name}": zero for name in ("real", "made", "others", "pull")}, 1)
+    for layer in convolutions:
+        assert float(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0]) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
+def test_losses_of_both_sides(loss: Literal["hinge", "non_saturating"]) -> None:
+    adversary = Adversary(patch(loss=loss), Linear(3, 4, 4), 100)
+    images, made = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    real, of_made = ((of * adversary.discriminator.weight).sum((1, 2, 3)) for of in (images, made))  # type: ignore[operator]
+    if loss == "hinge":
+        its, tokenizers = (F.relu(1 - real).mean() + F.relu(1 + of_made).mean()) / 2, -of_made.mean()
+    else:
+        its, tokenizers = -(real.sigmoid().log().mean() + (-of_made).sigmoid().log().mean()) / 2, -of_made.sigmoid().log().mean()
+    assert torch.allclose(adversary.discriminator_loss(images, made)[0], its)
+    assert torch.allclose(adversary.tokenizer_loss(made), tokenizers)
+
+
+def test_penalties() -> None:
+    """R1's gradient at real images is the linear discriminator's weight; LeCam's anchors are moving averages of logits."""
+    images, made = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain, r1, lecam = (Adversary(patch(penalty=kind, penalty_weight=3.0), Linear(3, 4, 4), 100) for kind in ("none", "r1", "lecam"))
+    loss = plain.discriminator_loss(images, made)[0]
+    weight = plain.discriminator.weight
+    assert torch.allclose(r1.discriminator_loss(images, made)[0] - loss, 3 / 2 * weight.square().sum())  # type: ignore[operator]
+    zero = torch.zeros((), dtype=torch.float64)
+    sums = {"adversary/real": zero + 8, "adversary/made": zero - 4, "adversary/others": zero, "adversary/pull": zero}
+    lecam.update_(sums, parts=2)  # means 4 and -2
+    real, of_made = ((of * weight).sum((1, 2, 3)) for of in (images, made))  # type: ignore[operator]
+    wanted = 3 * ((real + 0.01 * 2).square().mean() + (of_made - 0.01 * 4).square().mean())
+    assert torch.allclose(lecam.discriminator_loss(images, made)[0] - loss, wanted)
+
+
+def test_it_begins_learns_alone_and_rises() -> None:
+    adversary = Adversary(patch(start=0.25, ramp=0.1, weight=0.5, bound=4.0), Linear(3, 4, 4), steps=100)
+    assert [adversary.begin_(step) for step in (0, 24, 25, 26)] == [False, False, True, True]
+    assert int(adversary.begun) == 25
+    adversary.ratio.fill_(3.0)
+    weights = [float(adversary.weight(step)) for step in range(25, 100)]
+    assert weights[:11] == [0.0] * 11
+    assert weights[11:21] == pytest.approx([0.5 * 3 * share / 10 for share in range(1, 11)])
+    assert set(weights[21:]) == {1.5}
+    adversary.ratio.fill_(1e9)  # as of a discriminator that is sure of itself, and has next to no gradient
+    assert float(adversary.weight(99)) == 0.5 * 4
+
+
+@pytest.mark.parametrize("network", ["convolutional", "hierarchical"])
+def test_the_pull_is_the_gradient_of_the_weighted_terms_and_the_ratio_that_at_the_last_layer(network: str) -> None:
+    """Against one ordinary backward pass through everything."""
+    torch.manual_seed(0)
+    small = {"kind": network, "hidden_channels": 8, "residual_blocks": 1, "residual_channels": 4, "downsampling": 2}
+    part = part_from("tokenizer.network", small)
+    tokenizer = VQVAE(Tokenizer(code_dim=4, network=part), 8, 12, 3).double().train()
+    images = torch.rand(3, 3, 8, 12, dtype=torch.float64) * 2 - 1
+    perceptual = nn.L1Loss()
+    adversary = Adversary(patch(start=0.0, ramp=0.0, weight=0.7, bound=1e6), PatchDiscriminator(3, 4, 1, "spectral").double(), 100)
+    adversary.begin_(0)
+    adversary.ratio.fill_(2.0)
+    layer = last_layer(tokenizer.decoder)
+
+    output = tokenizer(images)
+    pulled = pull(output.reconstruction, images, output.losses, tokenizer.decoder, perceptual, adversary, step=5)
+    total = sum(output.losses.values()) + (output.reconstruction * pulled.gradient).sum()
+    found = torch.autograd.grad(total, list(tokenizer.decoder.parameters()))
+    _, statistics = adversary.discriminator_loss(images, output.reconstruction)
+
+    output = tokenizer(images)
+    others = sum(output.losses.values()) + perceptual(output.reconstruction, images)
+    term = adversary.tokenizer_loss(output.reconstruction)
+    wanted = torch.autograd.grad(others + 0.7 * 2.0 * term, list(tokenizer.decoder.parameters()), retain_graph=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(pulled.losses["adversarial"], 1.4 * term)
+    adversary.ratio.fill_(-1)
+    adversary.update_(pulled.statistics | statistics, 1)
+    norms = [torch.autograd.grad(value, layer, retain_graph=True)[0].norm() for value in (others, term)]
+    assert float(adversary.ratio) == pytest.approx(float(norms[0] / norms[1]), rel=1e-9)
+
+
+def test_the_projected_discriminator_judges_each_size_and_sends_a_gradient_to_the_image(resnet: Any) -> None:
+    torch.manual_seed(0)
+    discriminator = ProjectedDiscriminator(resnet.layers, [64, 64, 128, 256, 512], 8)
+    images = torch.randn(2, 3, 40, 40, requires_grad=True)
+    logits = discriminator(images)
+    assert [tuple(of.shape) for of in logits] == [(2, 1, side, side) for side in (112, 56, 28, 14, 7)]
+    learned = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in learned) == 5 * (8 * 8 * 9 + 8 + 8 * 9 + 1)  # the heads alone
+    gradients = torch.autograd.grad(sum(of.mean() for of in logits), [images, *learned])
+    assert all(bool(gradient.any()) for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("patch", {"channels": 48, "norm": "group"}, "stage1.adversarial.channels: expected a multiple of 32, found 48"),
+        ("patch", {"layers": 0}, "stage1.adversarial.layers"),
+        ("projected", {"start": 1.0}, "stage1.adversarial.start: expected 0 <= share < 1, found 1.0"),
+        ("projected", {"bound": 0.0}, "stage1.adversarial.bound"),
+    ],
+)
+def test_impossible_fields_are_named(kind: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        part_from("stage1.adversarial", {"kind": kind, **fields})
