@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import Evaluation
 from pipelines.evaluation.distances import PARTS, Reference, Spread, inception_score, mean_with_interval, nearest, nearest_codes
 from pipelines.images.bound import image_bits
-from pipelines.images.inputs import encode_and_decode
+from pipelines.images.inputs import encode, encode_and_decode
 from pipelines.images.scoring import ScoringPrior
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource
@@ -55,6 +55,7 @@ class Assessor:
         self.layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
         self._features: dict[str, Features] = {}
         self._coded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._training: Tensor | None = None
 
     def features(self, name: str, pixels: Tensor | None = None) -> Features:
         """Features of a split by its name, or of other `pixels` under a name of their own."""
@@ -70,11 +71,17 @@ class Assessor:
             self._coded[split] = (self.layout.flat(codes), pictures)
         return self._coded[split]
 
+    def training_sequences(self) -> Tensor:
+        """(N, T): the codes of all training images, which are many and need not be decoded for it."""
+        if self._training is None:
+            self._training = self.layout.flat(encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size))
+        return self._training
+
     def sequences(self, samples: Samples) -> Tensor:
         """(N, T): the codes samples were decoded from, or else what the tokenizer makes of them."""
         if samples.codes is not None:
             return self.layout.flat(samples.codes)
-        return self.layout.flat(encode_and_decode(self.tokenizer, samples.pixels, self.config.batch_size, progress=True)[0])
+        return self.layout.flat(encode(self.tokenizer, samples.pixels, self.config.batch_size))
 
     def some(self, count: int, wanted: int, purpose: str) -> Tensor:
         """Rows of `wanted` of `count` images, or of all if they are fewer, drawn once and for all."""
@@ -184,9 +191,10 @@ class Assessor:
         """
         sets = {"samples": (self.features("samples", samples.pixels).vectors, self.sequences(samples))}
         sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
-        known, pictures = self.coded(TRAIN)
+        known = self.training_sequences()
         rows = self.some(len(known), _LOOKED_UP, "copies")
-        sets["copies"] = (self.features("copies of training images", pictures[rows]).vectors, known[rows])
+        pictures = encode_and_decode(self.tokenizer, self.source.splits[TRAIN].pixels[rows], self.config.batch_size)[1]
+        sets["copies"] = (self.features("copies of training images", pictures).vectors, known[rows])
         found: dict[str, Any] = {}
         for name, (vectors, sequences) in sets.items():
             rows = self.some(len(vectors), _LOOKED_UP, "neighbours")
@@ -212,7 +220,7 @@ class Assessor:
         k = min(_NEIGHBOURS, len(training))
         by_features = nearest(vectors, self.features(TRAIN).vectors, k, self.network.device)
         shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
-        by_codes = nearest_codes(sequences[shown], self.coded(TRAIN)[0], k)
+        by_codes = nearest_codes(sequences[shown], self.training_sequences(), k)
         own = samples.pixels[rows[shown]][:, None]
         gap = torch.full_like(own, 255)
         pictures = torch.cat([own, gap, training[by_features.rows[shown]], gap, training[by_codes.rows]], 1)

@@ -88,6 +88,18 @@ def encode_and_decode(tokenizer: VQVAE, pixels: Tensor, batch_size: int, progres
     return tuple(torch.cat(level) for level in zip(*parts, strict=True)), pictures
 
 
+@torch.no_grad()
+def encode(tokenizer: VQVAE, pixels: Tensor, batch_size: int) -> Codes:
+    """Images uint8 (N, H, W, C) to their codes alone, int64 (N, h, w) a level, on the CPU."""
+    device = next(tokenizer.parameters()).device
+    parts: list[Codes] = []
+    with progress_bar(len(pixels), "encode", "img") as bar:
+        for part in batches(len(pixels), batch_size):
+            parts.append(tuple(level.cpu() for level in tokenizer.encode(to_model(pixels[part].to(device)))))
+            bar.update(part.stop - part.start)
+    return tuple(torch.cat(level) for level in zip(*parts, strict=True))
+
+
 def labels_for(asked: str | None, images: Images, header: PriorHeader | None) -> Tensor | None:
     """Labels (N,) in the prior's numbering: as asked, or the images' own; None where there are none.
 
