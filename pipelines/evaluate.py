@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from configs.cli import REPORT, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json, write_bytes, write_json
+from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
 from pipelines.evaluation.tables import markdown, notes, tables
 from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
@@ -161,6 +162,12 @@ def array_in(path: Path) -> np.ndarray:
     return array
 
 
+def trained_by(config: Stage1) -> set[str]:
+    """The names of the networks whose features the tokenizer was trained by."""
+    parts = (config.perceptual, config.adversarial)
+    return {str(part.network) for part in parts if hasattr(part, "network")}
+
+
 def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:
     """What the run knows of its codes: the prior that `--prior` names, or the one last finished, and the training codes; None where it
     has none of them.
@@ -193,6 +200,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "drawn": samples is not None and command.options.samples is None,
         "distance": network.distance,
         "instead_of": network.instead_of,
+        "trained_by_such_features": network.name in trained_by(command.recipe.stage1),
         "split": split,
         "reference": reference,
         "reconstruction": assessor.reconstruction(split),

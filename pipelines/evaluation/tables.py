@@ -130,6 +130,11 @@ def notes(found: dict[str, Any]) -> list[str]:
             said.append(f"{found['instead_of']}.")
         if found["distance"] != "FID":
             said.append(f"{found['distance']} is not FID and compares with figures of the same features alone.")
+        if found["trained_by_such_features"]:
+            said.append(
+                "The tokenizer was trained to please a network that was made in the same way, if with other weights: distances by these "
+                "features flatter it. Compare by others too (--features)."
+            )
     else:
         said.append("Samples: not evaluated; the run has no finished prior.")
     if "memorisation" in found and found["memorisation"]["ratio_of_median_distances"] is not None:
