@@ -3,8 +3,8 @@
 Yu et al. 2021, "Vector-quantized Image Modeling with Improved VQGAN", section 3.1: patches that do not overlap are mapped to tokens,
 transformer blocks follow in which every token attends to all of them (Vaswani et al. 2017; normalisation before each part, GELU, an
 MLP of four times the width), and a map of two layers with a tanh between them, nothing after it; the decoder is the same from codes to
-patches. The map to the codes' few channels, the paper's factorised codes, is the second of those layers. The paper's other halves are
-the quantizer's: `metric: cosine`.
+patches. The map to the codes' few channels, the paper's factorised codes, is the second of those layers; the first is as wide as
+an MLP's. Codes of unit length are the quantizer's (`metric: cosine`).
 
 Otherwise than in the paper, positions are told by attention alone, which turns queries and keys by row and column (attention.py) after
 normalising them, where the paper adds a learned vector to each position: so any height and width divisible by the patch will do, also
