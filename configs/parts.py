@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "convolutional": "stage1_vqvae.networks.convolutional:ConvolutionalPart",
         "hierarchical": "stage1_vqvae.networks.hierarchical:HierarchicalPart",
         "vqgan": "stage1_vqvae.networks.vqgan:VQGANPart",
+        "vit": "stage1_vqvae.networks.vit:ViTPart",
     },
     "tokenizer.objective": {
         "mse": "stage1_vqvae.objectives.pixels:MSEPart",

@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.schema import PriorPart, require
+from stage1_vqvae.attention import rotations
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.attention import GridAttention, rotations
+from stage2_prior.priors.attention import GridAttention
 from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.upper_levels import UpperLevels
 

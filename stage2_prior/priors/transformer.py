@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.schema import PriorPart
+from stage1_vqvae.attention import Norm, rotations
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.attention import Attention, KeyValueCache, Norm, of_few_rows, rotations
+from stage2_prior.priors.attention import CachedAttention, KeyValueCache, of_few_rows
 from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.upper_levels import UpperLevels
 
@@ -104,6 +105,7 @@ class Transformer(AutoregressivePrior):
         self.norm = Norm(width)
         self.head = nn.Linear(width, layout.vocabulary, bias=False)
         self.above = None if given is None else UpperLevels(given.num_codes, width, heads, layout.grids[0])
+        # Position t holds the code of position t-1 but is turned as position t, the one it predicts.
         self.register_buffer("rotations", rotations(layout.centres(), width // heads), persistent=False)
         self.register_buffer("coordinates", torch.cat([layout.coordinates()[:, :1], layout.centres().round().long()], 1), persistent=False)
         self._initialise()
@@ -204,7 +206,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = Norm(width)
-        self.attention = Attention(width, heads)
+        self.attention = CachedAttention(width, heads)
         self.mlp_norm = Norm(width)
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)

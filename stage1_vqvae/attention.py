@@ -1,0 +1,123 @@
+"""Self-attention over positions in grids: what networks and priors attend with.
+
+Queries and keys are normalised (Henry et al. 2020) and turned by rotary positions (Su et al. 2021), of which one half of
+a head turns with the row and the other with the column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from stage1_vqvae.training.precision import full_precision
+
+# Wavelengths of the rotary positions run from 2 pi to below 2 pi times this many rows: grids are tens of codes wide.
+_ROTARY_BASE = 100.0
+_NORM_EPSILON = 1e-5
+
+
+class Norm(nn.LayerNorm):
+    """Layer normalisation (Ba et al. 2016) without bias, in its weights' precision, which autocast leaves at float32.
+
+    Not RMSNorm, which saves nothing here: on a CPU its backward pass has no kernel of its own and takes six times as long.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of (..., C); the shape stays."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, causal unless said otherwise."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def _separated(self, projected: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (B, heads, T, d) each, of what `qkv` made of (B, T, C)."""
+        parts = projected.unflatten(-1, (3, self.heads, self.head_width))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            separated = _Separation.apply(parts, rotation)
+        else:
+            # Queries and keys in one: half as many passes through memory.
+            normed = F.layer_norm(full_precision(parts[:, :, :2]), (self.head_width,))
+            query, key = rotate(normed, rotation[:, None, None]).unbind(2)
+            separated = query, key, parts[:, :, 2].to(query)
+        query, key, value = (part.transpose(1, 2) for part in separated)
+        return query, key, value
+
+    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
+        """(B, T, C) to the same shape; causal: a position attends to itself and those before it."""
+        query, key, value = self._separated(self.qkv(x), rotation)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class _Separation(torch.autograd.Function):
+    """Splits one tensor (B, T, 3, heads, d) into normalised and rotated queries and keys, and values, (B, T, heads, d) each. Its gradient
+    is written by hand, to pass through memory less often in training.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = full_precision(parts)
+        # Of values too, which is for nothing, but saves a copy of all others.
+        normed, mean, reciprocal = torch.native_layer_norm(wide, parts.shape[-1:], None, None, _NORM_EPSILON)
+        as_complex(normed[:, :, :2]).mul_(torch.view_as_complex(rotation)[:, None, None])
+        ctx.save_for_backward(wide, mean, reciprocal, rotation)
+        ctx.dtype = parts.dtype
+        return normed[:, :, 0], normed[:, :, 1], wide[:, :, 2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        wide, mean, reciprocal, rotation = ctx.saved_tensors
+        back = torch.view_as_complex(rotation)[:, None].conj()
+        turned = torch.empty_like(wide)
+        turned[:, :, 2] = 0
+        for number, gradient in enumerate(gradients[:2]):
+            # Attention without a kernel of its own leaves gradients transposed.
+            torch.mul(as_complex(gradient.contiguous()), back, out=as_complex(turned[:, :, number]))
+        found = torch.ops.aten.native_layer_norm_backward(
+            turned, wide, wide.shape[-1:], mean, reciprocal, None, None, [True, False, False]
+        )[0]
+        found[:, :, 2] = gradients[2]
+        return found.to(ctx.dtype), None
+
+
+def rotations(coordinates: Tensor, head_width: int) -> Tensor:
+    """Cosines and sines, (T, head_width / 2, 2), of the angles by which positions with coordinates (T, 2) turn their pairs: the
+    first half of them with the row, the second with the column. On the coordinates' device; in their precision, or float32 of
+    whole numbers.
+    """
+    quarter = head_width // 4
+    numbers = torch.arange(quarter, dtype=coordinates.dtype, device=coordinates.device)
+    frequencies = _ROTARY_BASE ** (-numbers / quarter)
+    angles = (coordinates[..., None] * frequencies).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (x_2i, x_2i+1) of (..., T, d) by its position's angle; `rotation` (T, d / 2, 2) has cosines and sines.
+
+    As complex numbers, which is one pass through memory, and one back; torch.compile, which fuses passes, knows none.
+    """
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cosine, sine) = x.unflatten(-1, (-1, 2)).unbind(-1), rotation.unbind(-1)
+        return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1).flatten(-2)
+    return torch.view_as_real(as_complex(x) * torch.view_as_complex(rotation)).flatten(-2)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """A view of (..., d) as complex numbers (..., d / 2), of its pairs (x_2i, x_2i+1)."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

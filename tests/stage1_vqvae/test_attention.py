@@ -1,0 +1,43 @@
+"""Attention as networks and priors have it: rotary positions, and a gradient written by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stage1_vqvae.attention import Attention, rotate, rotations
+
+
+def test_rotary_scores_depend_on_the_offset_between_positions_alone() -> None:
+    positions = torch.tensor([[0, row, column] for row in range(4) for column in range(5)])
+    turns = rotations(positions[:, 1:], 16)
+    query, key = torch.randn(16).expand(1, 1, 20, 16), torch.randn(16).expand(1, 1, 20, 16)
+    scores = (rotate(query, turns) @ rotate(key, turns).transpose(-1, -2))[0, 0]
+    by_offset: dict[tuple[int, int], list[float]] = {}
+    for a in range(20):
+        for b in range(20):
+            offset = (positions[a] - positions[b])[1:].tolist()
+            by_offset.setdefault((offset[0], offset[1]), []).append(scores[a, b].item())
+    assert all(max(values) - min(values) < 1e-4 for values in by_offset.values())
+    assert len({round(values[0], 3) for values in by_offset.values()}) > 40  # rows and columns both matter
+
+
+def test_gradients_written_by_hand_are_those_of_small_differences() -> None:
+    """And what it gives with a gradient is what it gives without one."""
+    torch.manual_seed(0)
+    attention = Attention(16, 2).double()
+    turns = rotations(torch.rand(3, 2, dtype=torch.float64), 8)
+    x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+
+    def separated(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return attention._separated(attention.qkv(x), turns)
+
+    assert torch.autograd.gradcheck(separated, x)
+    with_gradient = separated(x)
+    with torch.no_grad():
+        torch.testing.assert_close(separated(x), with_gradient)
+    gradients = []
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):  # the latter's are laid out in another way
+        with sdpa_kernel(kernel):
+            gradients.append(torch.autograd.grad(attention(x, turns).square().sum(), x)[0])
+    torch.testing.assert_close(*gradients)
