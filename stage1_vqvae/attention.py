@@ -46,37 +46,41 @@ class Attention(nn.Module):
     def _separated(self, projected: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (B, heads, T, d) each, of what `qkv` made of (B, T, C)."""
         parts = projected.unflatten(-1, (3, self.heads, self.head_width))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            separated = _Separation.apply(parts, rotation)
-        else:
-            # Queries and keys in one: half as many passes through memory.
-            normed = F.layer_norm(full_precision(parts[:, :, :2]), (self.head_width,))
-            query, key = rotate(normed, rotation[:, None, None]).unbind(2)
-            separated = query, key, parts[:, :, 2].to(query)
-        query, key, value = (part.transpose(1, 2) for part in separated)
-        return query, key, value
+        # Queries and keys in one: half as many passes through memory.
+        normed = F.layer_norm(full_precision(parts[:, :, :2]), (self.head_width,))
+        query, key = rotate(normed, rotation[:, None, None]).unbind(2)
+        return query.transpose(1, 2), key.transpose(1, 2), parts[:, :, 2].to(query).transpose(1, 2)
+
+    def _projected(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (B, heads, T, d) each, of (B, T, C)."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._separated(self.qkv(x), rotation)
+        # In one tensor with the others, values would have to be normalised with them, and their gradient to be copied beside theirs.
+        of_both, of_values = self.qkv.weight.split([2 * x.shape[-1], x.shape[-1]])
+        query, key = _Separation.apply(F.linear(x, of_both).unflatten(-1, (2, self.heads, self.head_width)), rotation)
+        value = F.linear(x, of_values).unflatten(-1, (self.heads, self.head_width)).to(query)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
         """(B, T, C) to the same shape; causal: a position attends to itself and those before it."""
-        query, key, value = self._separated(self.qkv(x), rotation)
+        query, key, value = self._projected(x, rotation)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class _Separation(torch.autograd.Function):
-    """Splits one tensor (B, T, 3, heads, d) into normalised and rotated queries and keys, and values, (B, T, heads, d) each. Its gradient
-    is written by hand, to pass through memory less often in training.
+    """Splits one tensor (B, T, 2, heads, d) into normalised and rotated queries and keys, (B, T, heads, d) each. Its gradient is
+    written by hand, to pass through memory less often in training.
     """
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, parts: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         wide = full_precision(parts)
-        # Of values too, which is for nothing, but saves a copy of all others.
         normed, mean, reciprocal = torch.native_layer_norm(wide, parts.shape[-1:], None, None, _NORM_EPSILON)
-        as_complex(normed[:, :, :2]).mul_(torch.view_as_complex(rotation)[:, None, None])
+        as_complex(normed).mul_(torch.view_as_complex(rotation)[:, None, None])
         ctx.save_for_backward(wide, mean, reciprocal, rotation)
         ctx.dtype = parts.dtype
-        return normed[:, :, 0], normed[:, :, 1], wide[:, :, 2]
+        return normed[:, :, 0], normed[:, :, 1]
 
     @staticmethod
     @once_differentiable
@@ -84,14 +88,12 @@ class _Separation(torch.autograd.Function):
         wide, mean, reciprocal, rotation = ctx.saved_tensors
         back = torch.view_as_complex(rotation)[:, None].conj()
         turned = torch.empty_like(wide)
-        turned[:, :, 2] = 0
-        for number, gradient in enumerate(gradients[:2]):
+        for number, gradient in enumerate(gradients):
             # Attention without a kernel of its own leaves gradients transposed.
             torch.mul(as_complex(gradient.contiguous()), back, out=as_complex(turned[:, :, number]))
         found = torch.ops.aten.native_layer_norm_backward(
             turned, wide, wide.shape[-1:], mean, reciprocal, None, None, [True, False, False]
         )[0]
-        found[:, :, 2] = gradients[2]
         return found.to(ctx.dtype), None
 
 

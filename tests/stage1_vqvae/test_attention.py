@@ -30,12 +30,17 @@ def test_gradients_written_by_hand_are_those_of_small_differences() -> None:
     x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
 
     def separated(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return attention._separated(attention.qkv(x), turns)
+        return attention._projected(x, turns)
 
     assert torch.autograd.gradcheck(separated, x)
     with_gradient = separated(x)
     with torch.no_grad():
         torch.testing.assert_close(separated(x), with_gradient)
+    found = []
+    for query, key, value in (separated(x), attention._separated(attention.qkv(x), turns)):  # by hand, and as torch has it
+        outputs = query.sin().sum() + key.cos().sum() + value.square().sum()
+        found.append(torch.autograd.grad(outputs, (x, attention.qkv.weight)))
+    torch.testing.assert_close(*found)
     gradients = []
     for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):  # the latter's are laid out in another way
         with sdpa_kernel(kernel):
