@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -148,6 +149,18 @@ def test_networks_made_before_it_are_kept_for_going_on(tiny_recipe: Path, tmp_pa
     assert not (whole / "classifier.safetensors").exists()
     names = set(read_metrics(whole / "stage1/metrics.jsonl")[0])
     assert names >= {"perceptual", "adversarial", "discriminator", "adversarial_weight"}
+
+
+def test_mixed_precision_changes_the_rounding_alone(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Of a tokenizer and its adversary: two steps in bfloat16 come near those in float32."""
+    for name in ("no", "bf16"):
+        settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / name), "--stage1.steps", "2", "--stage1.log_interval", "2"]
+        main([*settings, *ADVERSARY, "--stage1.adversarial.start", "0", "--compute.mixed_precision", name])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    full, half = (read_metrics(tmp_path / name / "stage1/metrics.jsonl")[0] for name in ("no", "bf16"))
+    for name in ("reconstruction", "discriminator", "adversarial_weight"):
+        assert half[name] == pytest.approx(full[name], rel=0.05)
+        assert half[name] != full[name]
 
 
 @pytest.mark.parametrize("trained", ["all", "decoder"])
