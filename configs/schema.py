@@ -154,8 +154,9 @@ class DiscriminatorPart(AdversarialPart):
 
     def __post_init__(self) -> None:
         where = "stage1.adversarial"
-        for name in ("weight", "penalty_weight"):
-            require(0 <= getattr(self, name) < float("inf"), f"{where}.{name}", "at least 0, and finite", getattr(self, name))
+        # From 1 on it would win over all other terms, and what it ruins makes their gradients, and so its weight, larger still.
+        require(0 <= self.weight < 1, f"{where}.weight", "at least 0, below 1", self.weight)
+        require(0 <= self.penalty_weight < float("inf"), f"{where}.penalty_weight", "at least 0, and finite", self.penalty_weight)
         require(0 <= self.start < 1, f"{where}.start", "0 <= share < 1", self.start)
         require(0 <= self.ramp <= 0.5, f"{where}.ramp", "a share of 0 to 0.5", self.ramp)
         require(self.bound > 0, f"{where}.bound", "above 0", self.bound)

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stage1_vqvae.objectives.adversarial import Adversary, gradients_at, last_layer
+from stage1_vqvae.training.randomness import generator
+
+
+# Layers with a stride see some pixels more than others. A term that was asked at the same place in every step would teach the decoder
+# patterns of that stride: images are shifted round, by less than this, another way each step.
+_SHIFTS = 8
 
 
 class Pulled(NamedTuple):
@@ -48,7 +54,9 @@ def pull(
     gradient, found = torch.zeros_like(reconstruction), dict[str, Tensor]()
     statistics: dict[str, Tensor] = {}
     if perceptual is not None:
-        found["perceptual"], gradient = _at(reconstruction, lambda image: perceptual(image, images))
+        shift = torch.randint(_SHIFTS, (2,), generator=generator(0, "shift", step)).tolist()
+        originals = images.roll(shift, (2, 3))
+        found["perceptual"], gradient = _at(reconstruction, lambda image: perceptual(image.roll(shift, (2, 3)), originals))
     if adversary is not None:
         value, pulling = _at(reconstruction, adversary.tokenizer_loss)
         others = torch.stack(list(losses.values())).sum()

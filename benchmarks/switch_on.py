@@ -1,0 +1,125 @@
+"""What switching a discriminator on does to reconstructions, with and without what is there to keep them.
+
+    python benchmarks/switch_on.py --config configs/cifar10_5min.yaml --data FOLDER
+
+A tokenizer is trained without one for half of the steps; then it goes on in several ways from that very state. PSNR is that of the
+weights in training, not of their average, over validation images; Fréchet distances are those of reconstructions by a classifier that
+no training uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from configs.cli import load_recipe
+from configs.parts import part_from
+from configs.run_dir import RunDir
+from configs.schema import Recipe
+from pipelines.evaluation.distances import Reference
+from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource
+from stage1_vqvae.features.classifier import CLASSIFIER
+from stage1_vqvae.features.networks import feature_network
+from stage1_vqvae.metrics import psnr, squared_errors
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.train import Models, begin, build, take_step
+from stage1_vqvae.training.randomness import DataOrder
+
+_STEPS, _EVERY = 2400, 50
+_AFTER = (200, 400)
+# Esser et al. bound the ratio at 1e4, which is no bound.
+WAYS: dict[str, dict[str, Any]] = {
+    "no discriminator": {"kind": "none"},
+    "as it is": {},
+    "without the ramp": {"ramp": 0.0},
+    "without the bound": {"bound": 1e4},
+    "without either": {"ramp": 0.0, "bound": 1e4},
+}
+
+
+def judged(tokenizer: VQVAE, images: ImageSource, judge: Any, reference: Reference | None) -> tuple[float, float]:
+    """PSNR of the validation images, and their reconstructions' Fréchet distance to the training images, if asked for."""
+    pixels = images.splits[VALIDATION].pixels[:1000]
+    tokenizer.eval()
+    with torch.no_grad():
+        made = torch.cat([to_uint8(tokenizer(to_model(part)).reconstruction) for part in pixels.split(250)])
+    tokenizer.train()
+    distance = reference.frechet(judge(made, 250, "", progress=False).vectors) if reference is not None else None
+    return psnr(float(squared_errors(made, pixels).mean())), float("nan") if distance is None else distance
+
+
+def with_way(recipe: Recipe, way: dict[str, Any], seed: int, base: dict[str, Any]) -> Recipe:
+    """The recipe with the discriminator of one way."""
+    part = part_from("stage1.adversarial", way if "kind" in way else {**base, **way})
+    return dataclasses.replace(recipe, stage1=dataclasses.replace(recipe.stage1, adversarial=part, steps=_STEPS, minutes=0.0, seed=seed))
+
+
+def continued(accelerator: Accelerator, models: Models, state: dict[str, Any]) -> Models:
+    """Models that go on from a state."""
+    models.tokenizer.load_state_dict(state["model"])
+    models.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+    return models
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--data", help="a local copy of its images")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2, help="of the PatchGAN; 2: its patches are of 34 pixels")
+    parser.add_argument("--channels", type=int, default=32, help="of the PatchGAN")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe = load_recipe(options.config)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data or recipe.data.path))
+    accelerator = Accelerator(cpu=True)
+    images = load_images(recipe.data, (TRAIN, VALIDATION), progress=True)
+    base = {"kind": "patch", "layers": options.layers, "channels": options.channels}
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder) / "run")
+        judge = feature_network(CLASSIFIER, None, Path(folder), images, accelerator.device)
+        reference = Reference(judge(images.splits[TRAIN].pixels, 250, TRAIN).vectors)
+        columns = ["seed", "way", "PSNR at the start", f"lowest within {_AFTER[0]} steps", *(f"after {count}" for count in _AFTER)]
+        columns += ["distance at the start", *(f"after {count}" for count in _AFTER), "highest weight"]
+        print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+        for seed in range(options.seeds):
+            recipe_of_seed = with_way(recipe, {"kind": "none"}, seed, base)
+            order = DataOrder(len(images.splits[TRAIN]), recipe.stage1.batch_size, seed)
+            models = build(accelerator, run, recipe_of_seed, images)
+            begin(accelerator, models.tokenizer, images.splits[TRAIN], order, recipe_of_seed.stage1)
+            for step in range(_STEPS // 2):
+                take_step(accelerator, models, images.splits[TRAIN], order, recipe_of_seed.stage1, step)
+            state = copy.deepcopy({"model": models.tokenizer.state_dict(), "optimizer": models.optimizer.state_dict()})
+            first = judged(models.tokenizer, images, judge, reference)
+            for name, way in WAYS.items():
+                own = with_way(recipe, way, seed, base)
+                models = continued(accelerator, build(accelerator, run, own, images), state)
+                curve, distances, weight = [first[0]], [first[1]], 0.0
+                for step in range(_STEPS // 2, _STEPS // 2 + _AFTER[1]):
+                    statistics = take_step(accelerator, models, images.splits[TRAIN], order, own.stage1, step)
+                    weight = max(weight, float(statistics.get("noted/adversarial_weight", torch.zeros(()))))
+                    done = step + 1 - _STEPS // 2
+                    if done % _EVERY == 0:
+                        found = judged(models.tokenizer, images, judge, reference if done in _AFTER else None)
+                        curve.append(found[0])
+                        distances += [found[1]] if done in _AFTER else []
+                lowest = min(curve[: 1 + _AFTER[0] // _EVERY])
+                after = [curve[count // _EVERY] for count in _AFTER]
+                figures = [first[0], lowest, *after, *distances, weight]
+                cells = [f"{figure:.3g}" if figure < 1 else f"{figure:.2f}" for figure in figures]
+                print(f"| {seed} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
