@@ -3,7 +3,8 @@
 A discriminator that is switched on ruins reconstructions in three ways, and each is met here. It knows nothing yet, and its gradient is
 noise: first it learns alone. Its pull has nothing to do with the other terms' in size: it is scaled to theirs by the ratio of the gradients
 at the decoder's last layer (Esser et al. 2021, equation 7), and since a discriminator that is sure of itself has next to none, which would
-make the ratio explode, the ratio is bounded and averaged over steps. And what it asks for comes at once: its weight rises step by step.
+make the ratio explode, it is that of averages over some hundred steps, and bounded. And what it asks for comes at once: its weight rises
+step by step.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from configs.schema import AdversarialPart, DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.training.precision import full_precision
 
-# Decays a step: of the ratio of gradients, and of LeCam's mean logits.
-_RATIO_DECAY, _LOGIT_DECAY = 0.9, 0.99
+# Decay a step of the gradients' norms and of LeCam's mean logits. Norms are averaged, not their ratio: in the few steps in which the
+# discriminator is fooled and has no gradient the ratio is a hundred times as large, and would pull hardest where it knows least.
+_DECAY = 0.99
+_LEAST = 1e-30
 # Gradients at the last layer are taken of losses so many times as large: half precision would lose the least.
 _SCALE = 2.0**10
 _REAL, _MADE, _OTHERS, _PULL = (f"adversary/{name}" for name in ("real", "made", "others", "pull"))
@@ -40,7 +43,7 @@ class NoAdversaryPart(AdversarialPart):
 class Adversary(nn.Module):
     """A discriminator with the losses of both sides, and the weight of its pull.
 
-    What it must remember stands in buffers: since which step it takes part, the ratio of gradients, LeCam's mean logits. They change in
+    What it must remember stands in buffers: since which step it takes part, mean norms of gradients, LeCam's mean logits. They change in
     `begin_` and `update_` alone.
 
     Args:
@@ -54,11 +57,11 @@ class Adversary(nn.Module):
         self.part, self.discriminator, self.steps = part, discriminator, steps
         device = next(discriminator.parameters()).device
         self.register_buffer("begun", torch.tensor(-1))  # not on the device: nobody should wait for it to be told
-        self.register_buffer("ratio", torch.tensor(-1.0, dtype=torch.float64, device=device))
+        self.register_buffer("norms", torch.full((2,), -1.0, dtype=torch.float64, device=device))  # of the others' gradient, of its own
         self.register_buffer("logits", torch.zeros(2, dtype=torch.float64, device=device))  # of real images, of reconstructions
 
     begun: Tensor
-    ratio: Tensor
+    norms: Tensor
     logits: Tensor
 
     def begin_(self, step: int) -> bool:
@@ -72,7 +75,8 @@ class Adversary(nn.Module):
         ramp = round(self.part.ramp * self.steps)
         alone = step - int(self.begun) < ramp
         risen = 0.0 if alone else min(1.0, (step - int(self.begun) - ramp) / ramp) if ramp else 1.0
-        return self.part.weight * risen * self.ratio.clamp(0, self.part.bound)
+        others, own = self.norms.clamp(min=0).unbind()
+        return self.part.weight * risen * (others / own.clamp(min=_LEAST)).clamp(max=self.part.bound)
 
     def tokenizer_loss(self, made: Tensor) -> Tensor:
         """What the tokenizer lowers, unweighted: low if reconstructions (B, C, H, W) are taken for real."""
@@ -101,9 +105,9 @@ class Adversary(nn.Module):
     @torch.no_grad()
     def update_(self, statistics: dict[str, Tensor], parts: int) -> None:
         """After a step, by the statistics of `discriminator_loss` and `gradients_at`, summed over its `parts`: once for all processes."""
-        ratio = (statistics[_OTHERS].norm() / statistics[_PULL].norm().clamp(min=1e-30)).double().clamp(max=self.part.bound)
-        self.ratio.copy_(torch.where(self.ratio < 0, ratio, self.ratio.lerp(ratio, 1 - _RATIO_DECAY)))
-        self.logits.lerp_(torch.stack([statistics[_REAL], statistics[_MADE]]) / parts, 1 - _LOGIT_DECAY)
+        norms = torch.stack([statistics[_OTHERS].norm(), statistics[_PULL].norm()]).double()
+        self.norms.copy_(torch.where(self.norms < 0, norms, self.norms.lerp(norms, 1 - _DECAY)))
+        self.logits.lerp_(torch.stack([statistics[_REAL], statistics[_MADE]]) / parts, 1 - _DECAY)
         for module in self.discriminator.modules():
             if is_parametrized(module, "weight"):
                 # Spectral normalisation takes a step of its power iteration whenever the weight is read in training mode.

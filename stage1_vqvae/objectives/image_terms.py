@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from stage1_vqvae.objectives.adversarial import Adversary, gradients_at, last_layer
 from stage1_vqvae.training.randomness import generator
 
-
 # Layers with a stride see some pixels more than others. A term that was asked at the same place in every step would teach the decoder
 # patterns of that stride: images are shifted round, by less than this, another way each step.
 _SHIFTS = 8

@@ -171,12 +171,12 @@ def test_it_begins_learns_alone_and_rises() -> None:
     adversary = Adversary(patch(start=0.25, ramp=0.1, weight=0.5, bound=4.0), Linear(3, 4, 4), steps=100)
     assert [adversary.begin_(step) for step in (0, 24, 25, 26)] == [False, False, True, True]
     assert int(adversary.begun) == 25
-    adversary.ratio.fill_(3.0)
+    adversary.norms.copy_(torch.tensor([6.0, 2.0]))
     weights = [float(adversary.weight(step)) for step in range(25, 100)]
     assert weights[:11] == [0.0] * 11
     assert weights[11:21] == pytest.approx([0.5 * 3 * share / 10 for share in range(1, 11)])
     assert set(weights[21:]) == {1.5}
-    adversary.ratio.fill_(1e9)  # as of a discriminator that is sure of itself, and has next to no gradient
+    adversary.norms.copy_(torch.tensor([6.0, 1e-9]))  # as of a discriminator that is sure of itself, and has next to no gradient
     assert float(adversary.weight(99)) == 0.5 * 4
 
 
@@ -191,7 +191,7 @@ def test_the_pull_is_the_gradient_of_the_weighted_terms_and_the_ratio_that_at_th
     perceptual = nn.L1Loss()
     adversary = Adversary(patch(start=0.0, ramp=0.0, weight=0.7, bound=1e6), PatchDiscriminator(3, 4, 1, "spectral").double(), 100)
     adversary.begin_(0)
-    adversary.ratio.fill_(2.0)
+    adversary.norms.copy_(torch.tensor([2.0, 1.0]))
     layer = last_layer(tokenizer.decoder)
 
     output = tokenizer(images)
@@ -207,10 +207,10 @@ def test_the_pull_is_the_gradient_of_the_weighted_terms_and_the_ratio_that_at_th
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
     assert torch.allclose(pulled.losses["adversarial"], 1.4 * term)
-    adversary.ratio.fill_(-1)
+    adversary.norms.fill_(-1)
     adversary.update_(pulled.statistics | statistics, 1)
     norms = [torch.autograd.grad(value, layer, retain_graph=True)[0].norm() for value in (others, term)]
-    assert float(adversary.ratio) == pytest.approx(float(norms[0] / norms[1]), rel=1e-9)
+    assert float(adversary.weight(5)) == pytest.approx(0.7 * float(norms[0] / norms[1]), rel=1e-9)
 
 
 def test_the_projected_discriminator_judges_each_size_and_sends_a_gradient_to_the_image(resnet: Any) -> None:
