@@ -98,6 +98,7 @@ def main() -> None:
             order = DataOrder(len(images.splits[TRAIN]), recipe.stage1.batch_size, seed)
             models = build(accelerator, run, recipe_of_seed, images)
             begin(accelerator, models.tokenizer, images.splits[TRAIN], order, recipe_of_seed.stage1)
+            models.model.train()
             for step in range(_STEPS // 2):
                 take_step(accelerator, models, images.splits[TRAIN], order, recipe_of_seed.stage1, step)
             state = copy.deepcopy({"model": models.tokenizer.state_dict(), "optimizer": models.optimizer.state_dict()})

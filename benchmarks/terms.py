@@ -1,6 +1,6 @@
 """Equal minutes of stage 1 by squared error alone, with a perceptual term, and with a discriminator besides.
 
-    python benchmarks/terms.py --config configs/photos_cpu.yaml --data FOLDER --minutes 6 --features classifier
+    python benchmarks/terms.py --config configs/photos_cpu.yaml --data FOLDER --minutes 6 --features classifier --output FOLDER
 
 The terms are the recipe's. What is made before training for a term counts among its minutes. Reconstructions of the validation images are
 compared with the training images by `--features`, which should not be what training used. Beside the table it writes a picture: originals,
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--data", help="the images, where the recipe does not say")
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--features", nargs="+", default=["classifier"], help="of which networks distances are")
+    parser.add_argument("--features", nargs="+", required=True, help="of which networks distances are")
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and picture; runs that are there are not trained again")
     options, more = parser.parse_known_args()
     torch.set_num_threads(options.threads)

@@ -261,16 +261,28 @@ def parse(
         recipe = _build(values, sections, flat, base)
         if whole:
             recipe.check()
-        if starts_run and recipe.data.path is not None:
-            # Later commands may be typed elsewhere.
-            path = str(Path(recipe.data.path).expanduser().resolve())
-            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=path))
+        if starts_run:
+            recipe = _with_whole_paths(recipe)
     except ValueError as error:
         fail(str(error))
     if values.print_recipe:
         print(yaml.safe_dump(recipe_dict(recipe), sort_keys=False), end="")
         sys.exit(0)
     return Command(run, recipe, values, list(argv))
+
+
+def _with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its paths written out, since later commands may be typed elsewhere."""
+
+    def whole(section: Any, key: str) -> Any:
+        path = getattr(section, key, None)
+        return section if path is None else dataclasses.replace(section, **{key: str(Path(path).expanduser().resolve())})
+
+    stage1 = recipe.stage1
+    if stage1.init_from is not None:
+        stage1 = dataclasses.replace(stage1, init_from=str(RunDir.named(stage1.init_from).path.resolve()))
+    terms: dict[str, Any] = {name: whole(getattr(stage1, name), "weights") for name in ("perceptual", "adversarial")}
+    return dataclasses.replace(recipe, data=whole(recipe.data, "path"), stage1=dataclasses.replace(stage1, **terms))
 
 
 def _spelled(argument: str) -> str:

@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "bernoulli": "stage1_vqvae.objectives.likelihoods:BernoulliPart",
     },
     "stage1.perceptual": {
-        "none": "stage1_vqvae.objectives.perceptual:NoPerceptualPart",
+        "none": "stage1_vqvae.objectives.image_terms:NoPerceptualPart",
         "features": "stage1_vqvae.objectives.perceptual:FeaturesPart",
         "lpips": "stage1_vqvae.objectives.perceptual:LPIPSPart",
     },

@@ -144,7 +144,7 @@ class DiscriminatorPart(AdversarialPart):
     loss: Literal["hinge", "non_saturating"] = "hinge"
     """Hinge loss (Lim & Ye 2017) or the logistic one whose gradient does not vanish (Goodfellow et al. 2014)."""
     bound: float = 10.0
-    """The most that its loss is multiplied by to make its pull as strong as `weight` asks for."""
+    """The largest ratio of the other terms' gradient to its own: its loss is multiplied by the ratio, and by `weight`."""
     penalty: Literal["none", "r1", "lecam"] = "none"
     """What keeps it from being too sure: R1, its gradient at real images (Mescheder et al. 2018), or LeCam (Tseng et al. 2021)."""
     penalty_weight: float = 1.0
@@ -158,7 +158,8 @@ class DiscriminatorPart(AdversarialPart):
         require(0 <= self.weight < 1, f"{where}.weight", "at least 0, below 1", self.weight)
         require(0 <= self.penalty_weight < float("inf"), f"{where}.penalty_weight", "at least 0, and finite", self.penalty_weight)
         require(0 <= self.start < 1, f"{where}.start", "0 <= share < 1", self.start)
-        require(0 <= self.ramp <= 0.5, f"{where}.ramp", "a share of 0 to 0.5", self.ramp)
+        fits = self.ramp >= 0 and self.start + 2 * self.ramp <= 1
+        require(fits, f"{where}.ramp", f"a share of which two fit after start {self.start}", self.ramp)
         require(self.bound > 0, f"{where}.bound", "above 0", self.bound)
         require(0 < self.lr_share < float("inf"), f"{where}.lr_share", "above 0, and finite", self.lr_share)
 
@@ -237,7 +238,7 @@ class Stage1(_Loop):
     augmentation: Augmentation = "none"
     """Each training image in a random one of its variants: mirrored, or shifted by up to one pixel."""
     init_from: str | None = None
-    """Run whose tokenizer training begins with (--init-from); its network and quantizer are this run's. Null: random weights."""
+    """Run with whose tokenizer training begins (--init-from); its section `tokenizer` becomes this run's. Null: random weights."""
     trained: Literal["all", "decoder"] = "all"
     """What learns: of `decoder`, codes stay what they are in the run that `init_from` names."""
     perceptual: PerceptualPart = field(default_factory=lambda: default_part("stage1.perceptual"))

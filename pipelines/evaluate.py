@@ -163,9 +163,10 @@ def array_in(path: Path) -> np.ndarray:
 
 
 def trained_by(config: Stage1) -> set[str]:
-    """The names of the networks whose features the tokenizer was trained by."""
+    """The names of the networks by whose features the tokenizer was trained, LPIPS' trunk as `lpips alex`."""
     parts = (config.perceptual, config.adversarial)
-    return {str(part.network) for part in parts if hasattr(part, "network")}
+    found = {str(part.network) for part in parts if hasattr(part, "network")}
+    return found | {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
 
 
 def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:
@@ -200,7 +201,8 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "drawn": samples is not None and command.options.samples is None,
         "distance": network.distance,
         "instead_of": network.instead_of,
-        "trained_by_such_features": network.name in trained_by(command.recipe.stage1),
+        "trained_by": sorted(trained_by(command.recipe.stage1)),
+        "features": network.name,
         "split": split,
         "reference": reference,
         "reconstruction": assessor.reconstruction(split),

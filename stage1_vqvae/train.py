@@ -29,7 +29,6 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.data.variants import make_variants, num_variants
-from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, kept_at
 from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
 from stage1_vqvae.monitoring.health import CollapseWatch
 from stage1_vqvae.monitoring.validation import (
@@ -64,7 +63,10 @@ from stage1_vqvae.training.stopping import GracefulStop
 from stage1_vqvae.training.weights_file import read_header
 
 # On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
-_MAY_CHANGE = ("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm", "data.path")
+_MAY_CHANGE = (
+    *("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm"),
+    *("data.path", "stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
+)
 _ADVICE = "lower --stage1.lr and go on with --resume"
 
 
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             began = time.monotonic()
             if accelerator.is_main_process:
                 forget_networks(run.stage1)
+                write_yaml(run.recipe, recipe_dict(recipe))  # a folder without one is no run, and what comes now may be interrupted
             if recipe.stage1.minutes > 0:
                 recipe = within_budget(accelerator, run, recipe, images, began)
                 accelerator.free_memory()  # of the rehearsal
@@ -141,11 +144,13 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     # --- models, optimisers, and where they left off
     models = build(accelerator, run, recipe, images)
     tokenizer, model, optimizer, _, adversary, its_optimizer = models
-    average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)) if config.weight_average > 0 else None
-    judged = average.model if average is not None else tokenizer
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
     state = checkpoints.load_latest() if resume else None
+    if state is None:
+        begin(accelerator, tokenizer, training, order, config)
+    average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)) if config.weight_average > 0 else None
+    judged = average.model if average is not None else tokenizer
     first_step, minutes_before = 0, 0.0
     judgement: Judgement | None = None
     if state is not None:
@@ -161,8 +166,6 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
         first_step, minutes_before = state["step"], state["minutes"]
         check_resumable(first_step, config.steps)
         accelerator.print(f"{run}: going on after step {first_step}")
-    else:
-        begin(accelerator, tokenizer, training, order, config)
 
     def minutes() -> float:
         return minutes_before + (time.monotonic() - began) / 60
@@ -257,8 +260,6 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     config, data, device = recipe.stage1, recipe.data, accelerator.device
     torch.manual_seed(derived_seed(config.seed, "weights"))
     tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
-    if config.init_from is not None:
-        begin_with(tokenizer, RunDir.named(config.init_from))
     if config.trained == "decoder":
         tokenizer.encoder.requires_grad_(False)
         tokenizer.quantizer.requires_grad_(False)
@@ -269,6 +270,8 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
         torch.manual_seed(derived_seed(config.seed, "discriminator"))
         discriminator = config.adversarial.build(data.channels, run.stage1, images, device, derived_seed(config.seed, "features"))
     if isinstance(config.adversarial, DiscriminatorPart):
+        # The gradients at the last layer walk a part of the graph before all of it is: a compiled one must not reuse its memory.
+        torch._functorch.config.donated_buffer = False
         adversary = Adversary(config.adversarial, discriminator, config.steps)
         its_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0)
     return Models(tokenizer, model, optimizer, perceptual, adversary, its_optimizer)
@@ -375,15 +378,18 @@ def begin_with(tokenizer: VQVAE, run: RunDir) -> None:
 
 
 def forget_networks(folder: Path) -> None:
-    """Remove what a stage that left nothing else has made on the spot: it may be of another recipe."""
-    for kind in (CLASSIFIER, ROTATION):
-        kept_at(folder, kind).unlink(missing_ok=True)
+    """Remove networks that terms have made, of a stage that left nothing else: they may be of another recipe."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
 
 
 def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
     """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
-    names = ("loss", "psnr", "usage", "perplexity")
-    training_graph(run.stage1 / "training.png", read_metrics(run.stage1 / "metrics.jsonl"), names, {})
+    # Validation knows nothing of terms on images: what is drawn of both is the objective's.
+    records = read_metrics(run.stage1 / "metrics.jsonl")
+    terms = any("perceptual" in record or "adversarial" in record for record in records)
+    names = ("reconstruction" if terms else "loss", "psnr", "usage", "perplexity")
+    training_graph(run.stage1 / "training.png", records, names, {})
     save_report(run, tokenizer, steps, minutes, judgement)
     save_tokenizer(run.tokenizer, tokenizer, steps)
     print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")
@@ -403,10 +409,15 @@ def training_images(training: ImageSplit, rows: Tensor, share: slice, config: St
 
 @torch.no_grad()
 def begin(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
-    """Place the codebooks, the same on all processes, by k-means of the untrained encoder's latents of the first batches; where the recipe
-    says so, and the codebooks are not another run's.
+    """What a training begins with, the same on all processes: another run's tokenizer; or codebooks placed by k-means of the untrained
+    encoder's latents of the first batches, where the recipe says so.
+
+    Errors: UserError for another run's tokenizer that is missing or does not fit.
     """
-    if not tokenizer.config.quantizer.starts_by_kmeans or config.init_from is not None:
+    if config.init_from is not None:
+        begin_with(tokenizer, RunDir.named(config.init_from))
+        return
+    if not tokenizer.config.quantizer.starts_by_kmeans:
         return
     tokenizer.eval()
     processes, rank = accelerator.num_processes, accelerator.process_index

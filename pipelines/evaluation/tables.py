@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.evaluation.distances import PARTS
+from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -116,6 +117,8 @@ def notes(found: dict[str, Any]) -> list[str]:
     said = ["All images were rounded to 8 bits before anything was computed."]
     if found["reconstruction"]["lpips"] is None:
         said.append("LPIPS: not computed; its network's weights are not in torch's cache, or images are below 32 pixels a side.")
+    elif "lpips alex" in found["trained_by"]:
+        said.append("LPIPS: the tokenizer was trained to lower this very distance.")
     if "bound" in found:
         said.append(
             "Bits a dimension are an upper bound of -log2 p(x): -log2 p(x|z) - log2 p(z), with the one z that the encoder chooses. What is "
@@ -130,11 +133,10 @@ def notes(found: dict[str, Any]) -> list[str]:
             said.append(f"{found['instead_of']}.")
         if found["distance"] != "FID":
             said.append(f"{found['distance']} is not FID and compares with figures of the same features alone.")
-        if found["trained_by_such_features"]:
-            said.append(
-                "The tokenizer was trained to please a network that was made in the same way, if with other weights: distances by these "
-                "features flatter it. Compare by others too (--features)."
-            )
+        if found["features"] in found["trained_by"]:
+            made_here = found["features"] in (CLASSIFIER, ROTATION)
+            by = "a network made in the same way, if with other weights" if made_here else "this very network"
+            said.append(f"The tokenizer was trained by the features of {by}: distances flatter it. Compare by others too (--features).")
     else:
         said.append("Samples: not evaluated; the run has no finished prior.")
     if "memorisation" in found and found["memorisation"]["ratio_of_median_distances"] is not None:

@@ -74,7 +74,7 @@ def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed
     """
     train = source.splits[TRAIN]
     if train.labels is None or source.label_names is None:
-        wanted = f"expected images with labels, found none; take --features {ROTATION}, which needs none"
+        wanted = f"expected images with labels, found none; take {ROTATION}, which needs none"
         raise UserError(f"features {CLASSIFIER}: {wanted}")
     labels = train.labels
 
@@ -108,7 +108,10 @@ def run_rotation(folder: Path, source: ImageSource, device: torch.device, seed: 
 def _kept(folder: Path, kind: str, names: list[str], train: ImageSplit, examples: Examples, device: torch.device, seed: int) -> Classifier:
     """The network in the folder's file, or a new one, trained on examples and written there."""
     path = kept_at(folder, kind)
-    channels = train.pixels.shape[-1]
+    # Whether it is read or trained, nobody else's first weights depend on it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = Classifier(train.pixels.shape[-1], names)
     if path.exists():
         weights, header = load_weights(path, kind)
         reduced = max(train.pixels.shape[1:3]) > _SIDE
@@ -116,12 +119,8 @@ def _kept(folder: Path, kind: str, names: list[str], train: ImageSplit, examples
             raise UserError(
                 f"{RunDir.show(path)}: expected a {kind} network of this run's labels and images, found another; remove the file"
             )
-        classifier = Classifier(channels, names)
         classifier.load_state_dict(weights)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            classifier = Classifier(channels, names)
         fit(classifier.to(device), kind, len(train), examples, device, seed)
         save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})
     return classifier.to(device).eval().requires_grad_(False)

@@ -99,7 +99,13 @@ class FeatureNetwork:
 
 
 def feature_network(
-    name: str, weights: str | None, folder: Path, source: ImageSource, device: torch.device, seed: int = 0
+    name: str,
+    weights: str | None,
+    folder: Path,
+    source: ImageSource,
+    device: torch.device,
+    seed: int = 0,
+    asked_by: str | None = None,
 ) -> FeatureNetwork:
     """The network of that name, as a recipe names it.
 
@@ -110,8 +116,14 @@ def feature_network(
         source: the images that those are trained on.
         device: where it is to run.
         seed: of the training of those.
+        asked_by: key of the recipe that names the network, for messages; None: evaluation.
     Errors: UserError for a name there is not, or weights that are missing or another network's.
     """
+    if asked_by is not None:
+        try:
+            return feature_network(name, weights, folder, source, device, seed)
+        except UserError as error:
+            raise UserError(f"{asked_by}: {error}") from None
     if name == AUTO:
         try:
             return _inception(weights, device)
@@ -130,7 +142,7 @@ def feature_network(
     if name not in torchvision.models.list_models(torchvision.models):
         raise UserError(f"features: expected {AUTO}, {INCEPTION}, {CLASSIFIER}, {ROTATION}, {_OTHERS}, found {name}")
     if weights is None:
-        raise UserError(f"features {name}: expected a file of its weights (--weights FILE), found none")
+        raise UserError(f"features {name}: expected a file of its weights (weights FILE), found none")
     return _of_torchvision(name, Path(weights).expanduser(), device)
 
 
@@ -209,15 +221,19 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
     if not linear:
         raise UserError(f"features: expected a network that ends in a linear layer, found {name}, which has none")
     seen: list[Tensor] = []
-    linear[-1].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen[:] = arguments[:1]
+
+    linear[-1].register_forward_pre_hook(keep)
 
     def forward(pixels: Tensor) -> Features:
-        seen.clear()
         logits = network(prepare(pixels.movedim(-1, 1).expand(-1, 3, -1, -1)))
-        return Features(seen[-1].flatten(1), logits)
+        return Features(seen.pop().flatten(1), logits)
 
     def run(images: Tensor) -> object:
-        return network(prepare((images.expand(-1, 3, -1, -1) + 1) / 2))
+        network(prepare((images.expand(-1, 3, -1, -1) + 1) / 2))
+        return seen.pop()  # or its graph would be held until the next one
 
     return FeatureNetwork(name, f"Fréchet distance ({name} features)", sha256, forward, Layers(network, run), device)
 
@@ -225,5 +241,5 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
 def _checked(path: Path) -> str:
     """The file's sha256. Errors: UserError if there is no file."""
     if not path.is_file():
-        raise UserError(f"--weights {path}: expected a file, found none")
+        raise UserError(f"weights {path}: expected a file, found none")
     return fingerprint(path)

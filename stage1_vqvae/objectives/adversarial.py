@@ -43,8 +43,8 @@ class NoAdversaryPart(AdversarialPart):
 class Adversary(nn.Module):
     """A discriminator with the losses of both sides, and the weight of its pull.
 
-    What it must remember stands in buffers: since which step it takes part, mean norms of gradients, LeCam's mean logits. They change in
-    `begin_` and `update_` alone.
+    What it must remember stands in buffers: since which step it takes part and how long its ramp is, mean norms of gradients, LeCam's mean
+    logits. They change in `begin_` and `update_` alone.
 
     Args:
         part: its fields in the recipe.
@@ -56,25 +56,30 @@ class Adversary(nn.Module):
         super().__init__()
         self.part, self.discriminator, self.steps = part, discriminator, steps
         device = next(discriminator.parameters()).device
-        self.register_buffer("begun", torch.tensor(-1))  # not on the device: nobody should wait for it to be told
+        # Not on the device: nobody should wait for them to be told.
+        self.register_buffer("begun", torch.tensor(-1))
+        self.register_buffer("ramp", torch.tensor(0))
         self.register_buffer("norms", torch.full((2,), -1.0, dtype=torch.float64, device=device))  # of the others' gradient, of its own
         self.register_buffer("logits", torch.zeros(2, dtype=torch.float64, device=device))  # of real images, of reconstructions
 
     begun: Tensor
+    ramp: Tensor
     norms: Tensor
     logits: Tensor
 
     def begin_(self, step: int) -> bool:
-        """Whether it takes part in this step; notes the first one."""
+        """Whether it takes part in this step; notes the first one, and how many steps the ramp has: a training that goes on for longer
+        than it was meant to does not begin anew.
+        """
         if self.begun < 0 and step >= self.part.start * self.steps:
             self.begun.fill_(step)
+            self.ramp.fill_(round(self.part.ramp * self.steps))
         return bool(self.begun >= 0)
 
     def weight(self, step: int) -> Tensor:
         """What its loss is multiplied by in this step: 0 while it learns alone, and before the ratio is known."""
-        ramp = round(self.part.ramp * self.steps)
-        alone = step - int(self.begun) < ramp
-        risen = 0.0 if alone else min(1.0, (step - int(self.begun) - ramp) / ramp) if ramp else 1.0
+        ramp, since = int(self.ramp), step - int(self.begun)
+        risen = min(1.0, max(0.0, (since - ramp) / ramp)) if ramp else 1.0
         others, own = self.norms.clamp(min=0).unbind()
         return self.part.weight * risen * (others / own.clamp(min=_LEAST)).clamp(max=self.part.bound)
 
@@ -105,8 +110,9 @@ class Adversary(nn.Module):
     @torch.no_grad()
     def update_(self, statistics: dict[str, Tensor], parts: int) -> None:
         """After a step, by the statistics of `discriminator_loss` and `gradients_at`, summed over its `parts`: once for all processes."""
-        norms = torch.stack([statistics[_OTHERS].norm(), statistics[_PULL].norm()]).double()
-        self.norms.copy_(torch.where(self.norms < 0, norms, self.norms.lerp(norms, 1 - _DECAY)))
+        norms = torch.stack([statistics[_OTHERS].norm(), statistics[_PULL].norm()]).double() / parts
+        averaged = torch.where(self.norms < 0, norms, self.norms.lerp(norms, 1 - _DECAY))
+        self.norms.copy_(torch.where(norms.isfinite(), averaged, self.norms))  # half precision may overflow, and goes on
         self.logits.lerp_(torch.stack([statistics[_REAL], statistics[_MADE]]) / parts, 1 - _DECAY)
         for module in self.discriminator.modules():
             if is_parametrized(module, "weight"):

@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from typing_extensions import override
 
+from configs.errors import UserError
 from configs.schema import DiscriminatorPart, require
 from stage1_vqvae.data.splits import ImageSource
-from stage1_vqvae.features.networks import Layers, feature_network
+from stage1_vqvae.features.networks import AUTO, Layers, feature_network
 
 _SLOPE = 0.2  # of a leaky ReLU below 0, as published
 _GROUPS = 32
+_LEAST_SIDE = 3  # of what the convolutions of stride 2 leave, for those after them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,11 @@ class PatchPart(DiscriminatorPart):
 
     @override
     def build(self, channels: int, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
+        height, width = next(iter(source.splits.values())).pixels.shape[1:3]
+        if min(height, width) >> self.layers < _LEAST_SIDE:
+            most = (min(height, width) // _LEAST_SIDE).bit_length() - 1
+            wanted = f"at most {most} for images of {height}x{width}" if most > 0 else f"larger images than {height}x{width}"
+            raise UserError(f"stage1.adversarial.layers: expected {wanted}, found {self.layers}")
         return PatchDiscriminator(channels, self.channels, self.layers, self.norm).to(device)
 
 
@@ -56,15 +63,16 @@ class ProjectedPart(DiscriminatorPart):
     network: str = "classifier"
     """As `evaluation.features` names them; `classifier` and `rotation` are the perceptual term's, made by it or for this."""
     weights: str | None = None
-    """File of the network's weights. Null: looked for in torch's cache and then downloaded, of networks that are not made here."""
+    """File of the network's weights. Null: inception's are looked for in torch's cache and then downloaded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.channels >= 1, "stage1.adversarial.channels", "at least 1", self.channels)
+        require(self.network != AUTO, "stage1.adversarial.network", "one network by its name", self.network)
 
     @override
     def build(self, channels: int, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
-        network = feature_network(self.network, self.weights, folder, source, device, seed)
+        network = feature_network(self.network, self.weights, folder, source, device, seed, "stage1.adversarial")
         pixels = next(iter(source.splits.values())).pixels[:1].to(device)
         with torch.no_grad():
             sizes = [features.shape[1] for features in network.layers(pixels.movedim(-1, 1).float())]
@@ -122,5 +130,5 @@ class ProjectedDiscriminator(nn.Module):
 
 
 def _convolution(before: int, after: int, kernel: int, stride: int, spectral: bool) -> nn.Module:
-    layer = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2 if kernel % 2 or stride == 1 else 1)
+    layer = nn.Conv2d(before, after, kernel, stride, padding=1)
     return spectral_norm(layer).eval() if spectral else layer

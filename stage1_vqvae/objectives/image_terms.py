@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from configs.schema import PerceptualPart
+from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.objectives.adversarial import Adversary, gradients_at, last_layer
 from stage1_vqvae.training.randomness import generator
 
 # Layers with a stride see some pixels more than others. A term that was asked at the same place in every step would teach the decoder
 # patterns of that stride: images are shifted round, by less than this, another way each step.
 _SHIFTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPerceptualPart(PerceptualPart):
+    """No perceptual term."""
+
+    # Not beside the others: they import what takes seconds, and this is what most recipes have.
+    @override
+    def build(self, folder: Path, source: ImageSource, device: torch.device, seed: int) -> None:
+        return None
 
 
 class Pulled(NamedTuple):

@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.schema import PerceptualPart, require
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, downloaded_weights
-from stage1_vqvae.features.networks import FeatureNetwork, feature_network
+from stage1_vqvae.features.networks import AUTO, FeatureNetwork, feature_network
 from stage1_vqvae.training.precision import full_precision
 
 # Of the length of a position's features, which are then divided by it.
@@ -22,20 +22,11 @@ _EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoPerceptualPart(PerceptualPart):
-    """No perceptual term."""
-
-    @override
-    def build(self, folder: Path, source: ImageSource, device: torch.device, seed: int) -> None:
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
 class _WeightedPart(PerceptualPart):
     weight: float = 1.0
     """Weight of the term beside the objective."""
     weights: str | None = None
-    """File of the network's weights. Null: looked for in torch's cache and then downloaded, of networks that are not made here."""
+    """File of the network's weights. Null: LPIPS' and inception's are looked for in torch's cache and then downloaded."""
 
     def __post_init__(self) -> None:
         require(0 <= self.weight < float("inf"), "stage1.perceptual.weight", "at least 0, and finite", self.weight)
@@ -49,9 +40,14 @@ class FeaturesPart(_WeightedPart):
     """As `evaluation.features` names them. `classifier` and `rotation` are made before the tokenizer, from its training images, and are
     others than evaluation's."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.network != AUTO, "stage1.perceptual.network", "one network by its name", self.network)
+
     @override
     def build(self, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
-        return FeatureDistance(feature_network(self.network, self.weights, folder, source, device, seed), self.weight)
+        network = feature_network(self.network, self.weights, folder, source, device, seed, "stage1.perceptual")
+        return FeatureDistance(network, self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,6 +171,7 @@ def test_it_begins_learns_alone_and_rises() -> None:
     adversary = Adversary(patch(start=0.25, ramp=0.1, weight=0.5, bound=4.0), Linear(3, 4, 4), steps=100)
     assert [adversary.begin_(step) for step in (0, 24, 25, 26)] == [False, False, True, True]
     assert int(adversary.begun) == 25
+    adversary.steps = 1000  # as when a finished training goes on: its ramp stays what it was
     adversary.norms.copy_(torch.tensor([6.0, 2.0]))
     weights = [float(adversary.weight(step)) for step in range(25, 100)]
     assert weights[:11] == [0.0] * 11
@@ -225,6 +226,26 @@ def test_the_projected_discriminator_judges_each_size_and_sends_a_gradient_to_th
     assert all(bool(gradient.any()) for gradient in gradients)
 
 
+def test_a_projected_discriminator_begins_alike_whoever_made_its_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process trains the network and the others read it; all draw the same first weights."""
+    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    pixels = torch.randint(256, (4, 16, 16, 1), dtype=torch.uint8)
+    source = ImageSource({TRAIN: ImageSplit(pixels.numpy(), torch.tensor([0, 1, 0, 1]).numpy())}, ["a", "b"])
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        built = part_from("stage1.adversarial", {"kind": "projected", "channels": 4}).build(1, tmp_path, source, CPU, 0)
+        states.append(built.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_images_too_small_for_a_patch_discriminator_are_named(tmp_path: Path) -> None:
+    source = ImageSource({TRAIN: ImageSplit(torch.zeros(1, 12, 16, 3, dtype=torch.uint8).numpy(), None)}, None)
+    assert patch(layers=2).build(3, tmp_path, source, CPU, 0)(torch.zeros(1, 3, 12, 16))[0].shape == (1, 1, 1, 2)
+    with pytest.raises(UserError, match=r"stage1.adversarial.layers: expected at most 2 for images of 12x16, found 3"):
+        patch(layers=3).build(3, tmp_path, source, CPU, 0)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "said"),
     [
@@ -232,6 +253,9 @@ def test_the_projected_discriminator_judges_each_size_and_sends_a_gradient_to_th
         ("patch", {"layers": 0}, "stage1.adversarial.layers"),
         ("projected", {"start": 1.0}, "stage1.adversarial.start: expected 0 <= share < 1, found 1.0"),
         ("projected", {"bound": 0.0}, "stage1.adversarial.bound"),
+        ("projected", {"network": "auto"}, "stage1.adversarial.network: expected one network by its name, found auto"),
+        ("patch", {"weight": 1.0}, "stage1.adversarial.weight: expected at least 0, below 1, found 1.0"),
+        ("patch", {"start": 0.9, "ramp": 0.1}, "stage1.adversarial.ramp: expected a share of which two fit after start 0.9, found 0.1"),
     ],
 )
 def test_impossible_fields_are_named(kind: str, fields: dict[str, Any], said: str) -> None:

@@ -61,6 +61,14 @@ def test_rehearsal_training_and_validations_fill_the_minutes(
     assert capsys.readouterr().out == f"stage 1: {step:.3g} s a step on this machine, so {steps:,} steps in {minutes:g} minutes\n"
 
 
+def test_steps_of_two_kinds_count_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    kinds = [(0.25, lambda _: clock.work(0.1)), (0.75, lambda _: clock.work(0.3))]
+    found = fitting_steps(Accelerator(cpu=True), "stage 1", Stage1(minutes=60), clock.now, kinds, lambda: clock.work(0.0))
+    left = 3600 - (clock.now - 1000)
+    assert found.steps == pytest.approx(left / (0.25 * 0.1 + 0.75 * 0.3), abs=1)
+
+
 def test_a_budget_that_is_too_small_for_anything_gives_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     config = Stage2(minutes=0.01)
