@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from configs.cli import SECTIONS, differences, flattened, load_recipe, parse, recipe_dict
@@ -33,7 +34,8 @@ def test_shipped_recipes_parse_and_build(path: Path) -> None:
     from stage1_vqvae.model import VQVAE
 
     recipe = load_recipe(path)
-    model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
+    with torch.device("meta"):  # shapes without numbers: some of them are large
+        model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
     assert all(h >= 1 and w >= 1 for h, w in model.grids)
 
 
