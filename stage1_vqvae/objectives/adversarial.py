@@ -2,9 +2,9 @@
 
 A discriminator that is switched on ruins reconstructions in three ways, and each is met here. It knows nothing yet, and its gradient is
 noise: first it learns alone. Its pull has nothing to do with the other terms' in size: it is scaled to theirs by the ratio of the gradients
-at the decoder's last layer (Esser et al. 2021, equation 7), and since a discriminator that is sure of itself has next to none, which would
-make the ratio explode, it is that of averages over some hundred steps, and bounded. And what it asks for comes at once: its weight rises
-step by step.
+at the decoder's last layer (Esser et al. 2021, equation 7); and since a discriminator that is fooled has next to no gradient, which would
+make the ratio explode just then, it is that of averages over some hundred steps, and bounded. And what it asks for comes at once: its
+weight rises step by step.
 """
 
 from __future__ import annotations

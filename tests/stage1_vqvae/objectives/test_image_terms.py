@@ -177,7 +177,7 @@ def test_it_begins_learns_alone_and_rises() -> None:
     assert weights[:11] == [0.0] * 11
     assert weights[11:21] == pytest.approx([0.5 * 3 * share / 10 for share in range(1, 11)])
     assert set(weights[21:]) == {1.5}
-    adversary.norms.copy_(torch.tensor([6.0, 1e-9]))  # as of a discriminator that is sure of itself, and has next to no gradient
+    adversary.norms.copy_(torch.tensor([6.0, 1e-9]))  # as of a discriminator that is fooled, and has next to no gradient
     assert float(adversary.weight(99)) == 0.5 * 4
 
 

@@ -1,0 +1,79 @@
+"""Stage 1 with terms on images, and from another run's tokenizer; that it resumes bit for bit stands in test_train.py."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from configs.cli import load_recipe
+from configs.run_dir import read_json
+from stage1_vqvae.train import main
+from stage1_vqvae.training.metrics_log import read_metrics
+
+# A discriminator that begins at step 30 of 120, learns alone for 6 and then pulls, with something to remember besides.
+ADVERSARY = ["--stage1.adversarial.kind", "patch", "--stage1.adversarial.layers", "1", "--stage1.adversarial.channels", "4"]
+ADVERSARY += ["--stage1.adversarial.start", "0.25", "--stage1.adversarial.penalty", "lecam"]
+
+
+def test_networks_made_before_it_are_kept_for_going_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A perceptual term and a projected discriminator by one classifier, which is not evaluation's."""
+    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 2)
+    settings = ["--config", str(tiny_recipe), "--stage1.steps", "8", "--stage1.checkpoint_interval", "4", "--stage1.perceptual", "features"]
+    settings += ["--stage1.adversarial", "projected", "--stage1.adversarial.start", "0.25", "--stage1.adversarial.channels", "4"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main([*settings, "--run", str(whole)])
+    shutil.copytree(whole, cut)
+    (cut / "tokenizer.safetensors").unlink()
+    (cut / "stage1/checkpoints/step-000000008.pt").unlink()
+    monkeypatch.setattr("stage1_vqvae.features.classifier.fit", None)  # nobody trains it again
+    main(["--run", str(cut), "--resume"])
+    assert (cut / "tokenizer.safetensors").read_bytes() == (whole / "tokenizer.safetensors").read_bytes()
+    assert not (whole / "classifier.safetensors").exists()
+    names = set(read_metrics(whole / "stage1/metrics.jsonl")[0])
+    assert names >= {"perceptual", "adversarial", "discriminator", "adversarial_weight"}
+
+
+def test_mixed_precision_changes_the_rounding_alone(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Of a tokenizer and its adversary: two steps in bfloat16 come near those in float32."""
+    for name in ("no", "bf16"):
+        settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / name), "--stage1.steps", "2", "--stage1.log_interval", "2"]
+        main([*settings, *ADVERSARY, "--stage1.adversarial.start", "0", "--compute.mixed_precision", name])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    full, half = (read_metrics(tmp_path / name / "stage1/metrics.jsonl")[0] for name in ("no", "bf16"))
+    for name in ("reconstruction", "discriminator", "adversarial_weight"):
+        assert half[name] == pytest.approx(full[name], rel=0.05)
+        assert half[name] != full[name]
+
+
+@pytest.mark.parametrize("trained", ["all", "decoder"])
+def test_training_begins_from_another_runs_tokenizer(trained: str, finished_run: Path, tmp_path: Path) -> None:
+    """Its recipe is taken over; of the decoder alone, codes stay what they are."""
+    new = tmp_path / "new"
+    main(["--init-from", str(finished_run), "--run", str(new), "--stage1.steps", "6", "--stage1.trained", trained, *ADVERSARY])
+    before, after = (load_file(run / "tokenizer.safetensors") for run in (finished_run, new))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == ({"decoder"} if trained == "decoder" else {"encoder", "quantizer", "decoder"})
+    errors = [read_json(run / "stage1/report.json")["validation"]["mse"] for run in (finished_run, new)]
+    assert errors[1] < 1.5 * errors[0]  # as good as it began, to the noise of a few steps: random weights' is ten times as much
+    recipe = load_recipe(new / "recipe.yaml")
+    assert recipe.tokenizer == load_recipe(finished_run / "recipe.yaml").tokenizer
+    assert recipe.stage1.init_from == str(finished_run.resolve())
+
+
+def test_a_beginning_that_does_not_fit_is_refused(
+    finished_run: Path, tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    new = ["--run", tmp_path / "new"]
+    assert "--run NAME" in one_line_error(main, "--init-from", finished_run)
+    assert "expected a run with a finished tokenizer" in one_line_error(main, "--init-from", tmp_path / "none", *new)
+    line = one_line_error(main, "--init-from", finished_run, *new, "--tokenizer.network.residual_blocks", "2")
+    assert "expected a weight encoder." in line
+    assert "stage1.trained: expected all" in one_line_error(main, "--config", tiny_recipe, *new, "--stage1.trained", "decoder")
+    likelihood = ["--tokenizer.objective", "logistic", *ADVERSARY]
+    assert "stage1.adversarial: expected none" in one_line_error(main, "--config", tiny_recipe, *new, *likelihood)
