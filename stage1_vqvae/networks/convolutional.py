@@ -1,12 +1,14 @@
 """The convolutional family: encoder and decoder of the VQ-VAE paper.
 
 Van den Oord et al. 2017, section 4.1: strided 4x4 convolutions, then residual blocks (ReLU, 3x3, ReLU, 1x1); the decoder
-mirrors it. Fully convolutional, so any height and width divisible by the downsampling.
+mirrors it, or upsamples without its transposed convolutions. Fully convolutional, so any height and width divisible by the downsampling.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -26,6 +28,9 @@ class ConvolutionalPart(NetworkPart):
     """Residual blocks of encoder and of decoder."""
     residual_channels: int = 32
     """Channels inside a residual block."""
+    upsampling: Literal["transposed", "nearest"] = "transposed"
+    """How the decoder doubles a side: by the paper's transposed convolutions, the last of which makes the image, or by repeating each
+    position and a 3x3 convolution, with another to the image, which leaves no checkerboard (Odena et al. 2016)."""
 
     def __post_init__(self) -> None:
         where, power = "tokenizer.network", self.downsampling
@@ -38,7 +43,7 @@ class ConvolutionalPart(NetworkPart):
     @override
     def build(self, image_channels: int, code_dim: int, output_channels: int) -> tuple[nn.Module, nn.Module]:
         sizes = (self.hidden_channels, self.downsampling, self.residual_blocks, self.residual_channels)
-        return Encoder(image_channels, code_dim, *sizes), Decoder(code_dim, output_channels, *sizes)
+        return Encoder(image_channels, code_dim, *sizes), Decoder(code_dim, output_channels, *sizes, self.upsampling)
 
 
 class ResidualBlock(nn.Module):
@@ -84,18 +89,26 @@ class Decoder(nn.Sequential):
     """Latents (B, in_channels, h, w) to images (B, out_channels, h * downsampling, w * downsampling)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, hidden: int, downsampling: int, residual_blocks: int, residual_channels: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int,
+        downsampling: int,
+        residual_blocks: int,
+        residual_channels: int,
+        upsampling: Literal["transposed", "nearest"] = "transposed",
     ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(in_channels, hidden, 3, padding=1)]
         layers += _residual_stack(hidden, residual_channels, residual_blocks)
         doublings = downsampling.bit_length() - 1
-        channels = hidden
-        for number in range(doublings):
-            last = number == doublings - 1
-            width = out_channels if last else hidden // 2 if number == doublings - 2 else hidden
-            layers += [nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1)]
-            layers += [] if last else [nn.ReLU(inplace=True)]
-            channels = width
-        if doublings == 0:
-            layers += [nn.Conv2d(channels, out_channels, 3, padding=1)]
+        # Half as many next to the image, where positions are most.
+        channels = [hidden, *(hidden // 2 if number >= doublings - 2 else hidden for number in range(doublings))]
+        if upsampling == "transposed" and doublings > 0:
+            for before, after in pairwise([*channels[:-1], out_channels]):
+                layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+            del layers[-1]  # what is above 0 alone would be no image
+        else:
+            for before, after in pairwise(channels):
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(channels[-1], out_channels, 3, padding=1)]
         super().__init__(*layers)

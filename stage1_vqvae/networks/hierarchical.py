@@ -81,10 +81,10 @@ class HierarchicalDecoder(nn.Module):
         hidden, sizes = config.hidden_channels, (config.downsampling, config.residual_blocks, config.residual_channels)
         # Coarse to fine, without residual blocks, as in the paper: the stack that follows sees all grids.
         self.upsampled = nn.ModuleList(
-            Decoder(code_dim * (1 + number), code_dim * (1 + number), hidden, factor, 0, config.residual_channels)
+            Decoder(code_dim * (1 + number), code_dim * (1 + number), hidden, factor, 0, config.residual_channels, config.upsampling)
             for number, factor in enumerate(reversed(config.factors))
         )
-        self.finest = Decoder(code_dim * (1 + len(config.factors)), output_channels, hidden, *sizes)
+        self.finest = Decoder(code_dim * (1 + len(config.factors)), output_channels, hidden, *sizes, config.upsampling)
 
     def forward(self, *vectors: Tensor) -> Tensor:
         """Vectors (B, D, h, w) of each grid, coarse to fine, to what the objective reads (B, output_channels, H, W)."""

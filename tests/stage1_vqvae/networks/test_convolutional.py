@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -29,13 +30,31 @@ def vqvae(
     return VQVAE(config, height, width, channels)
 
 
+@pytest.mark.parametrize("upsampling", ["transposed", "nearest"])
 @pytest.mark.parametrize("downsampling", [1, 2, 4, 8])
 @pytest.mark.parametrize("blocks", [0, 2])
-def test_sizes_for_any_power_of_two_and_non_square_images(downsampling: int, blocks: int) -> None:
+def test_sizes_for_any_power_of_two_and_non_square_images(
+    downsampling: int, blocks: int, upsampling: Literal["transposed", "nearest"]
+) -> None:
     images = torch.randn(2, 3, 16, 24)
     z = Encoder(3, 5, 16, downsampling, blocks, 8)(images)
     assert z.shape == (2, 5, 16 // downsampling, 24 // downsampling)
-    assert Decoder(5, 3, 16, downsampling, blocks, 8)(z).shape == images.shape
+    assert Decoder(5, 3, 16, downsampling, blocks, 8, upsampling)(z).shape == images.shape
+
+
+@pytest.mark.parametrize("kind", ["convolutional", "hierarchical"])
+@pytest.mark.parametrize(("upsampling", "leaves"), [("transposed", True), ("nearest", False)])
+def test_nearest_upsampling_makes_a_plain_image_of_equal_codes_and_transposed_convolutions_a_checkerboard(
+    kind: str, upsampling: str, leaves: bool
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"kind": kind, "hidden_channels": 16, "residual_channels": 8, "downsampling": 4, "upsampling": upsampling}
+    _, decoder = part_from("tokenizer.network", sizes).build(3, 5, 3)
+    vectors = [torch.ones(1, 5, side, side) for side in ([24] if kind == "convolutional" else [12, 24])]
+    with torch.no_grad():
+        inside = decoder(*vectors)[..., 44:52, 44:52]  # of what no padding reaches
+    spread = float(inside.std((2, 3)).max() / inside.abs().max())
+    assert spread > 1e-3 if leaves else spread < 1e-6
 
 
 def test_a_residual_block_does_not_change_its_input() -> None:
