@@ -34,9 +34,11 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after `step` steps and let go of the oldest beyond `keep`; all processes wait for it.
 
-        Errors: UserError if a weight of `state["model"]` is not finite; the last good checkpoint stays.
+        Errors: UserError if a weight of a `model` in it, its own or a part's, is not finite; the last good checkpoint stays.
         """
-        if not all(bool(torch.isfinite(weight).all()) for weight in state["model"].values() if weight.is_floating_point()):
+        models = [part["model"] for part in (state, *state.values()) if isinstance(part, dict) and "model" in part]
+        weights = [weight for model in models for weight in model.values() if weight.is_floating_point()]
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
             raise UserError(f"step {step}: expected finite weights, found some that are not; the checkpoint before is kept")
         if self._accelerator.is_main_process:
             # Through memory, because only a plain write reports a full disk as what it is.

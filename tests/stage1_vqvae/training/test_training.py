@@ -99,6 +99,16 @@ def test_the_last_k_checkpoints_are_kept(tmp_path: Path) -> None:
     assert torch.equal(state["model"]["weight"], torch.full((2,), 1000.0))
 
 
+@pytest.mark.parametrize("broken", ["model", "adversary"])
+def test_weights_that_are_not_finite_take_no_good_checkpoints_place(broken: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "stage 1", 1, Accelerator(cpu=True))
+    good, bad = {"weight": torch.ones(2)}, {"weight": torch.tensor([1.0, float("nan")])}
+    checkpoints.save(5, {"model": good, "adversary": {"model": good}})
+    with pytest.raises(UserError, match="step 6: expected finite weights"):
+        checkpoints.save(6, {"model": good, "adversary": {"model": good}, broken: bad if broken == "model" else {"model": bad}})
+    assert [path.name for path in checkpoints.paths()] == ["step-000000005.pt"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "text", "another stage", "pickle"])
 def test_a_checkpoint_that_does_not_fit_is_named(damage: str, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
