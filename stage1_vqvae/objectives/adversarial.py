@@ -1,10 +1,10 @@
 """The adversarial term: when a discriminator takes part in training, by which losses, and how strongly it pulls at the decoder.
 
 A discriminator that is switched on ruins reconstructions in three ways, and each is met here. It knows nothing yet, and its gradient is
-noise: first it learns alone. Its pull has nothing to do with the other terms' in size: it is scaled to theirs by the ratio of the gradients
-at the decoder's last layer (Esser et al. 2021, equation 7); and since a discriminator that is fooled has next to no gradient, which would
-make the ratio explode just then, it is that of averages over some hundred steps, and bounded. And what it asks for comes at once: its
-weight rises step by step.
+noise: first it learns alone. What it asks for comes at once: its weight rises step by step. And its pull has nothing to do with the
+others' in size: it is scaled to theirs by the ratio of the gradients at the decoder's last layer (Esser et al. 2021, equation 7), averaged
+over some hundred steps. That ratio is no promise, since a gradient at a layer is mostly noise once the layer is good, and since a
+discriminator that is fooled has next to none. So the pull at each image is bounded, by what the image's squared error pulls.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.training.precision import full_precision
 
 # Decay a step of the gradients' norms and of LeCam's mean logits. Norms are averaged, not their ratio: in the few steps in which the
-# discriminator is fooled and has no gradient the ratio is a hundred times as large, and would pull hardest where it knows least.
+# discriminator is fooled and has no gradient the ratio is a hundred times as large.
 _DECAY = 0.99
 _LEAST = 1e-30
 # Gradients at the last layer are taken of losses so many times as large: half precision would lose the least.
@@ -81,7 +81,21 @@ class Adversary(nn.Module):
         ramp, since = int(self.ramp), step - int(self.begun)
         risen = min(1.0, max(0.0, (since - ramp) / ramp)) if ramp else 1.0
         others, own = self.norms.clamp(min=0).unbind()
-        return self.part.weight * risen * (others / own.clamp(min=_LEAST)).clamp(max=self.part.bound)
+        return self.part.weight * risen * others / own.clamp(min=_LEAST)
+
+    def bounded(self, pull: Tensor, errors: Tensor) -> Tensor:
+        """The pull at each image (B, C, H, W), shortened to at most `bound` times the gradient of the mean squared error there.
+
+        Where squared error is all else there is, a pull of at most b < 1 times its gradient multiplies it by at most 1 / (1 - b^2): what
+        is decoded for many images shifts from their mean by s, s^2 <= b^2 e^2, and the squared error e^2 is s^2 more than it was.
+
+        Args:
+            pull: gradient of the weighted term, a mean over the batch.
+            errors: the reconstructions' differences from the images (B, C, H, W).
+        """
+        most = self.part.bound * 2 * full_precision(errors).flatten(1).norm(dim=1) / errors.numel()
+        length = full_precision(pull).flatten(1).norm(dim=1)
+        return pull * (most / length.clamp(min=_LEAST)).clamp(max=1).to(pull)[:, None, None, None]
 
     def tokenizer_loss(self, made: Tensor) -> Tensor:
         """What the tokenizer lowers, unweighted: low if reconstructions (B, C, H, W) are taken for real."""

@@ -35,7 +35,7 @@ class Pulled(NamedTuple):
     """What the terms say of a batch of reconstructions."""
 
     gradient: Tensor
-    """Of the weighted terms' sum at the reconstructions, (B, C, H, W)."""
+    """Of the weighted terms' sum at the reconstructions, (B, C, H, W), the adversary's bounded."""
     losses: dict[str, Tensor]
     """The weighted terms, without a graph: `perceptual`, `adversarial`."""
     statistics: dict[str, Tensor]
@@ -76,7 +76,8 @@ def pull(
         others = torch.stack(list(losses.values())).sum()
         statistics = gradients_at(last_layer(decoder), others, reconstruction, gradient, pulling)
         weight = adversary.weight(step).to(pulling)
-        found["adversarial"], gradient = weight * value, gradient + weight * pulling
+        found["adversarial"] = weight * value
+        gradient = gradient + adversary.bounded(weight * pulling, reconstruction.detach() - images)
     return Pulled(gradient, found, statistics)
 
 

@@ -168,7 +168,7 @@ def test_penalties() -> None:
 
 
 def test_it_begins_learns_alone_and_rises() -> None:
-    adversary = Adversary(patch(start=0.25, ramp=0.1, weight=0.5, bound=4.0), Linear(3, 4, 4), steps=100)
+    adversary = Adversary(patch(start=0.25, ramp=0.1, weight=0.5), Linear(3, 4, 4), steps=100)
     assert [adversary.begin_(step) for step in (0, 24, 25, 26)] == [False, False, True, True]
     assert int(adversary.begun) == 25
     adversary.steps = 1000  # as when a finished training goes on: its ramp stays what it was
@@ -177,8 +177,43 @@ def test_it_begins_learns_alone_and_rises() -> None:
     assert weights[:11] == [0.0] * 11
     assert weights[11:21] == pytest.approx([0.5 * 3 * share / 10 for share in range(1, 11)])
     assert set(weights[21:]) == {1.5}
-    adversary.norms.copy_(torch.tensor([6.0, 1e-9]))  # as of a discriminator that is fooled, and has next to no gradient
-    assert float(adversary.weight(99)) == 0.5 * 4
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_no_image_is_pulled_harder_than_the_bound_however_the_batch_is_shared(parts: int) -> None:
+    draws = torch.Generator().manual_seed(3)
+    images = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=draws)
+    spread = torch.tensor([1e-6, 0.01, 1.0, 100.0], dtype=torch.float64)[:, None, None, None]
+    made = (images + spread * torch.randn(images.shape, dtype=torch.float64, generator=draws)).requires_grad_()
+    free, held = (Adversary(patch(bound=bound), Linear(3, 4, 4), 100) for bound in (1e9, 0.5))
+    pulls, wanted, factors = [], [], []
+    for some, originals in zip(made.chunk(parts), images.chunk(parts), strict=True):
+        (error,) = torch.autograd.grad(nn.functional.mse_loss(some, originals), some)
+        (asked,) = torch.autograd.grad(0.001 * free.tokenizer_loss(some), some)
+        assert torch.equal(free.bounded(asked, some.detach() - originals), asked)
+        pulls.append(held.bounded(asked, some.detach() - originals) / parts)
+        factors += [min(1.0, 0.5 * float(of_error.norm() / of_term.norm())) for of_error, of_term in zip(error, asked, strict=True)]
+        wanted.append(asked / parts)
+    assert factors[0] < 1e-3
+    assert factors[-1] == 1
+    assert torch.allclose(torch.cat(pulls), torch.tensor(factors, dtype=torch.float64)[:, None, None, None] * torch.cat(wanted), rtol=1e-12)
+
+
+@pytest.mark.parametrize("bound", [0.3, 0.8])
+def test_a_bounded_pull_raises_the_squared_error_by_no_more_than_promised(bound: float) -> None:
+    """One image is decoded for many, and the term says that one is better still, a thousand times as loudly as their squared error."""
+    images = torch.randn(32, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    adversary = Adversary(patch(start=0.0, ramp=0.0, weight=0.9, bound=bound), Linear(1, 4, 4), 100)
+    adversary.begin_(0)
+    adversary.norms.copy_(torch.tensor([1000.0, 1.0]))
+    decoded = images.mean(0, keepdim=True)
+    least = float((images - decoded).square().mean())
+    layer = nn.Conv2d(1, 1, 1).double()
+    for _ in range(300):
+        made = layer(torch.zeros_like(images)) * 0 + decoded
+        pulled = pull(made, images, {"reconstruction": made.detach().square().mean() + 0 * layer.weight.sum()}, layer, None, adversary, 50)
+        decoded = decoded - ((2 * (decoded - images) / images.numel()) + pulled.gradient).sum(0, keepdim=True) * 4
+    assert 1.01 * least < float((images - decoded).square().mean()) <= least / (1 - bound**2) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("network", ["convolutional", "hierarchical"])
