@@ -22,9 +22,9 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from configs.cli import REPORT, TRAIN_PRIOR, Command, parse
+from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import program, read_json, write_bytes, write_json
+from configs.run_dir import RunDir, program, read_json, write_bytes, write_json
 from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
 from pipelines.evaluation.tables import markdown, notes, tables
@@ -163,10 +163,14 @@ def array_in(path: Path) -> np.ndarray:
 
 
 def trained_by(config: Stage1) -> set[str]:
-    """The names of the networks by whose features the tokenizer was trained, LPIPS' trunk as `lpips alex`."""
+    """The names of the networks by whose features the tokenizer was trained, LPIPS' trunk as `lpips alex`; also those of the run that it
+    began from, if that is still there.
+    """
     parts = (config.perceptual, config.adversarial)
     found = {str(part.network) for part in parts if hasattr(part, "network")}
-    return found | {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
+    found |= {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
+    before = None if config.init_from is None else RunDir.named(config.init_from)
+    return found | (trained_by(load_recipe(before.recipe).stage1) if before is not None and before.exists() else set())
 
 
 def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,8 @@ import torch
 import torchvision
 
 from configs.cli import load_recipe
-from configs.run_dir import RunDir
-from pipelines.evaluate import main
+from configs.run_dir import RunDir, write_yaml
+from pipelines.evaluate import main, trained_by
 from pipelines.images.inputs import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
@@ -210,6 +211,18 @@ def test_lpips_where_its_weights_are_at_hand(monkeypatch: pytest.MonkeyPatch, tm
     assert found[1] == pytest.approx(0, abs=1e-6)  # the middle one is its own mirror
     assert found[0] > 0
     assert perceptual_distances(pictures[:, :20], pictures[:, :20], 2) is None
+
+
+def test_features_that_training_used_are_known_through_the_run_it_began_from(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path / "first"), RunDir(tmp_path / "second")
+    write_yaml(first.recipe, {"stage1": {"perceptual": {"kind": "features", "network": "resnet18"}}})
+    terms = {"perceptual": {"kind": "lpips", "trunk": "alex"}, "adversarial": {"kind": "projected", "network": "rotation"}}
+    write_yaml(second.recipe, {"stage1": {**terms, "init_from": str(first.path)}})
+    config = load_recipe(second.recipe).stage1
+    assert trained_by(config) == {"resnet18", "lpips alex", "rotation"}
+    assert trained_by(dataclasses.replace(config, init_from=None)) == {"lpips alex", "rotation"}
+    first.recipe.unlink()
+    assert trained_by(config) == {"lpips alex", "rotation"}
 
 
 @pytest.mark.parametrize(
