@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=2, help="of the PatchGAN; 2: its patches are of 34 pixels")
     parser.add_argument("--channels", type=int, default=32, help="of the PatchGAN")
-    parser.add_argument("--upsampling", choices=("transposed", "nearest"), help="of the decoder, where the recipe does not say it")
+    parser.add_argument("--upsampling", choices=("transposed", "nearest"), help="of the decoder, in place of the recipe's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = load_recipe(options.config)
@@ -96,7 +96,7 @@ def main() -> None:
         judge = feature_network(CLASSIFIER, None, Path(folder), images, accelerator.device)
         reference = Reference(judge(images.splits[TRAIN].pixels, 250, TRAIN).vectors)
         columns = ["seed", "way", "PSNR at the start", f"lowest within {_AFTER[0]} steps", *(f"after {count}" for count in _AFTER)]
-        columns += ["distance at the start", *(f"after {count}" for count in _AFTER), "highest weight"]
+        columns += ["distance at the start", *(f"after {count}" for count in _AFTER), "highest weight", "least share kept"]
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
         for seed in range(options.seeds):
             recipe_of_seed = with_way(recipe, {"kind": "none"}, seed, base)
@@ -111,10 +111,11 @@ def main() -> None:
             for name, way in WAYS.items():
                 own = with_way(recipe, way, seed, base)
                 models = continued(accelerator, build(accelerator, run, own, images), state)
-                curve, distances, weight = [first[0]], [first[1]], 0.0
+                curve, distances, weight, kept = [first[0]], [first[1]], 0.0, 1.0
                 for step in range(_STEPS // 2, _STEPS // 2 + _AFTER[1]):
                     statistics = take_step(accelerator, models, images.splits[TRAIN], order, own.stage1, step)
                     weight = max(weight, float(statistics.get("noted/adversarial_weight", torch.zeros(()))))
+                    kept = min(kept, float(statistics.get("noted/adversarial_kept", torch.ones(()))))
                     done = step + 1 - _STEPS // 2
                     if done % _EVERY == 0:
                         found = judged(models.tokenizer, images, judge, reference if done in _AFTER else None)
@@ -122,8 +123,8 @@ def main() -> None:
                         distances += [found[1]] if done in _AFTER else []
                 lowest = min(curve[: 1 + _AFTER[0] // _EVERY])
                 after = [curve[count // _EVERY] for count in _AFTER]
-                figures = [first[0], lowest, *after, *distances, weight]
-                cells = [f"{figure:.3g}" if figure < 1 else f"{figure:.2f}" for figure in figures]
+                figures = [first[0], lowest, *after, *distances, weight, kept]
+                cells = [f"{figure:.3g}" if figure <= 1 else f"{figure:.2f}" for figure in figures]
                 print(f"| {seed} | {name} | {' | '.join(cells)} |", flush=True)
 
 

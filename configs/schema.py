@@ -136,7 +136,7 @@ class DiscriminatorPart(AdversarialPart):
     """
 
     weight: float = 0.5
-    """How strong its pull at the decoder's last layer is beside that of all other terms, once it is fully there."""
+    """How strong its pull at the decoder's last layer is beside that of all other terms, once it is fully there, before `bound`."""
     start: float = 0.5
     """Share of the steps after which it begins: by then reconstructions are good."""
     ramp: float = 0.05
@@ -144,7 +144,7 @@ class DiscriminatorPart(AdversarialPart):
     loss: Literal["hinge", "non_saturating"] = "hinge"
     """Hinge loss (Lim & Ye 2017) or the logistic one whose gradient does not vanish (Goodfellow et al. 2014)."""
     bound: float = 0.3
-    """The strongest pull at an image beside that of its squared error: at 0.3 it costs at most 0.4 dB where that is the only other term."""
+    """The strongest pull at an image beside that of its squared error; what is stronger is shortened."""
     penalty: Literal["none", "r1", "lecam"] = "none"
     """What keeps it from being too sure: R1, its gradient at real images (Mescheder et al. 2018), or LeCam (Tseng et al. 2021)."""
     penalty_weight: float = 1.0

@@ -163,14 +163,23 @@ def array_in(path: Path) -> np.ndarray:
 
 
 def trained_by(config: Stage1) -> set[str]:
-    """The names of the networks by whose features the tokenizer was trained, LPIPS' trunk as `lpips alex`; also those of the run that it
-    began from, if that is still there.
+    """The names of the networks by whose features the tokenizer was trained, LPIPS' trunk as `lpips alex`; also by those of the runs that
+    it began from, as far back as they are still there.
     """
-    parts = (config.perceptual, config.adversarial)
-    found = {str(part.network) for part in parts if hasattr(part, "network")}
-    found |= {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
-    before = None if config.init_from is None else RunDir.named(config.init_from)
-    return found | (trained_by(load_recipe(before.recipe).stage1) if before is not None and before.exists() else set())
+    found: set[str] = set()
+    seen: set[str] = set()
+    while True:
+        parts = (config.perceptual, config.adversarial)
+        found |= {str(part.network) for part in parts if hasattr(part, "network")}
+        found |= {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
+        # A run of that name may have been made anew since, even from what began from it.
+        if config.init_from is None or config.init_from in seen:
+            return found
+        seen.add(config.init_from)
+        try:
+            config = load_recipe(RunDir.named(config.init_from).recipe).stage1
+        except UserError:
+            return found
 
 
 def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:

@@ -29,8 +29,8 @@ class ConvolutionalPart(NetworkPart):
     residual_channels: int = 32
     """Channels inside a residual block."""
     upsampling: Literal["transposed", "nearest"] = "transposed"
-    """How the decoder doubles a side: by the paper's transposed convolutions, the last of which makes the image, or by repeating each
-    position and a 3x3 convolution, with another to the image, which leaves no checkerboard (Odena et al. 2016)."""
+    """How the decoder doubles a side. `transposed`: by the paper's transposed convolutions; the last one makes the image. `nearest`: each
+    position is repeated, then a 3x3 convolution; one more makes the image. That leaves no checkerboard (Odena et al. 2016)."""
 
     def __post_init__(self) -> None:
         where, power = "tokenizer.network", self.downsampling

@@ -52,7 +52,7 @@ class HierarchicalEncoder(nn.Module):
         self.finest = Encoder(image_channels, hidden, hidden, config.downsampling, *blocks)
         # Fine to coarse; what is coarser sees what is finer.
         self.coarser = nn.ModuleList(Encoder(hidden, hidden, hidden, factor, *blocks) for factor in config.factors)
-        # Coarse to fine: what the grids so far say of the next one.
+        # Coarse to fine: what the grids so far say of the next one. Features, in which a checkerboard does no harm.
         self.above = nn.ModuleList(
             Decoder(code_dim + (hidden if number else 0), hidden, hidden, factor, *blocks)
             for number, factor in enumerate(reversed(config.factors))

@@ -26,6 +26,7 @@ from stage1_vqvae.training.precision import full_precision
 # discriminator is fooled and has no gradient the ratio is a hundred times as large.
 _DECAY = 0.99
 _LEAST = 1e-30
+_MOST = 1e4  # of the ratio, as in Esser et al.: far more than is ever good, it keeps the loss finite that is noted
 # Gradients at the last layer are taken of losses so many times as large: half precision would lose the least.
 _SCALE = 2.0**10
 _REAL, _MADE, _OTHERS, _PULL = (f"adversary/{name}" for name in ("real", "made", "others", "pull"))
@@ -77,17 +78,19 @@ class Adversary(nn.Module):
         return bool(self.begun >= 0)
 
     def weight(self, step: int) -> Tensor:
-        """What its loss is multiplied by in this step: 0 while it learns alone, and before the ratio is known."""
+        """What its loss is multiplied by in this step, before `bounded`: 0 while it learns alone, and before the ratio is known."""
         ramp, since = int(self.ramp), step - int(self.begun)
         risen = min(1.0, max(0.0, (since - ramp) / ramp)) if ramp else 1.0
         others, own = self.norms.clamp(min=0).unbind()
-        return self.part.weight * risen * others / own.clamp(min=_LEAST)
+        return self.part.weight * risen * (others / own.clamp(min=_LEAST)).clamp(max=_MOST)
 
-    def bounded(self, pull: Tensor, errors: Tensor) -> Tensor:
-        """The pull at each image (B, C, H, W), shortened to at most `bound` times the gradient of the mean squared error there.
+    def bounded(self, pull: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """The pull at each image (B, C, H, W), shortened to at most `bound` times the gradient of the mean squared error there; and the
+        share of its length that is kept, a mean over the images.
 
-        Where squared error is all else there is, a pull of at most b < 1 times its gradient multiplies it by at most 1 / (1 - b^2): what
-        is decoded for many images shifts from their mean by s, s^2 <= b^2 e^2, and the squared error e^2 is s^2 more than it was.
+        Why this keeps the reconstruction: let one output stand for many images, e^2 be its mean squared error and s its distance from their
+        mean. Where it comes to rest both pulls cancel, so s <= bound * e, and e^2 is the least possible plus s^2. So e^2 is at most
+        1 / (1 - bound^2) times the least. Of a network in training, which moves many outputs at once, that is a guide and no proof.
 
         Args:
             pull: gradient of the weighted term, a mean over the batch.
@@ -95,7 +98,8 @@ class Adversary(nn.Module):
         """
         most = self.part.bound * 2 * full_precision(errors).flatten(1).norm(dim=1) / errors.numel()
         length = full_precision(pull).flatten(1).norm(dim=1)
-        return pull * (most / length.clamp(min=_LEAST)).clamp(max=1).to(pull)[:, None, None, None]
+        kept = (most / length.clamp(min=_LEAST)).clamp(max=1)
+        return pull * kept.to(pull)[:, None, None, None], kept.mean()
 
     def tokenizer_loss(self, made: Tensor) -> Tensor:
         """What the tokenizer lowers, unweighted: low if reconstructions (B, C, H, W) are taken for real."""

@@ -39,7 +39,7 @@ class Pulled(NamedTuple):
     losses: dict[str, Tensor]
     """The weighted terms, without a graph: `perceptual`, `adversarial`."""
     statistics: dict[str, Tensor]
-    """What `Adversary.update_` asks for."""
+    """What `Adversary.update_` asks for; `noted/adversarial_kept`, the share of the adversary's pull that its bound left."""
 
 
 def pull(
@@ -76,8 +76,9 @@ def pull(
         others = torch.stack(list(losses.values())).sum()
         statistics = gradients_at(last_layer(decoder), others, reconstruction, gradient, pulling)
         weight = adversary.weight(step).to(pulling)
-        found["adversarial"] = weight * value
-        gradient = gradient + adversary.bounded(weight * pulling, reconstruction.detach() - images)
+        bounded, kept = adversary.bounded(weight * pulling, reconstruction.detach() - images)
+        found["adversarial"], gradient = weight * value, gradient + bounded
+        statistics["noted/adversarial_kept"] = kept
     return Pulled(gradient, found, statistics)
 
 

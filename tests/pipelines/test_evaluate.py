@@ -221,6 +221,10 @@ def test_features_that_training_used_are_known_through_the_run_it_began_from(tmp
     config = load_recipe(second.recipe).stage1
     assert trained_by(config) == {"resnet18", "lpips alex", "rotation"}
     assert trained_by(dataclasses.replace(config, init_from=None)) == {"lpips alex", "rotation"}
+    write_yaml(first.recipe, {"stage1": {"perceptual": {"kind": "none"}, "init_from": str(second.path)}})
+    assert trained_by(config) == {"lpips alex", "rotation"}
+    first.recipe.write_text("no recipe")
+    assert trained_by(config) == {"lpips alex", "rotation"}
     first.recipe.unlink()
     assert trained_by(config) == {"lpips alex", "rotation"}
 

@@ -190,9 +190,11 @@ def test_no_image_is_pulled_harder_than_the_bound_however_the_batch_is_shared(pa
     for some, originals in zip(made.chunk(parts), images.chunk(parts), strict=True):
         (error,) = torch.autograd.grad(nn.functional.mse_loss(some, originals), some)
         (asked,) = torch.autograd.grad(0.001 * free.tokenizer_loss(some), some)
-        assert torch.equal(free.bounded(asked, some.detach() - originals), asked)
-        pulls.append(held.bounded(asked, some.detach() - originals) / parts)
+        assert torch.equal(free.bounded(asked, some.detach() - originals)[0], asked)
+        pull_there, kept = held.bounded(asked, some.detach() - originals)
+        pulls.append(pull_there / parts)
         factors += [min(1.0, 0.5 * float(of_error.norm() / of_term.norm())) for of_error, of_term in zip(error, asked, strict=True)]
+        assert float(kept) == pytest.approx(sum(factors[-len(some) :]) / len(some))
         wanted.append(asked / parts)
     assert factors[0] < 1e-3
     assert factors[-1] == 1
