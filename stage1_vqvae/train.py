@@ -257,7 +257,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
 
     Errors: UserError if weights that the recipe asks for are missing or do not fit.
     """
-    config, data, device = recipe.stage1, recipe.data, accelerator.device
+    config, data = recipe.stage1, recipe.data
     torch.manual_seed(derived_seed(config.seed, "weights"))
     tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
     if config.trained == "decoder":
@@ -265,16 +265,26 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
         tokenizer.quantizer.requires_grad_(False)
     model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
     adversary, its_optimizer = None, None
-    with accelerator.main_process_first():  # which trains what is made on the spot
-        perceptual = config.perceptual.build(run.stage1, images, device, derived_seed(config.seed, "features"))
-        torch.manual_seed(derived_seed(config.seed, "discriminator"))
-        discriminator = config.adversarial.build(data.channels, run.stage1, images, device, derived_seed(config.seed, "features"))
+    perceptual, discriminator = judges(accelerator, run, recipe, images)
     if isinstance(config.adversarial, DiscriminatorPart):
         # The gradients at the last layer walk a part of the graph before all of it is: a compiled one must not reuse its memory.
         torch._functorch.config.donated_buffer = False
         adversary = Adversary(config.adversarial, discriminator, config.steps)
         its_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0)
     return Models(tokenizer, model, optimizer, perceptual, adversary, its_optimizer)
+
+
+def judges(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource) -> tuple[nn.Module | None, nn.Module | None]:
+    """The perceptual term and the discriminator, on every process the same. Networks of features that they need are made on the spot,
+    unless the run has them.
+
+    Errors: UserError if weights that the recipe asks for are missing or do not fit.
+    """
+    config, features = recipe.stage1, derived_seed(recipe.stage1.seed, "features")
+    with accelerator.main_process_first():  # which trains what is made on the spot
+        perceptual = config.perceptual.build(run.stage1, images, accelerator.device, features)
+        torch.manual_seed(derived_seed(config.seed, "discriminator"))
+        return perceptual, config.adversarial.build(recipe.data.channels, run.stage1, images, accelerator.device, features)
 
 
 def take_step(
@@ -340,6 +350,8 @@ def take_step(
 def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource, began: float) -> Recipe:
     """The recipe with as many steps as fit its minutes since `began`, by a rehearsal that leaves no trace."""
     config, training, validation = recipe.stage1, images.splits[TRAIN], images.splits[VALIDATION]
+    judges(accelerator, run, recipe, images)  # makes networks of features, which training then finds
+    building = time.monotonic()
     models = build(accelerator, run, recipe, images)
     order = DataOrder(len(training), config.batch_size, config.seed)
     begin(accelerator, models.tokenizer, training, order, config)
@@ -361,6 +373,7 @@ def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, images:
         "stage 1",
         config,
         began,
+        building,
         [kind for kind in kinds if kind[0] > 0],
         lambda: validate(accelerator, models.tokenizer, validation, micro_batch),
     )

@@ -393,6 +393,7 @@ def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Reci
         "stage 2",
         config,
         began,
+        began,
         [(1.0, step)],
         lambda: measure(accelerator, prior, validation, every, micro_batch),
         passes_at_end=2,  # the likelihood report: of the validation images, and of as many training images

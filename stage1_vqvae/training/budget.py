@@ -29,6 +29,7 @@ def fitting_steps(
     stage: str,
     config: Section,
     began: float,
+    building: float,
     kinds: Sequence[tuple[float, Callable[[int], object]]],
     validate: Callable[[], object],
     passes_at_end: float = 0.0,
@@ -39,13 +40,14 @@ def fitting_steps(
     Args:
         stage: what messages call the training.
         config: its section of the recipe.
-        began: `time.monotonic()` before model and optimiser of the rehearsal were made.
+        began: `time.monotonic()` when the minutes began.
+        building: `time.monotonic()` before model and optimiser of the rehearsal were made, which the training after it makes again.
         kinds: the share of the steps that are of a kind, and what takes the step of that number of a rehearsal; the shares add up to 1.
             What it trains is thrown away: the steps that are counted here do not depend on how they were counted.
         validate: one validation pass.
         passes_at_end: what follows the last step, in validation passes.
     """
-    setup = time.monotonic() - began
+    setup = time.monotonic() - building
 
     def slowest(taken: float) -> float:
         """The longest of the processes' times."""

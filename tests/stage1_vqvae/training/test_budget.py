@@ -48,13 +48,17 @@ def test_rehearsal_training_and_validations_fill_the_minutes(
 
     began = clock.now
     accelerator = Accelerator(cpu=True)
+    clock.work(once := 2 * step)
+    building = clock.now
     clock.work(setup := 3 * step)
     config = Stage1(minutes=minutes, validation_interval=interval, lr=0.5)
-    found = fitting_steps(accelerator, "stage 1", config, began, [(1.0, take_step)], lambda: clock.work(validation), passes_at_end=2)
+    found = fitting_steps(
+        accelerator, "stage 1", config, began, building, [(1.0, take_step)], lambda: clock.work(validation), passes_at_end=2
+    )
     steps, rehearsal = found.steps, clock.now - began
     assert found == dataclasses.replace(config, steps=steps, warmup_steps=min(100, steps // 10))
     # A short budget of slow steps is not spent on counting them.
-    assert rehearsal <= 0.05 * 60 * minutes + 25 * step + validation + setup
+    assert rehearsal <= 0.05 * 60 * minutes + 25 * step + validation + once + setup
     assert rehearsed == list(range(len(rehearsed)))
     whole = rehearsal + setup + steps * (step + validation / interval) + 2 * validation
     assert 60 * minutes - (step + validation / interval) < whole <= 60 * minutes
@@ -64,7 +68,7 @@ def test_rehearsal_training_and_validations_fill_the_minutes(
 def test_steps_of_two_kinds_count_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     kinds = [(0.25, lambda _: clock.work(0.1)), (0.75, lambda _: clock.work(0.3))]
-    found = fitting_steps(Accelerator(cpu=True), "stage 1", Stage1(minutes=60), clock.now, kinds, lambda: clock.work(0.0))
+    found = fitting_steps(Accelerator(cpu=True), "stage 1", Stage1(minutes=60), clock.now, clock.now, kinds, lambda: clock.work(0.0))
     left = 3600 - (clock.now - 1000)
     assert found.steps == pytest.approx(left / (0.25 * 0.1 + 0.75 * 0.3), abs=1)
 
@@ -73,7 +77,7 @@ def test_a_budget_that_is_too_small_for_anything_gives_one_step(monkeypatch: pyt
     clock = Clock(monkeypatch)
     config = Stage2(minutes=0.01)
     kinds = [(1.0, lambda _: clock.work(5))]
-    assert fitting_steps(Accelerator(cpu=True), "stage 2", config, clock.now, kinds, lambda: clock.work(5)).steps == 1
+    assert fitting_steps(Accelerator(cpu=True), "stage 2", config, clock.now, clock.now, kinds, lambda: clock.work(5)).steps == 1
 
 
 def test_the_time_left_is_said_once_after_a_minute_and_only_if_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
