@@ -29,7 +29,7 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.data.variants import make_variants, num_variants
-from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
+from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.monitoring.health import CollapseWatch
 from stage1_vqvae.monitoring.validation import (
     Judgement,
@@ -37,13 +37,12 @@ from stage1_vqvae.monitoring.validation import (
     save_grids,
     save_health,
     save_reconstructions,
-    save_report,
     validate,
+    write_results,
 )
 from stage1_vqvae.monitoring.window import Window
 from stage1_vqvae.objectives.adversarial import Adversary
 from stage1_vqvae.objectives.image_terms import pull
-from stage1_vqvae.plots import training_graph
 from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.quantizers.contract import added, level_counts
 from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
@@ -52,7 +51,7 @@ from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
-from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
+from stage1_vqvae.training.metrics_log import MetricsLog
 from stage1_vqvae.training.optimizer import adamw, trainable
 from stage1_vqvae.training.processes import average_gradients_, start, summed
 from stage1_vqvae.training.progress import progress_bar
@@ -266,7 +265,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
     adversary, its_optimizer = None, None
     perceptual, discriminator = judges(accelerator, run, recipe, images)
-    if isinstance(config.adversarial, DiscriminatorPart):
+    if isinstance(config.adversarial, DiscriminatorPart) and discriminator is not None:
         # The gradients at the last layer walk a part of the graph before all of it is: a compiled one must not reuse its memory.
         torch._functorch.config.donated_buffer = False
         adversary = Adversary(config.adversarial, discriminator, config.steps)
@@ -394,18 +393,6 @@ def forget_networks(folder: Path) -> None:
     """Remove networks that terms have made, of a stage that left nothing else: they may be of another recipe."""
     for path in folder.glob("*.safetensors"):
         path.unlink()
-
-
-def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
-    """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
-    # Validation knows nothing of terms on images: what is drawn of both is the objective's.
-    records = read_metrics(run.stage1 / "metrics.jsonl")
-    terms = any("perceptual" in record or "adversarial" in record for record in records)
-    names = ("reconstruction" if terms else "loss", "psnr", "usage", "perplexity")
-    training_graph(run.stage1 / "training.png", records, names, {})
-    save_report(run, tokenizer, steps, minutes, judgement)
-    save_tokenizer(run.tokenizer, tokenizer, steps)
-    print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")
 
 
 def restarts_after(step: int, config: Stage1) -> bool:

@@ -1,4 +1,4 @@
-"""Stage 1's judgement of itself: metrics and the codebook's health over a whole split, and their pictures."""
+"""Stage 1's judgement of itself: metrics and the codebook's health over a whole split, their pictures, and its results."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from configs.run_dir import RunDir, write_json
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
-from stage1_vqvae.model import VQVAE
+from stage1_vqvae.model import VQVAE, save_tokenizer
 from stage1_vqvae.monitoring.health import Health, checksum, collapse_warning, examine
 from stage1_vqvae.pictures import grid_scale, image_grid, reconstruction_grid, save_png
-from stage1_vqvae.plots import codebook_picture
+from stage1_vqvae.plots import codebook_picture, training_graph
 from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import summed
 
 _SHOWN_IMAGES = 32
@@ -119,3 +120,15 @@ def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judge
     print("validation: " + ", ".join(f"{name} {report[name]:{form}}" for name, form in shown.items()))
     grids = " + ".join(f"{h}x{w} codes of {k}" for (h, w), k in zip(tokenizer.grids, num_codes, strict=True))
     print(f"an image: {bits['raw']} bits raw, {bits['indices']:.0f} as {grids}; ratio {bits['raw'] / bits['indices']:.1f}")
+
+
+def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
+    """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
+    # Validation knows nothing of terms on images: what is drawn of both is the objective's.
+    records = read_metrics(run.stage1 / "metrics.jsonl")
+    terms = any("perceptual" in record or "adversarial" in record for record in records)
+    names = ("reconstruction" if terms else "loss", "psnr", "usage", "perplexity")
+    training_graph(run.stage1 / "training.png", records, names, {})
+    save_report(run, tokenizer, steps, minutes, judgement)
+    save_tokenizer(run.tokenizer, tokenizer, steps)
+    print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")

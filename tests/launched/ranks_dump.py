@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ def main() -> None:
     runs = commands(sys.argv[3:])
     script = importlib.import_module(module)
     # Pictures take longer than the steps, and nobody looks at them here.
-    for drawn in ("training_graph", "save_health", "save_reconstructions", "save_grids"):
-        setattr(script, drawn, lambda *_, **__: None)
+    judging = importlib.import_module("stage1_vqvae.monitoring.validation")
+    for user, drawn in product((script, judging), ("training_graph", "save_health", "save_reconstructions", "save_grids")):
+        setattr(user, drawn, lambda *_, **__: None)
     if module == "stage1_vqvae.train":
         # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
         torch.set_default_dtype(torch.float64)
-        for user in (script, importlib.import_module("stage1_vqvae.monitoring.validation")):
+        for user in (script, judging):
             user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
     stay_joined()
     for number, arguments in enumerate(runs):
