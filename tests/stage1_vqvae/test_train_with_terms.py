@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from configs.cli import load_recipe
 from configs.run_dir import read_json
-from stage1_vqvae.train import main
+from stage1_vqvae.train import Models, build, main
 from stage1_vqvae.training.metrics_log import read_metrics
 
 # A discriminator that begins at step 30 of 120, learns alone for 6 and then pulls, with something to remember besides.
@@ -36,7 +37,22 @@ def test_networks_made_before_it_are_kept_for_going_on(tiny_recipe: Path, tmp_pa
     assert (cut / "tokenizer.safetensors").read_bytes() == (whole / "tokenizer.safetensors").read_bytes()
     assert not (whole / "classifier.safetensors").exists()
     names = set(read_metrics(whole / "stage1/metrics.jsonl")[0])
-    assert names >= {"perceptual", "adversarial", "discriminator", "adversarial_weight"}
+    assert names >= {"perceptual", "adversarial", "discriminator", "adversarial_weight", "adversarial_kept"}
+
+
+def test_of_a_budget_networks_take_their_time_once(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are there before anything is built whose time the rehearsal counts twice, and are what training goes by."""
+    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    network, found = tmp_path / "run/stage1/classifier.safetensors", []
+
+    def building(*arguments: Any) -> Models:
+        found.append(network.read_bytes())
+        return build(*arguments)
+
+    monkeypatch.setattr("stage1_vqvae.train.build", building)
+    budget = ["--stage1.minutes", "0.02", "--stage1.perceptual", "features"]
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), *budget])
+    assert found == [network.read_bytes()] * 2
 
 
 def test_mixed_precision_changes_the_rounding_alone(tiny_recipe: Path, tmp_path: Path) -> None:
