@@ -1,10 +1,10 @@
 """Equal minutes of stage 1 by squared error alone, with a perceptual term, and with a discriminator besides.
 
-    python benchmarks/terms.py --config configs/photos_cpu.yaml --data FOLDER --minutes 6 --features classifier --output FOLDER
+    python benchmarks/terms.py --config configs/photos_cpu.yaml --data FOLDER --minutes 20 --features classifier --output FOLDER
 
-The terms are the recipe's. What is made before training for a term counts among its minutes. Reconstructions of the validation images are
-compared with the training images by `--features`, which should not be what training used. Beside the table it writes a picture: originals,
-and under them the reconstructions of each.
+The terms are the recipe's; further options are options of `train.py`. What is made before training for a term counts among its minutes.
+Reconstructions of the validation images are compared with the training images by `--features`, which should not be what training used.
+Beside the table it writes a picture: originals, and under them the reconstructions of each.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def main() -> None:
     for name, run in runs.items():
         source = ["--data.path", options.data] if options.data else []
         command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(options.config), "--run", str(run)]
-        command += ["--stage1.minutes", str(options.minutes), "--compute.threads", str(options.threads), *source, *WAYS[name], *more]
+        command += ["--stage1.minutes", str(options.minutes), "--compute.threads", str(options.threads), *source, *WAYS[name]]
+        command += _of_terms_there(more, WAYS[name])
         if not run.tokenizer.exists():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     images = load_images(load_recipe(runs["squared error"].recipe).data, (TRAIN, VALIDATION), progress=True)
@@ -78,6 +79,12 @@ def main() -> None:
     shown = torch.arange(0, len(pixels), max(1, len(pixels) // _SHOWN))[:_SHOWN]
     grid = image_grid(torch.cat([pictures[shown] for pictures in made.values()]), len(shown))
     save_png(options.output / "terms.png", grid, grid_scale(pixels.shape[1]))
+
+
+def _of_terms_there(options: list[str], way: list[str]) -> list[str]:
+    """Further options of the recipe, but for those of a term that the way goes without."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return [part for pair in pairs if not pair[0].startswith(tuple(f"{term}." for term in way[::2])) for part in pair]
 
 
 if __name__ == "__main__":
