@@ -5,7 +5,7 @@ runs/NAME/
   history.jsonl          one line a command: what was asked, with which versions, when
   tokenizer.safetensors  stage 1's result, its config in the header
   stage1/                metrics.jsonl, report.json, codebook.json, checkpoints, pictures
-  codes/SPLIT/           manifest.json and the codes
+  codes/SPLIT/           manifest.json and the codes; codes.unfinished/ while they are being extracted
   priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
   samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations, compressed and
                          what other pipelines leave
@@ -101,22 +101,27 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
     The caller holds the run's lock, so what a killed command left under such a name belongs to nobody.
     """
-    for leftover in [*path.parent.glob(f"{path.name}.tmp-*"), *path.parent.glob(f"{path.name}.old-*")]:
+    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
         shutil.rmtree(leftover)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.exists():
-            outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")
-            os.rename(path, outgoing)
-            os.rename(temporary, path)
-            shutil.rmtree(outgoing)
-        else:
-            os.rename(temporary, path)
+        replace_folder(path, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def replace_folder(path: Path, by: Path) -> None:
+    """Give a folder's name to another beside it, and remove what had it."""
+    for leftover in path.parent.glob(f"{path.name}.old-*"):
+        shutil.rmtree(leftover)
+    outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")
+    if path.exists():
+        os.rename(path, outgoing)
+    os.rename(by, path)
+    shutil.rmtree(outgoing, ignore_errors=True)
 
 
 class RunDir:
@@ -130,6 +135,7 @@ class RunDir:
         self.stage1 = path / "stage1"
         self.codebook_health = self.stage1 / "codebook.json"
         self.codes = path / "codes"
+        self.unfinished_codes = path / "codes.unfinished"
         self.priors = path / "priors"
         self.samples = path / "samples"
         self.evaluations = path / "evaluations"

@@ -261,10 +261,13 @@ class Extraction:
     augmentation: Augmentation = "none"
     """Store the codes of every variant of the training images: mirrored, or shifted by one pixel (nine variants)."""
     batch_size: int = 256
-    """Images a pass."""
+    """Images a pass, of each process."""
+    shard_rows: int = 4096
+    """Images a shard: a file, which one process writes at once; an interrupted extraction begins again at the shards that are missing."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "extraction.batch_size", "at least 1", self.batch_size)
+        require(self.shard_rows >= 1, "extraction.shard_rows", "at least 1", self.shard_rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,15 @@
     python stage2_prior/extract_codes.py --extraction.augmentation shift
     accelerate launch stage2_prior/extract_codes.py        (all GPUs)
 
-The codes lie in the run, a folder a split, and are read back and compared with the tokenizer's own reconstructions.
+The codes lie in the run, a folder a split, and are read back and compared with the tokenizer's own reconstructions. Each process writes
+files of its own, and a command that was interrupted goes on, when it is given again, with those that are missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, parse
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry, say
-from configs.run_dir import RunDir, program, replacing_folder
-from configs.schema import Augmentation, Extraction
+from configs.run_dir import RunDir, program, read_json, replace_folder, write_json
+from configs.schema import Augmentation, Extraction, Recipe
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
@@ -31,7 +34,9 @@ from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.codes.store import CodeStore, CodeWriter, Manifest, read_manifest
+from stage2_prior.codes.store import CodeStore, Manifest, read_manifest, write_manifest, write_shard
+
+_PLAN = "plan.json"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     command = parse(__doc__, ("extraction", "compute"), argv, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
+    if command.options.verify:
+        verify(command)
+        return
     if run.codes.exists() and not command.options.overwrite and _is_done(run, recipe.extraction):
         say(f"{run}: the codes are already extracted")
         say(f"next: {command.next(TRAIN_PRIOR)}")
@@ -49,18 +57,31 @@ def main(argv: list[str] | None = None) -> None:
         source = load_images(recipe.data, progress=accelerator.is_main_process)
         if accelerator.is_main_process:
             run.record(program(), command.arguments, dataclasses.asdict(recipe.extraction))
-            with replacing_folder(run.codes) as folder:
-                extract(accelerator, run, tokenizer, source, recipe.extraction, folder)
-        else:
-            extract(accelerator, run, tokenizer, source, recipe.extraction, None)
+        extract(accelerator, run, tokenizer, source, recipe)
         accelerator.wait_for_everyone()
         accelerator.print(f"wrote {run.show(run.codes)}")
         accelerator.print(f"next: {command.next(TRAIN_PRIOR)}")
     accelerator.end_training()
 
 
+def verify(command: Command) -> None:
+    """Read a run's codes through and say how many there are. Errors: UserError for the first file that is not as it was written."""
+    run = command.run
+    folders = [path.parent for path in sorted(run.codes.glob("*/manifest.json"))]
+    if not folders:
+        raise UserError(f"{run}: expected codes, found none; {command.next(EXTRACT_CODES)}")
+    for folder in folders:
+        store = CodeStore(folder, fingerprint(run.tokenizer))
+        store.verify()
+        sums = "as they were written" if store.manifest.sha256 else "all in range, whose sums were not written down"
+        say(f"{folder.name}: {len(store):,} images in {store.manifest.num_shards:,} files, {sums}")
+
+
 def _options(parser: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="extract anew, in place of codes of the same tokenizer")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the codes that are there through, and compare their sums with those written"
+    )
 
 
 def _is_done(run: RunDir, config: Extraction) -> bool:
@@ -75,76 +96,123 @@ def _is_done(run: RunDir, config: Extraction) -> bool:
     return True
 
 
-def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: ImageSource, config: Extraction, folder: Path | None) -> None:
-    """Encode all splits; the main process, which has a `folder`, writes them there."""
-    sha256 = fingerprint(run.tokenizer)
-    for name, split in source.splits.items():
-        # Variants are for learning from; what measures stays as it is.
-        augmentation: Augmentation = config.augmentation if name == TRAIN else "none"
-        manifest = Manifest(
-            split=name,
-            rows=len(split),
-            grids=tokenizer.grids,
-            num_codes=list(tokenizer.quantizer.num_codes),
-            label_names=source.label_names if split.labels is not None else None,
-            augmentation=augmentation,
-            variants=num_variants(augmentation),
-            image_shape=tokenizer.image_shape,
-            tokenizer_sha256=sha256,
-        )
-        writer = None
-        if folder is not None:
-            (folder / name).mkdir()
-            writer = CodeWriter(folder / name, manifest)
-        with progress_bar(len(split), f"extract {name}", "img", shown=folder is not None) as bar:
-            for part in batches(len(split), config.batch_size):
-                codes = encode_share(accelerator, tokenizer, split.pixels[part], augmentation)
-                if writer is not None:
-                    writer.add(codes, None if split.labels is None else split.labels[part])
+def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: ImageSource, recipe: Recipe) -> None:
+    """Encode all splits, a shard after another, each process its own; shards of the same extraction that are there already are kept."""
+    config, folder, main = recipe.extraction, run.unfinished_codes, accelerator.is_main_process
+    manifests = {name: manifest_of(name, source, tokenizer, config, fingerprint(run.tokenizer)) for name in source.splits}
+    if main:
+        begin(folder, recipe, manifests)
+    accelerator.wait_for_everyone()
+    shards = [(manifest, shard) for manifest in manifests.values() for shard in range(manifest.num_shards)]
+    missing = [(manifest, shard) for manifest, shard in shards if not (folder / manifest.split / manifest.shard_name(shard)).exists()]
+    if main and len(missing) < len(shards):
+        print(f"{run}: going on, {len(shards) - len(missing)} of {len(shards)} files of codes are there")
+    accelerator.wait_for_everyone()  # until all have looked
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    total = sum(len(manifest.shard_rows(shard)) for manifest, shard in mine)
+    whose = "" if accelerator.num_processes == 1 else f" (one process of {accelerator.num_processes})"
+    with progress_bar(total, f"extract{whose}", "img", shown=main) as bar:
+        for manifest, shard in mine:
+            split, rows = source.splits[manifest.split], manifest.shard_rows(shard)
+            found = []
+            for part in batches_of(rows, config.batch_size):
+                found.append(encode(tokenizer, split.pixels[part].to(accelerator.device), manifest.augmentation))
                 bar.update(part.stop - part.start)
-        if writer is not None:
-            assert folder is not None
-            writer.close()
-            store = CodeStore(folder / name, sha256)
-            check(tokenizer, store, split, config.batch_size, accelerator)
-            counts = [torch.from_numpy(level) for level in store.counts()]
-            per_variant = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
-            print(f"{name}: {len(split)} images{per_variant}, usage {usage(*counts):.1%}, perplexity {perplexity(*counts):.1f}")
+            codes = [torch.cat(level) for level in zip(*found, strict=True)]
+            labels = None if split.labels is None else split.labels[rows.start : rows.stop]
+            write_shard(folder / manifest.split, manifest, shard, codes, labels)
+    accelerator.wait_for_everyone()
+    if main:
+        for manifest in manifests.values():
+            finish(folder, manifest, tokenizer, source.splits[manifest.split], config, accelerator.device)
+        (folder / _PLAN).unlink()
+        replace_folder(run.codes, folder)
 
 
-@torch.no_grad()
-def encode_share(accelerator: Accelerator, tokenizer: VQVAE, pixels: Tensor, augmentation: Augmentation) -> list[Tensor]:
-    """Codes (rows, variants, h, w) a level of uint8 images (rows, H, W, C), complete and in order on every process.
+def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
+    """The manifest of a split's codes, which are still to be made."""
+    # Variants are for learning from; what measures stays as it is.
+    augmentation: Augmentation = config.augmentation if name == TRAIN else "none"
+    split = source.splits[name]
+    return Manifest(
+        split=name,
+        rows=len(split),
+        grids=tokenizer.grids,
+        num_codes=list(tokenizer.quantizer.num_codes),
+        label_names=source.label_names if split.labels is not None else None,
+        augmentation=augmentation,
+        variants=num_variants(augmentation),
+        image_shape=tokenizer.image_shape,
+        tokenizer_sha256=sha256,
+        rows_per_shard=config.shard_rows,
+        sha256=[],
+    )
 
-    Each process encodes its own stretch of the rows; the last stretch is padded to the others' length by repeating a
-    row, and the padding is cut off again.
+
+def begin(folder: Path, recipe: Recipe, manifests: dict[str, Manifest]) -> None:
+    """Make the folder of an extraction, or leave it if it is of this one: the same images as far as their recipe and number say, to be
+    encoded by the same tokenizer in the same batches.
     """
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    length = -(-len(pixels) // processes)
-    mine = torch.arange(rank * length, (rank + 1) * length).clamp(max=len(pixels) - 1)
-    images = to_model(pixels[mine].to(accelerator.device))
-    variants = []
-    for variant in range(num_variants(augmentation)):
-        chosen = torch.full((len(images),), variant)
-        variants.append(tokenizer.encode(make_variants(images, augmentation, chosen)))
-    levels = [torch.stack(level, 1) for level in zip(*variants, strict=True)]
-    return [accelerator.gather(level)[: len(pixels)] for level in levels]
+    plan = {
+        "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None)),
+        "extraction": dataclasses.asdict(recipe.extraction),
+        "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
+    }
+    same = (folder / _PLAN).exists() and read_json(folder / _PLAN) == json.loads(json.dumps(plan))
+    if folder.exists() and not same:
+        shutil.rmtree(folder)
+    for name in manifests:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for leftover in folder.rglob("*.tmp-*"):  # of a command that was killed while it wrote
+        leftover.unlink()
+    if not same:
+        write_json(folder / _PLAN, plan)
+
+
+def batches_of(rows: range, batch_size: int) -> list[slice]:
+    """A shard's rows in batches: the same whatever process encodes it, since another batch's rounding may choose another near code."""
+    return [slice(rows.start + part.start, rows.start + part.stop) for part in batches(len(rows), batch_size)]
 
 
 @torch.no_grad()
-def check(tokenizer: VQVAE, store: CodeStore, split: ImageSplit, batch_size: int, accelerator: Accelerator) -> None:
-    """Decode stored codes and compare with the tokenizer's own reconstructions: this process's share of the first batch
-    and of the last, encoded just as `encode_share` did, since another batch's rounding may choose another near code.
+def encode(tokenizer: VQVAE, pixels: Tensor, augmentation: Augmentation) -> list[Tensor]:
+    """Codes (B, variants, h, w) a level, on the CPU, of uint8 images (B, H, W, C)."""
+    images = to_model(pixels)
+    variants = [
+        tokenizer.encode(make_variants(images, augmentation, torch.full((len(images),), variant)))
+        for variant in range(num_variants(augmentation))
+    ]
+    return [torch.stack(level, 1).cpu() for level in zip(*variants, strict=True)]
+
+
+def finish(folder: Path, manifest: Manifest, tokenizer: VQVAE, split: ImageSplit, config: Extraction, device: torch.device) -> None:
+    """Write the manifest of a split whose shards are there, look into its codes, and say what they are.
+
+    Errors: UserError if they do not decode to the tokenizer's own reconstructions; no shard of the folder is kept.
+    """
+    write_manifest(folder / manifest.split, manifest)
+    store = CodeStore(folder / manifest.split, manifest.tokenizer_sha256)
+    try:
+        check(tokenizer, store, split, config.batch_size, device)
+    except UserError:
+        shutil.rmtree(folder)
+        raise
+    counts = [torch.from_numpy(level) for level in store.counts()]
+    per_variant = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
+    print(f"{manifest.split}: {len(split)} images{per_variant}, usage {usage(*counts):.1%}, perplexity {perplexity(*counts):.1f}")
+
+
+@torch.no_grad()
+def check(tokenizer: VQVAE, store: CodeStore, split: ImageSplit, batch_size: int, device: torch.device) -> None:
+    """Decode stored codes and compare with the tokenizer's own reconstructions: the first batch and the last, as they were encoded.
 
     Errors: UserError if they differ by more than one step of 255.
     """
-    parts = batches(len(split), batch_size)
+    parts = [part for shard in range(store.manifest.num_shards) for part in batches_of(store.manifest.shard_rows(shard), batch_size)]
     for part in parts[:1] + parts[1:][-1:]:
-        count = -(-(part.stop - part.start) // accelerator.num_processes)
-        rows = torch.arange(part.start, part.start + count)
-        codes = tuple(level.to(accelerator.device) for level in store.codes(rows))
+        codes = tuple(level.to(device) for level in store.codes(torch.arange(part.start, part.stop)))
         stored = to_uint8(tokenizer.decode(codes)).int()
-        own = to_uint8(tokenizer(to_model(split.pixels[rows].to(accelerator.device))).reconstruction).int()
+        own = to_uint8(tokenizer(to_model(split.pixels[part].to(device))).reconstruction).int()
         apart = int((stored - own).abs().max())
         if apart > 1:
             expected = "expected stored codes to decode to the tokenizer's own reconstructions"

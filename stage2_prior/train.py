@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"next: {command.next(SAMPLE)}")
         return
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
-    if level is not None and not 1 <= level <= len(training.levels):
-        raise UserError(f"--level: expected 1 to {len(training.levels)}, the levels of codes from the coarsest on, found {level}")
+    if level is not None and not 1 <= level <= len(training.manifest.grids):
+        raise UserError(f"--level: expected 1 to {len(training.manifest.grids)}, the levels of codes from the coarsest on, found {level}")
     accelerator = start(recipe.compute, str(folder / "tensorboard"))
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     missing = None
@@ -302,7 +302,7 @@ def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: Code
     """
     whole, sha256 = run.prior(name).parent, training.manifest.tokenizer_sha256
     accelerator.wait_for_everyone()
-    folders = [whole / f"level{number}" for number in range(1, 1 + len(training.levels))]
+    folders = [whole / f"level{number}" for number in range(1, 1 + len(training.manifest.grids))]
     for number, folder in enumerate(folders, 1):
         if not (folder / "prior.safetensors").exists():
             return number

@@ -51,7 +51,8 @@ def test_codes_on_disk_are_the_tokenizers(run: Path) -> None:
     manifest = read_manifest(run / "codes" / "validation")
     assert (manifest.grids, manifest.num_codes) == (GRIDS, [16, 16])
     store = CodeStore(run / "codes" / "train")
-    assert [level.shape[1:] for level in store.levels] == [(2, *grid) for grid in GRIDS]
+    assert store.manifest.variants == 2
+    assert [tuple(level.shape) for level in store.codes(torch.arange(3), torch.tensor([0, 1, 1]))] == [(3, *grid) for grid in GRIDS]
 
 
 def test_codes_of_both_grids_tell_an_images_place(run: Path) -> None:

@@ -1,15 +1,17 @@
-"""Codes on disk, both ways: a folder with a manifest and a few safetensors files.
+"""Codes on disk, both ways: a folder with a manifest and shards of a stated number of images.
 
     codes/train/manifest.json
-    codes/train/codes-00000-of-00002.safetensors    level0 (rows, variants, h, w), the smallest unsigned dtype; labels (rows,)
+    codes/train/codes-00000-of-00011.safetensors    level0 (rows, variants, h, w), the smallest unsigned dtype; labels (rows,)
 
 Rows are in data-set order, exactly one a sample; the second axis holds its augmentation's variants, the first of which
-is the image itself. Stage 2 learns grids, code numbers and labels from the manifest and from nowhere else.
+is the image itself. Stage 2 learns grids, code numbers and labels from the manifest and from nowhere else. Writing needs the memory of one
+shard, reading that of the rows asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import UserError
@@ -25,9 +27,10 @@ from configs.run_dir import read_json, write_bytes, write_json
 from configs.schema import Augmentation
 from stage1_vqvae.quantizers.contract import Codes
 
-_FORMAT = 1
-_ROWS_PER_FILE = 2**16
+_FORMAT = 2
 _MANIFEST = "manifest.json"
+# What manifests of format 1 do not say: all of their shards were of this size, and had no sum.
+_SINCE_1 = {"rows_per_shard": 2**16, "sha256": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +54,24 @@ class Manifest:
     """Channels, height and width of the images."""
     tokenizer_sha256: str
     """The sha256 of the tokenizer file that made the codes."""
+    rows_per_shard: int
+    """Images a shard; the last one has what is left."""
+    sha256: list[str]
+    """The sha256 of each shard; none before all are written."""
     format: int = _FORMAT
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.rows_per_shard)
 
-def _file_names(rows: int) -> list[str]:
-    count = max(1, -(-rows // _ROWS_PER_FILE))
-    return [f"codes-{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    def shard_rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
+
+    def shard_name(self, shard: int) -> str:
+        """The name of a shard's file."""
+        return f"codes-{shard:05d}-of-{self.num_shards:05d}.safetensors"
 
 
 def smallest_dtype(num_codes: int) -> np.dtype:
@@ -64,94 +79,116 @@ def smallest_dtype(num_codes: int) -> np.dtype:
     return np.min_scalar_type(num_codes - 1)
 
 
-class CodeWriter:
-    """Takes rows in order and writes a file whenever one is full; `close` checks the count and adds the manifest."""
+def write_shard(folder: Path, manifest: Manifest, shard: int, codes: Sequence[Tensor], labels: Tensor | None) -> None:
+    """Write one shard: the codes (rows, variants, h, w) a level and the labels (rows,) of its rows. A reader sees all of it or nothing."""
+    tensors = {}
+    for level, (grid, number) in enumerate(zip(codes, manifest.num_codes, strict=True)):
+        assert len(grid) == len(manifest.shard_rows(shard)), (len(grid), shard)
+        assert grid.numel() == 0 or 0 <= int(grid.min()) <= int(grid.max()) < number
+        tensors[f"level{level}"] = grid.cpu().numpy().astype(smallest_dtype(number))
+    if labels is not None:
+        tensors["labels"] = labels.numpy().astype(smallest_dtype(len(manifest.label_names or ())))
+    write_bytes(folder / manifest.shard_name(shard), safetensors.numpy.save(tensors))
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder, self._manifest = folder, manifest
-        self._names = _file_names(manifest.rows)
-        self._pending: list[dict[str, np.ndarray]] = []
-        self._pending_rows = self._written_files = self._rows = 0
 
-    def add(self, codes: Sequence[Tensor], labels: Tensor | None) -> None:
-        """Append rows: codes (rows, variants, h, w) a level, labels (rows,)."""
-        tensors = {}
-        for level, (grid, number) in enumerate(zip(codes, self._manifest.num_codes, strict=True)):
-            assert grid.numel() == 0 or 0 <= int(grid.min()) <= int(grid.max()) < number
-            tensors[f"level{level}"] = grid.cpu().numpy().astype(smallest_dtype(number))
-        if labels is not None:
-            tensors["labels"] = labels.numpy().astype(smallest_dtype(len(self._manifest.label_names or ())))
-        self._pending.append(tensors)
-        self._pending_rows += len(codes[0])
-        while self._pending_rows >= _ROWS_PER_FILE:
-            self._write(_ROWS_PER_FILE)
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of shards that are all there, with the sha256 of each: nothing reads codes without one."""
+    sums = [_sha256(folder / manifest.shard_name(shard)) for shard in range(manifest.num_shards)]
+    write_json(folder / _MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, sha256=sums)))
 
-    def _write(self, rows: int) -> None:
-        joined = {name: np.concatenate([part[name] for part in self._pending]) for name in self._pending[0]}
-        self._pending = [{name: array[rows:] for name, array in joined.items()}]
-        content = {name: np.ascontiguousarray(array[:rows]) for name, array in joined.items()}
-        write_bytes(self._folder / self._names[self._written_files], safetensors.numpy.save(content))
-        self._written_files += 1
-        self._rows += rows
-        self._pending_rows -= rows
 
-    def close(self) -> None:
-        """Write what is left, then the manifest."""
-        if self._pending_rows:
-            self._write(self._pending_rows)
-        assert self._rows == self._manifest.rows, (self._rows, self._manifest.rows)
-        write_json(self._folder / _MANIFEST, dataclasses.asdict(self._manifest))
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class CodeStore:
-    """A split's codes, in memory, in the dtype they have on disk."""
+    """A split's codes, in the dtype they have on disk. Its files are mapped into memory: they take none but that of the pages that were
+    read last, which all processes of a machine share.
+    """
 
     def __init__(self, folder: Path, tokenizer_sha256: str | None = None) -> None:
-        """Read a split's codes into memory.
+        """Open a split's codes.
 
         Args:
             folder: the split's.
             tokenizer_sha256: refuse codes of another tokenizer.
         Errors: UserError for what is missing, truncated, or does not fit the manifest.
         """
+        self._folder = folder
         self.manifest = read_manifest(folder)
         found = self.manifest.tokenizer_sha256
         if tokenizer_sha256 is not None and found != tokenizer_sha256:
             raise UserError(
                 f"{folder}: expected codes of the run's tokenizer {tokenizer_sha256[:12]}, found codes of {found[:12]}; extract them anew"
             )
-        parts = [self._read(folder / name) for name in _file_names(self.manifest.rows)]
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        levels = range(len(self.manifest.grids))
-        self.levels = [joined[f"level{level}"] for level in levels]
-        self.labels = torch.from_numpy(joined["labels"].astype(np.int64)) if "labels" in joined else None
-        for level, (grid, codes) in enumerate(zip(self.manifest.grids, self.levels, strict=True)):
-            expected = (self.manifest.rows, self.manifest.variants, *grid)
-            if codes.shape != expected or (codes.size and codes.max() >= self.manifest.num_codes[level]):
-                raise UserError(f"{folder}: expected codes {expected} below {self.manifest.num_codes[level]}, found {codes.shape}")
+        self._shards = [self._open(shard) for shard in range(self.manifest.num_shards)]
+        labels = [shard["labels"] for shard in self._shards if "labels" in shard]
+        self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64)) if labels else None
+        """(rows,) int64."""
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, np.ndarray]:
+    def _open(self, shard: int) -> dict[str, np.ndarray]:
+        path, manifest = self._folder / self.manifest.shard_name(shard), self.manifest
+        rows = len(manifest.shard_rows(shard))
+        expected: dict[str, tuple[int, ...]] = {
+            f"level{level}": (rows, manifest.variants, *grid) for level, grid in enumerate(manifest.grids)
+        }
+        if manifest.label_names is not None:
+            expected["labels"] = (rows,)
         try:
-            return safetensors.numpy.load_file(path)
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
         except FileNotFoundError:
             raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
         except SafetensorError as error:
             raise UserError(
                 f"{path}: expected a file of codes, found a truncated or foreign one ({error}); extract the codes anew, with --overwrite"
             ) from None
+        shapes = {name: array.shape for name, array in found.items()}
+        if shapes != expected:
+            raise UserError(f"{path}: expected {expected}, found {shapes}; extract the codes anew, with --overwrite")
+        return found
 
     def __len__(self) -> int:
         return self.manifest.rows
 
     def codes(self, rows: Tensor, variants: Tensor | None = None) -> Codes:
-        """Codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) a level."""
+        """Codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) a level.
+
+        Errors: UserError for a code that the codebook does not have.
+        """
+        shards, within = np.divmod(rows.numpy(), self.manifest.rows_per_shard)
         chosen = np.zeros(len(rows), np.int64) if variants is None else variants.numpy()
-        return tuple(torch.from_numpy(level[rows.numpy(), chosen].astype(np.int64)) for level in self.levels)
+        levels = [np.empty((len(rows), *grid), np.int64) for grid in self.manifest.grids]
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            for level, found in enumerate(levels):
+                found[here] = self._shards[shard][f"level{level}"][within[here], chosen[here]]
+        for level, (found, number) in enumerate(zip(levels, self.manifest.num_codes, strict=True)):
+            self._check_below(number, found, level)
+        return tuple(torch.from_numpy(found) for found in levels)
 
     def counts(self) -> list[np.ndarray]:
         """How often each code of a level occurs over all rows and variants, (K,) a level."""
-        return [np.bincount(level.ravel(), minlength=k) for level, k in zip(self.levels, self.manifest.num_codes, strict=True)]
+        return [
+            np.sum([np.bincount(shard[f"level{level}"].ravel(), minlength=number) for shard in self._shards], axis=0)
+            for level, number in enumerate(self.manifest.num_codes)
+        ]
+
+    def verify(self) -> None:
+        """Read all shards through. Errors: UserError for the first that is not as it was written, or has a code too high."""
+        for shard, sha256 in enumerate(self.manifest.sha256):
+            path = self._folder / self.manifest.shard_name(shard)
+            found = _sha256(path)
+            if found != sha256:
+                raise UserError(f"{path}: expected sha256 {sha256[:12]}, as it was written, found {found[:12]}; extract the codes anew")
+        for content in self._shards:
+            for level, number in enumerate(self.manifest.num_codes):
+                self._check_below(number, content[f"level{level}"], level)
+
+    def _check_below(self, number: int, codes: np.ndarray, level: int) -> None:
+        if codes.size and codes.max() >= number:
+            raise UserError(f"{self._folder}: expected codes of level {level} below {number}, found {codes.max()}; extract the codes anew")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -159,6 +196,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / _MANIFEST
     content = read_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
+    if isinstance(content, dict) and content.get("format") == 1:
+        content = {**_SINCE_1, **content, "format": _FORMAT}
     if not isinstance(content, dict) or set(content) != fields or content["format"] != _FORMAT:
         raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]

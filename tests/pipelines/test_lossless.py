@@ -74,7 +74,7 @@ def independent_bits(run: Path, pixels: torch.Tensor, with_class: bool) -> dict[
     for index, p in tokenizer.likelihood().in_turn(output, values):
         of_pixels -= p.gather(-1, values[index][..., None]).log2().flatten(1).sum(1)
     store = CodeStore(run / "codes" / "train")
-    seen = np.bincount(store.levels[0].ravel(), minlength=16) + 1.0
+    seen = store.counts()[0] + 1.0
     prior, _ = load_prior(run / "priors/transformer/prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
     labels = CodeStore(run / "codes" / VALIDATION).labels if with_class else None
     logits = prior.double()(codes, labels)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,27 +75,78 @@ def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pyt
     assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
 
 
-def test_a_failure_leaves_the_old_codes(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = (run_copy / "codes/train/manifest.json").read_bytes()
+def contents(codes: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(codes)): path.read_bytes() for path in codes.rglob("*") if path.is_file()}
 
+
+@pytest.mark.parametrize("fails_after", [0, 3, 8])
+def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
+    fails_after: int, run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """36 and 12 images in files of 5; the old codes stay until the new ones are whole."""
+    words = ["--run", str(run_copy), "--overwrite", "--extraction.shard_rows", "5", "--extraction.batch_size", "3"]
+    main(words)
+    whole = contents(run_copy / "codes")
+    assert len(whole) == 8 + 1 + 3 + 1
+    written, write = [], extract_codes.write_shard
+
+    def fail(*arguments: object) -> None:
+        if len(written) == fails_after:
+            raise OSError(28, "No space left on device", "codes")
+        written.append(arguments)
+        write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_codes, "write_shard", fail)
+        with pytest.raises(OSError, match="No space"):
+            main(words)
+    assert contents(run_copy / "codes") == whole
+    (run_copy / "codes.unfinished/train/codes-00007-of-00008.safetensors.tmp-1").write_bytes(b"half")
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_codes, "write_shard", lambda *arguments: (written.append(arguments), write(*arguments)))
+        main(words)
+    assert (f"{fails_after} of 11 files" in capsys.readouterr().out) == (fails_after > 0)
+    assert len(written) == 11
+    assert contents(run_copy / "codes") == whole
+    assert not list(run_copy.glob("codes.*"))
+
+
+def test_what_another_extraction_left_is_not_gone_on_with(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device", "codes")
 
-    monkeypatch.setattr(extract_codes, "check", fail)
-    with pytest.raises(OSError, match="No space"):
-        main(["--run", str(run_copy), "--overwrite"])
-    assert (run_copy / "codes/train/manifest.json").read_bytes() == before
-    assert not list(run_copy.glob("codes.*"))
+    words = ["--run", str(run_copy), "--overwrite"]
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_codes, "finish", fail)
+        with pytest.raises(OSError, match="No space"):
+            main([*words, "--extraction.augmentation", "horizontal_flip"])
+    main(words)
+    assert read_manifest(run_copy / "codes/train").variants == 1
+    CodeStore(run_copy / "codes/train").verify()
+
+
+def test_verify_reads_all_codes_through(run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]) -> None:
+    main(["--run", str(run_copy), "--verify"])
+    assert "train: 36 images in 5 files, as they were written" in capsys.readouterr().out
+    path = sorted((run_copy / "codes/validation").glob("*.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert f"{path.name}: expected sha256" in one_line_error(main, "--run", run_copy, "--verify")
+    shutil.rmtree(run_copy / "codes")
+    assert "expected codes, found none" in one_line_error(main, "--run", run_copy, "--verify")
 
 
 def test_codes_that_decode_to_something_else_are_caught(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
 ) -> None:
-    real = extract_codes.encode_share
-    monkeypatch.setattr(extract_codes, "encode_share", lambda *args: [(level + 1) % 16 for level in real(*args)])
+    real = extract_codes.encode
+    monkeypatch.setattr(extract_codes, "encode", lambda *args: [(level + 1) % 16 for level in real(*args)])
     assert "expected stored codes to decode to the tokenizer's own reconstructions" in one_line_error(
         main, "--run", run_copy, "--overwrite"
     )
+    assert not list(run_copy.glob("codes.*"))  # or the next command would go on with them
 
 
 def test_without_a_tokenizer_it_names_the_missing_command(tmp_path: Path, finished_run: Path, one_line_error: Callable[..., str]) -> None:

@@ -58,9 +58,9 @@ def test_the_reported_likelihood_is_that_of_the_saved_prior(finished_run: Path) 
 
 def test_references_by_hand(finished_run: Path) -> None:
     training, validation = CodeStore(finished_run / "codes/train"), CodeStore(finished_run / "codes/validation")
-    seen = [int(code) for code in training.levels[0].ravel()]
+    seen = training.codes(torch.arange(len(training)))[0].flatten().tolist()
     probability = [(seen.count(code) + 1) / (len(seen) + 16) for code in range(16)]
-    tokens = [int(code) for code in validation.levels[0].ravel()]
+    tokens = validation.codes(torch.arange(len(validation)))[0].flatten().tolist()
     assert unigram_bits(training, validation) == [pytest.approx(-sum(math.log2(probability[code]) for code in tokens) / len(tokens))]
     assert uniform_bits([4, 16]) == [2, 4]
     assert mean_over_tokens([2, 4], [(1, 1), (1, 3)]) == (2 + 3 * 4) / 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,9 +12,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-import stage2_prior.codes.store as code_store
 from configs.errors import UserError
-from stage2_prior.codes.store import CodeStore, CodeWriter, Manifest, smallest_dtype
+from stage2_prior.codes.store import CodeStore, Manifest, smallest_dtype, write_manifest, write_shard
 
 ROWS, VARIANTS = 25, 2
 MANIFEST = Manifest(
@@ -26,6 +26,8 @@ MANIFEST = Manifest(
     variants=VARIANTS,
     image_shape=(3, 8, 12),
     tokenizer_sha256="f" * 64,
+    rows_per_shard=1000,
+    sha256=[],
 )
 
 
@@ -34,19 +36,18 @@ def levels() -> list[torch.Tensor]:
 
 
 def written(folder: Path, codes: list[torch.Tensor], labels: torch.Tensor | None, manifest: Manifest = MANIFEST) -> Path:
-    folder.mkdir()
-    writer = CodeWriter(folder, manifest)
-    for start in range(0, ROWS, 4):
-        writer.add([level[start : start + 4] for level in codes], None if labels is None else labels[start : start + 4])
-    writer.close()
+    for shard in range(manifest.num_shards):
+        rows = torch.tensor(manifest.shard_rows(shard))
+        write_shard(folder, manifest, shard, [level[rows] for level in codes], None if labels is None else labels[rows])
+    write_manifest(folder, manifest)
     return folder
 
 
-@pytest.mark.parametrize(("rows_per_file", "files"), [(10, 3), (25, 1), (1000, 1)])
-def test_what_is_written_is_read(rows_per_file: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_store, "_ROWS_PER_FILE", rows_per_file)
+@pytest.mark.parametrize(("rows_per_shard", "files"), [(10, 3), (25, 1), (1000, 1)])
+def test_what_is_written_is_read(rows_per_shard: int, files: int, tmp_path: Path) -> None:
     codes, labels = levels(), torch.randint(3, (ROWS,))
-    folder = written(tmp_path / "train", codes, labels)
+    manifest = dataclasses.replace(MANIFEST, rows_per_shard=rows_per_shard)
+    folder = written(tmp_path / "train", codes, labels, manifest)
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     assert names == [f"codes-{number:05d}-of-{files:05d}.safetensors" for number in range(files)]
     store = CodeStore(folder, "f" * 64)
@@ -60,7 +61,9 @@ def test_what_is_written_is_read(rows_per_file: int, files: int, tmp_path: Path,
     assert torch.equal(store.labels, labels)
     for level, counts in zip(codes, store.counts(), strict=True):
         assert np.array_equal(counts, np.bincount(level.flatten().numpy(), minlength=len(counts)))
-    assert store.manifest == MANIFEST
+    sums = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+    assert store.manifest == dataclasses.replace(manifest, sha256=sums)
+    store.verify()
 
 
 def test_codes_take_the_smallest_type(tmp_path: Path) -> None:
@@ -75,11 +78,42 @@ def test_no_labels(tmp_path: Path) -> None:
 
 
 def test_a_missing_row_is_not_closed_over(tmp_path: Path) -> None:
-    writer = CodeWriter(tmp_path, MANIFEST)
-    writer.add([level[:-1] for level in levels()], torch.zeros(ROWS - 1))
     with pytest.raises(AssertionError):
-        writer.close()
-    assert not (tmp_path / "manifest.json").exists()
+        write_shard(tmp_path, MANIFEST, 0, [level[:-1] for level in levels()], torch.zeros(ROWS - 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_take_no_memory_until_they_are_read(tmp_path: Path) -> None:
+    """Of this process's own: pages of the files are the system's, which takes them back when it needs them."""
+    rows = 2**15
+    manifest = dataclasses.replace(MANIFEST, rows=rows, grids=[(32, 32)], num_codes=[512], label_names=None, rows_per_shard=2**13)
+    codes = torch.randint(512, (2**13, VARIANTS, 32, 32))
+    for shard in range(manifest.num_shards):
+        write_shard(tmp_path, manifest, shard, [codes], None)
+    write_manifest(tmp_path, manifest)
+    del codes
+
+    def own_mib() -> float:
+        return sum(int(line.split()[1]) for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "Anonymous:" in line) / 1024
+
+    before = own_mib()
+    store = CodeStore(tmp_path)
+    drawn = torch.randint(rows, (64,))
+    found = store.codes(drawn, drawn % 2)
+    assert own_mib() - before < 16  # of 128 MiB on disk, and what allocators keep
+    assert torch.equal(store.codes(drawn[5:6], drawn[5:6] % 2)[0], found[0][5:6])
+
+
+def test_files_of_format_1_are_read(tmp_path: Path) -> None:
+    """As they were written before shards had a stated size: 65,536 rows a file, and no sums."""
+    codes, labels = levels(), torch.randint(3, (ROWS,))
+    folder = written(tmp_path / "train", codes, labels)
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["rows_per_shard"], content["sha256"]
+    (folder / "manifest.json").write_text(json.dumps({**content, "format": 1}))
+    store = CodeStore(folder, "f" * 64)
+    assert all(torch.equal(mine[:, 0], theirs) for mine, theirs in zip(codes, store.codes(torch.arange(ROWS)), strict=True))
+    store.verify()
 
 
 @pytest.mark.parametrize(
@@ -88,10 +122,10 @@ def test_a_missing_row_is_not_closed_over(tmp_path: Path) -> None:
         ("another tokenizer", "expected codes of the run's tokenizer 000000000000, found codes of ffffffffffff"),
         ("no manifest", r"manifest\.json: expected a JSON file, found nothing"),
         ("broken manifest", r"manifest\.json: expected JSON"),
-        ("foreign manifest", r"manifest\.json: expected a manifest of format 1"),
+        ("foreign manifest", r"manifest\.json: expected a manifest of format 2"),
         ("no codes", r"codes-00000-of-00001\.safetensors: expected a file of codes, found nothing"),
         ("truncated codes", r"codes-00000-of-00001\.safetensors: expected a file of codes, found a truncated"),
-        ("codes too high", "expected codes .* below 7"),
+        ("other codes", r"codes-00000-of-00001\.safetensors: expected \{.*\(25, 2, 4, 6\).*found .*\(24, 2, 4, 6\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(damage: str, message: str, tmp_path: Path) -> None:
@@ -107,9 +141,27 @@ def test_what_does_not_fit_is_refused(damage: str, message: str, tmp_path: Path)
         codes.unlink()
     elif damage == "truncated codes":
         codes.write_bytes(codes.read_bytes()[:-10])
-    elif damage == "codes too high":
+    elif damage == "other codes":
         content = safetensors.numpy.load_file(codes)
-        content["level1"][3, 0, 1, 1] = 7
-        safetensors.numpy.save_file(content, codes)
+        safetensors.numpy.save_file({**content, "level1": content["level1"][1:]}, codes)
     with pytest.raises(UserError, match=message):
         CodeStore(folder, "0" * 64 if damage == "another tokenizer" else "f" * 64)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_became_of_codes_since_they_were_written_is_found(known: bool, tmp_path: Path) -> None:
+    """By the sum of their file; and a code that the codebook does not have at the latest where it is read."""
+    folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))
+    path = folder / "codes-00000-of-00001.safetensors"
+    content = safetensors.numpy.load_file(path)
+    content["level1"][3, 0, 1, 1] = 7
+    safetensors.numpy.save_file(content, path)
+    if not known:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": []}))
+    store = CodeStore(folder)
+    with pytest.raises(UserError, match="as it was written" if known else "expected codes of level 1 below 7, found 7"):
+        store.verify()
+    with pytest.raises(UserError, match="expected codes of level 1 below 7, found 7"):
+        store.codes(torch.tensor([1, 3]))
+    store.codes(torch.tensor([1, 2]))

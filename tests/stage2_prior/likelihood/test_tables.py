@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 
 from configs.run_dir import RunDir, read_json
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.codes.store import CodeStore, CodeWriter
+from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.likelihood.bits import mean_over_tokens, measure, unigram_bits
 from stage2_prior.likelihood.tables import likelihood_report, markdown
 from stage2_prior.priors.prior_file import load_prior
@@ -23,13 +24,10 @@ from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, manifest, rand
 
 def store(folder: Path, images: int, num_classes: int) -> CodeStore:
     layout = LAYOUTS["top and bottom"]
-    folder.mkdir()
-    content = manifest(layout, num_classes)
-    object.__setattr__(content, "rows", images)
-    writer = CodeWriter(folder, content)
+    content = dataclasses.replace(manifest(layout, num_classes), rows=images, rows_per_shard=images)
     codes = random_codes(layout, images)
-    writer.add([level[:, None] for level in codes], torch.arange(images) % 3 if num_classes else None)
-    writer.close()
+    write_shard(folder, content, 0, [level[:, None] for level in codes], torch.arange(images) % 3 if num_classes else None)
+    write_manifest(folder, content)
     return CodeStore(folder)
 
 

@@ -62,4 +62,6 @@ def manifest(layout: SequenceLayout, num_classes: int = 0) -> Manifest:
         variants=1,
         image_shape=(3, 8, 8),
         tokenizer_sha256="0" * 64,
+        rows_per_shard=1,
+        sha256=[],
     )
