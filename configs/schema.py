@@ -55,6 +55,10 @@ class Data:
     """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
     seed: int = 0
     """Seed of the draw of validation images."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What an image that cannot be read does: end the command, or be left out, counted and listed in the run."""
+    most_skipped: float = 0.01
+    """Share of a split's images; if more cannot be read, the command ends all the same."""
     cache: str | None = None
     """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
 
@@ -63,6 +67,7 @@ class Data:
         require(self.width >= 1, "data.width", "at least 1", self.width)
         require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)
         require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
+        require(0 <= self.most_skipped < 1, "data.most_skipped", "a share of at least 0, below 1", self.most_skipped)
 
 
 @dataclass(frozen=True, kw_only=True)

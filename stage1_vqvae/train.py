@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
-from configs.run_dir import RunDir, program, write_yaml
+from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import DiscriminatorPart, Recipe, Stage1
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             write_yaml(run.recipe, recipe_dict(recipe))
             run.record(program(), command.arguments, recipe_dict(recipe))
+            if images.skipped:
+                write_json(run.stage1 / "skipped.json", images.skipped)
         accelerator.wait_for_everyone()
         train(accelerator, run, recipe, images, resume)
         accelerator.print(f"next: {command.next(EXTRACT_CODES)}")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from configs.errors import UserError, say
+from configs.run_dir import read_json, write_json
 
 _FORMAT = 1
 _PATIENCE = 0.2  # seconds between two looks for what another process decodes
@@ -38,31 +39,44 @@ def files_identity(files: Iterable[Path]) -> str:
     return found.hexdigest()
 
 
+class CachedImages(NamedTuple):
+    """Decoded images."""
+
+    pixels: Tensor
+    """uint8 (N, H, W, C), mapped from a file."""
+    skipped: dict[int, str]
+    """Which of those asked for are not among them, and why."""
+
+
 def cached(
     folder: Path,
     identity: dict[str, Any],
     shape: tuple[int, ...],
-    decode: Callable[[], Iterable[np.ndarray]],
+    decode: Callable[[], Iterable[np.ndarray | str]],
     what: str,
-) -> Tensor:
-    """Images as a uint8 tensor of that shape, mapped from a file that is written first if it is not there.
+) -> CachedImages:
+    """Images from the file of the cache that has them, which is written first if it is not there.
 
     One process of the machine decodes; the others wait for it.
 
     Args:
         folder: the cache.
         identity: all that decides what the pixels are.
-        shape: (N, H, W, C).
-        decode: their parts, in order.
+        shape: (N, H, W, C) of those asked for.
+        decode: each of them, in order, or why it cannot be decoded.
         what: they are, for messages.
     Errors: UserError if the disk has no room for them; OSError with the file's name.
     """
     versions = {"format": _FORMAT, "pillow": metadata.version("pillow"), "datasets": metadata.version("datasets")}
     key = hashlib.sha256(json.dumps({**versions, **identity, "shape": shape}, sort_keys=True).encode()).hexdigest()[:32]
-    path, size = folder / f"{key}.pixels", math.prod(shape)
+    path, size = folder / f"{key}.pixels", math.prod(shape[1:])
+    noted = path.with_suffix(".json")
+
+    def skipped() -> dict[int, str]:
+        return {int(row): reason for row, reason in read_json(noted)["skipped"].items()}
 
     def there() -> bool:
-        return path.exists() and path.stat().st_size == size
+        return noted.exists() and path.exists() and path.stat().st_size == size * (shape[0] - len(skipped()))
 
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     while not (first or there()):
@@ -70,26 +84,33 @@ def cached(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"):  # of another command
         if not there():
-            _write(path, size, decode(), what)
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).view(shape)
+            left_out = _write(path, size * shape[0], decode(), what)
+            write_json(noted, {"what": what, "shape": shape, **identity, "skipped": left_out})
+    left_out = skipped()
+    count = shape[0] - len(left_out)
+    pixels = torch.from_file(str(path), shared=False, size=size * count, dtype=torch.uint8).view(count, *shape[1:])
+    return CachedImages(pixels, left_out)
 
 
-def _write(path: Path, size: int, parts: Iterable[np.ndarray], what: str) -> None:
+def _write(path: Path, size: int, images: Iterable[np.ndarray | str], what: str) -> dict[int, str]:
     free = shutil.disk_usage(path.parent).free
     if size > free:
         wanted = f"room for {_amount(size)} of decoded images of {what}"
         raise UserError(f"data.cache {path.parent}: expected {wanted}, found {_amount(free)} free; name another folder with --data.cache")
     say(f"{what}: keeping decoded images in {path.parent}, {_amount(size)}")
-    unfinished = path.with_suffix(".unfinished")
+    unfinished, skipped = path.with_suffix(".unfinished"), {}
     try:
         with open(unfinished, "wb") as file:
-            for part in parts:
-                file.write(part.tobytes())
-        assert unfinished.stat().st_size == size
+            for row, image in enumerate(images):
+                if isinstance(image, str):
+                    skipped[row] = image
+                else:
+                    file.write(image.tobytes())
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+    return skipped
 
 
 def _amount(size: int) -> str:

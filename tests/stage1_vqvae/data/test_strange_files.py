@@ -1,0 +1,154 @@
+"""What becomes of files that users have and nobody expects, as a table: the file, and the picture or the line that it gives."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import UserError
+from configs.schema import Data
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
+
+HEIGHT, WIDTH = 8, 12
+RED, WHITE, GREY = (255, 0, 0), (255, 255, 255), (128, 128, 128)
+
+
+def half_red() -> Image.Image:
+    """Left half red, right half white."""
+    picture = Image.new("RGB", (WIDTH, HEIGHT), WHITE)
+    picture.paste(RED, (0, 0, WIDTH // 2, HEIGHT))
+    return picture
+
+
+def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def truncated_jpeg() -> bytes:
+    content = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG")
+    return content[: len(content) // 2]
+
+
+def sixteen_bits() -> bytes:
+    return encoded(Image.fromarray(np.full((HEIGHT, WIDTH), 128 * 257, np.uint16)), "PNG")
+
+
+def cmyk() -> bytes:
+    return encoded(half_red().convert("CMYK"), "JPEG", quality=95, subsampling=0)
+
+
+def transparent_gif() -> bytes:
+    picture = half_red().quantize(4)
+    return encoded(picture, "GIF", transparency=picture.getpixel((WIDTH - 1, 0)))
+
+
+def turned() -> bytes:
+    """Stored on its side, with a note of how it is to be shown."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    return encoded(half_red().rotate(90, expand=True), "JPEG", exif=exif, quality=95, subsampling=0)
+
+
+def wide() -> bytes:
+    """Red, but for its middle."""
+    picture = Image.new("RGB", (20_000, HEIGHT), RED)
+    picture.paste(half_red(), ((20_000 - WIDTH) // 2, 0))
+    return encoded(picture, "PNG")
+
+
+def dot() -> bytes:
+    return encoded(Image.new("RGB", (1, 1), GREY), "PNG")
+
+
+def animated() -> bytes:
+    return encoded(half_red(), "GIF", save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT), GREY)])
+
+
+AS_IT_LOOKS: tuple[tuple[int, int, int], tuple[int, int, int]] = (RED, WHITE)
+TABLE: dict[str, tuple[str, Callable[[], bytes], object]] = {
+    # what: file name, content, colours of the left and the right half as they are learned from, or words of the line
+    "16-bit grey": ("a.png", sixteen_bits, (GREY, GREY)),
+    "CMYK": ("a.jpg", cmyk, AS_IT_LOOKS),
+    "palette with transparency": ("a.gif", transparent_gif, AS_IT_LOOKS),
+    "turned by EXIF": ("a.jpg", turned, AS_IT_LOOKS),
+    "an animation's first picture": ("a.gif", animated, AS_IT_LOOKS),
+    "one pixel": ("a.png", dot, (GREY, GREY)),
+    "20,000 pixels wide": ("a.png", wide, AS_IT_LOOKS),
+    "a JPEG named PNG": ("a.png", cmyk, AS_IT_LOOKS),
+    "a truncated JPEG": ("a.jpg", truncated_jpeg, ["a.jpg: expected a readable image", "truncated"]),
+    "an empty file": ("a.png", bytes, ["a.png: expected a readable image", "cannot identify"]),
+    "text": ("a.png", lambda: b"hello", ["a.png: expected a readable image", "cannot identify"]),
+    "400 million pixels": (
+        "a.png",
+        lambda: encoded(Image.new("1", (20_000, 20_000)), "PNG"),
+        ["a.png: expected a readable image", "400000000 pixels"],
+    ),
+    "a name that is not UTF-8": (os.fsdecode(b"\xff.png"), dot, ["\\xff.png", "expected a name in UTF-8"]),
+    "a hidden file": (".a.png", lambda: b"hello", None),
+}
+
+
+def load(folder: Path, cache: Path) -> np.ndarray:
+    """All pictures of a folder, sorted by nothing but chance."""
+    found = load_images(Data(path=str(folder), cache=str(cache), height=HEIGHT, width=WIDTH, validation_share=0.5)).splits
+    return np.concatenate([found[TRAIN].pixels.numpy(), found[VALIDATION].pixels.numpy()]).astype(int)
+
+
+@pytest.mark.parametrize("what", TABLE)
+def test_each_file_gives_its_picture_or_one_line(what: str, tmp_path: Path) -> None:
+    name, content, outcome = TABLE[what]
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (WIDTH, HEIGHT), (0, 0, number)).save(folder / f"{number}.png")
+    (folder / name).write_bytes(content())
+    if isinstance(outcome, list):
+        with pytest.raises(UserError) as error:
+            load(folder, tmp_path / "cache")
+        assert all(words in str(error.value) for words in outcome), error.value
+        assert "\n" not in str(error.value)
+        return
+    pictures = load(folder, tmp_path / "cache")
+    bright = [picture for picture in pictures if picture.max() > 1]
+    assert len(pictures) == 2 + len(bright)
+    if outcome is None:
+        assert not bright
+        return
+    (picture,) = bright
+    assert isinstance(outcome, tuple)
+    for half, colour in zip((picture[:, : WIDTH // 2 - 1], picture[:, WIDTH // 2 + 1 :]), outcome, strict=True):
+        assert np.abs(half.mean((0, 1)) - colour).max() < 12  # of JPEG
+
+
+@pytest.mark.parametrize("link", ["to itself", "to nothing", "to its folder"])
+def test_links_that_lead_nowhere_are_no_images(link: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (WIDTH, HEIGHT), (0, 0, number)).save(folder / f"{number}.png")
+    target = {"to itself": folder / "a.png", "to nothing": folder / "b.png", "to its folder": folder}[link]
+    os.symlink(target, folder / ("sub" if target == folder else "a.png"))
+    assert len(load(folder, tmp_path / "cache")) == 4
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images would be missing, and nobody would know."""
+    real = os.scandir
+
+    def refusing(path: object) -> object:
+        if str(path).endswith("down"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"down: expected a folder that can be read, found: Permission denied"):
+        load(pictures, tmp_path)
