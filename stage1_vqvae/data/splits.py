@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,9 +29,17 @@ class ImageSplit:
 class ImageSource:
     """The splits of a data set, `train` and `validation` always among them, and the names of its labels."""
 
-    def __init__(self, splits: dict[str, ImageSplit], label_names: list[str] | None, skipped: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        splits: dict[str, ImageSplit],
+        label_names: list[str] | None,
+        identities: Mapping[str, str] | None = None,
+        skipped: Sequence[str] = (),
+    ) -> None:
         self.splits = splits
         self.label_names = label_names
+        self.identities = dict(identities or {})
+        """Of each split, what is another if the files that it was read from are."""
         self.skipped = list(skipped)
         """A line for each image that could not be read and was left out."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
@@ -112,7 +113,14 @@ def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
     assert not list(run_copy.glob("codes.*"))
 
 
-def test_what_another_extraction_left_is_not_gone_on_with(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", ["augmentation", "images"])
+def test_what_another_extraction_left_is_not_gone_on_with(
+    other: str, pictures: Path, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other settings, or of a folder whose images have changed since."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    (run_copy / "recipe.yaml").write_text((run_copy / "recipe.yaml").read_text().replace(str(pictures), str(folder)))
+
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device", "codes")
 
@@ -120,10 +128,15 @@ def test_what_another_extraction_left_is_not_gone_on_with(run_copy: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "finish", fail)
         with pytest.raises(OSError, match="No space"):
-            main([*words, "--extraction.augmentation", "horizontal_flip"])
+            main([*words, "--extraction.augmentation", "horizontal_flip"] if other == "augmentation" else words)
+    if other == "images":
+        for path in folder.rglob("*.png"):
+            Image.open(path).rotate(180).save(path)
     main(words)
     assert read_manifest(run_copy / "codes/train").variants == 1
-    CodeStore(run_copy / "codes/train").verify()
+    after = contents(run_copy / "codes")
+    main(words)
+    assert contents(run_copy / "codes") == after
 
 
 def test_verify_reads_all_codes_through(run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]) -> None:
