@@ -282,7 +282,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
     if stage1.init_from is not None:
         stage1 = dataclasses.replace(stage1, init_from=str(RunDir.named(stage1.init_from).path.resolve()))
     terms: dict[str, Any] = {name: whole(getattr(stage1, name), "weights") for name in ("perceptual", "adversarial")}
-    return dataclasses.replace(recipe, data=whole(recipe.data, "path"), stage1=dataclasses.replace(stage1, **terms))
+    return dataclasses.replace(recipe, data=whole(whole(recipe.data, "path"), "cache"), stage1=dataclasses.replace(stage1, **terms))
 
 
 def _spelled(argument: str) -> str:

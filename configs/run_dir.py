@@ -116,7 +116,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def replace_folder(path: Path, by: Path) -> None:
     """Give a folder's name to another beside it, and remove what had it."""
     for leftover in path.parent.glob(f"{path.name}.old-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")
     if path.exists():
         os.rename(path, outgoing)

@@ -138,7 +138,7 @@ def check_options(command: Command) -> None:
             continue
         if not key:
             raise UserError(f"--{name}: expected options of single keys, --{name}.KEY, found the whole section")
-        if section in ("compute", "evaluation") or not run.tokenizer.exists():
+        if section in ("compute", "evaluation") or name == "data.cache" or not run.tokenizer.exists():
             continue
         asked, there = (flattened(recipe_dict(recipe)).get(name) for recipe in (command.recipe, load_recipe(run.recipe)))
         if asked != there:

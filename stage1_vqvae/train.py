@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             run.record(program(), command.arguments, recipe_dict(recipe))
             if images.skipped:
                 write_json(run.stage1 / "skipped.json", images.skipped)
+            else:
+                (run.stage1 / "skipped.json").unlink(missing_ok=True)  # of images that have been repaired
         accelerator.wait_for_everyone()
         train(accelerator, run, recipe, images, resume)
         accelerator.print(f"next: {command.next(EXTRACT_CODES)}")

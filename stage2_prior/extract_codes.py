@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
@@ -34,7 +35,7 @@ from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.codes.store import CodeStore, Manifest, read_manifest, write_manifest, write_shard
+from stage2_prior.codes.store import CodeStore, Manifest, open_shard, read_manifest, write_manifest, write_shard
 
 _PLAN = "plan.json"
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 def verify(command: Command) -> None:
     """Read a run's codes through and say how many there are. Errors: UserError for the first file that is not as it was written."""
     run = command.run
-    folders = [path.parent for path in sorted(run.codes.glob("*/manifest.json"))]
+    folders = sorted(path for path in run.codes.glob("*") if path.is_dir())
     if not folders:
         raise UserError(f"{run}: expected codes, found none; {command.next(EXTRACT_CODES)}")
     for folder in folders:
@@ -97,36 +98,51 @@ def _is_done(run: RunDir, config: Extraction) -> bool:
 
 
 def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: ImageSource, recipe: Recipe) -> None:
-    """Encode all splits, a shard after another, each process its own; shards of the same extraction that are there already are kept."""
+    """Encode all splits, a shard after another, each process its own; shards of the same extraction that are there already are kept.
+
+    Errors: UserError for codes that do not decode to the tokenizer's own reconstructions, and a disk that the processes do not share.
+    """
     config, folder, main = recipe.extraction, run.unfinished_codes, accelerator.is_main_process
     manifests = {name: manifest_of(name, source, tokenizer, config, fingerprint(run.tokenizer)) for name in source.splits}
-    if main:
-        begin(folder, recipe, source, manifests)
-    accelerator.wait_for_everyone()
-    shards = [(manifest, shard) for manifest in manifests.values() for shard in range(manifest.num_shards)]
-    missing = [(manifest, shard) for manifest, shard in shards if not (folder / manifest.split / manifest.shard_name(shard)).exists()]
-    if main and len(missing) < len(shards):
-        print(f"{run}: going on, {len(shards) - len(missing)} of {len(shards)} files of codes are there")
-    accelerator.wait_for_everyone()  # until all have looked
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    total = sum(len(manifest.shard_rows(shard)) for manifest, shard in mine)
+    shards = [(name, shard) for name, manifest in manifests.items() for shard in range(manifest.num_shards)]
+    missing = [begin(folder, recipe, source, manifests, shards) if main else []]
+    broadcast_object_list(missing)  # one process looks, since several might see different things
+    if main and len(missing[0]) < len(shards):
+        print(f"{run}: going on, {len(shards) - len(missing[0])} of {len(shards)} files of codes are there")
+    mine = missing[0][accelerator.process_index :: accelerator.num_processes]
+    total = sum(len(manifests[name].shard_rows(shard)) for name, shard in mine)
     whose = "" if accelerator.num_processes == 1 else f" (one process of {accelerator.num_processes})"
     with progress_bar(total, f"extract{whose}", "img", shown=main) as bar:
-        for manifest, shard in mine:
-            split, rows = source.splits[manifest.split], manifest.shard_rows(shard)
-            found = []
-            for part in batches_of(rows, config.batch_size):
-                found.append(encode(tokenizer, split.pixels[part].to(accelerator.device), manifest.augmentation))
+        for number, (name, shard) in enumerate(mine):
+            split, manifest = source.splits[name], manifests[name]
+            rows, found = manifest.shard_rows(shard), []
+            for part in batches(len(rows), config.batch_size):
+                pixels = split.pixels[rows.start + part.start : rows.start + part.stop].to(accelerator.device)
+                found.append(encode(tokenizer, pixels, manifest.augmentation))
                 bar.update(part.stop - part.start)
             codes = [torch.cat(level) for level in zip(*found, strict=True)]
             labels = None if split.labels is None else split.labels[rows.start : rows.stop]
-            write_shard(folder / manifest.split, manifest, shard, codes, labels)
+            write_shard(folder / name, manifest, shard, codes, labels)
+            if number in (0, len(mine) - 1):
+                try:
+                    check(tokenizer, folder / name, manifest, shard, split, config.batch_size, accelerator.device)
+                except UserError:
+                    (folder / _PLAN).unlink(missing_ok=True)  # so that nothing goes on with these
+                    raise
     accelerator.wait_for_everyone()
     if main:
-        for manifest in manifests.values():
-            finish(folder, manifest, tokenizer, source.splits[manifest.split], config, accelerator.device)
-        (folder / _PLAN).unlink()
+        unseen = [name for name, shard in shards if not (folder / name / manifests[name].shard_name(shard)).exists()]
+        if unseen:
+            raise UserError(
+                f"{folder}: expected files of codes of all processes, found {len(unseen)} missing; they must share the run's disk"
+            )
+        for name, manifest in manifests.items():
+            write_manifest(folder / name, manifest)
+            counts = [torch.from_numpy(level) for level in CodeStore(folder / name).counts()]
+            per_variant = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
+            print(f"{name}: {manifest.rows} images{per_variant}, usage {usage(*counts):.1%}, perplexity {perplexity(*counts):.1f}")
         replace_folder(run.codes, folder)
+        (run.codes / _PLAN).unlink()
 
 
 def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
@@ -149,9 +165,11 @@ def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extrac
     )
 
 
-def begin(folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str, Manifest]) -> None:
+def begin(
+    folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str, Manifest], shards: list[tuple[str, int]]
+) -> list[tuple[str, int]]:
     """Make the folder of an extraction, or leave it if it is of this one: the same images, to be encoded by the same tokenizer in the
-    same batches.
+    same batches. Returns which of the shards are still to be made.
     """
     plan = {
         "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None)),
@@ -169,10 +187,14 @@ def begin(folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str
     if not same:
         write_json(folder / _PLAN, plan)
 
+    def whole(name: str, shard: int) -> bool:
+        try:
+            open_shard(folder / name, manifests[name], shard)
+        except UserError:
+            return False
+        return True
 
-def batches_of(rows: range, batch_size: int) -> list[slice]:
-    """A shard's rows in batches: the same whatever process encodes it, since another batch's rounding may choose another near code."""
-    return [slice(rows.start + part.start, rows.start + part.stop) for part in batches(len(rows), batch_size)]
+    return [(name, shard) for name, shard in shards if not whole(name, shard)]
 
 
 @torch.no_grad()
@@ -186,38 +208,20 @@ def encode(tokenizer: VQVAE, pixels: Tensor, augmentation: Augmentation) -> list
     return [torch.stack(level, 1).cpu() for level in zip(*variants, strict=True)]
 
 
-def finish(folder: Path, manifest: Manifest, tokenizer: VQVAE, split: ImageSplit, config: Extraction, device: torch.device) -> None:
-    """Write the manifest of a split whose shards are there, look into its codes, and say what they are.
-
-    Errors: UserError if they do not decode to the tokenizer's own reconstructions; no shard of the folder is kept.
-    """
-    write_manifest(folder / manifest.split, manifest)
-    store = CodeStore(folder / manifest.split, manifest.tokenizer_sha256)
-    try:
-        check(tokenizer, store, split, config.batch_size, device)
-    except UserError:
-        shutil.rmtree(folder)
-        raise
-    counts = [torch.from_numpy(level) for level in store.counts()]
-    per_variant = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
-    print(f"{manifest.split}: {len(split)} images{per_variant}, usage {usage(*counts):.1%}, perplexity {perplexity(*counts):.1f}")
-
-
 @torch.no_grad()
-def check(tokenizer: VQVAE, store: CodeStore, split: ImageSplit, batch_size: int, device: torch.device) -> None:
-    """Decode stored codes and compare with the tokenizer's own reconstructions: the first batch and the last, as they were encoded.
+def check(tokenizer: VQVAE, folder: Path, manifest: Manifest, shard: int, split: ImageSplit, batch_size: int, device: torch.device) -> None:
+    """Decode the first batch of a shard that this process has just written, and compare with the tokenizer's own reconstructions.
 
     Errors: UserError if they differ by more than one step of 255.
     """
-    parts = [part for shard in range(store.manifest.num_shards) for part in batches_of(store.manifest.shard_rows(shard), batch_size)]
-    for part in parts[:1] + parts[1:][-1:]:
-        codes = tuple(level.to(device) for level in store.codes(torch.arange(part.start, part.stop)))
-        stored = to_uint8(tokenizer.decode(codes)).int()
-        own = to_uint8(tokenizer(to_model(split.pixels[part].to(device))).reconstruction).int()
-        apart = int((stored - own).abs().max())
-        if apart > 1:
-            expected = "expected stored codes to decode to the tokenizer's own reconstructions"
-            raise UserError(f"{store.manifest.split}: {expected}, found pixels {apart} of 255 apart")
+    content, rows = open_shard(folder, manifest, shard), manifest.shard_rows(shard)[:batch_size]
+    levels = [content[f"level{level}"][: len(rows), 0].astype("int64") for level in range(len(manifest.grids))]
+    stored = to_uint8(tokenizer.decode(tuple(torch.from_numpy(level).to(device) for level in levels))).int()
+    own = to_uint8(tokenizer(to_model(split.pixels[rows.start : rows.stop].to(device))).reconstruction).int()
+    apart = int((stored - own).abs().max())
+    if apart > 1:
+        expected = "expected stored codes to decode to the tokenizer's own reconstructions"
+        raise UserError(f"{manifest.split}: {expected}, found pixels {apart} of 255 apart")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
 
 _FORMAT = 1
-_PATIENCE = 0.2  # seconds between two looks for what another process decodes
+_HEAD_START = 1.0  # second
 
 
 def default_folder() -> Path:
@@ -35,7 +36,7 @@ def files_identity(files: Iterable[Path]) -> str:
     found = hashlib.sha256()
     for path in files:
         status = path.stat()
-        found.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        found.update(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
     return found.hexdigest()
 
 
@@ -78,27 +79,31 @@ def cached(
     def there() -> bool:
         return noted.exists() and path.exists() and path.stat().st_size == size * (shape[0] - len(skipped()))
 
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    while not (first or there()):
-        time.sleep(_PATIENCE)  # for the process that shows its progress; a launcher ends all if that one fails
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{key}.lock"):  # of another command
-        if not there():
-            left_out = _write(path, size * shape[0], decode(), what)
-            write_json(noted, {"what": what, "shape": shape, **identity, "skipped": left_out})
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not there():
+        time.sleep(_HEAD_START)  # so that the process that shows its progress is the one that decodes
+    if not there():  # what is there may be read-only
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            if not there():
+                left_out = _write(path, size * shape[0], decode(), what)
+                write_json(noted, {"what": what, "shape": shape, **identity, "skipped": left_out})
     left_out = skipped()
     count = shape[0] - len(left_out)
-    pixels = torch.from_file(str(path), shared=False, size=size * count, dtype=torch.uint8).view(count, *shape[1:])
-    return CachedImages(pixels, left_out)
+    # Read-only: a private map that could be written into would need as much memory, promised if not taken, as the file is long.
+    mapped = np.memmap(path, np.uint8, "r", shape=(count, *shape[1:]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return CachedImages(torch.from_numpy(mapped), left_out)
 
 
 def _write(path: Path, size: int, images: Iterable[np.ndarray | str], what: str) -> dict[int, str]:
+    unfinished, skipped = path.with_suffix(".unfinished"), {}
+    unfinished.unlink(missing_ok=True)  # of a command that was killed
     free = shutil.disk_usage(path.parent).free
     if size > free:
         wanted = f"room for {_amount(size)} of decoded images of {what}"
-        raise UserError(f"data.cache {path.parent}: expected {wanted}, found {_amount(free)} free; name another folder with --data.cache")
+        raise UserError(f"data.cache {path.parent}: expected {wanted}, found {_amount(free)} free; make room, or name another folder")
     say(f"{what}: keeping decoded images in {path.parent}, {_amount(size)}")
-    unfinished, skipped = path.with_suffix(".unfinished"), {}
     try:
         with open(unfinished, "wb") as file:
             for row, image in enumerate(images):
@@ -106,9 +111,13 @@ def _write(path: Path, size: int, images: Iterable[np.ndarray | str], what: str)
                     skipped[row] = image
                 else:
                     file.write(image.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk, or a quota
+            raise OSError(error.errno, error.strerror, str(unfinished)) from error
         raise
     return skipped
 

@@ -13,17 +13,23 @@ from configs.schema import Data
 _MODES = {1: "L", 3: "RGB"}
 
 
+class UnreadableImage(UserError):
+    """An image whose bytes were read, and are none, whoever asks."""
+
+
 def decode_image(content: bytes | None, path: str, data: Data) -> np.ndarray:
     """An encoded image (or the file at `path`) as uint8 (H, W, C): turned upright, composed over `data.background` where it is
     transparent, converted to `data.channels`, scaled to cover height x width and cropped at the centre.
 
-    Errors: UserError with the path if it cannot be read.
+    Errors: UserError with the path if it cannot be read; UnreadableImage if that is what it holds.
     """
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as opened:
             image = _converted(_composed(ImageOps.exif_transpose(opened), data.background), _MODES[data.channels])
     except Exception as error:  # decoders of damaged files raise anything
-        raise UserError(f"{path}: expected a readable image, found: {error}") from None
+        passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+        kind = UserError if passing else UnreadableImage
+        raise kind(f"{path}: expected a readable image, found: {error}") from None
     return _fit(image, data)
 
 

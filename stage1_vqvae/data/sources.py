@@ -10,7 +10,7 @@ import hashlib
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing_extensions import override
 from configs.errors import UserError, say
 from configs.schema import Data
 from stage1_vqvae.data.cache import CachedImages, cached, default_folder, files_identity
-from stage1_vqvae.data.decoding import decode_image, fit_grey
+from stage1_vqvae.data.decoding import UnreadableImage, decode_image, fit_grey
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, stratified_draw
 from stage1_vqvae.training.progress import progress_bar
 
@@ -38,6 +38,7 @@ _SPLIT_NAMES = {"train": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "
 # The files of the original MNIST distribution, which Fashion-MNIST and others keep.
 _IDX_STEMS = {TRAIN: "train", TEST: "t10k"}
 _DECODED_AT_ONCE = 1024
+_NOT_OURS = ("lost+found",)  # at the root of a file system, for nobody but its owner
 
 
 class _Split(ABC):
@@ -100,7 +101,7 @@ class _EncodedSplit(_Split):
         def decode(row: int, record: dict[str, Any]) -> np.ndarray | str:
             try:
                 return decode_image(record["bytes"], record["path"] or f"{what}: image {row}", data)
-            except UserError as error:
+            except UnreadableImage as error:
                 if data.on_error == "raise":
                     raise
                 skipped.append(str(error))
@@ -189,36 +190,49 @@ def _load_path(data: Data, wanted: set[str]) -> tuple[dict[str, _Split], list[st
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"data.path {path}: expected a folder or a .parquet file, found a {path.suffix or 'plain'} file")
-        return _encoded(_open("parquet", f"data.path {path}", data_files={TRAIN: str(path)}), wanted, data, [path])
+        return _encoded(_open("parquet", f"data.path {path}", data_files={TRAIN: str(path)}), wanted, data, {TRAIN: [path]})
     files = _files_below(path)
     if any(file.suffix == ".parquet" for file in files):
-        parquet = {}
+        parquet: dict[str, list[Path]] = {}
         for name, split in _SPLIT_NAMES.items():
-            matching = sorted(str(f) for f in files if f.suffix == ".parquet" and f.name.startswith((f"{name}-", f"{name}.")))
+            matching = sorted(f for f in files if f.suffix == ".parquet" and f.name.startswith((f"{name}-", f"{name}.")))
             if matching:
                 parquet[split] = matching
-        unnamed = {TRAIN: sorted(str(f) for f in files if f.suffix == ".parquet")}
-        return _encoded(_open("parquet", f"data.path {path}", data_files=parquet or unnamed), wanted, data, files)
+        parquet = parquet or {TRAIN: sorted(file for file in files if file.suffix == ".parquet")}
+        named = {split: list(map(str, found)) for split, found in parquet.items()}
+        return _encoded(_open("parquet", f"data.path {path}", data_files=named), wanted, data, parquet)
     known = set(Image.registered_extensions())
-    if not any(file.suffix.lower() in known for file in files):
+    images = [file for file in files if file.suffix.lower() in known]
+    if not images:
         raise UserError(f"data.path {path}: expected images, found {len(files)} files and none that is an image")
     # Folders named as splits are splits; file names never are, whatever they begin with.
     folders = {folder.name: _SPLIT_NAMES[folder.name] for folder in path.iterdir() if folder.is_dir() and folder.name in _SPLIT_NAMES}
     data_files = {split: [str(path / name / "**")] for name, split in folders.items()} or {TRAIN: [str(path / "**")]}
-    return _encoded(_open("imagefolder", f"data.path {path}", data_files=data_files), wanted, data, files)
+    of_splits = {split: sorted(file for file in images if file.is_relative_to(path / name)) for name, split in folders.items()}
+    return _encoded(_open("imagefolder", f"data.path {path}", data_files=data_files), wanted, data, of_splits or {TRAIN: sorted(images)})
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files of a folder and of those in it, hidden ones aside.
+    """The files of a folder and of those in it, what is hidden aside.
 
-    Errors: UserError for a folder that cannot be read, whose images would be missing unnoticed, and a name that `datasets` cannot take.
+    Errors: UserError for a folder that cannot be read, or that is a link: its images would be missing, and nobody would know. For a name
+    that `datasets` cannot take.
     """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: expected a folder that can be read, found: {error.strerror}")
 
     found = []
-    for parent, _, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _NOT_OURS]
+        for name in folders:
+            path = Path(parent, name)
+            if path.is_symlink():
+                if path.parent != folder or name not in _SPLIT_NAMES:
+                    raise UserError(
+                        f"{path}: expected a folder, found a link to one, which `datasets` would pass over; put the folder there"
+                    )
+                found += _files_below(path)
         for name in names:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():
@@ -270,7 +284,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def _encoded(
-    source: datasets.DatasetDict, wanted: set[str], data: Data, files: Iterable[Path] | None = None
+    source: datasets.DatasetDict, wanted: set[str], data: Data, files: Mapping[str, Sequence[Path]] | None = None
 ) -> tuple[dict[str, _Split], list[str] | None]:
     """The wanted splits of a Hugging Face data set; its first image column and its first label column count.
 
@@ -278,7 +292,7 @@ def _encoded(
         source: the data set.
         wanted: names of splits.
         data: the recipe's.
-        files: from which it was loaded; None: from those that `datasets` has fetched.
+        files: of each split, from which it was loaded; None: from those that `datasets` has fetched.
     """
     import datasets
 
@@ -295,16 +309,18 @@ def _encoded(
         if len(rows) == 0:
             raise UserError(f"{data.path or data.name}: expected images in split {name}, found none")
         labels = None
-        if label_column is not None:
+        found = [] if label_column is None else list(rows[label_column][:])
+        if label_column is not None and any(label is not None for label in found):
             label_names = list(rows.features[label_column].names)
-            labels = np.asarray(rows[label_column][:], dtype=np.int64)
+            labels = np.asarray([-1 if label is None else label for label in found], dtype=np.int64)
             unlabelled = int((labels < 0).sum())
             if unlabelled and split == TEST:  # contests publish their test images so
                 labels = None
             elif unlabelled:
                 raise UserError(f"{data.path or data.name}: expected a label for every image of {name}, found {unlabelled} without")
-        of_files = files_identity(sorted(files) if files is not None else [Path(file["filename"]) for file in rows.cache_files])
-        splits[split] = _EncodedSplit(name, rows.select_columns([image_column]), labels, of_files)
+        of_files = files[split] if files is not None else [Path(file["filename"]) for file in rows.cache_files]
+        identity = f"{data.name if files is None else ''} {image_column} {len(rows)} {files_identity(of_files)}"
+        splits[split] = _EncodedSplit(name, rows.select_columns([image_column]), labels, identity)
     return splits, label_names
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Compute
 
 _COMPILER = "inductor"
+# With another process: one host may have its images decoded when another begins to.
+_PATIENCE = timedelta(hours=2)
 
 
 def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
@@ -39,7 +43,7 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
         log_with=compute.tracker,
         dynamo_backend=_COMPILER if compute.compile else None,
         project_dir=logging_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:

@@ -29,6 +29,7 @@ from stage1_vqvae.quantizers.contract import Codes
 
 _FORMAT = 2
 _MANIFEST = "manifest.json"
+_MADE_BY = "tokenizer_sha256"
 # What manifests of format 1 do not say: all of their shards were of this size, and had no sum.
 _SINCE_1 = {"rows_per_shard": 2**16, "sha256": []}
 
@@ -88,13 +89,39 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, codes: Sequence[Te
         tensors[f"level{level}"] = grid.cpu().numpy().astype(smallest_dtype(number))
     if labels is not None:
         tensors["labels"] = labels.numpy().astype(smallest_dtype(len(manifest.label_names or ())))
-    write_bytes(folder / manifest.shard_name(shard), safetensors.numpy.save(tensors))
+    write_bytes(folder / manifest.shard_name(shard), safetensors.numpy.save(tensors, {_MADE_BY: manifest.tokenizer_sha256}))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of shards that are all there, with the sha256 of each: nothing reads codes without one."""
     sums = [_sha256(folder / manifest.shard_name(shard)) for shard in range(manifest.num_shards)]
     write_json(folder / _MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, sha256=sums)))
+
+
+def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.ndarray]:
+    """The arrays of a shard, mapped into memory.
+
+    Errors: UserError if it is missing, truncated, another tokenizer's, or does not fit the manifest.
+    """
+    path, rows = folder / manifest.shard_name(shard), len(manifest.shard_rows(shard))
+    expected: dict[str, tuple[int, ...]] = {f"level{level}": (rows, manifest.variants, *grid) for level, grid in enumerate(manifest.grids)}
+    if manifest.label_names is not None:
+        expected["labels"] = (rows,)
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
+            made_by = (file.metadata() or {}).get(_MADE_BY, manifest.tokenizer_sha256)  # format 1 does not say
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: expected a file of codes, found a truncated or foreign one ({error}); extract the codes anew, with --overwrite"
+        ) from None
+    shapes = {name: array.shape for name, array in found.items()}
+    if shapes != expected or made_by != manifest.tokenizer_sha256:
+        wanted, there = (f"{what} of tokenizer {sha[:12]}" for what, sha in ((expected, manifest.tokenizer_sha256), (shapes, made_by)))
+        raise UserError(f"{path}: expected {wanted}, found {there}; extract the codes anew, with --overwrite")
+    return found
 
 
 def _sha256(path: Path) -> str:
@@ -122,32 +149,11 @@ class CodeStore:
             raise UserError(
                 f"{folder}: expected codes of the run's tokenizer {tokenizer_sha256[:12]}, found codes of {found[:12]}; extract them anew"
             )
-        self._shards = [self._open(shard) for shard in range(self.manifest.num_shards)]
-        labels = [shard["labels"] for shard in self._shards if "labels" in shard]
+        opened = [open_shard(folder, self.manifest, shard) for shard in range(self.manifest.num_shards)]
+        self._shards = [[content[f"level{level}"] for level in range(len(self.manifest.grids))] for content in opened]
+        labels = [content["labels"] for content in opened if "labels" in content]
         self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64)) if labels else None
         """(rows,) int64."""
-
-    def _open(self, shard: int) -> dict[str, np.ndarray]:
-        path, manifest = self._folder / self.manifest.shard_name(shard), self.manifest
-        rows = len(manifest.shard_rows(shard))
-        expected: dict[str, tuple[int, ...]] = {
-            f"level{level}": (rows, manifest.variants, *grid) for level, grid in enumerate(manifest.grids)
-        }
-        if manifest.label_names is not None:
-            expected["labels"] = (rows,)
-        try:
-            with safe_open(path, "pt") as file:
-                found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
-        except FileNotFoundError:
-            raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
-        except SafetensorError as error:
-            raise UserError(
-                f"{path}: expected a file of codes, found a truncated or foreign one ({error}); extract the codes anew, with --overwrite"
-            ) from None
-        shapes = {name: array.shape for name, array in found.items()}
-        if shapes != expected:
-            raise UserError(f"{path}: expected {expected}, found {shapes}; extract the codes anew, with --overwrite")
-        return found
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -160,31 +166,38 @@ class CodeStore:
         shards, within = np.divmod(rows.numpy(), self.manifest.rows_per_shard)
         chosen = np.zeros(len(rows), np.int64) if variants is None else variants.numpy()
         levels = [np.empty((len(rows), *grid), np.int64) for grid in self.manifest.grids]
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            for level, found in enumerate(levels):
-                found[here] = self._shards[shard][f"level{level}"][within[here], chosen[here]]
+        for place, (shard, row, variant) in enumerate(zip(shards.tolist(), within.tolist(), chosen.tolist(), strict=True)):
+            for level, codes in enumerate(self._shards[shard]):
+                levels[level][place] = codes[row, variant]
         for level, (found, number) in enumerate(zip(levels, self.manifest.num_codes, strict=True)):
             self._check_below(number, found, level)
         return tuple(torch.from_numpy(found) for found in levels)
 
     def counts(self) -> list[np.ndarray]:
-        """How often each code of a level occurs over all rows and variants, (K,) a level."""
-        return [
-            np.sum([np.bincount(shard[f"level{level}"].ravel(), minlength=number) for shard in self._shards], axis=0)
-            for level, number in enumerate(self.manifest.num_codes)
-        ]
+        """How often each code of a level occurs over all rows and variants, (K,) a level.
+
+        Errors: UserError for a code that the codebook does not have.
+        """
+        counted = []
+        for level, number in enumerate(self.manifest.num_codes):
+            of_level = np.zeros(number, np.int64)
+            for levels in self._shards:
+                self._check_below(number, levels[level], level)
+                of_level += np.bincount(levels[level].ravel(), minlength=number)
+            counted.append(of_level)
+        return counted
 
     def verify(self) -> None:
         """Read all shards through. Errors: UserError for the first that is not as it was written, or has a code too high."""
+        if self.manifest.sha256 and len(self.manifest.sha256) != self.manifest.num_shards:
+            sums = f"{self.manifest.num_shards} sums, one a file"
+            raise UserError(f"{self._folder / _MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; extract the codes anew")
         for shard, sha256 in enumerate(self.manifest.sha256):
             path = self._folder / self.manifest.shard_name(shard)
             found = _sha256(path)
             if found != sha256:
                 raise UserError(f"{path}: expected sha256 {sha256[:12]}, as it was written, found {found[:12]}; extract the codes anew")
-        for content in self._shards:
-            for level, number in enumerate(self.manifest.num_codes):
-                self._check_below(number, content[f"level{level}"], level)
+        self.counts()
 
     def _check_below(self, number: int, codes: np.ndarray, level: int) -> None:
         if codes.size and codes.max() >= number:

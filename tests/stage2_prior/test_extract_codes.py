@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
@@ -80,9 +81,9 @@ def contents(codes: Path) -> dict[str, bytes]:
     return {str(path.relative_to(codes)): path.read_bytes() for path in codes.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("fails_after", [0, 3, 8])
+@pytest.mark.parametrize(("fails_after", "damaged"), [(0, None), (3, None), (8, None), (3, "cut short"), (8, "another tokenizer's")])
 def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
-    fails_after: int, run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fails_after: int, damaged: str | None, run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """36 and 12 images in files of 5; the old codes stay until the new ones are whole."""
     words = ["--run", str(run_copy), "--overwrite", "--extraction.shard_rows", "5", "--extraction.batch_size", "3"]
@@ -102,13 +103,20 @@ def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
         with pytest.raises(OSError, match="No space"):
             main(words)
     assert contents(run_copy / "codes") == whole
-    (run_copy / "codes.unfinished/train/codes-00007-of-00008.safetensors.tmp-1").write_bytes(b"half")
+    unfinished = run_copy / "codes.unfinished/train"
+    (unfinished / "codes-00007-of-00008.safetensors.tmp-1").write_bytes(b"half")
+    there = sorted(unfinished.glob("*.safetensors"))
+    if damaged == "cut short" and there:
+        there[0].write_bytes(there[0].read_bytes()[:-1])
+    elif damaged == "another tokenizer's" and there:
+        save_file(load_file(there[0]), there[0], {"tokenizer_sha256": "0" * 64})
+    good = fails_after - (damaged is not None)
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "write_shard", lambda *arguments: (written.append(arguments), write(*arguments)))
         main(words)
-    assert (f"{fails_after} of 11 files" in capsys.readouterr().out) == (fails_after > 0)
-    assert len(written) == 11
+    assert (f"going on, {good} of 11 files" in capsys.readouterr().out) == (good > 0)
+    assert len(written) == 11 + (damaged is not None)
     assert contents(run_copy / "codes") == whole
     assert not list(run_copy.glob("codes.*"))
 
@@ -126,7 +134,7 @@ def test_what_another_extraction_left_is_not_gone_on_with(
 
     words = ["--run", str(run_copy), "--overwrite"]
     with monkeypatch.context() as patched:
-        patched.setattr(extract_codes, "finish", fail)
+        patched.setattr(extract_codes, "write_manifest", fail)
         with pytest.raises(OSError, match="No space"):
             main([*words, "--extraction.augmentation", "horizontal_flip"] if other == "augmentation" else words)
     if other == "images":
@@ -152,14 +160,19 @@ def test_verify_reads_all_codes_through(run_copy: Path, capsys: pytest.CaptureFi
 
 
 def test_codes_that_decode_to_something_else_are_caught(
-    run_copy: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
-    real = extract_codes.encode
-    monkeypatch.setattr(extract_codes, "encode", lambda *args: [(level + 1) % 16 for level in real(*args)])
-    assert "expected stored codes to decode to the tokenizer's own reconstructions" in one_line_error(
-        main, "--run", run_copy, "--overwrite"
-    )
-    assert not list(run_copy.glob("codes.*"))  # or the next command would go on with them
+    real, before = extract_codes.encode, contents(run_copy / "codes")
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_codes, "encode", lambda *args: [(level + 1) % 16 for level in real(*args)])
+        assert "expected stored codes to decode to the tokenizer's own reconstructions" in one_line_error(
+            main, "--run", run_copy, "--overwrite"
+        )
+    assert contents(run_copy / "codes") == before
+    capsys.readouterr()
+    main(["--run", str(run_copy), "--overwrite"])
+    assert "going on" not in capsys.readouterr().out
+    assert contents(run_copy / "codes") == before
 
 
 def test_without_a_tokenizer_it_names_the_missing_command(tmp_path: Path, finished_run: Path, one_line_error: Callable[..., str]) -> None:

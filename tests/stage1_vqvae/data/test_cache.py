@@ -16,7 +16,7 @@ from PIL import Image
 from configs.errors import UserError
 from configs.schema import Data
 from stage1_vqvae.data import cache, sources
-from stage1_vqvae.data.cache import cached
+from stage1_vqvae.data.cache import CachedImages, cached
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 
@@ -139,7 +139,7 @@ def test_images_that_cannot_be_read_can_be_left_out(
 
 def test_no_room_is_said_before_anything_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 9_000, 9_000))
-    with pytest.raises(UserError, match=r"expected room for 0\.0 MB of decoded images of .*, found 0\.0 MB free; .*--data\.cache"):
+    with pytest.raises(UserError, match=r"expected room for 0\.0 MB of decoded images of .*, found 0\.0 MB free; make room"):
         load_images(data(pictures, tmp_path))
     assert not list(tmp_path.glob("*.pixels"))
 
@@ -166,23 +166,56 @@ def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
     assert all(torch.equal(images[:, 0, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], dtype=torch.uint8)) for images in found)
 
 
-def test_the_other_processes_of_a_launcher_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the one that shows how far it is."""
-    monkeypatch.setattr(cache, "_PATIENCE", 0.01)
+def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that shows how far it is; but what it does not decode, they do."""
+    monkeypatch.setattr(cache, "_HEAD_START", 0.3)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    found: list[torch.Tensor] = []
+    decoding, found = [], []
 
-    def never() -> Iterator[np.ndarray]:
-        raise AssertionError("a second decodes")
+    def by(name: str) -> CachedImages:
+        def decode() -> Iterator[np.ndarray]:
+            decoding.append(name)
+            yield np.full((2, 2, 1), 7, np.uint8)
 
-    waiting = threading.Thread(target=lambda: found.append(cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), never, "x").pixels))
-    waiting.start()
+        return cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), decode, "x")
+
+    second = threading.Thread(target=lambda: found.append(by("second")))
+    second.start()
     time.sleep(0.1)
-    assert waiting.is_alive()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    first = cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), lambda: iter([np.full((2, 2, 1), 7, np.uint8)]), "x").pixels
-    waiting.join()
-    assert torch.equal(found[0], first)
+    first = by("first")
+    second.join()
+    assert decoding == ["first"]
+    assert torch.equal(found[0].pixels, first.pixels)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cached(tmp_path, {"source": "y"}, (1, 2, 2, 1), lambda: iter([np.zeros((2, 2, 1), np.uint8)]), "y").pixels.sum() == 0
+
+
+def test_a_cache_that_has_them_need_not_be_writable(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels.clone()
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(30, "Read-only file system", str(tmp_path))
+
+    monkeypatch.setattr(cache, "FileLock", refused)
+    assert torch.equal(load_images(data(pictures, tmp_path)).splits[TRAIN].pixels, before)
+
+
+def test_what_passes_is_not_remembered(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that may not be opened today is not one that cannot be read: it is not left out, today or later."""
+    real = Image.open
+
+    def refused(path: object) -> Image.Image:
+        if str(path).endswith("across/003.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)  # type: ignore[arg-type]
+
+    settings = data(pictures, tmp_path, on_error="skip", most_skipped=0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "open", refused)
+        with pytest.raises(UserError, match="Permission denied"):
+            load_images(settings)
+    assert not load_images(settings).skipped
 
 
 def test_decoded_images_are_shared_not_copied(tmp_path: Path) -> None:

@@ -130,14 +130,33 @@ def test_each_file_gives_its_picture_or_one_line(what: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("link", ["to itself", "to nothing", "to its folder"])
-def test_links_that_lead_nowhere_are_no_images(link: str, tmp_path: Path) -> None:
+def test_links_are_images_or_lead_nowhere_or_are_refused(link: str, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(4):
         Image.new("RGB", (WIDTH, HEIGHT), (0, 0, number)).save(folder / f"{number}.png")
+    os.symlink(folder / "0.png", folder / "4.png")
     target = {"to itself": folder / "a.png", "to nothing": folder / "b.png", "to its folder": folder}[link]
     os.symlink(target, folder / ("sub" if target == folder else "a.png"))
-    assert len(load(folder, tmp_path / "cache")) == 4
+    if target == folder:
+        with pytest.raises(UserError, match=r"sub: expected a folder, found a link to one"):
+            load(folder, tmp_path / "cache")
+    else:
+        assert len(load(folder, tmp_path / "cache")) == 5
+
+
+def test_a_split_can_be_a_link(tmp_path: Path) -> None:
+    """Which is what `datasets` opens it as; and whose images can change too."""
+    for name in ("train", "elsewhere"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (WIDTH, HEIGHT), (0, 0, number)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "train").rename(tmp_path / "pictures/train")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "pictures/validation")
+    assert load(tmp_path / "pictures", tmp_path / "cache").max() == 2
+    Image.new("RGB", (WIDTH, HEIGHT), RED).save(tmp_path / "elsewhere/1.png")
+    assert load(tmp_path / "pictures", tmp_path / "cache").max() == 255
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
