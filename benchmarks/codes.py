@@ -23,6 +23,7 @@ import torch
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
+from stage1_vqvae.data.cache import cached
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
@@ -86,12 +87,8 @@ def peak(path: Path, images: int, folder: Path) -> None:
     accelerator, recipe, run = start(load_recipe(path / "recipe.yaml").compute), load_recipe(path / "recipe.yaml"), RunDir(path.resolve())
     tokenizer = load_tokenizer(run, accelerator.device)
     split = load_images(recipe.data, [TRAIN]).splits[TRAIN]
-    repeated = folder / "repeated.pixels"
-    with open(repeated, "wb") as file:
-        for part in batches(images, len(split)):
-            file.write(split.pixels[: part.stop - part.start].numpy().tobytes())
     shape = (images, *split.pixels.shape[1:])
-    pixels = torch.from_file(str(repeated), shared=False, size=int(np.prod(shape)), dtype=torch.uint8).view(shape)
+    pixels = cached(folder, {}, shape, lambda: (split.pixels[row % len(split)].numpy() for row in range(images)), "repeated images").pixels
     target = RunDir(folder / "run")
     target.tokenizer = run.tokenizer
     found, done = [_own_mib()], threading.Event()
