@@ -3,6 +3,7 @@
     python benchmarks/codes.py extract --run RUN [--images 20000]     rates, alternated, and their ratio
     python benchmarks/codes.py memory --run RUN --images 1000000      the peak of one extraction of the run's images, repeated so often
     python benchmarks/codes.py store --rows 1000000 --tokens 256      random codes, written, opened and read at random
+    python benchmarks/codes.py steps --rows 1000000 --tokens 256      steps of a prior over them, beside the same codes in memory
 
 Memory is what a process has as its own (anonymous pages): pages of mapped files are the system's, shared by all processes of a machine and
 given up when it needs them.
@@ -11,6 +12,7 @@ given up when it needs them.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import statistics
 import tempfile
@@ -20,18 +22,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from configs.cli import load_recipe
+from configs.parts import as_dict, part_from
 from configs.run_dir import RunDir
-from stage1_vqvae.data.cache import cached
+from configs.schema import Compute, Recipe
+from stage1_vqvae.data.cache import cached_images
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
-from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.randomness import DataOrder
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.extract_codes import extract
+from stage2_prior.priors.prior_file import build_prior
+from stage2_prior.train import take_step
 
 _BATCH = 64
 
@@ -44,25 +53,26 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--run", type=Path, required=True)
         command.add_argument("--images", type=int, default=images)
-    store = commands.add_parser("store")
-    store.add_argument("--rows", type=int, default=1_000_000)
-    store.add_argument("--tokens", type=int, default=256)
+    for name in ("store", "steps"):
+        store = commands.add_parser(name)
+        store.add_argument("--rows", type=int, default=1_000_000)
+        store.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "extract":
             rates(options.run, options.images, Path(folder))
         elif options.what == "memory":
             peak(options.run, options.images, Path(folder))
-        else:
+        elif options.what == "store":
             reading(options.rows, options.tokens, Path(folder))
+        else:
+            prior_steps(options.rows, options.tokens, Path(folder))
 
 
 def rates(path: Path, images: int, folder: Path) -> None:
     """Images a second of extraction, and of the encoder and the search on batches in memory."""
-    accelerator, recipe, run = start(load_recipe(path / "recipe.yaml").compute), load_recipe(path / "recipe.yaml"), RunDir(path.resolve())
-    tokenizer = load_tokenizer(run, accelerator.device)
-    pixels = load_images(recipe.data, [TRAIN]).splits[TRAIN].pixels[:images].clone()
-    recipe = dataclasses.replace(recipe, extraction=dataclasses.replace(recipe.extraction, augmentation="none"))
+    accelerator, recipe, run, tokenizer = _opened(path)
+    pixels = load_images(recipe.data, [TRAIN]).splits[TRAIN].pixels[:images]
     source = ImageSource({TRAIN: ImageSplit(pixels, None)}, None)
     found: dict[str, list[float]] = {"bare encoder": [], "extraction": []}
     for number in range(4):  # the first warms up
@@ -84,11 +94,11 @@ def rates(path: Path, images: int, folder: Path) -> None:
 
 def peak(path: Path, images: int, folder: Path) -> None:
     """Memory of its own that an extraction takes at most."""
-    accelerator, recipe, run = start(load_recipe(path / "recipe.yaml").compute), load_recipe(path / "recipe.yaml"), RunDir(path.resolve())
-    tokenizer = load_tokenizer(run, accelerator.device)
+    accelerator, recipe, run, tokenizer = _opened(path)
     split = load_images(recipe.data, [TRAIN]).splits[TRAIN]
     shape = (images, *split.pixels.shape[1:])
-    pixels = cached(folder, {}, shape, lambda: (split.pixels[row % len(split)].numpy() for row in range(images)), "repeated images").pixels
+    repeated = (split.pixels[row % len(split) : row % len(split) + 1][0].numpy() for row in range(images))
+    pixels = cached_images(folder, {}, shape, lambda: repeated, "repeated images").pixels
     target = RunDir(folder / "run")
     target.tokenizer = run.tokenizer
     found, done = [_own_mib()], threading.Event()
@@ -107,8 +117,16 @@ def peak(path: Path, images: int, folder: Path) -> None:
     print(f"{images:,} images in {seconds:.0f} s: {found[0]:.0f} MiB before, {max(found):.0f} MiB at most")
 
 
-def reading(rows: int, tokens: int, folder: Path) -> None:
-    """A store of random codes: how fast batches of random rows come, beside an array in memory, and what memory they take."""
+def _opened(path: Path) -> tuple[Accelerator, Recipe, RunDir, VQVAE]:
+    """A run, to extract codes without variants."""
+    run, recipe = RunDir(path.resolve()), load_recipe(path / "recipe.yaml")
+    recipe = dataclasses.replace(recipe, extraction=dataclasses.replace(recipe.extraction, augmentation="none"))
+    accelerator = start(recipe.compute)
+    return accelerator, recipe, run, load_tokenizer(run, accelerator.device)
+
+
+def random_store(rows: int, tokens: int, folder: Path) -> None:
+    """Write random codes of 16,384, a square of so many an image."""
     side = round(tokens**0.5)
     manifest = Manifest(
         split=TRAIN,
@@ -128,6 +146,36 @@ def reading(rows: int, tokens: int, folder: Path) -> None:
         write_shard(folder, manifest, shard, [torch.randint(16_384, (len(manifest.shard_rows(shard)), 1, side, side))], None)
     write_manifest(folder, manifest)
     print(f"written: {rows / (time.perf_counter() - began):,.0f} rows a second, {manifest.num_shards} files")
+
+
+def prior_steps(rows: int, tokens: int, folder: Path) -> None:
+    """Steps of training a transformer of 4 layers of width 256: codes on disk beside the same in memory, alternated."""
+    random_store(rows, tokens, folder)
+    accelerator, recipe = start(Compute()), Recipe()
+    config = dataclasses.replace(recipe.stage2, batch_size=16, minutes=0.0)
+    torch.manual_seed(0)
+    on_disk = CodeStore(folder)
+    in_memory = copy.copy(on_disk)
+    in_memory._shards = [[np.array(level) for level in on_disk.shard(shard)] for shard in range(on_disk.manifest.num_shards)]
+    part = part_from("prior", {**as_dict(recipe.prior), "layers": 4, "width": 256, "heads": 4})
+    prior = build_prior(part, on_disk.manifest, None)
+    model, optimizer = accelerator.prepare(prior, adamw(prior, config.lr, config.weight_decay, beta2=0.95))
+    order, found, own = DataOrder(rows, config.batch_size, 0), dict[str, list[float]](), list[float]()
+    for step in range(120):
+        for name, store in (("on disk", on_disk), ("in memory", in_memory)):
+            began = time.perf_counter()
+            take_step(accelerator, model, optimizer, store, order, config, step)
+            if step >= 20:
+                found.setdefault(name, []).append(time.perf_counter() - began)
+        own.append(_own_mib())
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    print(", ".join(f"{name} {seconds * 1e3:.1f} ms a step" for name, seconds in medians.items()))
+    print(f"ratio {medians['on disk'] / medians['in memory']:.3f}; {own[20]:.0f} MiB of its own after 20 steps, {own[-1]:.0f} after 120")
+
+
+def reading(rows: int, tokens: int, folder: Path) -> None:
+    """A store of random codes: how fast batches of random rows come, beside an array in memory, and what memory they take."""
+    random_store(rows, tokens, folder)
     before, began = _own_mib(), time.perf_counter()
     store = CodeStore(folder)
     print(f"opened in {time.perf_counter() - began:.2f} s, {_own_mib() - before:.1f} MiB")

@@ -39,7 +39,7 @@ def main() -> None:
     run, recipe, accelerator = command.run, command.recipe, Accelerator(cpu=True)
     source, tokenizer = load_images(recipe.data, (TRAIN, VALIDATION)), load_tokenizer(run)
     prior, header = load_prior(finished_prior(run, None, "stage 2"), fingerprint(run.tokenizer))
-    real = source.splits[VALIDATION].pixels
+    real = source.splits[VALIDATION].pixels[:]
     count = len(real)
     labels = torch.arange(count) % len(header.label_names) if header.label_names else None
     with torch.no_grad():

@@ -145,7 +145,7 @@ def plain(training: ImageSplit, test: ImageSplit, minutes: float, seed: int) -> 
     torch.manual_seed(seed)
     model = PlainVQVAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    variance = float((training.pixels.double() / 255).var())
+    variance = float((training.pixels[:].double() / 255).var())
     began = time.monotonic()
     while time.monotonic() - began < 60 * minutes:
         images = to_model(training.pixels[torch.randint(len(training), (128,))])

@@ -25,6 +25,7 @@ from configs.parts import as_dict, part_from
 from configs.run_dir import RunDir
 from configs.schema import Recipe
 from pipelines.evaluation.distances import Reference
+from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource
@@ -33,7 +34,6 @@ from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.train import Models, begin, build, take_step
-from stage1_vqvae.training.randomness import DataOrder
 
 _STEPS, _EVERY = 2400, 50
 _AFTER = (200, 400)
@@ -100,12 +100,12 @@ def main() -> None:
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
         for seed in range(options.seeds):
             recipe_of_seed = with_way(recipe, {"kind": "none"}, seed, base)
-            order = DataOrder(len(images.splits[TRAIN]), recipe.stage1.batch_size, seed)
+            loader = Loader(images.splits[TRAIN], recipe.data, recipe_of_seed.stage1, accelerator)
             models = build(accelerator, run, recipe_of_seed, images)
-            begin(accelerator, models.tokenizer, images.splits[TRAIN], order, recipe_of_seed.stage1)
+            begin(accelerator, models.tokenizer, loader, recipe_of_seed.stage1)
             models.model.train()
             for step in range(_STEPS // 2):
-                take_step(accelerator, models, images.splits[TRAIN], order, recipe_of_seed.stage1, step)
+                take_step(accelerator, models, loader, recipe_of_seed.stage1, step)
             state = copy.deepcopy({"model": models.tokenizer.state_dict(), "optimizer": models.optimizer.state_dict()})
             first = judged(models.tokenizer, images, judge, reference)
             for name, way in WAYS.items():
@@ -113,7 +113,7 @@ def main() -> None:
                 models = continued(accelerator, build(accelerator, run, own, images), state)
                 curve, distances, weight, kept = [first[0]], [first[1]], 0.0, 1.0
                 for step in range(_STEPS // 2, _STEPS // 2 + _AFTER[1]):
-                    statistics = take_step(accelerator, models, images.splits[TRAIN], order, own.stage1, step)
+                    statistics = take_step(accelerator, models, loader, own.stage1, step)
                     weight = max(weight, float(statistics.get("noted/adversarial_weight", torch.zeros(()))))
                     kept = min(kept, float(statistics.get("noted/adversarial_kept", torch.ones(()))))
                     done = step + 1 - _STEPS // 2

@@ -57,7 +57,7 @@ def main() -> None:
         if not run.tokenizer.exists():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     images = load_images(load_recipe(runs["squared error"].recipe).data, (TRAIN, VALIDATION), progress=True)
-    pixels = images.splits[VALIDATION].pixels
+    pixels = images.splits[VALIDATION].pixels[:]
     judges = {name: feature_network(name, None, options.output, images, torch.device("cpu")) for name in options.features}
     references = {name: Reference(judge(images.splits[TRAIN].pixels, 250, TRAIN).vectors) for name, judge in judges.items()}
     made = {"real images": pixels}

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from configs.data import AT_HAND, Data
 from configs.errors import UserError, fail
 from configs.former import SPELLINGS, current_prior, current_tokenizer
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
@@ -85,13 +86,15 @@ def _parts_of(sections: Sequence[str]) -> list[str]:
     return [family for family in FAMILIES if family.partition(".")[0] in sections]
 
 
-def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = None, **kwargs: Any) -> _Parser:
-    """A parser of the sections' keys; of each part, of those that its kind has."""
+def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = None, reads_images: bool = False, **kwargs: Any) -> _Parser:
+    """A parser of the sections' keys; of each part, of those that its kind has; and of those of `data` that are the machine's."""
     parser = _Parser(allow_abbrev=False, print_config=None, add_help=bool(kwargs), **kwargs)
     for name in sections:
         if name not in FAMILIES:
             inside = {family.partition(".")[2] for family in FAMILIES if family.startswith(f"{name}.")}
             parser.add_class_arguments(SECTIONS[name], None if name == flat else name, skip=inside)
+    if reads_images:
+        parser.add_class_arguments(Data, "data", skip={field.name for field in dataclasses.fields(Data)} - set(AT_HAND))
     for family in _parts_of(sections):
         parser.add_class_arguments(part_class(family, kinds[family]), family)
         # Without fields a kind has no group of options to stand in.
@@ -210,6 +213,7 @@ def parse(
     flat: str | None = None,
     starts_run: bool = False,
     begun_in: Callable[[RunDir, str | None, str | None], Path] | None = None,
+    reads_images: bool = False,
     options: Callable[[ArgumentParser], None] = lambda parser: None,
     whole: bool = True,
 ) -> Command:
@@ -224,6 +228,7 @@ def parse(
         begun_in: for a training script, its folder in the run, given `--name` (or else `--prior.kind`, a prior's name if it has no
             other and is not a level's) and `--level`: what was begun there goes on with the recipe it has there, and then `--config`
             only says which run is meant.
+        reads_images: whether this script may say where the data set is on this machine, and how it is read, and nothing else of it.
         options: adds the script's own options.
         whole: whether the recipe's parts have to fit one another; False where the script puts in others.
     Errors: exits with code 2 and one line on any mistake.
@@ -251,14 +256,18 @@ def parse(
         base = _with_parts(base if begun else _with_counted_steps(base, argv), known)
         kinds = {family: _part(base, family).kind for family in families}
         usage = "%(prog)s [--option value ...]"
-        parser = _parser(sections, kinds, flat, usage=usage, description=description, formatter_class=_Help)
+        parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=description, formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
         parser.add_argument("--run", help="name of a run in runs/, or a path (default: the recipe's, else the run last touched)")
         parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
         options(parser)
         parser.set_defaults(_defaults(base, sections, flat))
+        if reads_images:
+            parser.set_defaults({f"data.{key}": getattr(base.data, key) for key in AT_HAND})
         values = parser.parse_args(argv)
         recipe = _build(values, sections, flat, base)
+        if reads_images:
+            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **vars(values.data)))
         if whole:
             recipe.check()
         if starts_run:

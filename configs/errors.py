@@ -29,6 +29,12 @@ class UserError(ValueError):
     """Something the user can put right. `run_entry` shows its message alone, without a traceback."""
 
 
+def require(holds: bool, key: str, expected: str, found: object) -> None:
+    """Errors: ValueError that names the recipe's key, if a value cannot work."""
+    if not holds:
+        raise ValueError(f"{key}: expected {expected}, found {found}")
+
+
 def say(line: str) -> None:
     """Print a line, once, by the main process; for what is said before Accelerate runs."""
     if os.environ.get("RANK", "0") == "0":

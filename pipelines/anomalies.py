@@ -51,7 +51,7 @@ _ROUNDING = 1e-3
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("compute",), argv, options=_options)
+    command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     if command.options.top < 1:
         raise UserError(f"--top: expected at least 1 image, found {command.options.top}")
     if command.options.prior == UNIFORM:

@@ -39,7 +39,7 @@ _SHOWN = 32
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", options=_options)
+    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.sampling, command.options
     for name in ("n", "continuations"):
         if getattr(options, name) < 1:

@@ -24,9 +24,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, Command, parse
+from configs.data import Data
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
-from configs.schema import Data
 from pipelines.codec.code_file import SUFFIX, Sizes, pack, run_fingerprint, unpack, with_stored
 from pipelines.codec.coder import decode
 from pipelines.codec.image_coder import EncodedImages, encode_images
@@ -43,7 +43,7 @@ from stage2_prior.priors.prior_file import UNIFORM, finished_prior, load_prior
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("compute",), argv, options=_options)
+    command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     run, options = command.run, command.options
     if options.batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, found {options.batch_size}")

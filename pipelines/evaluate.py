@@ -47,7 +47,7 @@ from stage2_prior.priors.prior_file import UNIFORM
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("evaluation", "sampling", "compute"), argv, flat="evaluation", options=_options)
+    command = parse(__doc__, ("evaluation", "sampling", "compute"), argv, flat="evaluation", reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.evaluation, command.options
     if options.samples is not None and options.prior is not None:
         raise UserError(f"--samples: expected no --prior beside it, found {options.prior}")

@@ -38,7 +38,7 @@ _SHOWN = 32
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("compute",), argv, options=_options)
+    command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     options = command.options
     if options.n is not None and options.n < 1:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")

@@ -30,6 +30,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 
 from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recipe, parse, recipe_dict
+from configs.data import AT_HAND
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from pipelines.images.provenance import agrees, identity, outputs, seen
@@ -138,7 +139,8 @@ def check_options(command: Command) -> None:
             continue
         if not key:
             raise UserError(f"--{name}: expected options of single keys, --{name}.KEY, found the whole section")
-        if section in ("compute", "evaluation") or name == "data.cache" or not run.tokenizer.exists():
+        at_hand = section == "data" and key in AT_HAND
+        if section in ("compute", "evaluation") or at_hand or not run.tokenizer.exists():
             continue
         asked, there = (flattened(recipe_dict(recipe)).get(name) for recipe in (command.recipe, load_recipe(run.recipe)))
         if asked != there:
@@ -154,13 +156,14 @@ def steps(command: Command) -> list[Step]:
     here = ["--run", run.path.name if run.path.parent == runs_folder() else str(run)]
     # Stage 1 takes these even where the run's recipe says otherwise, so that they have to be handed on.
     compute = options_of(command, "compute")
+    images = [option for option in options_of(command, "data") if option.partition("=")[0].removeprefix("--data.") in AT_HAND]
     evaluation = [f"--{name.removeprefix('--evaluation.')}" for name in options_of(command, "evaluation")]
     # The recipe's own prior, even if another one of the run was finished later.
     prior = (load_recipe(run.recipe) if run.begun(run.stage1) else command.recipe).prior.kind
     drawn = ["--n", str(_SAMPLES), "--prior"]
     return [
         Step("stage 1", "stage1_vqvae/train.py", [*begins, "--resume"], launched=True),
-        Step("extraction", "stage2_prior/extract_codes.py", [*here, *compute]),
+        Step("extraction", "stage2_prior/extract_codes.py", [*here, *compute, *images]),
         Step("stage 2", "stage2_prior/train.py", [*here, *compute, "--resume"], launched=True),
         Step("samples", "pipelines/sample.py", [*here, *drawn, prior, *compute], found=lambda: samples_of(run, prior)),
         # Beside the others, what they would be without a learned prior.
@@ -168,7 +171,7 @@ def steps(command: Command) -> list[Step]:
         Step(
             "evaluation",
             "pipelines/evaluate.py",
-            [*here, "--prior", prior, *evaluation, *compute],
+            [*here, "--prior", prior, *evaluation, *compute, *images],
             found=lambda: evaluation_of(run, prior, asked_evaluation(command)),
         ),
         Step("report", "pipelines/report.py", here),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from configs.cli import parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import replacing_folder, write_json
+from configs.run_dir import new_folder, write_json
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vqgan import GROUPS, Stack, VQGANPart
 from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, names_of
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     command.need_tokenizer()
     tokenizer = load_tokenizer(run)
     weights, config = for_diffusers(tokenizer)
-    with replacing_folder(output) as folder:
+    with new_folder(output) as folder:
         write_json(folder / "config.json", config)
         safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     print(f'wrote {output}; load it by diffusers.VQModel.from_pretrained("{output}")')

@@ -22,13 +22,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
+from configs.data import AT_HAND
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import DiscriminatorPart, Recipe, Stage1
-from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.monitoring.health import CollapseWatch
 from stage1_vqvae.monitoring.validation import (
@@ -48,14 +48,14 @@ from stage1_vqvae.quantizers.contract import added, level_counts
 from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
 from stage1_vqvae.quantizers.restart import Restart
 from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.batching import check_divides, share_of_step
+from stage1_vqvae.training.batching import check_divides
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog
 from stage1_vqvae.training.optimizer import adamw, trainable
 from stage1_vqvae.training.processes import average_gradients_, start, summed
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
+from stage1_vqvae.training.randomness import derived_seed, seed_layers
 from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop
@@ -64,7 +64,8 @@ from stage1_vqvae.training.weights_file import read_header
 # On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
 _MAY_CHANGE = (
     *("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm"),
-    *("data.path", "data.cache", "stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
+    *("stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
+    *(f"data.{key}" for key in AT_HAND),
 )
 _ADVICE = "lower --stage1.lr and go on with --resume"
 
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     if nothing_to_do(_found(run, recipe), recipe, resume, _MAY_CHANGE):
         say(f"next: {command.next(EXTRACT_CODES)}")
         return
+    if recipe.data.crop == "random" and recipe.data.decode == "once":
+        raise UserError("data.decode: expected each_time with data.crop random, which is made of whole images, found once")
     accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"))
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
     # Before the run's folder is made: images that cannot be read should leave no trace.
@@ -142,16 +145,16 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     config = recipe.stage1
     began = time.monotonic()
     processes = accelerator.num_processes
-    training, validation = images.splits[TRAIN], images.splits[VALIDATION]
+    validation = images.splits[VALIDATION]
 
     # --- models, optimisers, and where they left off
     models = build(accelerator, run, recipe, images)
     tokenizer, model, optimizer, _, adversary, its_optimizer = models
-    order = DataOrder(len(training), config.batch_size, config.seed)
+    loader = Loader(images.splits[TRAIN], recipe.data, config, accelerator)
     checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
     state = checkpoints.load_latest() if resume else None
     if state is None:
-        begin(accelerator, tokenizer, training, order, config)
+        begin(accelerator, tokenizer, loader, config)
     average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)) if config.weight_average > 0 else None
     judged = average.model if average is not None else tokenizer
     first_step, minutes_before = 0, 0.0
@@ -188,6 +191,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
         accelerator.init_trackers("stage1")
     log = MetricsLog(run.stage1 / "metrics.jsonl", accelerator, first_step)
     window = Window()
+    loader.waited()  # before the first step, for k-means
     watch, warning = CollapseWatch(tokenizer.quantizer, recipe.tokenizer), None
     parts = processes * config.accumulation
     size, main = config.batch_size, accelerator.is_main_process
@@ -197,7 +201,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     with bar, GracefulStop(accelerator) as stop:
         for step in range(first_step, config.steps):
             # --- one step, and what it leaves
-            statistics = take_step(accelerator, models, training, order, config, step)
+            statistics = take_step(accelerator, models, loader, config, step)
             if average is not None:
                 average.update_()
             losses = {name.removeprefix("loss/"): value / parts for name, value in statistics.items() if name.startswith("loss/")}
@@ -222,7 +226,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
             due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
-                values, counts = window.close(done - window.steps, size, _ADVICE)
+                values, counts = window.close(done - window.steps, size, _ADVICE, loader.waited())
                 former, warning = warning, watch.warning(counts)
                 if warning is not None and former is None and main:
                     bar.write(f"step {done}: {warning}")
@@ -290,9 +294,7 @@ def judges(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageS
         return perceptual, config.adversarial.build(recipe.data.channels, run.stage1, images, accelerator.device, features)
 
 
-def take_step(
-    accelerator: Accelerator, models: Models, training: ImageSplit, order: DataOrder, config: Stage1, step: int
-) -> dict[str, Tensor]:
+def take_step(accelerator: Accelerator, models: Models, loader: Loader, config: Stage1, step: int) -> dict[str, Tensor]:
     """One step of training: forward, loss, backward, clip, step; then the codebooks' own update and restarts, and the discriminator's step.
 
     Returns the statistics of the whole batch, summed over its parts: those of the quantizer, `loss/NAME`, `noted/NAME`, `squared_error`,
@@ -303,14 +305,12 @@ def take_step(
     judging = adversary if adversary is not None and adversary.begin_(step) else None
     learns_codes = config.trained == "all"
     set_learning_rate(optimizer, scheduled_rate(config, step))
-    rows = order.batch(step)
     restart = Restart(tokenizer.quantizer, config.seed, step, size) if learns_codes and restarts_after(step, config) else None
     # A discriminator's loss has no scaler of its own, so fp16 is not for it.
     autocast = nullcontext if accelerator.mixed_precision == "fp16" else accelerator.autocast
     statistics: dict[str, Tensor] = {}
     for micro_step in range(config.accumulation):
-        share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-        images = training_images(training, rows, share, config, step).to(accelerator.device)
+        images = loader.images(step, micro_step)
         seed_layers(config.seed, step, micro_step, rank)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
@@ -331,7 +331,7 @@ def take_step(
             (its_loss / config.accumulation).backward()
             found |= {**of_it, "noted/discriminator": its_loss.detach(), "noted/adversarial_weight": judging.weight(step)}
         if restart is not None:
-            found |= restart.candidates(output.latents, share.start, len(images))
+            found |= restart.candidates(output.latents, loader.share(micro_step).start, len(images))
         statistics = added([statistics, found])
     if config.clip_norm > 0:
         accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -352,17 +352,17 @@ def take_step(
 
 def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource, began: float) -> Recipe:
     """The recipe with as many steps as fit its minutes since `began`, by a rehearsal that leaves no trace."""
-    config, training, validation = recipe.stage1, images.splits[TRAIN], images.splits[VALIDATION]
+    config, validation = recipe.stage1, images.splits[VALIDATION]
     judges(accelerator, run, recipe, images)  # makes networks of features, which training then finds
     building = time.monotonic()
     models = build(accelerator, run, recipe, images)
-    order = DataOrder(len(training), config.batch_size, config.seed)
-    begin(accelerator, models.tokenizer, training, order, config)
+    loader = Loader(images.splits[TRAIN], recipe.data, config, accelerator)
+    begin(accelerator, models.tokenizer, loader, config)
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
     def step(models: Models, number: int) -> None:
         models.model.train()
-        take_step(accelerator, models, training, order, config, number)
+        take_step(accelerator, models, loader, config, number)
 
     def judged_step(number: int) -> None:
         assert models.adversary is not None
@@ -404,15 +404,8 @@ def restarts_after(step: int, config: Stage1) -> bool:
     return (step + 1) % config.restart_interval == 0 and step + 1 <= 0.9 * config.steps
 
 
-def training_images(training: ImageSplit, rows: Tensor, share: slice, config: Stage1, step: int) -> Tensor:
-    """This micro-step's part of a step's rows as model images, each in the variant drawn for (seed, step, position)."""
-    images = to_model(training.pixels[rows[share]])
-    variants = torch.randint(num_variants(config.augmentation), rows.shape, generator=generator(config.seed, "augmentation", step))
-    return make_variants(images, config.augmentation, variants[share])
-
-
 @torch.no_grad()
-def begin(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, order: DataOrder, config: Stage1) -> None:
+def begin(accelerator: Accelerator, tokenizer: VQVAE, loader: Loader, config: Stage1) -> None:
     """What a training begins with, the same on all processes: another run's tokenizer; or codebooks placed by k-means of the untrained
     encoder's latents of the first batches, where the recipe says so.
 
@@ -424,7 +417,7 @@ def begin(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, orde
     if not tokenizer.config.quantizer.starts_by_kmeans:
         return
     tokenizer.eval()
-    processes, rank = accelerator.num_processes, accelerator.process_index
+    rank = accelerator.process_index
 
     def agree(tensor: Tensor) -> Tensor:
         return summed(accelerator, {"": tensor * (rank == 0)})[""]
@@ -440,9 +433,7 @@ def begin(accelerator: Accelerator, tokenizer: VQVAE, training: ImageSplit, orde
         steps = -(-wanted // (config.batch_size * height * width))
         for step in range(steps):
             for micro_step in range(config.accumulation):
-                share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-                images = training_images(training, order.batch(step), share, config, step)
-                batches.append(tokenizer.latents(images.to(accelerator.device), grid))
+                batches.append(tokenizer.latents(loader.images(step, micro_step), grid))
         place_by_kmeans_(quantizer, batches, steps, config.seed, accelerator.gather, agree)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
+from configs.data import Data, StoredAugmentation
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, replace_folder, write_json
-from configs.schema import Augmentation, Extraction, Recipe
+from configs.schema import Extraction, Recipe
+from stage1_vqvae.data.loader import pixels_of, read_ahead
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.splits import TRAIN, CroppablePixels, ImageSource, ImageSplit, Pixels
+from stage1_vqvae.data.variants import crops_of, make_variants, num_variants
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.training.batching import batches
@@ -42,7 +45,7 @@ _PLAN = "plan.json"
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("extraction", "compute"), argv, options=_options)
+    command = parse(__doc__, ("extraction", "compute"), argv, reads_images=True, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if command.options.verify:
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(recipe.compute)
     with run.lock():
         tokenizer = load_tokenizer(run, accelerator.device)
-        source = load_images(recipe.data, progress=accelerator.is_main_process)
+        source = load_images(read_as(recipe), progress=accelerator.is_main_process)
         if accelerator.is_main_process:
             run.record(program(), command.arguments, dataclasses.asdict(recipe.extraction))
         extract(accelerator, run, tokenizer, source, recipe)
@@ -63,6 +66,12 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(f"wrote {run.show(run.codes)}")
         accelerator.print(f"next: {command.next(TRAIN_PRIOR)}")
     accelerator.end_training()
+
+
+def read_as(recipe: Recipe) -> Data:
+    """How images are read: variants that are crops are made of whole images, so that those kept decoded are none to make them from."""
+    augmentation = recipe.extraction.augmentation
+    return dataclasses.replace(recipe.data, decode="each_time") if len(crops_of(augmentation)) > 1 else recipe.data
 
 
 def verify(command: Command) -> None:
@@ -116,10 +125,11 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
         for number, (name, shard) in enumerate(mine):
             split, manifest = source.splits[name], manifests[name]
             rows, found = manifest.shard_rows(shard), []
-            for part in batches(len(rows), config.batch_size):
-                pixels = split.pixels[rows.start + part.start : rows.start + part.stop].to(accelerator.device)
-                found.append(encode(tokenizer, pixels, manifest.augmentation))
-                bar.update(part.stop - part.start)
+            parts = [torch.arange(rows.start, rows.stop)[part] for part in batches(len(rows), config.batch_size)]
+            read = partial(crops_at, split.pixels, augmentation=manifest.augmentation)
+            for pixels in read_ahead(read, parts, recipe.data.workers != 0):
+                found.append(encode(tokenizer, pixels.to(accelerator.device), manifest.augmentation))
+                bar.update(len(pixels))
             codes = [torch.cat(level) for level in zip(*found, strict=True)]
             labels = None if split.labels is None else split.labels[rows.start : rows.stop]
             write_shard(folder / name, manifest, shard, codes, labels)
@@ -148,7 +158,7 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
 def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
     """The manifest of a split's codes, which are still to be made."""
     # Variants are for learning from; what measures stays as it is.
-    augmentation: Augmentation = config.augmentation if name == TRAIN else "none"
+    augmentation: StoredAugmentation = config.augmentation if name == TRAIN else "none"
     split = source.splits[name]
     return Manifest(
         split=name,
@@ -172,7 +182,8 @@ def begin(
     same batches. Returns which of the shards are still to be made.
     """
     plan = {
-        "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None)),
+        # Not how they are read, which changes none of them.
+        "data": dataclasses.asdict(dataclasses.replace(recipe.data, path=None, cache=None, workers=None, decode="each_time")),
         "images": source.identities,
         "extraction": dataclasses.asdict(recipe.extraction),
         "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
@@ -197,14 +208,22 @@ def begin(
     return [(name, shard) for name, shard in shards if not whole(name, shard)]
 
 
+def crops_at(pixels: Pixels, rows: Tensor, augmentation: StoredAugmentation) -> Tensor:
+    """Of each row (B,) the crops that its variants are made from: uint8 (B, crops, H, W, C)."""
+    crops = crops_of(augmentation)
+    if len(crops) == 1:
+        return pixels_of(pixels, rows)[:, None]
+    assert isinstance(pixels, CroppablePixels)
+    return pixels.cropped(rows, [crops] * len(rows))
+
+
 @torch.no_grad()
-def encode(tokenizer: VQVAE, pixels: Tensor, augmentation: Augmentation) -> list[Tensor]:
-    """Codes (B, variants, h, w) a level, on the CPU, of uint8 images (B, H, W, C)."""
-    images = to_model(pixels)
-    variants = [
-        tokenizer.encode(make_variants(images, augmentation, torch.full((len(images),), variant)))
-        for variant in range(num_variants(augmentation))
-    ]
+def encode(tokenizer: VQVAE, pixels: Tensor, augmentation: StoredAugmentation) -> list[Tensor]:
+    """Codes (B, variants, h, w) a level, on the CPU, of crops uint8 (B, crops, H, W, C): see `crops_at`."""
+    variants = []
+    for variant in range(num_variants(augmentation)):
+        images = to_model(pixels[:, variant % pixels.shape[1]])
+        variants.append(tokenizer.encode(make_variants(images, augmentation, torch.full((len(images),), variant))))
     return [torch.stack(level, 1).cpu() for level in zip(*variants, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from pipelines.images.bound import image_bits
 from pipelines.images.inputs import encode, encode_and_decode
 from pipelines.images.scoring import ScoringPrior
 from stage1_vqvae.data.pixels import to_model
-from stage1_vqvae.data.splits import TRAIN, ImageSource
+from stage1_vqvae.data.splits import TRAIN, ImageSource, Pixels
 from stage1_vqvae.features.classifier import Classifier, labels_found
 from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, cached_weights
 from stage1_vqvae.features.networks import FeatureNetwork, Features
@@ -32,6 +33,7 @@ from stage2_prior.codes.store import CodeStore
 _LOOKED_UP = 1000
 # In the picture of them: so many that are nearest, the first so many, and so many training images of each.
 _NEAREST, _FIRST, _NEIGHBOURS = 4, 10, 3
+_HASHED_AT_ONCE = 1024
 
 
 class Samples(NamedTuple):
@@ -57,7 +59,7 @@ class Assessor:
         self._coded: dict[str, tuple[Tensor, Tensor]] = {}
         self._training: Tensor | None = None
 
-    def features(self, name: str, pixels: Tensor | None = None) -> Features:
+    def features(self, name: str, pixels: Pixels | None = None) -> Features:
         """Features of a split by its name, or of other `pixels` under a name of their own."""
         if name not in self._features:
             pixels = self.source.splits[name].pixels if pixels is None else pixels
@@ -122,7 +124,7 @@ class Assessor:
         counts = None if training is None else training.counts()
         learned, alone = (None, True) if prior is None else (prior.prior, prior.header.knows_no_label)
         bits = image_bits(self.tokenizer, codes, images.pixels, counts, learned, labels, alone, progress=True)
-        dimensions = images.pixels[0].numel()
+        dimensions = math.prod(images.pixels.shape[1:])
         return {
             "n": len(images.pixels),
             "dimensions": dimensions,
@@ -223,7 +225,8 @@ class Assessor:
         by_codes = nearest_codes(sequences[shown], self.training_sequences(), k)
         own = samples.pixels[rows[shown]][:, None]
         gap = torch.full_like(own, 255)
-        pictures = torch.cat([own, gap, training[by_features.rows[shown]], gap, training[by_codes.rows]], 1)
+        found = [training[rows.flatten()].unflatten(0, rows.shape) for rows in (by_features.rows[shown], by_codes.rows)]
+        pictures = torch.cat([own, gap, found[0], gap, found[1]], 1)
         return image_grid(pictures.flatten(0, 1), pictures.shape[1])
 
 
@@ -231,9 +234,12 @@ def _dictionary(spread: Spread | None) -> dict[str, float] | None:
     return None if spread is None else spread._asdict()
 
 
-def pixels_hash(pixels: Tensor) -> str:
+def pixels_hash(pixels: Pixels) -> str:
     """The sha256 of images, uint8 (N, H, W, C), and of their shape: which images a figure is of."""
-    return hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes()).hexdigest()
+    found = hashlib.sha256(str(tuple(pixels.shape)).encode())
+    for part in batches(len(pixels), _HASHED_AT_ONCE):
+        found.update(pixels[part].contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def lpips_at_hand() -> LPIPS | None:
@@ -247,7 +253,7 @@ def lpips_at_hand() -> LPIPS | None:
         raise UserError(f"{error}; remove the file, and LPIPS is left out") from None
 
 
-def perceptual_distances(pictures: Tensor, originals: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
+def perceptual_distances(pictures: Tensor, originals: Pixels, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
     """LPIPS of each image (Zhang et al. 2018), (N,); None below 32 pixels a side, or if its weights are not at hand."""
     network = lpips_at_hand() if min(pictures.shape[1:3]) >= LEAST_PIXELS else None
     if network is None:

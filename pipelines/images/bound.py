@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipelines.images.scoring import BATCH_SIZE, surprisals
+from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.metrics import index_bits
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
@@ -24,7 +25,7 @@ from stage2_prior.priors.contract import AutoregressivePrior
 
 
 @torch.no_grad()
-def pixel_bits(tokenizer: VQVAE, codes: Codes, pixels: Tensor, progress: bool = False) -> Tensor:
+def pixel_bits(tokenizer: VQVAE, codes: Codes, pixels: Pixels, progress: bool = False) -> Tensor:
     """-log2 p(x | z) of each image, (N,), float64 on the CPU.
 
     Args:
@@ -46,7 +47,7 @@ def pixel_bits(tokenizer: VQVAE, codes: Codes, pixels: Tensor, progress: bool = 
 def image_bits(
     tokenizer: VQVAE,
     codes: Codes,
-    pixels: Tensor,
+    pixels: Pixels,
     counts: Sequence[np.ndarray] | None,
     prior: AutoregressivePrior | None,
     labels: Tensor | None,

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from configs.data import Data
 from configs.errors import UserError, say
-from configs.schema import Data
 from pipelines.images.drawing import labels_of
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
@@ -70,15 +70,15 @@ def chosen_images(options: Any, data: Data, progress: bool) -> Images:
     labels = None
     if split.labels is not None and source.label_names is not None:
         labels = [source.label_names[label] for label in split.labels.tolist()]
-    return Images(split.pixels, [f"{split_name}/{row}" for row in range(len(split))], labels)
+    return Images(split.pixels[:], [f"{split_name}/{row}" for row in range(len(split))], labels)
 
 
 @torch.no_grad()
-def encode_and_decode(tokenizer: VQVAE, pixels: Tensor, batch_size: int, progress: bool = False) -> tuple[Codes, Tensor]:
+def encode_and_decode(tokenizer: VQVAE, pixels: Pixels, batch_size: int, progress: bool = False) -> tuple[Codes, Tensor]:
     """Images uint8 (N, H, W, C) to their codes, int64 (N, h, w) a level, and reconstructions, uint8 (N, H, W, C); on the CPU."""
     device = next(tokenizer.parameters()).device
     parts: list[Codes] = []
-    pictures = torch.empty_like(pixels)
+    pictures = torch.empty(pixels.shape, dtype=torch.uint8)
     with progress_bar(len(pixels), "encode and decode", "img", shown=progress) as bar:
         for part in batches(len(pixels), batch_size):
             codes = tokenizer.encode(to_model(pixels[part].to(device)))
@@ -89,7 +89,7 @@ def encode_and_decode(tokenizer: VQVAE, pixels: Tensor, batch_size: int, progres
 
 
 @torch.no_grad()
-def encode(tokenizer: VQVAE, pixels: Tensor, batch_size: int) -> Codes:
+def encode(tokenizer: VQVAE, pixels: Pixels, batch_size: int) -> Codes:
     """Images uint8 (N, H, W, C) to their codes alone, int64 (N, h, w) a level, on the CPU."""
     device = next(tokenizer.parameters()).device
     parts: list[Codes] = []

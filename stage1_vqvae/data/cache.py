@@ -12,17 +12,17 @@ import warnings
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
 
 from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
+from stage1_vqvae.data.splits import Readable
 
-_FORMAT = 1
+_FORMAT = 2
 _HEAD_START = 1.0  # second
 
 
@@ -40,22 +40,13 @@ def files_identity(files: Iterable[Path]) -> str:
     return found.hexdigest()
 
 
-class CachedImages(NamedTuple):
-    """Decoded images."""
-
-    pixels: Tensor
-    """uint8 (N, H, W, C), mapped from a file."""
-    skipped: dict[int, str]
-    """Which of those asked for are not among them, and why."""
-
-
-def cached(
+def cached_images(
     folder: Path,
     identity: dict[str, Any],
     shape: tuple[int, ...],
     decode: Callable[[], Iterable[np.ndarray | str]],
     what: str,
-) -> CachedImages:
+) -> Readable:
     """Images from the file of the cache that has them, which is written first if it is not there.
 
     One process of the machine decodes; the others wait for it.
@@ -68,32 +59,57 @@ def cached(
         what: they are, for messages.
     Errors: UserError if the disk has no room for them; OSError with the file's name.
     """
-    versions = {"format": _FORMAT, "pillow": metadata.version("pillow"), "datasets": metadata.version("datasets")}
-    key = hashlib.sha256(json.dumps({**versions, **identity, "shape": shape}, sort_keys=True).encode()).hexdigest()[:32]
-    path, size = folder / f"{key}.pixels", math.prod(shape[1:])
+    path, size = folder / f"{_key({**identity, 'shape': shape})}.pixels", math.prod(shape[1:])
     noted = path.with_suffix(".json")
 
-    def skipped() -> dict[int, str]:
-        return {int(row): reason for row, reason in read_json(noted)["skipped"].items()}
-
     def there() -> bool:
-        return noted.exists() and path.exists() and path.stat().st_size == size * (shape[0] - len(skipped()))
+        return noted.exists() and path.exists() and path.stat().st_size == size * (shape[0] - len(_skipped(noted)))
 
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not there():
-        time.sleep(_HEAD_START)  # so that the process that shows its progress is the one that decodes
-    if not there():  # what is there may be read-only
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
-            if not there():
-                left_out = _write(path, size * shape[0], decode(), what)
-                write_json(noted, {"what": what, "shape": shape, **identity, "skipped": left_out})
-    left_out = skipped()
+    def make() -> None:
+        skipped = _write(path, size * shape[0], decode(), what)
+        write_json(noted, {"what": what, "shape": shape, **identity, "skipped": skipped})
+
+    _by_one(path, there, make)
+    left_out = _skipped(noted)
     count = shape[0] - len(left_out)
     # Read-only: a private map that could be written into would need as much memory, promised if not taken, as the file is long.
     mapped = np.memmap(path, np.uint8, "r", shape=(count, *shape[1:]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return CachedImages(torch.from_numpy(mapped), left_out)
+        return Readable(torch.from_numpy(mapped), left_out)
+
+
+def cached_reasons(folder: Path, identity: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], what: str) -> dict[int, str]:
+    """Which images cannot be decoded, and why: as `cached_images` finds it, without keeping any of them."""
+    path = folder / f"{_key({**identity, 'kept': 'reasons'})}.json"
+
+    def make() -> None:
+        say(f"{what}: looking for images that cannot be read, once for all commands")
+        skipped = {row: image for row, image in enumerate(decode()) if isinstance(image, str)}
+        write_json(path, {"what": what, **identity, "skipped": skipped})
+
+    _by_one(path, path.exists, make)
+    return _skipped(path)
+
+
+def _key(identity: dict[str, Any]) -> str:
+    versions = {"format": _FORMAT, "pillow": metadata.version("pillow"), "datasets": metadata.version("datasets")}
+    return hashlib.sha256(json.dumps({**versions, **identity}, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _skipped(noted: Path) -> dict[int, str]:
+    return {int(row): reason for row, reason in read_json(noted)["skipped"].items()}
+
+
+def _by_one(path: Path, there: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Have one process of the machine make what is at the path, unless it is there."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not there():
+        time.sleep(_HEAD_START)  # so that the process that shows its progress is the one that decodes
+    if not there():  # what is there may be read-only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not there():
+                make()
 
 
 def _write(path: Path, size: int, images: Iterable[np.ndarray | str], what: str) -> dict[int, str]:
@@ -102,7 +118,8 @@ def _write(path: Path, size: int, images: Iterable[np.ndarray | str], what: str)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         wanted = f"room for {_amount(size)} of decoded images of {what}"
-        raise UserError(f"data.cache {path.parent}: expected {wanted}, found {_amount(free)} free; make room, or name another folder")
+        ways = "make room, name another folder, or keep none (--data.decode each_time)"
+        raise UserError(f"data.cache {path.parent}: expected {wanted}, found {_amount(free)} free; {ways}")
     say(f"{what}: keeping decoded images in {path.parent}, {_amount(size)}")
     try:
         with open(unfinished, "wb") as file:

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from configs.data import Data
 from configs.errors import UserError
-from configs.schema import Data
+from stage1_vqvae.data.crops import CENTRE, Crop
 
 _MODES = {1: "L", 3: "RGB"}
+# What a codec that can decode to a smaller size leaves: so many times the pixels needed along each side, for the filter to choose from.
+_LEFT_TO_THE_FILTER = 2.0
 
 
 class UnreadableImage(UserError):
     """An image whose bytes were read, and are none, whoever asks."""
 
 
-def decode_image(content: bytes | None, path: str, data: Data) -> np.ndarray:
+def decode_image(content: bytes | None, path: str | None, data: Data, what: str = "") -> np.ndarray:
     """An encoded image (or the file at `path`) as uint8 (H, W, C): turned upright, composed over `data.background` where it is
     transparent, converted to `data.channels`, scaled to cover height x width and cropped at the centre.
 
-    Errors: UserError with the path if it cannot be read; UnreadableImage if that is what it holds.
+    Errors: UserError with its path, or else `what` it is, if it cannot be read; UnreadableImage if that is what it holds.
     """
+    return decode_crops(content, path, data, [CENTRE], what)[0]
+
+
+def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Sequence[Crop], what: str = "") -> np.ndarray:
+    """As `decode_image`, several crops of one image: uint8 (crops, H, W, C)."""
+    if content is None and path is None:
+        raise UnreadableImage(f"{what}: expected an image, found none")
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content) if content is not None else path or "") as opened:
+            # Scaled by the codec where it can, which JPEG does as it decodes. Its sides may yet be exchanged, when it is turned upright.
+            side = _LEFT_TO_THE_FILTER * max(data.height, data.width) / math.sqrt(min(crop.area for crop in crops))
+            opened.draft(None, (math.ceil(side), math.ceil(side)))
             image = _converted(_composed(ImageOps.exif_transpose(opened), data.background), _MODES[data.channels])
     except Exception as error:  # decoders of damaged files raise anything
         passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         kind = UserError if passing else UnreadableImage
-        raise kind(f"{path}: expected a readable image, found: {error}") from None
-    return _fit(image, data)
+        raise kind(f"{path or what}: expected a readable image, found: {error}") from None
+    return np.stack([_fit(image, data, crop) for crop in crops])
 
 
 def _composed(image: Image.Image, background: str) -> Image.Image:
@@ -51,14 +66,12 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _fit(image: Image.Image, data: Data) -> np.ndarray:
-    if image.size != (data.width, data.height):
-        image = ImageOps.fit(image, (data.width, data.height), Image.Resampling.LANCZOS)
+def _fit(image: Image.Image, data: Data, crop: Crop) -> np.ndarray:
+    image = image.resize((data.width, data.height), Image.Resampling.LANCZOS, crop.box(image.size, data.height, data.width))
     return np.asarray(image, np.uint8).reshape(data.height, data.width, data.channels)
 
 
-def fit_grey(pixels: np.ndarray, data: Data) -> np.ndarray:
-    """Grey images, uint8 (N, H, W), at the recipe's size and channels: uint8 (N, data.height, data.width, data.channels)."""
-    if pixels.shape[1:] == (data.height, data.width) and data.channels == 1:
-        return pixels[..., None].copy()
-    return np.stack([_fit(Image.fromarray(image).convert(_MODES[data.channels]), data) for image in pixels])
+def fit_grey(image: np.ndarray, data: Data, crops: Sequence[Crop]) -> np.ndarray:
+    """Crops of a grey image, uint8 (H, W), at the recipe's size and channels: uint8 (crops, data.height, data.width, data.channels)."""
+    picture = Image.fromarray(image).convert(_MODES[data.channels])
+    return np.stack([_fit(picture, data, crop) for crop in crops])

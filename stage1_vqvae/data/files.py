@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from configs.data import Data
 from configs.errors import UserError
-from configs.schema import Data
 from stage1_vqvae.data.decoding import decode_image
 from stage1_vqvae.training.progress import progress_bar
 

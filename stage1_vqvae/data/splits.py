@@ -1,24 +1,83 @@
-"""Splits of a data set: decoded images with their labels, and how validation images are held out where the source has none."""
+"""Splits of a data set: images with their labels, and how validation images are held out where the source has none."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from configs.data import Data
+from stage1_vqvae.data.crops import CENTRE, Crop
 from stage1_vqvae.training.randomness import generator
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
-class ImageSplit:
-    """One split, decoded: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
+class Pixels(Protocol):
+    """Images, uint8 (N, H, W, C), of which some are read at a time: a tensor is one, which may be mapped from a file, and images that are
+    decoded when they are asked for.
+    """
 
-    def __init__(self, pixels: Tensor, labels: np.ndarray | None) -> None:
-        assert pixels.dtype == torch.uint8
-        assert pixels.ndim == 4
+    @property
+    def shape(self) -> torch.Size:
+        """(N, H, W, C)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor | slice, /) -> Tensor: ...
+
+
+class CroppablePixels(ABC):
+    """Images that are scaled and cropped whenever they are asked for, at the centre unless said otherwise."""
+
+    def __init__(self, count: int, data: Data) -> None:
+        self.shape = torch.Size((count, data.height, data.width, data.channels))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        wanted = torch.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        return self.cropped(wanted, [[CENTRE]] * len(wanted))[:, 0]
+
+    @abstractmethod
+    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
+        """Of each row (B,) its crops, the same number of each: uint8 (B, crops, H, W, C)."""
+
+
+class Readable(NamedTuple):
+    """The images of a split that can be read."""
+
+    pixels: Pixels
+    skipped: dict[int, str]
+    """Which of those asked for are not among them, and why."""
+
+
+class SourceSplit(ABC):
+    """A split as its source has it, before any of its images is decoded."""
+
+    labels: np.ndarray | None
+    """(N,) int64."""
+    identity: str
+    """What is another if the source's files are."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
+        """Those rows (all, if None) at the recipe's size."""
+
+
+class ImageSplit:
+    """One split: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
+
+    def __init__(self, pixels: Pixels, labels: np.ndarray | None) -> None:
+        assert len(pixels.shape) == 4
         self.pixels = pixels
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from configs.errors import UserError
 from configs.run_dir import RunDir
 from stage1_vqvae.data.pixels import to_model
-from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
+from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.optimizer import adamw
@@ -97,7 +97,7 @@ def run_rotation(folder: Path, source: ImageSource, device: torch.device, seed: 
     top, left = (height - side) // 2, (width - side) // 2
 
     def examples(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        images = to_model(train.pixels[rows, top : top + side, left : left + side].to(device))
+        images = to_model(train.pixels[rows][:, top : top + side, left : left + side].to(device))
         turns = torch.randint(4, rows.shape, generator=generator(seed, "turns", step)).to(device)
         turned = torch.stack([images.rot90(quarter, (2, 3)) for quarter in range(4)])
         return turned[turns, torch.arange(len(rows), device=device)], turns
@@ -143,7 +143,7 @@ def fit(classifier: Classifier, kind: str, count: int, examples: Examples, devic
 
 
 @torch.no_grad()
-def labels_found(classifier: Classifier, pixels: Tensor, batch_size: int) -> Tensor:
+def labels_found(classifier: Classifier, pixels: Pixels, batch_size: int) -> Tensor:
     """The label (N,) that it gives each of the images, uint8 (N, H, W, C); on the CPU."""
     device = classifier.head.weight.device
     parts = [classifier(to_model(pixels[part].to(device))).argmax(1).cpu() for part in batches(len(pixels), batch_size)]

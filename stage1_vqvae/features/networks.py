@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from stage1_vqvae.data.pixels import to_model, to_uint8
-from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.data.splits import ImageSource, Pixels
 from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, Classifier, kept_at, run_classifier, run_rotation
 from stage1_vqvae.features.weights import weights_in
 from stage1_vqvae.training.batching import batches
@@ -88,7 +88,7 @@ class FeatureNetwork:
     """Names of the classes of its logits, if they are the run's own."""
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor, batch_size: int, what: str, progress: bool = True) -> Features:
+    def __call__(self, pixels: Pixels, batch_size: int, what: str, progress: bool = True) -> Features:
         """Features of images, uint8 (N, H, W, C), on the CPU; `what` they are, for the progress bar."""
         found = []
         with progress_bar(len(pixels), f"features of {what}", "img", shown=progress) as bar:

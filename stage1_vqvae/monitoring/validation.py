@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_json
+from stage1_vqvae.data.loader import pixels_of, read_ahead
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
@@ -22,6 +23,7 @@ from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import summed
+from stage1_vqvae.training.progress import progress_bar
 
 _SHOWN_IMAGES = 32
 
@@ -48,14 +50,16 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     names = tokenizer.objective.loss_names
     totals = {"mse": zero, "loss": zero, **dict.fromkeys(names, zero)}
     totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
-    for part in batches(len(mine), batch_size):
-        pixels = validation.pixels[mine[part]].to(accelerator.device)
-        output = tokenizer(to_model(pixels))
-        found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}
-        found["loss"] = torch.stack(list(output.losses.values())).sum() * len(pixels)
-        found |= {name: output.losses[name] * len(pixels) for name in names}
-        found |= {f"counts/{level}": counts for level, counts in enumerate(level_counts(output.statistics))}
-        totals = {name: total + found[name] for name, total in totals.items()}
+    with progress_bar(len(mine), "validate", "img", within=True) as bar:
+        for read in read_ahead(lambda part: pixels_of(validation.pixels, mine[part]), batches(len(mine), batch_size)):
+            pixels = read.to(accelerator.device)
+            output = tokenizer(to_model(pixels))
+            found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}
+            found["loss"] = torch.stack(list(output.losses.values())).sum() * len(pixels)
+            found |= {name: output.losses[name] * len(pixels) for name in names}
+            found |= {f"counts/{level}": counts for level, counts in enumerate(level_counts(output.statistics))}
+            totals = {name: total + found[name] for name, total in totals.items()}
+            bar.update(len(pixels))
     totals = summed(accelerator, totals)
     counts = [totals.pop(f"counts/{level}") for level in range(len(tokenizer.quantizer.num_codes))]
     means = {name: float(total) / len(validation) for name, total in totals.items()}

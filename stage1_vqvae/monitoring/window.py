@@ -34,9 +34,9 @@ class Window:
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
 
-    def close(self, first: int, batch_size: int, advice: str) -> tuple[dict[str, float], list[Tensor]]:
-        """Means over the window, usage and perplexity of its codes together, codes restarted, images/s; and its counts.
-        Then it starts anew.
+    def close(self, first: int, batch_size: int, advice: str, waited: float) -> tuple[dict[str, float], list[Tensor]]:
+        """Means over the window, usage and perplexity of its codes together, codes restarted, images/s, the share of its time that was
+        `waited` for images, in seconds; and its counts. Then it starts anew.
 
         Errors: UserError naming the step, with `advice`, if a loss is not finite.
         """
@@ -56,5 +56,6 @@ class Window:
             "perplexity": perplexity(*counts),
             "restarted": restarted,
             "images_per_second": steps * batch_size / seconds,
+            "loading_share": waited / seconds,
         }
         return values, counts

@@ -13,7 +13,8 @@ from typing import Literal
 from torch import Tensor, nn
 from typing_extensions import override
 
-from configs.schema import NetworkPart, require
+from configs.errors import require
+from configs.schema import NetworkPart
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from configs.schema import require
+from configs.errors import require
 from stage1_vqvae.networks.convolutional import ConvolutionalPart, Decoder, Encoder
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from configs.schema import NetworkPart, require
+from configs.errors import require
+from configs.schema import NetworkPart
 from stage1_vqvae.attention import Attention, Norm, rotations
 from stage1_vqvae.training.precision import full_precision
 

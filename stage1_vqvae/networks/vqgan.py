@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from configs.schema import NetworkPart, require
+from configs.errors import require
+from configs.schema import NetworkPart
 
 GROUPS = 32
 """Groups of a normalisation."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.objectives.context import CausalContext
 from stage1_vqvae.training.batching import batches
 
@@ -45,7 +46,7 @@ class Objective(nn.Module, ABC):
     def mean_image(self, output: Tensor) -> Tensor:
         """The image that `decode` shows, (B, C, H, W), about [-1, 1], float32 or wider; not clipped."""
 
-    def check(self, pixels: Tensor) -> None:
+    def check(self, pixels: Pixels) -> None:
         """Errors: UserError if it cannot judge images of such pixels, uint8 (N, H, W, C)."""
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from typing_extensions import override
 
-from configs.errors import UserError
-from configs.schema import DiscriminatorPart, require
+from configs.errors import UserError, require
+from configs.schema import DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.features.networks import AUTO, Layers, feature_network
 

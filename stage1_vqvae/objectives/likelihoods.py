@@ -9,15 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from configs.errors import UserError
-from configs.schema import ObjectivePart, require
+from configs.errors import UserError, require
+from configs.schema import ObjectivePart
+from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
+from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.precision import full_precision
 
 # A component narrower than e^-7 of half the range lies within one value (Salimans et al. 2017); one wider than e^7 is flat.
 _LARGEST_LOG_SCALE = 7.0
 # Where training begins: components an eighth of half the range wide.
 _FIRST_LOG_SCALE = -2.0
+_CHECKED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +194,11 @@ class Bernoulli(PixelLikelihood):
         return 2 * full_precision(output).sigmoid() - 1
 
     @override
-    def check(self, pixels: Tensor) -> None:
-        grey = (pixels != 0) & (pixels != 255)
-        if bool(grey.any()):
-            wanted = "expected images of black and white alone (0 and 255)"
-            raise UserError(f"tokenizer.objective bernoulli: {wanted}, found a value {int(pixels[grey][0])}; take logistic or categorical")
+    def check(self, pixels: Pixels) -> None:
+        for part in batches(len(pixels), _CHECKED_AT_ONCE):
+            values = pixels[part]
+            grey = (values != 0) & (values != 255)
+            if bool(grey.any()):
+                wanted = "expected images of black and white alone (0 and 255)"
+                found = f"found a value {int(values[grey][0])}; take logistic or categorical"
+                raise UserError(f"tokenizer.objective bernoulli: {wanted}, {found}")

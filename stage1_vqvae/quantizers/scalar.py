@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from configs.schema import QuantizerPart, require
+from configs.errors import require
+from configs.schema import QuantizerPart
 from stage1_vqvae.quantizers.codebook import mean_square
 from stage1_vqvae.quantizers.composed import fitted_to
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, counted

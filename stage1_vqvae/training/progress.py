@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
+_WORTH_SHOWING = 5.0  # seconds
 
-def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True) -> Any:
-    """A tqdm bar counting `unit`s; into a file or pipe it writes a line every ten seconds, not ten a second."""
+
+def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True, within: bool = False) -> Any:
+    """A tqdm bar counting `unit`s, of a launcher's first process; into a file or pipe it writes a line every ten seconds, not ten a second.
+    One of a step `within` another shows only if that takes more than five seconds, and goes with it.
+    """
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
@@ -17,7 +22,9 @@ def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, s
         desc=description,
         unit=unit,
         unit_scale=True,
-        disable=not shown,
+        disable=not shown or os.environ.get("RANK", "0") != "0",
+        delay=_WORTH_SHOWING if within else 0.0,
+        leave=not within,
         mininterval=interval,
         maxinterval=interval,
     )

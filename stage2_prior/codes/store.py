@@ -22,13 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from configs.data import StoredAugmentation
 from configs.errors import UserError
 from configs.run_dir import read_json, write_bytes, write_json
-from configs.schema import Augmentation
 from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.progress import progress_bar
 
 _FORMAT = 2
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
+"""Name of the file that says what the others of a split are."""
 _MADE_BY = "tokenizer_sha256"
 # What manifests of format 1 do not say: all of their shards were of this size, and had no sum.
 _SINCE_1 = {"rows_per_shard": 2**16, "sha256": []}
@@ -47,7 +49,7 @@ class Manifest:
     """K, the number of codes, of each level."""
     label_names: list[str] | None
     """Null: the images have no labels."""
-    augmentation: Augmentation
+    augmentation: StoredAugmentation
     """What the variant axis enumerates."""
     variants: int
     """How many variants of each image are stored."""
@@ -95,7 +97,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, codes: Sequence[Te
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of shards that are all there, with the sha256 of each: nothing reads codes without one."""
     sums = [_sha256(folder / manifest.shard_name(shard)) for shard in range(manifest.num_shards)]
-    write_json(folder / _MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, sha256=sums)))
+    write_json(folder / MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, sha256=sums)))
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.ndarray]:
@@ -142,7 +144,7 @@ class CodeStore:
             tokenizer_sha256: refuse codes of another tokenizer.
         Errors: UserError for what is missing, truncated, or does not fit the manifest.
         """
-        self._folder = folder
+        self.folder = folder
         self.manifest = read_manifest(folder)
         found = self.manifest.tokenizer_sha256
         if tokenizer_sha256 is not None and found != tokenizer_sha256:
@@ -173,40 +175,46 @@ class CodeStore:
             self._check_below(number, found, level)
         return tuple(torch.from_numpy(found) for found in levels)
 
+    def shard(self, number: int) -> list[np.ndarray]:
+        """The codes (rows, variants, h, w) a level of one shard, in the dtype they have on disk; read-only."""
+        return self._shards[number]
+
     def counts(self) -> list[np.ndarray]:
         """How often each code of a level occurs over all rows and variants, (K,) a level.
 
         Errors: UserError for a code that the codebook does not have.
         """
-        counted = []
-        for level, number in enumerate(self.manifest.num_codes):
-            of_level = np.zeros(number, np.int64)
+        counted = [np.zeros(number, np.int64) for number in self.manifest.num_codes]
+        with progress_bar(len(self), f"count codes of {self.manifest.split}", "img", within=True) as bar:
             for levels in self._shards:
-                self._check_below(number, levels[level], level)
-                of_level += np.bincount(levels[level].ravel(), minlength=number)
-            counted.append(of_level)
+                for level, (codes, number) in enumerate(zip(levels, self.manifest.num_codes, strict=True)):
+                    self._check_below(number, codes, level)
+                    counted[level] += np.bincount(codes.ravel(), minlength=number)
+                bar.update(len(levels[0]))
         return counted
 
     def verify(self) -> None:
         """Read all shards through. Errors: UserError for the first that is not as it was written, or has a code too high."""
         if self.manifest.sha256 and len(self.manifest.sha256) != self.manifest.num_shards:
             sums = f"{self.manifest.num_shards} sums, one a file"
-            raise UserError(f"{self._folder / _MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; extract the codes anew")
-        for shard, sha256 in enumerate(self.manifest.sha256):
-            path = self._folder / self.manifest.shard_name(shard)
-            found = _sha256(path)
-            if found != sha256:
-                raise UserError(f"{path}: expected sha256 {sha256[:12]}, as it was written, found {found[:12]}; extract the codes anew")
+            raise UserError(f"{self.folder / MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; extract the codes anew")
+        with progress_bar(len(self.manifest.sha256), f"verify {self.manifest.split}", "file", within=True) as bar:
+            for shard, sha256 in enumerate(self.manifest.sha256):
+                path = self.folder / self.manifest.shard_name(shard)
+                found = _sha256(path)
+                if found != sha256:
+                    raise UserError(f"{path}: expected sha256 {sha256[:12]}, as it was written, found {found[:12]}; extract the codes anew")
+                bar.update()
         self.counts()
 
     def _check_below(self, number: int, codes: np.ndarray, level: int) -> None:
         if codes.size and codes.max() >= number:
-            raise UserError(f"{self._folder}: expected codes of level {level} below {number}, found {codes.max()}; extract the codes anew")
+            raise UserError(f"{self.folder}: expected codes of level {level} below {number}, found {codes.max()}; extract the codes anew")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """A split's manifest. Errors: UserError if there is none, or one of another format."""
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     content = read_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
     if isinstance(content, dict) and content.get("format") == 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import summed
+from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.contract import AutoregressivePrior
 
@@ -67,14 +68,16 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=device)
     of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=device) for _ in range(2))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
-    for part in batches(len(mine), batch_size):
-        codes = tuple(level.to(device) for level in store.codes(mine[part]))
-        labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
-        found = -prior.log_prob(codes, labels).double()
-        nats += found.sum(0)
-        index = prior.labels_or_null(labels, len(found))
-        of_labels.index_add_(0, index, found.mean(1))
-        images.index_add_(0, index, torch.ones_like(found[:, 0]))
+    with progress_bar(len(mine), "measure", "img", within=True) as bar:
+        for part in batches(len(mine), batch_size):
+            codes = tuple(level.to(device) for level in store.codes(mine[part]))
+            labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
+            found = -prior.log_prob(codes, labels).double()
+            nats += found.sum(0)
+            index = prior.labels_or_null(labels, len(found))
+            of_labels.index_add_(0, index, found.mean(1))
+            images.index_add_(0, index, torch.ones_like(found[:, 0]))
+            bar.update(len(found))
     totals = summed(accelerator, {"nats": nats, "of_labels": of_labels, "images": images})
     sums, counts = totals["of_labels"].tolist(), totals["images"].tolist()
     return Likelihood(

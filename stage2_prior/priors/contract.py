@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import require
+from configs.errors import require
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.precision import full_precision
 from stage2_prior.codes.sequence import SequenceLayout

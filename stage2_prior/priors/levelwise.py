@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from configs.errors import require
 from configs.parts import as_dict
-from configs.schema import PriorPart, prior_from, require
+from configs.schema import PriorPart, prior_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.contract import AutoregressivePrior, Logits

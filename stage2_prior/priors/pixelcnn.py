@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from configs.schema import PriorPart, require
+from configs.errors import require
+from configs.schema import PriorPart
 from stage1_vqvae.attention import rotations
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout

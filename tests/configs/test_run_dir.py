@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from configs.run_dir import REPOSITORY, RunDir, read_json, replacing_folder, write_bytes, write_json
+from configs.run_dir import REPOSITORY, RunDir, new_folder, read_json, replace_folder, write_bytes, write_json
 
 
 def test_a_bare_name_lies_in_the_repositorys_runs_and_a_path_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,25 +35,32 @@ def test_a_failed_write_keeps_the_old_file_and_names_it(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = tmp_path / "codes"
-    folder.mkdir()
-    (folder / "old").touch()
+def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    """And leaves alone what is called nearly so: it may be anybody's."""
+    folder, other = tmp_path / "codes", tmp_path / "codes.old-2024"
+    other.mkdir()
 
     def fill_and_fail() -> None:
-        with replacing_folder(folder) as new:
+        with new_folder(folder) as new:
             (new / "half").touch()
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fill_and_fail()
-    assert os.listdir(tmp_path) == ["codes"]
-    assert os.listdir(folder) == ["old"]
-    (tmp_path / "codes.tmp-1").mkdir()  # what a killed command left
-    with replacing_folder(folder) as new:
+    assert os.listdir(tmp_path) == [other.name]
+    with new_folder(folder) as new:
         (new / "whole").touch()
-    assert os.listdir(tmp_path) == ["codes"]
+    assert sorted(os.listdir(tmp_path)) == ["codes", other.name]
     assert os.listdir(folder) == ["whole"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for name in ("codes", "by", "codes.old-1"):  # the last a killed command left
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_folder(tmp_path / "codes", tmp_path / "by")
+    assert os.listdir(tmp_path) == ["codes"]
+    assert os.listdir(tmp_path / "codes") == ["by"]
 
 
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:

@@ -100,13 +100,14 @@ def test_options_go_to_the_steps_that_take_them(tmp_path: Path) -> None:
     """Stage 1 writes all of them into the recipe; those it lets differ from a recipe that is there are handed on."""
     path = tmp_path / "a run"
     options = ["--prior.kind", "pixelcnn", "--compute.threads=1", "--evaluation.n", "9", "--evaluation.features=classifier"]
+    options += ["--data.workers", "1", "--data.height=8"]
     first, extract, second, draw, uniform, evaluate, report = typed("--run", path, *options)
     assert first == f"accelerate launch stage1_vqvae/train.py --run '{path}' {' '.join(options)} --resume"
-    assert extract.endswith(f"extract_codes.py --run '{path}' --compute.threads=1")
+    assert extract.endswith(f"extract_codes.py --run '{path}' --compute.threads=1 --data.workers=1")
     assert second.endswith(f"train.py --run '{path}' --compute.threads=1 --resume")
     assert draw.endswith("--prior pixelcnn --compute.threads=1")
     assert uniform.endswith("--prior uniform --compute.threads=1")
-    assert evaluate.endswith("--prior pixelcnn --n=9 --features=classifier --compute.threads=1")
+    assert evaluate.endswith("--prior pixelcnn --n=9 --features=classifier --compute.threads=1 --data.workers=1")
     assert report.endswith(f"report.py --run '{path}'")
 
 

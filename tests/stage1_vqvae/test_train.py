@@ -62,8 +62,10 @@ def test_what_is_logged(finished_run: Path) -> None:
     train = [record for record in records if record["split"] == "train"]
     assert [record["step"] for record in train] == [10, 20, 30, 40, 50, 60]
     for record in train:
-        assert {"reconstruction", "commitment", "loss", "psnr", "usage", "perplexity", "images_per_second", "lr"} <= set(record)
+        assert {"reconstruction", "commitment", "loss", "psnr", "usage", "perplexity", "lr"} <= set(record)
+        assert {"images_per_second", "loading_share"} <= set(record)
         assert record["loss"] == pytest.approx(record["reconstruction"] + record["commitment"], rel=1e-5)
+        assert 0 <= record["loading_share"] < 1
     assert [record["step"] for record in records if record["split"] == "validation"] == [30, 60]
 
 
@@ -72,7 +74,7 @@ def test_reconstructions_stand_under_their_originals(finished_run: Path) -> None
     with Image.open(finished_run / "stage1" / "reconstructions" / "step-000000060.png") as grid:
         assert grid.size[1] == (2 * (8 + 2) + 2) * scale  # 12 validation images: one row of originals, one beneath
         tile = grid.crop((2 * scale, 2 * scale, 14 * scale, 10 * scale)).resize((12, 8), Image.Resampling.NEAREST)
-    first = load_images(load_recipe(finished_run / "recipe.yaml").data).splits[VALIDATION].pixels[0]
+    first = load_images(load_recipe(finished_run / "recipe.yaml").data).splits[VALIDATION].pixels[:][0]
     assert np.array_equal(np.asarray(tile), first.numpy())
 
 
@@ -81,7 +83,7 @@ def test_validation_metrics_are_those_of_the_saved_tokenizer(finished_run: Path)
     tokenizer = load_tokenizer(RunDir(finished_run))
     split = load_images(load_recipe(finished_run / "recipe.yaml").data).splits[VALIDATION]
     errors, used = [], set()
-    for pixels in split.pixels:
+    for pixels in split.pixels[:]:
         output = tokenizer(to_model(pixels[None]))
         picture = ((output.reconstruction.clamp(-1, 1) + 1) / 2 * 255).round() / 255
         errors.append((picture - pixels.permute(2, 0, 1) / 255).square().mean().item())
@@ -89,6 +91,21 @@ def test_validation_metrics_are_those_of_the_saved_tokenizer(finished_run: Path)
     report = read_json(finished_run / "stage1" / "report.json")["validation"]
     assert report["mse"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
     assert report["usage"] == pytest.approx(len(used) / 16)
+
+
+def test_the_tokenizer_is_the_same_however_images_are_read(finished_run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--data.decode", "each_time", "--data.workers", "2"])
+    assert (tmp_path / "run/tokenizer.safetensors").read_bytes() == (finished_run / "tokenizer.safetensors").read_bytes()
+
+
+def test_random_crops_are_made_of_whole_images(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--stage1.steps", "4", "--data.crop", "random"]
+    line = one_line_error(main, *settings, "--data.crop_area", "0.5")
+    assert "data.decode: expected each_time with data.crop random" in line
+    main([*settings, "--data.crop_area", "0.5", "--data.decode", "each_time"])
+    assert (tmp_path / "run/tokenizer.safetensors").exists()
+    line = one_line_error(main, "--config", tiny_recipe, "--run", tmp_path / "other", "--data.crop_area", "0.5")
+    assert "data.crop: expected random with data.crop_area 0.5" in line
 
 
 def kill_after_checkpoint(command: list[str], checkpoint: Path, metrics: Path, last_step: int) -> None:
@@ -119,7 +136,7 @@ def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
     assert (run / "tokenizer.safetensors").read_bytes() == (tmp_path / "whole" / "tokenizer.safetensors").read_bytes()
     timeless = [
         [
-            {key: value for key, value in record.items() if key != "images_per_second"}
+            {key: value for key, value in record.items() if key not in ("images_per_second", "loading_share")}
             for record in read_metrics(path / "stage1/metrics.jsonl")
         ]
         for path in (run, tmp_path / "whole")

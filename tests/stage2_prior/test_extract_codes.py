@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
+from stage1_vqvae.data.crops import FIVE
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, CroppablePixels
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior import extract_codes
@@ -32,11 +34,11 @@ def test_codes_are_the_tokenizers_one_a_sample_in_order(finished_run: Path) -> N
         store = CodeStore(run.codes / name, fingerprint(run.tokenizer))
         assert len(store) == len(split)
         (codes,) = store.codes(torch.arange(len(split)))
-        (own,) = tokenizer.encode(to_model(split.pixels))
+        (own,) = tokenizer.encode(to_model(split.pixels[:]))
         assert torch.equal(codes, own)
         assert torch.equal(store.labels, split.labels)
         pictures = to_uint8(tokenizer.decode((codes,))).int()
-        assert int((pictures - to_uint8(tokenizer(to_model(split.pixels)).reconstruction).int()).abs().max()) <= 1
+        assert int((pictures - to_uint8(tokenizer(to_model(split.pixels[:])).reconstruction).int()).abs().max()) <= 1
     manifest = read_manifest(run.codes / TRAIN)
     assert (manifest.grids, manifest.num_codes, manifest.label_names) == ([(2, 3)], [16], ["across", "down"])
 
@@ -45,13 +47,51 @@ def test_variants_are_an_axis_of_the_training_codes(run_copy: Path) -> None:
     main(["--run", str(run_copy), "--extraction.augmentation", "horizontal_flip", "--overwrite"])
     run = RunDir(run_copy)
     tokenizer = load_tokenizer(run)
-    pixels = load_images(load_recipe(run.recipe).data).splits[TRAIN].pixels
+    pixels = load_images(load_recipe(run.recipe).data).splits[TRAIN].pixels[:]
     store = CodeStore(run.codes / TRAIN)
     assert store.manifest.variants == 2
     everything = torch.arange(len(store))
     (mirrored,) = store.codes(everything, torch.ones(len(store), dtype=torch.int64))
     assert torch.equal(mirrored, tokenizer.encode(to_model(pixels.flip(2)))[0])
     assert CodeStore(run.codes / VALIDATION).manifest.variants == 1
+
+
+@pytest.mark.parametrize("augmentation", ["five_crops", "ten_crops"])
+def test_crops_are_variants_made_of_whole_images(augmentation: str, run_copy: Path, pictures: Path) -> None:
+    """The first is the image itself; those that were kept decoded are not enlarged for the others."""
+    main(["--run", str(run_copy), "--extraction.augmentation", augmentation, "--overwrite"])
+    run = RunDir(run_copy)
+    tokenizer, data = load_tokenizer(run), load_recipe(run.recipe).data
+    stored = CodeStore(run.codes / TRAIN)
+    pixels = load_images(dataclasses.replace(data, decode="each_time")).splits[TRAIN].pixels
+    assert isinstance(pixels, CroppablePixels)
+    crops = pixels.cropped(torch.arange(len(stored)), [FIVE] * len(stored))
+    assert torch.equal(crops[:, 0], pixels[:])
+    if augmentation == "ten_crops":
+        crops = torch.cat([crops, crops.flip(3)], 1)
+    assert stored.manifest.variants == crops.shape[1]
+    for variant in range(crops.shape[1]):
+        (found,) = stored.codes(torch.arange(len(stored)), torch.full((len(stored),), variant))
+        assert torch.equal(found, tokenizer.encode(to_model(crops[:, variant]))[0])
+    assert CodeStore(run.codes / VALIDATION).manifest.variants == 1
+
+
+@pytest.mark.parametrize("how", [["--data.decode", "each_time", "--data.workers", workers] for workers in "012"])
+def test_codes_do_not_depend_on_how_images_are_read(how: list[str], run_copy: Path) -> None:
+    before = contents(run_copy / "codes")
+    main(["--run", str(run_copy), "--overwrite", *how])
+    assert contents(run_copy / "codes") == before
+
+
+def test_a_run_says_what_images_it_has_and_a_machine_where_they_are(
+    run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    before = contents(run_copy / "codes")
+    moved = Path(shutil.copytree(pictures, tmp_path / "moved"))
+    main(["--run", str(run_copy), "--overwrite", "--data.path", str(moved), "--data.cache", str(tmp_path / "cache")])
+    assert contents(run_copy / "codes") == before
+    assert list((tmp_path / "cache").glob("*.pixels"))
+    assert "data.height" in one_line_error(main, "--run", run_copy, "--overwrite", "--data.height", 16)
 
 
 def test_extracting_again_says_so_and_other_settings_need_overwrite(

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from configs.cli import load_recipe
+from configs.data import Data
 from configs.errors import UserError
 from configs.parts import default_part
 from configs.run_dir import RunDir
-from configs.schema import Data
 from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8

@@ -7,18 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from configs.data import Data
 from configs.errors import UserError
-from configs.schema import Data
-from stage1_vqvae.data import cache, sources
-from stage1_vqvae.data.cache import CachedImages, cached
+from stage1_vqvae.data import cache, encoded
+from stage1_vqvae.data.cache import cached_images
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, Readable
 
 
 def data(path: Path, kept: Path, **settings: object) -> Data:
@@ -29,13 +30,13 @@ def data(path: Path, kept: Path, **settings: object) -> Data:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of all images that are decoded."""
     found: list[str] = []
-    real = sources.decode_image
+    real = encoded.decode_image
 
-    def noted(content: bytes | None, path: str, data: Data) -> np.ndarray:
+    def noted(content: bytes | None, path: str, *more: Any) -> np.ndarray:
         found.append(path)
-        return real(content, path, data)
+        return real(content, path, *more)
 
-    monkeypatch.setattr(sources, "decode_image", noted)
+    monkeypatch.setattr(encoded, "decode_image", noted)
     return found
 
 
@@ -91,7 +92,7 @@ def test_what_a_recipe_asks_of_images_is_what_it_gets(settings: dict[str, object
 @pytest.mark.parametrize("left", ["a part", "too little"])
 def test_half_a_file_is_none(left: str, pictures: Path, tmp_path: Path) -> None:
     """What a killed command leaves under another name, and a file that something has cut short."""
-    whole = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels.clone()
+    whole = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
     for path in tmp_path.glob("*.pixels"):
         content = path.read_bytes()
         path.unlink()
@@ -154,7 +155,7 @@ def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
             yield from np.full((2, 3, 4, 1), number, np.uint8)
 
     def ask() -> None:
-        found.append(cached(tmp_path, {"source": "x"}, (8, 3, 4, 1), decode, "x").pixels)
+        found.append(cached_images(tmp_path, {"source": "x"}, (8, 3, 4, 1), decode, "x").pixels)
 
     askers = [threading.Thread(target=ask) for _ in range(4)]
     for asker in askers:
@@ -172,12 +173,12 @@ def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path,
     monkeypatch.setenv("LOCAL_RANK", "1")
     decoding, found = [], []
 
-    def by(name: str) -> CachedImages:
+    def by(name: str) -> Readable:
         def decode() -> Iterator[np.ndarray]:
             decoding.append(name)
             yield np.full((2, 2, 1), 7, np.uint8)
 
-        return cached(tmp_path, {"source": "x"}, (1, 2, 2, 1), decode, "x")
+        return cached_images(tmp_path, {"source": "x"}, (1, 2, 2, 1), decode, "x")
 
     second = threading.Thread(target=lambda: found.append(by("second")))
     second.start()
@@ -188,11 +189,11 @@ def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path,
     assert decoding == ["first"]
     assert torch.equal(found[0].pixels, first.pixels)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert cached(tmp_path, {"source": "y"}, (1, 2, 2, 1), lambda: iter([np.zeros((2, 2, 1), np.uint8)]), "y").pixels.sum() == 0
+    assert cached_images(tmp_path, {"source": "y"}, (1, 2, 2, 1), lambda: iter([np.zeros((2, 2, 1), np.uint8)]), "y").pixels.sum() == 0
 
 
 def test_a_cache_that_has_them_need_not_be_writable(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels.clone()
+    before = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
 
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(30, "Read-only file system", str(tmp_path))
@@ -227,6 +228,8 @@ def test_decoded_images_are_shared_not_copied(tmp_path: Path) -> None:
 
     shape = (100, 1000, 1000, 1)
     before = own()
-    images = cached(tmp_path, {"source": "x"}, shape, lambda: (np.full(shape[1:], number, np.uint8) for number in range(100)), "x").pixels
+    images = cached_images(
+        tmp_path, {"source": "x"}, shape, lambda: (np.full(shape[1:], number, np.uint8) for number in range(100)), "x"
+    ).pixels
     assert images[::7, 500, 500, 0].tolist() == list(range(0, 100, 7))
     assert own() - before < 20_000  # kB

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.data import Data
 from configs.errors import UserError
 from configs.run_dir import REPOSITORY
-from configs.schema import Data
 from stage1_vqvae.data.pixels import to_model, to_uint8, to_unit
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION

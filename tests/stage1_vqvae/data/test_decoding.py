@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.schema import Data
+from configs.data import Data
 from stage1_vqvae.data.decoding import decode_image
 
 SIZE = (6, 4)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.data import Data
 from configs.errors import UserError
-from configs.schema import Data
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 
@@ -100,7 +100,7 @@ TABLE: dict[str, tuple[str, Callable[[], bytes], object]] = {
 def load(folder: Path, cache: Path) -> np.ndarray:
     """All pictures of a folder, sorted by nothing but chance."""
     found = load_images(Data(path=str(folder), cache=str(cache), height=HEIGHT, width=WIDTH, validation_share=0.5)).splits
-    return np.concatenate([found[TRAIN].pixels.numpy(), found[VALIDATION].pixels.numpy()]).astype(int)
+    return np.concatenate([found[TRAIN].pixels[:].numpy(), found[VALIDATION].pixels[:].numpy()]).astype(int)
 
 
 @pytest.mark.parametrize("what", TABLE)

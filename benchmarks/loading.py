@@ -1,0 +1,197 @@
+"""Images on their way into stage 1: what a step waits for, how fast they are decoded, how soon the first step comes, what memory they take.
+
+    python benchmarks/loading.py make --data CIFAR10 --output FOLDER      JPEGs of --size in class folders, enlarged from CIFAR-10's
+    python benchmarks/loading.py steps --config FILE --data PATH          step times: batches in memory, kept decoded, decoded each time
+    python benchmarks/loading.py decode --data FOLDER                     images a second by the number of threads, and of pixels asked for
+    python benchmarks/loading.py first --config FILE --files 100000       seconds until a step of a folder of so many files has its images
+    python benchmarks/loading.py memory --config FILE --data PATH         of one process, and of two that read the same images
+
+Step times are medians of blocks of steps, alternated, as ratios to that of batches in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from configs.cli import load_recipe
+from configs.data import Data
+from configs.run_dir import RunDir
+from configs.schema import Recipe
+from stage1_vqvae.data.loader import Loader
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
+from stage1_vqvae.train import begin, build, take_step
+
+_IN_MEMORY = "batches in memory"
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("make", "steps", "decode", "first", "memory"):
+        command = commands.add_parser(name)
+        command.add_argument("--data", help="a local data set")
+        command.add_argument("--config", type=Path, help="recipe")
+        command.add_argument("--output", type=Path)
+        command.add_argument("--files", type=int, default=20_000 if name == "make" else 100_000)
+        command.add_argument("--size", type=int, nargs=2, default=(256, 256), help="width and height of the JPEGs")
+        command.add_argument("--steps", type=int, default=20, help="of a block")
+        command.add_argument("--blocks", type=int, default=7)
+        command.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    {"make": make, "steps": steps, "decode": decode, "first": first, "memory": memory}[options.what](options)
+
+
+def make(options: argparse.Namespace) -> None:
+    """Write the JPEGs."""
+    source = load_images(Data(path=options.data, validation_share=0.01))
+    split, names = source.splits[TRAIN], source.label_names
+    assert split.labels is not None
+    assert names is not None
+    for row in range(options.files):
+        folder = options.output / names[split.labels[row]]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(split.pixels[row : row + 1][0].numpy()).resize(options.size, Image.Resampling.BICUBIC)
+        picture.save(folder / f"{row:05d}.jpg", quality=90)
+
+
+def recipe_of(options: argparse.Namespace, **data: object) -> Recipe:
+    """The recipe, of other images, read in some way."""
+    recipe = load_recipe(options.config)
+    path = options.data or recipe.data.path
+    stage1 = dataclasses.replace(recipe.stage1, minutes=0.0)
+    return dataclasses.replace(recipe, stage1=stage1, data=dataclasses.replace(recipe.data, path=path, **data))  # type: ignore[arg-type]
+
+
+def steps(options: argparse.Namespace) -> None:
+    """Step times by where images come from."""
+    accelerator, recipe = Accelerator(cpu=not torch.cuda.is_available()), recipe_of(options)
+    kept = load_images(recipe.data, [TRAIN], progress=True).splits[TRAIN]
+    some = torch.arange(min(len(kept), 50 * recipe.stage1.batch_size))
+    ways: dict[str, tuple[Data, ImageSplit]] = {
+        _IN_MEMORY: (dataclasses.replace(recipe.data, workers=0), ImageSplit(kept.pixels[some].clone(), None)),
+        "kept decoded": (recipe.data, kept),
+    }
+    for workers in options.workers:
+        data = dataclasses.replace(recipe.data, decode="each_time", workers=workers)
+        ways[f"decoded each time, {workers} threads"] = (data, load_images(data, [TRAIN]).splits[TRAIN])
+    with tempfile.TemporaryDirectory() as folder:
+        models = build(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
+        loaders = {name: Loader(split, data, recipe.stage1, accelerator) for name, (data, split) in ways.items()}
+        begin(accelerator, models.tokenizer, loaders[_IN_MEMORY], recipe.stage1)
+        models.model.train()
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        shares: dict[str, list[float]] = {name: [] for name in ways}
+        for block in range(options.blocks + 1):  # the first warms up
+            for name, loader in loaders.items():
+                take_step(accelerator, models, loader, recipe.stage1, block * (options.steps + 1))  # fills what is read ahead
+                loader.waited()
+                began = time.perf_counter()
+                for step in range(options.steps):
+                    take_step(accelerator, models, loader, recipe.stage1, block * (options.steps + 1) + 1 + step)
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - began
+                if block:
+                    found[name].append(seconds / options.steps)
+                    shares[name].append(loader.waited() / seconds)
+    print("| images | ms a step | ratio | waited for images |\n| --- | --- | --- | --- |")
+    for name, values in found.items():
+        ratio = statistics.median(one / other for one, other in zip(values, found[_IN_MEMORY], strict=True))
+        print(f"| {name} | {statistics.median(values) * 1e3:.1f} | {ratio:.3f} | {statistics.median(shares[name]):.2%} |")
+
+
+def decode(options: argparse.Namespace) -> None:
+    """Images a second."""
+    columns = ["pixels asked for", *(f"{workers} threads" for workers in options.workers)]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for side in (32, 64, 128, 256):
+        rates = []
+        for workers in options.workers:
+            data = Data(path=options.data, height=side, width=side, decode="each_time", workers=workers)
+            pixels = load_images(data, [TRAIN]).splits[TRAIN].pixels
+            rows = torch.randperm(len(pixels))[:4096].split(256)
+            pixels[rows[0]]
+            began = time.perf_counter()
+            for part in rows[1:]:
+                pixels[part]
+            rates.append(sum(map(len, rows[1:])) / (time.perf_counter() - began))
+        print(f"| {side}x{side} | {' | '.join(f'{rate:,.0f}' for rate in rates)} |")
+
+
+def first(options: argparse.Namespace) -> None:
+    """Seconds from a folder's name to the images of the first step."""
+    content = io.BytesIO()
+    Image.effect_noise((64, 64), 60).convert("RGB").save(content, "JPEG", quality=90)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.files):
+            (Path(folder) / f"{number:06d}.jpg").write_bytes(content.getvalue())
+        for way in ("each_time", "once"):
+            options.data = folder
+            recipe = recipe_of(options, decode=way, cache=f"{folder}/.cache")
+            for time_through in ("first", "second"):
+                began = time.perf_counter()
+                split = load_images(recipe.data).splits[TRAIN]
+                loaded = time.perf_counter()
+                Loader(split, recipe.data, recipe.stage1, Accelerator(cpu=True)).images(0, 0)
+                found, seconds = loaded - began, time.perf_counter() - began
+                print(f"{options.files:,} files, {way}, {time_through} time: {found:.1f} s to load, {seconds:.1f} s to the first step")
+
+
+def memory(options: argparse.Namespace) -> None:
+    """MiB for images, of one process and of two: pages that both have mapped count half for each."""
+    recipe, context = recipe_of(options), multiprocessing.get_context("spawn")
+    load_images(recipe.data, [TRAIN], progress=True)
+    totals = []
+    for count in (1, 2):
+        pipes = [context.Pipe() for _ in range(count)]
+        readers = [context.Process(target=_read_all, args=(recipe.data, child)) for _, child in pipes]
+        for reader in readers:
+            reader.start()
+        taken = []
+        for pipe, _ in pipes:
+            pipe.recv()
+        for pipe, _ in pipes:  # all have read all
+            pipe.send("measure")
+            taken.append(pipe.recv())
+        for pipe, _ in pipes:
+            pipe.send("end")
+        for reader in readers:
+            reader.join()
+        totals.append(sum(taken))
+        print(f"{count} processes: {', '.join(f'{mib:.1f}' for mib in taken)} MiB for images")
+    print(f"both together {totals[1] / totals[0]:.3f} of one")
+
+
+def _read_all(data: Data, pipe: Connection) -> None:
+    torch.zeros(1).add_(1)
+    load_images(data, [TRAIN]).splits[TRAIN].pixels[:1]  # what is imported on the way is not theirs
+    before = _proportional_mib()
+    pixels: Pixels = load_images(data, [TRAIN]).splits[TRAIN].pixels
+    total = sum(int(pixels[start : start + 256].sum()) for start in range(0, len(pixels), 256))
+    pipe.send(total)
+    pipe.recv()
+    pipe.send(_proportional_mib() - before)
+    pipe.recv()
+
+
+def _proportional_mib() -> float:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+if __name__ == "__main__":
+    main()

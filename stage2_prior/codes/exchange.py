@@ -1,0 +1,226 @@
+"""Codes for other tools, and from them: NumPy arrays, or a data set that `datasets.load_from_disk` opens; a folder a split.
+
+    FOLDER/train/level0.npy        (rows, variants, h, w), the smallest unsigned dtype; level1.npy and so on of a hierarchy
+    FOLDER/train/labels.npy        (rows,), where there are labels
+    FOLDER/train/manifest.json     the store's own
+
+A data set has the same as columns `level0` .. and `label`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from stage1_vqvae.training.progress import progress_bar
+from stage2_prior.codes.store import MANIFEST, CodeStore, Manifest, read_manifest, smallest_dtype, write_manifest, write_shard
+
+FORMS = ("npy", "datasets")
+
+
+class Rows(Protocol):
+    """An array of rows, some of which are read at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, ...)."""
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+class Foreign(NamedTuple):
+    """A split's codes as another tool has them."""
+
+    levels: list[Rows]
+    labels: np.ndarray | None
+    """(rows,)."""
+    label_names: list[str] | None
+    """None: not known."""
+    manifest: Manifest | None
+    """Of the store that they were once exported from; None: of none."""
+
+
+def export(stores: Mapping[str, CodeStore], folder: Path, form: str) -> None:
+    """Write splits of codes into a folder, by their names, in the memory of one shard."""
+    for name, store in stores.items():
+        (folder / name).mkdir(parents=True)
+        _export_npy(store, folder / name) if form == "npy" else _export_dataset(store, folder / name)
+        shutil.copyfile(store.folder / MANIFEST, folder / name / MANIFEST)
+
+
+def _export_npy(store: CodeStore, folder: Path) -> None:
+    manifest = store.manifest
+    for level, (grid, number) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True)):
+        shape, dtype = (manifest.rows, manifest.variants, *grid), smallest_dtype(number)
+        array = np.lib.format.open_memmap(folder / f"level{level}.npy", "w+", dtype, shape)
+        with progress_bar(len(store), f"write {manifest.split}", "img", within=True) as bar:
+            for shard in range(manifest.num_shards):
+                rows = manifest.shard_rows(shard)
+                array[rows.start : rows.stop] = store.shard(shard)[level]
+                bar.update(len(rows))
+        array.flush()
+    if store.labels is not None:
+        np.save(folder / "labels.npy", store.labels.numpy())
+
+
+def _export_dataset(store: CodeStore, folder: Path) -> None:
+    import datasets
+
+    manifest = store.manifest
+    features: dict[str, Any] = {}
+    for level, (grid, number) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True)):
+        features[f"level{level}"] = datasets.Array3D((manifest.variants, *grid), str(smallest_dtype(number)))
+    if store.labels is not None:
+        features["label"] = datasets.ClassLabel(names=manifest.label_names)
+
+    cache = folder / ".cache"
+    # It is told where the store is, not given it: what it is given is hashed, as a whole.
+    rows = datasets.Dataset.from_generator(_rows, datasets.Features(features), str(cache), gen_kwargs={"folder": str(store.folder)})
+    rows.save_to_disk(str(folder))
+    shutil.rmtree(cache)
+
+
+def _rows(folder: str) -> Iterator[dict[str, Any]]:
+    store = CodeStore(Path(folder))
+    for shard in range(store.manifest.num_shards):
+        levels, first = store.shard(shard), store.manifest.shard_rows(shard).start
+        for row in range(len(levels[0])):
+            label = {} if store.labels is None else {"label": int(store.labels[first + row])}
+            yield {f"level{level}": codes[row] for level, codes in enumerate(levels)} | label
+
+
+def read(folder: Path, form: str) -> Foreign:
+    """A split's codes. Errors: UserError for what is missing."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder of a split's codes, found none")
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    if form == "npy":
+        levels: list[Rows] = []
+        while (folder / f"level{len(levels)}.npy").exists():
+            levels.append(_array(folder / f"level{len(levels)}.npy"))
+        labels = _array(folder / "labels.npy") if (folder / "labels.npy").exists() else None
+        names = None
+    else:
+        levels, labels, names = _of_dataset(folder)
+    if not levels:
+        raise UserError(f"{folder}: expected codes of level 0 ({'level0.npy' if form == 'npy' else 'a column level0'}), found none")
+    return Foreign(levels, labels, manifest.label_names if manifest is not None else names, manifest)
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:  # truncated, empty, of Python's objects
+        raise UserError(f"{path}: expected an array of numbers, found: {error}") from None
+
+
+class _Column:
+    """A column of a data set, as `Rows`."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self._rows, self._column = rows.select_columns([column]).with_format("numpy"), column
+        self.shape = (len(rows), *self[slice(0, 1)].shape[1:])
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.asarray(self._rows[rows][self._column])
+
+
+def _of_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] | None]:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of many kinds
+        raise UserError(f"{folder}: expected a data set that `save_to_disk` wrote, found: {error}") from None
+    levels: list[Rows] = []
+    while f"level{len(levels)}" in rows.column_names:
+        levels.append(_Column(rows, f"level{len(levels)}"))
+    if "label" not in rows.column_names:
+        return levels, None, None
+    return levels, np.asarray(rows["label"][:]), getattr(rows.features["label"], "names", None)
+
+
+def import_split(found: Foreign, folder: Path, where: Path, like: Manifest) -> Manifest:
+    """Write a split's codes as a store, shard by shard.
+
+    Args:
+        found: the codes; each level of shape (rows, [variants,] h, w), or with the positions of a grid as one axis, row after row.
+        folder: the store's, which is there.
+        where: they are from, for messages.
+        like: the manifest, but for what only the codes say: how many images and variants.
+    Returns: the whole manifest.
+    Errors: UserError for codes or labels that do not fit it.
+    """
+    if len(found.levels) != len(like.grids):
+        raise UserError(f"{where}: expected codes of {len(like.grids)} levels, as the run's tokenizer has, found {len(found.levels)}")
+    if found.manifest is not None and found.manifest.tokenizer_sha256 != like.tokenizer_sha256:
+        ours, theirs = like.tokenizer_sha256[:12], found.manifest.tokenizer_sha256[:12]
+        raise UserError(f"{where / MANIFEST}: expected codes of the run's tokenizer {ours}, found those of {theirs}")
+    rows = (*found.levels[0].shape, 0)[0]
+    numbered = enumerate(zip(found.levels, like.grids, strict=True))
+    variants = {_variants(level.shape, grid, rows, where, number) for number, (level, grid) in numbered}
+    if len(variants) > 1:
+        raise UserError(f"{where}: expected as many variants of all levels, found {sorted(variants)}")
+    (count,) = variants
+    if count > 1 and (found.manifest is None or found.manifest.variants != count):
+        raise UserError(f"{where}: expected one variant an image where no {MANIFEST} says what they are, found {count}")
+    augmentation = found.manifest.augmentation if found.manifest is not None and count > 1 else "none"
+    if found.labels is not None and found.labels.shape != (rows,):
+        raise UserError(f"{where}: expected {rows} labels, as many as images, found {list(found.labels.shape)}")
+    numbers = None if found.labels is None else _checked(found.labels, len(like.label_names or ()), "labels", where)
+    manifest = dataclasses.replace(like, rows=rows, variants=count, augmentation=augmentation)
+    with progress_bar(rows, f"read {like.split}", "img", within=True) as bar:
+        for shard in range(manifest.num_shards):
+            part = manifest.shard_rows(shard)
+            codes = [
+                _checked(array[part.start : part.stop], number, f"codes of level {level}", where).reshape(len(part), count, *grid)
+                for level, (array, grid, number) in enumerate(zip(found.levels, manifest.grids, manifest.num_codes, strict=True))
+            ]
+            write_shard(folder, manifest, shard, codes, None if numbers is None else numbers[part.start : part.stop])
+            bar.update(len(part))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def label_names_of(splits: Mapping[str, Foreign], where: Path) -> list[str] | None:
+    """The names of the classes of all splits: as they say, or numbers up to the highest label of any; None: they have no labels.
+
+    Errors: UserError if some splits have labels and others none, or they say different names.
+    """
+    labelled = {name: split.labels for name, split in splits.items() if split.labels is not None}
+    if not labelled:
+        return None
+    if len(labelled) < len(splits):
+        raise UserError(f"{where}: expected labels of all splits, or of none, found them of {', '.join(labelled)}")
+    said = [split.label_names for split in splits.values() if split.label_names is not None]
+    if any(names != said[0] for names in said):
+        raise UserError(f"{where}: expected the same names of labels of all splits, found {said[0]} and others")
+    highest = max((int(labels.max()) for labels in labelled.values() if labels.size and np.issubdtype(labels.dtype, np.integer)), default=0)
+    return said[0] if said else [str(label) for label in range(highest + 1)]
+
+
+def _checked(values: np.ndarray, number: int, what: str, where: Path) -> Tensor:
+    """Codes or labels as int64. Errors: UserError if some are none of `number`."""
+    if not np.issubdtype(values.dtype, np.integer) or int(values.min()) < 0 or int(values.max()) >= number:
+        bad = f"some of {values.dtype}" if values.dtype.kind not in "iuf" else f"{values.min()} to {values.max()} of {values.dtype}"
+        raise UserError(f"{where}: expected {what}, whole numbers from 0 to {number - 1}, found {bad}")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _variants(shape: tuple[int, ...], grid: tuple[int, int], rows: int, where: Path, level: int) -> int:
+    """How many variants an array of codes has. Errors: UserError for a shape that does not fit."""
+    height, width = grid
+    inner = next((shape[1 : len(shape) - len(end)] for end in ((height, width), (height * width,)) if shape[-len(end) :] == end), None)
+    if len(shape) < 2 or shape[0] != rows or rows == 0 or inner is None or len(inner) > 1:
+        expected = f"an array ({rows or 'rows'}, [variants,] {height}, {width}) of level {level}, or with {height * width} as its last axis"
+        raise UserError(f"{where}: expected {expected}, found {shape}")
+    return math.prod(inner)

