@@ -81,16 +81,16 @@ def steps(options: argparse.Namespace) -> None:
     accelerator, recipe = Accelerator(cpu=not torch.cuda.is_available()), recipe_of(options)
     kept = load_images(recipe.data, [TRAIN], progress=True).splits[TRAIN]
     some = torch.arange(min(len(kept), 50 * recipe.stage1.batch_size))
-    ways: dict[str, tuple[Data, ImageSplit]] = {
-        _IN_MEMORY: (dataclasses.replace(recipe.data, workers=0), ImageSplit(kept.pixels[some].clone(), None)),
-        "kept decoded": (recipe.data, kept),
-    }
+    ways = {_IN_MEMORY: (recipe.data, ImageSplit(kept.pixels[some].clone(), None), False)}
+    ways |= {"kept decoded": (recipe.data, kept, False), "kept decoded, read ahead": (recipe.data, kept, True)}
     for workers in options.workers:
         data = dataclasses.replace(recipe.data, decode="each_time", workers=workers)
-        ways[f"decoded each time, {workers} threads"] = (data, load_images(data, [TRAIN]).splits[TRAIN])
+        split = load_images(data, [TRAIN]).splits[TRAIN]
+        for ahead in (False, True):
+            ways[f"decoded each time by {workers} threads{', ahead' if ahead else ''}"] = (data, split, ahead)
     with tempfile.TemporaryDirectory() as folder:
         models = build(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
-        loaders = {name: Loader(split, data, recipe.stage1, accelerator) for name, (data, split) in ways.items()}
+        loaders = {name: Loader(split, data, recipe.stage1, accelerator, ahead) for name, (data, split, ahead) in ways.items()}
         begin(accelerator, models.tokenizer, loaders[_IN_MEMORY], recipe.stage1)
         models.model.train()
         found: dict[str, list[float]] = {name: [] for name in ways}
@@ -179,18 +179,25 @@ def memory(options: argparse.Namespace) -> None:
 def _read_all(data: Data, pipe: Connection) -> None:
     torch.zeros(1).add_(1)
     load_images(data, [TRAIN]).splits[TRAIN].pixels[:1]  # what is imported on the way is not theirs
-    before = _proportional_mib()
+    before = _mib()
     pixels: Pixels = load_images(data, [TRAIN]).splits[TRAIN].pixels
-    total = sum(int(pixels[start : start + 256].sum()) for start in range(0, len(pixels), 256))
+    total = sum(int(pixels[start : start + 256].max()) for start in range(0, len(pixels), 256))
     pipe.send(total)
     pipe.recv()
-    pipe.send(_proportional_mib() - before)
+    pipe.send(_mib() - before)
     pipe.recv()
 
 
-def _proportional_mib() -> float:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+def _mib() -> float:
+    """Of memory of the process's own, and its share of the pages of decoded images."""
+    found, of_images = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in name.split()[0]:  # a range of addresses, and the file that it maps
+            of_images = line.endswith(".pixels")
+        elif name == "Anonymous" or (name == "Pss" and of_images):
+            found += int(value.split()[0])
+    return found / 1024
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Data:
     cache: str | None = None
     """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
     workers: int | None = None
-    """Threads of each process that decode images. 0 = none, and training waits while it reads. Null: the process's share of the cores."""
+    """Threads of each process that decode images. 0 = none but the one that reads. Null: the process's share of the cores."""
     crop: Literal["center", "random"] = "center"
     """Which part of a training image is learned from: the largest box of height x width's shape at its centre; or a box at random each
     time, of at least `crop_area` of that one's area. Everything else takes the centre."""

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -101,8 +102,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Errors: OSError with the name, if it is taken by then.
     """
-    temporary = path.with_name(f"{path.name[:40]}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{path.name[:40]}.tmp-", dir=path.parent))
+    temporary.chmod(0o755)  # others may read it, as any folder
     try:
         yield temporary
         os.rename(temporary, path)

@@ -214,7 +214,7 @@ class Extraction:
 
     augmentation: StoredAugmentation = "none"
     """Store the codes of every variant of the training images: mirrored; shifted by one pixel (nine variants); as they are and the four
-    corners of the image enlarged by a tenth (five), these mirrored too (ten)."""
+    corners of the image enlarged by a tenth (five), these mirrored too (ten); for crops, images are decoded each time."""
     batch_size: int = 256
     """Images a pass, of each process."""
     shard_rows: int = 4096

@@ -7,7 +7,8 @@
 
 Each step is a command of its own, printed as one would type it. Typed again, what is finished is skipped and what was
 interrupted goes on: Ctrl-C saves. Dotted options are stage 1's, which fixes the run's recipe for all steps, and in a run that
-has begun refuses what can no longer change; those of compute and evaluation always may, and reach all steps that take them.
+has begun refuses what can no longer change; those of compute and evaluation always may, and data.path, data.cache, data.decode and
+data.workers, and reach all steps that take them.
 """
 
 from __future__ import annotations

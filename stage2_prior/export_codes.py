@@ -15,6 +15,7 @@ from configs.cli import EXTRACT_CODES, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import new_folder
 from stage1_vqvae.data.splits import TRAIN
+from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.exchange import FORMS, export
 from stage2_prior.codes.store import CodeStore
 
@@ -30,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {output}: expected a folder that does not exist yet, found one")
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
-    stores = {path.name: CodeStore(path) for path in sorted(run.codes.iterdir()) if path.is_dir()}
+    command.need_tokenizer()
+    sha256 = fingerprint(run.tokenizer)
+    stores = {path.name: CodeStore(path, sha256) for path in sorted(run.codes.iterdir()) if path.is_dir()}
     with new_folder(output) as folder:
         export(stores, folder, options.to)
     print(f"wrote {output}: {', '.join(f'{len(store):,} images of {name}' for name, store in stores.items())}")

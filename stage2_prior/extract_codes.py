@@ -27,7 +27,7 @@ from configs.data import Data, StoredAugmentation
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, replace_folder, write_json
 from configs.schema import Extraction, Recipe
-from stage1_vqvae.data.loader import pixels_of, read_ahead
+from stage1_vqvae.data.loader import pixels_of, read_ahead, worth_reading_ahead
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, CroppablePixels, ImageSource, ImageSplit, Pixels
@@ -127,7 +127,7 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
             rows, found = manifest.shard_rows(shard), []
             parts = [torch.arange(rows.start, rows.stop)[part] for part in batches(len(rows), config.batch_size)]
             read = partial(crops_at, split.pixels, augmentation=manifest.augmentation)
-            for pixels in read_ahead(read, parts, recipe.data.workers != 0):
+            for pixels in read_ahead(read, parts, worth_reading_ahead(accelerator.device)):
                 found.append(encode(tokenizer, pixels.to(accelerator.device), manifest.augmentation))
                 bar.update(len(pixels))
             codes = [torch.cat(level) for level in zip(*found, strict=True)]
@@ -183,13 +183,14 @@ def begin(
     """
     plan = {
         # Not how they are read, which changes none of them.
-        "data": dataclasses.asdict(dataclasses.replace(recipe.data, path=None, cache=None, workers=None, decode="each_time")),
+        "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None, workers=None, decode="each_time")),
         "images": source.identities,
         "extraction": dataclasses.asdict(recipe.extraction),
         "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
     }
     same = (folder / _PLAN).exists() and read_json(folder / _PLAN) == json.loads(json.dumps(plan))
     if folder.exists() and not same:
+        say(f"{folder}: what is there is of other images, settings or of another tokenizer; beginning anew")
         shutil.rmtree(folder)
     for name in manifests:
         (folder / name).mkdir(parents=True, exist_ok=True)

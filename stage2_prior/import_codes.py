@@ -15,11 +15,11 @@ from typing import Any
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import new_folder, program, replace_folder
+from configs.run_dir import program, replace_folder
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.codes.exchange import FORMS, import_split, label_names_of, read
+from stage2_prior.codes.exchange import FORMS, import_split, labels_of, read
 from stage2_prior.codes.store import Manifest
 
 
@@ -34,18 +34,18 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{run}: its codes are there; add --overwrite to replace them")
     source, tokenizer = Path(options.folder).expanduser(), load_tokenizer(run)
     splits = {name: read(source / name, form) for name in (TRAIN, VALIDATION, TEST) if name != TEST or (source / name).exists()}
-    names = label_names_of(splits, source)
+    names, labels = labels_of(splits, source)
     imported = run.codes.with_name("codes.imported")
     with run.lock():
         shutil.rmtree(imported, ignore_errors=True)  # of a command that was killed
-        with new_folder(imported) as folder:
+        try:
             for name, found in splits.items():
                 like = Manifest(
                     split=name,
                     rows=0,
                     grids=tokenizer.grids,
                     num_codes=list(tokenizer.quantizer.num_codes),
-                    label_names=names,
+                    label_names=names if name in labels else None,
                     augmentation="none",
                     variants=1,
                     image_shape=tokenizer.image_shape,
@@ -53,9 +53,12 @@ def main(argv: list[str] | None = None) -> None:
                     rows_per_shard=recipe.extraction.shard_rows,
                     sha256=[],
                 )
-                (folder / name).mkdir()
-                manifest = import_split(found, folder / name, source / name, like)
+                (imported / name).mkdir(parents=True)
+                manifest = import_split(found, labels.get(name), imported / name, source / name, like)
                 print(f"{name}: {manifest.rows:,} images" + (f" x {manifest.variants} variants" if manifest.variants > 1 else ""))
+        except BaseException:
+            shutil.rmtree(imported)
+            raise
         replace_folder(run.codes, imported)
         run.record(program(), command.arguments, {})
     print(f"wrote {run.show(run.codes)}")

@@ -7,15 +7,16 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from configs.data import Data
 from configs.errors import UserError
 from stage1_vqvae.data.crops import CENTRE, Crop
 
 _MODES = {1: "L", 3: "RGB"}
-# What a codec that can decode to a smaller size leaves: so many times the pixels needed along each side, for the filter to choose from.
-_LEFT_TO_THE_FILTER = 2.0
+# What a codec that can decode to a smaller size leaves: so many times the pixels needed along each side, for the filter to choose from;
+# twice in the crops of an image enlarged by a tenth. Whatever crops are asked for, so that each looks the same beside any others.
+_LEFT_TO_THE_FILTER = 2.2
 
 
 class UnreadableImage(UserError):
@@ -26,7 +27,7 @@ def decode_image(content: bytes | None, path: str | None, data: Data, what: str 
     """An encoded image (or the file at `path`) as uint8 (H, W, C): turned upright, composed over `data.background` where it is
     transparent, converted to `data.channels`, scaled to cover height x width and cropped at the centre.
 
-    Errors: UserError with its path, or else `what` it is, if it cannot be read; UnreadableImage if that is what it holds.
+    Errors: UserError with its path, or `what` content it is, if it cannot be read; UnreadableImage if that is what it holds.
     """
     return decode_crops(content, path, data, [CENTRE], what)[0]
 
@@ -38,13 +39,15 @@ def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Seq
     try:
         with Image.open(io.BytesIO(content) if content is not None else path or "") as opened:
             # Scaled by the codec where it can, which JPEG does as it decodes. Its sides may yet be exchanged, when it is turned upright.
-            side = _LEFT_TO_THE_FILTER * max(data.height, data.width) / math.sqrt(min(crop.area for crop in crops))
-            opened.draft(None, (math.ceil(side), math.ceil(side)))
+            side = math.ceil(_LEFT_TO_THE_FILTER * max(data.height, data.width) / math.sqrt(data.crop_area))
+            opened.draft(None, (side, side))
             image = _converted(_composed(ImageOps.exif_transpose(opened), data.background), _MODES[data.channels])
     except Exception as error:  # decoders of damaged files raise anything
         passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         kind = UserError if passing else UnreadableImage
-        raise kind(f"{path or what}: expected a readable image, found: {error}") from None
+        where = path if content is None else what + (f" ({path})" if path else "")
+        found = "one that Pillow cannot identify" if isinstance(error, UnidentifiedImageError) else error
+        raise kind(f"{where}: expected a readable image, found: {found}") from None
     return np.stack([_fit(image, data, crop) for crop in crops])
 
 

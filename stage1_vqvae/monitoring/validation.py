@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_json
-from stage1_vqvae.data.loader import pixels_of, read_ahead
+from stage1_vqvae.data.loader import pixels_of, read_ahead, worth_reading_ahead
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
@@ -51,7 +51,8 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     totals = {"mse": zero, "loss": zero, **dict.fromkeys(names, zero)}
     totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
     with progress_bar(len(mine), "validate", "img", within=True) as bar:
-        for read in read_ahead(lambda part: pixels_of(validation.pixels, mine[part]), batches(len(mine), batch_size)):
+        ahead = worth_reading_ahead(accelerator.device)
+        for read in read_ahead(lambda part: pixels_of(validation.pixels, mine[part]), batches(len(mine), batch_size), ahead):
             pixels = read.to(accelerator.device)
             output = tokenizer(to_model(pixels))
             found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}

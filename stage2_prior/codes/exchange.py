@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.store import MANIFEST, CodeStore, Manifest, read_manifest, smallest_dtype, write_manifest, write_shard
 
@@ -42,7 +43,7 @@ class Foreign(NamedTuple):
 
     levels: list[Rows]
     labels: np.ndarray | None
-    """(rows,)."""
+    """(rows,), of any kind."""
     label_names: list[str] | None
     """None: not known."""
     manifest: Manifest | None
@@ -149,11 +150,12 @@ def _of_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] 
     return levels, np.asarray(rows["label"][:]), getattr(rows.features["label"], "names", None)
 
 
-def import_split(found: Foreign, folder: Path, where: Path, like: Manifest) -> Manifest:
+def import_split(found: Foreign, labels: Tensor | None, folder: Path, where: Path, like: Manifest) -> Manifest:
     """Write a split's codes as a store, shard by shard.
 
     Args:
         found: the codes; each level of shape (rows, [variants,] h, w), or with the positions of a grid as one axis, row after row.
+        labels: (rows,), numbers of the manifest's names; None: there are none.
         folder: the store's, which is there.
         where: they are from, for messages.
         like: the manifest, but for what only the codes say: how many images and variants.
@@ -174,9 +176,8 @@ def import_split(found: Foreign, folder: Path, where: Path, like: Manifest) -> M
     if count > 1 and (found.manifest is None or found.manifest.variants != count):
         raise UserError(f"{where}: expected one variant an image where no {MANIFEST} says what they are, found {count}")
     augmentation = found.manifest.augmentation if found.manifest is not None and count > 1 else "none"
-    if found.labels is not None and found.labels.shape != (rows,):
-        raise UserError(f"{where}: expected {rows} labels, as many as images, found {list(found.labels.shape)}")
-    numbers = None if found.labels is None else _checked(found.labels, len(like.label_names or ()), "labels", where)
+    if labels is not None and len(labels) != rows:
+        raise UserError(f"{where}: expected {rows} labels, as many as images, found {len(labels)}")
     manifest = dataclasses.replace(like, rows=rows, variants=count, augmentation=augmentation)
     with progress_bar(rows, f"read {like.split}", "img", within=True) as bar:
         for shard in range(manifest.num_shards):
@@ -185,27 +186,36 @@ def import_split(found: Foreign, folder: Path, where: Path, like: Manifest) -> M
                 _checked(array[part.start : part.stop], number, f"codes of level {level}", where).reshape(len(part), count, *grid)
                 for level, (array, grid, number) in enumerate(zip(found.levels, manifest.grids, manifest.num_codes, strict=True))
             ]
-            write_shard(folder, manifest, shard, codes, None if numbers is None else numbers[part.start : part.stop])
+            write_shard(folder, manifest, shard, codes, None if labels is None else labels[part.start : part.stop])
             bar.update(len(part))
     write_manifest(folder, manifest)
     return manifest
 
 
-def label_names_of(splits: Mapping[str, Foreign], where: Path) -> list[str] | None:
-    """The names of the classes of all splits: as they say, or numbers up to the highest label of any; None: they have no labels.
+def labels_of(splits: Mapping[str, Foreign], where: Path) -> tuple[list[str] | None, dict[str, Tensor]]:
+    """The names of the classes, as the splits say, or else the numbers that occur in any of them, and each split's labels (rows,) among
+    them; a test split may have none.
 
-    Errors: UserError if some splits have labels and others none, or they say different names.
+    Errors: UserError for labels that are no whole numbers, of one of training and validation alone, or under different names.
     """
     labelled = {name: split.labels for name, split in splits.items() if split.labels is not None}
-    if not labelled:
-        return None
-    if len(labelled) < len(splits):
-        raise UserError(f"{where}: expected labels of all splits, or of none, found them of {', '.join(labelled)}")
-    said = [split.label_names for split in splits.values() if split.label_names is not None]
+    if (TRAIN in labelled) != (VALIDATION in labelled) or (labelled and TRAIN not in labelled):
+        raise UserError(f"{where}: expected labels of training and validation images, or of none, found them of {', '.join(labelled)}")
+    for name, labels in labelled.items():
+        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or labels.size == 0 or int(labels.min()) < 0:
+            found = f"{list(labels.shape)} of {labels.dtype}" + (", some below 0" if labels.dtype.kind == "i" and labels.size else "")
+            raise UserError(f"{where / name}: expected labels that are whole numbers from 0 on, one an image, found {found}")
+    said = [names for name in labelled if (names := splits[name].label_names) is not None]
     if any(names != said[0] for names in said):
         raise UserError(f"{where}: expected the same names of labels of all splits, found {said[0]} and others")
-    highest = max((int(labels.max()) for labels in labelled.values() if labels.size and np.issubdtype(labels.dtype, np.integer)), default=0)
-    return said[0] if said else [str(label) for label in range(highest + 1)]
+    if said:
+        return said[0], {name: _checked(labels, len(said[0]), "labels", where / name) for name, labels in labelled.items()}
+    if not labelled:
+        return None, {}
+    occurring = np.unique(np.concatenate(list(labelled.values())))
+    return [str(label) for label in occurring], {
+        name: torch.from_numpy(np.searchsorted(occurring, labels)) for name, labels in labelled.items()
+    }
 
 
 def _checked(values: np.ndarray, number: int, what: str, where: Path) -> Tensor:

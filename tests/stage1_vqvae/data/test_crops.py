@@ -80,6 +80,14 @@ def test_random_crops_reach_all_that_they_may_and_no_further() -> None:
     assert {crop.area for crop in whole} == {1.0}
 
 
+@pytest.mark.parametrize("side", [64, 256, 300, 1024])
+def test_the_image_itself_is_the_same_beside_its_corners(side: int) -> None:
+    """Whatever a codec scales down by itself."""
+    picture = Image.effect_noise((side // 4, side // 4), 60).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    content, data = encoded(picture, "JPEG", quality=90), Data(height=64, width=64)
+    assert np.array_equal(decode_crops(content, None, data, FIVE)[0], decode_image(content, None, data))
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_what_a_jpeg_scales_itself_is_what_scaling_it_afterwards_gives(turned: bool) -> None:
     """To within what nobody sees; and it is the part that was asked for."""

@@ -85,14 +85,15 @@ TABLE: dict[str, tuple[str, Callable[[], bytes], object]] = {
     "20,000 pixels wide": ("a.png", wide, AS_IT_LOOKS),
     "a JPEG named PNG": ("a.png", cmyk, AS_IT_LOOKS),
     "a truncated JPEG": ("a.jpg", truncated_jpeg, ["a.jpg: expected a readable image", "truncated"]),
-    "an empty file": ("a.png", bytes, ["a.png: expected a readable image", "cannot identify"]),
-    "text": ("a.png", lambda: b"hello", ["a.png: expected a readable image", "cannot identify"]),
+    "an empty file": ("a.png", bytes, ["a.png: expected a readable image", "found: one that Pillow cannot identify"]),
+    "text": ("a.png", lambda: b"hello", ["a.png: expected a readable image", "found: one that Pillow cannot identify"]),
     "400 million pixels": (
         "a.png",
         lambda: encoded(Image.new("1", (20_000, 20_000)), "PNG"),
         ["a.png: expected a readable image", "400000000 pixels"],
     ),
     "a name that is not UTF-8": (os.fsdecode(b"\xff.png"), dot, ["\\xff.png", "expected a name in UTF-8"]),
+    "a folder's name that is not UTF-8": (os.fsdecode(b"\xff/a.png"), dot, ["\\xff", "expected a name in UTF-8"]),
     "a hidden file": (".a.png", lambda: b"hello", None),
 }
 
@@ -110,6 +111,7 @@ def test_each_file_gives_its_picture_or_one_line(what: str, tmp_path: Path) -> N
     folder.mkdir()
     for number in range(2):
         Image.new("RGB", (WIDTH, HEIGHT), (0, 0, number)).save(folder / f"{number}.png")
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(content())
     if isinstance(outcome, list):
         with pytest.raises(UserError) as error:

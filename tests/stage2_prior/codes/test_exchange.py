@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from configs.run_dir import RunDir
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.export_codes import main as export_codes
 from stage2_prior.extract_codes import main as extract_codes
@@ -46,7 +45,7 @@ def test_what_goes_out_comes_in_again(form: str, augmentation: str, run_copy: Pa
     assert names in (None, ["across", "down"])
     import_codes(["--run", str(run_copy), "--from", form, "--folder", str(tmp_path / "out"), "--overwrite"])
     assert contents(run_copy / "codes") == before
-    assert not RunDir(run_copy).unfinished_codes.exists()
+    assert sorted(path.name for path in run_copy.glob("codes*")) == ["codes"]
 
 
 @pytest.mark.parametrize("shape", ["grids", "sequences", "one variant"])
@@ -79,7 +78,10 @@ def bad(codes: np.ndarray) -> dict[str, tuple[dict[str, np.ndarray], str]]:
         "a level too many": ({"level0": codes, "level1": codes}, "expected codes of 1 levels, as the run's tokenizer has, found 2"),
         "none": ({}, r"expected codes of level 0 \(level0\.npy\), found none"),
         "labels of others": ({"level0": codes, "labels": np.arange(7)}, "expected 40 labels, as many as images, found"),
-        "labels that are none": ({"level0": codes, "labels": np.arange(40) / 2}, "expected labels, whole numbers from 0 .* of float64"),
+        "labels that are none": (
+            {"level0": codes, "labels": np.arange(40) / 2},
+            "expected labels that are whole numbers from 0 on, one an image, found .40. of float64",
+        ),
         "Python's objects": ({"level0": codes.astype(object)}, r"level0\.npy: expected an array of numbers, found"),
         "no rows": ({"level0": codes[:0]}, r"expected an array \(rows, \[variants,\] 2, 3\)"),
         "a number": ({"level0": np.array(3)}, r"expected an array \(rows, "),
@@ -115,11 +117,33 @@ def test_splits_agree_on_labels_and_on_the_tokenizer(run_copy: Path, tmp_path: P
     import_codes(["--run", str(run_copy), "--folder", str(tmp_path), "--overwrite"])
     for split in ("train", "validation"):
         assert CodeStore(run_copy / "codes" / split).manifest.label_names == [str(label) for label in range(10)]
+    np.save(tmp_path / "train/labels.npy", np.array([4_000_000_000, 7] * 6))  # ids, as other tools have
+    import_codes(["--run", str(run_copy), "--folder", str(tmp_path), "--overwrite"])
+    store = CodeStore(run_copy / "codes/train")
+    assert store.manifest.label_names == [*(str(label) for label in range(10)), "4000000000"]
+    assert store.labels is not None
+    assert store.labels[:2].tolist() == [10, 7]
     (tmp_path / "validation/labels.npy").unlink()
     line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path, "--overwrite")
-    assert "expected labels of all splits, or of none, found them of train" in line
+    assert "expected labels of training and validation images, or of none, found them of train" in line
     export_codes(["--run", str(run_copy), "--output", str(tmp_path / "out")])
     manifest = tmp_path / "out/train/manifest.json"
     manifest.write_text(re.sub('"tokenizer_sha256": "....', '"tokenizer_sha256": "0000', manifest.read_text()))
     line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path / "out", "--overwrite")
     assert re.search("expected codes of the run's tokenizer .*, found those of 0000", line)
+
+
+def test_a_test_split_need_not_have_labels(run_copy: Path, tmp_path: Path) -> None:
+    """As contests publish theirs."""
+    for split, labelled in (("train", True), ("validation", True), ("test", False)):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        np.save(tmp_path / "in" / split / "level0.npy", np.zeros((12, 2, 3), np.uint8))
+        if labelled:
+            np.save(tmp_path / "in" / split / "labels.npy", np.arange(12) % 3)
+    import_codes(["--run", str(run_copy), "--folder", str(tmp_path / "in"), "--overwrite"])
+    before = contents(run_copy / "codes")
+    for form in ("npy", "datasets"):
+        export_codes(["--run", str(run_copy), "--to", form, "--output", str(tmp_path / form)])
+        import_codes(["--run", str(run_copy), "--from", form, "--folder", str(tmp_path / form), "--overwrite"])
+        assert contents(run_copy / "codes") == before
+    assert CodeStore(run_copy / "codes/test").labels is None
