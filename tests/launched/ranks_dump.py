@@ -34,7 +34,7 @@ def main() -> None:
     if module == "stage1_vqvae.train":
         # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
         torch.set_default_dtype(torch.float64)
-        for user in (script, judging):
+        for user in (importlib.import_module("stage1_vqvae.data.loader"), judging):
             user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
     stay_joined()
     for number, arguments in enumerate(runs):
