@@ -5,7 +5,6 @@ asked for.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from stage1_vqvae.data.cache import cached_images, cached_reasons, default_folde
 from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import UnreadableImage, decode_crops, decode_image
 from stage1_vqvae.data.splits import CroppablePixels, Readable, SourceSplit
+from stage1_vqvae.training.processes import share_of_cores
 from stage1_vqvae.training.progress import progress_bar
 
 _DECODED_AT_ONCE = 1024
@@ -45,10 +45,7 @@ class EncodedImages(Protocol):
 
 def decoding_threads(data: Data) -> int:
     """How many threads of this process decode."""
-    if data.workers is not None:
-        return data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return share_of_cores() if data.workers is None else data.workers
 
 
 class EncodedPixels(CroppablePixels):

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError
 from stage1_vqvae.data.decoding import decode_image
+from stage1_vqvae.data.folders import is_image
 from stage1_vqvae.training.progress import progress_bar
 
 
@@ -35,14 +35,13 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
 
     Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
     """
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}  # not those Pillow only writes
     found: list[tuple[Path, Path, str | None]] = []
     for named in paths:
         path = Path(named).expanduser()
         if path.is_file():
             found.append((path, path.parent, None))
             continue
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+        files = sorted(file for file in path.rglob("*") if is_image(file) and file.is_file())
         files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not files:
             raise UserError(f"{path}: expected an image or a folder of images, found {'no image in it' if path.is_dir() else 'nothing'}")

@@ -37,7 +37,7 @@ class _Files:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file's ending is that of images that Pillow reads."""
+    """Whether a file's ending is that of images that Pillow reads, not of those that it only writes."""
     kind = Image.registered_extensions().get(file.suffix.lower())
     return kind in Image.OPEN and kind not in _NOT_ONE_IMAGE
 

@@ -23,7 +23,7 @@ def our_splits(data: Data, found: Collection[str], only: bool = True) -> dict[st
     Args:
         data: the recipe's, which may name them.
         found: the source's names.
-        only: take a single split for the one to train on, whatever it is called.
+        only: take a single split for the one to train on, if neither the recipe nor custom has a name for it.
     Errors: UserError for a name that the source does not have, or several for one of ours.
     """
     asked = {TRAIN: data.train_split, VALIDATION: data.validation_split, TEST: data.test_split}

@@ -51,11 +51,16 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
         raise UserError(
             f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(compute.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(compute.threads or share_of_cores())
     # What a process found in the run before this line, all found: nobody writes into it earlier.
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def share_of_cores() -> int:
+    """The cores that are this process's, of those that it may use: the processes of a machine share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def average_gradients_(accelerator: Accelerator, module: nn.Module) -> None:
