@@ -1,7 +1,9 @@
 """Images on their way into stage 1: what a step waits for, how fast they are decoded, how soon the first step comes, what memory they take.
 
-    python benchmarks/loading.py make --data CIFAR10 --output FOLDER      JPEGs of --size in class folders, enlarged from CIFAR-10's
-    python benchmarks/loading.py steps --config FILE --data PATH          step times: batches in memory, kept decoded, decoded each time
+    python benchmarks/loading.py make --data CIFAR10 --output FOLDER      JPEGs of --size in class folders, enlarged from CIFAR-10's;
+                                                                          or in so many --tars
+    python benchmarks/loading.py steps --config FILE --data PATH          step times: batches in memory, kept decoded, decoded each time;
+                                                                          and --stream, of Parquet and .tar files
     python benchmarks/loading.py decode --data FOLDER                     images a second by the number of threads, and of pixels asked for
     python benchmarks/loading.py first --config FILE --files 100000       seconds until a step of a folder of so many files has its images
     python benchmarks/loading.py memory --config FILE --data PATH         of one process, and of two that read the same images
@@ -16,8 +18,10 @@ import dataclasses
 import io
 import multiprocessing
 import statistics
+import tarfile
 import tempfile
 import time
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -48,6 +52,8 @@ def main() -> None:
         command.add_argument("--output", type=Path)
         command.add_argument("--files", type=int, default=20_000 if name == "make" else 100_000)
         command.add_argument("--size", type=int, nargs=2, default=(256, 256), help="width and height of the JPEGs")
+        command.add_argument("--tars", type=int, default=0, help="WebDataset files to write; 0 = a file an image")
+        command.add_argument("--stream", action="store_true", help="read files where they are, too")
         command.add_argument("--steps", type=int, default=20, help="of a block")
         command.add_argument("--blocks", type=int, default=7)
         command.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
@@ -61,11 +67,21 @@ def make(options: argparse.Namespace) -> None:
     split, names = source.splits[TRAIN], source.label_names
     assert split.labels is not None
     assert names is not None
-    for row in range(options.files):
-        folder = options.output / names[split.labels[row]]
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(split.pixels[row : row + 1][0].numpy()).resize(options.size, Image.Resampling.BICUBIC)
-        picture.save(folder / f"{row:05d}.jpg", quality=90)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as open_files:
+        tars = [open_files.enter_context(tarfile.open(options.output / f"{number:05d}.tar", "w")) for number in range(options.tars)]
+        for row in range(options.files):
+            label, content = int(split.labels[row]), io.BytesIO()
+            picture = Image.fromarray(split.pixels[row : row + 1][0].numpy()).resize(options.size, Image.Resampling.BICUBIC)
+            picture.save(content, "JPEG", quality=90)
+            if not tars:
+                folder = options.output / names[label]
+                folder.mkdir(exist_ok=True)
+                (folder / f"{row:05d}.jpg").write_bytes(content.getvalue())
+            for ending, body in (("jpg", content.getvalue()), ("cls", str(label).encode())) if tars else ():
+                entry = tarfile.TarInfo(f"{row:05d}.{ending}")
+                entry.size = len(body)
+                tars[row % len(tars)].addfile(entry, io.BytesIO(body))
 
 
 def recipe_of(options: argparse.Namespace, **data: object) -> Recipe:
@@ -85,9 +101,10 @@ def steps(options: argparse.Namespace) -> None:
     ways |= {"kept decoded": (recipe.data, kept, False), "kept decoded, read ahead": (recipe.data, kept, True)}
     for workers in options.workers:
         data = dataclasses.replace(recipe.data, decode="each_time", workers=workers)
-        split = load_images(data, [TRAIN]).splits[TRAIN]
-        for ahead in (False, True):
-            ways[f"decoded each time by {workers} threads{', ahead' if ahead else ''}"] = (data, split, ahead)
+        for stream in (False, True) if options.stream else (False,):
+            split = load_images(dataclasses.replace(data, stream=stream), [TRAIN]).splits[TRAIN]
+            how = f"{'streamed and ' if stream else ''}decoded each time by {workers} threads"
+            ways |= {how: (data, split, False), f"{how}, ahead": (data, split, True)}
     with tempfile.TemporaryDirectory() as folder:
         models = build(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
         loaders = {name: Loader(split, data, recipe.stage1, accelerator, ahead) for name, (data, split, ahead) in ways.items()}

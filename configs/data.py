@@ -12,7 +12,7 @@ from configs.errors import require
 Augmentation = Literal["none", "horizontal_flip", "shift"]
 StoredAugmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
 
-AT_HAND = ("path", "cache", "decode", "workers")
+AT_HAND = ("path", "cache", "decode", "stream", "workers")
 """Keys that say where images are on a machine, and how it reads them: every command that reads images may set them."""
 
 
@@ -54,6 +54,9 @@ class Data:
     """Seed of the draw of validation images."""
     decode: Literal["once", "each_time"] = "once"
     """`once`: images are kept decoded, on disk; `each_time`: they are decoded whenever they are asked for, for sets too large for that."""
+    stream: bool = False
+    """Read the Hub's files, parquet and .tar files where they are, from end to end, without the copy that `datasets` makes of them on this
+    machine's disk. Where images are decoded each time, training takes them in an order that reads files so."""
     cache: str | None = None
     """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
     workers: int | None = None

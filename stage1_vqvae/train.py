@@ -65,7 +65,7 @@ from stage1_vqvae.training.weights_file import read_header
 _MAY_CHANGE = (
     *("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm"),
     *("stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
-    *(f"data.{key}" for key in AT_HAND),
+    *(f"data.{key}" for key in AT_HAND if key != "stream"),
 )
 _ADVICE = "lower --stage1.lr and go on with --resume"
 
@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, *_: run.stage1, options=_options)
     run, recipe, resume = command.run, command.recipe, command.options.resume
-    if nothing_to_do(_found(run, recipe), recipe, resume, _MAY_CHANGE):
+    # Of a stream it decides the order.
+    may_change = [key for key in _MAY_CHANGE if not (recipe.data.stream and key == "data.decode")]
+    if nothing_to_do(_found(run, recipe), recipe, resume, may_change):
         say(f"next: {command.next(EXTRACT_CODES)}")
         return
     if recipe.data.crop == "random" and recipe.data.decode == "once":

@@ -118,7 +118,9 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
     broadcast_object_list(missing)  # one process looks, since several might see different things
     if main and len(missing[0]) < len(shards):
         print(f"{run}: going on, {len(shards) - len(missing[0])} of {len(shards)} files of codes are there")
-    mine = missing[0][accelerator.process_index :: accelerator.num_processes]
+    # Beside one another, so that of files that are streamed each is read by one process.
+    bounds = [len(missing[0]) * part // accelerator.num_processes for part in range(accelerator.num_processes + 1)]
+    mine = missing[0][bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
     total = sum(len(manifests[name].shard_rows(shard)) for name, shard in mine)
     whose = "" if accelerator.num_processes == 1 else f" (one process of {accelerator.num_processes})"
     with progress_bar(total, f"extract{whose}", "img", shown=main) as bar:
@@ -183,7 +185,7 @@ def begin(
     """
     plan = {
         # Not how they are read, which changes none of them.
-        "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None, workers=None, decode="each_time")),
+        "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None, workers=None, decode="each_time", stream=False)),
         "images": source.identities,
         "extraction": dataclasses.asdict(recipe.extraction),
         "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from configs.data import Data
 from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
 from stage1_vqvae.data.splits import Readable
@@ -26,8 +27,10 @@ _FORMAT = 2
 _HEAD_START = 1.0  # second
 
 
-def default_folder() -> Path:
-    """Where decoded images are kept if the recipe does not say: below `$XDG_CACHE_HOME`, or `~/.cache`."""
+def cache_folder(data: Data) -> Path:
+    """Where decoded images are kept: below `$XDG_CACHE_HOME`, or `~/.cache`, if the recipe does not say."""
+    if data.cache is not None:
+        return Path(data.cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "two-stage-image-generator" / "images"
 
 
@@ -81,15 +84,25 @@ def cached_images(
 
 def cached_reasons(folder: Path, identity: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], what: str) -> dict[int, str]:
     """Which images cannot be decoded, and why: as `cached_images` finds it, without keeping any of them."""
-    path = folder / f"{_key({**identity, 'kept': 'reasons'})}.json"
 
-    def make() -> None:
+    def find() -> dict[str, Any]:
         say(f"{what}: looking for images that cannot be read, once for all commands")
-        skipped = {row: image for row, image in enumerate(decode()) if isinstance(image, str)}
-        write_json(path, {"what": what, **identity, "skipped": skipped})
+        return {"what": what, "skipped": {row: image for row, image in enumerate(decode()) if isinstance(image, str)}}
 
-    _by_one(path, path.exists, make)
-    return _skipped(path)
+    return {int(row): reason for row, reason in cached_findings(folder, {**identity, "kept": "reasons"}, find)["skipped"].items()}
+
+
+def cached_findings(folder: Path, identity: dict[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was found out about images, from the file of the cache that has it, which one process writes first if it is not there.
+
+    Args:
+        folder: the cache.
+        identity: all that decides what is found.
+        find: it, as JSON knows it.
+    """
+    path = folder / f"{_key(identity)}.json"
+    _by_one(path, path.exists, lambda: write_json(path, {**identity, **find()}))
+    return dict(read_json(path))
 
 
 def _key(identity: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from typing_extensions import override
 
 from configs.data import Data
 from configs.errors import UserError
-from stage1_vqvae.data.cache import cached_images, cached_reasons, default_folder
+from stage1_vqvae.data.cache import cache_folder, cached_images, cached_reasons
 from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import UnreadableImage, decode_crops, decode_image
 from stage1_vqvae.data.splits import CroppablePixels, Readable, SourceSplit
@@ -38,6 +37,10 @@ class EncodedImage(NamedTuple):
 class EncodedImages(Protocol):
     """Encoded images, of which some are read at a time."""
 
+    @property
+    def file_lengths(self) -> np.ndarray | None:
+        """Images of each file, (F,), where files are read from end to end; None: any can be read at any time."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: list[int], /) -> list[EncodedImage]: ...
@@ -56,6 +59,10 @@ class EncodedPixels(CroppablePixels):
         self._images, self._rows, self._data, self._what = images, rows, data, what
         threads = decoding_threads(data)
         self._pool = ThreadPoolExecutor(threads) if threads > 0 else None
+        self.file_lengths: np.ndarray | None = None
+        """As that of `EncodedImages`, of those that are here."""
+        if (lengths := images.file_lengths) is not None:
+            self.file_lengths = np.bincount(np.searchsorted(np.cumsum(lengths), rows, side="right"), minlength=len(lengths))
 
     @override
     def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
@@ -84,7 +91,7 @@ class EncodedSplit(SourceSplit):
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
         wanted, what = np.arange(len(self)) if rows is None else rows, f"{data.path or data.name}, {self.name}"
         identity = {"source": self.identity, "split": self.name, "rows": hashlib.sha256(wanted.tobytes()).hexdigest()}
-        folder = default_folder() if data.cache is None else Path(data.cache).expanduser()
+        folder = cache_folder(data)
 
         def each() -> Iterator[np.ndarray | str]:
             return self._each(wanted, data, what, progress)

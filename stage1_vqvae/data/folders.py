@@ -26,6 +26,8 @@ _NOT_ONE_IMAGE = ("HDF5", "MPEG", "PDF")  # formats that Pillow knows, of files 
 class _Files:
     """Image files, as `EncodedImages`."""
 
+    file_lengths = None
+
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from configs.data import Data
 from configs.schema import Stage1
 from stage1_vqvae.data.crops import crops_from
+from stage1_vqvae.data.order import order_of
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.training.batching import share_of_step
-from stage1_vqvae.training.randomness import DataOrder, generator
+from stage1_vqvae.training.randomness import generator
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -70,7 +71,7 @@ class Loader:
         self._training, self._data, self._config = training, data, config
         self._processes, self._rank, self._device = accelerator.num_processes, accelerator.process_index, accelerator.device
         self._gpu = torch.cuda.current_device() if accelerator.device.type == "cuda" else None
-        self._order = DataOrder(len(training), config.batch_size, config.seed)
+        self._order = order_of(training.pixels, config.batch_size, config.seed)
         self._ahead = worth_reading_ahead(accelerator.device) if ahead is None else ahead
         self._next: tuple[int, int] | None = None
         self._stream: Iterator[tuple[Tensor, Tensor]] = iter(())

@@ -74,7 +74,7 @@ def splits_of_files(files: Iterable[Path], below: Path, data: Data) -> dict[str,
 def refuse_keys(data: Data, keys: Iterable[str], what: str) -> None:
     """Errors: UserError for a key that says nothing of such a source, and which somebody has given all the same."""
     for key in keys:
-        if getattr(data, key) is not None:
+        if getattr(data, key) not in (None, False):
             raise UserError(f"data.{key}: expected nothing for {what}, found {getattr(data, key)}")
 
 

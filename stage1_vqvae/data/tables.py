@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from configs.data import Data
 from configs.errors import UserError
 from stage1_vqvae.data.cache import files_identity
-from stage1_vqvae.data.encoded import EncodedImage, EncodedSplit
+from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit
 from stage1_vqvae.data.names import NO_LABELS, check_labels, our_splits
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, SourceSplit
+from stage1_vqvae.data.streams import Stream
 
 # Where it is needed: it takes a second to import, and most commands read codes, or pixels that have their own decoder.
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ _LABEL_NAMES = ("label", "labels", "class", "cls")
 
 class _Column:
     """A data set's column of images, as `EncodedImages`."""
+
+    file_lengths = None
 
     def __init__(self, rows: datasets.Dataset, column: str) -> None:
         import datasets
@@ -39,6 +43,56 @@ class _Column:
         return [EncodedImage(None, None) if record is None else EncodedImage(record["bytes"], record["path"]) for record in found]
 
 
+class Table(Protocol):
+    """A split of a data set, as rows with columns."""
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """What each column holds."""
+
+    @property
+    def column_names(self) -> Sequence[str]:
+        """Their names."""
+
+    def __len__(self) -> int: ...
+
+    def values(self, column: str) -> list[Any]:
+        """A column of whole numbers or text."""
+
+    def images(self, column: str) -> EncodedImages:
+        """A column of images."""
+
+    def identity(self) -> str:
+        """What is another if the files that the rows lie in are."""
+
+
+class _Mapped:
+    """A split whose rows `datasets` has in files of its own, mapped into memory, as `Table`."""
+
+    def __init__(self, rows: datasets.Dataset, files: Sequence[Path] | None = None) -> None:
+        """`files`: from which the rows were loaded; None: from those that `datasets` has fetched."""
+        self._rows, self._files = rows, files
+        self.features, self.column_names = rows.features, rows.column_names
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def values(self, column: str) -> list[Any]:
+        return list(self._rows[column][:])
+
+    def images(self, column: str) -> EncodedImages:
+        return _Column(self._rows, column)
+
+    def identity(self) -> str:
+        files = [Path(file["filename"]) for file in self._rows.cache_files] if self._files is None else self._files
+        return f"{len(self)} {files_identity(files)}"
+
+    def by_path(self, column: str) -> _Mapped:
+        """The rows in the order of their images' paths: several tables of metadata are read in the order of a Python set."""
+        paths = [image.path or "" for image in self.images(column)[list(range(len(self)))]]
+        return _Mapped(self._rows.select(sorted(range(len(paths)), key=paths.__getitem__)), self._files)
+
+
 def of_the_hub(data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """Splits and label names of a data set of the Hub.
 
@@ -46,7 +100,9 @@ def of_the_hub(data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], li
     """
     assert data.name is not None
     what = f"data.name {data.name} (a local copy can be given with --data.path)"
-    return _found(_open(data.name, what, name=data.config, revision=data.revision), data, wanted)
+    asked: dict[str, Any] = {"name": data.config, "revision": data.revision}
+    found = _streams(data.name, what, data, **asked) if data.stream else _mapped(_open(data.name, what, **asked))
+    return _found({split: found[name] for name, split in our_splits(data, found).items()}, data, wanted)
 
 
 def is_saved(path: Path) -> bool:
@@ -62,7 +118,8 @@ def of_disk(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceS
         source = datasets.load_from_disk(str(path))
     except Exception as error:  # of many kinds
         raise UserError(f"data.path {path}: expected a data set that `save_to_disk` wrote, found: {error}") from None
-    return _found({"train": source} if isinstance(source, datasets.Dataset) else source, data, wanted)
+    found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
+    return _found({split: found[name] for name, split in our_splits(data, found).items()}, data, wanted)
 
 
 def of_files(
@@ -84,69 +141,101 @@ def of_files(
         metadata: tables of each split, which name those of its files that count.
     Errors: as `of_the_hub`.
     """
-    named = {split: [str(file) for file in found] for split, found in (metadata or files).items()}
-    return _found(_open(kind, f"data.path {path}", data_files=named), data, wanted, files, by_path=metadata is not None)
-
-
-def _by_path(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The rows in the order of their images' paths."""
-    paths = [image.path or "" for image in _Column(rows, column)[list(range(len(rows)))]]
-    return rows.select(sorted(range(len(rows)), key=paths.__getitem__))
+    what, named = f"data.path {path}", {split: [str(file) for file in found] for split, found in (metadata or files).items()}
+    if data.stream:
+        return _found(_streams(kind, what, data, files, data_files=named), data, wanted)
+    found = _mapped(_open(kind, what, data_files=named), files)
+    if metadata is not None:
+        found = {split: rows.by_path(_image_column(rows, data)) for split, rows in found.items()}
+    return _found(found, data, wanted)
 
 
 def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
     """`datasets.load_dataset`, its failures as one line that begins with `what`."""
     import datasets
 
-    try:
+    with _failing_as(what):
         return datasets.load_dataset(source, **arguments)
+
+
+def _mapped(source: Mapping[str, datasets.Dataset], files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, _Mapped]:
+    return {split: _Mapped(rows, None if files is None else files[split]) for split, rows in source.items()}
+
+
+def _streams(source: str, what: str, data: Data, files: Mapping[str, Sequence[Path]] | None = None, **arguments: Any) -> dict[str, Stream]:
+    """The splits of a data set as they are where they lie. `files`: of each split, where they are this machine's."""
+    import datasets
+
+    def opened(columns: list[str] | None = None) -> datasets.IterableDatasetDict:
+        only = {} if columns is None else {"columns": columns}
+        with _failing_as(what):
+            return datasets.load_dataset(source, streaming=True, **arguments, **only)
+
+    with _failing_as(what):
+        config = datasets.load_dataset_builder(source, **arguments).config
+
+    def stream(name: str) -> Stream:
+        listed = (config.data_files or {}).get(name, [])
+        origin = files_identity(files[name]) if files is not None else f"{listed} {getattr(listed, 'origin_metadata', '')}"
+        return Stream(
+            lambda columns: opened(columns)[name],
+            list(listed),
+            f"{data.path or data.name}, {name}",
+            data,
+            origin,
+            hasattr(config, "columns"),
+        )
+
+    return {name: stream(name) for name in opened()}
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """Whatever goes wrong as one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
         cause = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
 
 
-def _found(
-    source: Mapping[str, datasets.Dataset],
-    data: Data,
-    wanted: set[str],
-    files: Mapping[str, Sequence[Path]] | None = None,
-    by_path: bool = False,
-) -> tuple[dict[str, SourceSplit], list[str] | None]:
+def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """The wanted splits of a data set, and the names of its labels, which do not depend on which are wanted.
 
     Args:
-        source: the data set.
+        source: the data set, by our names.
         data: the recipe's.
         wanted: names of splits.
-        files: of each of our splits, from which it was loaded; None: from those that `datasets` has fetched.
-        by_path: sort the rows by their images' paths: several tables of metadata are read in the order of a Python set.
     """
     what = str(data.path or data.name)
-    ours = {split: source[name] for name, split in our_splits(data, source).items()} if files is None else dict(source)
-    first = ours.get(TRAIN) or next(iter(ours.values()))
+    first = source[TRAIN] if TRAIN in source else next(iter(source.values()))
     image_column, label_column = _image_column(first, data), _label_column(first, data)
-    for split, rows in ours.items():
+    for split, rows in source.items():
         if image_column not in rows.column_names:
             raise UserError(f"{what}: expected a column {image_column} in {split} too, found {', '.join(rows.column_names)}")
-    if by_path:
-        ours = {split: _by_path(rows, image_column) for split, rows in ours.items()}
-    values = {split: list(rows[label_column][:]) for split, rows in ours.items() if label_column in rows.column_names}
-    names = None if label_column is None else _label_names([ours[split].features[label_column] for split in values], values, what)
+    kinds: dict[str, Any] = {}
+    values: dict[str, list[Any]] = {}
+    names = None
+    if label_column is not None:
+        kinds = {split: rows.features[label_column] for split, rows in source.items() if label_column in rows.column_names}
+        values = {split: source[split].values(label_column) for split in kinds}
+        names = _label_names(list(kinds.values()), values, what)
     splits: dict[str, SourceSplit] = {}
-    for split, rows in ours.items():
-        if split not in wanted and not (split == TRAIN and VALIDATION in wanted and VALIDATION not in ours):
+    for split, rows in source.items():
+        if split not in wanted and not (split == TRAIN and VALIDATION in wanted and VALIDATION not in source):
             continue
         if len(rows) == 0:
             raise UserError(f"{what}: expected images in split {split}, found none")
-        numbers = None if names is None or split not in values else _numbers(values[split], names, rows.features[label_column])
-        of_files = files[split] if files is not None else [Path(file["filename"]) for file in rows.cache_files]
+        numbers = None if names is None or split not in kinds else _numbers(values[split], names, kinds[split])
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
-        identity = f"{origin} {image_column} {len(rows)} {files_identity(of_files)}"
-        splits[split] = EncodedSplit(split, _Column(rows, image_column), check_labels(numbers, split, what), identity)
+        identity = f"{origin} {image_column} {rows.identity()}"
+        splits[split] = EncodedSplit(split, rows.images(image_column), check_labels(numbers, split, what), identity)
     return splits, names
 
 
-def _image_column(rows: datasets.Dataset, data: Data) -> str:
+def _image_column(rows: Table, data: Data) -> str:
     import datasets
 
     found = [
@@ -163,7 +252,7 @@ def _image_column(rows: datasets.Dataset, data: Data) -> str:
     return found[0]
 
 
-def _label_column(rows: datasets.Dataset, data: Data) -> str | None:
+def _label_column(rows: Table, data: Data) -> str | None:
     import datasets
 
     if data.label_column == NO_LABELS:

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 from configs.run_dir import RunDir
+from stage1_vqvae.data.order import Order, order_of
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, generator
+from stage1_vqvae.training.randomness import generator
 from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
 from stage1_vqvae.training.weights_file import load_weights, save_weights
 
@@ -121,16 +122,15 @@ def _kept(folder: Path, kind: str, names: list[str], train: ImageSplit, examples
             )
         classifier.load_state_dict(weights)
     else:
-        fit(classifier.to(device), kind, len(train), examples, device, seed)
+        fit(classifier.to(device), kind, len(train), order_of(train.pixels, _BATCH, seed), examples)
         save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})
     return classifier.to(device).eval().requires_grad_(False)
 
 
-def fit(classifier: Classifier, kind: str, count: int, examples: Examples, device: torch.device, seed: int) -> None:
+def fit(classifier: Classifier, kind: str, count: int, order: Order, examples: Examples) -> None:
     """Train it: up to 1,000 steps of 128 of `count` images, with AdamW."""
     steps = min(_STEPS, max(_LEAST_STEPS, _EPOCHS * count // _BATCH))
     optimizer = adamw(classifier, _RATE, weight_decay=0.05, beta2=0.99)
-    order = DataOrder(count, _BATCH, seed)
     classifier.train()
     with progress_bar(steps * _BATCH, f"train the {kind} network", "img") as bar:
         for step in range(steps):

@@ -1,0 +1,219 @@
+"""Rows that are read where they are, of the Hub or of files on some mounted disk, without a copy on this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from configs.data import Data
+from configs.errors import UserError, say
+from stage1_vqvae.data.cache import cache_folder, cached_findings
+from stage1_vqvae.data.encoded import EncodedImage, decoding_threads
+from stage1_vqvae.training.progress import progress_bar
+
+if TYPE_CHECKING:
+    import datasets
+
+_BLOCK = 16  # rows
+_MOST_BLOCKS = 128
+_MOST_OPEN = 64  # files
+_COUNTED_AT_ONCE = 1024  # rows
+
+Block = tuple[int, int]
+"""The number of a file, and of a block of its rows."""
+
+
+class Stream:
+    """A split as `datasets` streams it: files, each of which can only be read from its beginning to its end; a `Table`."""
+
+    def __init__(
+        self,
+        open_rows: Callable[[list[str] | None], datasets.IterableDataset],
+        files: Sequence[str],
+        what: str,
+        data: Data,
+        origin: str,
+        columnar: bool,
+    ) -> None:
+        """
+        Args:
+            open_rows: the rows, with those columns, or all.
+            files: their names, for messages, where they are known.
+            what: the split is, for messages.
+            data: the recipe's.
+            origin: what is another if the files are.
+            columnar: whether a column can be read without the others.
+        """
+        self._open_rows, self._files, self._what, self._data, self._origin = open_rows, files, what, data, origin
+        self._columnar = columnar
+        rows = open_rows(None)
+        if rows.features is None:
+            raise UserError(f"{what}: expected columns that are known before they are read, found others; leave data.stream away")
+        self.features: dict[str, Any] = rows.features
+        self.column_names = list(rows.features)
+        self._lengths: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return int(self.lengths().sum())
+
+    def lengths(self) -> np.ndarray:
+        """Rows of each file, (F,)."""
+        import datasets
+
+        if self._lengths is None:
+            light = [name for name, feature in self.features.items() if isinstance(feature, datasets.Value | datasets.ClassLabel)]
+            self.values([*light, *self.column_names][0], keep=False)
+        assert self._lengths is not None
+        return self._lengths
+
+    def values(self, column: str, keep: bool = True) -> list[Any]:
+        """A column of whole numbers or text. All files are read through for it, once: what they hold is kept beside decoded images."""
+        identity = {"stream": self.identity(), "column": column, "kept": "values" if keep else "lengths"}
+        found = cached_findings(cache_folder(self._data), identity, lambda: self._read_through(column, keep))
+        self._lengths = np.asarray(found["lengths"], np.int64)
+        return list(found["values"])
+
+    def images(self, column: str) -> StreamedImages:
+        """Its images."""
+        import datasets
+
+        rows = self._open_rows([column] if self._columnar else None).cast_column(column, datasets.Image(decode=False))
+        threads = max(1, decoding_threads(self._data))
+        return StreamedImages(rows.select_columns([column]), column, self.lengths(), threads, self._named)
+
+    def identity(self) -> str:
+        """What is another if its files are."""
+        return self._origin
+
+    def _named(self, file: int) -> str:
+        return f"{self._what}, {self._files[file] if file < len(self._files) else f'file {file}'}"
+
+    def _read_through(self, column: str, keep: bool) -> dict[str, Any]:
+        say(f"{self._what}: reading its files through, once for all commands, to know how many images each has, and their labels")
+        rows = self._open_rows([column] if self._columnar else None).select_columns([column]).with_format("arrow")
+        count = rows.num_shards
+
+        def read(file: int) -> tuple[int, list[Any]]:
+            length, values = 0, list[Any]()
+            try:
+                for table in rows.shard(count, file).iter(_COUNTED_AT_ONCE):
+                    length += len(table)
+                    values += table[column].to_pylist() if keep else []
+            except Exception as error:
+                raise unreadable(self._named(file), error) from None
+            return length, values
+
+        with ThreadPoolExecutor(max(1, decoding_threads(self._data))) as pool, progress_bar(count, "read through", "file") as bar:
+            found = []
+            for of_file in pool.map(read, range(count)):
+                found.append(of_file)
+                bar.update(1)
+        return {"lengths": [length for length, _ in found], "values": [value for _, values in found for value in values]}
+
+
+class StreamedImages:
+    """Encoded images of files that are read from end to end.
+
+    Any rows can be asked for. Those that follow, in their file, the ones asked for before come without delay: files stay open where they
+    were left, and the next block of each is read ahead, in a thread. For others a file is opened anew, and skipped up to them.
+    """
+
+    def __init__(
+        self, rows: datasets.IterableDataset, column: str, file_lengths: np.ndarray, threads: int, named: Callable[[int], str]
+    ) -> None:
+        """
+        Args:
+            rows: with a column of images that are not decoded.
+            column: its name.
+            file_lengths: rows of each file, (F,).
+            threads: that read.
+            named: what a file is called in messages.
+        """
+        assert rows.num_shards == len(file_lengths)
+        self.file_lengths, self._rows, self._column, self._named = file_lengths, rows, column, named
+        self._ends = np.cumsum(file_lengths)
+        self._pool = ThreadPoolExecutor(threads)
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[Block, Future[list[EncodedImage]]] = OrderedDict()
+        self._open: OrderedDict[Block, Iterator[dict[str, list[Any]]]] = OrderedDict()
+        """Files that were left before that block."""
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
+        files = np.searchsorted(self._ends, rows, side="right")
+        offsets = np.asarray(rows, np.int64) - (self._ends - self.file_lengths)[files]
+        blocks = list(zip(files.tolist(), (offsets // _BLOCK).tolist(), strict=True))
+        wanted = self._futures(sorted(set(blocks)))
+        try:
+            found = {block: future.result() for block, future in wanted.items()}
+        except BaseException:
+            with self._lock:
+                for block in wanted:
+                    self._blocks.pop(block, None)
+            raise
+        self._futures([(file, block + 1) for file, block in wanted if (block + 1) * _BLOCK < self.file_lengths[file]])
+        with self._lock:
+            while len(self._blocks) > _MOST_BLOCKS:
+                self._blocks.popitem(last=False)
+        return [found[block][within] for block, within in zip(blocks, (offsets % _BLOCK).tolist(), strict=True)]
+
+    def _futures(self, blocks: Sequence[Block]) -> dict[Block, Future[list[EncodedImage]]]:
+        """What is, or will be, in the blocks; those that nobody has asked for are read, of each file one after another."""
+        with self._lock:
+            missing: dict[int, list[int]] = {}
+            for file, block in blocks:
+                if (file, block) not in self._blocks:
+                    self._blocks[file, block] = Future()
+                    missing.setdefault(file, []).append(block)
+                self._blocks.move_to_end((file, block))
+            found = {block: self._blocks[block] for block in blocks}
+        for file, of_file in missing.items():
+            self._pool.submit(self._read, file, of_file, [found[file, block] for block in of_file])
+        return found
+
+    def _read(self, file: int, blocks: Sequence[int], futures: Sequence[Future[list[EncodedImage]]]) -> None:
+        """Read ascending blocks of a file."""
+        place = blocks[0]
+        with self._lock:
+            rows = self._open.pop((file, place), None)
+        try:
+            if rows is None:
+                rows = iter(self._rows.shard(len(self.file_lengths), file).skip(place * _BLOCK).iter(_BLOCK))
+            records: list[Any] = []
+            for block, future in zip(blocks, futures, strict=True):
+                while place <= block:
+                    records = next(rows, {self._column: []})[self._column]
+                    place += 1
+                length = int(self.file_lengths[file])
+                if len(records) != min(_BLOCK, length - block * _BLOCK):
+                    raise UserError(f"{self._named(file)}: expected {length} images, as when it was read first, found fewer")
+                if block == blocks[-1]:  # before anybody learns of the last, and asks for what follows
+                    self._leave(file, place, rows)
+                future.set_result([_encoded(record) for record in records])
+        except BaseException as error:
+            failure = error if isinstance(error, UserError) else unreadable(self._named(file), error)
+            for future in futures:
+                if not future.done():
+                    future.set_exception(failure)
+
+    def _leave(self, file: int, place: int, rows: Iterator[dict[str, list[Any]]]) -> None:
+        with self._lock:
+            self._open[file, place] = rows
+            while len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+
+
+def unreadable(name: str, error: BaseException) -> UserError:
+    """What went wrong with a file, of many kinds: no connection, no such file any more, a broken one."""
+    return UserError(f"{name}: expected to read it from end to end, found: {str(error) or type(error).__name__}")
+
+
+def _encoded(record: dict[str, Any] | None) -> EncodedImage:
+    return EncodedImage(None, None) if record is None else EncodedImage(record["bytes"], record["path"])

