@@ -24,6 +24,9 @@ _PLACE_AT_FAULT = {
 
 _SECONDS_FOR_THE_FIRST = 3.0
 
+EXPLANATIONS: list[Callable[[Exception], tuple[str, int] | None]] = []
+"""What packages that know more know of exceptions that are nobody's mistake: the line to say and the exit code; or None."""
+
 
 class UserError(ValueError):
     """Something the user can put right. `run_entry` shows its message alone, without a traceback."""
@@ -41,13 +44,13 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line (once a machine, so that eight processes do not say it eight times) and exit with code 2."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line (once a machine, so that eight processes do not say it eight times) and exit with that code."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # The launcher ends the others once one has failed: who is alive after this has something to say that no other said.
         time.sleep(_SECONDS_FOR_THE_FIRST)
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def run_entry(main: Callable[[], None]) -> None:
@@ -59,7 +62,10 @@ def run_entry(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:  # training loops finish their step instead; elsewhere nothing is half written
         say("interrupted")
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in _PLACE_AT_FAULT:
-            raise
-        fail(f"{error.filename or 'the output'}: {error.strerror}")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _PLACE_AT_FAULT:
+            fail(f"{error.filename or 'the output'}: {error.strerror}")
+        for explain in EXPLANATIONS:
+            if (explained := explain(error)) is not None:
+                fail(*explained)
+        raise

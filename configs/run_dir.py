@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from filelock import FileLock, Timeout
@@ -53,8 +53,10 @@ def runs_folder() -> Path:
     return (checkout() or Path.cwd()) / "runs"
 
 
-def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
-    """Write a file so that a reader, a crash or a full disk sees the old one or the new one, never a part.
+@contextmanager
+def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name when the block ends well: a reader, a crash or a full disk sees the old one or the new one,
+    never a part.
 
     `durable` waits for the disk, so that this also holds for a machine that loses its power.
 
@@ -65,15 +67,36 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     temporary = path.with_name(f"{path.name[:40]}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+        if durable:
+            _sync_folder(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # ENOSPC from write() carries no name; the user needs to know which disk is full.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):
+            # ENOSPC from write() carries no name; the user needs to know which disk is full.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the disk knows a folder's names."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write a file at once. Errors: as `replacing`."""
+    with replacing(path, durable) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Any) -> None:

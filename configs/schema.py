@@ -330,11 +330,14 @@ class Compute:
     """Null = as `accelerate config` or `accelerate launch` say."""
     compile: bool = False
     """Train through torch.compile; and on a GPU, a transformer samples from CUDA graphs."""
+    patience: float = 30.0
+    """Minutes: if none of several processes gets anywhere for so long, the one that is behind is named, and all end."""
     tracker: Literal["tensorboard"] | None = None
     """Also log there through Accelerate's tracker; metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, "compute.threads", "at least 0", self.threads)
+        require(0 < self.patience < float("inf"), "compute.patience", "above 0, and finite", self.patience)
 
 
 @dataclass(frozen=True, kw_only=True)

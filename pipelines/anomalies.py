@@ -36,7 +36,7 @@ from stage1_vqvae.metrics import squared_errors
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute)
     if accelerator.is_main_process:  # who launches several has nothing for the others to do
         _find(command, accelerator.device)
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

@@ -30,7 +30,7 @@ from pipelines.images.inputs import chosen_images, encode_and_decode, image_opti
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 
 _GREY = 128
 # Images in completions.png at most; all continuations lie beside it.
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(folder / "completions.json", details)
     if folder is not None:
         print(f"wrote {len(pictures)} continuations of {count} images; look at {run.show(folder / 'completions.png')}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

@@ -35,7 +35,7 @@ from pipelines.images.inputs import Images, chosen_images, image_options, known_
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import UNIFORM, finished_prior, load_prior
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     (report_lossless if lossless else report)(command, output, sizes, pixels, encoded)
     print(f"next: {command.next(typed('pipelines/decompress.py') + f' --file {shlex.quote(run.show(output))}')}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

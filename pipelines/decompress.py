@@ -28,7 +28,7 @@ from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import load_prior
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                 bar.update(len(pictures))
         run.record(program(), command.arguments, {"file": str(file), "prior": content.prior})
     print(f"wrote {count} images to {run.show(folder)}" + (", every pixel as it was" if exact is not None else ""))
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

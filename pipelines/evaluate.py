@@ -39,7 +39,7 @@ from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.prior_file import UNIFORM
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
             print(markdown(found))
             print(f"wrote {run.show(folder / 'evaluation.json')}, .md and pictures")
             print(f"next: {command.next(REPORT if samples is not None else TRAIN_PRIOR)}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

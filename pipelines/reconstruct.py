@@ -28,7 +28,7 @@ from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors,
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.priors.prior_file import UNIFORM
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute)
     if accelerator.is_main_process:  # who launches several has nothing for the others to do
         _reconstruct(command, accelerator.device)
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

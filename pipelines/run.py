@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
@@ -36,13 +37,14 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from pipelines.images.provenance import agrees, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.training.stopping import STOPPED_IN_TIME
 from stage2_prior.priors.prior_file import UNIFORM
 
 _SAMPLES = 64
 # Of a budget of minutes. The rest is for extraction, samples, evaluation and report.
 _SHARES = {"stage1": 0.4, "stage2": 0.45}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_INTERRUPTED = tuple(128 + number for number in _SIGNALS)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_INTERRUPTED = (*(128 + number for number in _SIGNALS), STOPPED_IN_TIME)
 
 
 @dataclass(frozen=True)
@@ -226,9 +228,9 @@ def evaluation_of(run: RunDir, prior: str, asked: dict[str, Any]) -> Path | None
 def run_to_its_end(arguments: list[str], run: RunDir) -> int:
     """Run a command, its output where ours goes, and return its exit code.
 
-    It runs in a process group of its own, to which Ctrl-C, SIGTERM and SIGHUP are passed on, as SIGINT: so they reach the
+    It runs in a process group of its own, to which Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are passed on, as SIGINT: so they reach the
     training processes too, which Accelerate's launcher does not wait for. They finish their step and save; then we end with
-    128 + the signal's number.
+    128 + the signal's number. Ctrl-Z stops them all, and whoever wakes us (fg, bg) wakes them.
     """
     asked: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -239,7 +241,19 @@ def run_to_its_end(arguments: list[str], run: RunDir) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGINT)
 
+    def sleep(*_: object) -> None:
+        # Not their group alone: torchrun's processes have sessions of their own.
+        below = [] if child is None else [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        for process in reversed(below):
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
     former = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    former[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, sleep)
     try:
         # A group in the terminal's background may write, but would be stopped for reading.
         child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, process_group=0)

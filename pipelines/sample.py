@@ -27,7 +27,7 @@ from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, 
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
 from stage2_prior.priors.prior_file import UNIFORM
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         kind = f"{chosen.name} prior, {details['bits_per_token']:.3f} bits a token"
         print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
         print(f"next: {command.next(SUMMARY)}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

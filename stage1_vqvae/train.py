@@ -52,11 +52,11 @@ from stage1_vqvae.training.batching import check_divides
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog
-from stage1_vqvae.training.optimizer import adamw, trainable
-from stage1_vqvae.training.processes import average_gradients_, start, summed
+from stage1_vqvae.training.optimizer import adamw, clip_, trainable
+from stage1_vqvae.training.processes import average_gradients_, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import derived_seed, seed_layers
-from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
+from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop
 from stage1_vqvae.training.weights_file import read_header
@@ -68,6 +68,7 @@ _MAY_CHANGE = (
     *(f"data.{key}" for key in AT_HAND if key != "stream"),
 )
 _ADVICE = "lower --stage1.lr and go on with --resume"
+_LIGHTER = "--stage1.accumulation N takes a step in N parts, with the same result; --compute.mixed_precision bf16 halves activations"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if recipe.data.crop == "random" and recipe.data.decode == "once":
         raise UserError("data.decode: expected each_time with data.crop random, which is made of whole images, found once")
-    accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"))
+    accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"), _LIGHTER)
+    stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
     # Before the run's folder is made: images that cannot be read should leave no trace.
     images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
@@ -105,12 +107,12 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 (run.stage1 / "skipped.json").unlink(missing_ok=True)  # of images that have been repaired
         accelerator.wait_for_everyone()
-        train(accelerator, run, recipe, images, resume)
+        train(accelerator, run, recipe, images, resume, stop)
         accelerator.print(f"next: {command.next(EXTRACT_CODES)}")
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    add_resume_options(parser)
 
 
 def _found(run: RunDir, recipe: Recipe) -> Stage:
@@ -139,7 +141,7 @@ class Models(NamedTuple):
     its_optimizer: torch.optim.Optimizer | None
 
 
-def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource, resume: bool) -> None:
+def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource, resume: bool, stop: GracefulStop) -> None:
     """Train the tokenizer from its first step, or from the last checkpoint.
 
     Errors: UserError for a foreign checkpoint, or a loss that is not finite.
@@ -178,13 +180,13 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     def minutes() -> float:
         return minutes_before + (time.monotonic() - began) / 60
 
-    def save(step: int) -> None:
+    def save(step: int, score: float | None) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         state = {"model": tokenizer.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler}
         state["average"] = average.state_dict() if average is not None else None
         if adversary is not None and its_optimizer is not None:
             state["adversary"] = {"model": adversary.state_dict(), "optimizer": its_optimizer.state_dict()}
-        checkpoints.save(step, {**state, "minutes": minutes()})
+        checkpoints.save(step, {**state, "minutes": minutes()}, score)
 
     if accelerator.is_main_process:
         run.stage1.mkdir(parents=True, exist_ok=True)
@@ -200,7 +202,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     bar = progress_bar(config.steps * size, "stage 1", "img", initial=first_step * size, shown=main)
     left = TimeLeft("stage 1", first_step, config.steps)
     model.train()
-    with bar, GracefulStop(accelerator) as stop:
+    with bar, stop:
         for step in range(first_step, config.steps):
             # --- one step, and what it leaves
             statistics = take_step(accelerator, models, loader, config, step)
@@ -210,12 +212,12 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
             beside = {name.removeprefix("noted/"): value / parts for name, value in statistics.items() if name.startswith("noted/")}
             window.add(
                 level_counts(statistics),
-                **losses,
+                losses,
                 **beside,
-                loss=torch.stack(list(losses.values())).sum(),
                 # Squared error on [-1, 1] is four times that on [0, 1].
                 mse=statistics["squared_error"] / parts / 4,
                 restarted=statistics["restarted"],
+                gradient_norm=statistics["gradient_norm"],
             )
             bar.update(size)
 
@@ -245,20 +247,23 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
                     save_grids(run, judged, validation, accelerator.device)
                 model.train()
                 window.restart_clock()
+            checkpoints.check()
             if due_checkpoint:
-                save(done)
+                save(done, judgement.metrics["loss"] if due_validation and judgement is not None else None)
             if stopping:
                 bar.close()
+                checkpoints.wait()
                 accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_TOKENIZER} --resume --run {run.path}")
-                accelerator.end_training()
-                sys.exit(128 + (stop.signal or 0))
+                finish(accelerator)
+                sys.exit(stop.exit_code)
 
     # --- the result
+    checkpoints.wait()
     if judgement is None:  # resumed after the last step
         judgement = validate(accelerator, judged, validation, size // parts)
     if main:
         write_results(run, judged, config.steps, minutes(), judgement)
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource) -> Models:
@@ -299,8 +304,8 @@ def judges(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageS
 def take_step(accelerator: Accelerator, models: Models, loader: Loader, config: Stage1, step: int) -> dict[str, Tensor]:
     """One step of training: forward, loss, backward, clip, step; then the codebooks' own update and restarts, and the discriminator's step.
 
-    Returns the statistics of the whole batch, summed over its parts: those of the quantizer, `loss/NAME`, `noted/NAME`, `squared_error`,
-    and how many codes were `restarted`.
+    Returns the statistics of the whole batch, summed over its parts: those of the quantizer, `loss/NAME`, `noted/NAME`, `squared_error`;
+    how many codes were `restarted`, and the `gradient_norm` before clipping.
     """
     tokenizer, model, optimizer, perceptual, adversary, its_optimizer = models
     processes, rank, size = accelerator.num_processes, accelerator.process_index, config.batch_size
@@ -335,8 +340,7 @@ def take_step(accelerator: Accelerator, models: Models, loader: Loader, config: 
         if restart is not None:
             found |= restart.candidates(output.latents, loader.share(micro_step).start, len(images))
         statistics = added([statistics, found])
-    if config.clip_norm > 0:
-        accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    norm = clip_(accelerator, model, config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     statistics = summed(accelerator, statistics)
@@ -349,7 +353,7 @@ def take_step(accelerator: Accelerator, models: Models, loader: Loader, config: 
         its_optimizer.step()
         its_optimizer.zero_grad()
         judging.update_(statistics, processes * config.accumulation)
-    return {**statistics, "restarted": torch.as_tensor(restarted)}
+    return {**statistics, "restarted": torch.as_tensor(restarted), "gradient_norm": norm}
 
 
 def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource, began: float) -> Recipe:

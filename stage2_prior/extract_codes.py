@@ -35,7 +35,7 @@ from stage1_vqvae.data.variants import crops_of, make_variants, num_variants
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore, Manifest, open_shard, read_manifest, write_manifest, write_shard
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{run}: the codes are already extracted")
         say(f"next: {command.next(TRAIN_PRIOR)}")
         return
-    accelerator = start(recipe.compute)
+    accelerator = start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
     with run.lock():
         tokenizer = load_tokenizer(run, accelerator.device)
         source = load_images(read_as(recipe), progress=accelerator.is_main_process)
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         accelerator.print(f"wrote {run.show(run.codes)}")
         accelerator.print(f"next: {command.next(TRAIN_PRIOR)}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def read_as(recipe: Recipe) -> Data:

@@ -15,7 +15,7 @@ from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse
 from configs.errors import UserError, run_entry
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.metrics_log import read_metrics
-from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, markdown, write_report
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         with run.lock():
             write_report(folder, name, report)
         print(f"\nwrote likelihood.json, likelihood.md and likelihood.png to {run.show(folder)}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

@@ -41,11 +41,11 @@ from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw, muon
-from stage1_vqvae.training.processes import start, summed
+from stage1_vqvae.training.optimizer import adamw, clip_, muon
+from stage1_vqvae.training.processes import finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
-from stage1_vqvae.training.resumption import Stage, check_resumable, nothing_to_do
+from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
@@ -69,6 +69,9 @@ _MAY_CHANGE = (
     *("compute", "data", "tokenizer", "stage1", "extraction", "sampling", "evaluation"),
 )
 _ADVICE = "lower --stage2.lr and go on with --resume"
+_LIGHTER = (
+    "--stage2.accumulation N takes a step in N parts, --stage2.gradient_checkpointing true keeps fewer activations: with the same result"
+)
 # Images at once for the likelihood of a prior that is not trained here.
 _BATCH_SIZE = 64
 # The name of priors of single levels, if they are given none.
@@ -94,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
     if level is not None and not 1 <= level <= len(training.manifest.grids):
         raise UserError(f"--level: expected 1 to {len(training.manifest.grids)}, the levels of codes from the coarsest on, found {level}")
-    accelerator = start(recipe.compute, str(folder / "tensorboard"))
+    accelerator = start(recipe.compute, str(folder / "tensorboard"), _LIGHTER)
+    stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     missing = None
     with run.lock():
@@ -107,18 +111,18 @@ def main(argv: list[str] | None = None) -> None:
                 if joined is not None:
                     joined.unlink(missing_ok=True)  # of this level's former weights
             accelerator.wait_for_everyone()
-            train(accelerator, run, name, recipe, training, validation, command.options.resume)
+            train(accelerator, run, name, recipe, training, validation, command.options.resume, stop)
         if level is not None:
             missing = join_levels(accelerator, run, name, training, validation)
     following = command.next(SAMPLE) if missing is None else f"{command.next(TRAIN_PRIOR)} --level {missing}{_named(name)}"
     accelerator.print(f"next: {following}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _options(parser: Any) -> None:
     parser.add_argument("--name", type=str | None, help=f"name of the prior in the run (default: its kind; with --level, {_LEVELWISE})")
     parser.add_argument("--level", type=int | None, help="train a prior of this level alone, 1 for the coarsest, given those above")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    add_resume_options(parser)
 
 
 def _name(name: str | None, level: int | None, kind: str) -> str:
@@ -171,7 +175,14 @@ def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
 
 
 def train(
-    accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore, resume: bool
+    accelerator: Accelerator,
+    run: RunDir,
+    name: str,
+    recipe: Recipe,
+    training: CodeStore,
+    validation: CodeStore,
+    resume: bool,
+    stop: GracefulStop,
 ) -> None:
     """Train the prior from its first step, or from the last checkpoint.
 
@@ -211,12 +222,12 @@ def train(
     def minutes() -> float:
         return minutes_before + (time.monotonic() - began) / 60
 
-    def save(step: int) -> None:
+    def save(step: int, score: float | None) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         weights = {"model": prior.state_dict(), "average": average.state_dict()}
         state = {**weights, "optimizer": optimizer.state_dict(), "scaler": scaler}
         sha256 = training.manifest.tokenizer_sha256
-        checkpoints.save(step, {**state, "best": best, "minutes": minutes(), "tokenizer_sha256": sha256})
+        checkpoints.save(step, {**state, "best": best, "minutes": minutes(), "tokenizer_sha256": sha256}, score)
 
     if recipe.compute.tracker:
         accelerator.init_trackers("stage2")
@@ -224,18 +235,20 @@ def train(
     accelerator.wait_for_everyone()
     validations = [record for record in read_metrics(log.path) if record["split"] == "validation"]
     losses: list[Tensor] = []
+    norms: list[Tensor] = []
     since = time.monotonic()
     size, main = config.batch_size, accelerator.is_main_process
     every, micro_batch = torch.arange(len(validation)), size // (processes * config.accumulation)
     bar = progress_bar(config.steps * size, "stage 2", "img", initial=first_step * size, shown=main)
     left = TimeLeft("stage 2", first_step, config.steps)
     model.train()
-    with bar, GracefulStop(accelerator) as stop:
+    with bar, stop:
         for step in range(first_step, config.steps):
             # --- one step, and what it leaves
-            step_loss = take_step(accelerator, model, optimizer, training, order, config, step)
+            step_loss, norm = take_step(accelerator, model, optimizer, training, order, config, step)
             average.update_()
             losses.append(step_loss)
+            norms.append(norm)
             bar.update(size)
 
             # --- what is noted, checked and kept
@@ -248,13 +261,13 @@ def train(
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
                 means = summed(accelerator, {"losses": torch.stack(losses)})["losses"] / processes
-                for number, value in enumerate(means.tolist()):
-                    check_finite(value, done - len(losses) + number + 1, _ADVICE)
+                check_finite({"loss": means, "gradient_norm": torch.stack(norms)}, done - len(losses) + 1, _ADVICE)
                 train_bits = bits(float(means.mean()))
                 speed = len(losses) * size / (time.monotonic() - since)
-                log.write(done, "train", {"bits_per_token": train_bits, "images_per_second": speed, "lr": scheduled_rate(config, step)})
+                noted = {"images_per_second": speed, "lr": scheduled_rate(config, step)}
+                log.write(done, "train", {"bits_per_token": train_bits, "gradient_norm": float(torch.stack(norms).mean()), **noted})
                 bar.set_postfix(bits=f"{train_bits:.3f}", best=f"{best['bits']:.3f}", refresh=False)
-                losses, since = [], time.monotonic()
+                losses, norms, since = [], [], time.monotonic()
             if due_validation:
                 found = measure(accelerator, average.model, validation, every, micro_batch).mean
                 values = {"bits_per_token": found, "train_bits_per_token": train_bits}
@@ -272,17 +285,20 @@ def train(
                     )
                 model.train()
                 since = time.monotonic()
+            checkpoints.check()
             if due_checkpoint:
-                save(done)
+                save(done, found if due_validation else None)
             if stopping:
                 bar.close()
+                checkpoints.wait()
                 whole, _, of = name.partition("/level")
                 which = f"--name {whole}" + (f" --level {of}" if of else "")
                 accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} {which}")
-                accelerator.end_training()
-                sys.exit(128 + (stop.signal or 0))
+                finish(accelerator)
+                sys.exit(stop.exit_code)
 
     # --- the result
+    checkpoints.wait()
     if best["weights"] is None:  # resumed after the last step, before any validation
         best = {"step": first_step, "bits": None, "weights": average.model.state_dict()}
     average.model.load_state_dict(best["weights"])
@@ -354,8 +370,10 @@ def build(
 
 def take_step(
     accelerator: Accelerator, model: Any, optimizer: Any, training: CodeStore, order: DataOrder, config: Stage2, step: int
-) -> Tensor:
-    """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token."""
+) -> tuple[Tensor, Tensor]:
+    """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token, and the norm () of all
+    processes' gradient before clipping.
+    """
     processes, rank = accelerator.num_processes, accelerator.process_index
     prior = accelerator.unwrap_model(model, keep_torch_compile=False)
     set_learning_rate(optimizer, scheduled_rate(config, step))
@@ -370,11 +388,10 @@ def take_step(
             loss = torch.cat(code_losses(model(codes, *given), codes[prior.levels]), 1).mean() / config.accumulation
             accelerator.backward(loss)
         step_loss += loss.detach()
-    if config.clip_norm > 0:
-        accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    norm = clip_(accelerator, model, config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return step_loss
+    return step_loss, norm
 
 
 def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:

@@ -22,6 +22,7 @@ from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.training.batching import share_of_step
 from stage1_vqvae.training.randomness import generator
+from stage1_vqvae.training.watch import progressed
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -90,6 +91,7 @@ class Loader:
         if self._next != (step, micro_step):
             self._stream = read_ahead(self._read, self._from(step, micro_step), self._ahead)
         pixels, variants = next(self._stream)
+        progressed()
         self._next = (step, micro_step + 1) if micro_step + 1 < self._config.accumulation else (step + 1, 0)
         self._waited += time.perf_counter() - began
         # As bytes: a quarter of what floats would be on the way to a GPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ class Window:
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
+        self._terms: dict[str, list[Tensor]] = {}
         self._counts: list[list[Tensor]] = []
         self.restart_clock()
 
@@ -28,9 +30,12 @@ class Window:
         """Leave out what was not training from images/s."""
         self._since = time.monotonic()
 
-    def add(self, counts: list[Tensor], **values: Tensor) -> None:
-        """Note a step's counts, (K,) a level, and values, `loss` and `mse` among them."""
+    def add(self, counts: list[Tensor], losses: Mapping[str, Tensor], **values: Tensor) -> None:
+        """Note a step's counts, (K,) a level, the terms of its loss, and values, `mse` and `gradient_norm` among them."""
         self._counts.append(counts)
+        values = {**losses, "loss": torch.stack(list(losses.values())).sum(), **values}
+        for name in (*losses, "loss", "gradient_norm"):
+            self._terms.setdefault(name, []).append(values[name])
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
 
@@ -38,16 +43,15 @@ class Window:
         """Means over the window, usage and perplexity of its codes together, codes restarted, images/s, the share of its time that was
         `waited` for images, in seconds; and its counts. Then it starts anew.
 
-        Errors: UserError naming the step, with `advice`, if a loss is not finite.
+        Errors: UserError naming step and term, with `advice`, if a loss or a gradient is not finite.
         """
         steps = self.steps
-        for number, loss in enumerate(torch.stack(self._values["loss"]).tolist()):
-            check_finite(loss, first + number + 1, advice)
+        check_finite({name: torch.stack(values) for name, values in self._terms.items()}, first + 1, advice)
         counts = [torch.stack(level).sum(0) for level in zip(*self._counts, strict=True)]
         restarted = sum(int(value) for value in self._values.pop("restarted", []))
         means = {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
         seconds = time.monotonic() - self._since
-        self._values, self._counts = {}, []
+        self._values, self._terms, self._counts = {}, {}, []
         self.restart_clock()
         values = {
             **means,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 # Of Muon's moving average of gradients, and its rate as a multiple of AdamW's: a step of unit singular values is a larger one
@@ -97,6 +98,16 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x if wide else x.mT
+
+
+def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor:
+    """Scale a model's gradients, averaged over the processes, down to a norm of `clip_norm`, where it is larger; 0 = leave them.
+
+    Returns their norm before (), which is not finite if one of them is not; but 0 in fp16, whose scaler leaves out steps of such gradients.
+    """
+    norm: Any = accelerator.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
+    found = torch.as_tensor(norm, device=accelerator.device).detach()
+    return found if accelerator.scaler is None else found.nan_to_num(0.0, 0.0)
 
 
 @torch.no_grad()

@@ -13,20 +13,37 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import EXPLANATIONS, UserError
 from configs.schema import Compute
+from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher
 
 _COMPILER = "inductor"
-# With another process: one host may have its images decoded when another begins to.
-_PATIENCE = timedelta(hours=2)
+# With another process, in hours: one host may have its images decoded when another begins to. Who hangs is found out earlier (watch.py).
+_PATIENCE = 2.0
+_SMALLER_BATCHES = "take fewer images at once (--batch_size N)"
+_WORDS_OF_LOST_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
-def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
-    """The Accelerator of a command, with this process's share of the cores.
+class _Command:
+    """What this process's command has begun with."""
+
+    watch: Watch | None = None
+    lighter = _SMALLER_BATCHES
+
+
+def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMALLER_BATCHES) -> Accelerator:
+    """The Accelerator of a command, with this process's share of the cores. Several processes look after one another from here on, until
+    `finish`.
+
+    Args:
+        compute: the recipe's.
+        logging_dir: for trackers.
+        lighter: what to say of how the command would take less memory, if that is out.
 
     Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
     broadcast by DDP: that the codebooks of all processes are equal is ours to keep.
     """
+    patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
     accelerators = torch.accelerator.current_accelerator(check_available=True)
     # Apple's MPS has no float64, which sums and draws need.
     on_cpu = accelerators is None or accelerators.type == "mps"
@@ -36,6 +53,10 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
         raise UserError(
             f"compute.tracker {compute.tracker}: expected the package {compute.tracker}, found none; pip install {compute.tracker}"
         )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_the_launcher()
+    _Command.lighter = lighter
     accelerator = Accelerator(
         # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
         cpu=on_cpu,
@@ -43,9 +64,8 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
         log_with=compute.tracker,
         dynamo_backend=_COMPILER if compute.compile else None,
         project_dir=logging_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=patience)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         # They would all train on the same data and write the same files.
         raise UserError(
@@ -54,7 +74,37 @@ def start(compute: Compute, logging_dir: str | None = None) -> Accelerator:
     torch.set_num_threads(compute.threads or share_of_cores())
     # What a process found in the run before this line, all found: nobody writes into it earlier.
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1 and _Command.watch is None:
+        _Command.watch = Watch(accelerator, compute.patience)
     return accelerator
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Let go of the other processes, once all are here: each may end, or go on alone for as long as it takes."""
+    accelerator.end_training()
+    if _Command.watch is not None:
+        _Command.watch.close()
+        _Command.watch = None
+
+
+def _out_of_memory(error: Exception) -> tuple[str, int] | None:
+    """In one line, with what takes less."""
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if not on_cpu and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return None
+    return f"out of memory ({str(error).splitlines()[0] if str(error) else 'of this machine'}); {_Command.lighter}", 2
+
+
+def _lost_peer(error: Exception) -> tuple[str, int] | None:
+    """Which process was lost, if a collective failed for that."""
+    failed = isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS_OF_LOST_PEERS)
+    if not failed or _Command.watch is None:
+        return None
+    peer = _Command.watch.silent_peer()
+    return None if peer is None else (f"{peer} has died; all end. Go on with --resume", ENDED_FOR_ANOTHER)
+
+
+EXPLANATIONS.extend((_out_of_memory, _lost_peer))
 
 
 def share_of_cores() -> int:

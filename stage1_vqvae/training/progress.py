@@ -8,7 +8,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stage1_vqvae.training.watch import progressed
+
 _WORTH_SHOWING = 5.0  # seconds
+
+
+class _Bar(tqdm):
+    """A bar, shown or not, whose process is seen to get on."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        progressed()
+        return super().update(n)
 
 
 def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True, within: bool = False) -> Any:
@@ -16,7 +26,7 @@ def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, s
     One of a step `within` another shows only if that takes more than five seconds, and goes with it.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
+    return _Bar(
         total=total,
         initial=initial,
         desc=description,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse.typing import PositiveFloat
 
 from configs.cli import differences
 from configs.errors import UserError, say
 from configs.schema import Recipe
+from stage1_vqvae.training.stopping import STOPPED_IN_TIME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,13 @@ def nothing_to_do(stage: Stage, asked: Recipe, resume: bool, may_change: Sequenc
     if not stage.checkpointed:
         raise UserError(f"{stage.where}: expected a checkpoint to go on from after {done} steps, found none; train {stage.elsewhere}")
     return False
+
+
+def add_resume_options(parser: Any) -> None:
+    """How a training that takes long is taken in parts."""
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    stopped = f"minutes after which to finish the step, save, and end with exit code {STOPPED_IN_TIME}; --resume goes on"
+    parser.add_argument("--stop_after", type=PositiveFloat | None, help=stopped)
 
 
 def check_resumable(first_step: int, steps: int) -> None:

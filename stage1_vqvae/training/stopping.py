@@ -1,29 +1,41 @@
-"""Stopping well: Ctrl-C and SIGTERM finish the step, and all processes agree on which step that is."""
+"""Stopping well: a signal or a time finishes the step, and all processes agree on which step that is."""
 
 from __future__ import annotations
 
+import math
 import signal
+import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from configs.errors import UserError
+from stage1_vqvae.training.watch import progressed
+
+STOPPED_IN_TIME = 75
+"""Exit code of a training that `--stop-after` ended: EX_TEMPFAIL of sysexits.h, try again later."""
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class GracefulStop:
-    """Inside the `with` block the first SIGINT or SIGTERM only leaves a note; a second one acts as usual.
+    """Inside the `with` block the first SIGINT, SIGTERM or SIGUSR1 only leaves a note; a second one acts as usual.
 
-    `requested` must be called by all processes at the same step: it asks whether any of them got a signal.
+    `requested` must be called by all processes at the same step: it asks whether any of them got a signal, or whether the time is over.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, minutes: float | None = None) -> None:
+        """`minutes`: from now on; None: as long as it takes."""
         self._accelerator = accelerator
-        self.signal: int | None = None
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.exit_code = 0
+        """128 + the signal's number, or `STOPPED_IN_TIME`."""
 
     def __enter__(self) -> GracefulStop:
-        self._former: dict[int, Any] = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._former: dict[int, Any] = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -31,20 +43,30 @@ class GracefulStop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
+        self.exit_code = 128 + number
         signal.signal(number, self._former[number])
 
     def requested(self) -> bool:
         """Whether any process was asked to stop."""
-        if self._accelerator.num_processes == 1:
-            return self.signal is not None
-        flag = torch.tensor([float(self.signal or 0)], device=self._accelerator.device)
-        highest = int(self._accelerator.gather(flag).max())
-        self.signal = highest or None
-        return highest > 0
+        if self._end is not None and time.monotonic() >= self._end and not self.exit_code:
+            self.exit_code = STOPPED_IN_TIME
+        progressed()  # before it waits for the others: who does not come here is behind
+        if self._accelerator.num_processes > 1:
+            code = torch.tensor([float(self.exit_code)], device=self._accelerator.device)
+            self.exit_code = int(self._accelerator.gather(code).max())
+        return self.exit_code > 0
 
 
-def check_finite(loss: float, step: int, advice: str) -> None:
-    """Errors: UserError that names the step, if the loss is not finite."""
-    if loss != loss or abs(loss) == float("inf"):
-        raise UserError(f"step {step}: expected a finite loss, found {loss}; {advice}")
+def check_finite(terms: Mapping[str, Tensor], first: int, advice: str) -> None:
+    """Errors: UserError that names step and term of the first value that is not finite.
+
+    Args:
+        terms: of several steps (S,) each: losses, norms of gradients.
+        first: number of the first of these steps.
+        advice: what helps.
+    """
+    names, values = list(terms), torch.stack([values.detach().double() for values in terms.values()]).cpu()
+    for step, of_step in enumerate(values.T.tolist()):
+        for name, value in zip(names, of_step, strict=True):
+            if not math.isfinite(value):
+                raise UserError(f"step {first + step}: expected {name} to be finite, found {value}; {advice}")

@@ -15,11 +15,12 @@ from typing import Any
 
 import accelerate.commands.config.config_args as config_args
 import accelerate.commands.launch as accelerate_launch
+import psutil
 import pytest
 import yaml
 
 from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
-from configs.run_dir import RunDir, read_json, write_json
+from configs.run_dir import REPOSITORY, RunDir, read_json, write_json
 from pipelines.images.provenance import identity
 from pipelines.run import evaluation_of, launch_options, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
@@ -229,7 +230,7 @@ with run.lock():
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
 def test_a_signal_reaches_what_the_launcher_started_and_its_saving_is_waited_for(tmp_path: Path, number: int, code: int) -> None:
     def send() -> None:
         while not (tmp_path / "ready").exists():
@@ -243,6 +244,54 @@ def test_a_signal_reaches_what_the_launcher_started_and_its_saving_is_waited_for
     assert (tmp_path / "saved").exists()
     thread.join()
     assert signal.getsignal(number) is before
+
+
+# Below a launcher, in a session of its own as torchrun's are: counts, as long as nobody stops it.
+COUNTING = """
+import sys, time
+for number in range(10**6):
+    open(sys.argv[1], "w").write(str(number))
+    time.sleep(0.01)
+"""
+STARTS_IT = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]], start_new_session=True)"
+CHAIN = """
+import sys
+from pathlib import Path
+from configs.run_dir import RunDir
+from pipelines.run import run_to_its_end
+sys.exit(run_to_its_end([sys.executable, "-c", *sys.argv[2:]], RunDir(Path(sys.argv[1]))))
+"""
+
+
+def test_ctrl_z_stops_all_that_was_started_and_fg_wakes_it(tmp_path: Path) -> None:
+    counted = tmp_path / "count"
+    arguments = [sys.executable, "-c", CHAIN, str(tmp_path), STARTS_IT, COUNTING, str(counted)]
+    chain = psutil.Popen(arguments, cwd=REPOSITORY, start_new_session=True)
+
+    def settles(state: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + 60
+        while not state() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return state()
+
+    def counts() -> bool:
+        before = counted.read_text()
+        return settles(lambda: counted.read_text() not in ("", before))
+
+    try:
+        assert settles(counted.exists)
+        assert counts()
+        family = [chain, *chain.children(recursive=True)]
+        assert len(family) == 3
+        chain.send_signal(signal.SIGTSTP)
+        assert settles(lambda: all(process.status() == psutil.STATUS_STOPPED for process in family))
+        chain.send_signal(signal.SIGCONT)
+        assert counts()
+        assert not [process for process in family if process.status() == psutil.STATUS_STOPPED]
+    finally:
+        for process in (*chain.children(recursive=True), chain):
+            process.kill()
+        chain.wait()
 
 
 def test_one_command_leaves_a_report_and_knows_what_is_done(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:

@@ -38,6 +38,7 @@ from stage1_vqvae.monitoring.validation import check_equal_codebooks
 from stage1_vqvae.train import main, train
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.stopping import STOPPED_IN_TIME, GracefulStop
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
@@ -171,6 +172,29 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_recipe: Pat
     assert torch.load(newest, weights_only=True)["step"] == step
 
 
+def test_it_stops_after_so_many_minutes_and_goes_on(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--stage1.steps", "40"]
+    with pytest.raises(SystemExit) as ended:
+        main([*settings, "--stop-after", "1e-9"])
+    assert ended.value.code == STOPPED_IN_TIME
+    assert [path.name for path in (tmp_path / "run/stage1/checkpoints").glob("step-*")] == ["step-000000001.pt"]
+    main([*settings, "--resume", "--stop-after", "60"])
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "whole"), "--stage1.steps", "40"])
+    assert (tmp_path / "run/tokenizer.safetensors").read_bytes() == (tmp_path / "whole/tokenizer.safetensors").read_bytes()
+    assert "stop_after" in one_line_error(main, *settings, "--stop-after", "0")
+
+
+def test_a_run_copied_elsewhere_goes_on(tiny_recipe: Path, tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "elsewhere" / "copy"
+    with pytest.raises(SystemExit):
+        main(["--config", str(tiny_recipe), "--run", str(run), "--stop-after", "1e-9"])
+    shutil.copytree(run, copy)
+    shutil.rmtree(run)
+    main(["--run", str(copy), "--resume"])
+    assert (copy / "tokenizer.safetensors").exists()
+    assert not run.exists()
+
+
 def test_a_finished_stage_says_so_and_changes_nothing(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {name: (run_copy / name).read_bytes() for name in files(run_copy)}
     main(["--run", str(run_copy)])
@@ -259,12 +283,27 @@ def test_killed_after_the_last_checkpoint_it_only_writes_its_results(tiny_recipe
     assert read_json(tmp_path / "new" / "stage1" / "report.json")["validation"] == report["validation"]
 
 
-def test_a_broken_checkpoint_is_named(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    folder = tmp_path / "new" / "stage1" / "checkpoints"
-    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "2"])
-    (tmp_path / "new" / "tokenizer.safetensors").unlink()
-    (folder / "step-000000002.pt").write_bytes(b"nonsense")
-    assert "step-000000002.pt" in one_line_error(main, "--run", tmp_path / "new", "--resume")
+def test_a_broken_checkpoint_is_named_and_the_one_before_gone_on_from(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "new"
+    main(["--config", str(tiny_recipe), "--run", str(run), "--stage1.steps", "4", "--stage1.checkpoint_interval", "2"])
+    good = (run / "tokenizer.safetensors").read_bytes()
+    (run / "tokenizer.safetensors").unlink()
+    older, newer = sorted((run / "stage1/checkpoints").glob("step-*.pt"))
+    content = bytearray(newer.read_bytes())
+    content[len(content) // 2] ^= 1
+    newer.write_bytes(content)
+    capsys.readouterr()
+    main(["--run", str(run), "--resume"])
+    assert f"{newer}: expected" in capsys.readouterr().out
+    assert (run / "tokenizer.safetensors").read_bytes() == good
+    assert newer.with_name(f"{newer.name}.damaged").read_bytes() == bytes(content)
+    (run / "tokenizer.safetensors").unlink()
+    for path in (older, newer):
+        path.write_bytes(b"nonsense")
+    assert newer.name in one_line_error(main, "--run", run, "--resume")
+    assert older.read_bytes() == newer.read_bytes() == b"nonsense"
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(
@@ -272,8 +311,8 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.warmup_steps", "4"]
     line = one_line_error(main, *settings, "--stage1.lr", "1e30", "--stage1.checkpoint_interval", "1", "--stage1.log_interval", "1")
-    step = int(re.findall(r"step (\d+): expected (?:a finite loss|finite weights)", line)[0])
-    for path in (tmp_path / "new" / "stage1" / "checkpoints").iterdir():
+    step = int(re.findall(r"step (\d+): expected (?:\w+ to be finite|finite weights)", line)[0])
+    for path in (tmp_path / "new" / "stage1" / "checkpoints").glob("step-*.pt"):
         state = torch.load(path, weights_only=True)
         assert state["step"] < step
         assert all(bool(torch.isfinite(weight).all()) for weight in state["model"].values())
@@ -376,7 +415,8 @@ def test_validation_images_teach_nothing(tiny_recipe: Path, tmp_path: Path) -> N
     for name, pixels in (("own", own), ("other", 255 - own[:5])):
         run = RunDir(tmp_path / name)
         images = ImageSource({TRAIN: splits[TRAIN], VALIDATION: ImageSplit(pixels, None)}, None)
-        train(start(recipe.compute), run, recipe, images, resume=False)
+        accelerator = start(recipe.compute)
+        train(accelerator, run, recipe, images, resume=False, stop=GracefulStop(accelerator))
         kept.append(run.tokenizer.read_bytes())
     assert kept[0] == kept[1]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from configs.errors import UserError
 from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw, forget_rows_
+from stage1_vqvae.training.optimizer import adamw, clip_, forget_rows_
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator
 from stage1_vqvae.training.schedule import learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
@@ -92,6 +94,7 @@ def test_the_last_k_checkpoints_are_kept(tmp_path: Path) -> None:
     assert checkpoints.load_latest() is None
     for step in (5, 10, 1000):
         checkpoints.save(step, {"model": {"weight": torch.full((2,), float(step))}})
+    checkpoints.wait()
     assert [path.name for path in checkpoints.paths()] == ["step-000000010.pt", "step-000001000.pt"]
     state = checkpoints.load_latest()
     assert state is not None
@@ -106,13 +109,75 @@ def test_weights_that_are_not_finite_take_no_good_checkpoints_place(broken: str,
     checkpoints.save(5, {"model": good, "adversary": {"model": good}})
     with pytest.raises(UserError, match="step 6: expected finite weights"):
         checkpoints.save(6, {"model": good, "adversary": {"model": good}, broken: bad if broken == "model" else {"model": bad}})
+    checkpoints.wait()
     assert [path.name for path in checkpoints.paths()] == ["step-000000005.pt"]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
+    for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0)):
+        checkpoints.save(step, {}, score)
+    checkpoints.wait()
+    assert [int(path.stem[5:]) for path in checkpoints.paths()] == [2, 4, 5]
+    again = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
+    again.save(6, {}, 0.5)
+    again.wait()
+    assert [int(path.stem[5:]) for path in checkpoints.paths()] == [5, 6]
+
+
+def test_what_is_saved_is_what_there_was_when_it_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the training goes on while it is written."""
+    let_go, save = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *given: let_go.wait() and save(*given))
+    weight = torch.zeros(3)
+    checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
+    checkpoints.save(1, {"model": {"weight": weight}, "moments": [(weight,)]})
+    weight += 1
+    assert not checkpoints.paths()
+    let_go.set()
+    checkpoints.wait()
+    state = checkpoints.load_latest()
+    assert state is not None
+    assert torch.equal(state["model"]["weight"], torch.zeros(3))
+    assert torch.equal(state["moments"][0][0], torch.zeros(3))
+
+
+def test_a_write_that_fails_is_told_and_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, "stage 1", 1, Accelerator(cpu=True))
+    checkpoints.save(1, {"model": {}})
+    checkpoints.wait()
+    checkpoints.check()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    checkpoints.save(2, {"model": {}})
+    with pytest.raises(OSError, match=r"No space left on device: .*step-000000002\.pt"):
+        checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "no sum", "cut"])
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
+    for step in (1, 2):
+        checkpoints.save(step, {"model": {"weight": torch.full((100,), float(step))}})
+    checkpoints.wait()
+    path = checkpoints.paths()[-1]
+    content = bytearray(path.read_bytes())
+    if damage == "a bit":
+        content[content.index(torch.full((1,), 2.0).numpy().tobytes())] ^= 1
+    path.write_bytes(content[: {"a bit": None, "no sum": -72, "cut": -100}[damage]])
+    state = checkpoints.load_latest()
+    assert state is not None
+    assert state["step"] == 1
+    assert f"{path}: expected" in capsys.readouterr().out
+    assert [found.name for found in checkpoints.paths()] == ["step-000000001.pt"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "another stage", "pickle"])
 def test_a_checkpoint_that_does_not_fit_is_named(damage: str, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
-    Checkpoints(tmp_path, "stage 2" if damage == "another stage" else "stage 1", 2, accelerator).save(5, {"model": {}})
+    written = Checkpoints(tmp_path, "stage 2" if damage == "another stage" else "stage 1", 2, accelerator)
+    written.save(5, {"model": {}})
+    written.wait()
     path = tmp_path / "step-000000005.pt"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:300])
@@ -139,7 +204,7 @@ def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(tmp_path: Path) -> 
     assert all(json.loads(line)["split"] == "train" for line in path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -> None:
     heard = []
     former = signal.signal(number, lambda *_: heard.append(number))
@@ -148,7 +213,7 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -
             assert not stop.requested()
             os.kill(os.getpid(), number)
             assert stop.requested()
-            assert stop.signal == number
+            assert stop.exit_code == 128 + number
             assert not heard
             os.kill(os.getpid(), number)
             assert heard == [number]
@@ -156,8 +221,22 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -
         signal.signal(number, former)
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_names_its_step(loss: float) -> None:
-    check_finite(1.0, 5, "")
-    with pytest.raises(UserError, match="step 17: expected a finite loss"):
-        check_finite(loss, 17, "advice")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_names_its_step_and_term(value: float) -> None:
+    steps = {"reconstruction": torch.ones(4), "gradient_norm": torch.tensor([1.0, 2.0, value, value])}
+    check_finite({name: values[:2] for name, values in steps.items()}, 5, "")
+    with pytest.raises(UserError, match=r"step 17: expected gradient_norm to be finite, found .*; advice"):
+        check_finite(steps, 15, "advice")
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
+def test_clipping_tells_the_norm_there_was(clip_norm: float) -> None:
+    model = nn.Linear(3, 2)
+    model(torch.ones(1, 3)).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    own = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert torch.isclose(clip_(Accelerator(cpu=True), model, clip_norm), own)
+    scale = min(1.0, clip_norm / float(own)) if clip_norm > 0 else 1.0
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, gradient * scale, rtol=1e-4)

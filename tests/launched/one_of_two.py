@@ -1,0 +1,46 @@
+"""Two processes that meet at every step, of which one dies, hangs or is stopped at the sixth.
+
+RANK=... python tests/launched/one_of_two.py die|hang|stop|run VICTIM
+
+Ticks are shorter than those of users, so that nobody has to wait a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from configs.errors import run_entry
+from configs.schema import Compute
+from stage1_vqvae.training import watch
+from stage1_vqvae.training.processes import finish, start
+
+FAULTS = {
+    "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: time.sleep(1000),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "run": lambda: None,
+}
+
+
+def main() -> None:
+    fault, victim = sys.argv[1], int(sys.argv[2])
+    watch._TICK, watch._SILENT, watch._LOST_PEER = 0.2, 10, 3
+    accelerator = start(Compute(threads=1, patience=0.15 if fault == "hang" else 5))
+    for step in range(12):
+        watch.progressed()
+        accelerator.gather(torch.ones(1))
+        if step == 5 and accelerator.process_index == victim:
+            FAULTS[fault]()
+    finish(accelerator)
+    if accelerator.process_index == victim:
+        time.sleep(5)  # longer than anybody may be silent
+    print(f"{accelerator.process_index} is done")
+
+
+if __name__ == "__main__":
+    run_entry(main)

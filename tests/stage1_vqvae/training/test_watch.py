@@ -1,0 +1,110 @@
+"""Two processes without a launcher that would look after them: whatever happens to one, the other ends soon, and says why."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from configs.run_dir import REPOSITORY
+from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@contextmanager
+def two(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
+    """As a cluster's own command starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", "tests/launched/one_of_two.py", *map(str, arguments)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **here, "PYTHONPATH": str(REPOSITORY), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("fault", ["die", "hang", "stop"])
+def test_the_other_ends_and_names_the_one_that_is_lost(fault: str, victim: int) -> None:
+    with two(fault, victim) as processes:
+        survivor = processes[1 - victim]
+        survivor.wait(120)
+        if fault == "hang":  # either of them says it
+            processes[victim].wait(60)
+            assert processes[victim].returncode == ENDED_FOR_ANOTHER
+        said = "".join(process.communicate()[1] for process in ((processes[0], processes[1]) if fault == "hang" else (survivor,)))
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        name = rf"process {victim} of 2 on {re.escape(socket.gethostname())} \(pid {processes[victim].pid}\)"
+        assert survivor.returncode == ENDED_FOR_ANOTHER, said
+        assert len(lines) == 1, said
+        assert re.match(rf"error: {name} (has died|hangs at)", lines[0])
+        assert ("hangs" in lines[0]) == (fault == "hang")
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_done_may_go_on_alone(victim: int) -> None:
+    with two("run", victim) as processes:
+        for process in processes:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+            assert "is done" in out
+            assert "error" not in err
+
+
+def test_workers_end_with_their_launcher() -> None:
+    """Torchrun gives them sessions of their own, so that no signal reaches them."""
+    launcher = psutil.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "tests/launched/one_of_two.py",
+            "hang",
+            "0",
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline, workers = time.monotonic() + 60, list[psutil.Process]()
+    while len(workers) < 2 and time.monotonic() < deadline:
+        workers = [child for child in launcher.children(recursive=True) if "one_of_two.py" in " ".join(child.cmdline())]
+        time.sleep(0.05)
+    assert len(workers) == 2
+    time.sleep(3)  # until they look for one another, or have met
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
