@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint bench install
+.PHONY: demo test faults lint bench install
 
 install: $(INSTALLED)
 
@@ -22,6 +22,10 @@ demo: install
 # Workers share the cores: a thread each, and none that waits by spinning. Files in conftest.py's order: the longest first.
 test: install lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Kills, damage, full disks: what was tried and what survived, as a table. FAULTS=1000 SEED=1 tries others.
+faults: install
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s tests/faults/many.py
 
 lint: install
 	$(BIN)/ruff check .

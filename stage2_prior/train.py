@@ -28,8 +28,7 @@ from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
-from configs.parts import as_dict
-from configs.run_dir import RunDir, program, read_json, write_json, write_yaml
+from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage2
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.metrics import compression_ratio
@@ -50,16 +49,15 @@ from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.joining import join_levels
 from stage2_prior.likelihood.bits import bits, measure
 from stage2_prior.likelihood.tables import likelihood_report, turned_at, write_report
 from stage2_prior.priors.contract import AutoregressivePrior, code_losses
-from stage2_prior.priors.levelwise import LevelwisePart
 from stage2_prior.priors.prior_file import (
     UNIFORM,
     PriorHeader,
     build_prior,
     check_tokenizer,
-    load_prior,
     read_prior_header,
     save_prior,
 )
@@ -72,8 +70,6 @@ _ADVICE = "lower --stage2.lr and go on with --resume"
 _LIGHTER = (
     "--stage2.accumulation N takes a step in N parts, --stage2.gradient_checkpointing true keeps fewer activations: with the same result"
 )
-# Images at once for the likelihood of a prior that is not trained here.
-_BATCH_SIZE = 64
 # The name of priors of single levels, if they are given none.
 _LEVELWISE = "levelwise"
 
@@ -101,6 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     missing = None
+    if accelerator.is_main_process:
+        for store in (training, validation):
+            store.verify()  # a code that has changed since would be learned like any other
     with run.lock():
         if not done:
             if recipe.stage2.minutes > 0 and not run.begun(folder):
@@ -308,40 +307,6 @@ def train(
         header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], _level_of(name))
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
         write_results(run, folder, average.model.state_dict(), header, report, likelihood)
-
-
-def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: CodeStore, validation: CodeStore) -> int | None:
-    """Once all levels have a prior under that name, write a prior of all of them beside, with its likelihood, to which theirs add up.
-    Returns the first level, from 1 on, that has none yet; None: the prior is written.
-
-    Errors: UserError if some are told of classes and others are not.
-    """
-    whole, sha256 = run.prior(name).parent, training.manifest.tokenizer_sha256
-    accelerator.wait_for_everyone()
-    folders = [whole / f"level{number}" for number in range(1, 1 + len(training.manifest.grids))]
-    for number, folder in enumerate(folders, 1):
-        if not (folder / "prior.safetensors").exists():
-            return number
-    parts, headers = zip(*(load_prior(folder / "prior.safetensors", sha256, accelerator.device) for folder in folders), strict=True)
-    if len({header.config.conditional for header in headers}) > 1:
-        raise UserError(
-            f"{run.show(whole)}: expected all levels with prior.conditional, or none, found both; train one under another --name"
-        )
-    config = LevelwisePart(conditional=headers[0].config.conditional, levels=[as_dict(header.config) for header in headers])
-    prior = build_prior(config, training.manifest).to(accelerator.device)
-    weights = {f"parts.{number}.{key}": value for number, part in enumerate(parts) for key, value in part.state_dict().items()}
-    prior.load_state_dict(weights)
-    likelihood = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, [])
-    if accelerator.is_main_process:
-        reports = [read_json(folder / "report.json") for folder in folders]
-        added = {key: sum(report[key] for report in reports) for key in ("steps", "minutes", "parameters")}
-        known = all(header.knows_no_label for header in headers)
-        header = PriorHeader.of(config, training.manifest, known, added["steps"], likelihood["validation"])
-        write_json(whole / "report.json", {**added, "best_step": None})
-        write_report(whole, whole.name, likelihood)
-        save_prior(whole / "prior.safetensors", weights, header)
-        print(f"all levels: {likelihood['validation']:.3f} bits a token; wrote {run.show(whole / 'prior.safetensors')}")
-    return None
 
 
 def _level_of(name: str) -> int | None:

@@ -148,7 +148,7 @@ class Checkpoints:
         summed = _check_sum(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
             raise DamagedCheckpoint(f"{expected}, found a truncated or foreign file ({type(error).__name__})") from error
         if not isinstance(state, dict) or state.get("stage") != self.stage or state.get("format") not in (_FORMAT, _WITHOUT_SUM):
             found = f"stage {state.get('stage')}, format {state.get('format')}" if isinstance(state, dict) else type(state).__name__

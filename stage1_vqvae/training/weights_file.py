@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,13 +17,15 @@ from configs.errors import UserError
 from configs.run_dir import write_bytes
 
 _HEADER = "header"
+_SUM = "sha256"
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write weights with a JSON header, atomically; equal weights and headers give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    summed = {**header, _SUM: _sum_of(tensors, header)}
     # One entry, because safetensors writes several in an order that changes from run to run.
-    write_bytes(path, safetensors.torch.save(tensors, {_HEADER: json.dumps(header)}))
+    write_bytes(path, safetensors.torch.save(tensors, {_HEADER: json.dumps(summed)}))
 
 
 def read_header(path: Path, kind: str) -> dict[str, Any]:
@@ -30,9 +34,9 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
 
 
 def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_weights` wrote; of its tensors only `names`, if given.
+    """Read what `save_weights` wrote; of its tensors only `names`, if given, and then without comparing their sum.
 
-    Errors: UserError if the file is missing, truncated or of another kind.
+    Errors: UserError if the file is missing, truncated, of another kind, or not as it was written.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -44,7 +48,20 @@ def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) ->
         raise UserError(f"{path}: expected the weights of a {kind}, found a truncated or foreign file ({error})") from None
     if header.get("kind") != kind:
         raise UserError(f"{path}: expected the weights of a {kind}, found {header.get('kind', 'no kind')} in its header")
+    written = header.pop(_SUM, None)  # none in files of before
+    if names is None and written is not None and written != _sum_of(weights, header):
+        raise UserError(f"{path}: expected the weights of a {kind} as they were written, found others than their sha256 is of")
     return weights, header
+
+
+def _sum_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """The sha256 of a header and of tensors, in the order of their names."""
+    found = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def fingerprint(path: Path) -> str:

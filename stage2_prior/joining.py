@@ -1,0 +1,50 @@
+"""Priors of single levels, trained one by one, as one prior of all."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+
+from configs.errors import UserError
+from configs.parts import as_dict
+from configs.run_dir import RunDir, read_json, write_json
+from stage2_prior.codes.store import CodeStore
+from stage2_prior.likelihood.tables import likelihood_report, write_report
+from stage2_prior.priors.levelwise import LevelwisePart
+from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior, save_prior
+
+# Images at once for the likelihood.
+_BATCH_SIZE = 64
+
+
+def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: CodeStore, validation: CodeStore) -> int | None:
+    """Once all levels have a prior under that name, write a prior of all of them beside, with its likelihood, to which theirs add up.
+    Returns the first level, from 1 on, that has none yet; None: the prior is written.
+
+    Errors: UserError if some are told of classes and others are not.
+    """
+    whole, sha256 = run.prior(name).parent, training.manifest.tokenizer_sha256
+    accelerator.wait_for_everyone()
+    folders = [whole / f"level{number}" for number in range(1, 1 + len(training.manifest.grids))]
+    for number, folder in enumerate(folders, 1):
+        if not (folder / "prior.safetensors").exists():
+            return number
+    parts, headers = zip(*(load_prior(folder / "prior.safetensors", sha256, accelerator.device) for folder in folders), strict=True)
+    if len({header.config.conditional for header in headers}) > 1:
+        raise UserError(
+            f"{run.show(whole)}: expected all levels with prior.conditional, or none, found both; train one under another --name"
+        )
+    config = LevelwisePart(conditional=headers[0].config.conditional, levels=[as_dict(header.config) for header in headers])
+    prior = build_prior(config, training.manifest).to(accelerator.device)
+    weights = {f"parts.{number}.{key}": value for number, part in enumerate(parts) for key, value in part.state_dict().items()}
+    prior.load_state_dict(weights)
+    likelihood = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, [])
+    if accelerator.is_main_process:
+        reports = [read_json(folder / "report.json") for folder in folders]
+        added = {key: sum(report[key] for report in reports) for key in ("steps", "minutes", "parameters")}
+        known = all(header.knows_no_label for header in headers)
+        header = PriorHeader.of(config, training.manifest, known, added["steps"], likelihood["validation"])
+        write_json(whole / "report.json", {**added, "best_step": None})
+        write_report(whole, whole.name, likelihood)
+        save_prior(whole / "prior.safetensors", weights, header)
+        print(f"all levels: {likelihood['validation']:.3f} bits a token; wrote {run.show(whole / 'prior.safetensors')}")
+    return None
