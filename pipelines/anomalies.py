@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--prior {UNIFORM}: expected a learned prior; under the uniform one all images cost the same")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
-    if accelerator.is_main_process:  # who launches several has nothing for the others to do
+    finish(accelerator)  # who launches several has nothing for the others to do
+    if accelerator.is_main_process:
         _find(command, accelerator.device)
-    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
         elif options.prior is not None or run.last_prior() is not None:
             samples = drawn(command, accelerator, tokenizer)
+        finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None and assessor is not None:
             found = evaluate(command, assessor, samples)
             if samples is not None:
@@ -82,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
             print(markdown(found))
             print(f"wrote {run.show(folder / 'evaluation.json')}, .md and pictures")
             print(f"next: {command.next(REPORT if samples is not None else TRAIN_PRIOR)}")
-    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

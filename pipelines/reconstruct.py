@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
-    if accelerator.is_main_process:  # who launches several has nothing for the others to do
+    finish(accelerator)  # who launches several has nothing for the others to do
+    if accelerator.is_main_process:
         _reconstruct(command, accelerator.device)
-    finish(accelerator)
 
 
 def _options(parser: Any) -> None:

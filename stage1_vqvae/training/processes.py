@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs.errors import EXPLANATIONS, UserError
 from configs.schema import Compute
-from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher
+from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
 _COMPILER = "inductor"
 # With another process, in hours: one host may have its images decoded when another begins to. Who hangs is found out earlier (watch.py).
@@ -57,25 +57,26 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
     if launched > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_the_launcher()
     _Command.lighter = lighter
-    accelerator = Accelerator(
-        # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
-        cpu=on_cpu,
-        mixed_precision=compute.mixed_precision,
-        log_with=compute.tracker,
-        dynamo_backend=_COMPILER if compute.compile else None,
-        project_dir=logging_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=patience)],
-    )
-    if accelerator.num_processes != launched:
-        # They would all train on the same data and write the same files.
-        raise UserError(
-            f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
+    with joining(launched):
+        accelerator = Accelerator(
+            # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
+            cpu=on_cpu,
+            mixed_precision=compute.mixed_precision,
+            log_with=compute.tracker,
+            dynamo_backend=_COMPILER if compute.compile else None,
+            project_dir=logging_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=patience)],
         )
-    torch.set_num_threads(compute.threads or share_of_cores())
-    # What a process found in the run before this line, all found: nobody writes into it earlier.
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1 and _Command.watch is None:
-        _Command.watch = Watch(accelerator, compute.patience)
+        if accelerator.num_processes != launched:
+            # They would all train on the same data and write the same files.
+            raise UserError(
+                f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
+            )
+        torch.set_num_threads(compute.threads or share_of_cores())
+        # What a process found in the run before this line, all found: nobody writes into it earlier.
+        accelerator.wait_for_everyone()
+        if accelerator.num_processes > 1 and _Command.watch is None:
+            _Command.watch = Watch(accelerator, compute.patience)
     return accelerator
 
 

@@ -8,7 +8,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ _SILENT = 60
 suspended machine, has seen none go by."""
 _LOST_PEER = 5
 """The same for whoever asks because a collective has failed."""
+_JOINING = 600.0
+"""Seconds in which all processes of a command have to have found one another."""
 ENDED_FOR_ANOTHER = 70
 """Exit code of a process that ends because another one died or hangs: EX_SOFTWARE of sysexits.h."""
 
@@ -159,6 +162,25 @@ class Watch:
         # First the line is said, before a launcher sees one of them end; last the store goes.
         time.sleep(_TICK if self._rank > 0 else 4 * _TICK)
         os._exit(ENDED_FOR_ANOTHER)
+
+
+@contextmanager
+def joining(count: int) -> Iterator[None]:
+    """While processes look for one another: who waits for too long ends, for of the others nothing can be heard yet."""
+
+    def end() -> None:
+        found = f"found one missing, or stopped, after {_JOINING / 60:g} minutes"
+        print(f"error: expected {count} processes to find one another, {found}; all end", file=sys.stderr, flush=True)
+        os._exit(ENDED_FOR_ANOTHER)
+
+    timer = threading.Timer(_JOINING, end)
+    timer.daemon = True
+    if count > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @cache

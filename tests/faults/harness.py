@@ -30,6 +30,9 @@ _PATIENCE = 120.0  # seconds that a command may take
 _SILENT = 15  # ticks of a fifth of a second after which a process counts as gone
 
 
+_JOINING = 20.0  # seconds
+
+
 class Hung(AssertionError):
     """A command that went on for ever."""
 
@@ -113,7 +116,7 @@ def _fork(command: Command, rank: int, processes: int, port: int, output: Path, 
         if processes > 1:
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             os.environ.update({key: str(value) for key, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()})
-            watch._TICK, watch._SILENT, watch._LOST_PEER = 0.2, _SILENT, 5
+            watch._TICK, watch._SILENT, watch._LOST_PEER, watch._JOINING = 0.2, _SILENT, 5, _JOINING
         time.sleep(blow.late.get(rank, 0.0))
         if blow.at_call is not None and (blow.ranks is None or rank in blow.ranks):
             _die_at_call(blow.at_call)

@@ -1,6 +1,6 @@
 """Two processes that meet at every step, of which one dies, hangs or is stopped at the sixth.
 
-RANK=... python tests/launched/one_of_two.py die|hang|stop|run VICTIM
+RANK=... python tests/launched/one_of_two.py die|hang|stop|run|'never come' VICTIM
 
 Ticks are shorter than those of users, so that nobody has to wait a minute.
 """
@@ -24,12 +24,16 @@ FAULTS = {
     "hang": lambda: time.sleep(1000),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "run": lambda: None,
+    "never come": lambda: None,
 }
 
 
 def main() -> None:
     fault, victim = sys.argv[1], int(sys.argv[2])
     watch._TICK, watch._SILENT, watch._LOST_PEER = 0.2, 10, 3
+    watch._JOINING = 5.0
+    if fault == "never come" and os.environ["RANK"] == str(victim):
+        time.sleep(1000)
     accelerator = start(Compute(threads=1, patience=0.15 if fault == "hang" else 5))
     for step in range(12):
         watch.progressed()

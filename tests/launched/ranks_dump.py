@@ -1,4 +1,5 @@
-"""Run a training script's `main` under a launcher, and keep every process's own weights and moments at each checkpoint.
+"""Run a training script's `main`, under a launcher or alone, in float64, and keep every process's own weights and moments at each
+checkpoint.
 
 torchrun ... tests/launched/ranks_dump.py FOLDER stage1_vqvae.train ARGUMENTS [NEXT ARGUMENTS ...]
 
@@ -31,24 +32,24 @@ def main() -> None:
     judging = importlib.import_module("stage1_vqvae.monitoring.validation")
     for user, drawn in product((script, judging), ("training_graph", "save_health", "save_reconstructions", "save_grids")):
         setattr(user, drawn, lambda *_, **__: None)
-    if module == "stage1_vqvae.train":
-        # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
-        torch.set_default_dtype(torch.float64)
-        for user in (importlib.import_module("stage1_vqvae.data.loader"), judging):
-            user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
+    # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
+    torch.set_default_dtype(torch.float64)
+    for user in (importlib.import_module("stage1_vqvae.data.loader"), judging):
+        user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
     stay_joined()
+    save = Checkpoints.save
     for number, arguments in enumerate(runs):
         (folder / str(number)).mkdir(exist_ok=True)
 
-        def dump(self: Checkpoints, step: int, state: dict[str, Any], number: int = number) -> None:
+        def dump(self: Checkpoints, step: int, state: dict[str, Any], score: float | None = None, number: int = number) -> None:
             # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
             moments = {f"moment of {index}": found["exp_avg"] for index, found in state["optimizer"]["state"].items()}
             adversary = {f"adversary.{name}": value for name, value in state.get("adversary", {}).get("model", {}).items()}
             torch.save(
                 {**state["model"], **moments, **adversary}, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt"
             )
+            save(self, step, state, score)
 
-        # In place of checkpoints, from which nobody goes on here.
         Checkpoints.save = dump  # type: ignore[method-assign]
         script.main(arguments)
 

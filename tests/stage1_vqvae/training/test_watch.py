@@ -77,6 +77,13 @@ def test_one_that_is_done_may_go_on_alone(victim: int) -> None:
             assert "error" not in err
 
 
+def test_one_that_never_comes_is_not_waited_for_long() -> None:
+    with two("never come", 1) as processes:
+        _, said = processes[0].communicate(timeout=120)
+        assert processes[0].returncode == ENDED_FOR_ANOTHER
+        assert "expected 2 processes to find one another" in said
+
+
 def test_workers_end_with_their_launcher() -> None:
     """Torchrun gives them sessions of their own, so that no signal reaches them."""
     launcher = psutil.Popen(
