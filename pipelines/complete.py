@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs.cli import parse
-from configs.errors import UserError, run_entry
+from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, write_json
 from pipelines.images.drawing import check_guidance, chosen_prior, draw_images
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, labels_for
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process).spread(options.n)
     pixels, count = images.pixels, len(images.pixels)
     if count < options.n:
-        accelerator.print(f"--n {options.n}: there are {count} images")
+        say(f"--n {options.n}: there are {count} images")
     labels = labels_for(options.label, images, chosen.header)
     repeated = None if labels is None else labels.repeat_interleave(options.continuations)
     check_guidance(accelerator, config, repeated, chosen.header)

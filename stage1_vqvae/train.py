@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                 (run.stage1 / "skipped.json").unlink(missing_ok=True)  # of images that have been repaired
         accelerator.wait_for_everyone()
         train(accelerator, run, recipe, images, resume, stop)
-        accelerator.print(f"next: {command.next(EXTRACT_CODES)}")
+        say(f"next: {command.next(EXTRACT_CODES)}")
 
 
 def _options(parser: Any) -> None:
@@ -175,7 +175,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before = state["step"], state["minutes"]
         check_resumable(first_step, config.steps)
-        accelerator.print(f"{run}: going on after step {first_step}")
+        say(f"{run}: going on after step {first_step}")
 
     def minutes() -> float:
         return minutes_before + (time.monotonic() - began) / 60
@@ -253,7 +253,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
             if stopping:
                 bar.close()
                 checkpoints.wait()
-                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_TOKENIZER} --resume --run {run.path}")
+                say(f"stopped after step {done} and saved; go on with: {TRAIN_TOKENIZER} --resume --run {run.path}")
                 finish(accelerator)
                 sys.exit(stop.exit_code)
 

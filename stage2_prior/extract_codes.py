@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             run.record(program(), command.arguments, dataclasses.asdict(recipe.extraction))
         extract(accelerator, run, tokenizer, source, recipe)
         accelerator.wait_for_everyone()
-        accelerator.print(f"wrote {run.show(run.codes)}")
-        accelerator.print(f"next: {command.next(TRAIN_PRIOR)}")
+        say(f"wrote {run.show(run.codes)}")
+        say(f"next: {command.next(TRAIN_PRIOR)}")
     finish(accelerator)
 
 

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         if level is not None:
             missing = join_levels(accelerator, run, name, training, validation)
     following = command.next(SAMPLE) if missing is None else f"{command.next(TRAIN_PRIOR)} --level {missing}{_named(name)}"
-    accelerator.print(f"next: {following}")
+    say(f"next: {following}")
     finish(accelerator)
 
 
@@ -195,9 +195,9 @@ def train(
     prior, model, optimizer = build(accelerator, run, recipe, training, _level_of(name))
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
-    accelerator.print(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
+    say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
     for remark in prior.remarks():
-        accelerator.print(remark)
+        say(remark)
     average = WeightAverage(prior, config.weight_average, shared=())
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator)
@@ -213,7 +213,7 @@ def train(
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before, best = state["step"], state["minutes"], state["best"]
         check_resumable(first_step, config.steps)
-        accelerator.print(f"{run.show(folder)}: going on after step {first_step}")
+        say(f"{run.show(folder)}: going on after step {first_step}")
 
     if accelerator.is_main_process:
         write_yaml(folder / "recipe.yaml", recipe_dict(recipe))
@@ -278,7 +278,7 @@ def train(
                 turned = turned_at(validations)
                 if turned is not None:
                     bar.clear()
-                    accelerator.print(
+                    say(
                         f"warning: validation rises while training falls since step {turned} ({best['bits']:.3f} bits a token "
                         f"there, {found:.3f} now): the prior learns its images by heart; the weights of step {best['step']} are kept"
                     )
@@ -292,7 +292,7 @@ def train(
                 checkpoints.wait()
                 whole, _, of = name.partition("/level")
                 which = f"--name {whole}" + (f" --level {of}" if of else "")
-                accelerator.print(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} {which}")
+                say(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} {which}")
                 finish(accelerator)
                 sys.exit(stop.exit_code)
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, Command
-from configs.errors import UserError
+from configs.errors import UserError, say
 from configs.schema import Sampling
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
@@ -60,7 +60,7 @@ def check_guidance(accelerator: Accelerator, config: Sampling, labels: Tensor | 
     if header is None or config.guidance == 1:
         return
     if labels is None:
-        accelerator.print("guidance has no effect: there are no labels to insist on")
+        say("guidance has no effect: there are no labels to insist on")
     elif not header.knows_no_label:
         raise UserError(f"--guidance: expected 1 for a prior trained with stage2.label_dropout 0, found {config.guidance}")
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
+from configs.errors import say
 from configs.schema import Stage1, Stage2
 
 Section = TypeVar("Section", Stage1, Stage2)
@@ -77,7 +78,7 @@ def fitting_steps(
     # The training that follows is set up as the rehearsal was.
     left = 60 * config.minutes - slowest(time.monotonic() - began + setup) - passes_at_end * validation
     steps = max(1, int(left / (pace + validation / config.validation_interval)))
-    accelerator.print(f"{stage}: {pace:.3g} s a step on this machine, so {steps:,} steps in {config.minutes:g} minutes")
+    say(f"{stage}: {pace:.3g} s a step on this machine, so {steps:,} steps in {config.minutes:g} minutes")
     return dataclasses.replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps // 10))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from configs.cli import SECTIONS, differences, flattened, load_recipe, parse, recipe_dict
 from configs.errors import UserError
@@ -27,6 +28,13 @@ def stage1(argv: list[str]) -> None:
 
 def resolved(*argv: str, **kwargs: object) -> Recipe:
     return parse("doc", tuple(SECTIONS), list(argv), starts_run=True, **kwargs).recipe  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_settings(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes % config.num_machines == 0
+    assert f"--config_file {path.relative_to(REPOSITORY)}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -14,14 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from configs.errors import UserError
+from configs.errors import UserError, run_entry
+from configs.schema import Compute
 from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import adamw, clip_, forget_rows_
+from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator
 from stage1_vqvae.training.schedule import learning_rate
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
+from stage1_vqvae.training.weights_file import load_weights, save_weights
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (10, 10), (7, 20), (1, 4)])
@@ -240,3 +244,26 @@ def test_clipping_tells_the_norm_there_was(clip_norm: float) -> None:
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, gradient * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", range(0, 1000, 97))
+def test_weights_of_which_a_bit_was_flipped_are_refused(place: int, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    weights = {"b": torch.randn(3, 4), "a": torch.arange(5), "half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)}
+    save_weights(path, weights, {"kind": "tokenizer", "sizes": [1, 2]})
+    found, header = load_weights(path, "tokenizer")
+    assert header == {"kind": "tokenizer", "sizes": [1, 2]}
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1 << place % 8
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="expected the weights of a tokenizer"):
+        load_weights(path, "tokenizer")
+
+
+def test_no_memory_is_one_line_with_what_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
+    start(Compute(threads=1), lighter="take fewer")
+    with pytest.raises(SystemExit) as ended:
+        run_entry(lambda: print(torch.empty(1 << 60)))
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: out of memory \(.*allocate.*\); take fewer\n", capsys.readouterr().err)

@@ -1,0 +1,79 @@
+"""What checkpoints cost a training: blocks of steps with a save at their beginning, and without, alternated.
+
+    python benchmarks/checkpoints.py --config configs/cifar10_hour.yaml --data CIFAR10
+
+A save copies the state and goes on; what it costs beside that is the thread that writes, while the steps after it are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from configs.cli import load_recipe
+from configs.run_dir import RunDir
+from stage1_vqvae.data.loader import Loader
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import TRAIN
+from stage1_vqvae.train import begin, build, take_step
+from stage1_vqvae.training.averaging import WeightAverage
+from stage1_vqvae.training.checkpoint import Checkpoints
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--data", help="a local data set")
+    parser.add_argument("--steps", type=int, default=25, help="of a block")
+    parser.add_argument("--blocks", type=int, default=9)
+    options = parser.parse_args()
+    accelerator, recipe = Accelerator(cpu=not torch.cuda.is_available()), load_recipe(options.config)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data or recipe.data.path))
+    images = load_images(recipe.data, [TRAIN], progress=True)
+    with tempfile.TemporaryDirectory() as folder:
+        models = build(accelerator, RunDir(Path(folder)), recipe, images)
+        loader = Loader(images.splits[TRAIN], recipe.data, recipe.stage1, accelerator)
+        begin(accelerator, models.tokenizer, loader, recipe.stage1)
+        average = WeightAverage(models.tokenizer, 0.999, shared=())
+        checkpoints = Checkpoints(Path(folder) / "checkpoints", "stage 1", 2, accelerator)
+        models.model.train()
+        found: dict[bool, list[float]] = {False: [], True: []}
+        copying: list[float] = []
+        step = 0
+        for block in range(2 * options.blocks + 2):
+            saves = bool(block % 2)
+            began = time.perf_counter()
+            if saves:
+                state = {
+                    "model": models.tokenizer.state_dict(),
+                    "optimizer": models.optimizer.state_dict(),
+                    "average": average.state_dict(),
+                }
+                checkpoints.save(step, state)
+                copying.append(time.perf_counter() - began)
+            for _ in range(options.steps):
+                take_step(accelerator, models, loader, recipe.stage1, step)
+                step += 1
+            found[saves].append(time.perf_counter() - began)
+            checkpoints.wait()
+        size = checkpoints.paths()[-1].stat().st_size
+    without = statistics.median(found[False][1:])
+    cost = statistics.median(one - other for one, other in zip(found[True][1:], found[False][1:], strict=True))
+    interval = recipe.stage1.checkpoint_interval
+    share = cost / (interval * without / options.steps)
+    print(
+        f"a step {without / options.steps * 1e3:.1f} ms; a checkpoint of {size / 1e6:.1f} MB, copied in {statistics.median(copying) * 1e3:.1f}"
+    )
+    print(f"it costs {cost * 1e3:.0f} ms in all, {share:.3%} of the {interval} steps between two")
+
+
+if __name__ == "__main__":
+    main()
