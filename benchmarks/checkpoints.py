@@ -69,9 +69,8 @@ def main() -> None:
     cost = statistics.median(one - other for one, other in zip(found[True][1:], found[False][1:], strict=True))
     interval = recipe.stage1.checkpoint_interval
     share = cost / (interval * without / options.steps)
-    print(
-        f"a step {without / options.steps * 1e3:.1f} ms; a checkpoint of {size / 1e6:.1f} MB, copied in {statistics.median(copying) * 1e3:.1f}"
-    )
+    took, copied = without / options.steps * 1e3, statistics.median(copying) * 1e3
+    print(f"a step {took:.1f} ms; a checkpoint of {size / 1e6:.1f} MB, copied in {copied:.1f} ms")
     print(f"it costs {cost * 1e3:.0f} ms in all, {share:.3%} of the {interval} steps between two")
 
 
