@@ -82,6 +82,11 @@ class Data:
         require(self.crop_area == 1 or self.crop == "random", "data.crop", f"random with data.crop_area {self.crop_area}", self.crop)
 
 
+def in_file_order(data: Data) -> bool:
+    """Whether training takes images as they lie in files, instead of any of them at any time."""
+    return data.stream and data.decode == "each_time"
+
+
 def _is_colour(text: str) -> bool:
     try:
         ImageColor.getrgb(text)

@@ -243,7 +243,9 @@ def run_to_its_end(arguments: list[str], run: RunDir) -> int:
 
     def sleep(*_: object) -> None:
         # Not their group alone: torchrun's processes have sessions of their own.
-        below = [] if child is None else [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+        below: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):  # it may just have ended
+            below = [] if child is None else [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
         for process in below:
             with suppress(psutil.NoSuchProcess):
                 process.suspend()

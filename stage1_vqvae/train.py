@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
-from configs.data import AT_HAND
+from configs.data import AT_HAND, in_file_order
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import DiscriminatorPart, Recipe, Stage1
@@ -65,7 +65,7 @@ from stage1_vqvae.training.weights_file import read_header
 _MAY_CHANGE = (
     *("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm"),
     *("stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
-    *(f"data.{key}" for key in AT_HAND if key != "stream"),
+    *(f"data.{key}" for key in AT_HAND),
 )
 _ADVICE = "lower --stage1.lr and go on with --resume"
 _LIGHTER = "--stage1.accumulation N takes a step in N parts, with the same result; --compute.mixed_precision bf16 halves activations"
@@ -75,9 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, *_: run.stage1, options=_options)
     run, recipe, resume = command.run, command.recipe, command.options.resume
-    # Of a stream it decides the order.
-    may_change = [key for key in _MAY_CHANGE if not (recipe.data.stream and key == "data.decode")]
-    if nothing_to_do(_found(run, recipe), recipe, resume, may_change):
+    found = _found(run, recipe)
+    if found.checkpointed and found.finished_after is None and in_file_order(found.recipe.data) != in_file_order(recipe.data):
+        raise UserError(f"{run}: its recipe is fixed, but asked for was another order, by data.stream and data.decode; train another run")
+    if nothing_to_do(found, recipe, resume, _MAY_CHANGE):
         say(f"next: {command.next(EXTRACT_CODES)}")
         return
     if recipe.data.crop == "random" and recipe.data.decode == "once":
@@ -202,7 +203,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     bar = progress_bar(config.steps * size, "stage 1", "img", initial=first_step * size, shown=main)
     left = TimeLeft("stage 1", first_step, config.steps)
     model.train()
-    with bar, stop:
+    with bar, stop, checkpoints:
         for step in range(first_step, config.steps):
             # --- one step, and what it leaves
             statistics = take_step(accelerator, models, loader, config, step)
@@ -258,7 +259,6 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
                 sys.exit(stop.exit_code)
 
     # --- the result
-    checkpoints.wait()
     if judgement is None:  # resumed after the last step
         judgement = validate(accelerator, judged, validation, size // parts)
     if main:

@@ -241,7 +241,7 @@ def train(
     bar = progress_bar(config.steps * size, "stage 2", "img", initial=first_step * size, shown=main)
     left = TimeLeft("stage 2", first_step, config.steps)
     model.train()
-    with bar, stop:
+    with bar, stop, checkpoints:
         for step in range(first_step, config.steps):
             # --- one step, and what it leaves
             step_loss, norm = take_step(accelerator, model, optimizer, training, order, config, step)
@@ -297,7 +297,6 @@ def train(
                 sys.exit(stop.exit_code)
 
     # --- the result
-    checkpoints.wait()
     if best["weights"] is None:  # resumed after the last step, before any validation
         best = {"step": first_step, "bits": None, "weights": average.model.state_dict()}
     average.model.load_state_dict(best["weights"])

@@ -91,7 +91,7 @@ class Loader:
         if self._next != (step, micro_step):
             self._stream = read_ahead(self._read, self._from(step, micro_step), self._ahead)
         pixels, variants = next(self._stream)
-        progressed()
+        progressed(together=True)
         self._next = (step, micro_step + 1) if micro_step + 1 < self._config.accumulation else (step + 1, 0)
         self._waited += time.perf_counter() - began
         # As bytes: a quarter of what floats would be on the way to a GPU.

@@ -28,8 +28,8 @@ class FileOrder:
     """An endless order of rows that lie in files, by which each file is read from its beginning to its end.
 
     An epoch is all files in a random order, one after another, cut into as many equal parts as there are lanes. A batch takes the same
-    number of rows from every lane, out of the few that come next, at random. So every row is taken once an epoch of its lane, and lanes are
-    never more than a row apart. Which rows are a step's is a function of the seed and the step alone, as with `DataOrder`.
+    number of rows from every lane, out of the few that come next, at random. So every row is taken once an epoch of its lane; lanes drift
+    apart by a row an epoch at most. Which rows are a step's is a function of the seed and the step alone, as with `DataOrder`.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:

@@ -15,6 +15,7 @@ from configs.errors import UserError, say
 from stage1_vqvae.data.cache import cache_folder, cached_findings
 from stage1_vqvae.data.encoded import EncodedImage, decoding_threads
 from stage1_vqvae.training.progress import progress_bar
+from stage1_vqvae.training.watch import progressed
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _BLOCK = 16  # rows
 _MOST_BLOCKS = 128
 _MOST_OPEN = 64  # files
+_NEAR = 64
+"""Blocks: rows that lie further from one another in a file are not read with all that lies between."""
 _COUNTED_AT_ONCE = 1024  # rows
 
 Block = tuple[int, int]
@@ -67,13 +70,14 @@ class Stream:
 
         if self._lengths is None:
             light = [name for name, feature in self.features.items() if isinstance(feature, datasets.Value | datasets.ClassLabel)]
-            self.values([*light, *self.column_names][0], keep=False)
+            # The name of a WebDataset's sample is the one field that every sample has.
+            self.values(next(name for name in ("__key__", *light, *self.column_names) if name in self.column_names), keep=False)
         assert self._lengths is not None
         return self._lengths
 
     def values(self, column: str, keep: bool = True) -> list[Any]:
         """A column of whole numbers or text. All files are read through for it, once: what they hold is kept beside decoded images."""
-        identity = {"stream": self.identity(), "column": column, "kept": "values" if keep else "lengths"}
+        identity = {"stream": self._origin, "column": column, "kept": "values" if keep else "lengths"}
         found = cached_findings(cache_folder(self._data), identity, lambda: self._read_through(column, keep))
         self._lengths = np.asarray(found["lengths"], np.int64)
         return list(found["values"])
@@ -88,22 +92,28 @@ class Stream:
 
     def identity(self) -> str:
         """What is another if its files are."""
-        return self._origin
+        return f"{len(self)} {self._origin}"
 
     def _named(self, file: int) -> str:
         return f"{self._what}, {self._files[file] if file < len(self._files) else f'file {file}'}"
 
     def _read_through(self, column: str, keep: bool) -> dict[str, Any]:
         say(f"{self._what}: reading its files through, once for all commands, to know how many images each has, and their labels")
-        rows = self._open_rows([column] if self._columnar else None).select_columns([column]).with_format("arrow")
+        import datasets
+
+        rows = self._open_rows([column] if self._columnar else None)
+        if isinstance(self.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        rows = rows.select_columns([column])
         count = rows.num_shards
 
         def read(file: int) -> tuple[int, list[Any]]:
             length, values = 0, list[Any]()
             try:
-                for table in rows.shard(count, file).iter(_COUNTED_AT_ONCE):
-                    length += len(table)
-                    values += table[column].to_pylist() if keep else []
+                for part in rows.shard(count, file).iter(_COUNTED_AT_ONCE):
+                    length += len(part[column])
+                    values += part[column] if keep else []
+                    progressed()
             except Exception as error:
                 raise unreadable(self._named(file), error) from None
             return length, values
@@ -119,8 +129,9 @@ class Stream:
 class StreamedImages:
     """Encoded images of files that are read from end to end.
 
-    Any rows can be asked for. Those that follow, in their file, the ones asked for before come without delay: files stay open where they
-    were left, and the next block of each is read ahead, in a thread. For others a file is opened anew, and skipped up to them.
+    Any rows can be asked for. Those that lie near one another in a file are read in blocks, all of which are kept for a while; and the
+    block after them is read ahead, in a thread. Of others a file is read forwards once for all that are asked for together. Files stay open
+    where they were left.
     """
 
     def __init__(
@@ -149,20 +160,35 @@ class StreamedImages:
     def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
         files = np.searchsorted(self._ends, rows, side="right")
         offsets = np.asarray(rows, np.int64) - (self._ends - self.file_lengths)[files]
-        blocks = list(zip(files.tolist(), (offsets // _BLOCK).tolist(), strict=True))
-        wanted = self._futures(sorted(set(blocks)))
+        near: list[Block] = []
+        picked: dict[int, Future[dict[int, EncodedImage]]] = {}
+        for file in np.unique(files).tolist():
+            wanted = np.unique(offsets[files == file])
+            first, last = int(wanted[0]) // _BLOCK, int(wanted[-1]) // _BLOCK
+            if last - first < _NEAR:
+                near += [(file, block) for block in range(first, last + 1)]
+            else:
+                picked[file] = self._pool.submit(self._pick, file, wanted.tolist())
+        found = self._in_blocks(near)
+        apart = {file: future.result() for file, future in picked.items()}
+        places = zip(files.tolist(), offsets.tolist(), strict=True)
+        return [apart[file][row] if file in apart else found[file, row // _BLOCK][row % _BLOCK] for file, row in places]
+
+    def _in_blocks(self, wanted: Sequence[Block]) -> dict[Block, list[EncodedImage]]:
+        futures = self._futures(wanted)
         try:
-            found = {block: future.result() for block, future in wanted.items()}
+            found = {block: future.result() for block, future in futures.items()}
         except BaseException:
             with self._lock:
                 for block in wanted:
                     self._blocks.pop(block, None)
             raise
-        self._futures([(file, block + 1) for file, block in wanted if (block + 1) * _BLOCK < self.file_lengths[file]])
+        last = dict(wanted)  # of each file
+        self._futures([(file, block + 1) for file, block in last.items() if (block + 1) * _BLOCK < self.file_lengths[file]])
         with self._lock:
             while len(self._blocks) > _MOST_BLOCKS:
                 self._blocks.popitem(last=False)
-        return [found[block][within] for block, within in zip(blocks, (offsets % _BLOCK).tolist(), strict=True)]
+        return found
 
     def _futures(self, blocks: Sequence[Block]) -> dict[Block, Future[list[EncodedImage]]]:
         """What is, or will be, in the blocks; those that nobody has asked for are read, of each file one after another."""
@@ -180,28 +206,52 @@ class StreamedImages:
 
     def _read(self, file: int, blocks: Sequence[int], futures: Sequence[Future[list[EncodedImage]]]) -> None:
         """Read ascending blocks of a file."""
-        place = blocks[0]
         with self._lock:
-            rows = self._open.pop((file, place), None)
+            before = self._blocks.get((file, blocks[0] - 1))
+        if before is not None:  # who reads it, asked for earlier, leaves the file where it is wanted here
+            before.exception()
         try:
-            if rows is None:
-                rows = iter(self._rows.shard(len(self.file_lengths), file).skip(place * _BLOCK).iter(_BLOCK))
-            records: list[Any] = []
-            for block, future in zip(blocks, futures, strict=True):
+            for (block, images), future in zip(self._forwards(file, blocks), futures, strict=True):
+                future.set_result([images[block * _BLOCK + within] for within in range(len(images))])
+        except BaseException as error:
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+
+    def _pick(self, file: int, offsets: Sequence[int]) -> dict[int, EncodedImage]:
+        """Ascending rows of a file, and nothing of what lies between."""
+        wanted, found = set(offsets), dict[int, EncodedImage]()
+        for _, images in self._forwards(file, sorted({offset // _BLOCK for offset in offsets})):
+            found |= {offset: image for offset, image in images.items() if offset in wanted}
+        return found
+
+    def _forwards(self, file: int, blocks: Sequence[int]) -> Iterator[tuple[int, dict[int, EncodedImage]]]:
+        """Ascending blocks of a file, the images in them by their number in the file; before the last comes out, the file is left there.
+
+        Errors: UserError, of many causes.
+        """
+        place, rows = self._taken(file, blocks[0])
+        length, records = int(self.file_lengths[file]), list[Any]()
+        for block in blocks:
+            try:
+                if rows is None:
+                    rows = iter(self._rows.shard(len(self.file_lengths), file).skip(place * _BLOCK).iter(_BLOCK))
                 while place <= block:
                     records = next(rows, {self._column: []})[self._column]
                     place += 1
-                length = int(self.file_lengths[file])
-                if len(records) != min(_BLOCK, length - block * _BLOCK):
-                    raise UserError(f"{self._named(file)}: expected {length} images, as when it was read first, found fewer")
-                if block == blocks[-1]:  # before anybody learns of the last, and asks for what follows
-                    self._leave(file, place, rows)
-                future.set_result([_encoded(record) for record in records])
-        except BaseException as error:
-            failure = error if isinstance(error, UserError) else unreadable(self._named(file), error)
-            for future in futures:
-                if not future.done():
-                    future.set_exception(failure)
+            except Exception as error:  # no connection, a broken file
+                raise unreadable(self._named(file), error) from None
+            if len(records) != min(_BLOCK, length - block * _BLOCK):
+                raise UserError(f"{self._named(file)}: expected {length} images, as when it was read first, found fewer")
+            if block == blocks[-1] and place * _BLOCK < length:  # before anybody learns of the last, and asks for what follows
+                self._leave(file, place, rows)
+            yield block, {block * _BLOCK + within: _encoded(record) for within, record in enumerate(records)}
+
+    def _taken(self, file: int, block: int) -> tuple[int, Iterator[dict[str, list[Any]]] | None]:
+        """A file that is open nearest before a block, and where; or one to be opened there."""
+        with self._lock:
+            before = [place for of, place in self._open if of == file and block - _NEAR <= place <= block]
+            return (block, None) if not before else (max(before), self._open.pop((file, max(before))))
 
     def _leave(self, file: int, place: int, rows: Iterator[dict[str, list[Any]]]) -> None:
         with self._lock:

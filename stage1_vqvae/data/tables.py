@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit
 from stage1_vqvae.data.names import NO_LABELS, check_labels, our_splits
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, SourceSplit
 from stage1_vqvae.data.streams import Stream
+from stage1_vqvae.training.watch import at_work
 
 # Where it is needed: it takes a second to import, and most commands read codes, or pixels that have their own decoder.
 if TYPE_CHECKING:
@@ -114,10 +116,8 @@ def of_disk(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceS
     """Splits and label names of what `save_to_disk` wrote. Errors: as `of_the_hub`."""
     import datasets
 
-    try:
+    with _failing_as(f"data.path {path}, which `save_to_disk` wrote"):
         source = datasets.load_from_disk(str(path))
-    except Exception as error:  # of many kinds
-        raise UserError(f"data.path {path}: expected a data set that `save_to_disk` wrote, found: {error}") from None
     found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
     return _found({split: found[name] for name, split in our_splits(data, found).items()}, data, wanted)
 
@@ -166,25 +166,25 @@ def _streams(source: str, what: str, data: Data, files: Mapping[str, Sequence[Pa
     """The splits of a data set as they are where they lie. `files`: of each split, where they are this machine's."""
     import datasets
 
+    with _failing_as(what):
+        config = datasets.load_dataset_builder(source, **arguments).config
+    if hasattr(config, "drop_labels"):
+        raise UserError(f"{what}: expected Parquet or WebDataset files to stream, found a folder of images; leave data.stream away")
+    listed = config.data_files or {}
+    # So that nothing read later is of a newer commit.
+    commit = re.search("@([0-9a-f]{40})/", str(next(iter(next(iter(listed.values()), [])), "")))
+    pinned = {**arguments, "revision": commit[1]} if commit and files is None else arguments
+
     def opened(columns: list[str] | None = None) -> datasets.IterableDatasetDict:
         only = {} if columns is None else {"columns": columns}
         with _failing_as(what):
-            return datasets.load_dataset(source, streaming=True, **arguments, **only)
-
-    with _failing_as(what):
-        config = datasets.load_dataset_builder(source, **arguments).config
+            return datasets.load_dataset(source, streaming=True, **pinned, **only)
 
     def stream(name: str) -> Stream:
-        listed = (config.data_files or {}).get(name, [])
-        origin = files_identity(files[name]) if files is not None else f"{listed} {getattr(listed, 'origin_metadata', '')}"
-        return Stream(
-            lambda columns: opened(columns)[name],
-            list(listed),
-            f"{data.path or data.name}, {name}",
-            data,
-            origin,
-            hasattr(config, "columns"),
-        )
+        own = listed.get(name, [])
+        origin = files_identity(files[name]) if files is not None else f"{own} {getattr(own, 'origin_metadata', '')}"
+        called = f"{data.path or data.name}, {name}"
+        return Stream(lambda columns: opened(columns)[name], list(own), called, data, origin, columnar=hasattr(config, "columns"))
 
     return {name: stream(name) for name in opened()}
 
@@ -193,7 +193,8 @@ def _streams(source: str, what: str, data: Data, files: Mapping[str, Sequence[Pa
 def _failing_as(what: str) -> Iterator[None]:
     """Whatever goes wrong as one line that begins with `what`."""
     try:
-        yield
+        with at_work():  # it may fetch for hours, and shows that by bars of its own
+            yield
     except UserError:
         raise
     except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files

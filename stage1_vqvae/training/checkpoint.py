@@ -42,6 +42,16 @@ class Checkpoints:
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Nothing is being written any more when the block ends, however it ends. Errors: OSError, if nothing else went wrong."""
+        if self._writing is not None:
+            self._writing.join()
+        if kind is None:
+            self.wait()
+
     def paths(self) -> list[Path]:
         """The checkpoints' files, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
@@ -97,6 +107,8 @@ class Checkpoints:
 
     def _write(self, step: int, state: dict[str, Any], score: float | None) -> None:
         try:
+            for part in self.folder.glob("step-*.tmp-*"):  # of a process that was killed while it wrote
+                part.unlink()
             path = self._path(step)
             with replacing(path) as file:
                 _save(state, file)
@@ -149,6 +161,8 @@ class Checkpoints:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, OSError) as error:
+            if summed:  # nothing is wrong with the file
+                raise
             raise DamagedCheckpoint(f"{expected}, found a truncated or foreign file ({type(error).__name__})") from error
         if not isinstance(state, dict) or state.get("stage") != self.stage or state.get("format") not in (_FORMAT, _WITHOUT_SUM):
             found = f"stage {state.get('stage')}, format {state.get('format')}" if isinstance(state, dict) else type(state).__name__

@@ -82,6 +82,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
 
 def finish(accelerator: Accelerator) -> None:
     """Let go of the other processes, once all are here: each may end, or go on alone for as long as it takes."""
+    accelerator.wait_for_everyone()  # a launcher that sees one of them end may end the others
     accelerator.end_training()
     if _Command.watch is not None:
         _Command.watch.close()

@@ -50,7 +50,7 @@ class GracefulStop:
         """Whether any process was asked to stop."""
         if self._end is not None and time.monotonic() >= self._end and not self.exit_code:
             self.exit_code = STOPPED_IN_TIME
-        progressed()  # before it waits for the others: who does not come here is behind
+        progressed(together=True)  # before it waits for the others: who does not come here is behind
         if self._accelerator.num_processes > 1:
             code = torch.tensor([float(self.exit_code)], device=self._accelerator.device)
             self.exit_code = int(self._accelerator.gather(code).max())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -34,12 +35,33 @@ ENDED_FOR_ANOTHER = 70
 _PACKAGES = ("stage1_vqvae", "stage2_prior", "pipelines")
 
 _progress = 0
+_together = 0
 
 
-def progressed() -> None:
-    """Note that this process has got somewhere: every progress bar does, so that work of one for which the others wait is no hang."""
-    global _progress
+def progressed(together: bool = False) -> None:
+    """Note that this process has got somewhere: every progress bar does, so that work of one for which the others wait is no hang.
+
+    `together`: to a point to which all processes come equally often.
+    """
+    global _progress, _together
     _progress += 1
+    _together += together
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """While something is done that shows no progress of its own, however long it takes."""
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.wait(_TICK):
+            progressed()
+
+    threading.Thread(target=run, name="at work", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class Sign(NamedTuple):
@@ -49,6 +71,8 @@ class Sign(NamedTuple):
     """How many it has lived."""
     progress: int = 0
     """How often it got somewhere."""
+    together: int = 0
+    """How often to a point to which all come equally often."""
     waits: bool = False
     """Whether it is waiting for others, as far as its stack shows."""
     place: str = "?"
@@ -87,14 +111,14 @@ class Watch:
         self._main = threading.main_thread().ident
         self._done = threading.Event()
         self._heard: list[Sign] | None = None
-        for work in (self._talk, self._listen):
-            threading.Thread(target=work, name="watch", daemon=True).start()
+        self._talking = threading.Thread(target=self._talk, name="watch", daemon=True)
+        self._talking.start()
+        threading.Thread(target=self._listen, name="watch", daemon=True).start()
 
     def close(self) -> None:
         """This process needs nobody any more, and nobody needs it."""
         self._done.set()
-        with suppress(RuntimeError):  # the first process, whose store it is, may have ended
-            self._store.set(str(self._rank), Sign(left=True).encoded())
+        self._talking.join(10 * _TICK)
 
     def silent_peer(self) -> str | None:
         """Another process that has said nothing for some seconds, waiting for that; None if all live."""
@@ -111,9 +135,10 @@ class Watch:
             ticks += 1
             waits, place = self._whereabouts()
             with suppress(RuntimeError):  # the first process has ended
-                if not self._done.is_set():
-                    self._store.set(str(self._rank), Sign(ticks, _progress, waits, place).encoded())
+                self._store.set(str(self._rank), Sign(ticks, _progress, _together, waits, place).encoded())
                 self._heard = [Sign(*json.loads(answer)) for answer in self._store.multi_get([str(rank) for rank in range(self._count)])]
+        with suppress(RuntimeError):
+            self._store.set(str(self._rank), Sign(left=True).encoded())
 
     def _listen(self) -> None:
         while not self._done.wait(_TICK):
@@ -151,7 +176,7 @@ class Watch:
         working = [rank for rank, sign in enumerate(self._signs) if not sign.left]
         if self._still < self._patience or len(working) < 2:
             return None
-        hung = min(working, key=lambda rank: (self._signs[rank].progress, self._signs[rank].waits))
+        hung = min(working, key=lambda rank: (self._signs[rank].together, self._signs[rank].waits))
         place = self._signs[hung].place
         return f"{self._names[hung]} hangs at {place}: no process got on for {self._patience * _TICK / 60:g} minutes (compute.patience)"
 
@@ -186,7 +211,7 @@ def joining(count: int) -> Iterator[None]:
 @cache
 def end_with_the_launcher() -> None:
     """End this process when the launcher that started it does: torchrun's processes have sessions of their own, so that nothing else would
-    tell them, and would wait for one another for as long as they are patient.
+    tell them, and would wait for one another for as long as they are patient. A training saves first.
     """
     launcher = os.getppid()
 
@@ -194,6 +219,8 @@ def end_with_the_launcher() -> None:
         while os.getppid() == launcher:
             time.sleep(_TICK)
         print("error: the launcher of this process has ended, and so does it", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_SILENT * _TICK)
         os._exit(ENDED_FOR_ANOTHER)
 
     threading.Thread(target=run, name="launcher", daemon=True).start()

@@ -1,6 +1,6 @@
 """Two processes that meet at every step, of which one dies, hangs or is stopped at the sixth.
 
-RANK=... python tests/launched/one_of_two.py die|hang|stop|run|'never come' VICTIM
+RANK=... python tests/launched/one_of_two.py FAULT VICTIM
 
 Ticks are shorter than those of users, so that nobody has to wait a minute.
 """
@@ -25,6 +25,7 @@ FAULTS = {
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "run": lambda: None,
     "never come": lambda: None,
+    "go on": lambda: None,
 }
 
 
@@ -35,8 +36,9 @@ def main() -> None:
     if fault == "never come" and os.environ["RANK"] == str(victim):
         time.sleep(1000)
     accelerator = start(Compute(threads=1, patience=0.15 if fault == "hang" else 5))
-    for step in range(12):
-        watch.progressed()
+    print("they have met", flush=True)
+    for step in range(10**6 if fault == "go on" else 12):
+        watch.progressed(together=True)
         accelerator.gather(torch.ones(1))
         if step == 5 and accelerator.process_index == victim:
             FAULTS[fault]()

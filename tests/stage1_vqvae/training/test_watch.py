@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -87,31 +86,23 @@ def test_one_that_never_comes_is_not_waited_for_long() -> None:
 def test_workers_end_with_their_launcher() -> None:
     """Torchrun gives them sessions of their own, so that no signal reaches them."""
     launcher = psutil.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "tests/launched/one_of_two.py",
-            "hang",
-            "0",
-        ],
+        [*TORCHRUN, "tests/launched/one_of_two.py", "go on", "0"],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
-    deadline, workers = time.monotonic() + 60, list[psutil.Process]()
-    while len(workers) < 2 and time.monotonic() < deadline:
-        workers = [child for child in launcher.children(recursive=True) if "one_of_two.py" in " ".join(child.cmdline())]
-        time.sleep(0.05)
+    assert launcher.stdout is not None
+    met = ""
+    while met.count("they have met") < 2:
+        met += launcher.stdout.readline()
+    workers = [child for child in launcher.children(recursive=True) if "one_of_two.py" in " ".join(child.cmdline())]
     assert len(workers) == 2
-    time.sleep(3)  # until they look for one another, or have met
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    _, alive = psutil.wait_procs(workers, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=10)
     for process in alive:
         process.kill()
+    launcher.stdout.close()
     assert not alive
