@@ -205,11 +205,18 @@ class StreamedImages:
         return found
 
     def _read(self, file: int, blocks: Sequence[int], futures: Sequence[Future[list[EncodedImage]]]) -> None:
-        """Read ascending blocks of a file."""
+        """Read ascending blocks of a file, and keep those that lie between where it was left and them: they will be asked for soon."""
         with self._lock:
             before = self._blocks.get((file, blocks[0] - 1))
         if before is not None:  # who reads it, asked for earlier, leaves the file where it is wanted here
             before.exception()
+        with self._lock:
+            first = max((place for of, place in self._open if of == file and blocks[0] - _NEAR <= place <= blocks[0]), default=blocks[0])
+            between = {
+                (file, block): Future[list[EncodedImage]]() for block in range(first, blocks[0]) if (file, block) not in self._blocks
+            }
+            self._blocks |= between
+        blocks, futures = [*(block for _, block in between), *blocks], [*between.values(), *futures]
         try:
             for (block, images), future in zip(self._forwards(file, blocks), futures, strict=True):
                 future.set_result([images[block * _BLOCK + within] for within in range(len(images))])
