@@ -23,9 +23,9 @@ demo: install
 test: install lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Kills, damage, full disks: what was tried and what survived, as a table. FAULTS=1000 SEED=1 tries others.
+# Fifty steps by one process and two; kills, damage, full disks: what was tried and what survived, as a table. FAULTS=1000 SEED=1 tries others.
 faults: install
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s tests/faults/many.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive STEPS=50 $(BIN)/python -m pytest -q -s tests/test_ranks.py tests/faults/many.py
 
 lint: install
 	$(BIN)/ruff check .

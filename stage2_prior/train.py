@@ -260,7 +260,8 @@ def train(
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
                 means = summed(accelerator, {"losses": torch.stack(losses)})["losses"] / processes
-                check_finite({"loss": means, "gradient_norm": torch.stack(norms)}, done - len(losses) + 1, _ADVICE)
+                terms = [{"loss": loss, "gradient_norm": norm} for loss, norm in zip(means, norms, strict=True)]
+                check_finite(terms, done - len(losses) + 1, _ADVICE)
                 train_bits = bits(float(means.mean()))
                 speed = len(losses) * size / (time.monotonic() - since)
                 noted = {"images_per_second": speed, "lr": scheduled_rate(config, step)}

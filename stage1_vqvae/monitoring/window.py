@@ -17,7 +17,7 @@ class Window:
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
-        self._terms: dict[str, list[Tensor]] = {}
+        self._terms: list[dict[str, Tensor]] = []
         self._counts: list[list[Tensor]] = []
         self.restart_clock()
 
@@ -34,8 +34,7 @@ class Window:
         """Note a step's counts, (K,) a level, the terms of its loss, and values, `mse` and `gradient_norm` among them."""
         self._counts.append(counts)
         values = {**losses, "loss": torch.stack(list(losses.values())).sum(), **values}
-        for name in (*losses, "loss", "gradient_norm"):
-            self._terms.setdefault(name, []).append(values[name])
+        self._terms.append({name: values[name] for name in (*losses, "loss", "gradient_norm")})
         for name, value in values.items():
             self._values.setdefault(name, []).append(value)
 
@@ -46,12 +45,12 @@ class Window:
         Errors: UserError naming step and term, with `advice`, if a loss or a gradient is not finite.
         """
         steps = self.steps
-        check_finite({name: torch.stack(values) for name, values in self._terms.items()}, first + 1, advice)
+        check_finite(self._terms, first + 1, advice)
         counts = [torch.stack(level).sum(0) for level in zip(*self._counts, strict=True)]
         restarted = sum(int(value) for value in self._values.pop("restarted", []))
         means = {name: float(torch.stack(values).mean()) for name, values in self._values.items()}
         seconds = time.monotonic() - self._since
-        self._values, self._terms, self._counts = {}, {}, []
+        self._values, self._terms, self._counts = {}, [], []
         self.restart_clock()
         values = {
             **means,

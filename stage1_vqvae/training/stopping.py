@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -57,16 +57,16 @@ class GracefulStop:
         return self.exit_code > 0
 
 
-def check_finite(terms: Mapping[str, Tensor], first: int, advice: str) -> None:
+def check_finite(steps: Sequence[Mapping[str, Tensor]], first: int, advice: str) -> None:
     """Errors: UserError that names step and term of the first value that is not finite.
 
     Args:
-        terms: of several steps (S,) each: losses, norms of gradients.
+        steps: of each step its terms (): losses, the norm of the gradient.
         first: number of the first of these steps.
         advice: what helps.
     """
-    names, values = list(terms), torch.stack([values.detach().double() for values in terms.values()]).cpu()
-    for step, of_step in enumerate(values.T.tolist()):
-        for name, value in zip(names, of_step, strict=True):
-            if not math.isfinite(value):
-                raise UserError(f"step {first + step}: expected {name} to be finite, found {value}; {advice}")
+    named = [(first + number, name, value) for number, terms in enumerate(steps) for name, value in terms.items()]
+    values = torch.stack([value.detach().double() for _, _, value in named]).tolist()
+    for (step, name, _), value in zip(named, values, strict=True):
+        if not math.isfinite(value):
+            raise UserError(f"step {step}: expected {name} to be finite, found {value}; {advice}")

@@ -32,6 +32,8 @@ def main() -> None:
     judging = importlib.import_module("stage1_vqvae.monitoring.validation")
     for user, drawn in product((script, judging), ("training_graph", "save_health", "save_reconstructions", "save_grids")):
         setattr(user, drawn, lambda *_, **__: None)
+    script.write_results = lambda *_: None  # type: ignore[attr-defined]
+    script.likelihood_report = lambda *_: {"validation": 0.0}  # type: ignore[attr-defined]
     # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
     torch.set_default_dtype(torch.float64)
     for user in (importlib.import_module("stage1_vqvae.data.loader"), judging):

@@ -227,9 +227,11 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_names_its_step_and_term(value: float) -> None:
-    steps = {"reconstruction": torch.ones(4), "gradient_norm": torch.tensor([1.0, 2.0, value, value])}
-    check_finite({name: values[:2] for name, values in steps.items()}, 5, "")
-    with pytest.raises(UserError, match=r"step 17: expected gradient_norm to be finite, found .*; advice"):
+    norms = [1.0, 2.0, value, value]
+    # A term may begin later than others.
+    steps = [{"loss": torch.ones(()), **({"late": torch.ones(())} if step else {}), "norm": torch.tensor(norms[step])} for step in range(4)]
+    check_finite(steps[:2], 5, "")
+    with pytest.raises(UserError, match=r"step 17: expected norm to be finite, found .*; advice"):
         check_finite(steps, 15, "advice")
 
 
