@@ -39,21 +39,14 @@ def settings_of(run: str) -> list[object]:
 
 
 # The ways of taking the same steps: how many processes, in how many parts each takes its share, and which way's checkpoint it goes on
-# from half way. `make faults` takes fifty.
+# from half way. `make faults` takes fifty steps, and all ways.
 STEPS = int(os.environ.get("STEPS", "12"))
 HALF = STEPS // 2
-WAYS: dict[str, tuple[int, int, str | None]] = {
-    "one": (1, 1, None),
-    "two": (2, 1, None),
-    "in parts": (1, 2, None),
-    "one, then two": (2, 1, "one"),
-    **({"two, then one": (1, 1, "two")} if STEPS == 50 else {}),
-}
-# All kinds by one process and by two; the other ways, those between which they differ.
-FEW = ["ema", "product_residual_projected", "hierarchy", "adversary"]
-KINDS_OF = {way: RUNS if way in ("one", "two") or STEPS == 50 else FEW for way in WAYS}
+WAYS: dict[str, tuple[int, int, str | None]] = {"one": (1, 1, None), "two": (2, 1, None)}
+if STEPS == 50:
+    WAYS |= {"in parts": (1, 2, None), "one, then two": (2, 1, "one"), "two, then one": (1, 1, "two")}
 # An entropy term needs the whole batch at once.
-KINDS_OF["in parts"] = [kind for kind in KINDS_OF["in parts"] if kind not in ("gradient_entropy", "lfq")]
+KINDS_OF = {way: [kind for kind in RUNS if parts == 1 or kind not in ("gradient_entropy", "lfq")] for way, (_, parts, _) in WAYS.items()}
 
 
 def half_way(whole: Path, copy: Path, stage: str, result: str) -> None:
@@ -130,7 +123,6 @@ def test_processes_stay_equal(kind: str, tokenizers: Path) -> None:
 
 # Priors over all levels, one of them by the other optimiser too; then, of a run with two grids, one of its lower level alone.
 PRIORS = ["transformer", "pixelcnn, attention", "adamw", "a level"]
-PRIORS_OF = {way: PRIORS if way in ("one", "two") or STEPS == 50 else ["transformer"] for way in WAYS}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +134,7 @@ def priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, tiny_re
     extract_codes(["--run", str(two)])
     for way, (processes, parts, from_way) in WAYS.items():
         runs: list[object] = []
-        for number, kind in enumerate(PRIORS_OF[way]):
+        for number, kind in enumerate(PRIORS):
             settings: list[object] = ["--run", two, "--level", "2"]
             if kind in PRIOR_KINDS:
                 settings = ["--run", run, *(text for key, value in PRIOR_KINDS[kind].items() for text in (f"--prior.{key}", value))]
@@ -164,7 +156,7 @@ def priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, tiny_re
     return folder
 
 
-@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way in WAYS if way != "one" for kind in PRIORS_OF[way]])
+@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way in WAYS if way != "one" for kind in PRIORS])
 def test_steps_of_a_prior_are_the_same_however_they_are_shared_out(kind: str, way: str, priors: Path) -> None:
     number = PRIORS.index(kind)
     compare(priors, way, number, number)

@@ -172,27 +172,21 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_recipe: Pat
     assert torch.load(newest, weights_only=True)["step"] == step
 
 
-def test_it_stops_after_so_many_minutes_and_goes_on(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--stage1.steps", "40"]
+def test_it_stops_after_so_many_minutes_and_goes_on_elsewhere(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    run, moved, settings = tmp_path / "run", tmp_path / "elsewhere" / "moved", ["--config", str(tiny_recipe), "--stage1.steps", "10"]
     with pytest.raises(SystemExit) as ended:
-        main([*settings, "--stop-after", "1e-9"])
+        main([*settings, "--run", str(run), "--stop-after", "1e-9"])
     assert ended.value.code == STOPPED_IN_TIME
-    assert [path.name for path in (tmp_path / "run/stage1/checkpoints").glob("step-*")] == ["step-000000001.pt"]
-    main([*settings, "--resume", "--stop-after", "60"])
-    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "whole"), "--stage1.steps", "40"])
-    assert (tmp_path / "run/tokenizer.safetensors").read_bytes() == (tmp_path / "whole/tokenizer.safetensors").read_bytes()
-    assert "stop_after" in one_line_error(main, *settings, "--stop-after", "0")
-
-
-def test_a_run_copied_elsewhere_goes_on(tiny_recipe: Path, tmp_path: Path) -> None:
-    run, copy = tmp_path / "run", tmp_path / "elsewhere" / "copy"
-    with pytest.raises(SystemExit):
-        main(["--config", str(tiny_recipe), "--run", str(run), "--stop-after", "1e-9"])
-    shutil.copytree(run, copy)
+    assert [path.name for path in (run / "stage1/checkpoints").glob("step-*")] == ["step-000000001.pt"]
+    shutil.copytree(run, moved)
     shutil.rmtree(run)
-    main(["--run", str(copy), "--resume"])
-    assert (copy / "tokenizer.safetensors").exists()
+    main(["--run", str(moved), "--resume", "--stop-after", "60"])
     assert not run.exists()
+    main([*settings, "--run", str(tmp_path / "whole")])
+    assert (moved / "tokenizer.safetensors").read_bytes() == (tmp_path / "whole/tokenizer.safetensors").read_bytes()
+    assert "stop_after" in one_line_error(main, "--run", moved, "--stop-after", "0")
 
 
 def test_a_finished_stage_says_so_and_changes_nothing(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
