@@ -148,7 +148,8 @@ def test_one_signal_stops_both_at_the_same_step(tiny_recipe: Path, tmp_path: Pat
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
-    out, _ = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
+    assert "stopped after step" in out, err
     step = int(re.findall(r"stopped after step (\d+) and saved", out)[0])
     assert out.count("stopped after step") == 1
     assert max((run / "stage1/checkpoints").iterdir()).name == f"step-{step:09d}.pt"
