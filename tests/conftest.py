@@ -23,7 +23,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 # Files of a minute and more. They begin first, so that no worker is left with one when the others have nothing more to do.
-LONGEST = ("test_ranks.py", "test_two_processes.py", "test_run.py", "test_train.py", "test_evaluate.py", "test_extending.py")
+LONGEST = (
+    "test_ranks.py",
+    "test_two_processes.py",
+    "test_run.py",
+    "test_train.py",
+    "test_resume.py",
+    "test_evaluate.py",
+    "test_extending.py",
+)
 
 # Non-square, so that height and width cannot be swapped unnoticed: 8x12 pixels, 2x3 codes.
 TINY = {

@@ -17,7 +17,7 @@ from configs.errors import UserError
 from stage1_vqvae.training.watch import progressed
 
 STOPPED_IN_TIME = 75
-"""Exit code of a training that `--stop-after` ended: EX_TEMPFAIL of sysexits.h, try again later."""
+"""Exit code of a training that `--stop_after` ended: EX_TEMPFAIL of sysexits.h, try again later."""
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 

@@ -1,0 +1,237 @@
+"""The stage 1 loop, stopped, killed, broken, and gone on with."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.cli import load_recipe
+from configs.run_dir import REPOSITORY, read_json
+from stage1_vqvae.model import VQVAE, save_tokenizer
+from stage1_vqvae.train import main
+from stage1_vqvae.training.metrics_log import read_metrics
+from stage1_vqvae.training.stopping import STOPPED_IN_TIME
+from tests.stage1_vqvae.test_train_with_terms import ADVERSARY
+
+
+def files(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+
+def kill_after_checkpoint(command: list[str], checkpoint: Path, metrics: Path, last_step: int) -> None:
+    """Start, wait until it has gone on past the checkpoint, then SIGKILL."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (checkpoint.exists() and any(record["step"] >= last_step for record in read_metrics(metrics))):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
+    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    settings = ["--config", str(tiny_recipe), "--compute.threads", "1", *ADVERSARY]
+    settings += ["--stage1.steps", "120", "--stage1.checkpoint_interval", "40", "--stage1.validation_interval", "60"]
+    main([*settings, "--run", str(tmp_path / "whole")])
+    run = tmp_path / "killed"
+    command = [sys.executable, str(REPOSITORY / "stage1_vqvae" / "train.py"), *settings, "--run", str(run)]
+    kill_after_checkpoint(command, run / "stage1/checkpoints/step-000000040.pt", run / "stage1/metrics.jsonl", 50)
+    assert not (run / "tokenizer.safetensors").exists()
+    assert "--resume" in one_line_error(main, *settings, "--run", run)
+    main([*settings, "--run", str(run), "--resume"])
+    assert re.search(r"going on after step (40|80)", capsys.readouterr().out)
+    assert (run / "tokenizer.safetensors").read_bytes() == (tmp_path / "whole" / "tokenizer.safetensors").read_bytes()
+    timeless = [
+        [
+            {key: value for key, value in record.items() if key not in ("images_per_second", "loading_share")}
+            for record in read_metrics(path / "stage1/metrics.jsonl")
+        ]
+        for path in (run, tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]
+    assert [record["step"] for record in timeless[0] if record.get("adversarial", 0) != 0] == [40, 50, 60, 70, 80, 90, 100, 110, 120]
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -> None:
+    """That of a scheduler; Ctrl-C's stops two processes in test_two_processes.py."""
+    run = tmp_path / "run"
+    command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(tiny_recipe), "--run", str(run)]
+    process = subprocess.Popen([*command, "--stage1.steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not read_metrics(run / "stage1/metrics.jsonl"):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err
+    step = int(re.findall(r"stopped after step (\d+) and saved; go on with: .*--resume --run", out)[0])
+    newest = max((run / "stage1/checkpoints").iterdir())
+    assert newest.name == f"step-{step:09d}.pt"
+    assert torch.load(newest, weights_only=True)["step"] == step
+
+
+def test_it_stops_after_so_many_minutes_and_goes_on_elsewhere(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    run, moved, settings = tmp_path / "run", tmp_path / "elsewhere" / "moved", ["--config", str(tiny_recipe), "--stage1.steps", "10"]
+    with pytest.raises(SystemExit) as ended:
+        main([*settings, "--run", str(run), "--stop-after", "1e-9"])
+    assert ended.value.code == STOPPED_IN_TIME
+    assert [path.name for path in (run / "stage1/checkpoints").glob("step-*")] == ["step-000000001.pt"]
+    shutil.copytree(run, moved)
+    shutil.rmtree(run)
+    main(["--run", str(moved), "--resume", "--stop-after", "60"])
+    assert not run.exists()
+    main([*settings, "--run", str(tmp_path / "whole")])
+    assert (moved / "tokenizer.safetensors").read_bytes() == (tmp_path / "whole/tokenizer.safetensors").read_bytes()
+    assert "stop_after" in one_line_error(main, "--run", moved, "--stop-after", "0")
+
+
+def test_a_finished_stage_says_so_and_changes_nothing(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {name: (run_copy / name).read_bytes() for name in files(run_copy)}
+    main(["--run", str(run_copy)])
+    out = capsys.readouterr().out
+    assert "already finished" in out
+    assert "--resume" in out
+    assert "--run" in out
+    assert {name: (run_copy / name).read_bytes() for name in files(run_copy) if name != ".lock"} == {
+        k: v for k, v in before.items() if k != ".lock"
+    }
+
+
+def test_a_finished_stage_can_be_trained_longer(run_copy: Path) -> None:
+    before = (run_copy / "tokenizer.safetensors").read_bytes()
+    main(["--run", str(run_copy), "--resume", "--stage1.steps", "70"])
+    assert (run_copy / "tokenizer.safetensors").read_bytes() != before
+    assert read_json(run_copy / "stage1" / "report.json")["steps"] == 70
+
+
+def test_an_extension_that_was_interrupted_goes_on(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    main(["--run", str(run_copy), "--resume", "--stage1.steps", "70"])
+    long = (run_copy / "tokenizer.safetensors").read_bytes()
+    # As after Ctrl-C at step 60 of 70: the recipe says 70, the newest checkpoint and the weights are those of 60.
+    shutil.copy(finished_weights(run_copy, 60), run_copy / "tokenizer.safetensors")
+    (run_copy / "stage1/checkpoints/step-000000070.pt").unlink()
+    assert "finished after 60 steps, but asked for were 70" in one_line_error(main, "--run", run_copy)
+    main(["--run", str(run_copy), "--resume"])
+    assert "already finished" not in capsys.readouterr().out
+    assert (run_copy / "tokenizer.safetensors").read_bytes() == long
+
+
+def finished_weights(run: Path, steps: int) -> Path:
+    """The tokenizer file of that checkpoint, written beside the run."""
+    recipe = load_recipe(run / "recipe.yaml")
+    model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
+    model.load_state_dict(torch.load(run / f"stage1/checkpoints/step-{steps:09d}.pt", weights_only=True)["model"])
+    save_tokenizer(run.parent / "weights.safetensors", model, steps)
+    return run.parent / "weights.safetensors"
+
+
+def test_a_first_attempt_that_failed_does_not_set_the_recipe(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    run = tmp_path / "new"
+    one_line_error(main, "--config", tiny_recipe, "--run", run, "--data.path", tmp_path / "nowhere")
+    assert not run.exists()
+    main(["--config", str(tiny_recipe), "--run", str(run), "--stage1.steps", "2"])
+    assert (run / "tokenizer.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--stage1.weight_decay", "0.5"], ["stage1.weight_decay: 0.5, not 0.0", "--run"]),
+        (["--stage1.steps", "3"], ["finished after 60 steps", "--resume", "--run"]),
+        (["--resume", "--data.seed", "9"], ["data.seed: 9, not 0"]),
+    ],
+)
+def test_a_runs_recipe_is_fixed(run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]) -> None:
+    line = one_line_error(main, "--run", run_copy, *arguments)
+    assert all(part in line for part in parts), line
+
+
+def test_without_its_checkpoints_a_finished_stage_is_not_begun_again(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    """It cannot be trained longer, and what there is stays."""
+    shutil.rmtree(run_copy / "stage1" / "checkpoints")
+    written = (run_copy / "tokenizer.safetensors").read_bytes()
+    line = one_line_error(main, "--run", run_copy, "--resume", "--stage1.steps", "99")
+    assert "expected a checkpoint to go on from after 60 steps, found none" in line
+    assert (run_copy / "tokenizer.safetensors").read_bytes() == written
+
+
+def test_resume_without_a_checkpoint_starts(tiny_recipe: Path, tmp_path: Path) -> None:
+    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--resume", "--stage1.steps", "2"])
+    assert (tmp_path / "new" / "tokenizer.safetensors").exists()
+
+
+def test_killed_after_the_last_checkpoint_it_only_writes_its_results(tiny_recipe: Path, tmp_path: Path) -> None:
+    settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "4"]
+    main(settings)
+    written = (tmp_path / "new" / "tokenizer.safetensors").read_bytes()
+    report = read_json(tmp_path / "new" / "stage1" / "report.json")
+    (tmp_path / "new" / "tokenizer.safetensors").unlink()
+    main([*settings, "--resume"])
+    assert (tmp_path / "new" / "tokenizer.safetensors").read_bytes() == written
+    assert read_json(tmp_path / "new" / "stage1" / "report.json")["validation"] == report["validation"]
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_gone_on_from(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "new"
+    main(["--config", str(tiny_recipe), "--run", str(run), "--stage1.steps", "4", "--stage1.checkpoint_interval", "2"])
+    good = (run / "tokenizer.safetensors").read_bytes()
+    (run / "tokenizer.safetensors").unlink()
+    older, newer = sorted((run / "stage1/checkpoints").glob("step-*.pt"))
+    content = bytearray(newer.read_bytes())
+    content[len(content) // 2] ^= 1
+    newer.write_bytes(content)
+    capsys.readouterr()
+    main(["--run", str(run), "--resume"])
+    assert f"{newer}: expected" in capsys.readouterr().out
+    assert (run / "tokenizer.safetensors").read_bytes() == good
+    assert newer.with_name(f"{newer.name}.damaged").read_bytes() == bytes(content)
+    (run / "tokenizer.safetensors").unlink()
+    for path in (older, newer):
+        path.write_bytes(b"nonsense")
+    assert newer.name in one_line_error(main, "--run", run, "--resume")
+    assert older.read_bytes() == newer.read_bytes() == b"nonsense"
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.warmup_steps", "4"]
+    line = one_line_error(main, *settings, "--stage1.lr", "1e30", "--stage1.checkpoint_interval", "1", "--stage1.log_interval", "1")
+    step = int(re.findall(r"step (\d+): expected (?:\w+ to be finite|finite weights)", line)[0])
+    for path in (tmp_path / "new" / "stage1" / "checkpoints").glob("step-*.pt"):
+        state = torch.load(path, weights_only=True)
+        assert state["step"] < step
+        assert all(bool(torch.isfinite(weight).all()) for weight in state["model"].values())
+
+
+def test_a_lower_learning_rate_may_go_on_from_the_last_good_checkpoint(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
+    """As the message on a loss that is not finite advises."""
+    settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.checkpoint_interval", "2"]
+    main([str(value) for value in [*settings, "--stage1.steps", "2"]])
+    run = ["--run", str(tmp_path / "new"), "--resume", "--stage1.steps", "9"]
+    assert "lower --stage1.lr and go on with --resume" in one_line_error(main, *run, "--stage1.lr", "1e30")
+    main([*run, "--stage1.lr", "1e-4"])
+    records = [record for record in read_metrics(tmp_path / "new" / "stage1/metrics.jsonl") if record["step"] == 9]
+    assert len(records) == 2
