@@ -73,7 +73,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -82,7 +82,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Wait until the disk knows a folder's names."""
     if os.name != "posix":  # elsewhere folders cannot be opened
         return
@@ -211,7 +211,7 @@ class RunDir:
     @staticmethod
     def checkpointed(folder: Path) -> bool:
         """Whether training in that folder has left a checkpoint."""
-        return any((folder / "checkpoints").glob("step-*.pt"))
+        return any(path.suffix in (".pt", ".shards") for path in (folder / "checkpoints").glob("step-*"))
 
     def prior(self, name: str) -> Path:
         """The folder of the prior of that name."""

@@ -330,6 +330,9 @@ class Compute:
     """Null = as `accelerate config` or `accelerate launch` say."""
     compile: bool = False
     """Train through torch.compile; and on a GPU, a transformer samples from CUDA graphs."""
+    sharded: bool | None = None
+    """Whether several processes share out a prior's weights, gradients and moments in training (FSDP2), which then take less memory on
+    each; null = as `accelerate config` or `accelerate launch` say."""
     patience: float = 30.0
     """Minutes: if none of several processes gets anywhere for so long, the one that is behind is named, and all end."""
     tracker: Literal["tensorboard"] | None = None

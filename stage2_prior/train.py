@@ -14,17 +14,19 @@ level has its own, of whatever kinds, they are joined to a prior of all of them 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
@@ -40,12 +42,13 @@ from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw, clip_, muon
-from stage1_vqvae.training.processes import finish, start, summed
+from stage1_vqvae.training.optimizer import adamw, clip_, load_moments_, moments, muon
+from stage1_vqvae.training.processes import asked_to_shard, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
 from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
+from stage1_vqvae.training.sharding import shard_, whole
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
@@ -192,23 +195,26 @@ def train(
     processes = accelerator.num_processes
 
     # --- model, optimiser, and where they left off
-    prior, model, optimizer = build(accelerator, run, recipe, training, _level_of(name))
+    prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
     say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
     for remark in prior.remarks():
         say(remark)
-    average = WeightAverage(prior, config.weight_average, shared=())
     order = DataOrder(len(training), config.batch_size, config.seed)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator)
-    state = checkpoints.load_latest() if resume else None
     first_step, minutes_before = 0, 0.0
     best: dict[str, Any] = {"step": 0, "bits": float("inf"), "weights": None}
+
+    def weights() -> dict[str, Any]:
+        return {"model": prior.state_dict(), "average": average.state_dict(), "optimizer": moments(prior, optimizer.optimizer)}
+
+    state = checkpoints.load_latest({**weights(), "best": {"weights": best_weights(average.model)}}) if resume else None
     if state is not None:
         check_tokenizer(run.show(checkpoints.paths()[-1]), state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
         prior.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_moments_(prior, optimizer.optimizer, state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before, best = state["step"], state["minutes"], state["best"]
@@ -223,10 +229,8 @@ def train(
 
     def save(step: int, score: float | None) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        weights = {"model": prior.state_dict(), "average": average.state_dict()}
-        state = {**weights, "optimizer": optimizer.state_dict(), "scaler": scaler}
-        sha256 = training.manifest.tokenizer_sha256
-        checkpoints.save(step, {**state, "best": best, "minutes": minutes(), "tokenizer_sha256": sha256}, score)
+        noted = {"best": best, "minutes": minutes(), "tokenizer_sha256": training.manifest.tokenizer_sha256}
+        checkpoints.save(step, {**weights(), "scaler": scaler, **noted}, score)
 
     if recipe.compute.tracker:
         accelerator.init_trackers("stage2")
@@ -274,8 +278,7 @@ def train(
                 log.write(done, "validation", values)
                 validations.append({"step": done, **values})
                 if found < best["bits"]:
-                    weights = {key: value.detach().cpu().clone() for key, value in average.model.state_dict().items()}
-                    best = {"step": done, "bits": found, "weights": weights}
+                    best = {"step": done, "bits": found, "weights": best_weights(average.model)}
                 turned = turned_at(validations)
                 if turned is not None:
                     bar.clear()
@@ -291,22 +294,23 @@ def train(
             if stopping:
                 bar.close()
                 checkpoints.wait()
-                whole, _, of = name.partition("/level")
-                which = f"--name {whole}" + (f" --level {of}" if of else "")
+                of_all, _, of = name.partition("/level")
+                which = f"--name {of_all}" + (f" --level {of}" if of else "")
                 say(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} {which}")
                 finish(accelerator)
                 sys.exit(stop.exit_code)
 
     # --- the result
     if best["weights"] is None:  # resumed after the last step, before any validation
-        best = {"step": first_step, "bits": None, "weights": average.model.state_dict()}
+        best = {"step": first_step, "bits": None, "weights": best_weights(average.model)}
     average.model.load_state_dict(best["weights"])
     likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, validations)
+    result = whole(accelerator, best["weights"])
     if accelerator.is_main_process:
         known = prior.num_classes == 0 or config.label_dropout > 0
         header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], _level_of(name))
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
-        write_results(run, folder, average.model.state_dict(), header, report, likelihood)
+        write_results(run, folder, result, header, report, likelihood)
 
 
 def _level_of(name: str) -> int | None:
@@ -315,10 +319,18 @@ def _level_of(name: str) -> int | None:
     return int(level) - 1 if level else None
 
 
-def build(
-    accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, level: int | None
-) -> tuple[AutoregressivePrior, Any, Any]:
-    """The prior with its first weights, the same as the processes train it together, and its optimiser."""
+class Begun(NamedTuple):
+    """What is trained."""
+
+    prior: AutoregressivePrior
+    model: Any
+    """The same as the processes train it together."""
+    optimizer: Any
+    average: WeightAverage[AutoregressivePrior]
+
+
+def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, level: int | None) -> Begun:
+    """The prior with its first weights, its optimiser and its average, shared out over the processes if they are asked to."""
     config = recipe.stage2
     torch.manual_seed(derived_seed(config.seed, "weights"))
     try:
@@ -329,8 +341,20 @@ def build(
     for module in prior.modules():
         if isinstance(module, AutoregressivePrior):
             module.checkpointing = config.gradient_checkpointing
+    sharded = asked_to_shard(accelerator, recipe.compute)
+    averaged = copy.deepcopy(prior).requires_grad_(False) if sharded else None
+    if averaged is not None:
+        shard_(accelerator, prior, prior.units())
+        shard_(accelerator, averaged, averaged.units(), learns=False)
     optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
-    return prior, *accelerator.prepare(prior, optimizer)
+    model, optimizer = (prior, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(prior, optimizer)
+    return Begun(prior, model, optimizer, WeightAverage(prior, config.weight_average, shared=(), copied=averaged))
+
+
+def best_weights(model: AutoregressivePrior) -> dict[str, Tensor]:
+    """A copy of a model's weights: on the CPU, but where they are shared out and small."""
+    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+    return {name: weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True) for name, weight in weights.items()}
 
 
 def take_step(
@@ -362,7 +386,7 @@ def take_step(
 def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
     """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
     config, began = recipe.stage2, time.monotonic()
-    prior, model, optimizer = build(accelerator, run, recipe, training, _level_of(name))
+    prior, model, optimizer, _ = build(accelerator, run, recipe, training, _level_of(name))
     order, every = DataOrder(len(training), config.batch_size, config.seed), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 

@@ -45,6 +45,10 @@ HALF = STEPS // 2
 WAYS: dict[str, tuple[int, int, str | None]] = {"one": (1, 1, None), "two": (2, 1, None)}
 if STEPS == 50:
     WAYS |= {"in parts": (1, 2, None), "one, then two": (2, 1, "one"), "two, then one": (1, 1, "two")}
+# Those of a prior alone: by processes that share its weights out.
+WAYS_OF_PRIORS = {**WAYS, "shards": (2, 1, None), "shards, then one": (1, 1, "shards")}
+if STEPS == 50:
+    WAYS_OF_PRIORS |= {"shards in parts": (2, 2, None), "one, then shards": (2, 1, "one"), "shards, then three shards": (3, 1, "shards")}
 # An entropy term needs the whole batch at once.
 KINDS_OF = {way: [kind for kind in RUNS if parts == 1 or kind not in ("gradient_entropy", "lfq")] for way, (_, parts, _) in WAYS.items()}
 
@@ -52,7 +56,9 @@ KINDS_OF = {way: [kind for kind in RUNS if parts == 1 or kind not in ("gradient_
 def half_way(whole: Path, copy: Path, stage: str, result: str) -> None:
     """A copy of a run as it was when half of the steps were taken."""
     shutil.copytree(whole, copy)
-    (copy / stage / f"checkpoints/step-{STEPS:09d}.pt").unlink()
+    last = max((copy / stage / "checkpoints").glob("step-*"))
+    assert last.stem == f"step-{STEPS:09d}"
+    shutil.rmtree(last) if last.is_dir() else last.unlink()
     (copy / result).unlink(missing_ok=True)
 
 
@@ -132,8 +138,9 @@ def priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, tiny_re
     run, two = shutil.copytree(finished_run, folder / "run"), folder / "two grids"
     train_tokenizer(["--config", str(tiny_recipe), "--run", str(two), *map(str, settings_of("hierarchy")), "--stage1.steps", "10"])
     extract_codes(["--run", str(two)])
-    for way, (processes, parts, from_way) in WAYS.items():
+    for way, (processes, parts, from_way) in WAYS_OF_PRIORS.items():
         runs: list[object] = []
+        sharded = ["--compute.sharded", "true"] if "shards" in way and processes > 1 else []
         for number, kind in enumerate(PRIORS):
             settings: list[object] = ["--run", two, "--level", "2"]
             if kind in PRIOR_KINDS:
@@ -149,14 +156,14 @@ def priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, tiny_re
             # Of a high rate rounding grows into differences that are nobody's fault, here by Muon's small singular values.
             section = {"steps": STEPS, "checkpoint_interval": HALF, "validation_interval": STEPS, "accumulation": parts, "lr": 1e-3}
             runs += [NEXT] if runs else []
-            runs += [*settings, "--name", name, "--prior.dropout", "0", *(f"--stage2.{key}={value}" for key, value in section.items())]
+            runs += [*settings, *sharded, "--name", name, "--prior.dropout", "0", *(f"--stage2.{key}={value}" for key, value in section.items())]
         (folder / way).mkdir()
         done = script("tests/launched/ranks_dump.py", folder / way, "stage2_prior.train", *runs, processes=processes)
         assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way in WAYS if way != "one" for kind in PRIORS])
+@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way in WAYS_OF_PRIORS if way != "one" for kind in PRIORS])
 def test_steps_of_a_prior_are_the_same_however_they_are_shared_out(kind: str, way: str, priors: Path) -> None:
     number = PRIORS.index(kind)
     compare(priors, way, number, number)

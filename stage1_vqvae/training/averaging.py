@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from stage1_vqvae.training.sharding import own_part
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -19,10 +21,15 @@ class WeightAverage(Generic[Model]):
     4. The decay rises as min(decay, (1 + steps) / (10 + steps)), so that the first weights are soon forgotten.
     """
 
-    def __init__(self, live: Model, decay: float, shared: Sequence[str]) -> None:
-        """`shared`: names of the submodules that the copy has in common with the model in training, instead of averages."""
+    def __init__(self, live: Model, decay: float, shared: Sequence[str], copied: Model | None = None) -> None:
+        """Args:
+        live: the model in training.
+        decay: of the moving averages, once many steps have been taken.
+        shared: names of the submodules that the copy has in common with the model in training, instead of averages.
+        copied: an equal model, to hold the averages; None: a copy is made.
+        """
         self.decay, self.steps = decay, 0
-        self.model = copy.deepcopy(live).requires_grad_(False)
+        self.model = (copy.deepcopy(live) if copied is None else copied).requires_grad_(False)
         for name in shared:
             self.model.set_submodule(name, live.get_submodule(name))
         pairs = zip(self.model.parameters(), live.parameters(), strict=True)
@@ -32,7 +39,7 @@ class WeightAverage(Generic[Model]):
     def update_(self) -> None:
         """After every step of the optimiser."""
         self.steps += 1
-        averages, weights = (list(tensors) for tensors in zip(*self._pairs, strict=True))
+        averages, weights = ([own_part(tensor) for tensor in tensors] for tensors in zip(*self._pairs, strict=True))
         torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
 
     def state_dict(self) -> dict[str, Any]:

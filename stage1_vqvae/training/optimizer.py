@@ -1,4 +1,4 @@
-"""AdamW with its weight decay where it belongs, and Muon for a network's hidden matrices."""
+"""AdamW with its weight decay where it belongs, Muon for a network's hidden matrices; their gradients' norm, and what they keep."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-# Of Muon's moving average of gradients, and its rate as a multiple of AdamW's: a step of unit singular values is a larger one
-# than a step of unit entries divided by their spread.
-_MOMENTUM, _MUON_RATE = 0.95, 10.0
+from stage1_vqvae.training.muon import Muon
+from stage1_vqvae.training.sharding import shared_out_as
+
 _WITH_KERNELS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
@@ -46,67 +47,13 @@ def muon(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> Muon
     return Muon(groups, lr=lr, betas=(0.9, beta2))
 
 
-class Muon(torch.optim.AdamW):
-    """Steps of hidden matrices are their gradients' moving averages with all singular values set to about 1; AdamW for the rest.
-
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". A group with `matrices` m holds weights of m
-    square or oblong matrices one above another. In the weights' own precision, unlike torch.optim.Muon, whose bfloat16 products
-    have no kernel on most CPUs.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters that have a gradient."""
-        for group in self.param_groups:
-            if "matrices" in group:
-                self._step_of_matrices(group)
-        return super().step(closure)
-
-    def _step_of_matrices(self, group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for weight in group["params"]:
-            if weight.grad is not None:
-                by_shape.setdefault(weight.shape, []).append((weight, weight.grad))
-                weight.grad = None  # AdamW's own step passes over it
-        for shape, alike in by_shape.items():
-            ahead = torch.stack([self._looked_ahead(*pair) for pair in alike])
-            rows = shape[0] // group["matrices"]
-            rate = group["lr"] * _MUON_RATE * max(1, rows / shape[1]) ** 0.5
-            updates = orthogonalised(ahead.view(-1, rows, shape[1])).view(ahead.shape)
-            for (weight, _), update in zip(alike, updates, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-
-    def _looked_ahead(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient's moving average as it would be after another such gradient (Nesterov)."""
-        state = self.state[weight]
-        if not state:
-            # AdamW expects a step wherever there is a state.
-            state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(weight)
-        state["step"] += 1
-        return gradient.lerp(state["exp_avg"].lerp_(gradient, 1 - _MOMENTUM), _MOMENTUM)
-
-
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices (N, r, c) with their singular vectors and all singular values brought to between about 0.7 and 1.2.
-
-    Five steps of the quintic Newton-Schulz iteration with Muon's coefficients, which rise fastest from small singular values.
-    """
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x if wide else x.mT
-
-
 def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor:
     """Scale a model's gradients, averaged over the processes, down to a norm of `clip_norm`, where it is larger; 0 = leave them.
 
     Returns their norm before (), which is not finite if one of them is not; but 0 in fp16, whose scaler leaves out steps of such gradients.
     """
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
-    found = torch.as_tensor(norm, device=accelerator.device).detach()
+    found = (norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)).detach()
     return found if accelerator.scaler is None else found.nan_to_num(0.0, 0.0)
 
 
@@ -116,3 +63,40 @@ def forget_rows_(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tens
     for moment in optimizer.state.get(parameter, {}).values():
         if moment.shape == parameter.shape:
             moment[rows] = 0
+
+
+Moments = dict[str, dict[str, Tensor]]
+"""What an optimiser keeps of each parameter, by the parameter's name."""
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+    """What an optimiser keeps of a model's parameters, for a checkpoint; before its first step zeros of the same shapes."""
+    if not optimizer.state:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+            for parameter in group["params"]:
+                optimizer.state[parameter]["step"].zero_()
+    return {name: dict(optimizer.state[parameter]) for name, parameter in model.named_parameters() if parameter in optimizer.state}
+
+
+def load_moments_(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over what `moments` gave, of whole tensors or of such that are shared out like the parameters; or an optimiser's state
+    dictionary, as checkpoints of before have it, in which parameters are numbers.
+    """
+    parameters = dict(model.named_parameters())
+    if "param_groups" in state:
+        numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        kept = {numbered[number]: found for number, found in state["state"].items()}
+    else:
+        kept = {parameters[name]: found for name, found in state.items()}
+    for parameter, found in kept.items():
+        shaped = {key: moment for key, moment in found.items() if moment.shape == parameter.shape}
+        moved = {key: shared_out_as(moment.to(parameter.device), parameter) for key, moment in shaped.items()}
+        optimizer.state[parameter] = {**found, **moved}

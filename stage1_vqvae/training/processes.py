@@ -29,6 +29,7 @@ class _Command:
 
     watch: Watch | None = None
     lighter = _SMALLER_BATCHES
+    launched_sharded = False
 
 
 def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMALLER_BATCHES) -> Accelerator:
@@ -57,6 +58,8 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
     if launched > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_the_launcher()
     _Command.lighter = lighter
+    # Accelerate shards whatever is prepared, and nothing on a CPU: what is sharded is ours to say (sharding.py).
+    _Command.launched_sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or _Command.launched_sharded
     with joining(launched):
         accelerator = Accelerator(
             # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
@@ -78,6 +81,12 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         if accelerator.num_processes > 1 and _Command.watch is None:
             _Command.watch = Watch(accelerator, compute.patience)
     return accelerator
+
+
+def asked_to_shard(accelerator: Accelerator, compute: Compute) -> bool:
+    """Whether several processes are to share out what they train: as the recipe says, or the launcher."""
+    asked = _Command.launched_sharded if compute.sharded is None else compute.sharded
+    return asked and accelerator.num_processes > 1
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -68,15 +68,20 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=device)
     of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=device) for _ in range(2))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
+    # Of a prior that is shared out, all processes ask equally often: who has a row less asks for one again, which does not count.
+    asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=device)
+    asked[len(mine) :] = 0
+    mine = torch.cat([mine, rows[: len(asked) - len(mine)]])
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
         for part in batches(len(mine), batch_size):
             codes = tuple(level.to(device) for level in store.codes(mine[part]))
             labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
             found = -prior.log_prob(codes, labels).double()
-            nats += found.sum(0)
+            counted = asked[part]
+            nats += counted @ found
             index = prior.labels_or_null(labels, len(found))
-            of_labels.index_add_(0, index, found.mean(1))
-            images.index_add_(0, index, torch.ones_like(found[:, 0]))
+            of_labels.index_add_(0, index, counted * found.mean(1))
+            images.index_add_(0, index, counted)
             bar.update(len(found))
     totals = summed(accelerator, {"nats": nats, "of_labels": of_labels, "images": images})
     sums, counts = totals["of_labels"].tolist(), totals["images"].tolist()

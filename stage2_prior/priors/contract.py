@@ -111,6 +111,10 @@ class AutoregressivePrior(nn.Module, ABC):
         have a use for them.
         """
 
+    def units(self) -> list[nn.Module]:
+        """Its layers, if it has such: what is gathered one at a time where weights are shared out over processes."""
+        return []
+
     def remarks(self) -> list[str]:
         """Lines that whoever trains it should read."""
         return []

@@ -76,6 +76,10 @@ class Levelwise(AutoregressivePrior):
             part.begin_from([of_level])
 
     @override
+    def units(self) -> list[nn.Module]:
+        return [unit for part in self.parts for unit in part.units()]
+
+    @override
     def remarks(self) -> list[str]:
         return [f"level {number}: {remark}" for number, part in enumerate(self.parts, 1) for remark in part.remarks()]
 

@@ -105,6 +105,10 @@ class PixelCNN(AutoregressivePrior):
             for level, network in enumerate(self.networks, self.levels.start)
         )
 
+    @override
+    def units(self) -> list[nn.Module]:
+        return [layer for network in self.networks for layer in network.layers]
+
     def remarks(self) -> list[str]:
         """A stack too shallow for its grid is told of."""
         reach = _FIRST_KERNEL // 2 + (self.config.layers - 1) * (self.config.kernel_size // 2)

@@ -136,6 +136,10 @@ class Transformer(AutoregressivePrior):
                 mapped *= _INITIAL_STD / mapped.std().clamp(min=1e-12)
                 rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
 
+    @override
+    def units(self) -> list[nn.Module]:
+        return list(self.blocks)
+
     def _embedded_positions(self) -> Tensor:
         """(T, C): of each position's level, row and column."""
         level, row, column = self.coordinates.unbind(1)

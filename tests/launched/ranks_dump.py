@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from commands import commands, stay_joined  # a script's folder is first on sys.path
 
+from torch.distributed.tensor import DTensor
+
 from configs.errors import run_entry
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.training.checkpoint import Checkpoints
@@ -45,11 +47,12 @@ def main() -> None:
 
         def dump(self: Checkpoints, step: int, state: dict[str, Any], score: float | None = None, number: int = number) -> None:
             # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
-            moments = {f"moment of {index}": found["exp_avg"] for index, found in state["optimizer"]["state"].items()}
+            kept = state["optimizer"].get("state", state["optimizer"])
+            moments = {f"moment of {name}": found["exp_avg"] for name, found in kept.items()}
             adversary = {f"adversary.{name}": value for name, value in state.get("adversary", {}).get("model", {}).items()}
-            torch.save(
-                {**state["model"], **moments, **adversary}, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt"
-            )
+            own = {**state["model"], **moments, **adversary}
+            gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in own.items()}
+            torch.save(gathered, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
             save(self, step, state, score)
 
         Checkpoints.save = dump  # type: ignore[method-assign]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage1_vqvae.training.optimizer import adamw, muon, orthogonalised
+from stage1_vqvae.training.muon import orthogonalised
+from stage1_vqvae.training.optimizer import adamw, muon
 
 
 class Net(nn.Module):

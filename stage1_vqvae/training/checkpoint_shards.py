@@ -1,0 +1,167 @@
+"""A checkpoint of weights that are shared out over processes: a folder to which each process writes what it holds.
+
+By `torch.distributed.checkpoint`, as safetensors files, so that nothing is executed by reading it; each tensor's parts say where in the
+whole they belong, so that any number of processes may read it, one too. checkpoint.json has the plain values, and each file's sha256.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+from configs.errors import UserError
+from configs.run_dir import read_json, sync_folder, write_json
+from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, check_kind
+from stage1_vqvae.training.weights_file import fingerprint
+
+_LIST = "checkpoint.json"
+_PATIENCE = timedelta(hours=2)
+# In the list, in a tensor's stead.
+_TENSOR = "tensor"
+
+
+def is_shared_out(state: Any) -> bool:
+    """Whether any tensor of a state is shared out over processes."""
+    return any(isinstance(tensor, DTensor) for _, tensor in _tensors(state))
+
+
+def shards_group() -> dist.ProcessGroup:
+    """All processes, as a group to write with beside the training, as patient as a slow disk asks for."""
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def write_shards(path: Path, state: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Write what each process holds of a state of tensors on the CPU and plain values, at once: its folder takes its name when all of it is
+    on the disk.
+
+    All processes must call it, with a group that nothing else uses meanwhile. Errors: OSError with the folder's name, on all of them.
+    """
+    temporary, number = path.with_name(f"{path.name}.tmp-0"), dist.get_rank()
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def end() -> None:
+        write_json(temporary / _LIST, {**_without_tensors(state), "sha256": sums})
+        shutil.rmtree(path, ignore_errors=True)  # of a training that went on from an earlier step since
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+
+    _by_the_first(group, path, begin)
+    try:
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(dict(_tensors(state)), storage_writer=writer, process_group=group)
+    except CheckpointException as failed:
+        first = next(iter(failed.failures.values()))[0]
+        raise _named(first, path) if isinstance(first, OSError) else failed from None
+    found: list[Any] = [None] * dist.get_world_size()
+    # The files of a process bear its number, from 1 on.
+    own = {file.name: fingerprint(file) for file in temporary.glob(f"shard-{number + 1:05d}-*.safetensors")}
+    dist.all_gather_object(found, own, group=group)
+    sums = {name: found_sum for files in found for name, found_sum in sorted(files.items())}
+    _by_the_first(group, path, end)
+
+
+def check_shards(path: Path, stage: str, process: int, processes: int) -> None:
+    """Whether a process's share of a checkpoint's files is as it was written; that of all together is all of it.
+
+    Errors: DamagedCheckpoint; UserError for a folder of something else.
+    """
+    content = _list(path, stage)
+    for name, written in list(content["sha256"].items())[process::processes]:
+        if not (path / name).is_file():
+            raise DamagedCheckpoint(f"expected {name}, found nothing")
+        if fingerprint(path / name) != written:
+            raise DamagedCheckpoint(f"expected {name} as it was written, found another than its sha256 was of")
+
+
+def read_shards(path: Path, stage: str, into: dict[str, Any]) -> dict[str, Any]:
+    """What `write_shards` wrote for a stage, each tensor read into that of the same place in `into`, as that one is shared out.
+
+    Of several processes all must call it. Errors: UserError for a folder of something else, or of other tensors than `into` has.
+    """
+    content, tensors = _list(path, stage), dict(_tensors(into))
+    wanted = {name: tensors.get(name) for name in _names_of_tensors(content)}
+    if missing := [name for name, tensor in wanted.items() if tensor is None]:
+        raise UserError(f"{path}: expected the tensors of this training, found {missing[0]}")
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+    del content["sha256"]
+    return _with_tensors(content, wanted)
+
+
+def _list(path: Path, stage: str) -> dict[str, Any]:
+    try:
+        content = read_json(path / _LIST)
+    except UserError as damage:
+        raise DamagedCheckpoint(f"expected {_LIST} ({damage})") from damage
+    check_kind(path, content, stage, (FORMAT,))
+    return content
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested dictionaries, named by the keys on the way."""
+    for key, value in state.items():
+        inside = f"{name}/{key}" if name else key
+        if isinstance(value, Tensor):
+            yield inside, value
+        elif isinstance(value, dict):
+            yield from _tensors(value, inside)
+
+
+def _without_tensors(state: Any, name: str = "") -> Any:
+    """Nested dictionaries with names instead of tensors."""
+    if isinstance(state, Tensor):
+        return {_TENSOR: name}
+    if isinstance(state, dict):
+        return {key: _without_tensors(value, f"{name}/{key}" if name else key) for key, value in state.items()}
+    return state
+
+
+def _names_of_tensors(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        if content.keys() == {_TENSOR}:
+            yield content[_TENSOR]
+        else:
+            for value in content.values():
+                yield from _names_of_tensors(value)
+
+
+def _with_tensors(content: Any, tensors: dict[str, Any]) -> Any:
+    """The inverse of `_without_tensors`."""
+    if not isinstance(content, dict):
+        return content
+    if content.keys() == {_TENSOR}:
+        return tensors[content[_TENSOR]]
+    return {key: _with_tensors(value, tensors) for key, value in content.items()}
+
+
+def _by_the_first(group: dist.ProcessGroup, path: Path, work: Callable[[], None]) -> None:
+    """Something that one process does for all. Errors: its OSError, on all of them."""
+    failed: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            failed = [_named(error, path)]
+    dist.broadcast_object_list(failed, src=0, group=group)
+    if failed[0] is not None:
+        raise failed[0]
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same with the name of what could not be written."""
+    return OSError(error.errno, error.strerror, str(path))
