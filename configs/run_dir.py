@@ -14,6 +14,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -37,6 +38,7 @@ from configs.errors import UserError
 REPOSITORY = Path(__file__).resolve().parent.parent
 """Where the packages stand: the checkout, or, if they were installed without `-e`, site-packages."""
 _LOCK = ".lock"
+_SUM = "sha256 of the rest"
 _VERSIONS_OF = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -117,6 +119,24 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: expected a JSON file, found nothing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected JSON, found {error}") from None
+
+
+def write_summed_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with its own sha256 in it, atomically."""
+    write_json(path, {**content, _SUM: _sum_of(content)})
+
+
+def read_summed_json(path: Path) -> dict[str, Any]:
+    """Read what `write_summed_json` wrote, or JSON of before, without a sum. Errors: as `read_json`; UserError for another sum."""
+    content = read_json(path)
+    written = content.pop(_SUM, None) if isinstance(content, dict) else None
+    if written not in (None, _sum_of(content)):
+        raise UserError(f"{path}: expected JSON as it was written, found other content than its sum is of")
+    return dict(content) if isinstance(content, dict) else {}
+
+
+def _sum_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @contextmanager

@@ -71,7 +71,8 @@ _MAY_CHANGE = (
 )
 _ADVICE = "lower --stage2.lr and go on with --resume"
 _LIGHTER = (
-    "--stage2.accumulation N takes a step in N parts, --stage2.gradient_checkpointing true keeps fewer activations: with the same result"
+    "--stage2.accumulation N takes a step in N parts, --stage2.gradient_checkpointing true keeps fewer activations, --compute.sharded true "
+    "shares weights out over several processes: with the same result"
 )
 # The name of priors of single levels, if they are given none.
 _LEVELWISE = "levelwise"

@@ -156,7 +156,8 @@ def priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, tiny_re
             # Of a high rate rounding grows into differences that are nobody's fault, here by Muon's small singular values.
             section = {"steps": STEPS, "checkpoint_interval": HALF, "validation_interval": STEPS, "accumulation": parts, "lr": 1e-3}
             runs += [NEXT] if runs else []
-            runs += [*settings, *sharded, "--name", name, "--prior.dropout", "0", *(f"--stage2.{key}={value}" for key, value in section.items())]
+            typed = [f"--stage2.{key}={value}" for key, value in section.items()]
+            runs += [*settings, *sharded, "--name", name, "--prior.dropout", "0", *typed]
         (folder / way).mkdir()
         done = script("tests/launched/ranks_dump.py", folder / way, "stage2_prior.train", *runs, processes=processes)
         assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from configs.errors import UserError, say
-from configs.run_dir import RunDir, read_json, write_json
+from configs.run_dir import RunDir, read_summed_json, write_summed_json
 from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, read_file, write_file
 from stage1_vqvae.training.checkpoint_shards import check_shards, is_shared_out, read_shards, shards_group, write_shards
 from stage1_vqvae.training.sharding import own_part, shared_out_as
@@ -172,7 +172,7 @@ class Checkpoints:
         best = self._best()
         if score is not None and (best is None or score < best["score"]):
             best = {"step": step, "score": score}
-            write_json(self.folder / "best.json", best)
+            write_summed_json(self.folder / "best.json", best)
         for old in self.paths()[: -self.keep]:
             if best is None or old not in self._of_step(best["step"]):
                 _remove(old)
@@ -182,9 +182,11 @@ class Checkpoints:
 
     def _best(self) -> dict[str, Any] | None:
         """Step and score of the best checkpoint that is still there."""
-        noted = self.folder / "best.json"
-        best = read_json(noted) if noted.exists() else None
-        return best if best is not None and self._of_step(best["step"]) else None
+        try:
+            best = read_summed_json(self.folder / "best.json")
+        except UserError:  # there is none yet, or it is damaged: no reason to end a training
+            return None
+        return best if self._of_step(best["step"]) else None
 
 
 def _remove(path: Path) -> None:

@@ -60,7 +60,7 @@ def read_file(path: Path, stage: str) -> dict[str, Any]:
 def check_kind(path: Path, content: Any, stage: str, formats: tuple[int, ...]) -> None:
     """Errors: UserError if content is no checkpoint of a stage, or of another format."""
     if not isinstance(content, dict) or content.get("stage") != stage or content.get("format") not in formats:
-        found = f"stage {content.get('stage')}, format {content.get('format')}" if isinstance(content, dict) else type(content).__name__
+        found = f"one of {content.get('stage')}, format {content.get('format')}" if isinstance(content, dict) else type(content).__name__
         wanted = f"expected a checkpoint of {stage}, format {formats[0]}"
         raise UserError(f"{RunDir.show(path)}: {wanted}, found {found}; delete it to go on from the one before")
 

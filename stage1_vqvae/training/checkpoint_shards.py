@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
-from configs.run_dir import read_json, sync_folder, write_json
+from configs.run_dir import read_summed_json, sync_folder, write_summed_json
 from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, check_kind
 from stage1_vqvae.training.weights_file import fingerprint
 
@@ -48,31 +49,41 @@ def write_shards(path: Path, state: dict[str, Any], group: dist.ProcessGroup) ->
 
     All processes must call it, with a group that nothing else uses meanwhile. Errors: OSError with the folder's name, on all of them.
     """
-    temporary, number = path.with_name(f"{path.name}.tmp-0"), dist.get_rank()
+    temporary = path.with_name(f"{path.name}.tmp-0")
 
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
     def end() -> None:
-        write_json(temporary / _LIST, {**_without_tensors(state), "sha256": sums})
+        write_summed_json(temporary / _LIST, {**_without_tensors(state), "sha256": sums})
         shutil.rmtree(path, ignore_errors=True)  # of a training that went on from an earlier step since
         os.replace(temporary, path)
         sync_folder(path.parent)
 
-    _by_the_first(group, path, begin)
     try:
-        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(dict(_tensors(state)), storage_writer=writer, process_group=group)
+        _by_the_first(group, begin)
+        sums = _written(temporary, dict(_tensors(state)), group)
+        _by_the_first(group, end)
+    except OSError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        # ENOSPC carries no name; the user needs to know which disk is full.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _written(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, str]:
+    """Write what each process holds. Returns the sha256 of all files, by their names. Errors: OSError, on all processes."""
+    try:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
     except CheckpointException as failed:
         first = next(iter(failed.failures.values()))[0]
-        raise _named(first, path) if isinstance(first, OSError) else failed from None
+        raise first if isinstance(first, OSError) else failed from None
     found: list[Any] = [None] * dist.get_world_size()
     # The files of a process bear its number, from 1 on.
-    own = {file.name: fingerprint(file) for file in temporary.glob(f"shard-{number + 1:05d}-*.safetensors")}
+    own = {file.name: fingerprint(file) for file in folder.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")}
     dist.all_gather_object(found, own, group=group)
-    sums = {name: found_sum for files in found for name, found_sum in sorted(files.items())}
-    _by_the_first(group, path, end)
+    return {name: sha256 for files in found for name, sha256 in sorted(files.items())}
 
 
 def check_shards(path: Path, stage: str, process: int, processes: int) -> None:
@@ -98,14 +109,16 @@ def read_shards(path: Path, stage: str, into: dict[str, Any]) -> dict[str, Any]:
     if missing := [name for name, tensor in wanted.items() if tensor is None]:
         raise UserError(f"{path}: expected the tensors of this training, found {missing[0]}")
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what one process wants
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
     del content["sha256"]
     return _with_tensors(content, wanted)
 
 
 def _list(path: Path, stage: str) -> dict[str, Any]:
     try:
-        content = read_json(path / _LIST)
+        content = read_summed_json(path / _LIST)
     except UserError as damage:
         raise DamagedCheckpoint(f"expected {_LIST} ({damage})") from damage
     check_kind(path, content, stage, (FORMAT,))
@@ -149,19 +162,14 @@ def _with_tensors(content: Any, tensors: dict[str, Any]) -> Any:
     return {key: _with_tensors(value, tensors) for key, value in content.items()}
 
 
-def _by_the_first(group: dist.ProcessGroup, path: Path, work: Callable[[], None]) -> None:
+def _by_the_first(group: dist.ProcessGroup, work: Callable[[], None]) -> None:
     """Something that one process does for all. Errors: its OSError, on all of them."""
     failed: list[OSError | None] = [None]
     if dist.get_rank() == 0:
         try:
             work()
         except OSError as error:
-            failed = [_named(error, path)]
+            failed = [error]
     dist.broadcast_object_list(failed, src=0, group=group)
     if failed[0] is not None:
         raise failed[0]
-
-
-def _named(error: OSError, path: Path) -> OSError:
-    """The same with the name of what could not be written."""
-    return OSError(error.errno, error.strerror, str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -54,6 +55,8 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         raise UserError(
             f"compute.tracker {compute.tracker}: expected the package {compute.tracker}, found none; pip install {compute.tracker}"
         )
+    # Accelerate's to mend: what it passes on for us has another name since torch 2.14.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_the_launcher()

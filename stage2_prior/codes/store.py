@@ -24,7 +24,7 @@ from torch import Tensor
 
 from configs.data import StoredAugmentation
 from configs.errors import UserError
-from configs.run_dir import read_json, write_bytes, write_json
+from configs.run_dir import read_summed_json, write_bytes, write_summed_json
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.progress import progress_bar
 
@@ -97,7 +97,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, codes: Sequence[Te
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of shards that are all there, with the sha256 of each: nothing reads codes without one."""
     sums = [_sha256(folder / manifest.shard_name(shard)) for shard in range(manifest.num_shards)]
-    write_json(folder / MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, sha256=sums)))
+    write_summed_json(folder / MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, sha256=sums)))
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.ndarray]:
@@ -213,13 +213,13 @@ class CodeStore:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A split's manifest. Errors: UserError if there is none, or one of another format."""
+    """A split's manifest. Errors: UserError if there is none, one of another format, or one that is not as it was written."""
     path = folder / MANIFEST
-    content = read_json(path)
+    content = read_summed_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
-    if isinstance(content, dict) and content.get("format") == 1:
+    if content.get("format") == 1:
         content = {**_SINCE_1, **content, "format": _FORMAT}
-    if not isinstance(content, dict) or set(content) != fields or content["format"] != _FORMAT:
+    if set(content) != fields or content["format"] != _FORMAT:
         raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]
     content["image_shape"] = tuple(content["image_shape"])

@@ -22,7 +22,10 @@ RESULTS = {
     "stage 1": ("tokenizer.safetensors", "stage1/report.json"),
     "extraction": ("codes/**/*",),
     "stage 2": ("priors/transformer/prior.safetensors", "priors/transformer/likelihood.json"),
+    "stage 2 in shards": ("priors/shards/prior.safetensors", "priors/shards/likelihood.json"),
 }
+# By more than one process alone.
+SHARDS = "stage 2 in shards"
 FOLDERS = {"sampling": "samples", "evaluation": "evaluations", "compression": "compressed"}
 
 
@@ -47,7 +50,9 @@ class World:
         self.seconds: dict[tuple[str, int], float] = {}
         self._number = 0
         for count, path in self.whole.items():
-            for stage in (*RESULTS, *(FOLDERS if count == 1 else ())):
+            for stage in (*RESULTS, *FOLDERS):
+                if (stage in FOLDERS and count > 1) or (stage == SHARDS and count == 1):
+                    continue
                 ended = run(self.command(stage, path), folder, count)
                 assert set(ended.codes) == {0}, f"{stage} by {count}: {ended.said}"
                 self.seconds[stage, count] = ended.seconds
@@ -59,6 +64,7 @@ class World:
             "stage 1": ["stage1_vqvae.train", "--config", str(self.recipe), *here, "--resume"],
             "extraction": ["stage2_prior.extract_codes", *here],
             "stage 2": ["stage2_prior.train", *here, "--resume"],
+            SHARDS: ["stage2_prior.train", *here, "--name", "shards", "--compute.sharded", "true", "--resume"],
             "sampling": ["pipelines.sample", *here, "--n", "12"],
             "evaluation": ["pipelines.evaluate", *here, "--n", "24", "--features", "classifier"],
             "compression": ["pipelines.compress", *here],
@@ -73,6 +79,7 @@ class World:
             "stage 1": ["*"],
             "extraction": ["codes", "priors", *FOLDERS.values()],
             "stage 2": ["priors", *FOLDERS.values()],
+            SHARDS: ["shards", *FOLDERS.values()],
         }.get(stage, [*FOLDERS.values(), "classifier.safetensors", "rotation.safetensors"])
         shutil.copytree(self.whole[processes], path, ignore=shutil.ignore_patterns(*drop))
         return path
@@ -125,13 +132,14 @@ def killed(stage: str, processes: int = 1) -> Trial:
     return trial
 
 
-def killed_at_a_call(stage: str) -> Trial:
-    """In the middle of a save: before something is synced, renamed, made or removed."""
+def killed_at_a_call(stage: str, processes: int = 1) -> Trial:
+    """In the middle of a save: before something is synced, renamed, made or removed; of several processes, by one of them."""
 
     def trial(world: World, draw: random.Random) -> Outcome:
-        path = world.begun(stage, 1)
-        ended = run(world.command(stage, path), world.folder, 1, Blow(at_call=draw.randint(1, 40)))
-        return world.judge(f"SIGKILL in a save or a rename, {stage}", stage, path, 1, ended)
+        path = world.begun(stage, processes)
+        blow = Blow(at_call=draw.randint(1, 40), ranks=(draw.randrange(processes),))
+        ended = run(world.command(stage, path), world.folder, processes, blow)
+        return world.judge(f"SIGKILL in a save or a rename, {stage}", stage, path, processes, ended)
 
     return trial
 
@@ -183,15 +191,18 @@ def damaged_checkpoint(stage: str, how: str) -> Trial:
     """The newest checkpoint of a training that was interrupted after its last step."""
 
     def trial(world: World, draw: random.Random) -> Outcome:
-        path = world.begun("stage 2" if stage == "stage 1" else "evaluation", 1)
+        processes = 2 if stage == SHARDS else 1
+        path = world.begun("stage 2" if stage == "stage 1" else "evaluation", processes)
         folder, result = {
             "stage 1": (path / "stage1", path / "tokenizer.safetensors"),
             "stage 2": (path / "priors/transformer", path / "priors/transformer/prior.safetensors"),
+            SHARDS: (path / "priors/shards", path / "priors/shards/prior.safetensors"),
         }[stage]
         result.unlink()
         (folder / "report.json").unlink()
-        damage(max((folder / "checkpoints").glob("step-*.pt")), draw, how)
-        return world.judge(f"checkpoint {how}, {stage}", stage, path, 1, Ended([]))
+        newest = max((folder / "checkpoints").glob("step-*"))
+        damage(draw.choice(sorted(newest.iterdir())) if newest.is_dir() else newest, draw, how)
+        return world.judge(f"checkpoint {how}, {stage}", stage, path, processes, Ended([]))
 
     return trial
 
@@ -239,22 +250,24 @@ def damaged_vqc(how: str) -> Trial:
 def full_disk(stage: str, mount: Callable[[Path, int], bool], unmount: Callable[[Path], None]) -> Trial:
     """The run lies on a disk that is full after some kilobytes, and has room again later."""
 
+    processes = 2 if stage == SHARDS else 1
+
     def trial(world: World, draw: random.Random) -> Outcome:
-        source = world.begun(stage, 1)
+        source = world.begun(stage, processes)
         path = world.folder / "disk" / source.name
         path.parent.mkdir(exist_ok=True)
         used = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
         assert mount(path.parent, used + 100_000 + draw.randrange(600_000))
         try:
             shutil.move(source, path)
-            ended = run(world.command(stage, path), world.folder)
+            ended = run(world.command(stage, path), world.folder, processes)
             kind = f"full disk, {stage}"
-            if ended.codes != [0] and ("Traceback" in ended.said or "No space left on device" not in ended.said):
+            if set(ended.codes) != {0} and ("Traceback" in ended.said or "No space left on device" not in ended.said):
                 return Outcome(kind, lost=False, wrong=True, detail=ended.said[-2000:])
             back = Path(shutil.copytree(path, world.folder / f"{path.name}-back"))
         finally:
             unmount(path.parent)
-        return world.judge(kind, stage, back, 1, ended)
+        return world.judge(kind, stage, back, processes, ended)
 
     return trial
 
@@ -277,9 +290,11 @@ def short() -> list[Trial]:
 
 def all_trials() -> list[tuple[Trial, int]]:
     """Each with how often it is tried in a run of 300."""
-    found: list[tuple[Trial, int]] = [(killed(stage), 14 if stage in RESULTS else 6) for stage in STAGES]
-    found += [(killed_at_a_call(stage), 12 if stage in RESULTS else 5) for stage in STAGES]
-    found += [(killed(stage, 2), 5) for stage in RESULTS]
+    by_one = [stage for stage in STAGES if stage != SHARDS]
+    found: list[tuple[Trial, int]] = [(killed(stage), 14 if stage in RESULTS else 6) for stage in by_one]
+    found += [(killed_at_a_call(stage), 12 if stage in RESULTS else 5) for stage in by_one]
+    found += [(killed(stage, 2), 12 if stage == SHARDS else 5) for stage in RESULTS]
+    found += [(killed_at_a_call(SHARDS, 2), 12)]
     for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR1):
         found += [
             (one_of_two(stage, number), 3) for stage in RESULTS if number in (signal.SIGKILL, signal.SIGSTOP) or stage != "extraction"
@@ -287,7 +302,7 @@ def all_trials() -> list[tuple[Trial, int]]:
     found += [(late(stage), 2) for stage in RESULTS]
     found += [(stopped_in_time(stage), 4) for stage in ("stage 1", "stage 2")]
     for how in ("truncated", "with a bit flipped"):
-        found += [(damaged_checkpoint(stage, how), 8) for stage in ("stage 1", "stage 2")]
+        found += [(damaged_checkpoint(stage, how), 8) for stage in ("stage 1", "stage 2", SHARDS)]
         found += [(damaged_input("stage 2", "codes/*/*.safetensors", how), 8)]
         found += [(damaged_input(stage, "tokenizer.safetensors", how), 4) for stage in ("extraction", "stage 2", "sampling", "compression")]
         found += [(damaged_input(stage, "priors/transformer/prior.safetensors", how), 5) for stage in FOLDERS]

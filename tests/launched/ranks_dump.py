@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from commands import commands, stay_joined  # a script's folder is first on sys.path
-
 from torch.distributed.tensor import DTensor
 
 from configs.errors import run_entry

@@ -13,6 +13,7 @@ import safetensors.numpy
 import torch
 
 from configs.errors import UserError
+from configs.run_dir import read_summed_json, write_json
 from stage2_prior.codes.store import CodeStore, Manifest, smallest_dtype, write_manifest, write_shard
 
 ROWS, VARIANTS = 25, 2
@@ -108,7 +109,7 @@ def test_files_of_format_1_are_read(tmp_path: Path) -> None:
     """As they were written before shards had a stated size: 65,536 rows a file, and no sums."""
     codes, labels = levels(), torch.randint(3, (ROWS,))
     folder = written(tmp_path / "train", codes, labels)
-    content = json.loads((folder / "manifest.json").read_text())
+    content = read_summed_json(folder / "manifest.json")
     del content["rows_per_shard"], content["sha256"]
     (folder / "manifest.json").write_text(json.dumps({**content, "format": 1}))
     store = CodeStore(folder, "f" * 64)
@@ -122,6 +123,7 @@ def test_files_of_format_1_are_read(tmp_path: Path) -> None:
         ("another tokenizer", "expected codes of the run's tokenizer 000000000000, found codes of ffffffffffff"),
         ("no manifest", r"manifest\.json: expected a JSON file, found nothing"),
         ("broken manifest", r"manifest\.json: expected JSON"),
+        ("another bit", r"manifest\.json: expected JSON as it was written"),
         ("foreign manifest", r"manifest\.json: expected a manifest of format 2"),
         ("no codes", r"codes-00000-of-00001\.safetensors: expected a file of codes, found nothing"),
         ("truncated codes", r"codes-00000-of-00001\.safetensors: expected a file of codes, found a truncated"),
@@ -135,6 +137,8 @@ def test_what_does_not_fit_is_refused(damage: str, message: str, tmp_path: Path)
         manifest.unlink()
     elif damage == "broken manifest":
         manifest.write_text("{")
+    elif damage == "another bit":
+        manifest.write_text(manifest.read_text().replace('"rows": 25', '"rows": 24'))
     elif damage == "foreign manifest":
         manifest.write_text(json.dumps({"rows": 3}))
     elif damage == "no codes":
@@ -157,8 +161,7 @@ def test_what_became_of_codes_since_they_were_written_is_found(known: bool, tmp_
     content["level1"][3, 0, 1, 1] = 7
     safetensors.numpy.save_file(content, path)
     if not known:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": []}))
+        write_json(folder / "manifest.json", {**read_summed_json(folder / "manifest.json"), "sha256": []})
     store = CodeStore(folder)
     with pytest.raises(UserError, match="as it was written" if known else "expected codes of level 1 below 7, found 7"):
         store.verify()

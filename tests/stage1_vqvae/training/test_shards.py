@@ -1,0 +1,114 @@
+"""Weights shared out over three processes (launched/shards.py), their checkpoints, and what one process makes of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from configs.errors import UserError
+from configs.schema import Compute
+from stage1_vqvae.training.checkpoint import Checkpoints
+from stage1_vqvae.training.optimizer import adamw, load_moments_, moments
+from stage1_vqvae.training.processes import asked_to_shard, start
+from tests.conftest import Script
+from tests.launched.shards import net
+
+RANKS = range(3)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, script: Script) -> tuple[Path, list[str]]:
+    """Checkpoints of steps 2 and 3, and what the processes said."""
+    folder = tmp_path_factory.mktemp("shards")
+    done = script("tests/launched/shards.py", folder, processes=len(RANKS))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout.splitlines()
+
+
+def alone(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The same steps by one process."""
+    model = net()
+    optimizer = adamw(model, 1e-2, 0.1, beta2=0.95)
+    for _ in range(steps):
+        model(torch.arange(4) % 3).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def read(folder: Path, stage: str = "stage 2") -> tuple[dict[str, Any] | None, torch.nn.Module, torch.optim.Optimizer]:
+    model = net()
+    optimizer = adamw(model, 1e-2, 0.1, beta2=0.95)
+    into = {"model": model.state_dict(), "optimizer": moments(model, optimizer)}
+    return Checkpoints(folder, stage, 2, Accelerator(cpu=True)).load_latest(into), model, optimizer
+
+
+def test_one_process_reads_what_three_have_written(saved: tuple[Path, list[str]]) -> None:
+    state, model, optimizer = read(saved[0])
+    assert state is not None
+    assert state["step"] == 3
+    assert state["best"] == {"step": 3, "bits": float("inf")}
+    model.load_state_dict(state["model"])
+    load_moments_(model, optimizer, state["optimizer"])
+    whole = torch.load(saved[0] / "expected.pt")
+    expected, stepped = alone(3)
+    for (name, weight), (_, reference) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(weight, whole[name])
+        assert torch.allclose(weight, reference, atol=1e-6)
+        assert optimizer.state[weight]["step"] == 3
+        assert torch.allclose(optimizer.state[weight]["exp_avg_sq"], stepped.state[reference]["exp_avg_sq"], atol=1e-6)
+
+
+def test_what_goes_wrong_on_one_is_said_by_all_and_leaves_the_checkpoints(saved: tuple[Path, list[str]]) -> None:
+    """A disk that is full, and a weight that is not finite: others do not wait, and nothing half written stays in the way."""
+    said = saved[1]
+    for rank in RANKS:
+        assert f"{rank} on the disk: ['step-000000002.shards', 'step-000000003.shards']" in said
+        assert any(line.startswith(f"{rank} full: [Errno 28] No space left on device: ") and "step-000000004" in line for line in said)
+        broken = "step 5: expected finite weights, found others in 1.weight; the checkpoint before is kept"
+        assert f"{rank} broken: {broken}" in said
+    assert sorted(path.name for path in saved[0].glob("step-*")) == ["step-000000002.shards", "step-000000003.shards"]
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut", "a file less", "its list", "no list"])
+def test_damaged_shards_are_put_aside_for_the_checkpoint_before(
+    damage: str, saved: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    newest = folder / "step-000000003.shards"
+    path = newest / "checkpoint.json" if "list" in damage else sorted(newest.glob("*.safetensors"))[-1]
+    content = bytearray(path.read_bytes())
+    if damage == "a bit":
+        content[-1] ^= 1
+    elif damage == "its list":
+        content[content.index(b'"step": 3') + 8] ^= 1  # another digit
+    path.write_bytes(content[: -100 if damage == "cut" else None])
+    if damage in ("a file less", "no list"):
+        path.unlink()
+    state, *_ = read(folder)
+    assert state is not None
+    assert state["step"] == 2
+    assert "put aside as step-000000003.shards.damaged" in capsys.readouterr().out
+
+
+def test_shards_of_something_else_are_refused(saved: tuple[Path, list[str]]) -> None:
+    with pytest.raises(UserError, match=r"step-000000003\.shards: expected a checkpoint of stage 1, .* found one of stage 2"):
+        read(saved[0], "stage 1")
+
+
+def test_a_launcher_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `accelerate launch` does for a configuration that says FSDP; Accelerate itself must not shard too."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("stage1_vqvae.training.processes._Command.launched_sharded", False)
+    accelerator = start(Compute(threads=1))
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert not asked_to_shard(accelerator, Compute())  # one process alone
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    assert asked_to_shard(accelerator, Compute())
+    assert not asked_to_shard(accelerator, Compute(sharded=False))
