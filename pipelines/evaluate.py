@@ -14,6 +14,7 @@ with what, and pictures.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from pipelines.images.scoring import ScoringPrior, scoring_prior
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
-from stage1_vqvae.features.classifier import run_classifier
-from stage1_vqvae.features.networks import feature_network
+from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
+from stage1_vqvae.features.networks import AUTO, feature_network
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
@@ -60,20 +61,24 @@ def main(argv: list[str] | None = None) -> None:
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
         # First what can be missing, then what takes its time.
         source = images(command, progress=folder is not None)
-        assessor = None
+        asked = (config.features, config.weights, run.path, source, accelerator.device)
+        network = None
         if folder is not None:
             lpips_at_hand()
-            network = feature_network(config.features, config.weights, run.path, source, accelerator.device)
-            if network.instead_of is not None:
-                print(network.instead_of)
-            assessor = Assessor(tokenizer, network, source, config)
+            # Nobody waits here for one that has to be trained, nor for auto to look for Inception, which has another to fall back on.
+            with suppress(NotMadeYetError):
+                network = None if config.features == AUTO else feature_network(*asked, may_train=False)
         samples = None
         if options.samples is not None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
         elif options.prior is not None or run.last_prior() is not None:
             samples = drawn(command, accelerator, tokenizer)
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
-        if folder is not None and assessor is not None:
+        if folder is not None:
+            network = network or feature_network(*asked)
+            if network.instead_of is not None:
+                print(network.instead_of)
+            assessor = Assessor(tokenizer, network, source, config)
             found = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))

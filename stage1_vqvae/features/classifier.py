@@ -68,10 +68,14 @@ Examples = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From rows (B,) and the step to images (B, C, h, w) in [-1, 1] and the classes (B,) to tell."""
 
 
-def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed: int = 0) -> Classifier:
+class NotMadeYetError(LookupError):
+    """A network that would have to be trained first."""
+
+
+def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed: int = 0, may_train: bool = True) -> Classifier:
     """The folder's classifier of a run's own classes, in eval mode; trained first, if it is not there yet.
 
-    Errors: UserError for a source without labels.
+    Errors: UserError for a source without labels; NotMadeYetError if it may not be trained.
     """
     train = source.splits[TRAIN]
     if train.labels is None or source.label_names is None:
@@ -83,14 +87,14 @@ def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed
         variants = torch.randint(num_variants("shift"), rows.shape, generator=generator(seed, "variants", step))
         return make_variants(to_model(train.pixels[rows].to(device)), "shift", variants), labels[rows].to(device)
 
-    return _kept(folder, CLASSIFIER, source.label_names, train, examples, device, seed)
+    return _kept(folder, CLASSIFIER, source.label_names, train, examples, device, seed, may_train)
 
 
-def run_rotation(folder: Path, source: ImageSource, device: torch.device, seed: int = 0) -> Classifier:
+def run_rotation(folder: Path, source: ImageSource, device: torch.device, seed: int = 0, may_train: bool = True) -> Classifier:
     """The folder's network that tells by how many quarter turns an image was turned, in eval mode; trained first, if it is not there.
 
     Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations". It is trained on the largest centred
-    square of each image, and takes images of any shape.
+    square of each image, and takes images of any shape. Errors: NotMadeYetError if it may not be trained.
     """
     train = source.splits[TRAIN]
     height, width = train.pixels.shape[1:3]
@@ -103,10 +107,19 @@ def run_rotation(folder: Path, source: ImageSource, device: torch.device, seed: 
         turned = torch.stack([images.rot90(quarter, (2, 3)) for quarter in range(4)])
         return turned[turns, torch.arange(len(rows), device=device)], turns
 
-    return _kept(folder, ROTATION, [f"{90 * quarter} degrees" for quarter in range(4)], train, examples, device, seed)
+    return _kept(folder, ROTATION, [f"{90 * quarter} degrees" for quarter in range(4)], train, examples, device, seed, may_train)
 
 
-def _kept(folder: Path, kind: str, names: list[str], train: ImageSplit, examples: Examples, device: torch.device, seed: int) -> Classifier:
+def _kept(
+    folder: Path,
+    kind: str,
+    names: list[str],
+    train: ImageSplit,
+    examples: Examples,
+    device: torch.device,
+    seed: int,
+    may_train: bool,
+) -> Classifier:
     """The network in the folder's file, or a new one, trained on examples and written there."""
     path = kept_at(folder, kind)
     # Whether it is read or trained, nobody else's first weights depend on it.
@@ -121,6 +134,8 @@ def _kept(folder: Path, kind: str, names: list[str], train: ImageSplit, examples
                 f"{RunDir.show(path)}: expected a {kind} network of this run's labels and images, found another; remove the file"
             )
         classifier.load_state_dict(weights)
+    elif not may_train:
+        raise NotMadeYetError(kind)
     else:
         fit(classifier.to(device), kind, len(train), order_of(train.pixels, _BATCH, seed), examples)
         save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})

@@ -106,6 +106,7 @@ def feature_network(
     device: torch.device,
     seed: int = 0,
     asked_by: str | None = None,
+    may_train: bool = True,
 ) -> FeatureNetwork:
     """The network of that name, as a recipe names it.
 
@@ -117,11 +118,12 @@ def feature_network(
         device: where it is to run.
         seed: of the training of those.
         asked_by: key of the recipe that names the network, for messages; None: evaluation.
-    Errors: UserError for a name there is not, or weights that are missing or another network's.
+        may_train: whether one that is not there yet is made.
+    Errors: UserError for a name there is not, or weights that are missing or another network's; NotMadeYetError.
     """
     if asked_by is not None:
         try:
-            return feature_network(name, weights, folder, source, device, seed)
+            return feature_network(name, weights, folder, source, device, seed, may_train=may_train)
         except UserError as error:
             raise UserError(f"{asked_by}: {error}") from None
     if name == AUTO:
@@ -131,11 +133,11 @@ def feature_network(
             if weights is not None:
                 raise
             missing = f"{error}; until then images are compared by --features {ROTATION}, whose distances are no FID"
-            return replace(feature_network(ROTATION, None, folder, source, device, seed), instead_of=missing)
+            return replace(feature_network(ROTATION, None, folder, source, device, seed, may_train=may_train), instead_of=missing)
     if name in (CLASSIFIER, ROTATION):
         if weights is not None:
             raise UserError(f"weights: expected none for {name}, which is made from the run's own images, found {weights}")
-        made = (run_classifier if name == CLASSIFIER else run_rotation)(folder, source, device, seed)
+        made = (run_classifier if name == CLASSIFIER else run_rotation)(folder, source, device, seed, may_train)
         return _made_here(name, made, kept_at(folder, name), device)
     if name == INCEPTION:
         return _inception(weights, device)

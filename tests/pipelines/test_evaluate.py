@@ -16,12 +16,15 @@ import torch
 import torchvision
 
 from configs.cli import load_recipe
+from configs.errors import UserError
 from configs.run_dir import RunDir, write_yaml
+from pipelines import evaluate as evaluation
 from pipelines.evaluate import main, trained_by
 from pipelines.images.inputs import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
+from stage1_vqvae.features import classifier
 from stage1_vqvae.features.classifier import labels_found, run_classifier
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
@@ -55,6 +58,20 @@ def run_copy(judged_run: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def source(judged_run: Path) -> ImageSource:
     return load_images(load_recipe(judged_run / "recipe.yaml").data)
+
+
+def test_nobody_waits_for_a_network_that_is_made_on_the_spot(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other processes are let go before it is trained; that it cannot be is said before anything is drawn."""
+    (run_copy / "classifier.safetensors").unlink()
+    order: list[str] = []
+    for module, name in ((evaluation, "finish"), (classifier, "fit")):
+        call = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, call=call, name=name: order.append(name) or call(*given))
+    evaluated(run_copy, *OWN, "--n", "4")
+    assert order == ["finish", "fit"]
+    monkeypatch.setattr(evaluation, "drawn", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError, match="features resnet18: expected a file of its weights"):
+        main(["--run", str(run_copy), "--features", "resnet18"])
 
 
 def test_it_says_what_was_compared_with_what(judged_run: Path, source: ImageSource) -> None:
