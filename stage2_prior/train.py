@@ -14,7 +14,6 @@ level has its own, of whatever kinds, they are joined to a prior of all of them 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import sys
@@ -31,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
-from configs.schema import Recipe, Stage2
+from configs.schema import Compute, Recipe, Stage2
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.metrics import compression_ratio
 from stage1_vqvae.model import load_tokenizer
@@ -48,7 +47,7 @@ from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
 from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
-from stage1_vqvae.training.sharding import shard_, whole
+from stage1_vqvae.training.sharding import shard_, whole, without_weights
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
@@ -331,7 +330,7 @@ class Begun(NamedTuple):
 
 
 def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, level: int | None) -> Begun:
-    """The prior with its first weights, its optimiser and its average, shared out over the processes if they are asked to."""
+    """The prior with its first weights, its optimiser and its average."""
     config = recipe.stage2
     torch.manual_seed(derived_seed(config.seed, "weights"))
     try:
@@ -339,14 +338,20 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
     except ValueError as error:  # of fields that do not fit the levels there are
         raise UserError(str(error)) from None
     prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
+    return begun(accelerator, prior, config, recipe.compute)
+
+
+def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, compute: Compute) -> Begun:
+    """A prior and what is trained with it, shared out over the processes if they are asked to."""
     for module in prior.modules():
         if isinstance(module, AutoregressivePrior):
             module.checkpointing = config.gradient_checkpointing
-    sharded = asked_to_shard(accelerator, recipe.compute)
-    averaged = copy.deepcopy(prior).requires_grad_(False) if sharded else None
+    sharded = asked_to_shard(accelerator, compute)
+    averaged = without_weights(prior) if sharded else None
     if averaged is not None:
         shard_(accelerator, prior, prior.units())
         shard_(accelerator, averaged, averaged.units(), learns=False)
+        averaged.load_state_dict({name: weight.clone() for name, weight in prior.state_dict().items()}, assign=True)
     optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
     model, optimizer = (prior, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(prior, optimizer)
     return Begun(prior, model, optimizer, WeightAverage(prior, config.weight_average, shared=(), copied=averaged))

@@ -6,8 +6,9 @@ Accelerate's own sharding is not used: it takes no processes on a CPU, where all
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module], learns: bool = True) -> None:
@@ -49,6 +52,12 @@ def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module
             return forward(*given, **named)
 
     model.forward = under_autocast
+
+
+def without_weights(model: Model) -> Model:
+    """A copy of a model that takes no memory for its weights, and does not learn: to be shared out, and then to be given some."""
+    memo: dict[int, Any] = {id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=False) for weight in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def own_part(tensor: Tensor) -> Tensor:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
 
 from configs.errors import UserError
+from configs.run_dir import REPOSITORY
 from configs.schema import Compute
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.optimizer import adamw, load_moments_, moments
@@ -104,7 +107,12 @@ def test_shards_of_something_else_are_refused(saved: tuple[Path, list[str]]) -> 
 
 def test_a_launcher_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `accelerate launch` does for a configuration that says FSDP; Accelerate itself must not shard too."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    typed = ["--config_file", str(REPOSITORY / "configs/accelerate/fsdp.yaml"), "stage2_prior/train.py"]
+    launched, *_ = _validate_launch_command(launch_command_parser().parse_args(typed))
+    for name, value in prepare_multi_gpu_env(launched).items():
+        if "FSDP" in name:
+            monkeypatch.setenv(name, value)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
     monkeypatch.setattr("stage1_vqvae.training.processes._Command.launched_sharded", False)
     accelerator = start(Compute(threads=1))
     assert "ACCELERATE_USE_FSDP" not in os.environ
