@@ -219,9 +219,14 @@ class RunDir:
         """Whether it is a run. Errors: UserError for a path that is something else."""
         if self.recipe.is_file():
             return True
-        if self.path.exists() and (not self.path.is_dir() or any(path.name != _LOCK for path in self.path.iterdir())):
+        nothing = {self.path / _LOCK, *self._unfinished_recipes()}
+        if self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - nothing):
             raise UserError(f"{self}: expected a run (a folder with recipe.yaml) or nothing, found something else")
         return False
+
+    def _unfinished_recipes(self) -> list[Path]:
+        """Of a first command that was killed while it wrote the recipe."""
+        return list(self.path.glob(f"{self.recipe.name}.tmp-*"))
 
     @staticmethod
     def begun(folder: Path) -> bool:
@@ -300,6 +305,8 @@ class RunDir:
         except Timeout:
             raise UserError(f"{self}: another command is writing into this run; wait for it, or name another with --run") from None
         try:
+            for part in self._unfinished_recipes():
+                part.unlink()
             yield
         finally:
             lock.release()

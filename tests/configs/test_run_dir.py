@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from configs.run_dir import REPOSITORY, RunDir, new_folder, read_json, replace_folder, write_bytes, write_json
+from configs.run_dir import (
+    REPOSITORY,
+    RunDir,
+    new_folder,
+    read_json,
+    read_summed_json,
+    replace_folder,
+    write_bytes,
+    write_json,
+    write_summed_json,
+)
 
 
 def test_a_bare_name_lies_in_the_repositorys_runs_and_a_path_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +82,14 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
             RunDir(path).exists()
 
 
+def test_a_recipe_that_was_being_written_when_its_command_was_killed_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml.tmp-7").touch()
+    run = RunDir(tmp_path)
+    assert not run.exists()
+    with run.lock():
+        assert os.listdir(tmp_path) == [".lock"]
+
+
 def test_two_commands_cannot_write_into_one_run(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with run.lock(), pytest.raises(UserError, match="another command is writing"), RunDir(tmp_path).lock():
@@ -131,3 +149,14 @@ def test_json_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
     write_json(tmp_path / "a.json", {"a": [1]})
     assert read_json(tmp_path / "a.json") == {"a": [1]}
+
+
+def test_json_that_has_changed_since_it_was_written_is_named(tmp_path: Path) -> None:
+    path, content = tmp_path / "a.json", {"grids": [(2, 3)], "bits": float("inf"), "of": {"step": 3}}
+    write_summed_json(path, content)
+    assert read_summed_json(path) == {**content, "grids": [[2, 3]]}
+    path.write_text(path.read_text().replace('"step": 3', '"step": 2'))
+    with pytest.raises(UserError, match=r"a\.json: expected JSON as it was written"):
+        read_summed_json(path)
+    write_json(path, content)  # as before there were sums
+    assert read_summed_json(path)["of"] == {"step": 3}

@@ -1,0 +1,135 @@
+"""What large priors would take on many GPUs: memory a GPU, bytes that it sends a step, images a second. Computed, not measured.
+
+    python benchmarks/large_priors.py
+
+From the parameters of the models themselves; from what a layer keeps for its backward pass, measured here; from what is sent, by the
+formulas that `benchmarks/sharding.py` checks; and from the GPU and the network that the constants below describe.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from configs.parts import part_from
+from stage1_vqvae.attention import rotations
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.transformer import Block
+
+_CODES, _SIDE, _CLASSES, _VARIANTS, _BATCH = 16384, 16, 1000, 10, 256  # those of configs/imagenet256.yaml
+_TOKENS = _SIDE**2
+_MACHINE = 8  # GPUs that one machine has
+# An H100 SXM: dense bf16 operations a second, and bytes a second that it sends to those of its machine (NVIDIA's data sheet: half of what
+# NVLink carries in both directions). A ring through all GPUs leaves each machine once, by eight ports of 400 Gbit/s together.
+_PEAK, _NVLINK, _PORTS = 989e12, 450e9, 8 * 50e9
+# The share of the peak that large transformers are trained at (nanoGPT, Llama 3: 38 to 43 % of it), an assumption.
+_REACHED = 0.4
+
+SIZES = {"L": {"preset": "L"}, "3B": {"layers": 24, "width": 3200, "heads": 32}}
+
+
+class Pieces(NamedTuple):
+    """Of what a prior consists."""
+
+    layers: int
+    width: int
+    in_layers: int
+    """Parameters."""
+    others: int
+    """Parameters of no layer."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.in_layers + self.others
+
+
+def pieces(size: dict[str, Any]) -> Pieces:
+    """Of a transformer of that size, built without memory for it."""
+    part = part_from("prior", {"kind": "transformer", **size})
+    with torch.device("meta"):
+        prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), _CLASSES, _VARIANTS)
+    whole = sum(parameter.numel() for parameter in prior.parameters())
+    inside = sum(parameter.numel() for unit in prior.units() for parameter in unit.parameters())
+    return Pieces(len(prior.units()), part.sizes().width, inside, whole - inside)
+
+
+def kept_by_a_layer(width: int = 256, heads: int = 4, side: int = 8) -> float:
+    """Bytes a token and channel that a layer keeps for its backward pass under bf16 autocast, measured: what one image more takes."""
+    block, layout = Block(width, heads, 0.0), SequenceLayout([(side, side)], [2])
+    turned = rotations(layout.centres(), width // heads)
+
+    def kept(images: int) -> int:
+        found: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            block(torch.randn(images, side**2, width, requires_grad=True), turned)
+        return sum(found.values())
+
+    return (kept(3) - kept(2)) / (side**2 * width)
+
+
+def memory(of: Pieces, gpus: int, kept: float, checkpointing: bool, shards: bool) -> float:
+    """Bytes a GPU."""
+    tokens = _TOKENS * _BATCH / gpus
+    # Weight, gradient, two moments, the average of weights, and its best; of copies DDP has each gradient twice, and the best is elsewhere.
+    own = of.parameters * 24 / gpus if shards else of.parameters * (20 + 4)
+    # What is in no layer is whole for a step, and so is its gradient; of two layers the weights in bf16, and one's gradient in both.
+    gathered = of.others * 8 + of.in_layers / of.layers * (2 * 2 + 6) if shards else 0
+    of_layers = of.width * tokens * (4 * of.layers + kept if checkpointing else kept * of.layers)
+    logits = tokens * _CODES * (2 + 4 + 4 + 4 + 2)
+    return own + gathered + of_layers + logits
+
+
+def sent(of: Pieces, gpus: int, shards: bool) -> float:
+    """Bytes that a GPU sends a step."""
+    others = (gpus - 1) / gpus
+    if not shards:
+        return others * 8 * of.parameters
+    # Layers are gathered in bf16 for the forward and for the backward pass, the rest once in float32; gradients are added in float32.
+    return others * (2 * 2 * of.in_layers + 4 * of.others + 4 * of.parameters)
+
+
+def seconds(of: Pieces, gpus: int, checkpointing: bool, shards: bool) -> tuple[float, float]:
+    """Of a step: of operations, and of what is sent, while those go on."""
+    tokens = _TOKENS * _BATCH / gpus
+    products = of.in_layers + _CODES * of.width
+    a_token = 6 * products + 6 * of.layers * _TOKENS * of.width  # causal attention: half of all pairs
+    again = 2 * of.in_layers if checkpointing else 0
+    wire = _NVLINK if gpus <= _MACHINE else _PORTS
+    return tokens * (a_token + again) / (_PEAK * _REACHED), sent(of, gpus, shards) / wire
+
+
+def main() -> None:
+    """Print the table."""
+    kept = kept_by_a_layer()
+    print(f"a layer keeps {kept:.1f} bytes a token and channel (measured)\n")
+    print("| prior | GPUs | how | memory a GPU | sent a step | of operations | of sending | images a second |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, size in SIZES.items():
+        of = pieces(size)
+        for gpus in (8, 64):
+            for shards in (False, True):
+                for checkpointing in (False, True):
+                    compute, wire = seconds(of, gpus, checkpointing, shards)
+                    cells = (
+                        f"{name}, {of.parameters / 1e6:,.0f} M",
+                        str(gpus),
+                        f"{'in shards' if shards else 'copies'}{', checkpointing' if checkpointing else ''}",
+                        f"{memory(of, gpus, kept, checkpointing, shards) / 1e9:.1f} GB",
+                        f"{sent(of, gpus, shards) / 1e9:.1f} GB",
+                        f"{compute * 1e3:,.0f} ms",
+                        f"{wire * 1e3:,.0f} ms",
+                        f"{_BATCH / max(compute, wire):,.0f}",
+                    )
+                    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
