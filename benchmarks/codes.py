@@ -40,7 +40,7 @@ from stage1_vqvae.training.randomness import DataOrder
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.extract_codes import extract
 from stage2_prior.priors.prior_file import build_prior
-from stage2_prior.train import take_step
+from stage2_prior.steps import take_step
 
 _BATCH = 64
 

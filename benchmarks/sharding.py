@@ -27,7 +27,7 @@ from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.randomness import DataOrder
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
-from stage2_prior.train import begun, take_step
+from stage2_prior.steps import begun, take_step
 
 _ROWS, _STEPS, _UNTIMED = 64, 6, 2
 

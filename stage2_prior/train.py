@@ -18,43 +18,38 @@ import dataclasses
 import re
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
-from configs.schema import Compute, Recipe, Stage2
+from configs.schema import Recipe
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.metrics import compression_ratio
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import training_graph
-from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.batching import check_divides, share_of_step
+from stage1_vqvae.training.batching import check_divides
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw, clip_, load_moments_, moments, muon
-from stage1_vqvae.training.processes import asked_to_shard, finish, start, summed
+from stage1_vqvae.training.optimizer import load_moments_, moments
+from stage1_vqvae.training.processes import finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator, seed_layers
+from stage1_vqvae.training.randomness import DataOrder, derived_seed
 from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
-from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
-from stage1_vqvae.training.sharding import shard_, whole, without_weights
+from stage1_vqvae.training.schedule import scheduled_rate
+from stage1_vqvae.training.sharding import whole
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.joining import join_levels
 from stage2_prior.likelihood.bits import bits, measure
 from stage2_prior.likelihood.tables import likelihood_report, turned_at, write_report
-from stage2_prior.priors.contract import AutoregressivePrior, code_losses
 from stage2_prior.priors.prior_file import (
     UNIFORM,
     PriorHeader,
@@ -63,6 +58,7 @@ from stage2_prior.priors.prior_file import (
     read_prior_header,
     save_prior,
 )
+from stage2_prior.steps import Begun, begun, best_weights, take_step
 
 _MAY_CHANGE = (
     *("stage2.steps", "stage2.lr", "stage2.clip_norm", "stage2.gradient_checkpointing"),
@@ -296,6 +292,7 @@ def train(
                 checkpoints.wait()
                 of_all, _, of = name.partition("/level")
                 which = f"--name {of_all}" + (f" --level {of}" if of else "")
+                which += " --compute.sharded true" if recipe.compute.sharded else ""
                 say(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} {which}")
                 finish(accelerator)
                 sys.exit(stop.exit_code)
@@ -319,16 +316,6 @@ def _level_of(name: str) -> int | None:
     return int(level) - 1 if level else None
 
 
-class Begun(NamedTuple):
-    """What is trained."""
-
-    prior: AutoregressivePrior
-    model: Any
-    """The same as the processes train it together."""
-    optimizer: Any
-    average: WeightAverage[AutoregressivePrior]
-
-
 def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, level: int | None) -> Begun:
     """The prior with its first weights, its optimiser and its average."""
     config = recipe.stage2
@@ -339,54 +326,6 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
         raise UserError(str(error)) from None
     prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
     return begun(accelerator, prior, config, recipe.compute)
-
-
-def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, compute: Compute) -> Begun:
-    """A prior and what is trained with it, shared out over the processes if they are asked to."""
-    for module in prior.modules():
-        if isinstance(module, AutoregressivePrior):
-            module.checkpointing = config.gradient_checkpointing
-    sharded = asked_to_shard(accelerator, compute)
-    averaged = without_weights(prior) if sharded else None
-    if averaged is not None:
-        shard_(accelerator, prior, prior.units())
-        shard_(accelerator, averaged, averaged.units(), learns=False)
-        averaged.load_state_dict({name: weight.clone() for name, weight in prior.state_dict().items()}, assign=True)
-    optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
-    model, optimizer = (prior, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(prior, optimizer)
-    return Begun(prior, model, optimizer, WeightAverage(prior, config.weight_average, shared=(), copied=averaged))
-
-
-def best_weights(model: AutoregressivePrior) -> dict[str, Tensor]:
-    """A copy of a model's weights: on the CPU, but where they are shared out and small."""
-    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
-    return {name: weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True) for name, weight in weights.items()}
-
-
-def take_step(
-    accelerator: Accelerator, model: Any, optimizer: Any, training: CodeStore, order: DataOrder, config: Stage2, step: int
-) -> tuple[Tensor, Tensor]:
-    """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token, and the norm () of all
-    processes' gradient before clipping.
-    """
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    prior = accelerator.unwrap_model(model, keep_torch_compile=False)
-    set_learning_rate(optimizer, scheduled_rate(config, step))
-    rows = order.batch(step)
-    step_loss = torch.zeros((), device=accelerator.device)
-    for micro_step in range(config.accumulation):
-        share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-        codes, *given = training_codes(accelerator, prior.num_classes, training, rows, share, config, step)
-        seed_layers(config.seed, step, micro_step, rank)
-        last = micro_step == config.accumulation - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            loss = torch.cat(code_losses(model(codes, *given), codes[prior.levels]), 1).mean() / config.accumulation
-            accelerator.backward(loss)
-        step_loss += loss.detach()
-    norm = clip_(accelerator, model, config.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return step_loss, norm
 
 
 def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
@@ -427,21 +366,6 @@ def write_results(
     raw, indices, coded = likelihood["bits_per_image"].values()
     print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {compression_ratio(raw, coded):.1f}")
     print(f"wrote {run.show(folder / 'prior.safetensors')}; beside it likelihood.md, likelihood.png, training.png")
-
-
-def training_codes(
-    accelerator: Accelerator, num_classes: int, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
-) -> tuple[Codes, Tensor | None, Tensor]:
-    """This micro-step's codes (b, h, w) a level, labels and variants (b,): which variant and whose label is hidden is drawn for
-    (seed, step, number in the batch).
-    """
-    variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
-    codes = tuple(level.to(accelerator.device) for level in training.codes(rows[share], variants))
-    variants = variants.to(accelerator.device)
-    if num_classes == 0 or training.labels is None:
-        return codes, None, variants
-    hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-    return codes, training.labels[rows[share]].masked_fill(hidden[share], num_classes).to(accelerator.device), variants
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "priors": {"codes"},
         "likelihood": {"codes", "priors"},
         "generate": {"codes", "priors"},
+        "steps": {"codes", "priors"},
         "joining": {"codes", "priors", "likelihood"},
     },
     "pipelines": {
