@@ -48,7 +48,7 @@ if STEPS == 50:
 # Those of a prior alone: by processes that share its weights out.
 WAYS_OF_PRIORS = {**WAYS, "shards": (2, 1, None), "shards, then one": (1, 1, "shards")}
 if STEPS == 50:
-    WAYS_OF_PRIORS |= {"shards in parts": (2, 2, None), "one, then shards": (2, 1, "one"), "shards, then three shards": (3, 1, "shards")}
+    WAYS_OF_PRIORS |= {"shards in parts": (2, 2, None), "one, then shards": (2, 1, "one"), "shards, then four": (4, 1, "shards")}
 # An entropy term needs the whole batch at once.
 KINDS_OF = {way: [kind for kind in RUNS if parts == 1 or kind not in ("gradient_entropy", "lfq")] for way, (_, parts, _) in WAYS.items()}
 
@@ -140,7 +140,7 @@ def priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, tiny_re
     extract_codes(["--run", str(two)])
     for way, (processes, parts, from_way) in WAYS_OF_PRIORS.items():
         runs: list[object] = []
-        sharded = ["--compute.sharded", "true"] if "shards" in way and processes > 1 else []
+        sharded = ["--compute.sharded", "true"] if "shards" in way and way != "shards, then one" else []
         for number, kind in enumerate(PRIORS):
             settings: list[object] = ["--run", two, "--level", "2"]
             if kind in PRIOR_KINDS:
