@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -261,6 +261,8 @@ class RunDir:
             yield folder
         except BaseException:
             shutil.rmtree(folder)
+            with suppress(OSError):  # others' outputs are in it
+                folder.parent.rmdir()
             raise
 
     @staticmethod
@@ -270,7 +272,7 @@ class RunDir:
         while True:
             path = parent / f"{number:03d}"
             try:
-                path.mkdir()
+                path.mkdir(parents=True)  # a command that failed may just have removed the empty parent
                 return path
             except FileExistsError:  # another command took it in this moment
                 number += 1

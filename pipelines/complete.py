@@ -25,11 +25,9 @@ from torch import Tensor
 from configs.cli import parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, write_json
-from pipelines.images.drawing import check_guidance, chosen_prior, draw_images
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, labels_for
-from stage1_vqvae.model import VQVAE, load_tokenizer
+from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
-from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import finish, start
 
 _GREY = 128
@@ -46,25 +44,22 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
-    tokenizer = load_tokenizer(run, accelerator.device)
+    generator = generator_of(command, accelerator, options.prior)
+    tokenizer = generator.tokenizer
     _, *size = tokenizer.image_shape
     rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
     kept = rows_of_pixels(rows, *size) if rows is not None else mask_in(options, *size)
-    chosen = chosen_prior(command, accelerator)
     images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process).spread(options.n)
     pixels, count = images.pixels, len(images.pixels)
     if count < options.n:
         say(f"--n {options.n}: there are {count} images")
-    labels = labels_for(options.label, images, chosen.header)
+    labels = labels_for(options.label, images, generator.header)
     repeated = None if labels is None else labels.repeat_interleave(options.continuations)
-    check_guidance(accelerator, config, repeated, chosen.header)
 
     with run.numbered("completions", accelerator.is_main_process) as folder:
         codes, reconstructions = encode_and_decode(tokenizer, pixels, config.batch_size)
         given = tuple(level.repeat_interleave(options.continuations, 0) for level in codes)
-        _, pictures = draw_images(
-            accelerator, tokenizer, chosen.prior, repeated, len(given[0]), options.seed, config, given, kept_codes(tokenizer, kept)
-        )
+        pictures = generator.continuations(given, kept, repeated, options.seed)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             continuations = pictures.view(count, options.continuations, *pictures.shape[1:])
@@ -80,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 "rows": tokenizer.grids[0][0],
                 "mask": options.mask,
                 "seed": options.seed,
-                **chosen.details,
+                **generator.origin,
                 "labels": None if labels is None else labels.tolist(),
             }
             write_json(folder / "completions.json", details)
@@ -133,12 +128,6 @@ def mask_in(options: Any, height: int, width: int) -> Tensor:
     if mask.shape != (height, width):
         raise UserError(f"--mask {options.mask}: expected {width} x {height} pixels, found {mask.shape[1]} x {mask.shape[0]}")
     return mask >= 128
-
-
-def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:
-    """Masks (h, w) a level, of the pixels (H, W) that are kept: of each grid, those codes that span no other pixel."""
-    height, width = kept.shape
-    return tuple(kept.view(h, height // h, w, width // w).all(3).all(1) for h, w in tokenizer.grids)
 
 
 def kept_part(pictures: Tensor, kept: Tensor) -> Tensor:

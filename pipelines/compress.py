@@ -14,31 +14,24 @@ Labels, where the prior knows them, are stored and save bits.
 
 from __future__ import annotations
 
-import copy
 import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, Command, parse
+from configs.cli import Command, parse
 from configs.data import Data
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
-from pipelines.codec.code_file import SUFFIX, Sizes, pack, run_fingerprint, unpack, with_stored
-from pipelines.codec.coder import decode
-from pipelines.codec.image_coder import EncodedImages, encode_images
-from pipelines.codec.pixels import decode_pixels
+from pipelines.codec.code_file import SUFFIX, Sizes
+from pipelines.codec.image_coder import EncodedImages
 from pipelines.images.inputs import Images, chosen_images, image_options, known_labels_for, unique_names
+from pipelines.of_command import generator_of
 from stage1_vqvae.metrics import psnr, squared_errors
-from stage1_vqvae.model import VQVAE, load_tokenizer
-from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.priors.contract import AutoregressivePrior
-from stage2_prior.priors.prior_file import UNIFORM, finished_prior, load_prior
+from stage2_prior.priors.prior_file import UNIFORM
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,35 +47,25 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
-    tokenizer = load_tokenizer(run, accelerator.device)
-    path = finished_prior(run, options.prior, command.next(TRAIN_PRIOR))
-    prior, header = load_prior(path, fingerprint(run.tokenizer), accelerator.device)
-    prior.double()
+    generator = generator_of(command, accelerator, options.prior)
     if options.lossless:
-        tokenizer.likelihood()
+        generator.tokenizer.likelihood()
     images = chosen_images(options, command.recipe.data, progress=True)
     if options.lossless:
         check_exact(images, command.recipe.data)
-        tokenizer.likelihood().check(images.pixels)
-    labels = known_labels_for(options.label, images, header)
+    labels = known_labels_for(options.label, images, generator.header)
 
     # Rows of a split are known by their number.
     names = None if images.below is None else unique_names(images.below)
-    made_by = run_fingerprint(run.tokenizer, path), path.parent.name
-    pixels, size, lossless = images.pixels, options.batch_size, options.lossless
-    encoded = encode_images(tokenizer, prior, pixels, labels, names, made_by, size, lossless, progress=True)
-    data, sizes = pack(encoded.content)
-    verify(data, encoded, prior)
-    if lossless:
-        verify_pixels(data, encoded.codes, tokenizer, pixels)
+    data, sizes, encoded = generator.compressed(images.pixels, labels, names, options.batch_size, options.lossless, progress=True)
 
     with run.numbered("compressed", output is None) as folder:
         output = output or (folder or run.path) / f"images{SUFFIX}"
         write_bytes(output, data)
         run.record(
-            program(), command.arguments, {"file": str(output), "prior": path.parent.name, "batch_size": encoded.content.coded.batch}
+            program(), command.arguments, {"file": str(output), "prior": generator.prior_name, "batch_size": encoded.content.coded.batch}
         )
-    (report_lossless if lossless else report)(command, output, sizes, pixels, encoded)
+    (report_lossless if options.lossless else report)(command, output, sizes, images.pixels, encoded)
     print(f"next: {command.next(typed('pipelines/decompress.py') + f' --file {shlex.quote(run.show(output))}')}")
     finish(accelerator)
 
@@ -113,30 +96,6 @@ def check_exact(images: Images, data: Data) -> None:
             if found.size != (data.width, data.height) or found.mode not in modes or found.has_transparency_data:
                 wanted = f"expected images of {data.width} x {data.height} in {' or '.join(modes)}, which come back as they are"
                 raise UserError(f"--lossless {path}: {wanted}, found {found.width} x {found.height} in {found.mode}")
-
-
-def verify(data: bytes, encoded: EncodedImages, prior: AutoregressivePrior) -> None:
-    """Read and decode the file's bytes, in smaller steps than they were encoded in, so that not all arithmetic is the same.
-
-    Errors: UserError if anything differs.
-    """
-    found, content = unpack(data, "the new file"), encoded.content
-    again = decode(prior, found.coded, found.labels, at_once=-(-found.coded.batch // 2), progress=True)
-    same = all(torch.equal(*level) for level in zip(again, encoded.codes, strict=True))
-    labels_same = (found.labels is None) == (content.labels is None)
-    if found.labels is not None and content.labels is not None:
-        labels_same = torch.equal(found.labels, content.labels)
-    if not (same and labels_same and found._replace(labels=None) == content._replace(labels=None)):
-        raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
-
-
-def verify_pixels(data: bytes, codes: Codes, tokenizer: VQVAE, pixels: Tensor) -> None:
-    """`verify` for the pixels of a lossless file. Errors: UserError if one differs."""
-    found, exact = unpack(data, "the new file").lossless, copy.deepcopy(tokenizer).double()
-    assert found is not None
-    again = decode_pixels(exact, codes, found.pixels, at_once=-(-found.pixels.batch // 2), progress=True)
-    if not torch.equal(with_stored(again, found.stored), pixels):
-        raise UserError("expected the new file to decode to the images, found something else; nothing was written")
 
 
 def report(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded: EncodedImages) -> None:

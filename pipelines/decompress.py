@@ -10,7 +10,6 @@ folders they were in, or the rows of the split. Without
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,18 +19,13 @@ import torch
 
 from configs.cli import parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import RunDir, program
-from pipelines.codec.code_file import CodeFile, run_fingerprint, unpack, with_stored
-from pipelines.codec.coder import decode
-from pipelines.codec.pixels import decode_pixels
-from stage1_vqvae.data.pixels import to_uint8
-from stage1_vqvae.model import load_tokenizer
+from configs.run_dir import program
+from pipelines.codec.code_file import check_made_by, unpack
+from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.priors.prior_file import load_prior
 
 
 @torch.no_grad()
@@ -48,27 +42,17 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are decoded one after another")
     content = unpack(read(file), str(file))
-    prior, _ = load_prior(prior_of(content, run, file), fingerprint(run.tokenizer), accelerator.device)
-    tokenizer = load_tokenizer(run, accelerator.device)
-    channels, height, width = tokenizer.image_shape
-    known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
-    if content.image_shape != (height, width, channels) or not known:
-        raise UserError(f"{file}: expected images and labels of run {run}, found a header that contradicts its fingerprint")
-    codes = decode(prior.double(), content.coded, content.labels, progress=True)
-    exact = None
-    if content.lossless is not None:
-        pixels = decode_pixels(copy.deepcopy(tokenizer).double(), codes, content.lossless.pixels, progress=True)
-        exact = with_stored(pixels, content.lossless.stored)
+    check_made_by(content, run, content.prior, str(file))
+    generator = generator_of(command, accelerator, content.prior)
+    codes, exact = generator.decompressed(content, str(file), progress=True)
 
     count = content.images
     names = content.names or [f"{row:0{max(5, len(str(count)))}d}" for row in range(count)]
     with run.numbered("decompressed", output is None) as numbered, _filled(numbered, output, names) as folder:
         with progress_bar(count, "write", "img") as bar:
             for part in batches(count, content.coded.batch):
-                if exact is not None:
-                    pictures = exact[part]
-                else:
-                    pictures = to_uint8(tokenizer.decode(tuple(level[part].to(accelerator.device) for level in codes))).cpu()
+                own = tuple(level[part] for level in codes)
+                pictures = generator.decode(own, output="tensor") if exact is None else exact[part]
                 for name, picture in zip(names[part], pictures, strict=True):
                     save_png(folder / f"{name}.png", picture)
                 bar.update(len(pictures))
@@ -88,18 +72,6 @@ def read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"--file {file}: expected a file that pipelines/compress.py wrote, found none ({error.strerror})") from None
-
-
-def prior_of(content: CodeFile, run: RunDir, file: Path) -> Path:
-    """The prior that coded the file. Errors: UserError if it is not this run's, or the tokenizer is not."""
-    path = run.prior(content.prior) / "prior.safetensors"
-    if not path.exists():
-        raise UserError(f"{file}: expected a file of run {run}, found one of a prior {content.prior} that it does not have")
-    expected = run_fingerprint(run.tokenizer, path)
-    if content.fingerprint != expected:
-        wanted = f"expected the fingerprint of run {run} with its prior {content.prior}, {expected.hex()[:12]}"
-        raise UserError(f"{file}: {wanted}, found {content.fingerprint.hex()[:12]}: another run's, or one trained anew since")
-    return path
 
 
 def _empty(path: Path) -> Path:

@@ -29,15 +29,15 @@ from configs.run_dir import RunDir, program, read_json, write_bytes, write_json
 from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
 from pipelines.evaluation.tables import markdown, notes, tables
-from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
 from pipelines.images.provenance import agrees, identity
 from pipelines.images.scoring import ScoringPrior, scoring_prior
+from pipelines.of_command import generator_of
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
 from stage1_vqvae.features.networks import AUTO, feature_network
-from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
 from stage1_vqvae.training.processes import finish, start
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.samples is not None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
         elif options.prior is not None or run.last_prior() is not None:
-            samples = drawn(command, accelerator, tokenizer)
+            samples = drawn(command, accelerator)
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None:
             network = network or feature_network(*asked)
@@ -107,18 +107,15 @@ def images(command: Command, progress: bool) -> ImageSource:
     return source
 
 
-def drawn(command: Command, accelerator: Accelerator, tokenizer: VQVAE) -> Samples:
+def drawn(command: Command, accelerator: Accelerator) -> Samples:
     """Samples of a prior of the run; complete on the main process alone."""
-    config, sampling = command.recipe.evaluation, command.recipe.sampling
-    chosen = chosen_prior(command, accelerator)
-    labels = labels_of(None, config.n, chosen.header)
-    check_guidance(accelerator, sampling, labels, chosen.header)
-    codes, pixels = draw_images(accelerator, tokenizer, chosen.prior, labels, config.n, config.seed, sampling)
-    names = chosen.header.label_names if chosen.header is not None else None
-    shown = None if labels is None or names is None else [names[label] for label in labels.tolist()]
+    config = command.recipe.evaluation
+    generator = generator_of(command, accelerator, command.options.prior)
+    codes, pixels, labels = generator.draw(config.n, seed=config.seed)
+    shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
     balance = "labels in turns" if shown else "no labels"
-    own = {"source": f"drawn from prior {chosen.name}, {balance}", "tokenizer_sha256": fingerprint(command.run.tokenizer)}
-    return Samples(pixels, codes, shown, own | chosen.details)
+    own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": fingerprint(command.run.tokenizer)}
+    return Samples(pixels, codes, shown, own | generator.origin)
 
 
 def given(command: Command, path: str, label_names: list[str] | None) -> Samples:

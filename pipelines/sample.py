@@ -23,8 +23,7 @@ from torch import Tensor
 from configs.cli import SUMMARY, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, write_bytes, write_json
-from pipelines.images.drawing import check_guidance, chosen_prior, draw_images, labels_of
-from stage1_vqvae.model import load_tokenizer
+from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import finish, start
@@ -44,22 +43,19 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
-    tokenizer = load_tokenizer(run, accelerator.device)
-    chosen = chosen_prior(command, accelerator)
-    header = chosen.header
-    labels = labels_of(options.label, options.n, header)
-    check_guidance(accelerator, config, labels, header)
+    generator = generator_of(command, accelerator, options.prior)
+    header, tokenizer = generator.header, generator.tokenizer
 
     # The folder comes first, so that a place that cannot be written is found before the drawing.
     with run.numbered("samples", accelerator.is_main_process) as folder:
-        codes, pictures = draw_images(accelerator, tokenizer, chosen.prior, labels, options.n, options.seed, config)
+        codes, pictures, labels = generator.draw(options.n, options.label, options.seed)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             uniform = mean_over_tokens(uniform_bits(tokenizer.quantizer.num_codes), tokenizer.grids)
             details = {
                 "n": options.n,
                 "seed": options.seed,
-                **chosen.details,
+                **generator.origin,
                 "labels": None if labels is None else labels.tolist(),
                 "label_names": header.label_names if header is not None else None,
                 "tokenizer_sha256": fingerprint(run.tokenizer),
@@ -67,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             write(folder, codes, pictures, labels, details, options.npz)
     if folder is not None:
-        kind = f"{chosen.name} prior, {details['bits_per_token']:.3f} bits a token"
+        kind = f"{generator.prior_name} prior, {details['bits_per_token']:.3f} bits a token"
         print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
         print(f"next: {command.next(SUMMARY)}")
     finish(accelerator)

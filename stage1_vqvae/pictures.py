@@ -23,10 +23,15 @@ def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
     write_bytes(path, png(pixels, scale), durable=False)
 
 
+def to_pil(pixels: Tensor) -> Image.Image:
+    """uint8 (H, W, C) as an image of Pillow's, grey for one channel."""
+    array = pixels.numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
 def png(pixels: Tensor, scale: int = 1, optimize: bool = False) -> bytes:
     """uint8 (H, W, C) as the bytes of a PNG, each pixel `scale` wide."""
-    array = pixels.numpy()
-    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    image = to_pil(pixels)
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()

@@ -53,6 +53,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "codec": {"images"},
         "evaluation": {"images"},
         "reporting": {"images"},
+        "generator": {"images", "codec"},
+        "of_command": {"generator"},
     },
 }
 SCRIPTS = [

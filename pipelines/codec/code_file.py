@@ -46,6 +46,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.run_dir import RunDir
 from pipelines.codec.coder import Coded
 from pipelines.codec.pixels import CodedPixels, num_offsets
 from pipelines.images.inputs import unique_names
@@ -105,6 +106,17 @@ class Sizes(NamedTuple):
     payload: int
     pixels: int
     """Of a lossless file: the pixels' payload and offsets, and the PNGs."""
+
+
+def check_made_by(content: CodeFile, run: RunDir, prior: str, where: str) -> None:
+    """Errors: UserError if a file was not made by a run and its prior of that name."""
+    path = run.prior(prior) / "prior.safetensors"
+    if not path.exists():
+        raise UserError(f"{where}: expected a file of run {run}, found one of a prior {prior} that it does not have")
+    expected = run_fingerprint(run.tokenizer, path)
+    if content.fingerprint != expected:
+        wanted = f"expected the fingerprint of run {run} with its prior {prior}, {expected.hex()[:12]}"
+        raise UserError(f"{where}: {wanted}, found {content.fingerprint.hex()[:12]}: another run's, or one trained anew since")
 
 
 def run_fingerprint(tokenizer: Path, prior: Path) -> bytes:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipelines.codec.code_file import CodeFile, Lossless
-from pipelines.codec.coder import Encoding, batch_images, encode
-from pipelines.codec.pixels import batch_of_pixels, encode_pixels
+from configs.errors import UserError
+from pipelines.codec.code_file import CodeFile, Lossless, unpack, with_stored
+from pipelines.codec.coder import Encoding, batch_images, decode, encode
+from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
 from pipelines.images.bound import pixel_bits
 from pipelines.images.inputs import encode_and_decode
 from pipelines.images.scoring import surprisals
@@ -77,3 +78,26 @@ def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
     """Which images, uint8 (N, H, W, C), take fewer bytes as optimised PNG than those bits (N,), and their PNGs."""
     pngs = [png(picture, optimize=True) for picture in pixels]
     return {number: found for number, (found, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(found) <= cost}
+
+
+def verify(
+    data: bytes, encoded: EncodedImages, tokenizer: VQVAE, prior: AutoregressivePrior, pixels: Tensor, progress: bool = False
+) -> None:
+    """Read and decode a new file's bytes, in smaller steps than they were encoded in, so that not all arithmetic is the same.
+
+    `pixels`: those that a lossless one has to give, uint8 (N, H, W, C). Errors: UserError if anything differs.
+    """
+    found, content = unpack(data, "the new file"), encoded.content
+    again = decode(prior, found.coded, found.labels, at_once=-(-found.coded.batch // 2), progress=progress)
+    same = all(torch.equal(*level) for level in zip(again, encoded.codes, strict=True))
+    labels_same = (found.labels is None) == (content.labels is None)
+    if found.labels is not None and content.labels is not None:
+        labels_same = torch.equal(found.labels, content.labels)
+    if not (same and labels_same and found._replace(labels=None) == content._replace(labels=None)):
+        raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
+    if found.lossless is not None:
+        exact = copy.deepcopy(tokenizer).double()
+        of_pixels = found.lossless.pixels
+        decoded = decode_pixels(exact, encoded.codes, of_pixels, at_once=-(-of_pixels.batch // 2), progress=progress)
+        if not torch.equal(with_stored(decoded, found.lossless.stored), pixels):
+            raise UserError("expected the new file to decode to the images, found something else; nothing was written")

@@ -112,10 +112,10 @@ def labels_for(asked: str | None, images: Images, header: PriorHeader | None) ->
         unknown = sorted(set(images.labels) - set(header.label_names))
         if unknown:
             known = ", ".join(header.label_names[:10])
-            raise UserError(f"--label: expected images with labels that the prior knows ({known}), or one for all, found {unknown[0]}")
+            raise UserError(f"label: expected images with labels that the prior knows ({known}), or one for all, found {unknown[0]}")
         return torch.tensor([header.label_names.index(name) for name in images.labels])
     if not header.knows_no_label:
-        raise UserError("--label: expected one, for a prior trained with stage2.label_dropout 0, found none")
+        raise UserError("label: expected one, for a prior trained with stage2.label_dropout 0, found none")
     return None
 
 

@@ -41,7 +41,7 @@ def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Seq
             # Scaled by the codec where it can, which JPEG does as it decodes. Its sides may yet be exchanged, when it is turned upright.
             side = math.ceil(_LEFT_TO_THE_FILTER * max(data.height, data.width) / math.sqrt(data.crop_area))
             opened.draft(None, (side, side))
-            image = _converted(_composed(ImageOps.exif_transpose(opened), data.background), _MODES[data.channels])
+            image = _prepared(opened, data)
     except Exception as error:  # decoders of damaged files raise anything
         passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         kind = UserError if passing else UnreadableImage
@@ -49,6 +49,18 @@ def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Seq
         found = "one that Pillow cannot identify" if isinstance(error, UnidentifiedImageError) else error
         raise kind(f"{where}: expected a readable image, found: {found}") from None
     return np.stack([_fit(image, data, crop) for crop in crops])
+
+
+def pixels_of(image: Image.Image, data: Data) -> np.ndarray:
+    """An image in memory as `decode_image` has it: uint8 (H, W, C). Errors: UserError for pixels of unknown range."""
+    try:
+        return _fit(_prepared(image, data), data, CENTRE)
+    except ValueError as error:
+        raise UserError(f"image: expected pixels of 8 or 16 bits, found {error}") from None
+
+
+def _prepared(image: Image.Image, data: Data) -> Image.Image:
+    return _converted(_composed(ImageOps.exif_transpose(image), data.background), _MODES[data.channels])
 
 
 def _composed(image: Image.Image, background: str) -> Image.Image:

@@ -183,7 +183,7 @@ def test_a_label_is_what_images_are_scored_as(run_copy: Path, pictures: Path) ->
         (["--prior", "best"], ["--prior best"]),
         (["--split", "dev"], ["--split", "dev"]),
         (["--images", "nowhere"], ["nowhere"]),
-        (["--label", "left"], ["--label", "across"]),
+        (["--label", "left"], ["label: ", "across"]),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(

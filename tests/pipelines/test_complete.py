@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from configs.run_dir import RunDir
-from pipelines.complete import kept_codes, kept_part, kept_rows, main, rows_of_pixels
+from pipelines.complete import kept_part, kept_rows, main, rows_of_pixels
+from pipelines.images.drawing import kept_codes
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
@@ -138,5 +139,5 @@ def test_mistakes_get_one_line_and_leave_nothing(
 
 def test_a_prior_that_knows_labels_only_needs_one(run_copy: Path, one_line_error: Callable[..., str], pictures_of_one_label: Path) -> None:
     train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
-    assert "--label" in one_line_error(main, "--run", run_copy, "--images", pictures_of_one_label)
+    assert "label: " in one_line_error(main, "--run", run_copy, "--images", pictures_of_one_label)
     assert completed(run_copy, "--images", pictures_of_one_label, "--label", "down", "--n", 2).exists()

@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.run_dir import RunDir
 from pipelines import compress, decompress
 from pipelines.codec import coder as codec
+from pipelines.codec import image_coder
 from pipelines.codec.code_file import CodeFile, Lossless, pack, unpack
 from pipelines.codec.coder import Coded
 from pipelines.codec.pixels import CodedPixels
@@ -114,7 +115,7 @@ def test_labels_that_the_prior_does_not_know_are_left_out_or_asked_for(
     assert known is not None
     assert known.tolist() == [0] * 24 + [1] * 24
     train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
-    assert "--label" in one_line_error(compress_main, "--run", run_copy, "--images", folder)
+    assert "label: " in one_line_error(compress_main, "--run", run_copy, "--images", folder)
     assert not (run_copy / "compressed").exists()
 
 
@@ -310,7 +311,7 @@ def test_names_become_unique() -> None:
         (["--batch-size", "0"], ["--batch-size", "at least 1"]),
         (["--images", "nowhere"], ["nowhere"]),
         (["--split", "middle"], ["--split", "middle"]),
-        (["--label", "sideways"], ["--label", "sideways"]),
+        (["--label", "sideways"], ["label: ", "sideways"]),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(
@@ -351,7 +352,7 @@ def test_a_file_that_does_not_decode_is_not_written(
     assert "arithmetic" in one_line_error(compress_main, "--run", run_copy, "--output", tmp_path / "new.vqc")
     assert calls > 6
     monkeypatch.setattr(codec, "weights", weights)
-    monkeypatch.setattr(compress, "decode", lambda prior, coded, labels, **options: (torch.zeros(coded.images, 2, 3).long(),))
+    monkeypatch.setattr(image_coder, "decode", lambda prior, coded, labels, **options: (torch.zeros(coded.images, 2, 3).long(),))
     assert "nothing was written" in one_line_error(compress_main, "--run", run_copy)
     assert not (tmp_path / "new.vqc").exists()
     assert not (run_copy / "compressed").exists()

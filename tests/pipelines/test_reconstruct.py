@@ -171,7 +171,7 @@ def test_the_picture_shows_the_worst_then_the_best_and_none_twice(count: int, wo
         (["--images", "{run}/recipe.yaml"], ["recipe.yaml", "readable image"]),
         (["--images", "{run}/codes"], ["codes", "no image in it"]),
         (["--prior", "best"], ["--prior best", "transformer"]),
-        (["--label", "left"], ["--label", "across"]),
+        (["--label", "left"], ["label: ", "across"]),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(

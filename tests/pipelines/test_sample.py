@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs.cli import parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir
-from pipelines.images.drawing import chosen_prior
+from pipelines import Generator
 from pipelines.sample import main
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import load_tokenizer
@@ -103,18 +100,13 @@ def test_a_label_by_name_or_number(run_copy: Path) -> None:
 @pytest.mark.parametrize(("device", "graphed"), [("cpu", False), ("cuda", True)])
 def test_the_device_decides_on_graphs_and_precision(run_copy: Path, device: str, graphed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would be chosen there; the weights stay on this machine."""
-    monkeypatch.setattr("pipelines.images.drawing.load_prior", lambda path, sha256, device: load_prior(path, sha256))
-
-    def option(parser: Any) -> None:
-        parser.add_argument("--prior", type=str | None)
-
-    arguments = ["--run", str(run_copy), "--compute.compile", "true"]
-    command = parse("", ("sampling", "compute"), arguments, flat="sampling", options=option)
-    chosen = chosen_prior(command, types.SimpleNamespace(device=torch.device(device)))  # type: ignore[arg-type]
-    assert isinstance(chosen.prior, GraphedTransformer) == graphed
-    assert chosen.prior is not None
-    assert not chosen.prior.training
-    assert chosen.details["sampling"]["precision"] == ("float32" if graphed else "float64")
+    for name, load in (("load_prior", load_prior), ("load_tokenizer", load_tokenizer)):
+        monkeypatch.setattr(f"pipelines.generator.{name}", lambda *given, load=load: load(*given[:-1]))
+    generator = Generator.from_pretrained(run_copy, device=device, compile=True)
+    assert isinstance(generator.prior, GraphedTransformer) == graphed
+    assert generator.prior is not None
+    assert not generator.prior.training
+    assert generator.origin["sampling"]["precision"] == ("float32" if graphed else "float64")
 
 
 def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:
@@ -127,11 +119,11 @@ def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:
     ("arguments", "parts"),
     [
         (["--n", "0"], ["--n", "at least 1", "0"]),
-        (["--label", "2"], ["--label", "0 to 1", "2"]),
-        (["--label", "-1"], ["--label", "-1"]),
-        (["--label", "sideways"], ["--label", "across, down", "sideways"]),
+        (["--label", "2"], ["label", "0 to 1", "2"]),
+        (["--label", "-1"], ["label", "-1"]),
+        (["--label", "sideways"], ["label", "across, down", "sideways"]),
         (["--prior", "best"], ["--prior best", "transformer, uniform"]),
-        (["--prior", "uniform", "--label", "1"], ["--label", "no labels"]),
+        (["--prior", "uniform", "--label", "1"], ["label", "no labels"]),
         (["--temperature", "-1"], ["temperature", "at least 0"]),
         (["--top-p", "0"], ["top_p", "above 0"]),
         (["--top-k", "-1"], ["top_k", "at least 0"]),
@@ -180,7 +172,7 @@ def test_a_failure_leaves_no_half_written_samples(run_copy: Path, monkeypatch: p
     monkeypatch.setattr("pipelines.sample.write", full)
     with pytest.raises(OSError, match="No space"):
         main(["--run", str(run_copy), "--n", "2"])
-    assert not list((run_copy / "samples").iterdir())
+    assert not (run_copy / "samples").exists()
 
 
 def test_what_is_written_stays_when_the_pipe_is_closed(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +191,11 @@ def test_ctrl_c_leaves_nothing_half_written(run_copy: Path, monkeypatch: pytest.
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.sample.draw_images", interrupted)
+    monkeypatch.setattr("pipelines.generator.draw_images", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_entry(lambda: main(["--run", str(run_copy), "--n", "2"]))
     assert stop.value.code == 130
-    assert not list((run_copy / "samples").iterdir())
+    assert not (run_copy / "samples").exists()
 
 
 def test_a_copied_run_still_samples(finished_run: Path, run_copy: Path) -> None:

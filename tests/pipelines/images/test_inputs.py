@@ -194,9 +194,9 @@ def test_labels_count_by_name_in_the_prior_s_numbering() -> None:
 
 
 def test_labels_that_do_not_fit_get_one_line() -> None:
-    with pytest.raises(UserError, match=r"--label: .*across, down.* found left"):
+    with pytest.raises(UserError, match=r"label: .*across, down.* found left"):
         labels_for(None, images(["down", "left", "down"]), header(["across", "down"]))
-    with pytest.raises(UserError, match=r"--label: expected one, .* found none"):
+    with pytest.raises(UserError, match=r"label: expected one, .* found none"):
         labels_for(None, images(None), header(["across", "down"], knows_no_label=False))
-    with pytest.raises(UserError, match="--label 3: expected none"):
+    with pytest.raises(UserError, match="label 3: expected none"):
         labels_for("3", images(None), header(None))

@@ -1,0 +1,423 @@
+"""A trained run as an object: images out of nothing, codes, parts of images and bytes.
+
+from pipelines import Generator
+
+generator = Generator.from_pretrained("digits")
+generator.sample(4, label="7", seed=1)[0].save("seven.png")
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeGuard, overload
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from configs.cli import TRAIN_PRIOR, load_recipe
+from configs.data import Data
+from configs.errors import UserError
+from configs.run_dir import RunDir
+from configs.schema import Sampling
+from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, pack, run_fingerprint, unpack, with_stored
+from pipelines.codec.coder import decode as decode_codes
+from pipelines.codec.image_coder import EncodedImages, encode_images, verify
+from pipelines.codec.pixels import decode_pixels
+from pipelines.images.drawing import Label, check_guidance, draw_images, kept_codes, labels_of
+from pipelines.images.inputs import encode_and_decode
+from pipelines.images.pictures import Mask, Pictures, mask_in, pictures_out, pixels_in
+from pipelines.images.scoring import surprisals
+from stage1_vqvae.data.pixels import to_uint8
+from stage1_vqvae.model import VQVAE, load_tokenizer
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.cuda_graphs import GraphedTransformer
+from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
+from stage2_prior.priors.transformer import Transformer
+
+
+class Drawn(NamedTuple):
+    """Samples, and what they were drawn from."""
+
+    codes: Codes
+    """int64 (N, h, w) a level."""
+    pixels: Tensor
+    """uint8 (N, H, W, C)."""
+    labels: Tensor | None
+    """(N,), in the prior's numbering; None: it knows none."""
+
+
+class Compressed(NamedTuple):
+    """Images in bytes, and what is known of them beside."""
+
+    data: bytes
+    sizes: Sizes
+    encoded: EncodedImages
+
+
+class Generator:
+    """A trained tokenizer, and a prior over its codes if there is one.
+
+    Images go in as Pillow's, as uint8 (H, W, C) or (N, H, W, C), or as files; all but tensors of the right size are scaled and cropped as
+    training's were. They come out as Pillow's, or, with `output="tensor"`, as uint8 (N, H, W, C). Codes are int64 (N, h, w) a level,
+    coarse to fine. What cannot be is a `UserError`, which is a ValueError.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        tokenizer: VQVAE,
+        prior: AutoregressivePrior | None,
+        header: PriorHeader | None,
+        prior_name: str | None,
+        data: Data,
+        sampling: Sampling,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        """See `from_pretrained`, which makes one of a run."""
+        self.run, self.tokenizer, self.prior, self.header, self.prior_name = run, tokenizer, prior, header, prior_name
+        self.data, self.sampling, self._accelerator = data, sampling, accelerator
+        self.device = next(tokenizer.parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        prior: str | None = None,
+        device: torch.device | str | None = None,
+        precision: Literal["float64", "float32"] | None = None,
+        compile: bool = False,
+    ) -> Generator:
+        """The generator of a run.
+
+        Args:
+            source: a run's name, or its folder.
+            prior: name of the prior; None: the one last finished, if any; `uniform`: every code equally likely.
+            device: where to compute; None: on an accelerator, if there is one.
+            precision: of the prior; None: as the run's recipe says, or float64 on a CPU and float32 elsewhere.
+            compile: draw from CUDA graphs, where there is CUDA and the prior is a transformer.
+        Errors: UserError for what is no run, or has not finished its first stage, or not that prior.
+        """
+        run = RunDir.named(str(source))
+        if not run.exists():
+            raise UserError(f"{run}: expected a run, found none")
+        recipe = load_recipe(run.recipe)
+        sampling = recipe.sampling if precision is None else dataclasses.replace(recipe.sampling, precision=precision)
+        return cls.of_run(run, recipe.data, sampling, prior, device, compile)
+
+    @classmethod
+    def of_run(
+        cls,
+        run: RunDir,
+        data: Data,
+        sampling: Sampling,
+        prior: str | None = None,
+        device: torch.device | str | None = None,
+        compile: bool = False,
+        accelerator: Accelerator | None = None,
+    ) -> Generator:
+        """As `from_pretrained`, under sections of a recipe; samples are shared out over the processes of an `accelerator`."""
+        if accelerator is not None:
+            device = accelerator.device
+        elif device is None:
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.device(device)
+        if not run.tokenizer.exists():
+            raise UserError(f"{run}: stage 1 has not finished")
+        tokenizer = load_tokenizer(run, device)
+        # A draw flips where its uniform falls within the rounding of the probabilities, which depends on the batch's shape.
+        # In float32 one of 64 digits changed between batches of 64 and of 1; in float64 the rounding is 10^9 times finer.
+        precision = sampling.precision or ("float64" if device.type == "cpu" else "float32")
+        sampling = dataclasses.replace(sampling, precision=precision)
+        if prior == UNIFORM or (prior is None and run.last_prior() is None):
+            return cls(run, tokenizer, None, None, prior, data, sampling, accelerator)
+        path = finished_prior(run, prior, f"{TRAIN_PRIOR} --run {run}")
+        found, header = load_prior(path, fingerprint(run.tokenizer), device)
+        if precision == "float64":
+            found.double()
+        if compile and isinstance(found, Transformer) and device.type == "cuda":
+            found = GraphedTransformer(found)
+        return cls(run, tokenizer, found, header, path.parent.name, data, sampling, accelerator)
+
+    def __repr__(self) -> str:
+        height, width, channels = self.image_shape
+        grids = " + ".join(f"{h} x {w}" for h, w in self.tokenizer.grids)
+        return f"Generator({str(self.run)!r}: {height} x {width} x {channels} of {grids} codes, prior {self.prior_name}, {self.device})"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        channels, height, width = self.tokenizer.image_shape
+        return height, width, channels
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What files beside pictures say of them: the prior's name and sha256, and all settings of the drawing."""
+        file = None if self.header is None else self.run.prior(str(self.prior_name)) / "prior.safetensors"
+        sha256 = None if file is None else fingerprint(file)
+        return {"prior": self.prior_name, "prior_sha256": sha256, "sampling": dataclasses.asdict(self.sampling)}
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes that the prior knows; none, if it knows no classes."""
+        return list(self.header.label_names or []) if self.header is not None else []
+
+    # --- out of nothing
+
+    @overload
+    def sample(
+        self,
+        n: int = 1,
+        label: Label | Sequence[Label] | None = None,
+        seed: int = 0,
+        *,
+        output: Literal["pil"] = "pil",
+        **settings: Any,
+    ) -> list[Image.Image]: ...
+    @overload
+    def sample(
+        self, n: int = 1, label: Label | Sequence[Label] | None = None, seed: int = 0, *, output: Literal["tensor"], **settings: Any
+    ) -> Tensor: ...
+    def sample(
+        self,
+        n: int = 1,
+        label: Label | Sequence[Label] | None = None,
+        seed: int = 0,
+        *,
+        output: Literal["pil", "tensor"] = "pil",
+        **settings: Any,
+    ) -> list[Image.Image] | Tensor:
+        """Draw images: sample i of a seed is always the same, however many are drawn.
+
+        Args:
+            n: how many.
+            label: of all of them, or of each; None: the classes take turns.
+            seed: of the draws.
+            output: `pil` or `tensor`.
+            settings: `temperature`, `top_k`, `top_p`, `min_p`, `guidance`, `guidance_schedule`, `batch_size`, in place of the recipe's.
+        """
+        return pictures_out(self.draw(n, label, seed, **settings).pixels, output)
+
+    def draw(self, n: int = 1, label: Label | Sequence[Label] | None = None, seed: int = 0, **settings: Any) -> Drawn:
+        """As `sample`: codes, pixels and labels, complete on the main process alone."""
+        if n < 1:
+            raise UserError(f"n: expected at least 1 image, found {n}")
+        if self.prior is None and self.prior_name != UNIFORM:
+            self._need_prior()
+        labels = labels_of(label, n, self.header)
+        config = self._sampling(settings)
+        check_guidance(config, labels, self.header)
+        return Drawn(*draw_images(self._accelerator, self.tokenizer, self.prior, labels, n, seed, config), labels)
+
+    # --- out of images, and back
+
+    def encode(self, images: Pictures) -> Codes:
+        """The codes of images, on the CPU."""
+        return encode_and_decode(self.tokenizer, self.pixels(images), self.sampling.batch_size)[0]
+
+    @overload
+    def decode(self, codes: Codes, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...
+    @overload
+    def decode(self, codes: Codes, *, output: Literal["tensor"]) -> Tensor: ...
+    @torch.no_grad()
+    def decode(self, codes: Codes, *, output: Literal["pil", "tensor"] = "pil") -> list[Image.Image] | Tensor:
+        """The images of codes. Errors: UserError for codes of other grids, or such as there are not."""
+        self._check(codes)
+        parts = [
+            to_uint8(self.tokenizer.decode(tuple(level[part].to(self.device) for level in codes))).cpu()
+            for part in batches(len(codes[0]), self.sampling.batch_size)
+        ]
+        return pictures_out(torch.cat(parts), output)
+
+    # --- out of parts of images
+
+    @overload
+    def complete(
+        self,
+        images: Pictures,
+        keep: Mask,
+        label: Label | Sequence[Label] | None = None,
+        seed: int = 0,
+        *,
+        output: Literal["pil"] = "pil",
+        **settings: Any,
+    ) -> list[Image.Image]: ...
+    @overload
+    def complete(
+        self,
+        images: Pictures,
+        keep: Mask,
+        label: Label | Sequence[Label] | None = None,
+        seed: int = 0,
+        *,
+        output: Literal["tensor"],
+        **settings: Any,
+    ) -> Tensor: ...
+    def complete(
+        self,
+        images: Pictures,
+        keep: Mask,
+        label: Label | Sequence[Label] | None = None,
+        seed: int = 0,
+        *,
+        output: Literal["pil", "tensor"] = "pil",
+        **settings: Any,
+    ) -> list[Image.Image] | Tensor:
+        """Draw parts of images anew; what is kept of them stays, as the tokenizer has it.
+
+        Args:
+            images: those to complete; of one of them n continuations are those of n copies of it.
+            keep: which pixels (H, W) to keep, as a mask or a picture that is white there; of each grid, codes are kept that span no others.
+            label: as in `sample`; None: no class.
+            seed: of the draws.
+            output: `pil` or `tensor`.
+            settings: as in `sample`.
+        """
+        pixels = self.pixels(images)
+        labels = self._labels(label, len(pixels))
+        codes = encode_and_decode(self.tokenizer, pixels, self.sampling.batch_size)[0]
+        return pictures_out(self.continuations(codes, mask_in(keep, self.data), labels, seed, **settings), output)
+
+    def continuations(self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, **settings: Any) -> Tensor:
+        """`complete` for codes, a mask (H, W), and labels in the prior's numbering: uint8 (N, H, W, C), whole on the main process alone."""
+        if self.prior is None and self.prior_name != UNIFORM:
+            self._need_prior()
+        config, kept = self._sampling(settings), kept_codes(self.tokenizer, keep)
+        check_guidance(config, labels, self.header)
+        return draw_images(self._accelerator, self.tokenizer, self.prior, labels, len(codes[0]), seed, config, codes, kept)[1]
+
+    # --- what images are worth
+
+    def log_prob(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> Tensor:
+        """log p of the codes of each image under the prior, in nats, (N,), float64."""
+        return -math.log(2) * torch.cat([level.flatten(1) for level in self.surprisals(images, label)], 1).sum(1)
+
+    def surprisals(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> tuple[Tensor, ...]:
+        """-log2 p of each code given those before it, in bits: float64 (N, h, w) a level."""
+        prior, codes = self._exact_prior, images if _are_codes(images) else self.encode(images)
+        self._check(codes)
+        return prior.layout.grids_of(surprisals(prior, codes, self._labels(label, len(codes[0])), "bits"))
+
+    # --- bytes
+
+    def compress(self, images: Pictures, label: Label | Sequence[Label] | None = None, lossless: bool = False) -> bytes:
+        """Images in the bytes of a .vqc file: their codes under the prior, of which come back the tokenizer's reconstructions.
+
+        Args:
+            images: those to compress.
+            label: as in `complete`; known classes save bits.
+            lossless: every pixel comes back; takes a tokenizer whose objective is a likelihood.
+        """
+        pixels = self.pixels(images)
+        return self.compressed(pixels, self._labels(label, len(pixels)), lossless=lossless).data
+
+    def compressed(
+        self,
+        pixels: Tensor,
+        labels: Tensor | None,
+        names: list[str] | None = None,
+        batch_size: int = 64,
+        lossless: bool = False,
+        progress: bool = False,
+    ) -> Compressed:
+        """`compress` for uint8 (N, H, W, C), labels in the prior's numbering, and names as `CodeFile` has them. The bytes are decoded once.
+
+        Errors: UserError if they do not give what was encoded.
+        """
+        prior, name = self._exact_prior, str(self.prior_name)
+        if lossless:
+            self.tokenizer.likelihood().check(pixels)
+        made_by = run_fingerprint(self.run.tokenizer, self.run.prior(name) / "prior.safetensors"), name
+        encoded = encode_images(self.tokenizer, prior, pixels, labels, names, made_by, batch_size, lossless, progress)
+        data, sizes = pack(encoded.content)
+        verify(data, encoded, self.tokenizer, prior, pixels, progress)
+        return Compressed(data, sizes, encoded)
+
+    @overload
+    def decompress(self, data: bytes, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...
+    @overload
+    def decompress(self, data: bytes, *, output: Literal["tensor"]) -> Tensor: ...
+    def decompress(self, data: bytes, *, output: Literal["pil", "tensor"] = "pil") -> list[Image.Image] | Tensor:
+        """The images of what `compress` gave. Errors: UserError for bytes of another run or prior, or that are no such file."""
+        content = unpack(data, "data")
+        codes, exact = self.decompressed(content, "data")
+        if exact is not None:
+            return pictures_out(exact, output)
+        return self.decode(codes, output="tensor") if output == "tensor" else self.decode(codes)
+
+    def decompressed(self, content: CodeFile, where: str, progress: bool = False) -> tuple[Codes, Tensor | None]:
+        """Codes of a file's content, of those images that have any, and of a lossless one all pixels, uint8 (N, H, W, C).
+
+        `where`: of what messages speak.
+        """
+        prior = self._exact_prior
+        check_made_by(content, self.run, str(self.prior_name), where)
+        known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
+        if content.image_shape != self.image_shape or not known:
+            raise UserError(f"{where}: expected images and labels of run {self.run}, found a header that contradicts its fingerprint")
+        codes = decode_codes(prior, content.coded, content.labels, progress=progress)
+        if content.lossless is None:
+            return codes, None
+        pixels = decode_pixels(copy.deepcopy(self.tokenizer).double(), codes, content.lossless.pixels, progress=progress)
+        return codes, with_stored(pixels, content.lossless.stored)
+
+    # --- what goes in, and what comes out
+
+    def pixels(self, images: Pictures) -> Tensor:
+        """Images as uint8 (N, H, W, C) of the run's size. Errors: UserError for what is no image."""
+        return pixels_in(images, self.data)
+
+    def _labels(self, label: Label | Sequence[Label] | None, count: int) -> Tensor | None:
+        """Labels of given images: those asked for, or none."""
+        if label is not None or self.header is None or self.header.label_names is None:
+            return labels_of(label, count, self.header)
+        if not self.header.knows_no_label:
+            raise UserError("label: expected one, for a prior trained with stage2.label_dropout 0, found none")
+        return None
+
+    def _sampling(self, settings: dict[str, Any]) -> Sampling:
+        """The recipe's settings with others in their place."""
+        known = {field.name for field in dataclasses.fields(Sampling)} - {"precision"}
+        if unknown := sorted(settings.keys() - known):
+            raise UserError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}, found no such setting")
+        try:
+            return dataclasses.replace(self.sampling, **settings)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def _need_prior(self) -> AutoregressivePrior:
+        if self.prior is None:
+            raise UserError(f"{self.run}: it has no finished prior" if self.prior_name is None else f"prior: expected one, found {UNIFORM}")
+        return self.prior
+
+    @cached_property
+    def _exact_prior(self) -> AutoregressivePrior:
+        """The prior in float64, whatever it draws in."""
+        prior = self._need_prior()
+        if next(prior.parameters()).dtype == torch.float64:
+            return prior
+        path = self.run.prior(str(self.prior_name)) / "prior.safetensors"
+        return load_prior(path, fingerprint(self.run.tokenizer), self.device)[0].double()
+
+    def _check(self, codes: Codes) -> None:
+        expected = [(len(codes[0]), *grid) for grid in self.tokenizer.grids] if len(codes) else []
+        found = [tuple(level.shape) for level in codes]
+        if not codes or found != expected:
+            raise UserError(f"codes: expected (N, h, w) a level, of {self.tokenizer.grids}, found {found}")
+        for level, (grid, number) in enumerate(zip(codes, self.tokenizer.quantizer.num_codes, strict=True), 1):
+            if grid.dtype != torch.int64 or (grid.numel() and not 0 <= int(grid.min()) <= int(grid.max()) < number):
+                raise UserError(f"codes: expected int64 from 0 to {number - 1} at level {level}, found others")
+
+
+def _are_codes(given: Pictures | Codes) -> TypeGuard[Codes]:
+    """Codes are a tuple of whole numbers, wider than pixels."""
+    return isinstance(given, tuple) and all(isinstance(level, Tensor) and level.dtype == torch.int64 for level in given)

@@ -1,0 +1,71 @@
+"""Images as people have them in Python, and as the models do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from configs.data import Data
+from configs.errors import UserError
+from stage1_vqvae.data.decoding import decode_image, pixels_of
+from stage1_vqvae.pictures import to_pil
+
+Picture = Image.Image | np.ndarray | Tensor | str | Path
+"""An image: of Pillow, uint8 (H, W, C), or a file."""
+Pictures = Picture | Sequence[Picture]
+"""One, several, or uint8 (N, H, W, C)."""
+Mask = Image.Image | np.ndarray | Tensor
+"""Which pixels (H, W): true, or white."""
+Output = Literal["pil", "tensor"]
+
+
+def pixels_in(images: Pictures, data: Data) -> Tensor:
+    """Images as uint8 (N, H, W, C) of a recipe's size; those of another size or mode as training's were scaled, cropped and converted.
+
+    Errors: UserError for what is no image.
+    """
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
+        images = [images]
+    if not len(images):
+        raise UserError("images: expected at least one, found none")
+    return torch.stack([_pixels_of(image, data) for image in images])
+
+
+def _pixels_of(image: Picture, data: Data) -> Tensor:
+    if isinstance(image, str | Path):
+        return torch.from_numpy(decode_image(None, str(Path(image).expanduser()), data))
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(pixels_of(image, data))
+    array = torch.as_tensor(image).cpu()
+    array = array[..., None] if array.dim() == 2 else array
+    if array.dtype != torch.uint8 or array.dim() != 3 or array.shape[2] not in (1, 3):
+        raise UserError(f"images: expected uint8 (H, W, C) of 1 or 3 channels, found {array.dtype} {tuple(array.shape)}")
+    same = tuple(array.shape) == (data.height, data.width, data.channels)
+    return array if same else torch.from_numpy(pixels_of(to_pil(array), data))
+
+
+def mask_in(mask: Mask, data: Data) -> Tensor:
+    """Which pixels (H, W) a mask keeps. Errors: UserError for one of another size than the recipe's."""
+    found = torch.from_numpy(np.array(mask.convert("L"))) if isinstance(mask, Image.Image) else torch.as_tensor(mask)
+    if tuple(found.shape) != (data.height, data.width):
+        raise UserError(f"mask: expected {data.width} x {data.height} pixels, found {' x '.join(map(str, reversed(found.shape)))}")
+    return found if found.dtype == torch.bool else found >= 128
+
+
+@overload
+def pictures_out(pixels: Tensor, output: Literal["pil"]) -> list[Image.Image]: ...
+@overload
+def pictures_out(pixels: Tensor, output: Literal["tensor"]) -> Tensor: ...
+@overload
+def pictures_out(pixels: Tensor, output: Output) -> list[Image.Image] | Tensor: ...
+def pictures_out(pixels: Tensor, output: Output) -> list[Image.Image] | Tensor:
+    """uint8 (N, H, W, C) as Pillow's images, or as they are. Errors: UserError for another output."""
+    if output not in ("pil", "tensor"):
+        raise UserError(f"output: expected pil or tensor, found {output}")
+    return pixels if output == "tensor" else [to_pil(picture) for picture in pixels]
