@@ -75,7 +75,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
         if durable:
-            sync_folder(path.parent)
+            sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -84,11 +84,11 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk knows a folder's names."""
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or knows a folder's names."""
     if os.name != "posix":  # elsewhere folders cannot be opened
         return
-    opened = os.open(folder, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:

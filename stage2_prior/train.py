@@ -38,7 +38,7 @@ from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import load_moments_, moments
-from stage1_vqvae.training.processes import finish, start, summed
+from stage1_vqvae.training.processes import asked_to_shard, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import DataOrder, derived_seed
 from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
@@ -198,7 +198,8 @@ def train(
     for remark in prior.remarks():
         say(remark)
     order = DataOrder(len(training), config.batch_size, config.seed)
-    checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator)
+    sharded = asked_to_shard(accelerator, recipe.compute)
+    checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, sharded)
     first_step, minutes_before = 0, 0.0
     best: dict[str, Any] = {"step": 0, "bits": float("inf"), "weights": None}
 

@@ -168,6 +168,11 @@ def priors(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, tiny_re
 def test_steps_of_a_prior_are_the_same_however_they_are_shared_out(kind: str, way: str, priors: Path) -> None:
     number = PRIORS.index(kind)
     compare(priors, way, number, number)
+    assert {name.partition(".")[0] for name in dumped(priors, way, number)} >= {"average", "best"}
+    run = priors / ("two grids" if kind == "a level" else "run")
+    name = "".join(filter(str.isalnum, way)) + str(number)
+    last = max((run / "priors" / name).rglob("step-*"))
+    assert (last.suffix == ".shards") == ("shards" in way and way != "shards, then one")
     assert any(name.startswith("above.") for name in dumped(priors, way, number)) == (kind == "a level")
 
 

@@ -20,20 +20,21 @@ from accelerate.utils import broadcast_object_list, gather_object
 from configs.errors import UserError, say
 from configs.run_dir import RunDir, read_summed_json, write_summed_json
 from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, read_file, write_file
-from stage1_vqvae.training.checkpoint_shards import check_shards, is_shared_out, read_shards, shards_group, write_shards
+from stage1_vqvae.training.checkpoint_shards import check_shards, read_shards, shards_group, write_shards
 from stage1_vqvae.training.sharding import own_part, shared_out_as
 
 
 class Checkpoints:
     """The checkpoints of one stage, in one folder: `step-NNNNNNNNN.pt`, or folders `step-NNNNNNNNN.shards`."""
 
-    def __init__(self, folder: Path, stage: str, keep: int, accelerator: Accelerator) -> None:
+    def __init__(self, folder: Path, stage: str, keep: int, accelerator: Accelerator, shared_out: bool = False) -> None:
+        """`shared_out`: whether the tensors that are saved are, over several processes, all of which make one of these then."""
         self.folder, self.stage, self.keep = folder, stage, keep
         self._accelerator = accelerator
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         # Of what is written, since the training goes on using its own.
-        self._group: dist.ProcessGroup | None = None
+        self._group: dist.ProcessGroup | None = shards_group() if shared_out else None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -60,15 +61,12 @@ class Checkpoints:
         Errors: UserError if a weight of a `model` in it, its own or a part's, is not finite; the last good checkpoint stays. OSError of
             the write before.
         """
-        shared_out = is_shared_out(state)
-        self._check_weights(step, state, shared_out)
-        if not shared_out and not self._accelerator.is_main_process:
+        self._check_weights(step, state)
+        if self._group is None and not self._accelerator.is_main_process:
             return
-        if shared_out and self._group is None:
-            self._group = shards_group()
         self.wait()
         copy = _copied({"format": FORMAT, "stage": self.stage, "step": step, **state})
-        self._writing = threading.Thread(target=self._write, args=(step, copy, score, shared_out), name="checkpoint")
+        self._writing = threading.Thread(target=self._write, args=(step, copy, score), name="checkpoint")
         self._writing.start()
 
     def check(self) -> None:
@@ -98,7 +96,10 @@ class Checkpoints:
                 continue
             if self._accelerator.is_main_process:
                 for other, found in damaged.items():
-                    other.rename(other.with_name(f"{other.name}.damaged"))
+                    aside = other.with_name(f"{other.name}.damaged")
+                    if aside.exists():  # of an earlier damage of that step
+                        _remove(aside)
+                    other.rename(aside)
                     say(f"{RunDir.show(other)}: {found}; put aside as {other.name}.damaged, for the one before")
             return state
         if damaged:  # they stay: without any checkpoint training would begin anew
@@ -140,22 +141,25 @@ class Checkpoints:
             broadcast_object_list(sent)
         return list(sent[0])
 
-    def _check_weights(self, step: int, state: dict[str, Any], shared_out: bool) -> None:
+    def _check_weights(self, step: int, state: dict[str, Any]) -> None:
         models = [part["model"] for part in (state, *state.values()) if isinstance(part, dict) and "model" in part]
         weights = ((name, own_part(weight)) for model in models for name, weight in model.items() if weight.is_floating_point())
         broken = [name for name, weight in weights if not bool(torch.isfinite(weight).all())]
-        if shared_out:  # one process may hold what the others do not
+        if self._group is not None:  # one process may hold what the others do not
             broken = gather_object(broken)
         if broken:
             raise UserError(f"step {step}: expected finite weights, found others in {broken[0]}; the checkpoint before is kept")
 
-    def _write(self, step: int, state: dict[str, Any], score: float | None, shared_out: bool) -> None:
-        path = self.folder / f"step-{step:09d}.{'shards' if shared_out else 'pt'}"
+    def _write(self, step: int, state: dict[str, Any], score: float | None) -> None:
+        path = self.folder / f"step-{step:09d}.{'pt' if self._group is None else 'shards'}"
         try:
+            if self._accelerator.device.type == "cuda":
+                # A new thread's is the first GPU, of which every process would take memory by asking for anything.
+                torch.cuda.set_device(self._accelerator.device)
             if self._accelerator.is_main_process:
                 for part in self.folder.glob("step-*.tmp-*"):  # of a process that was killed while it wrote
                     _remove(part)
-            if self._group is not None and shared_out:
+            if self._group is not None:
                 write_shards(path, state, self._group)
             else:
                 write_file(path, state)

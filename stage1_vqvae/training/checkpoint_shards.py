@@ -18,10 +18,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
-from configs.run_dir import read_summed_json, sync_folder, write_summed_json
+from configs.run_dir import read_summed_json, sync, write_summed_json
 from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, check_kind
 from stage1_vqvae.training.weights_file import fingerprint
 
@@ -29,11 +28,6 @@ _LIST = "checkpoint.json"
 _PATIENCE = timedelta(hours=2)
 # In the list, in a tensor's stead.
 _TENSOR = "tensor"
-
-
-def is_shared_out(state: Any) -> bool:
-    """Whether any tensor of a state is shared out over processes."""
-    return any(isinstance(tensor, DTensor) for _, tensor in _tensors(state))
 
 
 def shards_group() -> dist.ProcessGroup:
@@ -59,7 +53,7 @@ def write_shards(path: Path, state: dict[str, Any], group: dist.ProcessGroup) ->
         write_summed_json(temporary / _LIST, {**_without_tensors(state), "sha256": sums})
         shutil.rmtree(path, ignore_errors=True)  # of a training that went on from an earlier step since
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
     try:
         _by_the_first(group, begin)
@@ -77,13 +71,22 @@ def _written(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup)
     try:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
     except CheckpointException as failed:
-        first = next(iter(failed.failures.values()))[0]
-        raise first if isinstance(first, OSError) else failed from None
+        raise _first(failed) from None
     found: list[Any] = [None] * dist.get_world_size()
     # The files of a process bear its number, from 1 on.
-    own = {file.name: fingerprint(file) for file in folder.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")}
+    files = sorted(folder.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
+    own: dict[str, str] | OSError
+    try:
+        for file in files:
+            sync(file)  # what torch 2.9 leaves in a buffer comes after its own
+        own = {file.name: fingerprint(file) for file in files}
+    except OSError as error:
+        own = error
     dist.all_gather_object(found, own, group=group)
-    return {name: sha256 for files in found for name, sha256 in sorted(files.items())}
+    for failed_or_sums in found:
+        if isinstance(failed_or_sums, OSError):
+            raise failed_or_sums
+    return {name: sha256 for sums in found for name, sha256 in sums.items()}
 
 
 def check_shards(path: Path, stage: str, process: int, processes: int) -> None:
@@ -111,7 +114,10 @@ def read_shards(path: Path, stage: str, into: dict[str, Any]) -> dict[str, Any]:
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what one process wants
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+        try:
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+        except CheckpointException as failed:
+            raise _first(failed) from None
     del content["sha256"]
     return _with_tensors(content, wanted)
 
@@ -160,6 +166,11 @@ def _with_tensors(content: Any, tensors: dict[str, Any]) -> Any:
     if content.keys() == {_TENSOR}:
         return tensors[content[_TENSOR]]
     return {key: _with_tensors(value, tensors) for key, value in content.items()}
+
+
+def _first(failed: CheckpointException) -> BaseException:
+    """What went wrong on one of the processes."""
+    return next(iter(failed.failures.values()))[0]
 
 
 def _by_the_first(group: dist.ProcessGroup, work: Callable[[], None]) -> None:

@@ -25,7 +25,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module], learns: bool = True) -> None:
     """Share a model's weights out over all processes, along their first axis, and move them to their devices.
 
-    In bf16 the units' weights are sent as such, and gradients in float32; what is in no unit stays in float32, as with autocast.
+    In bf16 the units' weights are sent as such, and gradients in float32; what is in no unit stays in float32, as with autocast, which
+    differs in that the units' norms see their input in bf16 here.
 
     Args:
         accelerator: of the processes.
@@ -81,5 +82,6 @@ def shared_out_as(state: Any, into: Any) -> Any:
         return {key: shared_out_as(value, into.get(key)) for key, value in state.items()}
     if isinstance(state, Tensor) and isinstance(into, DTensor) and not isinstance(state, DTensor):
         # Every process has the whole: none has to be sent anything.
-        return distribute_tensor(state.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
+        part = distribute_tensor(state.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
+        return part.clone()  # or torch 2.9 would keep the whole, of which this is a view
     return state

@@ -49,7 +49,10 @@ def main() -> None:
             kept = state["optimizer"].get("state", state["optimizer"])
             moments = {f"moment of {name}": found["exp_avg"] for name, found in kept.items()}
             adversary = {f"adversary.{name}": value for name, value in state.get("adversary", {}).get("model", {}).items()}
-            own = {**state["model"], **moments, **adversary}
+            averages = {f"average.{name}": value for name, value in (state.get("average") or {}).get("model", {}).items()}
+            best = {f"best.{name}": value for name, value in ((state.get("best") or {}).get("weights") or {}).items()}
+            own = {**state["model"], **moments, **adversary, **averages, **best}
+            assert any(isinstance(tensor, DTensor) for tensor in own.values()) == (self._group is not None), "not shared out"
             gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in own.items()}
             torch.save(gathered, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
             save(self, step, state, score)

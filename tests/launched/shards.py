@@ -34,7 +34,7 @@ def main() -> None:
     model = net()
     shard_(accelerator, model, [model[1]])
     optimizer = adamw(model, 1e-2, 0.1, beta2=0.95)
-    checkpoints = Checkpoints(folder, "stage 2", 2, accelerator)
+    checkpoints = Checkpoints(folder, "stage 2", 2, accelerator, shared_out=True)
     last = accelerator.process_index == accelerator.num_processes - 1
 
     def save(step: int) -> None:
@@ -77,7 +77,9 @@ def full(_: int) -> None:
 
 
 def say(accelerator: Accelerator, what: str, found: object) -> None:
-    print(f"{accelerator.process_index} {what}: {found}", flush=True)
+    # In one piece: print writes a line's end on its own, and others may come between.
+    sys.stdout.write(f"{accelerator.process_index} {what}: {found}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ def test_damaged_shards_are_put_aside_for_the_checkpoint_before(
     path.write_bytes(content[: -100 if damage == "cut" else None])
     if damage in ("a file less", "no list"):
         path.unlink()
+    (folder / "step-000000003.shards.damaged").mkdir()  # of an earlier damage
+    (folder / "step-000000003.shards.damaged/checkpoint.json").touch()
     state, *_ = read(folder)
     assert state is not None
     assert state["step"] == 2

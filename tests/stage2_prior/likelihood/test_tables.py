@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def test_the_order_of_batches_does_not_matter(tmp_path: Path) -> None:
     whole, parts = (measure(Accelerator(cpu=True), prior, codes, torch.arange(11), size) for size in (11, 2))
     assert torch.allclose(whole.positions, parts.positions)
     assert whole.labels == pytest.approx(parts.labels)
+
+
+def test_all_processes_ask_equally_often_and_each_image_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 images shared among 3 processes, of which one has a row less: what each has seen adds up to the whole."""
+    prior = build("transformer", LAYOUTS["top and bottom"]).double()
+    codes, asked = store(tmp_path / "codes", 11, 5), list[int]()
+    whole = measure(Accelerator(cpu=True), prior, codes, torch.arange(11), 2)
+    prior.register_forward_hook(lambda _, given, __: asked.append(len(given[0][0])))
+    seen: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr("stage2_prior.likelihood.bits.summed", lambda _, tensors: seen.append(tensors) or tensors)
+    for rank in range(3):
+        alone = types.SimpleNamespace(process_index=rank, num_processes=3, device=torch.device("cpu"))
+        measure(alone, prior, codes, torch.arange(11), 2)  # type: ignore[arg-type]
+    assert asked == [2, 2] * 3
+    assert torch.allclose(sum(tensors["nats"] for tensors in seen) / 11 / math.log(2), whole.positions)
+    assert sum(int(tensors["images"].sum()) for tensors in seen) == 11
 
 
 def test_on_its_own_it_finds_what_training_found(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
