@@ -1,0 +1,163 @@
+"""A run as a Python object: the same as on the command line, whatever images and labels come as."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.errors import UserError
+from configs.run_dir import REPOSITORY
+from pipelines import Generator
+from pipelines.complete import main as complete
+from pipelines.decompress import main as decompress
+from pipelines.sample import main as sample
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import VALIDATION
+
+
+@pytest.fixture(scope="module")
+def generator(finished_run: Path) -> Generator:
+    return Generator.from_pretrained(finished_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real(generator: Generator) -> torch.Tensor:
+    """uint8 (12, 8, 12, 3)."""
+    return load_images(generator.data).splits[VALIDATION].pixels[:]
+
+
+def written(folder: Path) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(folder.glob("images/*.png"))])
+
+
+def test_samples_are_those_of_the_command_line(generator: Generator, run_copy: Path) -> None:
+    settings = ["--temperature", "0.9", "--guidance", "2.0", "--seed", "3"]
+    sample(["--run", str(run_copy), "--n", "6", *settings])
+    pictures = generator.sample(6, seed=3, temperature=0.9, guidance=2.0)
+    assert all(isinstance(picture, Image.Image) and picture.size == (12, 8) for picture in pictures)
+    found = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+    assert torch.equal(found, written(run_copy / "samples/000"))
+    assert torch.equal(generator.sample(2, seed=3, output="tensor", temperature=0.9, guidance=2.0), found[:2])
+    assert generator.sampling.temperature == 1.0  # a call's settings are its own
+
+
+def test_labels_are_names_or_numbers_of_all_or_of_each(generator: Generator) -> None:
+    assert generator.label_names == ["across", "down"]
+    assert generator.draw(3).labels.tolist() == [0, 1, 0]  # type: ignore[union-attr]
+    by_name, by_number = (generator.sample(4, label=label, output="tensor") for label in ("down", 1))
+    assert torch.equal(by_name, by_number)
+    each = generator.sample(4, label=["across", 1, 1, "across"], output="tensor")
+    assert torch.equal(each[1:3], by_name[1:3])
+    assert torch.equal(each[[0, 3]], generator.sample(4, label=0, output="tensor")[[0, 3]])
+
+
+def test_images_may_come_as_anything_that_holds_them(generator: Generator, real: torch.Tensor, tmp_path: Path) -> None:
+    pictures = [Image.fromarray(image.numpy()) for image in real[:3]]
+    pictures[0].save(tmp_path / "0.png")
+    codes = generator.encode(real[:3])
+    for other in (pictures, real[:3].numpy(), list(real[:3]), [tmp_path / "0.png", pictures[1], real[2].numpy()]):
+        assert all(torch.equal(*levels) for levels in zip(generator.encode(other), codes, strict=True))
+    one = generator.encode(str(tmp_path / "0.png"))
+    assert torch.equal(one[0], codes[0][:1])
+    # Of another size and mode, as a file of it would be.
+    large = Image.new("RGBA", (50, 70), (10, 200, 30, 120))
+    large.save(tmp_path / "large.png")
+    assert torch.equal(generator.pixels(large), generator.pixels(tmp_path / "large.png"))
+    assert torch.equal(generator.pixels(np.array(large.convert("L"))), generator.pixels(large.convert("L")))
+
+
+def test_decoding_gives_what_the_tokenizer_makes_of_codes(generator: Generator, real: torch.Tensor) -> None:
+    codes = generator.encode(real)
+    found = generator.decode(codes, output="tensor")
+    expected = (generator.tokenizer.decode(codes).clamp(-1, 1).movedim(1, -1) + 1) * 127.5
+    assert (found - expected).abs().max() <= 0.5 + 1e-3
+    assert np.array_equal(np.array(generator.decode(codes)[5]), found[5].numpy())
+
+
+def test_completions_are_those_of_the_command_line_and_keep_what_they_should(
+    generator: Generator, real: torch.Tensor, run_copy: Path, tmp_path: Path
+) -> None:
+    keep = torch.zeros(8, 12, dtype=torch.bool)
+    keep[:4] = True
+    Image.fromarray(real[0].numpy()).save(tmp_path / "0.png")
+    complete(["--run", str(run_copy), "--images", str(tmp_path / "0.png"), "--n", "1", "--continuations", "3", "--label", "down"])
+    found = generator.complete([real[0]] * 3, keep, "down", output="tensor")
+    assert torch.equal(found, written(run_copy / "completions/000"))
+    white = Image.fromarray(keep.numpy().astype(np.uint8) * 255)
+    assert torch.equal(generator.complete([real[0]] * 3, white, "down", output="tensor"), found)
+    whole = generator.complete(real[:2], torch.ones(8, 12, dtype=torch.bool), output="tensor")
+    assert torch.equal(whole, generator.decode(generator.encode(real[:2]), output="tensor"))
+
+
+def test_bits_are_the_priors_and_what_compressing_takes(generator: Generator, real: torch.Tensor, run_copy: Path, tmp_path: Path) -> None:
+    codes, labels = generator.encode(real), ["down"] * len(real)
+    bits = generator.surprisals(codes, "down")
+    assert [tuple(level.shape) for level in bits] == [(12, 2, 3)]
+    assert generator.prior is not None
+    expected = generator.prior.log_prob(codes, torch.ones(12, dtype=torch.int64))
+    assert torch.allclose(bits[0].flatten(1) * -math.log(2), expected)
+    assert torch.allclose(generator.log_prob(real, labels), expected.sum(1))
+    data = generator.compress(real, "down")
+    without = len(generator.compress(real[:1], "down")) - float(generator.surprisals(real[:1], "down")[0].sum()) / 8
+    assert len(data) - float(bits[0].sum()) / 8 == pytest.approx(without, abs=8)
+    assert torch.equal(generator.decompress(data, output="tensor"), generator.decode(codes, output="tensor"))
+    (tmp_path / "images.vqc").write_bytes(data)
+    decompress(["--run", str(run_copy), "--file", str(tmp_path / "images.vqc"), "--output", str(tmp_path / "back/images")])
+    assert torch.equal(written(tmp_path / "back"), generator.decode(codes, output="tensor"))
+
+
+def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tensor) -> None:
+    (run_copy / "priors/transformer/prior.safetensors").unlink()
+    generator = Generator.from_pretrained(run_copy, device="cpu")
+    assert generator.label_names == []
+    assert len(generator.decode(generator.encode(real))) == 12
+    for ask in (generator.sample, lambda: generator.log_prob(real), lambda: generator.compress(real)):
+        with pytest.raises(UserError, match="it has no finished prior"):
+            ask()
+    uniform = Generator.from_pretrained(run_copy, prior="uniform", device="cpu")
+    assert len(uniform.sample(3)) == 3
+    with pytest.raises(UserError, match="prior: expected one, found uniform"):
+        uniform.log_prob(real)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda generator, real: generator.sample(0), "n: expected at least 1 image, found 0"),
+        (lambda generator, real: generator.sample(2, label="left"), r"label: expected 0 to 1 or a name \(across, down\), found left"),
+        (lambda generator, real: generator.sample(2, label=[0, 1, 1]), "label: expected one, or 2, found 3"),
+        (lambda generator, real: generator.sample(2, temperature=-1), "temperature: expected at least 0, found -1"),
+        (lambda generator, real: generator.sample(2, heat=1), "heat: expected one of batch_size, .*, found no such setting"),
+        (lambda generator, real: generator.sample(2, output="jpeg"), "output: expected pil or tensor, found jpeg"),
+        (lambda generator, real: generator.encode([]), "images: expected at least one, found none"),
+        (lambda generator, real: generator.encode(real / 255), r"images: expected uint8 \(H, W, C\) .* found torch.float32"),
+        (lambda generator, real: generator.encode("nowhere.png"), "nowhere.png: expected a readable image"),
+        (
+            lambda generator, real: generator.decode((torch.zeros(1, 3, 2).long(),)),
+            r"codes: expected \(N, h, w\) .*, found \[\(1, 3, 2\)\]",
+        ),
+        (lambda generator, real: generator.decode((torch.full((1, 2, 3), 16),)), "codes: expected int64 from 0 to 15 at level 1"),
+        (lambda generator, real: generator.complete(real, torch.ones(3, 4)), "mask: expected 12 x 8 pixels, found 4 x 3"),
+        (lambda generator, real: generator.decompress(b"no file"), "data: expected a file that pipelines/compress.py wrote"),
+        (lambda generator, real: generator.compress(real, lossless=True), "expected an objective that is a likelihood"),
+        (lambda generator, real: Generator.from_pretrained("no-such-run"), "no-such-run: expected a run, found none"),
+        (lambda generator, real: Generator.from_pretrained(generator.run.path, prior="best"), "--prior best: expected one of transformer"),
+    ],
+)
+def test_mistakes_say_what_was_expected(ask: Any, message: str, generator: Generator, real: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=message):
+        ask(generator, real)
+
+
+def test_the_package_alone_imports_nothing_heavy() -> None:
+    found = "import pipelines, sys; print('torch' in sys.modules, hasattr(pipelines, 'Generator'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
