@@ -147,7 +147,7 @@ def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tenso
         (lambda generator, real: generator.decode((torch.full((1, 2, 3), 16),)), "codes: expected int64 from 0 to 15 at level 1"),
         (lambda generator, real: generator.complete(real, torch.ones(3, 4)), "mask: expected 12 x 8 pixels, found 4 x 3"),
         (lambda generator, real: generator.decompress(b"no file"), "data: expected a file that pipelines/compress.py wrote"),
-        (lambda generator, real: generator.compress(real, lossless=True), "expected an objective that is a likelihood"),
+        (lambda generator, real: generator.compress(real, lossless=True), "tokenizer.objective: expected one that is a likelihood"),
         (lambda generator, real: Generator.from_pretrained("no-such-run"), "no-such-run: expected a run, found none"),
         (lambda generator, real: Generator.from_pretrained(generator.run.path, prior="best"), "--prior best: expected one of transformer"),
     ],
