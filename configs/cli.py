@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from configs.data import AT_HAND, Data
 from configs.errors import UserError, fail
 from configs.former import SPELLINGS, current_prior, current_tokenizer
+from configs.hub import run_of
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
 from configs.run_dir import RunDir, runs_folder, typed
 from configs.schema import Recipe
@@ -258,7 +259,9 @@ def parse(
         usage = "%(prog)s [--option value ...]"
         parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=description, formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
-        parser.add_argument("--run", help="name of a run in runs/, or a path (default: the recipe's, else the run last touched)")
+        parser.add_argument(
+            "--run", help="name of a run in runs/, a path, or hf:USER/NAME (default: the recipe's, else the run last touched)"
+        )
         parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
         options(parser)
         parser.set_defaults(_defaults(base, sections, flat))
@@ -289,7 +292,7 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
 
     stage1 = recipe.stage1
     if stage1.init_from is not None:
-        stage1 = dataclasses.replace(stage1, init_from=str(RunDir.named(stage1.init_from).path.resolve()))
+        stage1 = dataclasses.replace(stage1, init_from=str(run_of(stage1.init_from).path.resolve()))
     terms: dict[str, Any] = {name: whole(getattr(stage1, name), "weights") for name in ("perceptual", "adversarial")}
     return dataclasses.replace(recipe, data=whole(whole(recipe.data, "path"), "cache"), stage1=dataclasses.replace(stage1, **terms))
 
@@ -337,7 +340,7 @@ def _locate(
 ) -> tuple[RunDir, Recipe, bool]:
     """The run a command line means, the recipe its overrides start from, and whether that is what was begun there."""
     if known.run is not None:
-        run = RunDir.named(known.run)
+        run = run_of(known.run)
     elif known.config is not None:
         run = RunDir.named(known.config.stem)
     else:
@@ -385,7 +388,7 @@ def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe) -> Recipe:
         return recipe
     if known.run is None and known.config is None:
         raise UserError("--init-from: expected a name for the new run beside it (--run NAME), found none")
-    run = RunDir.named(source)
+    run = run_of(source)
     if not run.tokenizer.exists():
         raise UserError(f"--init-from {source}: expected a run with a finished tokenizer, found none at {run}")
     theirs = load_recipe(run.recipe)

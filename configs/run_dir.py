@@ -37,6 +37,8 @@ from configs.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 """Where the packages stand: the checkout, or, if they were installed without `-e`, site-packages."""
+BUNDLE = "config.json"
+"""Name of the file by which a run is known that pipelines/publish.py wrote."""
 _LOCK = ".lock"
 _SUM = "sha256 of the rest"
 _VERSIONS_OF = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")

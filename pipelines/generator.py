@@ -24,6 +24,7 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, load_recipe
 from configs.data import Data
 from configs.errors import UserError
+from configs.hub import run_of
 from configs.run_dir import RunDir
 from configs.schema import Sampling
 from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, pack, run_fingerprint, unpack, with_stored
@@ -107,7 +108,7 @@ class Generator:
             compile: draw from CUDA graphs, where there is CUDA and the prior is a transformer.
         Errors: UserError for what is no run, or has not finished its first stage, or not that prior.
         """
-        run = RunDir.named(str(source))
+        run = run_of(str(source))
         if not run.exists():
             raise UserError(f"{run}: expected a run, found none")
         recipe = load_recipe(run.recipe)

@@ -20,11 +20,12 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     "configs": {
         "errors": set(),
         "run_dir": {"errors"},
+        "hub": {"errors", "run_dir"},
         "parts": {"errors"},
         "former": {"parts"},
         "data": {"errors"},
         "schema": {"data", "errors", "former", "parts"},
-        "cli": {"data", "errors", "former", "parts", "run_dir", "schema"},
+        "cli": {"data", "errors", "former", "hub", "parts", "run_dir", "schema"},
     },
     "stage1_vqvae": {
         "training": set(),
@@ -55,6 +56,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "reporting": {"images"},
         "generator": {"images", "codec"},
         "of_command": {"generator"},
+        "publishing": {"images", "generator"},
     },
 }
 SCRIPTS = [

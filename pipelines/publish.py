@@ -1,0 +1,102 @@
+"""Publish a run: a bundle of what others need of it, in a folder or on the Hugging Face Hub.
+
+    python pipelines/publish.py --to ./bundle
+    python pipelines/publish.py --run digits --to USER/NAME --license mit
+    python pipelines/publish.py --prior transformer pixelcnn --to USER/NAME --private
+
+Writes tokenizer, chosen priors, recipe (without paths of this machine), likelihoods, the last evaluation, 64 samples, and a model card
+with all figures and how each was obtained. USER/NAME is a repository of the Hub, made if it is not there yet; a folder has `.`, `/` or `~`
+in front, or no `/` at all. Any command takes either: `--run ./bundle`, `--run hf:USER/NAME`.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from configs.cli import TRAIN_PRIOR, parse
+from configs.errors import UserError, run_entry
+from configs.hub import PREFIX
+from configs.run_dir import program, typed
+from pipelines.publishing.bundle import write_bundle
+from stage2_prior.priors.prior_file import finished_prior
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, (), argv, options=_options)
+    run, options = command.run, command.options
+    if options.to is None:
+        raise UserError("--to: expected a folder, or USER/NAME of the Hub, found none")
+    repository = repository_of(options.to)
+    folder = None if repository is not None else _empty(Path(options.to).expanduser())
+    command.need_tokenizer()
+    names = options.prior if options.prior is not None else [run.last_prior()] if run.last_prior() is not None else []
+    priors = [finished_prior(run, name, command.next(TRAIN_PRIOR)).parent.name for name in names]
+    if repository is not None:
+        with _refused(repository):  # before anything is drawn
+            HfApi().create_repo(repository, private=options.private, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent if folder is not None else None) as made:
+        bundle = Path(made) / "bundle"
+        write_bundle(run, priors, bundle, repository or (folder or bundle).name, options.license)
+        if folder is not None:
+            if folder.exists():
+                folder.rmdir()
+            bundle.rename(folder)
+        else:
+            with _refused(str(repository)):
+                commit = HfApi().upload_folder(
+                    folder_path=bundle, repo_id=str(repository), commit_message="A run of the two-stage image generator"
+                )
+                url = str(commit.repo_url)
+    run.record(program(), command.arguments, {"to": options.to, "priors": priors})
+    where, name = (url, f"{PREFIX}{repository}") if folder is None else (folder, folder if folder.is_absolute() else f"./{folder}")
+    print(f"wrote {where}: tokenizer{', prior ' if priors else ''}{', '.join(priors)}; look at its README.md")
+    print(f"next: {typed('pipelines/sample.py')} --n 64 --run {name}")
+
+
+def _options(parser: Any) -> None:
+    parser.add_argument("--to", type=str | None, help="a folder, new or empty, or USER/NAME: a repository of the Hub")
+    parser.add_argument("--prior", type=str, nargs="+", help="names of priors, the first for who names none (default: the last finished)")
+    parser.add_argument("--license", type=str, default="unknown", help="the model's licence, as the Hub names licences: mit, apache-2.0")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def repository_of(to: str) -> str | None:
+    """USER/NAME, if a repository of the Hub is meant; None: a folder. Errors: UserError for what could be both."""
+    name = to.removeprefix(PREFIX)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        if to.startswith(PREFIX):
+            raise UserError(f"--to {to}: expected {PREFIX}USER/NAME")
+        return None
+    if not to.startswith(PREFIX) and Path(name).parent.is_dir():
+        raise UserError(f"--to {to}: expected ./{to} for a folder, or {PREFIX}{to} for the Hub, found what could be both")
+    return name
+
+
+def _empty(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to {folder}: expected a folder that is new or empty, found {'files in it' if folder.is_dir() else 'a file'}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _refused(repository: str) -> Iterator[None]:
+    """Errors: UserError if the Hub refuses what is asked of it, or cannot be reached."""
+    try:
+        yield
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"--to {repository}: expected a Hub that takes it (hf auth login), found: {why}") from None
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,101 @@
+"""A bundle: what others need of a run, and nothing of the machine that it was trained on.
+
+    README.md                    the model card
+    config.json                  tokenizer and priors as their files' headers have them
+    recipe.yaml                  the recipe without this machine's paths
+    tokenizer.safetensors
+    stage1/report.json
+    priors/NAME/                 prior.safetensors, likelihood.json, .md, .png, report.json
+    evaluations/000/             evaluation.json, .md of the last evaluation of these very files
+    samples.png                  64 samples of the first prior
+
+It is a run, of which every command works that needs no checkpoints; those that read images need the data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.cli import load_recipe, recipe_dict
+from configs.run_dir import BUNDLE, RunDir, read_json, write_bytes, write_json, write_yaml
+from configs.schema import Recipe
+from pipelines.generator import Generator
+from pipelines.images.provenance import agrees, identity, outputs
+from pipelines.publishing.card import card
+from stage1_vqvae.pictures import grid_scale, image_grid, save_png
+from stage1_vqvae.training.weights_file import read_header
+from stage2_prior.priors.prior_file import finished_prior, read_prior_header
+
+_OF_PRIORS = ("likelihood.json", "likelihood.md", "likelihood.png", "report.json")
+_SAMPLES, _COLUMNS = 64, 10
+
+
+def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, licence: str, device: str | None = None) -> None:
+    """Write the bundle of a run with a finished tokenizer.
+
+    Args:
+        run: to publish.
+        priors: names of finished priors; the first is the one that is drawn from if nobody names another.
+        folder: empty.
+        name: what the card calls it: USER/NAME, or a folder's name.
+        licence: as the Hub names licences.
+        device: where the samples are drawn; None: on an accelerator, if there is one.
+    """
+    recipe = without_machine(load_recipe(run.recipe))
+    bundle = RunDir(folder)
+    write_yaml(bundle.recipe, recipe_dict(recipe))
+    shutil.copyfile(run.tokenizer, bundle.tokenizer)
+    _copied(run.stage1, bundle.stage1, ("report.json",))
+    for prior in priors:
+        _copied(run.prior(prior), bundle.prior(prior), ("prior.safetensors", *_OF_PRIORS))
+    evaluation = _evaluation(run, priors[0] if priors else None)
+    if evaluation is not None:
+        target = folder / "evaluations" / "000"
+        write_json(target / "evaluation.json", {**read_json(evaluation / "evaluation.json"), "run": name})
+        text = (evaluation / "evaluation.md").read_text().split("\n", 1)[1]
+        write_bytes(target / "evaluation.md", f"# Evaluation of {name}\n{text}".encode())
+    config: dict[str, Any] = {
+        "tokenizer": read_header(run.tokenizer, "tokenizer"),
+        "priors": {prior: read_prior_header(finished_prior(run, prior, "")) for prior in priors},
+        "sampling": dataclasses.asdict(recipe.sampling),
+    }
+    write_json(folder / BUNDLE, config)
+    if priors:
+        generator = Generator.from_pretrained(folder, prior=priors[0], device=device)
+        pictures = generator.sample(_SAMPLES, output="tensor")
+        columns = len(generator.label_names) if 2 <= len(generator.label_names) <= 16 else 8
+        save_png(folder / "samples.png", image_grid(pictures, columns), grid_scale(pictures.shape[1]))
+    write_bytes(folder / "README.md", card(bundle, name, licence, recipe).encode())
+
+
+def without_machine(recipe: Recipe) -> Recipe:
+    """A recipe without what is true of one machine alone: paths, and how images are read there."""
+    data = dataclasses.replace(recipe.data, path=None, cache=None, workers=None)
+
+    def without_weights(part: Any) -> Any:
+        return dataclasses.replace(part, weights=None) if hasattr(part, "weights") else part
+
+    began = recipe.stage1.init_from
+    terms = {name: without_weights(getattr(recipe.stage1, name)) for name in ("perceptual", "adversarial")}
+    stage1 = dataclasses.replace(recipe.stage1, init_from=None if began is None else Path(began).name, **terms)
+    return dataclasses.replace(recipe, data=data, stage1=stage1, compute=type(recipe.compute)())
+
+
+def _copied(source: Path, target: Path, names: Sequence[str]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _evaluation(run: RunDir, prior: str | None) -> Path | None:
+    """The folder of the last evaluation of a run's tokenizer, and of samples that this prior drew, if it has one."""
+    wanted = identity(run, prior) | {"drawn": prior is not None}
+    if prior is None:
+        wanted = {key: wanted[key] for key in ("tokenizer_sha256", "drawn")}
+    found = [path for path in outputs(run, "evaluations", "evaluation.json") if agrees(read_json(path), wanted)]
+    return found[-1].parent if found else None

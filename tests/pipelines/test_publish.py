@@ -1,0 +1,178 @@
+"""A run that others can use: in a folder, and on a Hub that speaks the real one's protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from configs.hub import run_of
+from pipelines import Generator
+from pipelines.evaluate import main as evaluate
+from pipelines.publish import main, repository_of
+from pipelines.publishing.bundle import write_bundle
+from pipelines.sample import main as sample
+from stage1_vqvae.training.weights_file import fingerprint
+from tests.conftest import Script
+from tests.pipelines.fake_hub import Repositories, fake_hub
+
+TOKEN = "hf_of_tests"
+
+
+@pytest.fixture(scope="module")
+def judged_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("judged") / "run"))
+    evaluate(["--run", str(run), "--features", "classifier", "--n", "12"])
+    return run
+
+
+@pytest.fixture(scope="module")
+def bundle(judged_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "digits"
+    main(["--run", str(judged_run), "--to", str(folder), "--license", "mit"])
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Repositories]]:
+    """For processes that are started from here on; they look for no other machine."""
+    with fake_hub(TOKEN) as (address, held):
+        for name, value in {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        yield address, held
+
+
+def test_a_bundle_is_a_run_that_draws_the_same(bundle: Path, judged_run: Path) -> None:
+    ours, theirs = Generator.from_pretrained(judged_run, device="cpu"), Generator.from_pretrained(bundle, device="cpu")
+    assert [picture.tobytes() for picture in ours.sample(4)] == [picture.tobytes() for picture in theirs.sample(4)]
+    for name in ("tokenizer.safetensors", "priors/transformer/prior.safetensors"):
+        assert fingerprint(bundle / name) == fingerprint(judged_run / name)
+
+
+def test_a_bundle_says_nothing_of_the_machine(bundle: Path, judged_run: Path, pictures: Path) -> None:
+    """And of a run's many files it has those that others need."""
+    found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
+    of_prior = {
+        f"priors/transformer/{name}" for name in ("prior.safetensors", "likelihood.json", "likelihood.md", "likelihood.png", "report.json")
+    }
+    others = {"README.md", "config.json", "recipe.yaml", "tokenizer.safetensors", "stage1/report.json", "samples.png"}
+    assert found == of_prior | others | {"evaluations/000/evaluation.json", "evaluations/000/evaluation.md"}
+    assert str(pictures) in (judged_run / "recipe.yaml").read_text()
+    for path in bundle.rglob("*"):
+        if path.suffix in (".json", ".yaml", ".md"):
+            assert "/tmp" not in path.read_text(), path
+            assert str(judged_run.parent) not in path.read_text(), path
+
+
+def test_the_card_has_each_figure_and_how_it_was_obtained(bundle: Path, judged_run: Path) -> None:
+    card = ModelCard.load(bundle / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    likelihood = json.loads((judged_run / "priors/transformer/likelihood.json").read_text())
+    report = json.loads((judged_run / "stage1/report.json").read_text())["validation"]
+    rows = [line for line in card.text.splitlines() if line.startswith("| ")]
+    (bits,) = [row for row in rows if row.startswith("| bits a token, prior transformer")]
+    assert f"{likelihood['validation']:.3f}" in bits
+    assert "12 validation images" in bits
+    assert any(f"{report['mse']:.5f}" in row and "60 steps" in row for row in rows)
+    assert all(row.count("|") == 4 for row in card.text.partition("## Figures")[2].partition("## Eval")[0].splitlines() if row)
+    assert "12 drawn from prior transformer" in card.text
+    assert "across, down" in card.text
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["tokenizer"]["kind"] == "tokenizer"
+    assert config["priors"]["transformer"]["label_names"] == ["across", "down"]
+
+
+def test_a_bundle_goes_to_the_hub_and_comes_back(
+    hub: tuple[str, Repositories], judged_run: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, held = hub
+    done = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits", "--license", "mit")
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {address}/me/digits" in done.stdout
+    assert "--run hf:me/digits" in done.stdout
+    assert {"README.md", "tokenizer.safetensors", "priors/transformer/prior.safetensors"} <= held["me/digits"].keys()
+    # Somewhere else, where runs lie in the working directory, as they do for who has installed it.
+    held["me/digits"]["run_me.py"] = b"raise SystemExit"
+    ask = "from pipelines import Generator; g = Generator.from_pretrained('hf:me/digits', device='cpu'); g.sample(2)[1].save('1.png')"
+    monkeypatch.setattr("configs.hub.runs_folder", lambda: tmp_path)
+    elsewhere = script("tests/launched/python.py", tmp_path, ask, cwd=tmp_path)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    fetched = tmp_path / "me--digits"
+    assert fingerprint(fetched / "tokenizer.safetensors") == fingerprint(judged_run / "tokenizer.safetensors")
+    assert not (fetched / "run_me.py").exists()
+    sample(["--run", str(fetched), "--n", "2"])
+    assert (fetched / "samples/000/images/00001.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+    # Without a connection what has been fetched serves.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert script("tests/launched/python.py", tmp_path, ask, cwd=tmp_path).returncode == 0
+    none = script("pipelines/sample.py", "--run", "hf:me/other")
+    assert none.returncode == 2
+    assert none.stderr.startswith("error: hf:me/other: expected a repository of the Hub that can be read, found none (")
+
+
+def test_what_the_hub_refuses_is_one_line(
+    hub: tuple[str, Repositories], judged_run: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = script("pipelines/sample.py", "--run", "hf:me/none")
+    assert none.returncode == 2
+    assert "hf:me/none: expected a repository of the Hub that can be read, found none (404" in none.stderr
+    hub[1]["me/foreign"] = {"config.json": b"{}"}
+    foreign = script("pipelines/sample.py", "--run", "hf:me/foreign")
+    assert foreign.returncode == 2
+    assert "hf:me/foreign: expected a run that pipelines/publish.py wrote" in foreign.stderr
+    monkeypatch.setenv("HF_TOKEN", "another")
+    refused = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits")
+    assert refused.returncode == 2
+    assert "--to me/digits: expected a Hub that takes it (hf auth login), found: Client error '401 Unauthorized'" in refused.stderr
+    assert "Traceback" not in none.stderr + foreign.stderr + refused.stderr
+
+
+def test_the_prior_that_was_named_first_is_the_one_that_draws(judged_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(judged_run, tmp_path / "run"))
+    shutil.copytree(run / "priors/transformer", run / "priors/older")
+    write_bundle(run_of(str(run)), ["older", "transformer"], tmp_path / "bundle", "me/both", "unknown", "cpu")
+    assert "prior older" in (tmp_path / "bundle/README.md").read_text()
+    assert list(json.loads((tmp_path / "bundle/config.json").read_text())["priors"]) == ["older", "transformer"]
+
+
+def test_a_run_without_a_prior_is_a_tokenizer(judged_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(judged_run, tmp_path / "run"))
+    shutil.rmtree(run / "priors")
+    main(["--run", str(run), "--to", str(tmp_path / "bundle")])
+    assert not (tmp_path / "bundle/samples.png").exists()
+    assert "reconstruct.py" in (tmp_path / "bundle/README.md").read_text()
+    assert yaml.safe_load((tmp_path / "bundle/recipe.yaml").read_text())["data"]["path"] is None
+    assert len(Generator.from_pretrained(tmp_path / "bundle", device="cpu").encode(str(next(tmp_path.rglob("*.png"))))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--to: expected a folder, or USER/NAME of the Hub, found none"),
+        (["--to", "{run}"], "expected a folder that is new or empty, found files in it"),
+        (["--to", "{run}/recipe.yaml"], "expected a folder that is new or empty, found a file"),
+        (["--to", "hf:digits"], "--to hf:digits: expected hf:USER/NAME"),
+        (["--to", "{run}/new", "--prior", "best"], "--prior best: expected one of transformer"),
+    ],
+)
+def test_mistakes_get_one_line(arguments: list[str], message: str, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    assert message in one_line_error(main, "--run", run_copy, *[argument.format(run=run_copy) for argument in arguments])
+    assert not (run_copy / "new").exists()
+
+
+def test_a_name_that_could_be_both_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert repository_of("me/digits") == repository_of("hf:me/digits") == "me/digits"
+    os.mkdir("me")
+    assert repository_of("hf:me/digits") == "me/digits"
+    assert repository_of("./me/digits") is repository_of("digits") is None
+    with pytest.raises(ValueError, match=r"expected \./me/digits for a folder, or hf:me/digits"):
+        repository_of("me/digits")
