@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 
 from configs.errors import UserError
 from configs.run_dir import BUNDLE, RunDir, read_json, runs_folder
@@ -25,7 +26,13 @@ def run_of(name: str) -> RunDir:
     if found is None:
         raise UserError(f"{name}: expected {PREFIX}USER/NAME, or {PREFIX}USER/NAME@REVISION")
     run = RunDir(runs_folder() / name.removeprefix(PREFIX).replace("/", "--"))
-    _fetch(name, found[1], found[2], run)
+    known = run.path.exists()
+    try:
+        _fetch(name, found[1], found[2], run)
+    except UserError:
+        if not known:
+            shutil.rmtree(run.path, ignore_errors=True)  # what was fetched of something else
+        raise
     return run
 
 

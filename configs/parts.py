@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
+from configs.run_dir import ROOT
 
 FAMILIES: dict[str, dict[str, str]] = {
     "tokenizer.quantizer": {
@@ -63,7 +64,7 @@ class Part(ABC):
     @property
     def kind(self) -> str:
         """The name under which its class stands in the tables."""
-        address = f"{type(self).__module__}:{type(self).__qualname__}"
+        address = f"{type(self).__module__.removeprefix(ROOT)}:{type(self).__qualname__}"
         return next(kind for kinds in FAMILIES.values() for kind, found in kinds.items() if found == address)
 
     @abstractmethod
@@ -77,7 +78,7 @@ def part_class(family: str, kind: str) -> type[Part]:
     if kind not in kinds:
         raise UserError(f"{family}.kind: expected one of {', '.join(kinds)}, found {kind}")
     module, _, name = kinds[kind].partition(":")
-    found = getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(ROOT + module), name)
     assert issubclass(found, Part)
     return found
 

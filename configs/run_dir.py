@@ -35,6 +35,31 @@ from filelock import FileLock, Timeout
 
 from configs.errors import UserError
 
+ROOT = __name__.removesuffix("configs.run_dir")
+"""What stands before the packages' names: nothing in a checkout; in a wheel, which holds them as one package, `two_stage.`."""
+COMMANDS = {
+    "stage1_vqvae/train.py": "train-tokenizer",
+    "stage1_vqvae/doctor.py": "doctor",
+    "stage1_vqvae/import_tokenizer.py": "import-tokenizer",
+    "stage1_vqvae/export_tokenizer.py": "export-tokenizer",
+    "stage2_prior/extract_codes.py": "extract-codes",
+    "stage2_prior/train.py": "train-prior",
+    "stage2_prior/report.py": "likelihood",
+    "stage2_prior/export_codes.py": "export-codes",
+    "stage2_prior/import_codes.py": "import-codes",
+    "pipelines/run.py": "run",
+    "pipelines/sample.py": "sample",
+    "pipelines/complete.py": "complete",
+    "pipelines/evaluate.py": "evaluate",
+    "pipelines/reconstruct.py": "reconstruct",
+    "pipelines/anomalies.py": "anomalies",
+    "pipelines/compress.py": "compress",
+    "pipelines/decompress.py": "decompress",
+    "pipelines/report.py": "report",
+    "pipelines/summary.py": "summary",
+    "pipelines/publish.py": "publish",
+}
+"""The console command of each script, after `two-stage-`."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 """Where the packages stand: the checkout, or, if they were installed without `-e`, site-packages."""
 BUNDLE = "config.json"
@@ -337,8 +362,10 @@ def program() -> str:
 
 def typed(script: str, launched: bool = False) -> str:
     """The command of a script (its path in the repository) as a user types it where they stand: with its path where there is a
-    checkout, otherwise as the installed module; `launched` by Accelerate.
+    checkout, otherwise as the installed command; `launched` by Accelerate.
     """
     root = checkout()
-    what = f"-m {script.removesuffix('.py').replace('/', '.')}" if root is None else shlex.quote(RunDir.show(root / script))
-    return f"{'accelerate launch' if launched else 'python'} {what}"
+    if root is not None:
+        return f"{'accelerate launch' if launched else 'python'} {shlex.quote(RunDir.show(root / script))}"
+    module = ROOT + script.removesuffix(".py").replace("/", ".")
+    return f"accelerate launch -m {module}" if launched else f"two-stage-{COMMANDS[script]}"

@@ -1,4 +1,4 @@
-"""The project as a user has it who installed it without `-e`: from the wheel, with a checkout and without."""
+"""The project as a user has it who installed it without `-e`: the wheel in an environment of its own, used from somewhere else."""
 
 from __future__ import annotations
 
@@ -6,76 +6,105 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from configs.run_dir import REPOSITORY, read_json
+from configs.run_dir import COMMANDS, REPOSITORY, read_json
+from tests.test_layering import SCRIPTS
 
 PACKAGES = ("configs", "stage1_vqvae", "stage2_prior", "pipelines")
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the wheel is built from."""
-    copy = tmp_path_factory.mktemp("checkout")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is left in the checkout."""
+    copy, folder = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
     for name in PACKAGES:
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, copy / name)
-    return copy
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(copy)]
+    subprocess.run(build, check=True, capture_output=True)
+    (found,) = folder.glob("*.whl")
+    return found
 
 
 @pytest.fixture(scope="module")
-def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked wheel, in place of site-packages."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(checkout)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder / "site-packages")
-    return folder / "site-packages"
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment that has the wheel, and what it depends on, but not this checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    install = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A folder that is added so has its packages found, but not the finder of an installation with -e that lies in it.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin"
 
 
-def run(arguments: list[object], installed: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+def run(environment: Path, cwd: Path, command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    typed = [str(environment / command), *map(str, arguments)]
+    return subprocess.run(typed, capture_output=True, text=True, cwd=cwd, env=variables, check=False)
 
 
-def test_the_wheel_holds_all_modules_and_all_that_lies_beside_them(installed: Path) -> None:
-    def files(root: Path) -> set[str]:
-        found = [path for name in PACKAGES for path in (root / name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
-        return {str(path.relative_to(root)) for path in found}
+def test_the_wheel_holds_everything_under_one_name(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in names} == {"two_stage"}
+    expected = {path.relative_to(REPOSITORY) for package in PACKAGES for path in (REPOSITORY / package).rglob("*") if path.is_file()}
+    own = {path for path in expected if path.parts[:2] == ("pipelines", "installed")}
+    placed = {f"two_stage/{path}" for path in expected - own} | {f"two_stage/{path.name}" for path in own}
+    assert names == {name for name in placed if not name.endswith(".pyc")}
 
-    assert files(installed) == files(REPOSITORY)
+
+def test_every_script_is_a_command() -> None:
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(COMMANDS) == {str(path.relative_to(REPOSITORY)) for path in SCRIPTS}
+    assert scripts == {f"two-stage-{name}": f"two_stage.console:{name.replace('-', '_')}" for name in COMMANDS.values()}
 
 
-def test_without_a_checkout_runs_lie_in_the_working_directory(installed: Path, tiny_recipe: Path, tmp_path: Path) -> None:
-    done = run(["-m", "stage1_vqvae.train", "--config", tiny_recipe, "--stage1.steps", 2], installed, tmp_path)
+def test_other_projects_names_stay_free(environment: Path, tmp_path: Path) -> None:
+    for name in PACKAGES:
+        done = run(environment, tmp_path, "python", "-c", f"import {name}")
+        assert f"No module named '{name}'" in done.stderr
+    done = run(environment, tmp_path, "python", "-c", "import sys, two_stage.stage2_prior.train; print(*sys.modules)")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "tiny" / "tokenizer.safetensors").exists()
-    assert not (installed / "runs").exists()
-    assert "next: python -m stage2_prior.extract_codes" in done.stdout
-    assert read_json(tmp_path / "runs" / "tiny" / "stage1" / "report.json")["steps"] == 2
+    assert not set(PACKAGES) & {name.partition(".")[0] for name in done.stdout.split()}
 
 
-def test_without_a_checkout_the_wheels_own_recipes_are_found(installed: Path, tmp_path: Path) -> None:
-    done = run(["-m", "stage1_vqvae.train", "--config", "configs/cifar10.yaml", "--print-recipe"], installed, tmp_path)
+def test_its_commands_keep_runs_in_the_working_directory(environment: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    done = run(environment, tmp_path, "two-stage-train-tokenizer", "--config", tiny_recipe, "--stage1.steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "next: two-stage-extract-codes" in done.stdout
+    assert read_json(tmp_path / "runs/tiny/stage1/report.json")["steps"] == 2
+    done = run(environment, tmp_path, "two-stage-extract-codes")
+    assert done.returncode == 0, done.stderr
+    assert "next: accelerate launch -m two_stage.stage2_prior.train" in done.stdout
+
+
+def test_its_own_recipes_are_found(environment: Path, tmp_path: Path) -> None:
+    done = run(environment, tmp_path, "two-stage-train-tokenizer", "--config", "configs/cifar10.yaml", "--print-recipe")
     assert done.returncode == 0, done.stderr
     assert "uoft-cs/cifar10" in done.stdout
+    assert run(environment, tmp_path, "two-stage-sample").stderr.startswith("error: runs/digits: there is no such run")
 
 
-@pytest.mark.parametrize("where", ["inside", "outside"])
-def test_a_checkouts_script_keeps_runs_in_the_checkout(installed: Path, checkout: Path, tmp_path: Path, where: str) -> None:
-    """Its modules are the installed ones, but it is from there that the user works."""
-    done = run([checkout / "stage1_vqvae" / "doctor.py"], installed, checkout if where == "inside" else tmp_path)
-    assert done.returncode == 2
-    assert f"error: {'runs/digits' if where == 'inside' else checkout / 'runs' / 'digits'}: there is no such run" in done.stderr
+def test_a_stranger_draws_from_a_run_that_was_given_to_them(environment: Path, run_copy: Path, tmp_path: Path) -> None:
+    done = run(environment, tmp_path, "two-stage-sample", "--run", run_copy, "--n", 2)
+    assert done.returncode == 0, done.stderr
+    line = f"from two_stage import Generator; Generator.from_pretrained({str(run_copy)!r}, device='cpu').sample(2)[1].save('1.png')"
+    done = run(environment, tmp_path, "python", "-c", line)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1.png").read_bytes() == (run_copy / "samples/000/images/00001.png").read_bytes()
 
 
-def test_a_checkouts_chain_is_of_its_own_scripts(installed: Path, checkout: Path, tmp_path: Path) -> None:
-    """So that its steps look for runs where it does itself."""
-    started = "from pipelines.run import Step; print(Step('report', 'pipelines/report.py', []).started()[1])"
-    done = run(["-c", f"import sys; sys.argv[0] = {str(checkout / 'pipelines' / 'run.py')!r}; {started}"], installed, tmp_path)
-    assert done.stdout.strip() == str(checkout / "pipelines" / "report.py"), done.stderr
+def test_the_whole_chain_starts_its_own_scripts(environment: Path, tmp_path: Path) -> None:
+    line = "from two_stage.pipelines.run import Step; print(Step('report', 'pipelines/report.py', []).started()[1])"
+    done = run(environment, tmp_path, "python", "-c", line)
+    (site,) = environment.parent.glob("lib/python*/site-packages")
+    assert done.stdout.strip() == str(site / "two_stage/pipelines/report.py"), done.stderr
+    assert Path(done.stdout.strip()).is_file()

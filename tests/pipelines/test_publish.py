@@ -23,6 +23,8 @@ from tests.conftest import Script
 from tests.pipelines.fake_hub import Repositories, fake_hub
 
 TOKEN = "hf_of_tests"
+# As a command, with its named runs somewhere else than in this checkout.
+SAMPLE = "from configs.errors import run_entry; from pipelines.sample import main; run_entry(lambda: main(['--run', '{}']))"
 
 
 @pytest.fixture(scope="module")
@@ -113,20 +115,21 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(
     # Without a connection what has been fetched serves.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert script("tests/launched/python.py", tmp_path, ask, cwd=tmp_path).returncode == 0
-    none = script("pipelines/sample.py", "--run", "hf:me/other")
+    none = script("tests/launched/python.py", tmp_path, SAMPLE.format("hf:me/other"))
     assert none.returncode == 2
     assert none.stderr.startswith("error: hf:me/other: expected a repository of the Hub that can be read, found none (")
 
 
 def test_what_the_hub_refuses_is_one_line(
-    hub: tuple[str, Repositories], judged_run: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+    hub: tuple[str, Repositories], judged_run: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    none = script("pipelines/sample.py", "--run", "hf:me/none")
+    none = script("tests/launched/python.py", tmp_path, SAMPLE.format("hf:me/none"))
     assert none.returncode == 2
     assert "hf:me/none: expected a repository of the Hub that can be read, found none (404" in none.stderr
     hub[1]["me/foreign"] = {"config.json": b"{}"}
-    foreign = script("pipelines/sample.py", "--run", "hf:me/foreign")
+    foreign = script("tests/launched/python.py", tmp_path, SAMPLE.format("hf:me/foreign"))
     assert foreign.returncode == 2
+    assert not (tmp_path / "me--foreign").exists()
     assert "hf:me/foreign: expected a run that pipelines/publish.py wrote" in foreign.stderr
     monkeypatch.setenv("HF_TOKEN", "another")
     refused = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits")
