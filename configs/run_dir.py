@@ -58,6 +58,7 @@ COMMANDS = {
     "pipelines/report.py": "report",
     "pipelines/summary.py": "summary",
     "pipelines/publish.py": "publish",
+    "pipelines/export_onnx.py": "export-onnx",
 }
 """The console command of each script, after `two-stage-`."""
 REPOSITORY = Path(__file__).resolve().parent.parent

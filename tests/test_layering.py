@@ -58,6 +58,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "of_command": {"generator"},
         "publishing": {"images", "generator"},
         "installed": {"generator"},
+        "exporting": set(),
     },
 }
 SCRIPTS = [

@@ -81,7 +81,7 @@ class Quantizer(Levels):
             raise ValueError(f"z: expected (B, {self.dim}, ...), found {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             z = z.to(torch.promote_types(z.dtype, torch.float32))
-            batch, spatial = len(z), z.shape[2:]
+            batch, spatial = z.shape[0], z.shape[2:]  # len would fix the batch of an exported graph
             found = self.quantize(z.reshape(batch, self.dim, spatial.numel()).transpose(1, 2).reshape(-1, self.dim))
             codes = tuple(level.view(batch, *spatial) for level in found.codes)
             return found._replace(z_q=found.z_q.view(batch, *spatial, self.dim).movedim(-1, 1), codes=codes)

@@ -52,6 +52,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             from stage1_vqvae.quantizers.fused import fused_nearest
 
             return fused_nearest(vectors.to(dtype) - centre, codes, squares)
+        if torch.compiler.is_exporting():  # a graph has no loop over blocks of a batch of any size
+            return torch.argmin(squares - 2 * (vectors.to(dtype) - centre) @ codes.T, 1)
         # Whole groups of codes: the last one is filled up with copies of the last code, which count as it.
         filled = torch.arange(-(-len(codes) // _GROUP) * _GROUP, device=codes.device).clamp_(max=len(codes) - 1)
         # |e|^2 as one channel more, which is 1 in every vector: adding it to the product would be a pass over all distances.
@@ -73,7 +75,7 @@ def _safe_centre(codes: Tensor) -> Tensor:
     the mean away from all of them.
     """
     centre = codes.mean(0)
-    spread, nearest = (codes - centre).square().sum(1).amax(), codes.square().sum(1).amin()
+    spread, nearest = (codes - centre).square().sum(1).amax(0), codes.square().sum(1).amin(0)
     return torch.where(4 * spread <= nearest, centre, 0.0)
 
 

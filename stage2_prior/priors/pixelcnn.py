@@ -99,7 +99,7 @@ class PixelCNN(AutoregressivePrior):
 
     @override
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        labels = self.labels_or_null(labels, len(codes[0]))
+        labels = self.labels_or_null(labels, codes[0].shape[0])
         return tuple(
             network(codes[level], network.context(codes[:level], labels, variants), self.checkpointing and self.training)
             for level, network in enumerate(self.networks, self.levels.start)

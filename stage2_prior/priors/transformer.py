@@ -152,9 +152,10 @@ class Transformer(AutoregressivePrior):
     @override
     def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
         tokens = self.layout.to_tokens(codes[self.levels])
-        start = self.start.expand(len(tokens), 1, -1)
+        batch = tokens.shape[0]  # len would fix the batch of an exported graph
+        start = self.start.expand(batch, 1, -1)
         x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_positions()  # (B, T, C)
-        given = self.label(self.labels_or_null(labels, len(tokens)))
+        given = self.label(self.labels_or_null(labels, batch))
         if variants is not None and self.variant is not None:
             given = given + self.variant(variants)
         told = self._told(codes[: self.levels.start])
@@ -194,6 +195,10 @@ class Transformer(AutoregressivePrior):
 
     def next_logits(self, x: Tensor, cache: TransformerCache, position: int | Tensor, level: int) -> Tensor:
         """Logits (B, K) of a position of that level, from code and label embedded, (B, C)."""
+        return self._logits(self.last_features(x, cache, position), level)
+
+    def last_features(self, x: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
+        """What the last layer leaves at a position, (B, C), from code and label embedded, (B, C)."""
         at = slice(position, position + 1) if isinstance(position, int) else position
         x = x + cache.embedded_positions[at]
         if cache.above is not None:
@@ -201,7 +206,7 @@ class Transformer(AutoregressivePrior):
         rotation = self.rotations[at]
         for block, kept in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, rotation, kept, position)
-        return self._logits(x, level)
+        return x
 
 
 class Block(nn.Module):

@@ -1,0 +1,173 @@
+"""Draw images from a run that was exported to ONNX: numpy and onnxruntime, no torch.
+
+    python sample.py --n 64
+    python sample.py --n 8 --label 7 --seed 1 --guidance 1.5 --output pictures
+
+Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed is the same image whatever is drawn with it, and the same as
+the run's own (with the prior exported in float64; in float32 a draw that falls within its rounding may be another code).
+
+    from sample import Sampler
+
+    codes, images = Sampler(folder).sample(4, label="7", seed=1)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+Array = np.ndarray
+
+
+def uniforms(seed: int, number: int, length: int) -> Array:
+    """The uniforms (T,) of a sample: torch's, of a generator whose seed is derived from the seed and the sample's number."""
+    digest = hashlib.blake2b(repr((seed, "sample", number)).encode(), digest_size=8).digest()
+    derived = int.from_bytes(digest, "little") >> 1
+    raw = np.random.RandomState(derived & 0xFFFFFFFF).randint(0, 2**32, 2 * length, np.uint64)  # MT19937, seeded as torch does
+    return ((raw[::2] << np.uint64(32) | raw[1::2]) & np.uint64(2**53 - 1)) * 2.0**-53
+
+
+def warp(logits: Array, settings: dict[str, Any]) -> Array:
+    """Probabilities (B, K), float64, of logits (B, K): temperature, top_k, top_p, min_p."""
+    logits = logits.astype(np.float64)
+    if settings["temperature"] == 0:
+        return np.eye(logits.shape[1])[logits.argmax(1)]
+    logits = logits / settings["temperature"]
+    if 0 < settings["top_k"] < logits.shape[1]:
+        least = np.sort(logits, 1)[:, -settings["top_k"], None]
+        logits = np.where(logits < least, -np.inf, logits)
+    most = logits.max(1, keepdims=True)
+    below = logits < most + math.log(settings["min_p"]) if settings["min_p"] > 0 else np.zeros_like(logits, bool)
+    probabilities = np.exp(logits - most)
+    probabilities /= probabilities.sum(1, keepdims=True)
+    if settings["top_p"] < 1:
+        order = np.argsort(-probabilities, 1, kind="stable")
+        ordered = np.take_along_axis(probabilities, order, 1)
+        ordered = ordered * (ordered.cumsum(1) - ordered < settings["top_p"] - 1e-12)
+        np.put_along_axis(probabilities, order, ordered, 1)
+    probabilities = np.where(below, 0, probabilities)
+    return probabilities / probabilities.sum(1, keepdims=True)
+
+
+def draw(probabilities: Array, uniform: Array) -> Array:
+    """The code (B,) at which the cumulative distribution of (B, K) first exceeds the uniform (B,)."""
+    cumulative = probabilities.cumsum(1)
+    return np.minimum((cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1), probabilities.shape[1] - 1)
+
+
+class Sampler:
+    """What was exported to a folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.model: dict[str, Any] = json.loads((self.folder / "model.json").read_text())
+        self.prior, self.decoder = (onnxruntime.InferenceSession(self.folder / f"{name}.onnx") for name in ("prior", "decoder"))
+        sizes = [h * w for h, w in self.model["grids"]]
+        self.levels = [level for level, size in enumerate(sizes) for _ in range(size)]
+        self.offsets = np.cumsum([0, *self.model["num_codes"]])
+
+    def labels_of(self, label: str | int | Sequence[str | int] | None, n: int) -> Array:
+        """The label of each sample, (N,): as one for all or one each; of None the classes take turns."""
+        names = self.model["label_names"]
+        if not names:
+            if label is not None:
+                raise ValueError(f"label {label}: expected none, since this prior has no labels")
+            return np.zeros(n, np.int64)
+        each = [label] * n if isinstance(label, str | int) else list(range(len(names))) * n if label is None else list(label)
+        found = [names.index(one) if one in names else int(one) if str(one).isdecimal() else -1 for one in each[:n]]
+        if len(found) != n or not all(0 <= one < len(names) for one in found):
+            raise ValueError(f"label: expected names ({', '.join(names[:10])}) or numbers below {len(names)}, found {label}")
+        return np.array(found, np.int64)
+
+    def sample(self, n: int, label: Any = None, seed: int = 0, **settings: Any) -> tuple[list[Array], Array]:
+        """Codes, int64 (N, h, w) a level, and images, uint8 (N, H, W, C); `settings` in place of the model's."""
+        settings, labels = {**self.model["sampling"], **settings}, self.labels_of(label, n)
+        parts = [self._batch(range(start, min(n, start + 64)), labels, seed, settings) for start in range(0, n, 64)]
+        sequences = np.concatenate(parts)
+        splits = np.split(sequences, np.cumsum([h * w for h, w in self.model["grids"]])[:-1], 1)
+        codes = [level.reshape(n, *grid) for level, grid in zip(splits, self.model["grids"], strict=True)]
+        return codes, self.decode(codes)
+
+    def decode(self, codes: list[Array]) -> Array:
+        """The images of codes, uint8 (N, H, W, C)."""
+        given = {f"level{number}": level for number, level in enumerate(codes)}
+        found = [
+            self.decoder.run(None, {name: level[start : start + 64] for name, level in given.items()})[0]
+            for start in range(0, len(codes[0]), 64)
+        ]
+        images = np.concatenate(found).transpose(0, 2, 3, 1)
+        return np.round((images.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
+
+    def _batch(self, numbers: range, labels: Array, seed: int, settings: dict[str, Any]) -> Array:
+        """Codes (B, T) of the samples of those numbers."""
+        length, batch = len(self.levels), len(numbers)
+        uniform = np.stack([uniforms(seed, number, length) for number in numbers])
+        given = labels[numbers.start : numbers.stop]
+        guides = bool(self.model["label_names"]) and settings["guidance"] != 1
+        if guides:
+            given = np.concatenate([given, np.full(batch, len(self.model["label_names"]))])
+        shape, dtype = self.model["cache"], self.model["dtype"]
+        cache = [np.zeros((len(given), *shape), dtype)] * 2 if shape else []
+        codes, tokens = np.zeros((len(given), length), np.int64), np.zeros(len(given), np.int64)
+        for position, level in enumerate(self.levels):
+            here = {"labels": given, "position": np.array([position])}
+            if shape:
+                logits, *cache = self.prior.run(None, {**here, "tokens": tokens, "keys": cache[0], "values": cache[1]})
+            else:
+                (logits,) = self.prior.run(None, {**here, "codes": codes})
+            logits = logits[:, self.offsets[level] : self.offsets[level + 1]]
+            if guides:
+                scale = self._scale(settings, position, length)
+                logits = logits[batch:] + scale * (logits[:batch] - logits[batch:])
+            drawn = draw(warp(logits, settings), uniform[:, position])
+            codes[:, position] = np.tile(drawn, 2) if guides else drawn
+            tokens = codes[:, position] + self.offsets[level]
+        return codes[:batch]
+
+    @staticmethod
+    def _scale(settings: dict[str, Any], position: int, length: int) -> float:
+        way = position / max(1, length - 1)
+        way = {"constant": 1.0, "linear": way, "cosine": (1 - math.cos(math.pi * way)) / 2}[settings["guidance_schedule"]]
+        return float(1 + way * (settings["guidance"] - 1))
+
+
+def main() -> None:
+    """The command line: PNGs, and a grid of all."""
+    from PIL import Image
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("n", 64), ("seed", 0), ("top_k", None)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    for name in ("temperature", "top_p", "min_p", "guidance"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float)
+    parser.add_argument("--label", help="of all images, by name or number (default: they take turns)")
+    parser.add_argument("--output", type=Path, default=Path("samples"), help="folder")
+    options = vars(parser.parse_args())
+    n, seed, label, output = (options.pop(name) for name in ("n", "seed", "label", "output"))
+    settings = {name: value for name, value in options.items() if value is not None}
+    try:
+        images = Sampler(Path(__file__).parent).sample(n, label, seed, **settings)[1]
+    except ValueError as error:
+        parser.error(str(error))
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
+    for number, picture in enumerate(pictures):
+        picture.save(output / f"{number:05d}.png")
+    side, (width, height) = math.ceil(math.sqrt(n)), pictures[0].size
+    grid = Image.new("RGB", (side * (width + 2), -(-n // side) * (height + 2)), "white")
+    for number, picture in enumerate(pictures):
+        grid.paste(picture, (number % side * (width + 2), number // side * (height + 2)))
+    grid.save(output / "grid.png")
+    print(f"wrote {n} images to {output}; look at {output / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A run without torch: its graphs against torch, its sampler against ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from configs.schema import Sampling, Tokenizer
+from pipelines import Generator
+from pipelines.export_onnx import main
+from pipelines.exporting import sampler as exported
+from pipelines.exporting.graphs import export_prior, export_tokenizer
+from stage1_vqvae.model import VQVAE
+from stage2_prior import generate
+from tests.stage1_vqvae.quantizers.quantizer_kinds import part
+from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
+
+
+@pytest.fixture(scope="module")
+def graphs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generator]:
+    """Of a transformer, in float64, and what they are of."""
+    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("exported") / "run")
+    folder = run.parent / "onnx"
+    main(["--run", str(run), "--output", str(folder), "--precision", "float64"])
+    return folder, Generator.from_pretrained(run, device="cpu")
+
+
+def session(path: Path) -> Callable[..., list[np.ndarray]]:
+    opened = onnxruntime.InferenceSession(path)
+    return lambda **given: opened.run(None, given)
+
+
+def test_codes_and_images_are_torchs_for_any_batch_size(graphs: tuple[Path, Generator]) -> None:
+    folder, generator = graphs
+    images = torch.rand(5, 3, 8, 12) * 2 - 1
+    codes = generator.tokenizer.encode(images)
+    assert np.array_equal(session(folder / "encoder.onnx")(images=images.numpy())[0], codes[0].numpy())
+    (found,) = session(folder / "decoder.onnx")(level0=codes[0][:1].numpy())
+    assert np.abs(found - generator.tokenizer.decode((codes[0][:1],)).numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["fsq", "residual_shared"])
+def test_other_quantizers_have_graphs_too(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
+    config = Tokenizer(code_dim=part(kind).build(4).dim, quantizer=part(kind))
+    model = VQVAE(Tokenizer(code_dim=config.code_dim, quantizer=part(kind), network=type(config.network)(**small)), 8, 12, 3)
+    model.eval().requires_grad_(False)
+    images = torch.rand(5, 3, 8, 12) * 2 - 1
+    codes = model.encode(images)
+    export_tokenizer(model, tmp_path)
+    found = session(tmp_path / "encoder.onnx")(images=images.numpy())
+    assert all(np.array_equal(level.numpy(), other) for level, other in zip(codes, found, strict=True))
+    given = {f"level{number}": level.numpy() for number, level in enumerate(codes)}
+    assert np.abs(session(tmp_path / "decoder.onnx")(**given)[0] - model.decode(codes).numpy()).max() < 1e-4
+
+
+def test_a_step_of_another_prior_takes_the_codes_so_far(tmp_path: Path) -> None:
+    prior = build("pixelcnn", LAYOUTS["top and bottom"]).requires_grad_(False)
+    layout, labels = prior.layout, torch.tensor([0, 5, 2])
+    codes = random_codes(layout, 3)
+    assert export_prior(prior, tmp_path) is None
+    step, flat = session(tmp_path / "prior.onnx"), layout.flat(codes).numpy()
+    expected = [logits for level in prior(codes, labels) for logits in level.unbind(1)]
+    for position, logits in enumerate(expected):
+        so_far = np.where(np.arange(layout.length) < position, flat, 0)
+        level = layout.level_of(position)
+        (found,) = step(codes=so_far, labels=labels.numpy(), position=np.array([position]))
+        own = found[:, sum(layout.num_codes[:level]) : sum(layout.num_codes[: level + 1])]
+        assert np.abs(own - logits.numpy()).max() < 1e-4
+
+
+def test_without_torch_the_same_codes_are_drawn_for_the_same_seed(graphs: tuple[Path, Generator], tmp_path: Path) -> None:
+    folder, generator = graphs
+    settings = {"guidance": 2.0, "guidance_schedule": "cosine", "temperature": 0.9, "top_p": 0.9}
+    expected = generator.draw(70, seed=3, **settings)
+    codes, images = exported.Sampler(folder).sample(70, seed=3, **settings)
+    assert np.array_equal(codes[0], expected.codes[0].numpy())
+    assert np.abs(images.astype(int) - expected.pixels.numpy()).max() <= 1
+    assert np.array_equal(exported.Sampler(folder).sample(2, "down", 1)[0][0], generator.draw(2, "down", 1).codes[0].numpy())
+    # As its user has it: the folder alone.
+    elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
+    hidden = "import sys; sys.modules['torch'] = None; sys.argv = ['sample.py', '--n', '5', '--output', 'made']; "
+    line = f"{hidden}import runpy; runpy.run_path('elsewhere/sample.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-I", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [*(f"{number:05d}.png" for number in range(5)), "grid.png"]
+    assert len((elsewhere / "sample.py").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3, "top_p": 0.9}, {"temperature": 0.0}]
+)
+def test_its_draws_are_ours(settings: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    logits = (torch.randn(200, 9, dtype=torch.float64) * 2).round(decimals=1)  # with ties
+    config = Sampling(**settings)
+    own = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
+    probabilities = generate.warp(logits, config)
+    found = exported.warp(logits.numpy(), own)
+    assert np.allclose(found, probabilities.numpy(), atol=1e-12)
+    uniform = torch.stack([generate.uniforms(7, torch.tensor([number]), 1)[0, 0] for number in range(200)])
+    assert np.array_equal(uniform.numpy(), np.stack([exported.uniforms(7, number, 1)[0] for number in range(200)]))
+    assert np.array_equal(exported.draw(found, uniform.numpy()), generate.draw(probabilities, uniform).numpy())
+
+
+def test_it_says_what_it_compared(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], graphs: tuple[Path, Generator]
+) -> None:
+    folder, generator = graphs
+    model = json.loads((folder / "model.json").read_text())
+    assert model["label_names"] == ["across", "down"]
+    assert model["prior_sha256"] == generator.origin["prior_sha256"]
+    with pytest.raises(ValueError, match=r"label: expected names \(across, down\) or numbers below 2, found left"):
+        exported.Sampler(folder).sample(1, "left")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--output: expected a folder, found none"),
+        (["--output", "{run}"], "expected a folder that is new or empty, found files in it"),
+        (["--output", "{run}/new", "--precision", "float16"], "--precision: expected float32 or float64, found float16"),
+        (["--output", "{run}/new", "--prior", "best"], "--prior best: expected one of transformer"),
+    ],
+)
+def test_mistakes_get_one_line(arguments: list[str], message: str, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    assert message in one_line_error(main, "--run", run_copy, *[argument.format(run=run_copy) for argument in arguments])
+    assert not (run_copy / "new").exists()
