@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 
+from configs.parts import part_from
 from configs.schema import Sampling, Tokenizer
 from pipelines import Generator
 from pipelines.export_onnx import main
@@ -22,7 +23,7 @@ from pipelines.exporting import sampler as exported
 from pipelines.exporting.graphs import export_prior, export_tokenizer
 from stage1_vqvae.model import VQVAE
 from stage2_prior import generate
-from tests.stage1_vqvae.quantizers.quantizer_kinds import part
+from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
 
 
@@ -53,9 +54,8 @@ def test_codes_and_images_are_torchs_for_any_batch_size(graphs: tuple[Path, Gene
 def test_other_quantizers_have_graphs_too(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
-    config = Tokenizer(code_dim=part(kind).build(4).dim, quantizer=part(kind))
-    model = VQVAE(Tokenizer(code_dim=config.code_dim, quantizer=part(kind), network=type(config.network)(**small)), 8, 12, 3)
-    model.eval().requires_grad_(False)
+    config = Tokenizer(code_dim=D, quantizer=part(kind), network=part_from("tokenizer.network", small))
+    model = VQVAE(config, 8, 12, 3).eval().requires_grad_(False)
     images = torch.rand(5, 3, 8, 12) * 2 - 1
     codes = model.encode(images)
     export_tokenizer(model, tmp_path)
@@ -114,9 +114,7 @@ def test_its_draws_are_ours(settings: dict[str, Any]) -> None:
     assert np.array_equal(exported.draw(found, uniform.numpy()), generate.draw(probabilities, uniform).numpy())
 
 
-def test_it_says_what_it_compared(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], graphs: tuple[Path, Generator]
-) -> None:
+def test_its_model_says_what_it_is_of(graphs: tuple[Path, Generator]) -> None:
     folder, generator = graphs
     model = json.loads((folder / "model.json").read_text())
     assert model["label_names"] == ["across", "down"]
