@@ -32,7 +32,8 @@ class GracefulStop:
         self._accelerator = accelerator
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self.exit_code = 0
-        """128 + the signal's number, or `STOPPED_IN_TIME`."""
+        """128 + the signal's number, or `STOPPED_IN_TIME`, once all processes know of it."""
+        self._noted = 0
 
     def __enter__(self) -> GracefulStop:
         self._former: dict[int, Any] = {number: signal.signal(number, self._note) for number in _SIGNALS}
@@ -43,18 +44,21 @@ class GracefulStop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.exit_code = 128 + number
+        self._noted = 128 + number
         signal.signal(number, self._former[number])
 
     def requested(self) -> bool:
         """Whether any process was asked to stop."""
-        if self._end is not None and time.monotonic() >= self._end and not self.exit_code:
-            self.exit_code = STOPPED_IN_TIME
+        if self._end is not None and time.monotonic() >= self._end and not self._noted:
+            self._noted = STOPPED_IN_TIME
         progressed(together=True)  # before it waits for the others: who does not come here is behind
+        # A signal that comes while the processes ask one another stays noted for the next time.
+        agreed = self._noted
         if self._accelerator.num_processes > 1:
-            code = torch.tensor([float(self.exit_code)], device=self._accelerator.device)
-            self.exit_code = int(self._accelerator.gather(code).max())
-        return self.exit_code > 0
+            code = torch.tensor([float(agreed)], device=self._accelerator.device)
+            agreed = int(self._accelerator.gather(code).max())
+        self.exit_code = agreed
+        return agreed > 0
 
 
 def check_finite(steps: Sequence[Mapping[str, Tensor]], first: int, advice: str) -> None:

@@ -83,8 +83,9 @@ def test_training_begins_from_another_runs_tokenizer(trained: str, finished_run:
 
 
 def test_a_beginning_that_does_not_fit_is_refused(
-    finished_run: Path, tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+    finished_run: Path, tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("configs.run_dir.runs_folder", lambda: tmp_path)  # where there is no run yet
     new = ["--run", tmp_path / "new"]
     assert "--run NAME" in one_line_error(main, "--init-from", finished_run)
     assert "expected a run with a finished tokenizer" in one_line_error(main, "--init-from", tmp_path / "none", *new)

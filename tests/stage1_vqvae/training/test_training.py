@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,22 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -
             assert heard == [number]
     finally:
         signal.signal(number, former)
+
+
+def test_a_signal_that_comes_while_processes_ask_one_another_is_not_lost() -> None:
+    """Most of the time they are waiting there."""
+    signals = [signal.SIGUSR1]
+
+    def gather(code: torch.Tensor) -> torch.Tensor:
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return code.repeat(2)
+
+    two = types.SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
+    with GracefulStop(two) as stop:  # type: ignore[arg-type]
+        assert not stop.requested()
+        assert stop.requested()
+        assert stop.exit_code == 128 + signal.SIGUSR1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
