@@ -25,7 +25,7 @@ from configs.errors import UserError, fail
 from configs.former import SPELLINGS, current_prior, current_tokenizer
 from configs.hub import run_of
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
-from configs.run_dir import RunDir, runs_folder, typed
+from configs.run_dir import RunDir, checkout, runs_folder, typed
 from configs.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parent
@@ -257,7 +257,7 @@ def parse(
         base = _with_parts(base if begun else _with_counted_steps(base, argv), known)
         kinds = {family: _part(base, family).kind for family in families}
         usage = "%(prog)s [--option value ...]"
-        parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=description, formatter_class=_Help)
+        parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=_as_typed(description), formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
         parser.add_argument(
             "--run", help="name of a run in runs/, a path, or hf:USER/NAME (default: the recipe's, else the run last touched)"
@@ -281,6 +281,15 @@ def parse(
         print(yaml.safe_dump(recipe_dict(recipe), sort_keys=False), end="")
         sys.exit(0)
     return Command(run, recipe, values, list(argv))
+
+
+def _as_typed(description: str | None) -> str | None:
+    """A script's docstring, its commands as they are typed here."""
+
+    def command(found: re.Match[str]) -> str:
+        return typed(found["script"], found["how"] != "python") if checkout() is None else found[0]
+
+    return re.sub(r"(?P<how>python|accelerate launch) (?P<script>(stage\d_\w+|pipelines)/\w+\.py)", command, description or "") or None
 
 
 def _with_whole_paths(recipe: Recipe) -> Recipe:

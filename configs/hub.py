@@ -15,8 +15,8 @@ _FETCHED = ("recipe.yaml", "*.json", "*.md", "*.png", "*.safetensors")
 
 
 def run_of(name: str) -> RunDir:
-    """The run that a user names. One of the Hub is fetched into `runs_folder`, as USER--NAME, where it is a run like any other; what is
-    there already is not fetched again, and serves without a connection too.
+    """The run that a user names. One of the Hub is fetched into `runs_folder`, as USER--NAME, where it is a run like any other: by its own
+    name it stays as it is, by that of the Hub it is brought up to what is there. What was fetched serves without a connection too.
 
     Errors: UserError for what cannot be fetched, or is no such run.
     """
@@ -41,15 +41,28 @@ def _fetch(name: str, repository: str, revision: str | None, run: RunDir) -> Non
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    new = not run.recipe.exists()
     try:
         snapshot_download(repository, revision=revision, allow_patterns=list(_FETCHED), local_dir=run.path)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        if isinstance(error, HfHubHTTPError | HFValidationError) or not run.recipe.exists():
+    except Exception as error:
+        unreachable = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or is_of_connection(error)
+        if not unreachable and not isinstance(error, HfHubHTTPError | HFValidationError):
+            raise
+        if not unreachable or new:
             why = str(error).strip().splitlines()[0]
             raise UserError(f"{name}: expected a repository of the Hub that can be read, found none ({why})") from None
-    if not (run.path / BUNDLE).exists() or not run.tokenizer.exists():
+    content = read_json(run.path / BUNDLE) if (run.path / BUNDLE).exists() else None
+    priors = content.get("priors") if isinstance(content, dict) else None
+    if not isinstance(priors, dict) or not run.tokenizer.exists():
         raise UserError(f"{name}: expected a run that pipelines/publish.py wrote, found something else")
-    # The prior that was named first is the one last finished, whatever came first over the network.
-    first = next(iter(read_json(run.path / BUNDLE)["priors"]), None)
-    if first is not None:
-        os.utime(run.prior(first) / "prior.safetensors")
+    for prior in priors:
+        if not (run.prior(prior) / "prior.safetensors").exists():
+            raise UserError(f"{name}: expected its prior {prior}, found that it has not been fetched; try again with a connection")
+    if new and priors:
+        # The prior that was named first is the one last finished, whatever came first over the network.
+        os.utime(run.prior(next(iter(priors))) / "prior.safetensors")
+
+
+def is_of_connection(error: Exception) -> bool:
+    """Whether an exception of the Hub's client says that the Hub was not reached: whose it is depends on the client's version."""
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")

@@ -6,13 +6,14 @@
 
 Needs the extra `onnx` (pip install -e '.[onnx]'); what it writes needs onnxruntime and numpy alone. Graphs take any batch size. A
 transformer's step has its keys and values among what goes in and comes out; of other priors the codes so far are the cache. Before it
-ends it draws by both, and says how far they are apart. In float32 the prior takes half the memory; in float64 samples are those of
-pipelines/sample.py on a CPU, code by code.
+ends it draws by both, and says how far they are apart. In float32 the prior takes half the memory; in float64, which onnxruntime has for
+transformers alone, samples are those of pipelines/sample.py on a CPU, code by code.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,10 +23,11 @@ import numpy as np
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import program, write_json
+from configs.run_dir import RunDir, program, write_json
 from pipelines.generator import Generator
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import finished_prior
+from stage2_prior.priors.transformer import Transformer
 
 _COMPARED = 10_000  # codes, at least
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     run, options = command.run, command.options
     if options.output is None:
         raise UserError("--output: expected a folder, found none")
-    output = _empty(Path(options.output).expanduser())
+    output = _empty(Path(options.output).expanduser().absolute())
     if options.precision not in ("float32", "float64"):
         raise UserError(f"--precision: expected float32 or float64, found {options.precision}")
     command.need_tokenizer()
@@ -52,6 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     prior, header = generator.prior, generator.header
     assert prior is not None
     assert header is not None
+    if options.precision == "float64" and not isinstance(prior, Transformer):
+        raise UserError(
+            "--precision: expected float32, since onnxruntime has no convolutions in float64 that this prior needs, found float64"
+        )
     with tempfile.TemporaryDirectory(dir=output.parent) as made:
         folder = Path(made) / "onnx"
         folder.mkdir()
@@ -78,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         folder.rename(output)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     run.record(program(), command.arguments, {"output": str(output), "prior": name, "precision": options.precision})
-    print(f"wrote {output} ({size:.1f} MB): prior {name}; {said}")
-    print(f"next: python {output / 'sample.py'} --n 64")
+    print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}; {said}")
+    print(f"next: python {shlex.quote(RunDir.show(output / 'sample.py'))} --n 64")
 
 
 def _options(parser: Any) -> None:
@@ -89,6 +95,8 @@ def _options(parser: Any) -> None:
 
 
 def _empty(folder: Path) -> Path:
+    if folder == Path.cwd():
+        raise UserError(f"--output {folder}: expected a folder of its own, found the one that this command is typed in")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = "files in it" if folder.is_dir() else "a file"
         raise UserError(f"--output {folder}: expected a folder that is new or empty, found {found}")

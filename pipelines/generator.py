@@ -88,6 +88,10 @@ class Generator:
         self.run, self.tokenizer, self.prior, self.header, self.prior_name = run, tokenizer, prior, header, prior_name
         self.data, self.sampling, self._accelerator = data, sampling, accelerator
         self.device = next(tokenizer.parameters()).device
+        # Of what was loaded, whatever takes its place on the disk meanwhile.
+        self._prior_path = None if header is None else run.prior(str(prior_name)) / "prior.safetensors"
+        self._prior_sha256 = None if self._prior_path is None else fingerprint(self._prior_path)
+        self._made_by = None if self._prior_path is None else run_fingerprint(run.tokenizer, self._prior_path)
 
     @classmethod
     def from_pretrained(
@@ -101,14 +105,14 @@ class Generator:
         """The generator of a run.
 
         Args:
-            source: a run's name, or its folder.
+            source: a run's name, its folder (as text with a `/` in it, or as a path), or `hf:USER/NAME` of the Hub.
             prior: name of the prior; None: the one last finished, if any; `uniform`: every code equally likely.
             device: where to compute; None: on an accelerator, if there is one.
             precision: of the prior; None: as the run's recipe says, or float64 on a CPU and float32 elsewhere.
             compile: draw from CUDA graphs, where there is CUDA and the prior is a transformer.
         Errors: UserError for what is no run, or has not finished its first stage, or not that prior.
         """
-        run = run_of(str(source))
+        run = RunDir(source.expanduser()) if isinstance(source, Path) else run_of(source)
         if not run.exists():
             raise UserError(f"{run}: expected a run, found none")
         recipe = load_recipe(run.recipe)
@@ -163,9 +167,7 @@ class Generator:
     @property
     def origin(self) -> dict[str, Any]:
         """What files beside pictures say of them: the prior's name and sha256, and all settings of the drawing."""
-        file = None if self.header is None else self.run.prior(str(self.prior_name)) / "prior.safetensors"
-        sha256 = None if file is None else fingerprint(file)
-        return {"prior": self.prior_name, "prior_sha256": sha256, "sampling": dataclasses.asdict(self.sampling)}
+        return {"prior": self.prior_name, "prior_sha256": self._prior_sha256, "sampling": dataclasses.asdict(self.sampling)}
 
     @property
     def label_names(self) -> list[str]:
@@ -233,7 +235,8 @@ class Generator:
     def decode(self, codes: Codes, *, output: Literal["pil", "tensor"] = "pil") -> list[Image.Image] | Tensor:
         """The images of codes. Errors: UserError for codes of other grids, or such as there are not."""
         self._check(codes)
-        parts = [
+        height, width, channels = self.image_shape
+        parts = [torch.empty(0, height, width, channels, dtype=torch.uint8)] + [
             to_uint8(self.tokenizer.decode(tuple(level[part].to(self.device) for level in codes))).cpu()
             for part in batches(len(codes[0]), self.sampling.batch_size)
         ]
@@ -337,7 +340,8 @@ class Generator:
         prior, name = self._exact_prior, str(self.prior_name)
         if lossless:
             self.tokenizer.likelihood().check(pixels)
-        made_by = run_fingerprint(self.run.tokenizer, self.run.prior(name) / "prior.safetensors"), name
+        assert self._made_by is not None
+        made_by = self._made_by, name
         encoded = encode_images(self.tokenizer, prior, pixels, labels, names, made_by, batch_size, lossless, progress)
         data, sizes = pack(encoded.content)
         verify(data, encoded, self.tokenizer, prior, pixels, progress)
@@ -404,10 +408,11 @@ class Generator:
     def _exact_prior(self) -> AutoregressivePrior:
         """The prior in float64, whatever it draws in."""
         prior = self._need_prior()
+        # Which may have but one cache at a time.
+        prior = prior.prior if isinstance(prior, GraphedTransformer) else prior
         if next(prior.parameters()).dtype == torch.float64:
             return prior
-        path = self.run.prior(str(self.prior_name)) / "prior.safetensors"
-        return load_prior(path, fingerprint(self.run.tokenizer), self.device)[0].double()
+        return copy.deepcopy(prior).double()
 
     def _check(self, codes: Codes) -> None:
         expected = [(len(codes[0]), *grid) for grid in self.tokenizer.grids] if len(codes) else []

@@ -12,6 +12,7 @@ in front, or no `/` at all. Any command takes either: `--run ./bundle`, `--run h
 from __future__ import annotations
 
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,13 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.hub import PREFIX
-from configs.run_dir import program, typed
+from configs.hub import PREFIX, is_of_connection
+from configs.run_dir import RunDir, program, typed
 from pipelines.publishing.bundle import write_bundle
 from stage2_prior.priors.prior_file import finished_prior
+
+# What an earlier bundle may have left there: of other priors, of an evaluation that is none of these.
+_OURS = ("priors/*", "evaluations/*", "stage1/*", "samples.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.to is None:
         raise UserError("--to: expected a folder, or USER/NAME of the Hub, found none")
     repository = repository_of(options.to)
-    folder = None if repository is not None else _empty(Path(options.to).expanduser())
+    folder = None if repository is not None else _empty(Path(options.to).expanduser().absolute())
     command.need_tokenizer()
     names = options.prior if options.prior is not None else [run.last_prior()] if run.last_prior() is not None else []
     priors = [finished_prior(run, name, command.next(TRAIN_PRIOR)).parent.name for name in names]
@@ -53,13 +57,16 @@ def main(argv: list[str] | None = None) -> None:
         else:
             with _refused(str(repository)):
                 commit = HfApi().upload_folder(
-                    folder_path=bundle, repo_id=str(repository), commit_message="A run of the two-stage image generator"
+                    folder_path=bundle,
+                    repo_id=str(repository),
+                    delete_patterns=list(_OURS),
+                    commit_message="A run of the two-stage image generator",
                 )
                 url = str(commit.repo_url)
     run.record(program(), command.arguments, {"to": options.to, "priors": priors})
-    where, name = (url, f"{PREFIX}{repository}") if folder is None else (folder, folder if folder.is_absolute() else f"./{folder}")
+    where, name = (url, f"{PREFIX}{repository}") if folder is None else (str(folder), RunDir.show(folder))
     print(f"wrote {where}: tokenizer{', prior ' if priors else ''}{', '.join(priors)}; look at its README.md")
-    print(f"next: {typed('pipelines/sample.py')} --n 64 --run {name}")
+    print(f"next: {typed('pipelines/sample.py')} --n 64 --run {shlex.quote(name)}")
 
 
 def _options(parser: Any) -> None:
@@ -82,6 +89,8 @@ def repository_of(to: str) -> str | None:
 
 
 def _empty(folder: Path) -> Path:
+    if folder == Path.cwd():
+        raise UserError(f"--to {folder}: expected a folder of its own, found the one that this command is typed in")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder}: expected a folder that is new or empty, found {'files in it' if folder.is_dir() else 'a file'}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +102,9 @@ def _refused(repository: str) -> Iterator[None]:
     """Errors: UserError if the Hub refuses what is asked of it, or cannot be reached."""
     try:
         yield
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+    except Exception as error:
+        if not isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) and not is_of_connection(error):
+            raise
         why = str(error).strip().splitlines()[0]
         raise UserError(f"--to {repository}: expected a Hub that takes it (hf auth login), found: {why}") from None
 

@@ -90,6 +90,9 @@ def test_its_own_recipes_are_found(environment: Path, tmp_path: Path) -> None:
     done = run(environment, tmp_path, "two-stage-train-tokenizer", "--config", "configs/cifar10.yaml", "--print-recipe")
     assert done.returncode == 0, done.stderr
     assert "uoft-cs/cifar10" in done.stdout
+    shown = run(environment, tmp_path, "two-stage-sample", "--help").stdout
+    assert "two-stage-sample --n 64" in shown
+    assert "pipelines/" not in shown
     assert run(environment, tmp_path, "two-stage-sample").stderr.startswith("error: runs/digits: there is no such run")
 
 

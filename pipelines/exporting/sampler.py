@@ -81,20 +81,36 @@ class Sampler:
             if label is not None:
                 raise ValueError(f"label {label}: expected none, since this prior has no labels")
             return np.zeros(n, np.int64)
-        each = [label] * n if isinstance(label, str | int) else list(range(len(names))) * n if label is None else list(label)
-        found = [names.index(one) if one in names else int(one) if str(one).isdecimal() else -1 for one in each[:n]]
+        turns = [number % len(names) for number in range(n)]
+        each = [label] * n if isinstance(label, str | int) else turns if label is None else list(label)
+        found = [names.index(one) if one in names else int(one) if str(one).isdecimal() else -1 for one in each]
         if len(found) != n or not all(0 <= one < len(names) for one in found):
             raise ValueError(f"label: expected names ({', '.join(names[:10])}) or numbers below {len(names)}, found {label}")
         return np.array(found, np.int64)
 
     def sample(self, n: int, label: Any = None, seed: int = 0, **settings: Any) -> tuple[list[Array], Array]:
         """Codes, int64 (N, h, w) a level, and images, uint8 (N, H, W, C); `settings` in place of the model's."""
-        settings, labels = {**self.model["sampling"], **settings}, self.labels_of(label, n)
+        settings, labels = self._checked({**self.model["sampling"], **settings}), self.labels_of(label, n)
         parts = [self._batch(range(start, min(n, start + 64)), labels, seed, settings) for start in range(0, n, 64)]
         sequences = np.concatenate(parts)
         splits = np.split(sequences, np.cumsum([h * w for h, w in self.model["grids"]])[:-1], 1)
         codes = [level.reshape(n, *grid) for level, grid in zip(splits, self.model["grids"], strict=True)]
         return codes, self.decode(codes)
+
+    def _checked(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings that can be. Errors: ValueError, naming the one that cannot."""
+        holds = {
+            "temperature": settings["temperature"] >= 0,
+            "top_k": settings["top_k"] >= 0,
+            "top_p": 0 < settings["top_p"] <= 1,
+            "min_p": 0 <= settings["min_p"] <= 1,
+            "guidance": abs(settings["guidance"]) < math.inf and (settings["guidance"] == 1 or self.model["knows_no_label"]),
+            "guidance_schedule": settings["guidance_schedule"] in ("constant", "linear", "cosine"),
+        }
+        for name, value in settings.items():
+            if not holds.get(name, False):
+                raise ValueError(f"{name}: expected {'a value that can be' if name in holds else f'one of {sorted(holds)}'}, found {value}")
+        return settings
 
     def decode(self, codes: list[Array]) -> Array:
         """The images of codes, uint8 (N, H, W, C)."""

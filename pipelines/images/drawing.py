@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -45,6 +46,7 @@ def labels_of(asked: Label | Sequence[Label] | None, count: int, header: PriorHe
         return None
     if asked is None:
         return torch.arange(count) % len(names)
+    asked = asked.tolist() if isinstance(asked, Tensor | np.ndarray | np.generic) else asked
     each = [asked] * count if isinstance(asked, str | int) else list(asked)
     if len(each) != count:
         raise UserError(f"label: expected one, or {count}, found {len(each)}")

@@ -42,7 +42,7 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
         return torch.from_numpy(decode_image(None, str(Path(image).expanduser()), data))
     if isinstance(image, Image.Image):
         return torch.from_numpy(pixels_of(image, data))
-    array = torch.as_tensor(image).cpu()
+    array = image.cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))  # a copy: of any strides, and to be written to
     array = array[..., None] if array.dim() == 2 else array
     if array.dtype != torch.uint8 or array.dim() != 3 or array.shape[2] not in (1, 3):
         raise UserError(f"images: expected uint8 (H, W, C) of 1 or 3 channels, found {array.dtype} {tuple(array.shape)}")
@@ -52,10 +52,16 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
 
 def mask_in(mask: Mask, data: Data) -> Tensor:
     """Which pixels (H, W) a mask keeps. Errors: UserError for one of another size than the recipe's."""
-    found = torch.from_numpy(np.array(mask.convert("L"))) if isinstance(mask, Image.Image) else torch.as_tensor(mask)
+    found = (
+        mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask.convert("L") if isinstance(mask, Image.Image) else mask))
+    )
     if tuple(found.shape) != (data.height, data.width):
         raise UserError(f"mask: expected {data.width} x {data.height} pixels, found {' x '.join(map(str, reversed(found.shape)))}")
-    return found if found.dtype == torch.bool else found >= 128
+    if found.dtype == torch.bool:
+        return found
+    if found.dtype != torch.uint8 or (found.any() and int(found.max()) == 1):
+        raise UserError(f"mask: expected true and false, or uint8 from black to white (0 to 255), found {found.dtype} up to {found.max()}")
+    return found >= 128
 
 
 @overload

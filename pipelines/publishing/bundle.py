@@ -55,7 +55,8 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     evaluation = _evaluation(run, priors[0] if priors else None)
     if evaluation is not None:
         target = folder / "evaluations" / "000"
-        write_json(target / "evaluation.json", {**read_json(evaluation / "evaluation.json"), "run": name})
+        found = read_json(evaluation / "evaluation.json")
+        write_json(target / "evaluation.json", {**found, "run": name, "evaluation": {**found["evaluation"], "weights": None}})
         text = (evaluation / "evaluation.md").read_text().split("\n", 1)[1]
         write_bytes(target / "evaluation.md", f"# Evaluation of {name}\n{text}".encode())
     config: dict[str, Any] = {
@@ -82,7 +83,8 @@ def without_machine(recipe: Recipe) -> Recipe:
     began = recipe.stage1.init_from
     terms = {name: without_weights(getattr(recipe.stage1, name)) for name in ("perceptual", "adversarial")}
     stage1 = dataclasses.replace(recipe.stage1, init_from=None if began is None else Path(began).name, **terms)
-    return dataclasses.replace(recipe, data=data, stage1=stage1, compute=type(recipe.compute)())
+    evaluation = dataclasses.replace(recipe.evaluation, weights=None)
+    return dataclasses.replace(recipe, data=data, stage1=stage1, evaluation=evaluation, compute=type(recipe.compute)())
 
 
 def _copied(source: Path, target: Path, names: Sequence[str]) -> None:

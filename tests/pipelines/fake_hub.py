@@ -57,6 +57,8 @@ def fake_hub(token: str) -> Iterator[tuple[str, Repositories]]:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         held[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "deletedFile":
+                        del held[found[1]][line["value"]["path"]]
                 self.answer({"commitUrl": f"{address}/{found[1]}/commit/{'0' * 40}", "commitOid": "0" * 40})
             else:
                 self.missing()

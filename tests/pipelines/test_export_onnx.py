@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pipelines.exporting import sampler as exported
 from pipelines.exporting.graphs import export_prior, export_tokenizer
 from stage1_vqvae.model import VQVAE
 from stage2_prior import generate
+from stage2_prior.train import main as train_prior
 from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
 
@@ -80,6 +82,12 @@ def test_a_step_of_another_prior_takes_the_codes_so_far(tmp_path: Path) -> None:
         assert np.abs(own - logits.numpy()).max() < 1e-4
 
 
+def test_float64_is_for_transformers_alone(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    train_prior(["--run", str(run_copy), "--name", "pixelcnn", "--prior.kind", "pixelcnn", "--stage2.steps", "2"])
+    arguments = ["--run", run_copy, "--prior", "pixelcnn", "--output", run_copy / "new", "--precision", "float64"]
+    assert "--precision: expected float32" in one_line_error(main, *arguments)
+
+
 def test_without_torch_the_same_codes_are_drawn_for_the_same_seed(graphs: tuple[Path, Generator], tmp_path: Path) -> None:
     folder, generator = graphs
     settings = {"guidance": 2.0, "guidance_schedule": "cosine", "temperature": 0.9, "top_p": 0.9}
@@ -121,6 +129,15 @@ def test_its_model_says_what_it_is_of(graphs: tuple[Path, Generator]) -> None:
     assert model["prior_sha256"] == generator.origin["prior_sha256"]
     with pytest.raises(ValueError, match=r"label: expected names \(across, down\) or numbers below 2, found left"):
         exported.Sampler(folder).sample(1, "left")
+    with pytest.raises(ValueError, match="label: expected"):
+        exported.Sampler(folder).sample(1, [0, 1])
+    for settings in ({"temperature": -1}, {"top_p": 0}, {"heat": 1}, {"guidance": math.nan}, {"guidance_schedule": "square"}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected"):
+            exported.Sampler(folder).sample(1, **settings)
+    unsure = exported.Sampler(folder)
+    unsure.model["knows_no_label"] = False
+    with pytest.raises(ValueError, match="guidance: expected"):
+        unsure.sample(1, guidance=2.0)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_labels_are_names_or_numbers_of_all_or_of_each(generator: Generator) -> 
     by_name, by_number = (generator.sample(4, label=label, output="tensor") for label in ("down", 1))
     assert torch.equal(by_name, by_number)
     each = generator.sample(4, label=["across", 1, 1, "across"], output="tensor")
+    assert torch.equal(generator.sample(4, label=torch.tensor([0, 1, 1, 0]), output="tensor"), each)  # type: ignore[call-overload]
+    assert torch.equal(generator.sample(4, label=np.int64(1), output="tensor"), by_name)  # type: ignore[call-overload]
     assert torch.equal(each[1:3], by_name[1:3])
     assert torch.equal(each[[0, 3]], generator.sample(4, label=0, output="tensor")[[0, 3]])
 
@@ -72,6 +74,7 @@ def test_images_may_come_as_anything_that_holds_them(generator: Generator, real:
     large.save(tmp_path / "large.png")
     assert torch.equal(generator.pixels(large), generator.pixels(tmp_path / "large.png"))
     assert torch.equal(generator.pixels(np.array(large.convert("L"))), generator.pixels(large.convert("L")))
+    assert torch.equal(generator.pixels(np.asarray(pictures[0])[:, ::-1]), real[:1].flip(2))
 
 
 def test_decoding_gives_what_the_tokenizer_makes_of_codes(generator: Generator, real: torch.Tensor) -> None:
@@ -80,6 +83,26 @@ def test_decoding_gives_what_the_tokenizer_makes_of_codes(generator: Generator, 
     expected = (generator.tokenizer.decode(codes).clamp(-1, 1).movedim(1, -1) + 1) * 127.5
     assert (found - expected).abs().max() <= 0.5 + 1e-3
     assert np.array_equal(np.array(generator.decode(codes)[5]), found[5].numpy())
+    assert generator.decode(tuple(level[:0] for level in codes)) == []
+
+
+def test_a_path_is_a_folder_and_a_bare_name_a_run(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_copy.parent)
+    named = Path("runs") / run_copy.name
+    monkeypatch.setattr("configs.run_dir.runs_folder", lambda: named.parent)
+    assert Generator.from_pretrained(Path(run_copy.name), device="cpu").run.path == Path(run_copy.name)
+    with pytest.raises(UserError, match="expected a run, found none"):
+        Generator.from_pretrained(run_copy.name)
+
+
+def test_what_it_says_of_its_prior_is_of_the_one_it_loaded(run_copy: Path) -> None:
+    generator = Generator.from_pretrained(run_copy, device="cpu", precision="float32")
+    before, path = generator.origin, run_copy / "priors/transformer/prior.safetensors"
+    path.write_bytes(b"another")
+    assert generator.origin == before
+    assert generator.log_prob(torch.zeros(1, 8, 12, 3, dtype=torch.uint8)).dtype == torch.float64
+    assert generator.prior is not None
+    assert next(generator.prior.parameters()).dtype == torch.float32
 
 
 def test_completions_are_those_of_the_command_line_and_keep_what_they_should(
@@ -136,6 +159,12 @@ def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tenso
         (lambda generator, real: generator.sample(2, label=[0, 1, 1]), "label: expected one, or 2, found 3"),
         (lambda generator, real: generator.sample(2, temperature=-1), "temperature: expected at least 0, found -1"),
         (lambda generator, real: generator.sample(2, heat=1), "heat: expected one of batch_size, .*, found no such setting"),
+        (lambda generator, real: generator.sample(2, guidance_schedule="square"), "guidance_schedule: expected one of constant, linear"),
+        (
+            lambda generator, real: generator.complete(real, np.ones((8, 12))),
+            "mask: expected .*found torch.float64",
+        ),
+        (lambda generator, real: generator.complete(real, np.ones((8, 12), np.uint8)), "mask: expected .*, found torch.uint8 up to 1"),
         (lambda generator, real: generator.sample(2, output="jpeg"), "output: expected pil or tensor, found jpeg"),
         (lambda generator, real: generator.encode([]), "images: expected at least one, found none"),
         (lambda generator, real: generator.encode(real / 255), r"images: expected uint8 \(H, W, C\) .* found torch.float32"),

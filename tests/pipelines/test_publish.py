@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ SAMPLE = "from configs.errors import run_entry; from pipelines.sample import mai
 def judged_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("judged") / "run"))
     evaluate(["--run", str(run), "--features", "classifier", "--n", "12"])
+    # As if its features were another network's, from somewhere on this machine.
+    for path in (run / "recipe.yaml", run / "evaluations/000/evaluation.json"):
+        path.write_text(re.sub(r'("?weights"?): null', r'\1: "/tmp/weights.pth"', path.read_text()))
+        assert "/tmp/weights.pth" in path.read_text()
     return run
 
 
@@ -101,6 +106,11 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(
     assert f"wrote {address}/me/digits" in done.stdout
     assert "--run hf:me/digits" in done.stdout
     assert {"README.md", "tokenizer.safetensors", "priors/transformer/prior.safetensors"} <= held["me/digits"].keys()
+    held["me/digits"] |= {"priors/old/prior.safetensors": b"of another tokenizer", "theirs.txt": b""}
+    again = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits", "--license", "mit")
+    assert again.returncode == 0, again.stderr
+    assert "priors/old/prior.safetensors" not in held["me/digits"]
+    assert "theirs.txt" in held["me/digits"]
     # Somewhere else, where runs lie in the working directory, as they do for who has installed it.
     held["me/digits"]["run_me.py"] = b"raise SystemExit"
     ask = "from pipelines import Generator; g = Generator.from_pretrained('hf:me/digits', device='cpu'); g.sample(2)[1].save('1.png')"
@@ -115,6 +125,10 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(
     # Without a connection what has been fetched serves.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert script("tests/launched/python.py", tmp_path, ask, cwd=tmp_path).returncode == 0
+    (fetched / "priors/transformer/prior.safetensors").unlink()  # as if it had not come through
+    part = script("tests/launched/python.py", tmp_path, SAMPLE.format("hf:me/digits"))
+    assert part.returncode == 2
+    assert "hf:me/digits: expected its prior transformer, found that it has not been fetched" in part.stderr
     none = script("tests/launched/python.py", tmp_path, SAMPLE.format("hf:me/other"))
     assert none.returncode == 2
     assert none.stderr.startswith("error: hf:me/other: expected a repository of the Hub that can be read, found none (")
@@ -135,7 +149,11 @@ def test_what_the_hub_refuses_is_one_line(
     refused = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits")
     assert refused.returncode == 2
     assert "--to me/digits: expected a Hub that takes it (hf auth login), found: Client error '401 Unauthorized'" in refused.stderr
-    assert "Traceback" not in none.stderr + foreign.stderr + refused.stderr
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    alone = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits")
+    assert alone.returncode == 2
+    assert "--to me/digits: expected a Hub that takes it" in alone.stderr
+    assert "Traceback" not in none.stderr + foreign.stderr + refused.stderr + alone.stderr
 
 
 def test_the_prior_that_was_named_first_is_the_one_that_draws(judged_run: Path, tmp_path: Path) -> None:
@@ -151,7 +169,7 @@ def test_a_run_without_a_prior_is_a_tokenizer(judged_run: Path, tmp_path: Path) 
     shutil.rmtree(run / "priors")
     main(["--run", str(run), "--to", str(tmp_path / "bundle")])
     assert not (tmp_path / "bundle/samples.png").exists()
-    assert "reconstruct.py" in (tmp_path / "bundle/README.md").read_text()
+    assert "two-stage-reconstruct" in (tmp_path / "bundle/README.md").read_text()
     assert yaml.safe_load((tmp_path / "bundle/recipe.yaml").read_text())["data"]["path"] is None
     assert len(Generator.from_pretrained(tmp_path / "bundle", device="cpu").encode(str(next(tmp_path.rglob("*.png"))))) == 1
 
