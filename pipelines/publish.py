@@ -4,7 +4,7 @@
     python pipelines/publish.py --run digits --to USER/NAME --license mit
     python pipelines/publish.py --prior transformer pixelcnn --to USER/NAME --private
 
-Writes tokenizer, chosen priors, recipe (without paths of this machine), likelihoods, the last evaluation, 64 samples, and a model card
+Writes tokenizer, chosen priors, recipe (without paths of this machine), likelihoods, the last evaluation, samples, and a model card
 with all figures and how each was obtained. USER/NAME is a repository of the Hub, made if it is not there yet; a folder has `.`, `/` or `~`
 in front, or no `/` at all. Any command takes either: `--run ./bundle`, `--run hf:USER/NAME`.
 """
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 url = str(commit.repo_url)
     run.record(program(), command.arguments, {"to": options.to, "priors": priors})
-    where, name = (url, f"{PREFIX}{repository}") if folder is None else (str(folder), RunDir.show(folder))
+    where, name = (url, f"{PREFIX}{repository}") if folder is None else (RunDir.show(folder), RunDir.show(folder))
     print(f"wrote {where}: tokenizer{', prior ' if priors else ''}{', '.join(priors)}; look at its README.md")
     print(f"next: {typed('pipelines/sample.py')} --n 64 --run {shlex.quote(name)}")
 

@@ -7,7 +7,7 @@
     stage1/report.json
     priors/NAME/                 prior.safetensors, likelihood.json, .md, .png, report.json
     evaluations/000/             evaluation.json, .md of the last evaluation of these very files
-    samples.png                  64 samples of the first prior
+    samples.png                  some 64 samples of the first prior
 
 It is a run, of which every command works that needs no checkpoints; those that read images need the data set.
 """
@@ -25,13 +25,12 @@ from configs.run_dir import BUNDLE, RunDir, read_json, write_bytes, write_json, 
 from configs.schema import Recipe
 from pipelines.generator import Generator
 from pipelines.images.provenance import agrees, identity, outputs
-from pipelines.publishing.card import card
+from pipelines.publishing.card import card, grid_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage1_vqvae.training.weights_file import read_header
 from stage2_prior.priors.prior_file import finished_prior, read_prior_header
 
 _OF_PRIORS = ("likelihood.json", "likelihood.md", "likelihood.png", "report.json")
-_SAMPLES, _COLUMNS = 64, 10
 
 
 def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, licence: str, device: str | None = None) -> None:
@@ -67,8 +66,8 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     write_json(folder / BUNDLE, config)
     if priors:
         generator = Generator.from_pretrained(folder, prior=priors[0], device=device)
-        pictures = generator.sample(_SAMPLES, output="tensor")
-        columns = len(generator.label_names) if 2 <= len(generator.label_names) <= 16 else 8
+        columns, count = grid_of(generator.label_names)
+        pictures = generator.sample(count, output="tensor")
         save_png(folder / "samples.png", image_grid(pictures, columns), grid_scale(pictures.shape[1]))
     write_bytes(folder / "README.md", card(bundle, name, licence, recipe).encode())
 

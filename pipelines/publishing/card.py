@@ -14,6 +14,7 @@ from configs.run_dir import BUNDLE, RunDir, read_json
 from configs.schema import Recipe
 
 _MOST_LABELS = 20
+_SAMPLES = 64
 
 
 def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
@@ -25,6 +26,12 @@ def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.get_template("card.md.jinja").render(_content(bundle, name, licence, recipe))
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def grid_of(labels: list[str]) -> tuple[int, int]:
+    """How many columns the grid of samples has, one a class where these are few, and how many samples fill it."""
+    columns = len(labels) if 2 <= len(labels) <= 16 else 8
+    return columns, _SAMPLES // columns * columns
 
 
 def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[str, Any]:
@@ -51,7 +58,8 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         "samples": "samples.png",
         "source": f"{PREFIX}{name}" if "/" in name else f"./{name}",
         "priors": priors,
-        "by_class": 2 <= len(labels) <= 16,
+        "count": grid_of(labels)[1],
+        "by_class": grid_of(labels)[0] == len(labels),
         **{"height": height, "width": width, "channels": channels, "network": network, "quantizer": quantizer, "grids": grids},
         "kind": prior["config"]["kind"] if prior is not None else None,
         "parameters": f"{report['parameters'] / 1e6:.1f}" if report is not None else None,
