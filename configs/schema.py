@@ -336,8 +336,7 @@ class Compute:
     """Whether several processes share out a prior's weights, gradients and moments in training (FSDP2), which then take less memory on
     each; null = as `accelerate config` or `accelerate launch` say."""
     patience: float = 30.0
-    """Minutes: if none of several processes gets anywhere for so long, the one that is behind is named, and all end. More than a checkpoint
-    takes to be written, for which all wait at the end."""
+    """Minutes: if none of several processes gets anywhere for so long, the one that is behind is named, and all end."""
     tracker: Literal["tensorboard"] | None = None
     """Also log there through Accelerate's tracker; metrics.jsonl is always written."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from configs.run_dir import RunDir, read_summed_json, write_summed_json
 from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, read_file, write_file
 from stage1_vqvae.training.checkpoint_shards import check_shards, read_shards, shards_group, write_shards
 from stage1_vqvae.training.sharding import own_part, shared_out_as
+from stage1_vqvae.training.watch import progressed
+
+_TICK = 1.0  # second
 
 
 class Checkpoints:
@@ -41,10 +46,9 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Nothing is being written any more when the block ends, however it ends. Errors: OSError, if nothing else went wrong."""
-        if self._writing is not None:
-            self._writing.join()
+        self._join()
         if kind is None:
-            self.wait()
+            self.check()
 
     def paths(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -77,10 +81,21 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what was saved last is on the disk. Errors: OSError if it could not be written."""
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
+        self._join()
         self.check()
+
+    def _join(self) -> None:
+        """Until nothing is being written. As long as what is written grows, that is no hang, however long it takes."""
+        size = 0
+        while self._writing is not None:
+            self._writing.join(_TICK)
+            if not self._writing.is_alive():
+                self._writing = None
+                return
+            now = _size_of(self.folder.glob("step-*.tmp-*"))
+            if now != size:
+                progressed()
+            size = now
 
     def load_latest(self, into: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """The newest state that is whole, the same on all processes; None if there is none. A damaged one is said and put aside.
@@ -191,6 +206,15 @@ class Checkpoints:
         except UserError:  # there is none yet, or it is damaged: no reason to end a training
             return None
         return best if self._of_step(best["step"]) else None
+
+
+def _size_of(paths: Iterable[Path]) -> int:
+    """Bytes of files and of those in folders, of which some may be gone."""
+    found = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found += _size_of(path.iterdir()) if path.is_dir() else path.stat().st_size
+    return found
 
 
 def _remove(path: Path) -> None:
