@@ -56,7 +56,8 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
     prior, header = load_prior(path, fingerprint(run.tokenizer))
     prior.double()
-    pixels, labels, made_by = images.pixels, labels_for(None, images, header), (run_fingerprint(run.tokenizer, path), path.parent.name)
+    pixels, labels = images.pixels, labels_for(None, images, header)
+    made_by = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path)), path.parent.name
 
     def again() -> Tensor:
         assert content.lossless is not None

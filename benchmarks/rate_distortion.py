@@ -76,7 +76,8 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Poin
     codes, decoded = encode_and_decode(tokenizer, images.pixels, _BATCH)
     coded = encode(prior.double(), codes, labels, batch_images(prior.layout, _BATCH), progress=True).coded
     height, width, channels = images.pixels.shape[1:]
-    content = CodeFile(run_fingerprint(run.tokenizer, path), path.parent.name, (height, width, channels), coded, labels, None)
+    made_by = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path))
+    content = CodeFile(made_by, path.parent.name, (height, width, channels), coded, labels, None)
     whole, count = len(pack(content)[0]), len(images.pixels)
     sizes = {
         "code indices": index_bits(prior.layout.grids, prior.layout.num_codes) / 8,

@@ -167,6 +167,14 @@ def _sum_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def not_there_yet(option: str, typed: str) -> Path:
+    """The folder that an option names, for `new_folder`. Errors: UserError if there is something of that name."""
+    path = Path(typed).expanduser()
+    if path.exists():
+        raise UserError(f"--{option} {path}: expected a folder that does not exist yet, found one")
+    return path
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when the block ends well and vanishes when it does not.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import RunDir, program, write_json
+from configs.run_dir import RunDir, new_folder, not_there_yet, program, write_json
 from pipelines.generator import Generator
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import finished_prior
@@ -36,9 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
-    if options.output is None:
-        raise UserError("--output: expected a folder, found none")
-    output = _empty(Path(options.output).expanduser().absolute())
+    output = not_there_yet("output", options.output)
     if options.precision not in ("float32", "float64"):
         raise UserError(f"--precision: expected float32 or float64, found {options.precision}")
     command.need_tokenizer()
@@ -58,9 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             "--precision: expected float32, since onnxruntime has no convolutions in float64 that this prior needs, found float64"
         )
-    with tempfile.TemporaryDirectory(dir=output.parent) as made:
-        folder = Path(made) / "onnx"
-        folder.mkdir()
+    with new_folder(output) as folder:
         export_tokenizer(generator.tokenizer, folder)
         cache = export_prior(prior, folder)
         sampling = dataclasses.asdict(generator.sampling)
@@ -79,9 +74,6 @@ def main(argv: list[str] | None = None) -> None:
         write_json(folder / "model.json", content)
         shutil.copyfile(Path(__file__).parent / "exporting" / "sampler.py", folder / "sample.py")
         said = compared(generator, folder)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     run.record(program(), command.arguments, {"output": str(output), "prior": name, "precision": options.precision})
     print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}; {said}")
@@ -89,19 +81,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--output", type=str | None, help="a folder, new or empty")
+    parser.add_argument("--output", required=True, help="the folder to write; must not exist")
     parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--precision", type=str, default="float32", help="of the prior: float32 or float64")
-
-
-def _empty(folder: Path) -> Path:
-    if folder == Path.cwd():
-        raise UserError(f"--output {folder}: expected a folder of its own, found the one that this command is typed in")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        found = "files in it" if folder.is_dir() else "a file"
-        raise UserError(f"--output {folder}: expected a folder that is new or empty, found {found}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def compared(generator: Generator, folder: Path) -> str:

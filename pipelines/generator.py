@@ -89,9 +89,7 @@ class Generator:
         self.data, self.sampling, self._accelerator = data, sampling, accelerator
         self.device = next(tokenizer.parameters()).device
         # Of what was loaded, whatever takes its place on the disk meanwhile.
-        self._prior_path = None if header is None else run.prior(str(prior_name)) / "prior.safetensors"
-        self._prior_sha256 = None if self._prior_path is None else fingerprint(self._prior_path)
-        self._made_by = None if self._prior_path is None else run_fingerprint(run.tokenizer, self._prior_path)
+        self._prior_sha256 = None if header is None else fingerprint(run.prior(str(prior_name)) / "prior.safetensors")
 
     @classmethod
     def from_pretrained(
@@ -214,12 +212,10 @@ class Generator:
         """As `sample`: codes, pixels and labels, complete on the main process alone."""
         if n < 1:
             raise UserError(f"n: expected at least 1 image, found {n}")
-        if self.prior is None and self.prior_name != UNIFORM:
-            self._need_prior()
-        labels = labels_of(label, n, self.header)
+        prior, labels = self._drawing_prior(), labels_of(label, n, self.header)
         config = self._sampling(settings)
         check_guidance(config, labels, self.header)
-        return Drawn(*draw_images(self._accelerator, self.tokenizer, self.prior, labels, n, seed, config), labels)
+        return Drawn(*draw_images(self._accelerator, self.tokenizer, prior, labels, n, seed, config), labels)
 
     # --- out of images, and back
 
@@ -293,11 +289,9 @@ class Generator:
 
     def continuations(self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, **settings: Any) -> Tensor:
         """`complete` for codes, a mask (H, W), and labels in the prior's numbering: uint8 (N, H, W, C), whole on the main process alone."""
-        if self.prior is None and self.prior_name != UNIFORM:
-            self._need_prior()
-        config, kept = self._sampling(settings), kept_codes(self.tokenizer, keep)
+        prior, config, kept = self._drawing_prior(), self._sampling(settings), kept_codes(self.tokenizer, keep)
         check_guidance(config, labels, self.header)
-        return draw_images(self._accelerator, self.tokenizer, self.prior, labels, len(codes[0]), seed, config, codes, kept)[1]
+        return draw_images(self._accelerator, self.tokenizer, prior, labels, len(codes[0]), seed, config, codes, kept)[1]
 
     # --- what images are worth
 
@@ -340,8 +334,8 @@ class Generator:
         prior, name = self._exact_prior, str(self.prior_name)
         if lossless:
             self.tokenizer.likelihood().check(pixels)
-        assert self._made_by is not None
-        made_by = self._made_by, name
+        assert self.header is not None
+        made_by = run_fingerprint(self.header.tokenizer_sha256, str(self._prior_sha256)), name
         encoded = encode_images(self.tokenizer, prior, pixels, labels, names, made_by, batch_size, lossless, progress)
         data, sizes = pack(encoded.content)
         verify(data, encoded, self.tokenizer, prior, pixels, progress)
@@ -398,6 +392,10 @@ class Generator:
             return dataclasses.replace(self.sampling, **settings)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+    def _drawing_prior(self) -> AutoregressivePrior | None:
+        """The prior; None: the uniform one, if that was asked for. Errors: UserError for none at all."""
+        return None if self.prior_name == UNIFORM else self._need_prior()
 
     def _need_prior(self) -> AutoregressivePrior:
         if self.prior is None:

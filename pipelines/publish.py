@@ -25,52 +25,40 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
 from configs.hub import PREFIX, is_of_connection
-from configs.run_dir import RunDir, program, typed
+from configs.run_dir import RunDir, new_folder, not_there_yet, program, typed
 from pipelines.publishing.bundle import write_bundle
 from stage2_prior.priors.prior_file import finished_prior
 
 # What an earlier bundle may have left there: of other priors, of an evaluation that is none of these.
 _OURS = ("priors/*", "evaluations/*", "stage1/*", "samples.png")
+_MESSAGE = "A run of the two-stage image generator"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
-    if options.to is None:
-        raise UserError("--to: expected a folder, or USER/NAME of the Hub, found none")
     repository = repository_of(options.to)
-    folder = None if repository is not None else _empty(Path(options.to).expanduser().absolute())
+    folder = None if repository is not None else not_there_yet("to", options.to)
     command.need_tokenizer()
     names = options.prior if options.prior is not None else [run.last_prior()] if run.last_prior() is not None else []
     priors = [finished_prior(run, name, command.next(TRAIN_PRIOR)).parent.name for name in names]
     if repository is not None:
         with _refused(repository):  # before anything is drawn
             HfApi().create_repo(repository, private=options.private, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent if folder is not None else None) as made:
-        bundle = Path(made) / "bundle"
-        write_bundle(run, priors, bundle, repository or (folder or bundle).name, options.license)
-        if folder is not None:
-            if folder.exists():
-                folder.rmdir()
-            bundle.rename(folder)
-        else:
-            with _refused(str(repository)):
-                commit = HfApi().upload_folder(
-                    folder_path=bundle,
-                    repo_id=str(repository),
-                    delete_patterns=list(_OURS),
-                    commit_message="A run of the two-stage image generator",
-                )
-                url = str(commit.repo_url)
+    with tempfile.TemporaryDirectory() if folder is None else new_folder(folder) as made:
+        write_bundle(run, priors, Path(made), repository or Path(options.to).name, options.license)
+        if repository is not None:
+            with _refused(repository):
+                done = HfApi().upload_folder(folder_path=made, repo_id=repository, delete_patterns=list(_OURS), commit_message=_MESSAGE)
+    where, name = (done.repo_url, f"{PREFIX}{repository}") if folder is None else (RunDir.show(folder), RunDir.show(folder))
     run.record(program(), command.arguments, {"to": options.to, "priors": priors})
-    where, name = (url, f"{PREFIX}{repository}") if folder is None else (RunDir.show(folder), RunDir.show(folder))
     print(f"wrote {where}: tokenizer{', prior ' if priors else ''}{', '.join(priors)}; look at its README.md")
     print(f"next: {typed('pipelines/sample.py')} --n 64 --run {shlex.quote(name)}")
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--to", type=str | None, help="a folder, new or empty, or USER/NAME: a repository of the Hub")
+    parser.add_argument("--to", required=True, help="a folder that does not exist yet, or USER/NAME: a repository of the Hub")
     parser.add_argument("--prior", type=str, nargs="+", help="names of priors, the first for who names none (default: the last finished)")
     parser.add_argument("--license", type=str, default="unknown", help="the model's licence, as the Hub names licences: mit, apache-2.0")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -86,15 +74,6 @@ def repository_of(to: str) -> str | None:
     if not to.startswith(PREFIX) and Path(name).parent.is_dir():
         raise UserError(f"--to {to}: expected ./{to} for a folder, or {PREFIX}{to} for the Hub, found what could be both")
     return name
-
-
-def _empty(folder: Path) -> Path:
-    if folder == Path.cwd():
-        raise UserError(f"--to {folder}: expected a folder of its own, found the one that this command is typed in")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder}: expected a folder that is new or empty, found {'files in it' if folder.is_dir() else 'a file'}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @contextmanager

@@ -9,7 +9,6 @@ and whose quantizer is one learned codebook.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from configs.cli import parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import new_folder, write_json
+from configs.run_dir import new_folder, not_there_yet, write_json
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vqgan import GROUPS, Stack, VQGANPart
 from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, names_of
@@ -31,9 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     run, options = command.run, command.options
     if options.to != "diffusers":
         raise UserError(f"--to: expected diffusers, found {options.to}")
-    output = Path(options.output).expanduser()
-    if output.exists():
-        raise UserError(f"--output {output}: expected a folder that does not exist yet, found one")
+    output = not_there_yet("output", options.output)
     command.need_tokenizer()
     tokenizer = load_tokenizer(run)
     weights, config = for_diffusers(tokenizer)

@@ -8,12 +8,11 @@ Each level is (rows, variants, h, w); rows are in the order of the data set.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from configs.cli import EXTRACT_CODES, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import new_folder
+from configs.run_dir import new_folder, not_there_yet
 from stage1_vqvae.data.splits import TRAIN
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.exchange import FORMS, export
@@ -26,9 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     run, options = command.run, command.options
     if options.to not in FORMS:
         raise UserError(f"--to: expected one of {', '.join(FORMS)}, found {options.to}")
-    output = Path(options.output).expanduser()
-    if output.exists():
-        raise UserError(f"--output {output}: expected a folder that does not exist yet, found one")
+    output = not_there_yet("output", options.output)
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
     command.need_tokenizer()

@@ -37,7 +37,7 @@ import hashlib
 import io
 import struct
 import zlib
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -113,15 +113,15 @@ def check_made_by(content: CodeFile, run: RunDir, prior: str, where: str) -> Non
     path = run.prior(prior) / "prior.safetensors"
     if not path.exists():
         raise UserError(f"{where}: expected a file of run {run}, found one of a prior {prior} that it does not have")
-    expected = run_fingerprint(run.tokenizer, path)
+    expected = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path))
     if content.fingerprint != expected:
         wanted = f"expected the fingerprint of run {run} with its prior {prior}, {expected.hex()[:12]}"
         raise UserError(f"{where}: {wanted}, found {content.fingerprint.hex()[:12]}: another run's, or one trained anew since")
 
 
-def run_fingerprint(tokenizer: Path, prior: Path) -> bytes:
-    """What a file and a run recognise each other by: 16 bytes."""
-    return hashlib.sha256(f"{fingerprint(tokenizer)} {fingerprint(prior)}".encode()).digest()[:16]
+def run_fingerprint(tokenizer_sha256: str, prior_sha256: str) -> bytes:
+    """What a file and a run recognise each other by: 16 bytes, of the sha256 of tokenizer and prior."""
+    return hashlib.sha256(f"{tokenizer_sha256} {prior_sha256}".encode()).digest()[:16]
 
 
 def pack(content: CodeFile) -> tuple[bytes, Sizes]:

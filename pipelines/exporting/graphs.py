@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage1_vqvae.model import VQVAE
-from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.priors.attention import KeyValueCache
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.transformer import Transformer, TransformerCache
@@ -29,28 +28,16 @@ from stage2_prior.priors.transformer import Transformer, TransformerCache
 _TRACED = 2
 
 
-class Encode(nn.Module):
-    """Images to codes."""
+class Method(nn.Module):
+    """A method of a module, as the module that graphs are traced of."""
 
-    def __init__(self, tokenizer: VQVAE) -> None:
+    def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.module, self.name = module, name
 
-    def forward(self, images: Tensor) -> Codes:
-        """(B, C, H, W) to (B, h, w) a level."""
-        return self.tokenizer.encode(images)
-
-
-class Decode(nn.Module):
-    """Codes to images."""
-
-    def __init__(self, tokenizer: VQVAE) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def forward(self, codes: Codes) -> Tensor:
-        """(B, h, w) a level to (B, C, H, W)."""
-        return self.tokenizer.decode(codes)
+    def forward(self, given: Any) -> Any:
+        """What the method makes of what it is given."""
+        return getattr(self.module, self.name)(given)
 
 
 class CachedStep(nn.Module):
@@ -97,8 +84,8 @@ def export_tokenizer(tokenizer: VQVAE, folder: Path) -> None:
     """Write encoder.onnx and decoder.onnx of a tokenizer in eval mode, on the CPU."""
     codes = tuple(torch.zeros(_TRACED, *grid, dtype=torch.int64) for grid in tokenizer.grids)
     names = [f"level{level}" for level in range(len(codes))]
-    _export(Encode(tokenizer), (torch.zeros(_TRACED, *tokenizer.image_shape),), ["images"], names, folder / "encoder.onnx")
-    _export(Decode(tokenizer), (codes,), names, ["images"], folder / "decoder.onnx")
+    _export(Method(tokenizer, "encode"), (torch.zeros(_TRACED, *tokenizer.image_shape),), ["images"], names, folder / "encoder.onnx")
+    _export(Method(tokenizer, "decode"), (codes,), names, ["images"], folder / "decoder.onnx")
 
 
 def export_prior(prior: AutoregressivePrior, folder: Path) -> list[int] | None:

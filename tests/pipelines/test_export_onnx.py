@@ -143,8 +143,8 @@ def test_its_model_says_what_it_is_of(graphs: tuple[Path, Generator]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--output: expected a folder, found none"),
-        (["--output", "{run}"], "expected a folder that is new or empty, found files in it"),
+        ([], "required: output"),
+        (["--output", "{run}"], "expected a folder that does not exist yet, found one"),
         (["--output", "{run}/new", "--precision", "float16"], "--precision: expected float32 or float64, found float16"),
         (["--output", "{run}/new", "--prior", "best"], "--prior best: expected one of transformer"),
     ],

@@ -177,9 +177,9 @@ def test_a_run_without_a_prior_is_a_tokenizer(judged_run: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--to: expected a folder, or USER/NAME of the Hub, found none"),
-        (["--to", "{run}"], "expected a folder that is new or empty, found files in it"),
-        (["--to", "{run}/recipe.yaml"], "expected a folder that is new or empty, found a file"),
+        ([], "required: to"),
+        (["--to", "{run}"], "expected a folder that does not exist yet, found one"),
+        (["--to", "."], "--to .: expected a folder that does not exist yet, found one"),
         (["--to", "hf:digits"], "--to hf:digits: expected hf:USER/NAME"),
         (["--to", "{run}/new", "--prior", "best"], "--prior best: expected one of transformer"),
     ],
