@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from configs.errors import run_entry
@@ -26,15 +29,21 @@ def commands(words: list[str]) -> list[list[str]]:
     return found
 
 
-def stay_joined() -> None:
-    """The processes stay joined from command to command."""
+@contextmanager
+def staying_joined() -> Iterator[None]:
+    """The processes stay joined from command to command, and part at the end, as after any one: a group that is still there when a process
+    ends may abort it.
+    """
     Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main() -> None:
-    stay_joined()
-    for module, *arguments in commands(sys.argv[1:]):
-        importlib.import_module(module).main(arguments)
+    with staying_joined():
+        for module, *arguments in commands(sys.argv[1:]):
+            importlib.import_module(module).main(arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commands import commands, stay_joined  # a script's folder is first on sys.path
+from commands import commands, staying_joined  # a script's folder is first on sys.path
 from torch.distributed.tensor import DTensor
 
 from configs.errors import run_entry
@@ -39,26 +39,26 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     for user in (importlib.import_module("stage1_vqvae.data.loader"), judging):
         user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
-    stay_joined()
-    save = Checkpoints.save
-    for number, arguments in enumerate(runs):
-        (folder / str(number)).mkdir(exist_ok=True)
+    with staying_joined():
+        save = Checkpoints.save
+        for number, arguments in enumerate(runs):
+            (folder / str(number)).mkdir(exist_ok=True)
 
-        def dump(self: Checkpoints, step: int, state: dict[str, Any], score: float | None = None, number: int = number) -> None:
-            # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
-            kept = state["optimizer"].get("state", state["optimizer"])
-            moments = {f"moment of {name}": found["exp_avg"] for name, found in kept.items()}
-            adversary = {f"adversary.{name}": value for name, value in state.get("adversary", {}).get("model", {}).items()}
-            averages = {f"average.{name}": value for name, value in (state.get("average") or {}).get("model", {}).items()}
-            best = {f"best.{name}": value for name, value in ((state.get("best") or {}).get("weights") or {}).items()}
-            own = {**state["model"], **moments, **adversary, **averages, **best}
-            assert any(isinstance(tensor, DTensor) for tensor in own.values()) == (self._group is not None), "not shared out"
-            gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in own.items()}
-            torch.save(gathered, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
-            save(self, step, state, score)
+            def dump(self: Checkpoints, step: int, state: dict[str, Any], score: float | None = None, number: int = number) -> None:
+                # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
+                kept = state["optimizer"].get("state", state["optimizer"])
+                moments = {f"moment of {name}": found["exp_avg"] for name, found in kept.items()}
+                adversary = {f"adversary.{name}": value for name, value in state.get("adversary", {}).get("model", {}).items()}
+                averages = {f"average.{name}": value for name, value in (state.get("average") or {}).get("model", {}).items()}
+                best = {f"best.{name}": value for name, value in ((state.get("best") or {}).get("weights") or {}).items()}
+                own = {**state["model"], **moments, **adversary, **averages, **best}
+                assert any(isinstance(tensor, DTensor) for tensor in own.values()) == (self._group is not None), "not shared out"
+                gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in own.items()}
+                torch.save(gathered, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
+                save(self, step, state, score)
 
-        Checkpoints.save = dump  # type: ignore[method-assign]
-        script.main(arguments)
+            Checkpoints.save = dump  # type: ignore[method-assign]
+            script.main(arguments)
 
 
 if __name__ == "__main__":
