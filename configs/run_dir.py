@@ -58,7 +58,9 @@ COMMANDS = {
     "pipelines/report.py": "report",
     "pipelines/summary.py": "summary",
     "pipelines/publish.py": "publish",
+    "pipelines/app.py": "app",
     "pipelines/export_onnx.py": "export-onnx",
+    "pipelines/export_web.py": "export-web",
 }
 """The console command of each script, after `two-stage-`."""
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -21,13 +21,12 @@ import math
 from typing import Any
 
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, read_json
+from pipelines.images.heat import colour_scale, heat_maps, overlaid
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
 from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
 from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
@@ -38,13 +37,9 @@ from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.likelihood.bits import uniform_bits
 from stage2_prior.priors.prior_file import UNIFORM
 
-# How much of a heat map's pixel is its colour; the rest is the picture, in grey.
-_OPACITY = 0.6
 # Bits by which an image's total may differ between batches: an image among the usual ones does not cost more than itself.
 _ROUNDING = 1e-3
 
@@ -138,36 +133,6 @@ def reference(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor 
 def percent_below(values: Tensor, usual: Tensor) -> Tensor:
     """For each of the values (N,), how many of the usual ones (M,) are below it, in percent, (N,)."""
     return 100 * torch.searchsorted(usual.sort().values, values - _ROUNDING).double() / len(usual)
-
-
-def heat_maps(bits: Tensor, layout: SequenceLayout) -> Tensor:
-    """Bits of positions (N, T) to bits of each cell of the finest grid, (N, h, w), with the same sum.
-
-    The bits of several levels add up; a coarser level's are spread evenly over the cells that lie under its own.
-    """
-    high, wide = (max(sides) for sides in zip(*layout.grids, strict=True))
-    heat = bits.new_zeros(len(bits), high, wide)
-    for level in layout.grids_of(bits):
-        rows, columns = (torch.arange(fine) * coarse // fine for fine, coarse in zip((high, wide), level.shape[1:], strict=True))
-        share = rows.bincount()[rows][:, None] * columns.bincount()[columns]
-        heat += level[:, rows][:, :, columns] / share
-    return heat
-
-
-def colour_scale(layout: SequenceLayout) -> ScalarMappable:
-    """Colours for bits of a cell of the finest grid, the same at every call: up to twice what one costs under the uniform prior,
-    which ordinary ones seldom reach, and which few exceed.
-    """
-    uniform = [torch.full((1, length), cost) for length, cost in zip(layout.lengths, uniform_bits(layout.num_codes), strict=True)]
-    return ScalarMappable(Normalize(0, 2 * float(heat_maps(torch.cat(uniform, 1), layout).max())), "inferno")
-
-
-def overlaid(picture: Tensor, heat: Tensor, colours: ScalarMappable) -> Tensor:
-    """A picture, uint8 (H, W, C), in grey under its heat (h, w) in colours: uint8 (H, W, 3)."""
-    rows, columns = (torch.arange(side) * cells // side for side, cells in zip(picture.shape[:2], heat.shape, strict=True))
-    colour = torch.from_numpy(colours.to_rgba(heat.numpy())[..., :3])[rows][:, columns]
-    grey = picture.double().mean(-1, keepdim=True)
-    return (_OPACITY * 255 * colour + (1 - _OPACITY) * grey).round().to(torch.uint8)
 
 
 def shown(errors: Tensor, top: int) -> dict[str, list[int]]:

@@ -283,7 +283,7 @@ class Generator:
             settings: as in `sample`.
         """
         pixels = self.pixels(images)
-        labels = self._labels(label, len(pixels))
+        labels = self.labels_given(label, len(pixels))
         codes = encode_and_decode(self.tokenizer, pixels, self.sampling.batch_size)[0]
         return pictures_out(self.continuations(codes, mask_in(keep, self.data), labels, seed, **settings), output)
 
@@ -301,9 +301,9 @@ class Generator:
 
     def surprisals(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> tuple[Tensor, ...]:
         """-log2 p of each code given those before it, in bits: float64 (N, h, w) a level."""
-        prior, codes = self._exact_prior, images if _are_codes(images) else self.encode(images)
+        prior, codes = self.exact_prior, images if _are_codes(images) else self.encode(images)
         self._check(codes)
-        return prior.layout.grids_of(surprisals(prior, codes, self._labels(label, len(codes[0])), "bits"))
+        return prior.layout.grids_of(surprisals(prior, codes, self.labels_given(label, len(codes[0])), "bits"))
 
     # --- bytes
 
@@ -316,7 +316,7 @@ class Generator:
             lossless: every pixel comes back; takes a tokenizer whose objective is a likelihood.
         """
         pixels = self.pixels(images)
-        return self.compressed(pixels, self._labels(label, len(pixels)), lossless=lossless).data
+        return self.compressed(pixels, self.labels_given(label, len(pixels)), lossless=lossless).data
 
     def compressed(
         self,
@@ -331,7 +331,7 @@ class Generator:
 
         Errors: UserError if they do not give what was encoded.
         """
-        prior, name = self._exact_prior, str(self.prior_name)
+        prior, name = self.exact_prior, str(self.prior_name)
         if lossless:
             self.tokenizer.likelihood().check(pixels)
         assert self.header is not None
@@ -358,7 +358,7 @@ class Generator:
 
         `where`: of what messages speak.
         """
-        prior = self._exact_prior
+        prior = self.exact_prior
         check_made_by(content, self.run, str(self.prior_name), where)
         known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
         if content.image_shape != self.image_shape or not known:
@@ -375,7 +375,7 @@ class Generator:
         """Images as uint8 (N, H, W, C) of the run's size. Errors: UserError for what is no image."""
         return pixels_in(images, self.data)
 
-    def _labels(self, label: Label | Sequence[Label] | None, count: int) -> Tensor | None:
+    def labels_given(self, label: Label | Sequence[Label] | None, count: int) -> Tensor | None:
         """Labels of given images: those asked for, or none."""
         if label is not None or self.header is None or self.header.label_names is None:
             return labels_of(label, count, self.header)
@@ -403,7 +403,7 @@ class Generator:
         return self.prior
 
     @cached_property
-    def _exact_prior(self) -> AutoregressivePrior:
+    def exact_prior(self) -> AutoregressivePrior:
         """The prior in float64, whatever it draws in."""
         prior = self._need_prior()
         # Which may have but one cache at a time.

@@ -58,7 +58,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "of_command": {"generator"},
         "publishing": {"images", "generator"},
         "installed": {"generator"},
-        "exporting": set(),
+        "exporting": {"generator"},
+        "playground": {"images", "generator"},
     },
 }
 SCRIPTS = [

@@ -16,7 +16,8 @@ from matplotlib.colors import Normalize
 from PIL import Image
 
 from configs.run_dir import read_json, read_summed_json, write_json
-from pipelines.anomalies import colour_scale, heat_maps, main, overlaid, percent_below, shown
+from pipelines.anomalies import main, percent_below, shown
+from pipelines.images.heat import colour_scale, heat_maps, overlaid
 from pipelines.images.scoring import surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.training.weights_file import fingerprint

@@ -1,0 +1,89 @@
+"""Play with a run in a browser: draw, look at codes and exchange them, fill parts, walk between pictures, look at the codebook.
+
+    python pipelines/app.py --run NAME
+    python pipelines/app.py --run hf:USER/NAME --port 8080
+
+Needs the extra `app` (pip install -e '.[app]'). Prints the address to open, on this machine alone (127.0.0.1); with `--host 0.0.0.0`
+whoever reaches this machine may use it too. The same seed gives the same pictures as pipelines/sample.py. Ctrl-C ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import Any
+
+from PIL import Image
+
+from configs.cli import parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import program
+from pipelines.generator import Generator
+from stage2_prior.priors.prior_file import UNIFORM
+
+# Of a picture that is put in.
+_MOST_BYTES = 10 * 2**20
+_MOST_PIXELS = 40_000_000
+# Requests that wait for their turn; more are refused.
+_MOST_WAITING = 32
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, (), argv, options=_options)
+    run, options = command.run, command.options
+    if options.port is not None and not 0 < options.port < 65536:
+        raise UserError(f"--port: expected 1 to 65535, found {options.port}")
+    if options.prior == UNIFORM:
+        raise UserError(f"--prior: expected a learned prior, found {UNIFORM}")
+    _check_free(options.host, options.port)
+    command.need_tokenizer()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it asks the network for its newest version, too
+    try:
+        from pipelines.playground.page import CSS, page_of
+    except ModuleNotFoundError as error:
+        raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
+    # Beyond twice as many Pillow decodes none.
+    Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
+    recipe = command.recipe
+    generator = Generator.of_run(run, recipe.data, recipe.sampling, options.prior, compile=recipe.compute.compile)
+    page = page_of(generator).queue(max_size=_MOST_WAITING)
+    _, address, _ = page.launch(
+        server_name=options.host,
+        server_port=options.port,
+        max_file_size=_MOST_BYTES,
+        css=CSS,
+        footer_links=[],
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        run_history=False,
+        ssr_mode=False,
+    )
+    run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
+    print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
+
+
+def _options(parser: Any) -> None:
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
+    parser.add_argument("--port", type=int | None, help="port to listen at (default: the first free one from 7860)")
+    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+
+
+def _check_free(host: str, port: int | None) -> None:
+    """Errors: UserError for an address that this machine does not have, or that somebody else listens at."""
+    try:
+        with socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        where = f"--host {host}" + (f", --port {port}" if port else "")
+        raise UserError(f"{where}: expected an address that is free, found: {error}") from None
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,49 @@
+"""The codebook, code by code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from pipelines.playground.edits import code_patches, nearest_codes
+from pipelines.playground.fields import Fields, on
+from pipelines.playground.maps import patch_at, patch_sheet
+from stage1_vqvae.pictures import to_pil
+
+_PAGE = 256  # codes at once
+_NEAREST = 11
+
+
+def codebook_tab(fields: Fields) -> None:
+    """The tab's content."""
+    generator = fields.generator
+    sizes = generator.tokenizer.quantizer.num_codes
+    pages = max(-(-size // _PAGE) for size in sizes)
+    with gr.Row(visible=len(sizes) > 1 or pages > 1):
+        level = gr.Radio([(f"{number + 1}", number) for number in range(len(sizes))], value=0, label="Level", visible=len(sizes) > 1)
+        page = gr.Slider(1, max(pages, 2), 1, step=1, label=f"Page, {_PAGE} codes each", visible=pages > 1)
+    button = gr.Button("Show", variant="primary")
+    gr.Markdown("What each code decodes to among plain ones, by number: click one.")
+    sheet = gr.Image(alt_text="codebook", show_label=False, format="png", buttons=[])
+    gallery = fields.gallery("It, and the codes nearest to it", columns=6)
+
+    def numbers(level: int, page: int) -> range:
+        page = min(page, -(-sizes[level] // _PAGE))  # another level's codebook may be smaller
+        return range((page - 1) * _PAGE, min(page * _PAGE, sizes[level]))
+
+    def show(level: int, page: int) -> tuple[Image.Image, Any]:
+        return patch_sheet(code_patches(generator, level, list(numbers(level, page)))), []
+
+    def click(level: int, page: int, event: gr.SelectData) -> list[tuple[Image.Image, str]]:
+        shown = numbers(level, page)
+        x, y = event.index
+        code = shown[patch_at(x, y, len(shown), generator.image_shape, generator.tokenizer.grids[level])]
+        found = [code, *nearest_codes(generator.tokenizer, level, code, _NEAREST)]
+        return [(to_pil(patch), str(number)) for number, patch in zip(found, code_patches(generator, level, found), strict=True)]
+
+    on(button.click, show, [level, page], [sheet, gallery])
+    for choice in (level, page):
+        on(choice.change, show, [level, page], [sheet, gallery])
+    on(sheet.select, click, [level, page], [gallery])

@@ -1,0 +1,60 @@
+"""Pictures out of nothing."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from configs.errors import UserError
+from configs.run_dir import typed
+from pipelines.playground.fields import Fields, PictureInput, on
+
+MOST = 64
+"""Pictures at once: whoever may open the page may ask for them."""
+
+
+def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
+    """The tab's content: its gallery, and which of it was chosen."""
+    generator = fields.generator
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            label = fields.label_of_samples()
+            number = gr.Slider(1, MOST, 16, step=1, label="Number")
+            settings = fields.settings()
+            button = gr.Button("Draw", variant="primary")
+        with gr.Column(scale=2, min_width=320):
+            gallery, chosen = fields.gallery("Drawn: choose one to go on with it"), gr.State(None)
+            line = gr.Textbox(label="The same on the command line", interactive=False, buttons=["copy"])
+
+    def draw(asked: int | None, n: int, *values: float | None) -> tuple[list[Image.Image], str, None]:
+        seed, settings = fields.seed_and_settings(values)
+        pictures = generator.sample(n, fields.label(asked), seed, **settings)
+        options: dict[str, Any] = {"run": generator.run, "prior": generator.prior_name, "n": n, "seed": seed}
+        if fields.label(asked) is not None:
+            options["label"] = generator.label_names[int(fields.label(asked) or 0)]
+        options |= {key: value for key, value in settings.items() if value != getattr(generator.sampling, key)}
+        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        return pictures, f"{typed('pipelines/sample.py')} {shlex.join(words)}", None
+
+    def choose(event: gr.SelectData) -> int:
+        return int(event.index)
+
+    on(button.click, draw, [label, number, *settings], [gallery, line, chosen])
+    on(gallery.select, choose, [], [chosen])
+    return gallery, chosen
+
+
+def going_on(gallery: gr.Gallery, chosen: gr.State, text: str, place: PictureInput, tabs: gr.Tabs, tab: str) -> None:
+    """A button that puts the chosen picture into another tab, and opens that."""
+    button = gr.Button(text, size="sm", min_width=120)
+
+    def send(pictures: list[tuple[str, str | None]] | None, number: int | None) -> tuple[str, Any]:
+        if not pictures or number is None or number >= len(pictures):
+            raise UserError("picture: expected one of those drawn to be chosen, found none")
+        # The file itself: a copy would be written over it, while a browser reads it.
+        return pictures[number][0], gr.Tabs(selected=tab)
+
+    place.given_by(on(button.click, send, [gallery, chosen], [place.image, tabs]))

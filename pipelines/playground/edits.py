@@ -1,0 +1,116 @@
+"""Codes taken into one's own hands: exchanged, mixed, looked at one by one."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pipelines.generator import Generator
+from pipelines.images.drawing import Label
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.quantizers.contract import Codes, Levels
+
+
+class Place(NamedTuple):
+    """Where a code stands in an image."""
+
+    level: int
+    row: int
+    column: int
+
+    def of(self, codes: Codes) -> int:
+        """The code that stands there in the first of some images."""
+        return int(codes[self.level][0, self.row, self.column])
+
+
+class Candidate(NamedTuple):
+    """A code that might stand in a place, and the image (H, W, C) with it there."""
+
+    code: int
+    picture: Tensor
+    bits: float | None
+    """What it would cost there, given the codes before it; None: there is no prior."""
+    total: float | None
+    """What all codes of the image would cost."""
+
+
+def exchanged(codes: Codes, place: Place, code: int) -> Codes:
+    """The codes of an image, (1, h, w) a level, with another one in a place."""
+    changed = tuple(level.clone() for level in codes)
+    changed[place.level][0, place.row, place.column] = code
+    return changed
+
+
+@cache
+def _code_vectors(quantizer: Levels) -> tuple[Tensor, ...]:
+    return tuple(vectors.cpu() for vectors in quantizer.code_vectors())
+
+
+def nearest_codes(tokenizer: VQVAE, level: int, code: int, count: int) -> list[int]:
+    """The codes of a level whose vectors are nearest to a code's, which is not among them, nearest first."""
+    vectors = _code_vectors(tokenizer.quantizer)[level]
+    distances = (vectors - vectors[code]).square().sum(1)
+    distances[code] = math.inf
+    return distances.topk(min(count, len(vectors) - 1), largest=False).indices.tolist()
+
+
+@torch.no_grad()
+def likeliest_codes(generator: Generator, codes: Codes, label: Label | None, place: Place, count: int) -> list[int]:
+    """The codes that the prior finds likeliest in a place of an image (1, h, w) a level, given those before it, likeliest first."""
+    prior, labels = generator.exact_prior, generator.labels_given(label, 1)
+    logits = prior(tuple(level.to(prior.device) for level in codes), None if labels is None else labels.to(prior.device))[place.level]
+    here = logits[0, place.row * codes[place.level].shape[2] + place.column]
+    return here.topk(min(count, len(here))).indices.tolist()
+
+
+def candidates(generator: Generator, codes: Codes, label: Label | None, place: Place, found: list[int]) -> list[Candidate]:
+    """What an image's codes (1, h, w) a level would be with each of the codes found in a place."""
+    if not found:
+        return []
+    changed = tuple(torch.cat(level) for level in zip(*(exchanged(codes, place, code) for code in found), strict=True))
+    pictures = generator.decode(changed, output="tensor")
+    if generator.prior is None:
+        return [Candidate(code, picture, None, None) for code, picture in zip(found, pictures, strict=True)]
+    bits = generator.surprisals(changed, label)
+    here = bits[place.level][:, place.row, place.column].tolist()
+    totals = sum(level.flatten(1).sum(1) for level in bits)
+    assert isinstance(totals, Tensor)
+    return [Candidate(*each) for each in zip(found, pictures, here, totals.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
+    """Codes (count, h, w) a level on the way from one image's to another's, (1, h, w) a level both, which are its ends.
+
+    Between them, of each grid, the codes that are nearest to what lies on the straight line from the one's vectors to the other's.
+    """
+    device = next(tokenizer.parameters()).device
+    share = torch.linspace(0, 1, count, device=device)[:, None, None, None]
+    ends = (tokenizer.vectors(tuple(level.to(device) for level in codes)) for codes in (first, last))
+    found: list[Tensor] = []
+    for quantizer, start, end in zip(tokenizer.quantizers, *ends, strict=True):
+        found += (level.cpu() for level in quantizer(torch.lerp(start, end, share)).codes)
+    for level, start, end in zip(found, first, last, strict=True):
+        # A projected quantizer need not find the codes of a vector that it has put out.
+        level[0], level[-1] = start[0], end[0]
+    return tuple(found)
+
+
+def code_patches(generator: Generator, level: int, numbers: list[int]) -> Tensor:
+    """What codes of a level look like: each decoded at the centre of plain ones, and cut out of that: uint8 (N, h', w', C).
+
+    Plain is the code of its level whose vector is nearest to the mean of all.
+    """
+    tokenizer = generator.tokenizer
+    rows, columns = tokenizer.grids[level]
+    plain = [vectors.square().sum(1).argmin() for vectors in _code_vectors(tokenizer.quantizer)]
+    grids = [code.repeat(len(numbers), *grid) for code, grid in zip(plain, tokenizer.grids, strict=True)]
+    grids[level][:, rows // 2, columns // 2] = torch.tensor(numbers)
+    pictures = generator.decode(tuple(grids), output="tensor")
+    cells = rearrange(pictures, "n (r h) (c w) channel -> n r c h w channel", r=rows, c=columns)
+    return cells[:, rows // 2, columns // 2]

@@ -1,0 +1,160 @@
+"""What several tabs of the app are made of: pictures in and out, labels, settings of the drawing."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from pipelines.generator import Generator
+from pipelines.images.drawing import Label
+from stage1_vqvae.data.decoding import decode_image
+
+_SMALL = 128  # pixels a side: up to here they are shown as squares
+_NO_LABEL = -1
+
+
+def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> Any:
+    """Do something when something happens: one thing at a time, since all share a model; a user's mistake is shown as its line.
+
+    Returns what `then` and `success` are asked of, for what is to follow.
+    """
+
+    @functools.wraps(action)
+    def told(*given: Any) -> Any:
+        try:
+            return action(*given)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    return event(told, inputs, outputs, concurrency_id="model", concurrency_limit=1, api_visibility="private")
+
+
+class PictureInput:
+    """A place for a picture that is put in, and what is done with it then."""
+
+    def __init__(self, label: str, classes: list[str]) -> None:
+        self.image = gr.Image(label=label, format="png", sources=["upload", "clipboard"], height=280, buttons=[], elem_classes=classes)
+        # The file as it was sent: gradio would decode it, and say of what is no picture no more than that there was an error.
+        self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+        self._follows: tuple[Callable[..., Any], list[Any], list[Any]] | None = None
+
+    def whenever_given(self, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+        """Do something with each picture that is put in, and when it is taken out."""
+        # Not `change`, which is told twice of a picture that comes from elsewhere on the page.
+        for event in (self.image.upload, self.image.clear):
+            on(event, action, inputs, outputs)
+        self._follows = (action, inputs, outputs)
+
+    def given_by(self, event: Any) -> None:
+        """The same with what an event puts in."""
+        if self._follows is not None:
+            on(event.success, *self._follows)
+
+
+class Fields:
+    """Components over a generator, and what their values mean."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        height, width, _ = generator.image_shape
+        self.classes = ["pixels"] if max(height, width) <= _SMALL else []
+
+    # --- pictures
+
+    def picture(self, label: str) -> PictureInput:
+        """A place for a picture that is put in; see `pixels`."""
+        return PictureInput(label, self.classes)
+
+    def pixels(self, path: str | None) -> Tensor:
+        """The picture that was put in, uint8 (1, H, W, C). Errors: UserError for none, or what is no picture."""
+        if path is None:
+            raise UserError("picture: expected one, found none; upload one, or draw one")
+        return torch.from_numpy(decode_image(Path(path).read_bytes(), None, self.generator.data, Path(path).name))[None]
+
+    def gallery(self, label: str, columns: int = 4, preview: bool = False, visible: bool = True) -> gr.Gallery:
+        """Pictures to look at; clicking one makes it large (`preview`), or chooses it."""
+        return gr.Gallery(
+            label=label,
+            type="filepath",
+            format="png",
+            columns=columns,
+            object_fit="contain",
+            height="auto",
+            allow_preview=preview,
+            interactive=False,
+            visible=visible,
+            elem_classes=self.classes,
+        )
+
+    def drawing_button(self, text: str) -> gr.Button:
+        """A button for those who have no pictures at hand; see `draw_into`."""
+        return gr.Button(text, size="sm", visible=self.generator.prior is not None)
+
+    def draw_into(self, places: list[PictureInput], button: gr.Button) -> None:
+        """The button puts samples there."""
+        names = self.generator.label_names
+
+        def drawn() -> Any:
+            label = random.choice(range(len(names))) if names else None
+            found = [self.generator.sample(1, label, random.randrange(2**31))[0] for _ in places]
+            return found if len(found) > 1 else found[0]
+
+        event = on(button.click, drawn, [], [place.image for place in places])
+        for place in places:
+            place.given_by(event)
+
+    # --- labels
+
+    def label_of_samples(self) -> gr.Dropdown:
+        """The label of pictures out of nothing; not shown where the prior knows none."""
+        return self._label("all in turn")
+
+    def label_of_given(self) -> gr.Dropdown:
+        """The label of a picture that is given."""
+        header = self.generator.header
+        return self._label("none" if header is None or header.knows_no_label else None)
+
+    def _label(self, without: str | None) -> gr.Dropdown:
+        names = self.generator.label_names
+        choices = ([] if without is None else [(without, _NO_LABEL)]) + [(name, number) for number, name in enumerate(names)]
+        return gr.Dropdown(choices, value=choices[0][1], label="Label", visible=bool(names))
+
+    @staticmethod
+    def label(chosen: int | None) -> Label | None:
+        """A label as it was chosen; None: none."""
+        return None if chosen is None or chosen == _NO_LABEL else chosen
+
+    # --- how samples are drawn
+
+    def settings(self) -> list[Any]:
+        """Seed, temperature, top-p, guidance: the recipe's at first. See `seed_and_settings`."""
+        sampling, header = self.generator.sampling, self.generator.header
+        guides = bool(self.generator.label_names) and header is not None and header.knows_no_label
+        return [
+            gr.Number(0, label="Seed", precision=0),
+            gr.Slider(0, 2, sampling.temperature, step=0.01, label="Temperature", info="below 1 safer, above 1 more varied"),
+            gr.Slider(0.01, 1, sampling.top_p, step=0.01, label="Top-p", info="draw among the likeliest codes of this share"),
+            gr.Slider(0, 5, sampling.guidance, step=0.01, label="Guidance", info="insist on the label; 1 = off", visible=guides),
+        ]
+
+    @staticmethod
+    def seed_and_settings(values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
+        """The seed, and the settings by name. Errors: UserError for a field that was left empty, or a seed below 0."""
+        names = ("seed", "temperature", "top_p", "guidance")
+        found: dict[str, Any] = {}
+        for name, value in zip(names, values, strict=True):
+            if value is None:
+                raise UserError(f"{name}: expected a number, found none")
+            found[name] = value
+        seed = int(found.pop("seed"))
+        if seed < 0:
+            raise UserError(f"seed: expected a whole number of at least 0, found {seed}")
+        return seed, found

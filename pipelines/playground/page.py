@@ -1,0 +1,59 @@
+"""The app's page: a tab for each thing that can be done with a run."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from pipelines.generator import Generator
+from pipelines.playground.codebook_tab import codebook_tab
+from pipelines.playground.codes_tab import CodesTab
+from pipelines.playground.draw_tab import draw_tab, going_on
+from pipelines.playground.fields import Fields
+from pipelines.playground.fill_tab import fill_tab
+from pipelines.playground.walk_tab import walk_tab
+
+CSS = """
+.pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }
+.grid-container { padding-top: 2.2rem !important }
+@media (max-width: 520px) {
+  .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-gap: 0.3rem !important }
+  .caption-label { white-space: normal !important; max-width: 100% !important; font-size: 0.6rem !important; padding: 0 0.2rem !important }
+  .gradio-container > .main { padding: 0.6rem !important }
+  .tab-container button { padding: 0 0.65rem !important }
+}
+"""
+"""For `launch`."""
+
+
+def page_of(generator: Generator) -> gr.Blocks:
+    """The page of a run. Without a prior it has neither the tabs that draw nor bits."""
+    tokenizer, draws = generator.tokenizer, generator.prior is not None
+    grids = " + ".join(f"{height} x {width}" for height, width in tokenizer.grids)
+    sizes = " or ".join(f"{number:,}" for number in dict.fromkeys(tokenizer.quantizer.num_codes))
+    what = f"A picture is a grid of {grids} codes, each one of {sizes}."
+    without = "" if draws else " This run has no finished prior: it can take pictures apart, but draw none."
+    # What was uploaded is gone a day later.
+    with gr.Blocks(title=generator.run.path.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        gr.Markdown(f"# {generator.run.path.name}\n{what}{without}")
+        fields = Fields(generator)
+        with gr.Tabs() as tabs:
+            if draws:
+                with gr.Tab("Draw", id="draw"):
+                    drawn = draw_tab(fields)
+                    further = gr.Row()
+            with gr.Tab("Codes", id="codes"):
+                of_codes = CodesTab(fields).picture
+            if draws:
+                with gr.Tab("Fill", id="fill"):
+                    to_fill = fill_tab(fields)
+            with gr.Tab("Walk", id="walk"):
+                first, last = walk_tab(fields)
+            with gr.Tab("Codebook", id="codebook"):
+                codebook_tab(fields)
+        if draws:
+            with further:
+                going_on(*drawn, "Its codes", of_codes, tabs, "codes")
+                going_on(*drawn, "Fill a part of it", to_fill, tabs, "fill")
+                going_on(*drawn, "Walk from it", first, tabs, "walk")
+                going_on(*drawn, "Walk to it", last, tabs, "walk")
+    return blocks

@@ -1,0 +1,30 @@
+"""From one picture to another, through codes."""
+
+from __future__ import annotations
+
+import gradio as gr
+from PIL import Image
+
+from pipelines.playground.edits import walk
+from pipelines.playground.fields import Fields, PictureInput, on
+
+_MOST = 24  # pictures at once
+
+
+def walk_tab(fields: Fields) -> tuple[PictureInput, PictureInput]:
+    """The tab's content: the places of its two pictures."""
+    generator = fields.generator
+    with gr.Row():
+        first, last = fields.picture("From"), fields.picture("To")
+    fields.draw_into([first, last], fields.drawing_button("Draw two"))
+    number = gr.Slider(3, _MOST, 12, step=1, label="Pictures, with both ends")
+    button = gr.Button("Walk", variant="primary")
+    gallery = fields.gallery("The way: at each step the codes nearest to a mixture of both", columns=6, preview=True)
+
+    def go(start: str | None, end: str | None, n: int) -> list[tuple[Image.Image, str]]:
+        codes, others = (generator.encode(fields.pixels(path)) for path in (start, end))
+        pictures = generator.decode(walk(generator.tokenizer, codes, others, n))
+        return [(picture, f"{step / (n - 1):.0%}") for step, picture in enumerate(pictures)]
+
+    on(button.click, go, [first.image, last.image, number], [gallery])
+    return first, last

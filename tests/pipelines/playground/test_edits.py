@@ -1,0 +1,106 @@
+"""What the app does to codes, against what the models say of them one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import Generator
+from pipelines.playground.edits import Place, candidates, code_patches, exchanged, likeliest_codes, nearest_codes, walk
+from pipelines.playground.maps import code_at, code_map, patch_at, patch_sheet
+from stage1_vqvae.train import main as train_tokenizer
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.train import main as train_prior
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Generator:
+    """Two grids, of 2 x 3 and 4 x 6 codes."""
+    run = tmp_path_factory.mktemp("edits") / "run"
+    hierarchy = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *hierarchy, "--stage1.steps", "20"])
+    extract_codes(["--run", str(run)])
+    train_prior(["--run", str(run)])
+    return Generator.from_pretrained(run, device="cpu")
+
+
+def test_a_candidate_is_the_image_with_that_code(generator: Generator) -> None:
+    codes, place = generator.draw(1, "down", seed=2).codes, Place(1, 3, 4)
+    found = candidates(generator, codes, "down", place, [5, 0, 11])
+    for each, code in zip(found, [5, 0, 11], strict=True):
+        changed = exchanged(codes, place, code)
+        assert each.code == place.of(changed) == code
+        assert sum(int((one != other).sum()) for one, other in zip(changed, codes, strict=True)) <= 1
+        assert torch.equal(each.picture, generator.decode(changed, output="tensor")[0])
+        bits = generator.surprisals(changed, "down")
+        assert each.bits == pytest.approx(float(bits[1][0, 3, 4]))
+        assert each.total == pytest.approx(sum(float(level.sum()) for level in bits))
+
+
+@pytest.mark.parametrize("place", [Place(0, 0, 0), Place(0, 1, 2), Place(1, 2, 5)])
+def test_the_likeliest_are_those_of_fewest_bits(generator: Generator, place: Place) -> None:
+    codes = generator.draw(1, "across", seed=1).codes
+    bits = {each.code: each.bits for each in candidates(generator, codes, "across", place, list(range(16)))}
+    assert likeliest_codes(generator, codes, "across", place, 6) == sorted(bits, key=lambda code: bits[code] or 0.0)[:6]
+
+
+def test_the_nearest_are_nearest_in_what_they_add_to_the_latents(generator: Generator) -> None:
+    part = generator.tokenizer.quantizers[1]
+    vectors = part.lookup((torch.arange(16)[None],))[0].T
+    distances = torch.cdist(vectors[[7]], vectors)[0]
+    order = [code for code in distances.argsort().tolist() if code != 7]
+    assert nearest_codes(generator.tokenizer, 1, 7, 5) == order[:5]
+    assert sorted(nearest_codes(generator.tokenizer, 1, 7, 99)) == sorted(order)
+
+
+def test_a_walk_begins_and_ends_where_it_should_and_takes_nearest_codes_between(generator: Generator) -> None:
+    tokenizer = generator.tokenizer
+    first, last = (generator.draw(1, label, seed=3).codes for label in ("across", "down"))
+    way = walk(tokenizer, first, last, 5)
+    assert [tuple(level.shape) for level in way] == [(5, 2, 3), (5, 4, 6)]
+    for level, (start, end) in enumerate(zip(first, last, strict=True)):
+        assert torch.equal(way[level][0], start[0])
+        assert torch.equal(way[level][-1], end[0])
+        vectors = tokenizer.quantizers[level].lookup((torch.arange(16)[None],))[0].T
+        middle = (vectors[start[0]] + vectors[end[0]]) / 2
+        distances = torch.cdist(middle.flatten(0, 1), vectors)
+        chosen = distances.gather(1, way[level][2].flatten()[:, None])[:, 0]
+        assert torch.allclose(chosen, distances.min(1).values, atol=1e-5)
+    there_and_there = walk(tokenizer, first, first, 4)
+    assert all(torch.equal(level, start.expand_as(level)) for level, start in zip(there_and_there, first, strict=True))
+
+
+def test_a_patch_is_the_cell_of_its_code(generator: Generator) -> None:
+    coarse, fine = (code_patches(generator, level, list(range(16))) for level in (0, 1))
+    assert coarse.shape == (16, 4, 4, 3)
+    assert fine.shape == (16, 2, 2, 3)
+    assert torch.equal(code_patches(generator, 1, [9, 4]), fine[[9, 4]])
+    assert len(fine.flatten(1).unique(dim=0)) > 1
+
+
+def test_what_is_clicked_is_what_is_seen_there(generator: Generator) -> None:
+    """Each cell's middle leads back to it, and no point outside the picture leads out of it."""
+    shape, grid = generator.image_shape, generator.tokenizer.grids[1]
+    codes = torch.arange(24).view(grid)
+    picture = torch.zeros(shape, dtype=torch.uint8)
+    plain = np.asarray(code_map(picture, codes, None, 24, None))
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            image = np.asarray(code_map(picture, codes, torch.rand(grid), 24, (row, column)))
+            assert image.shape == plain.shape
+            marked = (image == (0, 220, 130)).all(2).nonzero()
+            y, x = (float(at.min() + at.max()) / 2 for at in marked)
+            assert code_at(x, y, shape, grid) == (row, column)
+    assert code_at(10_000, 10_000, shape, grid) == (3, 5)
+    assert code_at(-5, -5, shape, grid) == (0, 0)
+
+    patches = torch.zeros(37, 2, 2, 3, dtype=torch.uint8)
+    for number in (0, 15, 16, 36):
+        patches[:] = 0
+        patches[number] = 77
+        y, x = ((np.asarray(patch_sheet(patches)) == 77).all(2).nonzero()[axis].mean() for axis in (0, 1))
+        assert patch_at(x, y, 37, shape, grid) == number
+    assert patch_at(10_000, 10_000, 37, shape, grid) == 36

@@ -1,0 +1,326 @@
+"""The app in a browser: every tab, every button, and what comes of it.
+
+RUN=FOLDER tries another run than the tests' own; with SCREENSHOTS=FOLDER and -s pictures of it stay, and it says how long things took.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from configs.run_dir import REPOSITORY
+from pipelines import Generator
+from pipelines.app import main
+from pipelines.playground.edits import Place, exchanged, likeliest_codes, nearest_codes, walk
+from pipelines.playground.fill_tab import BRUSH, SIDE
+from stage1_vqvae.train import main as train_tokenizer
+from tests.browser import DESKTOP, PHONE, Visit, chromium, visit
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    asked = os.environ.get("RUN")
+    return Path(asked) if asked else Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("app") / "run"))
+
+
+@pytest.fixture(scope="module")
+def generator(run: Path) -> Generator:
+    return Generator.from_pretrained(run, device="cpu")
+
+
+@contextmanager
+def served(run: Path) -> Iterator[str]:
+    """The address that the command prints, while it runs."""
+    command = [sys.executable, str(REPOSITORY / "pipelines/app.py"), "--run", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        opened = next(line for line in process.stdout if line.startswith("open "))
+        yield opened.split()[1]
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> Iterator[str]:
+    with served(run) as found:
+        yield found
+
+
+@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
+def visited(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iterator[Visit]:
+    kind = request.node.callspec.id
+    with visit(browser, address, f"app-{kind}", request.param) as found:
+        found.page.get_by_role("tab", name="Draw").wait_for()
+        yield found
+        assert found.fits()
+    print(f"\n{request.node.name}:", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.seconds.items()))
+
+
+def shown(page: Page) -> Locator:
+    """The content of the tab that is open."""
+    return page.get_by_role("tabpanel").locator("visible=true").first
+
+
+def tab(visited: Visit, name: str) -> Locator:
+    """The content of a tab, which is opened if need be."""
+    visited.page.get_by_role("tab", name=name, exact=True).click()
+    return shown(visited.page)
+
+
+def button(where: Locator, name: str) -> Locator:
+    return where.get_by_role("button", name=name, exact=True)
+
+
+def gallery(where: Locator, number: int = 0) -> Locator:
+    """The pictures of a tab's gallery."""
+    return where.locator(".grid-container").nth(number).locator("img")
+
+
+def labelled(where: Locator, label: str) -> Locator:
+    """The component of that label."""
+    return where.locator(".block").filter(has=where.page.get_by_text(label, exact=True)).last
+
+
+def pixels_of(image: Locator) -> np.ndarray:
+    """What a page shows, as it was sent."""
+    content = httpx.get(image.get_attribute("src") or "").content
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def put(where: Locator, path: Path, number: int = 0) -> None:
+    where.locator('input[type="file"]').nth(number).set_input_files(path)
+
+
+def choose(visited: Visit, where: Locator, label: str) -> None:
+    where.get_by_role("combobox", name="Label").click()
+    visited.page.get_by_role("option", name=label, exact=True).click()
+
+
+def point(image: Locator, across: float, down: float) -> None:
+    """Click at a point of a picture that fills its place's width or height."""
+    box = image.bounding_box()
+    natural = image.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    assert box is not None
+    scale = min(box["width"] / natural[0], box["height"] / natural[1])
+    x, y = (
+        (box[side] - size * scale) / 2 + size * scale * share
+        for side, size, share in zip(("width", "height"), natural, (across, down), strict=True)
+    )
+    image.click(position={"x": x, "y": y})
+
+
+@pytest.fixture
+def picture(generator: Generator, tmp_path: Path) -> Path:
+    """A file of the run's own kind, larger than its images."""
+    path = tmp_path / "given.png"
+    drawn = generator.sample(1, label=1, seed=5)[0]
+    drawn.resize((drawn.width * 3, drawn.height * 3)).save(path)
+    return path
+
+
+def test_it_draws_what_the_command_line_draws_and_sends_it_on(visited: Visit, generator: Generator) -> None:
+    panel = tab(visited, "Draw")
+    visited.timed("draw 16", button(panel, "Draw").click, lambda: gallery(panel).nth(15).wait_for())
+    visited.screenshot("draw")
+    for field, value in (("Number", "3"), ("Seed", "4"), ("Temperature", "0.8"), ("Top-p", "0.9"), ("Guidance", "1.5")):
+        labelled(panel, field).locator('input[type="number"]').fill(value)
+    choose(visited, panel, generator.label_names[1])
+    button(panel, "Draw").click()
+    expect(gallery(panel)).to_have_count(3)
+    expected = generator.sample(3, label=1, seed=4, temperature=0.8, top_p=0.9, guidance=1.5)
+    for number, drawn in enumerate(expected):
+        assert np.array_equal(pixels_of(gallery(panel).nth(number)), np.asarray(drawn))
+    line = labelled(panel, "The same on the command line").locator("textarea").input_value()
+    assert line.endswith(f"--n 3 --seed 4 --label {generator.label_names[1]} --temperature 0.8 --top-p 0.9 --guidance 1.5")
+
+    button(panel, "Its codes").click()
+    expect(visited.page.get_by_text("expected one of those drawn to be chosen")).to_be_visible()
+    for name, wanted in (("Its codes", "Codes"), ("Fill a part of it", "Fill"), ("Walk from it", "Walk"), ("Walk to it", "Walk")):
+        panel = tab(visited, "Draw")
+        gallery(panel).nth(1).click()
+        button(panel, name).click()
+        expect(visited.page.get_by_role("tab", name=wanted, exact=True)).to_have_attribute("aria-selected", "true")
+        sent = shown(visited.page).locator("img").nth(1 if name == "Walk to it" else 0)
+        expect(sent).to_be_visible()
+        assert np.array_equal(pixels_of(sent), np.asarray(expected[1]))
+
+
+def test_codes_are_shown_and_exchanged(visited: Visit, generator: Generator, picture: Path) -> None:
+    panel = tab(visited, "Codes")
+    code_map, rebuilt = panel.get_by_alt_text("codes"), labelled(panel, "From its codes").locator("img")
+    visited.timed("look at codes", lambda: put(panel, picture), code_map.wait_for)
+    codes = generator.encode(picture)
+    expect(panel.get_by_text(f"{float(generator.surprisals(codes)[0].sum()):.1f} bits")).to_be_visible()
+    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(codes)[0]))
+
+    rows, columns = generator.tokenizer.grids[0]
+    place, where = Place(0, rows - 1, 1), f"Row {rows}, column 2: code"
+    visited.timed(
+        "click a code",
+        lambda: point(code_map, 1.5 / columns, (rows - 0.5) / rows),
+        panel.get_by_text(f"{where} {place.of(codes)}").wait_for,
+    )
+    near = nearest_codes(generator.tokenizer, 0, place.of(codes), 8)
+    likely = likeliest_codes(generator, codes, None, place, 8)
+    captions = [panel.locator(".grid-container").nth(number).locator(".caption-label").all_inner_texts() for number in (0, 1)]
+    assert [[int(caption.split(":")[0]) for caption in found] for found in captions] == [near, likely]
+    visited.screenshot("codes")
+
+    changed = exchanged(codes, place, near[2])
+    assert captions[0][2].endswith(f"all {float(generator.surprisals(changed)[0].sum()):.0f}")
+    visited.timed("exchange it", gallery(panel, 0).nth(2).click, panel.get_by_text(f"{where} {near[2]}").wait_for)
+    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(changed)[0]))
+    again = likeliest_codes(generator, changed, None, place, 8)[1]
+    gallery(panel, 1).nth(1).click()
+    expect(panel.get_by_text(f"{where} {again}")).to_be_visible()
+    expect(panel.get_by_text("Exchanged: 2.")).to_be_visible()
+    visited.timed("undo", button(panel, "Undo").click, panel.get_by_text("Exchanged: 1.").wait_for)
+    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(changed)[0]))
+    button(panel, "Start over").click()
+    expect(panel.get_by_text("Exchanged")).to_have_count(0)
+    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(codes)[0]))
+    button(panel, "Undo").click()
+    expect(visited.page.get_by_text("expected a code that was exchanged")).to_be_visible()
+
+    choose(visited, panel, generator.label_names[0])
+    expect(panel.get_by_text(f"{float(generator.surprisals(codes, 0)[0].sum()):.1f} bits")).to_be_visible()
+    visited.timed(
+        "draw one",
+        button(panel, "Draw one").click,
+        lambda: expect(rebuilt).not_to_have_attribute("src", "" if (src := rebuilt.get_attribute("src")) is None else src),
+    )
+
+
+def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator, picture: Path) -> None:
+    panel = tab(visited, "Fill")
+    button(panel, "Fill").click()
+    expect(visited.page.get_by_text("picture: expected one, found none")).to_be_visible()
+    put(panel, picture)
+    canvas, mouse = panel.locator("canvas").first, visited.page.mouse
+    canvas.wait_for()
+    visited.page.wait_for_timeout(1500)  # the editor takes the picture in, and says to nobody when it has
+    button(panel, "Fill").click()
+    expect(visited.page.get_by_text("paint: expected some")).to_be_visible()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2  # the picture's middle, too
+    for step in range(5):  # at a hand's pace, which the editor counts on
+        mouse.move(x + step / 4, y)
+        if step == 0:
+            mouse.down()
+        visited.page.wait_for_timeout(30)
+    mouse.up()
+    for field, value in (("Number", "4"), ("Seed", "2")):
+        labelled(panel, field).locator('input[type="number"]').fill(value)
+    visited.timed("fill 4", button(panel, "Fill").click, lambda: gallery(panel).nth(3).wait_for())
+    visited.screenshot("fill")
+    found = np.stack([pixels_of(gallery(panel).nth(number)) for number in range(4)])
+    height, width, _ = generator.image_shape
+    # How far each pixel's nearest point is from the middle.
+    y, x = (np.maximum(0, np.abs(np.arange(side) + 0.5 - side / 2) - 0.5) for side in (height, width))
+    keep = np.hypot(y[:, None], x) >= BRUSH / -(-SIDE // max(height, width))
+    assert np.array_equal(found, np.stack([np.asarray(one) for one in generator.complete([picture] * 4, keep, seed=2)]))
+
+
+def test_it_walks(visited: Visit, generator: Generator, picture: Path) -> None:
+    panel = tab(visited, "Walk")
+    button(panel, "Draw two").click()
+    expect(panel.locator("img")).to_have_count(2)
+    put(panel, picture, 1)
+    labelled(panel, "Pictures, with both ends").locator('input[type="number"]').fill("9")
+    visited.timed("walk 9", button(panel, "Walk").click, lambda: gallery(panel).nth(8).wait_for())
+    visited.screenshot("walk")
+    drawn = panel.locator("img").first
+    first, last = generator.encode(pixels_of(drawn)), generator.encode(picture)
+    for number, expected in enumerate(generator.decode(walk(generator.tokenizer, first, last, 9))):
+        assert np.array_equal(pixels_of(gallery(panel).nth(number)), np.asarray(expected))
+
+
+def test_the_codebook_is_looked_at(visited: Visit, generator: Generator) -> None:
+    panel = tab(visited, "Codebook")
+    sheet = panel.get_by_alt_text("codebook")
+    visited.timed("show the codebook", button(panel, "Show").click, sheet.wait_for)
+    shown_at = pixels_of(sheet).shape
+    rows = -(-min(256, generator.tokenizer.quantizer.num_codes[0]) // 16)
+    visited.timed("click a code", lambda: point(sheet, 2.5 / 16, 0.5 / rows), lambda: gallery(panel).nth(7).wait_for())
+    visited.screenshot("codebook")
+    captions = panel.locator(".grid-container .caption-label").all_inner_texts()
+    assert [int(caption) for caption in captions] == [2, *nearest_codes(generator.tokenizer, 0, 2, 11)], shown_at
+
+
+def test_what_is_no_picture_or_too_large_gets_a_line(browser: Browser, address: str, picture: Path, tmp_path: Path) -> None:
+    text, bomb, large = tmp_path / "text.png", tmp_path / "bomb.png", tmp_path / "large.png"
+    text.write_text("no picture")
+    Image.new("L", (8000, 8000)).save(bomb)
+    large.write_bytes(picture.read_bytes() + bytes(10 * 2**20))
+    for path, message in ((text, "text.png: expected a readable image"), (bomb, "bomb.png: expected a readable image"), (large, "maximum")):
+        with visit(browser, address, "app-refused") as found:
+            panel = tab(found, "Codes")
+            put(panel, path)
+            expect(found.page.get_by_text(message)).to_be_visible()
+            found.errors.clear()  # that a file was refused is on the console too
+            put(panel, picture)
+            expect(panel.get_by_text("All its codes cost")).to_be_visible()
+
+
+def test_without_a_prior_it_takes_pictures_apart(browser: Browser, tiny_recipe: Path, picture: Path, tmp_path: Path) -> None:
+    """Of two levels."""
+    hierarchy = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
+    train_tokenizer(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), *hierarchy, "--stage1.steps", "2"])
+    with served(tmp_path / "run") as address, visit(browser, address, "app-two-levels") as found:
+        found.page.get_by_role("tab", name="Codes", exact=True).wait_for()
+        assert found.page.get_by_role("tab").all_inner_texts() == ["Codes", "Walk", "Codebook"]
+        panel = tab(found, "Codes")
+        assert button(panel, "Draw one").count() == 0
+        put(panel, picture)
+        code_map = panel.get_by_alt_text("codes")
+        code_map.wait_for()
+        panel.get_by_role("radio", name="2").click()
+        found.page.wait_for_timeout(300)
+        point(code_map, 5.5 / 6, 3.5 / 4)
+        expect(panel.get_by_text("Row 4, column 6: code")).to_be_visible()
+        expect(gallery(panel)).to_have_count(8)
+        gallery(panel).nth(0).click()
+        expect(panel.get_by_text("Exchanged: 1.")).to_be_visible()
+        panel = tab(found, "Codebook")
+        panel.get_by_role("radio", name="2").click()
+        panel.get_by_alt_text("codebook").wait_for()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prior", "best"], "--prior best: expected one of transformer"),
+        (["--prior", "uniform"], "--prior: expected a learned prior, found uniform"),
+        (["--port", "0"], "--port: expected 1 to 65535, found 0"),
+        (["--port", "{taken}"], "expected an address that is free"),
+        (["--host", "nowhere.invalid"], "expected an address that is free"),
+    ],
+)
+def test_mistakes_get_one_line(arguments: list[str], message: str, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        filled = [argument.format(taken=taken.getsockname()[1]) for argument in arguments]
+        assert message in one_line_error(main, "--run", run_copy, *filled)
