@@ -17,7 +17,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +130,28 @@ class Sampler:
         guides = bool(self.model["label_names"]) and settings["guidance"] != 1
         if guides:
             given = np.concatenate([given, np.full(batch, len(self.model["label_names"]))])
-        shape, dtype = self.model["cache"], self.model["dtype"]
-        cache = [np.zeros((len(given), *shape), dtype)] * 2 if shape else []
-        codes, tokens = np.zeros((len(given), length), np.int64), np.zeros(len(given), np.int64)
-        for position, level in enumerate(self.levels):
-            here = {"labels": given, "position": np.array([position])}
-            if shape:
-                logits, *cache = self.prior.run(None, {**here, "tokens": tokens, "keys": cache[0], "values": cache[1]})
-            else:
-                (logits,) = self.prior.run(None, {**here, "codes": codes})
-            logits = logits[:, self.offsets[level] : self.offsets[level + 1]]
+        codes = np.zeros((len(given), length), np.int64)
+        for position, logits in enumerate(self.logits(given, codes)):
             if guides:
                 scale = self._scale(settings, position, length)
                 logits = logits[batch:] + scale * (logits[:batch] - logits[batch:])
             drawn = draw(warp(logits, settings), uniform[:, position])
             codes[:, position] = np.tile(drawn, 2) if guides else drawn
-            tokens = codes[:, position] + self.offsets[level]
         return codes[:batch]
+
+    def logits(self, labels: Array, codes: Array) -> Iterator[Array]:
+        """Of each position in turn its logits (B, K), for labels (B,) and the codes (B, T) before it, which may be written meanwhile."""
+        shape, dtype = self.model["cache"], self.model["dtype"]
+        cache = [np.zeros((len(labels), *shape), dtype)] * 2 if shape else []
+        tokens = np.zeros(len(labels), np.int64)
+        for position, level in enumerate(self.levels):
+            here = {"labels": labels, "position": np.array([position])}
+            if shape:
+                found, *cache = self.prior.run(None, {**here, "tokens": tokens, "keys": cache[0], "values": cache[1]})
+            else:
+                (found,) = self.prior.run(None, {**here, "codes": codes})
+            yield found[:, self.offsets[level] : self.offsets[level + 1]]
+            tokens = codes[:, position] + self.offsets[level]
 
     @staticmethod
     def _scale(settings: dict[str, Any], position: int, length: int) -> float:

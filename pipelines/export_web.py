@@ -1,0 +1,105 @@
+"""Export a run as a web page that draws by itself: static files for any host, of which browsers make images, asking nobody for anything.
+
+    python pipelines/export_web.py --output DIR
+    python pipelines/export_web.py --output DIR --bits 8
+    python -m http.server --directory DIR
+
+The page draws by label, number, seed, temperature and guidance, from the same uniforms as pipelines/sample.py, and draws parts of images
+anew that are painted over: of its own, or of a file. Needs the extra `onnx` (pip install -e '.[onnx]') and npm, which fetches onnxruntime's
+web build. Weights are rounded to half floats (--bits 16) or to bytes with a scale for each output (--bits 8); before it ends it says what
+that takes: bits a code, by a prior that is no longer quite the run's, draws that differ, differences of pixels. The page says so too.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configs.cli import TRAIN_PRIOR, parse
+from configs.errors import UserError, run_entry
+from configs.run_dir import RunDir, new_folder, not_there_yet, program, write_json
+from pipelines.exporting.folder import drift, exact_generator, excess_bits, export_graphs, need_packages, other_codes
+from pipelines.generator import Generator
+from stage2_prior.priors.prior_file import finished_prior
+
+PAGE = Path(__file__).parent / "exporting" / "page"
+"""The page's own files, as they are written."""
+_GRAPHS = ("encoder.onnx", "decoder.onnx", "prior.onnx")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command = parse(__doc__, (), argv, options=_options)
+    run, options = command.run, command.options
+    output = not_there_yet("output", options.output)
+    if options.bits not in (8, 16):
+        raise UserError(f"--bits: expected 16 or 8, found {options.bits}")
+    command.need_tokenizer()
+    need_packages()
+    name = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
+    generator = Generator.from_pretrained(run.path, prior=name, device="cpu", precision="float32")
+    with new_folder(output) as folder:
+        loss = write_page(generator, folder, options.bits)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6
+    run.record(program(), command.arguments, {"output": str(output), "prior": name, "bits": options.bits})
+    print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}, weights of {options.bits} bits")
+    print(
+        f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} bits a code; of {loss['codes']:,} codes that were drawn, "
+        f"{loss['codes_that_differ']:,} differ from torch's in float64, and {loss['encoded_differ']:.1%} of a picture's that is opened; of the "
+        f"same codes no pixel by more than {loss['pixels_differ_at_most']} of 255, on average by {loss['pixels_differ_on_average']:.3f}"
+    )
+    print(f"next: python -m http.server --directory {shlex.quote(RunDir.show(output))}  # then open http://127.0.0.1:8000")
+
+
+def _options(parser: Any) -> None:
+    parser.add_argument("--output", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--bits", type=int, default=16, help="of the weights in the files: 16 or 8")
+
+
+def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
+    """Write the page of a generator with a prior, on the CPU and in float32, into an empty folder.
+
+    Returns what rounding its weights to so many bits has changed, as model.json has it. Errors: UserError if npm fetches nothing.
+    """
+    from pipelines.exporting.vendored import vendor
+    from pipelines.exporting.weights import round_weights
+
+    vendor(folder / "vendor")
+    shutil.copytree(PAGE, folder, dirs_exist_ok=True)
+    content = export_graphs(generator, folder)
+    for graph in _GRAPHS:
+        round_weights(folder / graph, bits)
+    write_json(folder / "model.json", content)  # which the sampler reads
+    loss = _loss(exact_generator(generator), folder)
+    loaded = [*_GRAPHS, "vendor/onnxruntime-web/ort.wasm"]
+    shown = {
+        "run": generator.run.path.resolve().name,
+        "prior": generator.prior_name,
+        "bits": bits,
+        "background": generator.data.background,
+        "bytes": {name: (folder / name).stat().st_size for name in loaded},
+        "loss": loss,
+    }
+    write_json(folder / "model.json", {**content, **shown})
+    return loss
+
+
+def _loss(exact: Generator, folder: Path) -> dict[str, Any]:
+    bits, error = excess_bits(exact, folder)
+    found = drift(exact, folder)
+    return {
+        "codes": found.codes,
+        "excess_bits": bits,
+        "excess_bits_error": error,
+        "codes_that_differ": found.others,
+        "encoded_differ": other_codes(exact, folder),
+        "pixels_differ_at_most": found.furthest,
+        "pixels_differ_on_average": found.mean,
+    }
+
+
+if __name__ == "__main__":
+    run_entry(main)

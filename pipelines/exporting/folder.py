@@ -1,0 +1,125 @@
+"""The folder that a run is exported to: graphs, what model.json says of them, and how far what they draw is from the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs.errors import UserError
+from pipelines.exporting.graphs import export_prior, export_tokenizer
+from pipelines.generator import Generator
+from stage1_vqvae.training.weights_file import fingerprint
+
+COMPARED = 10_000
+"""Codes that are drawn to compare by, at least."""
+
+
+def need_packages() -> None:
+    """Errors: UserError for a package of the extra `onnx` that is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401, which torch needs for it
+    except ModuleNotFoundError as error:
+        raise UserError(f"expected the package {error.name}, found none; pip install -e '.[onnx]'") from None
+
+
+def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
+    """Write encoder.onnx, decoder.onnx and prior.onnx of a generator with a prior, on the CPU.
+
+    Returns what model.json is to say of them, of which the sampler reads all but the fingerprints.
+    """
+    prior, header = generator.prior, generator.header
+    assert prior is not None
+    assert header is not None
+    export_tokenizer(generator.tokenizer, folder)
+    cache = export_prior(prior, folder)
+    sampling = dataclasses.asdict(generator.sampling)
+    return {
+        "image_shape": generator.image_shape,
+        "grids": header.grids,
+        "num_codes": header.num_codes,
+        "label_names": header.label_names,
+        "knows_no_label": header.knows_no_label,
+        "cache": cache,
+        "dtype": generator.sampling.precision,
+        "sampling": {key: value for key, value in sampling.items() if key not in ("batch_size", "precision")},
+        "tokenizer_sha256": fingerprint(generator.run.tokenizer),
+        "prior_sha256": generator.origin["prior_sha256"],
+    }
+
+
+class Drift(NamedTuple):
+    """How far a folder's samples are from torch's in float64, by the recipe's settings, from the same seed."""
+
+    codes: int
+    """Drawn."""
+    others: int
+    """Of these, not torch's; a draw that is another changes those after it."""
+    furthest: int
+    """Largest difference of pixels of the same codes, of 255."""
+    mean: float
+    """Mean difference of them."""
+
+
+def exact_generator(generator: Generator) -> Generator:
+    """The same run and prior, which draws in float64."""
+    return Generator.from_pretrained(generator.run.path, prior=generator.prior_name, device="cpu", precision="float64")
+
+
+def drift(exact: Generator, folder: Path) -> Drift:
+    """How far samples of a folder are from those of the exact generator, of 10,000 codes or more that are drawn for it."""
+    from pipelines.exporting.sampler import Sampler
+
+    tokens = sum(h * w for h, w in exact.tokenizer.grids)
+    count, sampler = -(-COMPARED // tokens), Sampler(folder)
+    expected, (codes, _) = exact.draw(count), sampler.sample(count)
+    others = sum(int((level.numpy() != other).sum()) for level, other in zip(expected.codes, codes, strict=True))
+    pixels = np.abs(sampler.decode([level.numpy() for level in expected.codes]).astype(int) - expected.pixels.numpy())
+    return Drift(count * tokens, others, int(pixels.max()), float(pixels.mean()))
+
+
+def other_codes(exact: Generator, folder: Path) -> float:
+    """The share of codes that a folder's encoder finds otherwise than torch's, in images that are drawn, 10,000 codes or more."""
+    import onnxruntime
+
+    images = exact.sample(-(-COMPARED // sum(h * w for h, w in exact.tokenizer.grids)), output="tensor")
+    given = images.movedim(3, 1).numpy().astype(np.float32) / np.float32(127.5) - 1
+    session = onnxruntime.InferenceSession(folder / "encoder.onnx")
+    found = [session.run(None, {"images": given[start : start + 64]}) for start in range(0, len(given), 64)]
+    levels = zip(exact.encode(images), map(np.concatenate, zip(*found, strict=True)), strict=True)
+    return float(np.concatenate([(level.numpy() != other).ravel() for level, other in levels]).mean())
+
+
+def excess_bits(exact: Generator, folder: Path) -> tuple[float, float]:
+    """How many bits a code more the folder's prior takes than the exact one, for codes that the exact one draws; and its standard error.
+
+    An estimate of the Kullback-Leibler divergence per code, for which no data is needed: the mean of log2 p_exact - log2 p_folder over
+    10,000 codes or more, drawn unwarped and unguided, the labels taking turns.
+    """
+    from pipelines.exporting.sampler import Sampler
+
+    tokens = sum(h * w for h, w in exact.tokenizer.grids)
+    count, sampler = -(-COMPARED // tokens), Sampler(folder)
+    drawn = exact.draw(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
+    labels = np.zeros(count, np.int64) if drawn.labels is None else drawn.labels.numpy()
+    exactly = _of_sequences(exact.surprisals(drawn.codes, None if drawn.labels is None else labels.tolist()))
+    codes = np.concatenate([level.flatten(1).numpy() for level in drawn.codes], 1)
+    bits = np.zeros(count)
+    for start in range(0, count, 64):
+        rows = slice(start, start + 64)
+        for position, logits in enumerate(sampler.logits(labels[rows], codes[rows])):
+            logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
+            own = np.take_along_axis(logits, codes[rows, position, None], 1)[:, 0]
+            bits[rows] += (np.log(np.exp(logits).sum(1)) - own) / math.log(2)
+    excess = (bits - exactly) / tokens
+    return float(excess.mean()), float(excess.std(ddof=1) / math.sqrt(count))
+
+
+def _of_sequences(levels: Sequence[Any]) -> np.ndarray:
+    return np.asarray(sum(level.flatten(1).sum(1).numpy() for level in levels))

@@ -1,0 +1,420 @@
+/** The page: fields, pictures and paint. What computes is worker.js. */
+import { keptCodes } from "./sampler.js";
+
+const MOST = 64;
+const draw = part("draw");
+const redraw = part("redraw");
+const canvas = document.querySelector("canvas");
+const brush = document.querySelector("[name=brush]");
+const file = document.querySelector("[name=file]");
+
+let model = null;
+/** The picture that parts are drawn anew of: `{codes, pixels, label}`. */
+let chosen = null;
+/** Which of its pixels are painted over, (H * W). */
+let painted = null;
+
+/** The elements of a section that asks the worker for pictures. */
+function part(id) {
+  const section = document.getElementById(id);
+  const [form, progress, line, pictures] = ["form", "progress", ".line", ".pictures"].map((what) => section.querySelector(what));
+  return { section, form, progress, line, pictures };
+}
+
+// ---- the worker
+
+// A worker inherits the page's Content-Security-Policy if it is made of a blob, not if it is a file.
+const script = `import ${JSON.stringify(new URL("worker.js", import.meta.url).href)};`;
+const worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })), { type: "module" });
+const waiting = new Map();
+let asked = 0;
+
+worker.addEventListener("message", ({ data }) => {
+  const { resolve, reject, progress, part } = waiting.get(data.id);
+  if ("progress" in data) progress(data.progress);
+  else if ("part" in data) part(data.part);
+  else {
+    waiting.delete(data.id);
+    if ("error" in data) reject(new Error(data.error));
+    else resolve(data.result);
+  }
+});
+// Of its own failures, not of what it was asked: such as a browser that has no module workers.
+worker.addEventListener("error", (event) => {
+  for (const { reject } of waiting.values()) reject(new Error(`Worker: expected one that runs, found: ${event.message ?? "none"}.`));
+  waiting.clear();
+});
+
+function ask(action, content, progress, part) {
+  return new Promise((resolve, reject) => {
+    waiting.set(++asked, { resolve, reject, progress, part });
+    worker.postMessage({ id: asked, action, ...content });
+  });
+}
+
+/** Have the worker do something for a section: buttons wait meanwhile, and what goes wrong is said in its line. */
+async function work(where, action, content, part = () => {}) {
+  busy(where, true, action === "sample" || action === "complete");
+  try {
+    return await ask(action, content, (share) => (where.progress.value = share), part);
+  } finally {
+    busy(where, false);
+  }
+}
+
+function busy(where, is, stoppable = false) {
+  where.progress.hidden = !is;
+  where.progress.value = 0;
+  where.form.elements.stop.hidden = !stoppable;
+  for (const name of ["draw", "another"]) draw.form.elements[name].disabled = is;
+  for (const button of [redraw.form.elements.redraw, file]) button.disabled = is;
+}
+
+function say(where, text, isError = false) {
+  where.line.textContent = text;
+  where.line.classList.toggle("error", isError);
+}
+
+// ---- fields
+
+/** The number in a field. Errors: Error with the line to say. */
+function numberIn(form, name, { whole = false, least = -Infinity, most = Infinity } = {}) {
+  const field = form.elements[name];
+  const title = field.labels[0].firstChild.textContent.trim();
+  const value = field.valueAsNumber;
+  if (Number.isFinite(value) && value >= least && value <= most && (!whole || Number.isSafeInteger(value))) return value;
+  const range = Number.isFinite(least) && Number.isFinite(most) ? ` from ${least} to ${most}` : Number.isFinite(least) ? ` of at least ${least}` : "";
+  throw new Error(`${title}: expected a ${whole ? "whole " : ""}number${range}, found ${field.value || "none"}.`);
+}
+
+/** What both sections draw by. */
+function drawingIn() {
+  const settings = { temperature: numberIn(draw.form, "temperature", { least: 0 }) };
+  if (knows("guidance")) settings.guidance = numberIn(draw.form, "guidance");
+  return { seed: numberIn(draw.form, "seed", { whole: true }), settings };
+}
+
+function knows(what) {
+  const labels = Boolean(model.label_names?.length);
+  return what === "labels" ? labels : labels && model.knows_no_label;
+}
+
+/** Labels of `count` pictures, as the field has it. */
+function labelsIn(form, count) {
+  const { value } = form.elements.label;
+  const numbers = Array.from({ length: count }, (_, number) => number);
+  if (!knows("labels") || value === "none") return numbers.map(() => null);
+  return numbers.map((number) => (value === "turns" ? number % model.label_names.length : Number(value)));
+}
+
+// ---- pictures
+
+/** An image (H * W * C) as a canvas's content. */
+function imageData(pixels) {
+  const [height, width, channels] = model.image_shape;
+  const data = new ImageData(width, height);
+  for (let i = 0; i < width * height; i++) {
+    for (let channel = 0; channel < 3; channel++) data.data[4 * i + channel] = pixels[i * channels + (channels === 3 ? channel : 0)];
+    data.data[4 * i + 3] = 255;
+  }
+  return data;
+}
+
+/** A canvas of the run's size with an image on it. */
+function drawnOn(pixels) {
+  const made = document.createElement("canvas");
+  [made.height, made.width] = model.image_shape;
+  made.getContext("2d").putImageData(imageData(pixels), 0, 0);
+  return made;
+}
+
+/** Places for `count` pictures, each of which becomes one that can be chosen. */
+function places(where, count) {
+  const [height, width] = model.image_shape;
+  const made = Array.from({ length: count }, () => {
+    const place = document.createElement("div");
+    place.className = "waiting";
+    place.style.aspectRatio = `${width} / ${height}`;
+    return place;
+  });
+  where.pictures.replaceChildren(...made);
+  return made;
+}
+
+/** A picture `{codes, pixels, label}` as a button that chooses it. */
+function pictureButton(picture, number) {
+  const button = document.createElement("button");
+  const image = document.createElement("img");
+  const name = picture.label === null ? "" : model.label_names[picture.label];
+  button.type = "button";
+  button.setAttribute("aria-pressed", "false");
+  image.alt = `${name ? `${name}, ` : ""}picture ${number}`;
+  image.src = drawnOn(picture.pixels).toDataURL();
+  button.append(image, ...(name ? [document.createTextNode(name)] : []));
+  button.addEventListener("click", () => {
+    choose(picture, button);
+    redraw.section.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+  });
+  return button;
+}
+
+/** Draw pictures into a section. Returns the first one, and its button. */
+async function pictures(where, action, content, labels) {
+  const begun = performance.now();
+  const waitingFor = places(where, labels.length);
+  say(where, "Drawing …");
+  let first = null;
+  try {
+    await work(where, action, { ...content, labels }, (part) => {
+      part.images.forEach((pixels, row) => {
+        const number = part.first + row;
+        const picture = { codes: part.codes[row], pixels, label: labels[number] };
+        const button = pictureButton(picture, number);
+        waitingFor[number].replaceWith(button);
+        first ??= [picture, button];
+      });
+    });
+    const seconds = ((performance.now() - begun) / 1000).toFixed(1);
+    say(where, `${labels.length} picture${labels.length === 1 ? "" : "s"} in ${seconds} seconds.`);
+  } finally {
+    for (const place of waitingFor) place.remove();
+  }
+  return first;
+}
+
+async function drawPictures() {
+  const count = numberIn(draw.form, "number", { whole: true, least: 1, most: MOST });
+  const drawing = drawingIn();
+  const labels = labelsIn(draw.form, count);
+  document.querySelector(".command code").textContent = commandLine(count, drawing);
+  document.querySelector(".command").hidden = false;
+  const first = await pictures(draw, "sample", drawing, labels);
+  if (chosen === null) choose(...first);
+}
+
+/** What draws the same of the run itself. */
+function commandLine(count, { seed, settings }) {
+  const quoted = (text) => (/^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+  const options = { run: model.run, prior: model.prior, n: count, seed, ...settings };
+  if (knows("labels") && draw.form.elements.label.value !== "turns") options.label = model.label_names[draw.form.elements.label.value];
+  const typed = Object.entries(options).map(([name, value]) => ` --${name} ${quoted(String(value))}`);
+  return `python pipelines/sample.py${typed.join("")}`;
+}
+
+// ---- a part anew
+
+function choose(picture, button) {
+  chosen = picture;
+  for (const other of document.querySelectorAll("[aria-pressed=true]")) other.setAttribute("aria-pressed", "false");
+  button?.setAttribute("aria-pressed", "true");
+  if (knows("labels")) redraw.form.elements.label.value = picture.label ?? (knows("guidance") ? "none" : 0);
+  redraw.section.hidden = false;
+  clear();
+}
+
+function clear() {
+  const [height, width] = model.image_shape;
+  painted = new Uint8Array(height * width);
+  show();
+}
+
+/** The chosen picture, the patches that are drawn anew, and the paint. */
+function show() {
+  const [height, width] = model.image_shape;
+  const scale = canvas.width / width;
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.drawImage(drawnOn(chosen.pixels), 0, 0, canvas.width, canvas.height);
+  const colour = getComputedStyle(document.documentElement).getPropertyValue("--paint");
+  context.fillStyle = context.strokeStyle = colour;
+  context.lineWidth = Math.max(1, scale / 10);
+  const kept = keptCodes(model, painted);
+  let code = 0;
+  for (const [rows, columns] of model.grids) {
+    for (let i = 0; i < rows * columns; i++, code++) {
+      if (kept[code]) continue;
+      const patch = [(i % columns) * (canvas.width / columns), Math.floor(i / columns) * (canvas.height / rows), canvas.width / columns, canvas.height / rows];
+      context.globalAlpha = 0.3 / model.grids.length;
+      context.fillRect(...patch);
+      context.globalAlpha = 0.8;
+      context.strokeRect(...patch);
+    }
+  }
+  context.globalAlpha = 0.6;
+  painted.forEach((is, i) => is && context.fillRect((i % width) * scale, Math.floor(i / width) * scale, scale, scale));
+  context.globalAlpha = 1;
+}
+
+/** Paint a round spot, at a point in the picture's pixels. */
+function spot(x, y) {
+  const [height, width] = model.image_shape;
+  const radius = Math.max(brush.valueAsNumber / 2, Math.SQRT1_2); // a pixel at least
+  for (let row = Math.max(0, Math.floor(y - radius)); row < Math.min(height, y + radius); row++) {
+    for (let column = Math.max(0, Math.floor(x - radius)); column < Math.min(width, x + radius); column++) {
+      if (Math.hypot(column + 0.5 - x, row + 0.5 - y) <= radius) painted[row * width + column] = 1;
+    }
+  }
+}
+
+let before = null;
+function stroke(event) {
+  const [height, width] = model.image_shape;
+  const { left, top, width: across, height: down } = canvas.getBoundingClientRect();
+  const [x, y] = [((event.clientX - left) / across) * width, ((event.clientY - top) / down) * height];
+  const [fromX, fromY] = before ?? [x, y];
+  const steps = Math.ceil(2 * Math.hypot(x - fromX, y - fromY)) || 1;
+  for (let step = 1; step <= steps; step++) spot(fromX + ((x - fromX) * step) / steps, fromY + ((y - fromY) * step) / steps);
+  before = [x, y];
+  show();
+}
+canvas.addEventListener("pointerdown", (event) => {
+  canvas.setPointerCapture(event.pointerId);
+  before = null;
+  stroke(event);
+});
+canvas.addEventListener("pointermove", (event) => event.buttons && stroke(event));
+
+async function redrawPart() {
+  const count = numberIn(redraw.form, "number", { whole: true, least: 1, most: MOST });
+  const drawing = drawingIn();
+  if (!painted.includes(1)) throw new Error("Paint: expected some, found none: paint over what shall be different.");
+  await pictures(redraw, "complete", { ...drawing, codes: chosen.codes, painted }, labelsIn(redraw.form, count));
+}
+
+/** A file as an image (H * W * C) of the run's size: scaled to cover it, and cropped at the centre. */
+async function pixelsOf(opened) {
+  const [height, width, channels] = model.image_shape;
+  let source;
+  try {
+    source = await createImageBitmap(opened);
+  } catch {
+    throw new Error(`${opened.name}: expected a picture that this browser can read, found something else.`);
+  }
+  const scale = Math.min(source.width / width, source.height / height);
+  const [cropWidth, cropHeight] = [width * scale, height * scale];
+  let crop = [(source.width - cropWidth) / 2, (source.height - cropHeight) / 2, cropWidth, cropHeight];
+  // Browsers look at few pixels where they scale by more than two: so by halves.
+  let halvings = Math.max(0, Math.floor(Math.log2(scale)));
+  for (; ; halvings--) {
+    const smaller = document.createElement("canvas");
+    [smaller.width, smaller.height] = [width * 2 ** halvings, height * 2 ** halvings];
+    const context = smaller.getContext("2d", { willReadFrequently: true });
+    context.fillStyle = model.background;
+    context.fillRect(0, 0, smaller.width, smaller.height);
+    context.imageSmoothingQuality = "high";
+    context.drawImage(source, ...crop, 0, 0, smaller.width, smaller.height);
+    [source, crop] = [smaller, [0, 0, smaller.width, smaller.height]];
+    if (halvings === 0) break;
+  }
+  const { data } = source.getContext("2d").getImageData(0, 0, width, height);
+  const pixels = new Uint8ClampedArray(width * height * channels);
+  for (let i = 0; i < width * height; i++) {
+    const [red, green, blue] = data.subarray(4 * i);
+    if (channels === 3) pixels.set([red, green, blue], 3 * i);
+    else pixels[i] = 0.299 * red + 0.587 * green + 0.114 * blue;
+  }
+  return pixels;
+}
+
+async function openFile() {
+  const [opened] = file.files;
+  file.value = ""; // so that the same file may be opened again
+  if (!opened) return;
+  const pixels = await pixelsOf(opened);
+  say(redraw, "Opening …");
+  const { codes, image } = await work(redraw, "encode", { pixels });
+  choose({ codes, pixels: image, label: null });
+  say(redraw, `${opened.name}, as the model sees it: paint over what shall be different.`);
+}
+
+// ---- what is said of the run, and what is pressed
+
+function describe() {
+  const { loss, bytes, grids } = model;
+  const [height, width, channels] = model.image_shape;
+  const megabytes = (Object.values(bytes).reduce((a, b) => a + b) / 1e6).toFixed(1);
+  const codes = grids.map(([rows, columns]) => `${rows} × ${columns}`).join(", then ");
+  const share = ((100 * loss.codes_that_differ) / loss.codes).toFixed(2);
+  const said = {
+    "How it draws":
+      `A picture of ${width} × ${height} pixels${channels === 1 ? ", in grey," : ""} is made of ${codes} codes. A prior draws them one after another, each given those before it; ` +
+      "a decoder turns them into pixels.",
+    "Temperature": "Below 1 likelier pictures, and less variety; above 1 bolder ones; at 0 always the likeliest code.",
+    ...(knows("guidance") && { "Guidance": "How much to insist on the label: at 1 as much as was learned, above 1 more, at 0 not at all." }),
+    "Size": `${megabytes} MB, weights in ${model.bits} bits; computed in float32, by onnxruntime-web.`,
+    "Bits": `${loss.excess_bits.toFixed(5)} ± ${loss.excess_bits_error.toFixed(5)} bits a code: so much more this page's rounded prior takes for codes that the exact one draws.`,
+    "Other draws": `Of ${loss.codes.toLocaleString("en")} codes that were drawn, ${loss.codes_that_differ.toLocaleString("en")} (${share}%) are not those that the exact prior draws from the same seed: a draw that falls within the rounding changes those after it.`,
+    "Other codes of a picture": `${(100 * loss.encoded_differ).toFixed(1)}%: so many are taken for others, mostly for neighbours, where a picture is opened.`,
+    "Other pixels": `Of the same codes, none by more than ${loss.pixels_differ_at_most} of 255; on average by ${loss.pixels_differ_on_average.toFixed(3)}.`,
+    "Prior": `${model.prior} of run ${model.run}, sha256 ${model.prior_sha256.slice(0, 16)}…`,
+  };
+  document.querySelector("dl").replaceChildren(
+    ...Object.entries(said).flatMap(([term, text]) => {
+      const [title, content] = [document.createElement("dt"), document.createElement("dd")];
+      title.textContent = term;
+      content.textContent = text;
+      return [title, content];
+    }),
+  );
+  document.querySelector("footer").hidden = false;
+}
+
+/** Do something for a section; what goes wrong is said in its line. */
+function attempt(where, action) {
+  return async (event) => {
+    event?.preventDefault();
+    try {
+      await action();
+    } catch (error) {
+      say(where, error.message, error.message !== "Stopped.");
+    }
+  };
+}
+
+function prepare() {
+  const names = model.label_names ?? [];
+  const options = (extra) => [...extra, ...names.map((name, number) => [name, number])].map(([text, value]) => new Option(text, value));
+  draw.form.elements.label.replaceChildren(...options([["each in turn", "turns"]]));
+  redraw.form.elements.label.replaceChildren(...options(model.knows_no_label ? [["none", "none"]] : []));
+  for (const element of document.querySelectorAll("[data-needs]")) element.hidden = !knows(element.dataset.needs);
+  for (const element of document.querySelectorAll("[data-lacks]")) element.hidden = knows(element.dataset.lacks);
+  for (const name of ["temperature", "guidance"]) draw.form.elements[name].value = model.sampling[name];
+  const [height, width] = model.image_shape;
+  const scale = Math.max(1, Math.round(720 / width));
+  [canvas.width, canvas.height] = [width * scale, height * scale];
+  brush.max = Math.ceil(Math.max(height, width) / 3);
+  brush.value = Math.ceil(Math.max(height, width) / 8);
+  document.getElementById("title").textContent = document.title = model.run;
+  describe();
+}
+
+draw.form.addEventListener("submit", attempt(draw, drawPictures));
+draw.form.elements.another.addEventListener("click", attempt(draw, async () => {
+  draw.form.elements.seed.value = numberIn(draw.form, "seed", { whole: true }) + 1;
+  await drawPictures();
+}));
+redraw.form.addEventListener("submit", attempt(redraw, redrawPart));
+file.addEventListener("change", attempt(redraw, openFile));
+for (const { form } of [draw, redraw]) form.elements.stop.addEventListener("click", () => worker.postMessage({ action: "stop" }));
+document.querySelector("[name=clear]").addEventListener("click", clear);
+document.querySelector("[name=half]").addEventListener("click", () => {
+  painted.fill(1, Math.floor(model.image_shape[0] / 2) * model.image_shape[1]);
+  show();
+});
+document.querySelector("[name=save]").addEventListener("click", () => {
+  const link = document.createElement("a");
+  link.href = drawnOn(chosen.pixels).toDataURL();
+  link.download = `${[model.run, ...(chosen.label === null ? [] : [model.label_names[chosen.label]])].join("-")}.png`;
+  link.click();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => chosen && show());
+
+attempt(draw, async () => {
+  const answer = await fetch(new URL("model.json", import.meta.url));
+  if (!answer.ok) throw new Error(`model.json: expected a file, found none (${answer.status}).`);
+  model = await answer.json();
+  prepare();
+  say(draw, `Loading ${(Object.values(model.bytes).reduce((a, b) => a + b) / 1e6).toFixed(1)} MB …`);
+  await work(draw, "load", { model });
+  await drawPictures();
+})();

@@ -1,0 +1,275 @@
+/**
+ * Drawing codes and images by a run's graphs, as sampler.py does: the same uniforms, warps and draws, in float64.
+ * No page, and no onnxruntime either: sessions and the class of tensors are given.
+ */
+import { blake2b } from "./vendor/noble-hashes/blake2.js";
+
+/** Samples that are drawn at once; a sample is the same whatever is drawn with it, but for the rounding of float32. */
+const BATCH = 16;
+
+/**
+ * MT19937 (Matsumoto & Nishimura 1998), seeded by one word.
+ * @param {number} seed - of 32 bits
+ * @param {number} count - of words
+ * @returns {Uint32Array} its first words
+ */
+export function mersenneTwister(seed, count) {
+  const state = new Uint32Array(624);
+  state[0] = seed;
+  for (let i = 1; i < 624; i++) state[i] = Math.imul(1812433253, state[i - 1] ^ (state[i - 1] >>> 30)) + i;
+  return Uint32Array.from({ length: count }, (_, number) => {
+    const i = number % 624;
+    const both = (state[i] & 0x80000000) | (state[(i + 1) % 624] & 0x7fffffff);
+    state[i] = state[(i + 397) % 624] ^ (both >>> 1) ^ (both & 1 ? 0x9908b0df : 0);
+    let word = state[i];
+    word ^= word >>> 11;
+    word ^= (word << 7) & 0x9d2c5680;
+    word ^= (word << 15) & 0xefc60000;
+    return word ^ (word >>> 18);
+  });
+}
+
+/**
+ * The uniforms of a sample, in [0, 1): torch's, of a generator whose seed is derived from the seed and the sample's number.
+ * @param {number} seed - whole
+ * @param {number} number - of the sample, from 0 on
+ * @param {number} length - codes of a sample
+ * @returns {Float64Array} (length,)
+ */
+export function uniforms(seed, number, length) {
+  const digest = blake2b(new TextEncoder().encode(`(${seed}, 'sample', ${number})`), { dkLen: 8 });
+  const words = new DataView(digest.buffer, digest.byteOffset);
+  const derived = (words.getUint32(0, true) >>> 1) | (words.getUint32(4, true) << 31);
+  const raw = mersenneTwister(derived >>> 0, 2 * length);
+  return Float64Array.from({ length }, (_, i) => ((raw[2 * i] & 0x1fffff) * 2 ** 32 + raw[2 * i + 1]) * 2 ** -53);
+}
+
+/**
+ * Probabilities of logits under temperature, top_k, top_p and min_p.
+ * @param {Float64Array} logits - (K,)
+ * @param {Object} settings - a recipe's `sampling`
+ * @returns {Float64Array} (K,)
+ */
+export function warp(logits, { temperature, top_k: topK, top_p: topP, min_p: minP }) {
+  const count = logits.length;
+  if (temperature === 0) {
+    const likeliest = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
+    return Float64Array.from({ length: count }, (_, code) => (code === likeliest ? 1 : 0));
+  }
+  let warped = logits.map((logit) => logit / temperature);
+  if (topK > 0 && topK < count) {
+    const least = warped.slice().sort()[count - topK];
+    warped = warped.map((logit) => (logit < least ? -Infinity : logit));
+  }
+  const most = warped.reduce((a, b) => Math.max(a, b));
+  const probabilities = normalized(warped.map((logit) => Math.exp(logit - most)));
+  if (topP < 1) {
+    const order = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a]);
+    let before = 0;
+    for (const code of order) {
+      const probability = probabilities[code];
+      // Less the sum's rounding, which is not to bring in another code where p is just reached.
+      if (!(before < topP - 1e-12)) probabilities[code] = 0;
+      before += probability;
+    }
+  }
+  if (minP > 0) {
+    for (let code = 0; code < count; code++) if (warped[code] < most + Math.log(minP)) probabilities[code] = 0;
+  }
+  return normalized(probabilities);
+}
+
+function normalized(values) {
+  const sum = values.reduce((a, b) => a + b);
+  return values.map((value) => value / sum);
+}
+
+/**
+ * The code at which the cumulative distribution first exceeds a uniform.
+ * @param {Float64Array} probabilities - (K,)
+ * @param {number} uniform - in [0, 1)
+ * @returns {number}
+ */
+export function draw(probabilities, uniform) {
+  let sum = 0;
+  const cumulative = probabilities.map((probability) => (sum += probability));
+  const found = cumulative.findIndex((reached) => reached > uniform * sum);
+  return found < 0 ? probabilities.length - 1 : found;
+}
+
+/**
+ * Which codes are kept of an image of which some pixels are to be drawn anew: of each grid those that span none of these.
+ * @param {Object} model - model.json
+ * @param {ArrayLike<number|boolean>} painted - (H * W,) pixels to draw anew
+ * @returns {boolean[]} (T,), through all levels
+ */
+export function keptCodes(model, painted) {
+  const [height, width] = model.image_shape;
+  return model.grids.flatMap(([rows, columns]) => {
+    const kept = new Array(rows * columns).fill(true);
+    for (let y = 0; y < height; y++) {
+      for (let x = 0; x < width; x++) {
+        if (painted[y * width + x]) kept[Math.floor((y * rows) / height) * columns + Math.floor((x * columns) / width)] = false;
+      }
+    }
+    return kept;
+  });
+}
+
+/** What was exported: draws, completes, encodes and decodes. Codes are sequences (T,) through all levels, coarse to fine. */
+export class Sampler {
+  /**
+   * @param {Object} model - model.json
+   * @param {Object} sessions - `prior`, `decoder` and, for `encode`, `encoder`, of onnxruntime
+   * @param {Function} Tensor - onnxruntime's
+   */
+  constructor(model, sessions, Tensor) {
+    this.model = model;
+    this.sessions = sessions;
+    this.Tensor = Tensor;
+    this.sizes = model.grids.map(([rows, columns]) => rows * columns);
+    this.levels = this.sizes.flatMap((size, level) => new Array(size).fill(level));
+    this.offsets = [0];
+    for (const count of model.num_codes) this.offsets.push(this.offsets.at(-1) + count);
+  }
+
+  /**
+   * Draw codes: sample i of a seed is the same, however many are drawn.
+   * @param {Object} asked
+   * @param {(number|null)[]} asked.labels - of each sample, in the model's numbering; null: none
+   * @param {number} asked.seed
+   * @param {Object} asked.settings - in place of the model's
+   * @param {Int32Array} [asked.given] - codes (T,) to take over where
+   * @param {boolean[]} [asked.kept] - (T,) is true: the others are drawn, each given those before it
+   * @param {function(number): Promise<void>} [step] - called after each position, with the share that is done
+   * @param {function(Int32Array[], number): Promise<void>} [part] - called with the codes of each batch, and the number of its first
+   * @returns {Promise<Int32Array[]>} codes, (T,) a sample
+   * @throws {Error} if a probability is not finite
+   */
+  async sample({ labels, seed, settings, given, kept }, step = async () => {}, part = async () => {}) {
+    const drawn = [];
+    for (let first = 0; first < labels.length; first += BATCH) {
+      const rows = labels.slice(first, first + BATCH);
+      const found = await this.#batch(rows, first, seed, { ...this.model.sampling, ...settings }, given, kept, (share) =>
+        step((first + share * rows.length) / labels.length),
+      );
+      await part(found, first);
+      drawn.push(...found);
+    }
+    return drawn;
+  }
+
+  async #batch(labels, first, seed, settings, given, kept, step) {
+    const batch = labels.length;
+    const length = this.levels.length;
+    const uniform = labels.map((_, row) => uniforms(seed, first + row, length));
+    const names = this.model.label_names ?? [];
+    const guides = names.length > 0 && labels[0] !== null && settings.guidance !== 1;
+    // Conditional and unconditional sequences run in one batch and share every code.
+    const rows = guides ? [...labels, ...labels.map(() => null)] : labels;
+    const numbers = rows.map((label) => label ?? names.length);
+    const codes = rows.map(() => (given ? Int32Array.from(given) : new Int32Array(length)));
+    const last = kept ? kept.lastIndexOf(false) : length - 1;
+    let cache = null;
+    for (let position = 0; position <= last; position++) {
+      if (!this.model.cache && kept?.[position]) continue;
+      const level = this.levels[position];
+      const [logits, next] = await this.#logits(numbers, codes, position, cache);
+      cache = next;
+      if (!kept?.[position]) {
+        const count = this.model.num_codes[level];
+        const of = (row) => {
+          const start = row * this.offsets.at(-1) + this.offsets[level];
+          return Float64Array.from(logits.subarray(start, start + count));
+        };
+        const scale = guides ? guidanceScale(settings, position, length) : 1;
+        for (let row = 0; row < batch; row++) {
+          let own = of(row);
+          if (guides) {
+            const without = of(batch + row);
+            // In float32, as the graph's: so numpy guides.
+            own = own.map((logit, code) => Math.fround(without[code] + Math.fround(Math.fround(scale) * Math.fround(logit - without[code]))));
+          }
+          const probabilities = warp(own, settings);
+          if (!Number.isFinite(probabilities[0])) throw new Error("Temperature, guidance: expected finite probabilities, found some that are not.");
+          codes[row][position] = draw(probabilities, uniform[row][position]);
+          if (guides) codes[batch + row][position] = codes[row][position];
+        }
+      }
+      await step((position + 1) / (last + 1));
+    }
+    return codes.slice(0, batch);
+  }
+
+  /** Logits (B * all levels' codes) of a position, and the keys and values for the next, if the prior has any. */
+  async #logits(labels, codes, position, cache) {
+    const batch = labels.length;
+    const given = { labels: this.#whole(labels, [batch]), position: this.#whole([position], [1]) };
+    const shape = this.model.cache;
+    if (!shape) {
+      const flat = codes.flatMap((row) => Array.from(row));
+      const { logits } = await this.sessions.prior.run({ ...given, codes: this.#whole(flat, [batch, this.levels.length]) });
+      return [logits.data, null];
+    }
+    const empty = () => new this.Tensor("float32", new Float32Array(batch * shape.reduce((a, b) => a * b)), [batch, ...shape]);
+    const { keys, values } = cache ?? { keys: empty(), values: empty() };
+    const tokens = codes.map((row) => (position ? row[position - 1] + this.offsets[this.levels[position - 1]] : 0));
+    const found = await this.sessions.prior.run({ ...given, tokens: this.#whole(tokens, [batch]), keys, values });
+    return [found.logits.data, { keys: found.next_keys, values: found.next_values }];
+  }
+
+  /**
+   * The images of codes.
+   * @param {Int32Array[]} codes - (T,) each
+   * @returns {Promise<Uint8ClampedArray[]>} (H * W * C) each
+   */
+  async decode(codes) {
+    const batch = codes.length;
+    const given = {};
+    let start = 0;
+    this.model.grids.forEach((grid, level) => {
+      const flat = codes.flatMap((row) => Array.from(row.subarray(start, start + this.sizes[level])));
+      given[`level${level}`] = this.#whole(flat, [batch, ...grid]);
+      start += this.sizes[level];
+    });
+    const { images } = await this.sessions.decoder.run(given);
+    const [height, width, channels] = this.model.image_shape;
+    const area = height * width;
+    return codes.map((_, row) => {
+      const pixels = new Uint8ClampedArray(area * channels);
+      for (let channel = 0; channel < channels; channel++) {
+        for (let i = 0; i < area; i++) {
+          const value = Math.min(1, Math.max(-1, images.data[(row * channels + channel) * area + i]));
+          // Rounded to the nearest by the array, of two the even one.
+          pixels[i * channels + channel] = Math.fround(Math.fround(value + 1) * 127.5);
+        }
+      }
+      return pixels;
+    });
+  }
+
+  /**
+   * The codes of an image.
+   * @param {Uint8ClampedArray} pixels - (H * W * C)
+   * @returns {Promise<Int32Array>} (T,)
+   */
+  async encode(pixels) {
+    const [height, width, channels] = this.model.image_shape;
+    const image = new Float32Array(pixels.length);
+    pixels.forEach((value, i) => {
+      image[(i % channels) * height * width + Math.floor(i / channels)] = value / 127.5 - 1;
+    });
+    const found = await this.sessions.encoder.run({ images: new this.Tensor("float32", image, [1, channels, height, width]) });
+    return Int32Array.from(this.sizes.flatMap((_, level) => Array.from(found[`level${level}`].data, Number)));
+  }
+
+  #whole(numbers, shape) {
+    return new this.Tensor("int64", BigInt64Array.from(numbers, BigInt), shape);
+  }
+}
+
+function guidanceScale({ guidance, guidance_schedule: schedule }, position, length) {
+  const share = position / Math.max(1, length - 1);
+  const way = { constant: 1, linear: share, cosine: (1 - Math.cos(Math.PI * share)) / 2 }[schedule];
+  return 1 + way * (guidance - 1);
+}

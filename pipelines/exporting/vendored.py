@@ -1,0 +1,90 @@
+"""What a page needs of others, out of their npm packages, fetched by the user's own npm: onnxruntime's web build, and BLAKE2b.
+
+Versions are pinned, and with them the sha512 of each package: what is served is what was tested.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.run_dir import write_bytes
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package of npm, and the files of it that are taken, by the names that they get."""
+
+    name: str
+    version: str
+    sha512: str
+    """Of its tarball, base64."""
+    folder: str
+    files: dict[str, str]
+
+
+PACKAGES = (
+    Package(
+        "onnxruntime-web",
+        "1.30.0",
+        "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
+        "onnxruntime-web",
+        # As .js: not every server knows that an .mjs is a script, and browsers run nothing else.
+        {"dist/ort.wasm.bundle.min.mjs": "ort.js", "dist/ort-wasm-simd-threaded.wasm": "ort.wasm"},
+    ),
+    Package(
+        "@noble/hashes",
+        "2.4.0",
+        "X5XaVWZIBCT7HHZGm5I7ZQXDwLG+bGXuSrMQAW+7Zvl87h1kmc1ZB1VSRJcpUfoUrGQp4Fkoxm5kZ+Ms+aW+eA==",
+        "noble-hashes",
+        {name: name for name in ("LICENSE", "blake2.js", "_blake.js", "_md.js", "_u64.js", "utils.js")},
+    ),
+)
+
+
+def vendor(folder: Path) -> None:
+    """Write the files of all packages into a new folder, a folder each, with their licences.
+
+    Errors: UserError for no npm, one that fails (no network), or another package than was pinned.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError("expected npm (it comes with Node.js), found none")
+    for package in PACKAGES:
+        with tempfile.TemporaryDirectory() as temporary:
+            tarball = _packed(npm, package, Path(temporary))
+            found = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
+            if found != package.sha512:
+                raise UserError(f"npm package {package.name} {package.version}: expected sha512 {package.sha512}, found {found}")
+            with tarfile.open(tarball) as opened:
+                for name, written in package.files.items():
+                    member = opened.extractfile(f"package/{name}")
+                    assert member is not None, name
+                    write_bytes(folder / package.folder / written, member.read(), durable=False)
+    # Its npm package holds no licence; that for Python, which is built of the same sources, does.
+    spec = importlib.util.find_spec("onnxruntime")
+    assert spec is not None
+    assert spec.origin is not None
+    for name in ("LICENSE", "ThirdPartyNotices.txt"):
+        shutil.copyfile(Path(spec.origin).parent / name, folder / "onnxruntime-web" / name)
+
+
+def _packed(npm: str, package: Package, folder: Path) -> Path:
+    """The package's tarball, in that folder. Errors: UserError with what npm says."""
+    wanted = f"{package.name}@{package.version}"
+    # What is in npm's cache serves without a network; without either, the failure is to be told before the user has gone.
+    command = [npm, "pack", wanted, "--prefer-offline", "--fetch-retries", "1", "--pack-destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    tarballs = list(folder.glob("*.tgz"))
+    if done.returncode != 0 or len(tarballs) != 1:
+        said = [line.split(" ", 2)[-1] for line in done.stderr.splitlines() if line.lower().startswith("npm err")]
+        raise UserError(f"npm pack {wanted}: expected a package, found: {'; '.join(said[:3]) or f'exit code {done.returncode}'}")
+    return tarballs[0]

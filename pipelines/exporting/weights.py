@@ -1,0 +1,77 @@
+"""Weights of a graph in fewer bits: half floats, or whole numbers of a byte with a scale for each output.
+
+A graph casts them back as it is loaded, where onnxruntime folds constants: what is computed stays float32, and takes no longer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+# Of fewer numbers (biases, norms, a first convolution) nothing is to be gained.
+_LARGE = 1024
+# Along which axis the outputs lie of the operator that takes a weight, and as which of its inputs it does.
+_OUTPUTS = {("Conv", 1): 0, ("ConvTranspose", 1): 1, ("Gather", 0): 0, ("MatMul", 0): -2, ("MatMul", 1): -1}
+
+
+def round_weights(path: Path, bits: int) -> None:
+    """Round the large weights of a graph's file in place.
+
+    Args:
+        path: an ONNX file.
+        bits: 16, half floats; 8, whole numbers from -127 to 127 times a scale for each output (row, channel), but 16 for tensors that are
+            not by themselves multiplied with, convolved with or looked up in, such as tables of positions.
+    """
+    model = onnx.load(path)
+    onnx.save(rounded(model, bits), path)
+
+
+def rounded(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
+    """A copy of a model with rounded weights; `bits` as `round_weights` has it."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    kept, nodes = [], []
+    for weight in graph.initializer:
+        values = numpy_helper.to_array(weight)
+        if values.dtype != np.float32 or values.size < _LARGE or values.ndim < 2 or np.abs(values).max() > np.finfo(np.float16).max:
+            kept.append(weight)
+            continue
+        name, axis = weight.name, _axis_of_outputs(graph, weight.name) if bits == 8 else None
+        if axis is None:
+            kept.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.rounded"))
+            nodes.append(helper.make_node("Cast", [f"{name}.rounded"], [name], to=TensorProto.FLOAT))
+        else:
+            whole, scale = quantized(values, axis)
+            kept += [numpy_helper.from_array(whole, f"{name}.rounded"), numpy_helper.from_array(scale, f"{name}.scale")]
+            nodes.append(helper.make_node("Cast", [f"{name}.rounded"], [f"{name}.whole"], to=TensorProto.FLOAT))
+            nodes.append(helper.make_node("Mul", [f"{name}.whole", f"{name}.scale"], [name]))
+    nodes += graph.node
+    for field, content in ((graph.initializer, kept), (graph.node, nodes)):
+        content = list(content)
+        del field[:]
+        field.extend(content)
+    onnx.checker.check_model(made)
+    return made
+
+
+def quantized(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 values as int8 of the same shape and float32 scales, of length 1 but along `axis`; their product is within half a scale."""
+    others = tuple(other for other in range(values.ndim) if other != axis % values.ndim)
+    scale = (np.abs(values).max(others, keepdims=True) / 127).astype(np.float32)
+    scale[scale == 0] = 1
+    return np.round(values / scale).astype(np.int8), scale
+
+
+def _axis_of_outputs(graph: onnx.GraphProto, name: str) -> int | None:
+    """Along which axis of a weight its outputs lie; None where that is not known."""
+    for node in graph.node:
+        for place, taken in enumerate(node.input):
+            if taken == name:
+                if node.op_type == "Gemm" and place == 1:
+                    return 0 if any(attribute.name == "transB" and attribute.i for attribute in node.attribute) else 1
+                return _OUTPUTS.get((node.op_type, place))
+    return None

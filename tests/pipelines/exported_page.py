@@ -1,0 +1,110 @@
+"""What tests do with an exported page in a browser, and what it then is to show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from playwright.sync_api import Page
+
+from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
+from tests.browser import Visit
+
+
+def says(page: Page, section: str, pattern: str) -> str:
+    """The line of a section, once it is as expected."""
+    # Playwright looks every half second; this is told at once, for the sake of what is timed.
+    return str(
+        page.evaluate(
+            """([section, pattern]) => new Promise((resolve, reject) => {
+                const line = document.querySelector(`#${section} .line`);
+                const look = () => new RegExp(pattern).test(line.textContent) && resolve(line.textContent);
+                new MutationObserver(look).observe(line, { childList: true });
+                setTimeout(() => reject(new Error(`expected ${pattern}, found ${line.textContent}`)), 60_000);
+                look();
+            })""",
+            [section, pattern],
+        )
+    )
+
+
+def opened(visited: Visit) -> Page:
+    """A page that has loaded, and drawn its first pictures."""
+    visited.page.emulate_media(reduced_motion="reduce")  # the mouse does not wait for what scrolls
+    says(visited.page, "draw", "seconds")
+    return visited.page
+
+
+def press(visited: Visit, section: str, button: str, name: str | None = None) -> np.ndarray:
+    """Press a button that draws. Returns the pictures then shown, uint8 (N, H, W, C)."""
+    page = visited.page
+    page.evaluate(f"document.querySelector('#{section} .line').textContent = ''")
+    visited.timed(name or button, page.locator(f"[name={button}]").click, lambda: says(page, section, r"picture.* seconds\.$"))
+    return shown(page, section)
+
+
+def shown(page: Page, section: str) -> np.ndarray:
+    read = """images => Promise.all(images.map(async image => {
+        await image.decode();
+        const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
+        const context = canvas.getContext("2d");
+        context.drawImage(image, 0, 0);
+        return [canvas.height, canvas.width, Array.from(context.getImageData(0, 0, canvas.width, canvas.height).data)];
+    }))"""
+    found = page.locator(f"#{section} .pictures img").evaluate_all(read)
+    return np.stack([np.array(values).reshape(height, width, 4)[..., :3] for height, width, values in found])
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> float:
+    """The share of pictures that are the same, but for a rounding of each pixel; grey ones are shown in three channels."""
+    assert found.shape[:3] == expected.shape[:3]
+    return float((np.abs(found.astype(int) - expected).max((1, 2, 3)) <= 1).mean())
+
+
+def fill(page: Page, section: str = "draw", **fields: Any) -> None:
+    for name, value in fields.items():
+        field = page.locator(f"#{section} [name={name}]")
+        field.select_option(str(value)) if name == "label" else field.fill(str(value))
+
+
+def continued(sampler: Sampler, codes: np.ndarray, kept: np.ndarray, label: int | None, seed: int, count: int) -> np.ndarray:
+    """Continuations by the numpy sampler, unguided: uint8 (N, H, W, C) of codes (T,), where kept (T,) taken over."""
+    numbers = np.full(count, label if label is not None else len(sampler.model["label_names"] or []))
+    sequences = np.tile(np.where(kept, codes, 0), (count, 1))
+    uniform = np.stack([uniforms(seed, number, len(codes)) for number in range(count)])
+    for position, logits in enumerate(sampler.logits(numbers, sequences)):
+        if not kept[position]:
+            sequences[:, position] = draw(warp(logits, sampler.model["sampling"]), uniform[:, position])
+    return sampler.decode(levels_of(sampler, sequences))
+
+
+def levels_of(sampler: Sampler, sequences: np.ndarray) -> list[np.ndarray]:
+    grids = sampler.model["grids"]
+    levels = np.split(sequences, np.cumsum([h * w for h, w in grids])[:-1], 1)
+    return [level.reshape(-1, *grid) for level, grid in zip(levels, grids, strict=True)]
+
+
+def paint_below(page: Page, share: float) -> np.ndarray:
+    """Paint all of the picture below a share of its height by the mouse, in strokes. Returns which pixels (H, W) then are painted."""
+    page.locator("[name=brush]").fill("1")
+    box, (height, width, _) = page.locator("canvas").bounding_box(), model_of(page)["image_shape"]
+    assert box is not None
+    for row in range(int(share * height), height):
+        y = box["y"] + box["height"] * (row + 0.5) / height
+        page.mouse.move(box["x"] + 1, y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] - 1, y, steps=4)
+        page.mouse.up()
+    painted = np.zeros((height, width), bool)
+    painted[int(share * height) :] = True
+    return painted
+
+
+def model_of(page: Page) -> dict[str, Any]:
+    return dict(page.evaluate("fetch('model.json').then(answer => answer.json())"))
+
+
+def kept_of(model: dict[str, Any], painted: np.ndarray) -> np.ndarray:
+    """Which codes (T,) span no painted pixel."""
+    height, width = painted.shape
+    return np.concatenate([~painted.reshape(h, height // h, w, width // w).any((1, 3)).ravel() for h, w in model["grids"]])

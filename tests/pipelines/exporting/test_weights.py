@@ -1,0 +1,86 @@
+"""Rounded weights are within half a step, and a graph computes nearly what it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from configs.parts import part_from
+from configs.schema import Tokenizer
+from pipelines.exporting.graphs import export_tokenizer
+from pipelines.exporting.weights import quantized, round_weights, rounded
+from stage1_vqvae.model import VQVAE
+from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_whole_numbers_are_within_half_a_step_of_their_own_output(axis: int) -> None:
+    rng = np.random.default_rng(0)
+    values = np.moveaxis(rng.normal(size=(40, 30, 3)) * 10.0 ** rng.uniform(-3, 3, (40, 1, 1)), 0, axis).astype(np.float32)
+    np.moveaxis(values, axis, 0)[7] = 0
+    whole, scale = quantized(values, axis)
+    assert whole.dtype == np.int8
+    assert scale.size == values.shape[axis] == 40
+    assert (np.abs(whole * scale - values) <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize(("bits", "kind", "most"), [(16, np.float16, 2**-10), (8, np.int8, 2**-5)])
+def test_a_tokenizers_graphs_compute_nearly_the_same(bits: int, kind: type, most: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = part_from("tokenizer.network", {"hidden_channels": 32, "residual_channels": 16, "residual_blocks": 1})
+    model = VQVAE(Tokenizer(code_dim=D, quantizer=part("ema"), network=network), 8, 12, 3).eval().requires_grad_(False)
+    export_tokenizer(model, tmp_path)
+    codes = {"level0": torch.randint(16, (9, 2, 3)).numpy()}
+    exact = onnx.load(tmp_path / "decoder.onnx")
+    round_weights(tmp_path / "decoder.onnx", bits)
+    made = onnx.load(tmp_path / "decoder.onnx")
+    large = {numpy_helper.to_array(weight).dtype for weight in made.graph.initializer if np.prod(weight.dims) >= 1024}
+    assert large == {np.dtype(kind)}
+    expected, found = (onnxruntime.InferenceSession(one.SerializeToString()).run(None, codes)[0] for one in (exact, made))
+    assert 0 < np.abs(found - expected).max() < most * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("node", "shape", "axis"),
+    [
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), (64, 40), 1),
+        (helper.make_node("MatMul", ["w", "x"], ["y"]), (40, 64), 0),
+        (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), (40, 64), 0),
+        (helper.make_node("Gemm", ["x", "w"], ["y"]), (64, 40), 1),
+        (helper.make_node("ConvTranspose", ["x", "w"], ["y"]), (64, 40, 3, 3), 1),
+        (helper.make_node("Conv", ["x", "w"], ["y"]), (40, 64, 3, 3), 0),
+    ],
+    ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else None,
+)
+def test_each_output_has_a_scale_of_its_own(node: onnx.NodeProto, shape: tuple[int, ...], axis: int) -> None:
+    """Outputs of very different size are each as exact as the others, which one scale for several would not let them be."""
+    rng = np.random.default_rng(0)
+    sizes = np.moveaxis(10.0 ** rng.uniform(-4, 4, (40, *[1] * (len(shape) - 1))), 0, axis)
+    weight = (rng.normal(size=shape) * sizes).astype(np.float32)
+    x = rng.normal(size=(64, 5) if node.input[0] == "w" else (5, 64, 4, 4)[: len(shape)]).astype(np.float32)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * len(shape))],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    exact = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    expected, found = (onnxruntime.InferenceSession(one.SerializeToString()).run(None, {"x": x})[0] for one in (exact, rounded(exact, 8)))
+    outputs = tuple(other for other in range(expected.ndim) if other != (0 if node.input[0] == "w" else 1))
+    furthest, size = np.abs(found - expected).max(outputs), np.abs(expected).max(outputs)
+    assert furthest.shape == (40,)
+    assert (furthest < 0.03 * size).all()
+
+
+def test_what_half_floats_cannot_hold_stays() -> None:
+    huge = np.full((64, 64), 1e6, np.float32)
+    graph = helper.make_graph([], "none", [], [], [numpy_helper.from_array(huge, "w")])
+    made = rounded(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), 16)
+    assert np.array_equal(numpy_helper.to_array(made.graph.initializer[0]), huge)

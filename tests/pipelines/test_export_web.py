@@ -1,0 +1,433 @@
+"""A run as a page, in a browser: it draws what the numpy sampler draws from the same graphs, and completes what is painted over.
+
+RUN=FOLDER tries another run than the tests' own; with SCREENSHOTS=FOLDER and -s pictures of it stay, and it says how long things took.
+"""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import Browser
+
+from configs.errors import UserError
+from configs.parts import part_from
+from configs.run_dir import read_json, write_json
+from configs.schema import Tokenizer
+from pipelines.export_web import PAGE, main
+from pipelines.exporting import vendored
+from pipelines.exporting.graphs import export_prior, export_tokenizer
+from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
+from pipelines.images.drawing import kept_codes
+from stage1_vqvae.model import VQVAE
+from stage2_prior.codes.sequence import SequenceLayout
+from tests.browser import PHONE, chromium, visit
+from tests.pipelines.exported_page import continued, fill, kept_of, levels_of, opened, paint_below, press, same, says, shown
+from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
+from tests.stage2_prior.priors.prior_kinds import build
+
+GRAPHS = ("encoder", "decoder", "prior")
+# The share of pictures that are to be the same, of at least 16 and of 3 to 5. A draw that falls within float32's rounding, which in a
+# browser is not that of numpy's onnxruntime, may be another code, and those after it then differ: of a real run's 49 codes one may.
+SAME, SAME_OF_FEW = (0.9, 0.6) if "RUN" in os.environ else (1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What npm gives, once for all tests; without it, or a network, there is no page to be tried."""
+    folder = tmp_path_factory.mktemp("fetched") / "vendor"
+    try:
+        vendored.vendor(folder)
+    except UserError as error:
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture
+def npm_has_answered(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vendored, "vendor", lambda folder: shutil.copytree(fetched, folder))
+
+
+@pytest.fixture(scope="module")
+def site(fetched: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A host's folder, with pages under sub-paths: `16` and `8`, and `other`, of another prior over several levels without labels."""
+    folder = tmp_path_factory.mktemp("site")
+    run = Path(shutil.copytree(os.environ.get("RUN", finished_run), folder.parent / "of the page" / "run"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vendored, "vendor", lambda path: shutil.copytree(fetched, path))
+        for bits in ("16", "8"):
+            main(["--run", str(run), "--output", str(folder / bits), "--bits", bits])
+    model = read_json(folder / "8" / "model.json")
+    model["sampling"].update(guidance=1.5, guidance_schedule="cosine")  # as other recipes may say
+    write_json(folder / "8" / "model.json", model)
+    other_prior(Path(shutil.copytree(folder / "16", folder / "other")))
+    return folder
+
+
+def other_prior(folder: Path) -> None:
+    """Put a PixelCNN over three levels of 2 x 3 codes into an exported folder."""
+    torch.manual_seed(0)
+    small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
+    network = part_from("tokenizer.network", small)
+    tokenizer = VQVAE(Tokenizer(code_dim=D, quantizer=part("residual_shared"), network=network), 8, 12, 3).eval().requires_grad_(False)
+    layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
+    export_tokenizer(tokenizer, folder)
+    export_prior(build("pixelcnn", layout, num_classes=0).requires_grad_(False), folder)
+    about = {"image_shape": [8, 12, 3], "grids": layout.grids, "num_codes": layout.num_codes, "cache": None}
+    model = {**read_json(folder / "model.json"), **about, "label_names": None, "knows_no_label": True}
+    model["sampling"].update(temperature=0.9, top_k=12, top_p=0.95, min_p=0.02)
+    model["bytes"].update({f"{graph}.onnx": (folder / f"{graph}.onnx").stat().st_size for graph in GRAPHS})
+    write_json(folder / "model.json", model)
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """A plain host: no header that a browser would give threads for."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+# ---- the sampler in JavaScript
+
+
+def test_its_uniforms_and_draws_are_pythons(browser: Browser, address: str) -> None:
+    rng = np.random.default_rng(0)
+    asked = [(seed, number) for seed in (0, 1, -7, 2**53 - 1) for number in (0, 1, 1000)]
+    logits = (rng.normal(size=(100, 9)) * 2).round(1)  # with ties
+    every = [{}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3, "top_p": 0.9}, {"temperature": 0.0}]
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    uniform = rng.random(100)
+    with visit(browser, f"{address}/16/", "sampler") as visited:
+        page = opened(visited)
+        found = page.evaluate(
+            "async asked => { const { uniforms } = await import('./sampler.js');"
+            "return asked.map(([seed, number]) => Array.from(uniforms(seed, number, 700))) }",
+            asked,
+        )
+        assert np.array_equal(found, [uniforms(seed, number, 700) for seed, number in asked])
+        for settings in every:
+            probabilities, drawn = page.evaluate(
+                "async ([rows, uniform, settings]) => { const { warp, draw } = await import('./sampler.js');"
+                "const warped = rows.map(row => warp(Float64Array.from(row), settings));"
+                "return [warped.map(row => Array.from(row)), warped.map((row, i) => draw(row, uniform[i]))] }",
+                [logits.tolist(), uniform.tolist(), {**plain, **settings}],
+            )
+            expected = warp(logits, {**plain, **settings})
+            assert np.allclose(probabilities, expected, atol=1e-12)
+            assert np.array_equal(drawn, draw(expected, uniform))
+
+
+def test_a_patch_stays_if_nothing_of_it_is_painted(browser: Browser, address: str) -> None:
+    rng = np.random.default_rng(0)
+    with visit(browser, f"{address}/16/", "sampler") as visited:
+        page = opened(visited)
+        for grids in ([(2, 3)], [(1, 1), (2, 3), (8, 12)]):
+            painted = rng.random((20, 8, 12)) < rng.uniform(0, 0.1, (20, 1, 1))
+            found = page.evaluate(
+                "async ([model, masks]) => { const { keptCodes } = await import('./sampler.js');"
+                "return masks.map(painted => keptCodes(model, painted)) }",
+                [{"image_shape": [8, 12, 3], "grids": grids}, painted.reshape(20, -1).tolist()],
+            )
+            tokenizer: Any = SimpleNamespace(grids=grids)
+            levels = [kept_codes(tokenizer, torch.from_numpy(~mask)) for mask in painted]
+            assert np.array_equal(found, [torch.cat([level.flatten() for level in one]).numpy() for one in levels])
+
+
+# ---- drawing
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_page_draws_what_the_sampler_draws(bits: int, browser: Browser, address: str, site: Path) -> None:
+    sampler = Sampler(site / str(bits))
+    names = sampler.model["label_names"]
+    with visit(browser, f"{address}/{bits}/", f"page-{bits}") as visited:
+        visited.timed("load and first 16", lambda: None, lambda: opened(visited))
+        page = visited.page
+        assert same(shown(page, "draw"), sampler.sample(16)[1]) >= SAME
+        for turn in range(5):
+            press(visited, "draw", "draw", f"draw 16, {turn}")
+        plain = {"temperature": 1, "guidance": 1}
+        fill(page, number=20, seed=5, label=1, **plain)
+        unguided = press(visited, "draw", "draw", "draw 20")
+        assert same(unguided, sampler.sample(20, names[1], 5, **plain)[1]) >= SAME
+        fill(page, guidance=3, temperature=0.8)
+        guided = press(visited, "draw", "draw", "draw 20, guided")
+        assert same(guided, sampler.sample(20, names[1], 5, guidance=3, temperature=0.8)[1]) >= SAME
+        assert same(guided, unguided) < 1
+        command = page.locator(".command code").inner_text()
+        assert command.endswith(f"--n 20 --seed 5 --temperature 0.8 --guidance 3 --label {names[1]}")
+        fill(page, label="turns", temperature=0, number=3)
+        following = press(visited, "draw", "another")
+        assert page.locator("#draw [name=seed]").input_value() == "6"
+        assert same(following, sampler.sample(3, None, 6, guidance=3, temperature=0)[1]) >= SAME
+        visited.screenshot("drawn")
+        print(f"\n{bits} bits:", {name: round(seconds, 2) for name, seconds in visited.seconds.items()})
+
+
+def test_drawing_can_be_stopped(browser: Browser, address: str) -> None:
+    with visit(browser, f"{address}/other/", "stopped") as visited:
+        page = opened(visited)
+        fill(page, number=64)
+        page.evaluate("document.querySelector('[name=draw]').click(); document.querySelector('#draw [name=stop]').click()")
+        assert says(page, "draw", "Stopped") == "Stopped."
+        assert page.locator("#draw .pictures *").count() < 64
+        fill(page, number=2)
+        assert len(press(visited, "draw", "draw")) == 2
+
+
+def test_another_prior_over_levels_without_labels(browser: Browser, address: str, site: Path) -> None:
+    sampler = Sampler(site / "other")
+    with visit(browser, f"{address}/other/", "other") as visited:
+        page = opened(visited)
+        assert same(shown(page, "draw"), sampler.sample(16)[1]) == 1
+        assert page.locator("[name=label]:visible, [name=guidance]:visible").count() == 0
+        page.locator("#draw .pictures button").nth(2).click()
+        painted = paint_below(page, 0.5)
+        fill(page, "redraw", number=4)
+        codes = np.concatenate([level.reshape(16, -1) for level in sampler.sample(16)[0]], 1)[2]
+        kept = kept_of(sampler.model, painted)
+        assert 0 < kept.sum() < len(kept)
+        found = press(visited, "redraw", "redraw")
+        assert same(found, continued(sampler, codes, kept, None, 0, 4)) == 1
+        visited.screenshot("completed")
+
+
+# ---- a part anew
+
+
+def test_what_is_painted_is_drawn_anew_and_the_rest_stays(browser: Browser, address: str, site: Path, tmp_path: Path) -> None:
+    sampler = Sampler(site / "16")
+    height, width, channels = sampler.model["image_shape"]
+    with visit(browser, f"{address}/16/", "completion") as visited:
+        page = opened(visited)
+        fill(page, guidance=1, temperature=sampler.model["sampling"]["temperature"])
+        drawn = press(visited, "draw", "draw")
+        codes = np.concatenate([level.reshape(16, -1) for level in sampler.sample(16, guidance=1)[0]], 1)
+        page.locator("#draw .pictures button").nth(3).click()
+        kept = kept_of(sampler.model, paint_below(page, 0.5))
+        assert 0 < kept.sum() < len(kept)
+        fill(page, "redraw", number=5)
+        found = press(visited, "redraw", "redraw", "5 continuations")
+        label = 3 % len(sampler.model["label_names"])
+        assert same(found, continued(sampler, codes[3], kept, label, 0, 5)) >= SAME_OF_FEW
+        assert same(found, np.repeat(drawn[3:4], 5, 0)) < 1
+        visited.screenshot("completed")
+        # Another one to be drawn anew is not painted over yet.
+        page.locator("#redraw .pictures button").nth(1).click()
+        page.locator("[name=clear]").click()
+        page.locator("[name=redraw]").click()
+        assert "Paint: expected some" in says(page, "redraw", "Paint")
+        # A file of the run's size, so that no scaling is in between.
+        pixels = sampler.sample(1, seed=9)[1][0]
+        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / "own.png")
+        encoder = onnxruntime.InferenceSession(site / "16" / "encoder.onnx")
+        levels = encoder.run(None, {"images": (pixels.transpose(2, 0, 1)[None] / np.float32(127.5) - 1).astype(np.float32)})
+        own = np.concatenate([level.reshape(-1) for level in levels])
+        visited.timed(
+            "open a file",
+            lambda: page.locator("[name=file]").set_input_files(tmp_path / "own.png"),
+            lambda: says(page, "redraw", "as the model sees it"),
+        )
+        page.locator("[name=half]").click()
+        fill(page, seed=4)
+        fill(page, "redraw", number=3, label="none")
+        lower = np.repeat(np.arange(height) >= height // 2, width).reshape(height, width)
+        expected = continued(sampler, own, kept_of(sampler.model, lower), None, 4, 3)
+        assert same(press(visited, "redraw", "redraw", "3 of a file"), expected) >= SAME_OF_FEW
+        with page.expect_download() as download:
+            page.locator("[name=save]").click()
+        saved = np.array(Image.open(download.value.path()).convert("RGB"))
+        assert same(saved[None], sampler.decode(levels_of(sampler, own[None]))) == 1
+        print("\ncompletion:", {name: round(seconds, 2) for name, seconds in visited.seconds.items()})
+
+
+def test_files_are_scaled_and_cropped_at_the_centre(browser: Browser, address: str, site: Path) -> None:
+    """A picture that is white in the middle alone is a white one; so is a transparent one, over a white background."""
+    model = read_json(site / "16" / "model.json")
+    height, width, channels = model["image_shape"]
+    assert model["background"] == "white"
+    wide = np.zeros((50 * height, 150 * width), np.uint8)
+    wide[:, 50 * width : 100 * width] = 255
+    tall = np.zeros((150 * height, 50 * width), np.uint8)
+    tall[50 * height : 100 * height] = 255
+    clear = np.zeros((50 * height, 50 * width, 4), np.uint8)
+    encoder, sampler = onnxruntime.InferenceSession(site / "16" / "encoder.onnx"), Sampler(site / "16")
+    white, black = (
+        sampler.decode(encoder.run(None, {"images": np.full((1, channels, height, width), value, np.float32)})) for value in (1, -1)
+    )
+    assert same(white, black) == 0
+    with visit(browser, f"{address}/16/", "files") as visited:
+        page = opened(visited)
+        for picture in (wide, tall, clear):
+            content = io.BytesIO()
+            Image.fromarray(picture).save(content, "PNG")
+            page.locator("[name=file]").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": content.getvalue()})
+            says(page, "redraw", "a.png, as the model sees it")
+            with page.expect_download() as download:
+                page.locator("[name=save]").click()
+            assert same(np.array(Image.open(download.value.path()).convert("RGB"))[None], white) == 1
+            page.evaluate("document.querySelector('#redraw .line').textContent = ''")
+        page.locator("[name=file]").set_input_files({"name": "b.png", "mimeType": "image/png", "buffer": b"no picture"})
+        assert says(page, "redraw", "b.png") == "b.png: expected a picture that this browser can read, found something else."
+
+
+# ---- what may go wrong, where it is shown, and whom it asks
+
+
+def test_bad_values_get_a_line(browser: Browser, address: str) -> None:
+    with visit(browser, f"{address}/16/", "mistakes") as visited:
+        page = opened(visited)
+        before = shown(page, "draw")
+        for name, value, line in (
+            ("number", "0", "Number: expected a whole number from 1 to 64, found 0."),
+            ("number", "2.5", "Number: expected a whole number from 1 to 64, found 2.5."),
+            ("seed", "", "Seed: expected a whole number, found none."),
+            ("temperature", "-1", "Temperature: expected a number of at least 0, found -1."),
+            ("guidance", "", "Guidance: expected a number, found none."),
+        ):
+            field = page.locator(f"#draw [name={name}]")
+            good = field.input_value()
+            field.fill(value)
+            page.locator("[name=draw]").click()
+            assert says(page, "draw", name.capitalize()) == line
+            field.fill(good)
+        assert np.array_equal(shown(page, "draw"), before)
+        fill(page, "redraw", number=100)
+        page.locator("[name=redraw]").click()
+        assert says(page, "redraw", "Continuations") == "Continuations: expected a whole number from 1 to 64, found 100."
+
+
+def test_on_a_phone_all_is_in_reach_of_a_finger(browser: Browser, address: str) -> None:
+    with visit(browser, f"{address}/16/", "phone", PHONE) as visited:
+        page = opened(visited)
+        page.emulate_media(color_scheme="dark")
+        page.locator("#draw .pictures button").first.tap()
+        canvas = page.locator("canvas")
+        canvas.scroll_into_view_if_needed()
+        box, scrolled = canvas.bounding_box(), page.evaluate("scrollY")
+        assert box is not None
+        touch = page.context.new_cdp_session(page)
+        x, top, bottom = box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.2, box["y"] + box["height"] * 0.8
+        for kind, points in (("touchStart", [top]), ("touchMove", [bottom]), ("touchMove", [bottom]), ("touchEnd", [])):
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for y in points]})
+        assert page.evaluate("scrollY") == scrolled  # a finger paints, and does not scroll
+        assert len(press(visited, "redraw", "redraw")) == 6
+        page.locator("summary").tap()
+        assert visited.fits()
+        small = "elements => elements.filter(one => one.checkVisibility() && one.getBoundingClientRect().height < 32).map(one => one.name)"
+        assert page.locator("button, select, input:not([type=file])").evaluate_all(small) == []
+        visited.screenshot("dark")
+
+
+def test_the_page_says_what_rounding_has_cost(browser: Browser, address: str, site: Path) -> None:
+    loss = {bits: read_json(site / bits / "model.json")["loss"] for bits in ("16", "8")}
+    assert 0 <= loss["16"]["pixels_differ_on_average"] < loss["8"]["pixels_differ_on_average"]
+    # An estimate of a divergence, which is not negative.
+    assert all(abs(of["excess_bits"]) < 0.05 and of["excess_bits"] > -4 * of["excess_bits_error"] for of in loss.values())
+    with visit(browser, f"{address}/8/", "about") as visited:
+        page = opened(visited)
+        page.locator("summary").click()
+        text = page.locator("dl").inner_text()
+        assert f"{loss['8']['excess_bits']:.5f} ± {loss['8']['excess_bits_error']:.5f} bits a code" in text
+        assert f"none by more than {loss['8']['pixels_differ_at_most']} of 255" in text
+
+
+def test_neither_the_page_nor_its_worker_can_ask_another_host(browser: Browser, address: str) -> None:
+    # The same server by another name is another host. Each refusal is an error on the console, so this is not a `visit`.
+    other = address.replace("127.0.0.1", "localhost")
+    asks = "url => fetch(url, { mode: 'no-cors' }).then(() => 'answered', () => 'refused')"
+    page = browser.new_page()
+    page.goto(f"{address}/16/")
+    says(page, "draw", "seconds")
+    for place in (page, page.workers[0]):
+        assert place.evaluate(asks, f"{address}/16/model.json") == "answered"
+        assert place.evaluate(asks, f"{other}/16/model.json") == "refused"
+    page.close()
+
+
+def test_all_that_is_served_is_relative_and_small(site: Path) -> None:
+    own = [path for path in PAGE.iterdir() if path.suffix in (".html", ".css", ".js")]
+    assert {path.name for path in own} <= {path.name for path in (site / "16").iterdir()}
+    for path in own:
+        assert not re.search(r"https?://|\son\w+=|(src|href)=\"/", path.read_text()), path
+    size = {bits: sum(path.stat().st_size for path in (site / bits).rglob("*") if path.is_file()) for bits in ("16", "8")}
+    print({bits: f"{of / 1e6:.1f} MB" for bits, of in size.items()})
+    assert size["8"] < size["16"] < 25e6
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: output"),
+        (["--output", "{run}"], "expected a folder that does not exist yet, found one"),
+        (["--output", "{run}/new", "--bits", "12"], "--bits: expected 16 or 8, found 12"),
+        (["--output", "{run}/new", "--prior", "best"], "--prior best: expected one of transformer"),
+    ],
+)
+def test_mistakes_get_one_line(arguments: list[str], message: str, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    assert message in one_line_error(main, "--run", run_copy, *[argument.format(run=run_copy) for argument in arguments])
+    assert not (run_copy / "new").exists()
+
+
+def test_without_npm_there_is_one_line_and_no_folder(
+    run_copy: Path, one_line_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    arguments = ["--run", run_copy, "--output", tmp_path / "made" / "page"]
+    assert "expected npm (it comes with Node.js), found none" in one_line_error(main, *arguments)
+    npm = tmp_path / "empty" / "npm"
+    npm.parent.mkdir()
+    npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\necho 'npm error network asked nobody' >&2\nexit 1\n")
+    npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    assert "npm pack onnxruntime-web@" in (line := one_line_error(main, *arguments))
+    assert "network asked nobody" in line
+    # Another package than the one that was tested: refused whatever its name.
+    npm.write_text('#!/bin/sh\nfor folder; do :; done\necho other > "$folder/other.tgz"\n')
+    assert "expected sha512" in one_line_error(main, *arguments)
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_without_the_extra_there_is_one_line(run_copy: Path, one_line_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    line = one_line_error(main, "--run", run_copy, "--output", run_copy / "new")
+    assert "expected the package onnxruntime, found none; pip install" in line
+
+
+@pytest.mark.usefixtures("npm_has_answered")
+def test_a_failure_leaves_no_folder(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.export_web.export_graphs", lambda *given: json.loads("no graphs"))
+    with pytest.raises(json.JSONDecodeError):
+        main(["--run", str(run_copy), "--output", str(run_copy / "made" / "page")])
+    assert list((run_copy / "made").iterdir()) == []
