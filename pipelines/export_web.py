@@ -46,9 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     run.record(program(), command.arguments, {"output": str(output), "prior": name, "bits": options.bits})
     print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}, weights of {options.bits} bits")
     print(
-        f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} bits a code; of {loss['codes']:,} codes that were drawn, "
-        f"{loss['codes_that_differ']:,} differ from torch's in float64, and {loss['encoded_differ']:.1%} of a picture's that is opened; of the "
-        f"same codes no pixel by more than {loss['pixels_differ_at_most']} of 255, on average by {loss['pixels_differ_on_average']:.3f}"
+        f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} bits a code; of {loss['codes']:,} codes that were drawn "
+        f"{loss['codes_that_differ']:,} differ from torch's in float64, of those of pictures that are opened {loss['encoded_differ']:.1%}; "
+        f"of the same codes no pixel by more than {loss['pixels_differ_at_most']} of 255, "
+        f"on average by {loss['pixels_differ_on_average']:.3f}"
     )
     print(f"next: python -m http.server --directory {shlex.quote(RunDir.show(output))}  # then open http://127.0.0.1:8000")
 
