@@ -218,19 +218,22 @@ def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator
     put(panel, picture)
     canvas, mouse = panel.locator("canvas").first, visited.page.mouse
     canvas.wait_for()
-    visited.page.wait_for_timeout(1500)  # the editor takes the picture in, and says to nobody when it has
     button(panel, "Fill").click()
     expect(visited.page.get_by_text("paint: expected some")).to_be_visible()
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box is not None
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2  # the picture's middle, too
-    for step in range(5):  # at a hand's pace, which the editor counts on
-        mouse.move(x + step / 4, y)
-        if step == 0:
-            mouse.down()
-        visited.page.wait_for_timeout(30)
-    mouse.up()
+    for _ in range(30):  # the editor does not say when it has taken the picture in
+        for step in range(5):  # at a hand's pace, which it counts on
+            mouse.move(x + step / 4, y)
+            if step == 0:
+                mouse.down()
+            visited.page.wait_for_timeout(30)
+        mouse.up()
+        seen = np.asarray(Image.open(io.BytesIO(visited.page.screenshot(clip=box))).convert("RGB")).astype(int)
+        if (seen[..., 0] - seen[..., 1:].max(-1) > 150).any():
+            break
     for field, value in (("Number", "4"), ("Seed", "2")):
         labelled(panel, field).locator('input[type="number"]').fill(value)
     visited.timed("fill 4", button(panel, "Fill").click, lambda: gallery(panel).nth(3).wait_for())
@@ -296,8 +299,9 @@ def test_without_a_prior_it_takes_pictures_apart(browser: Browser, tiny_recipe: 
         put(panel, picture)
         code_map = panel.get_by_alt_text("codes")
         code_map.wait_for()
+        coarse = code_map.get_attribute("src") or ""
         panel.get_by_role("radio", name="2").click()
-        found.page.wait_for_timeout(300)
+        expect(code_map).not_to_have_attribute("src", coarse)
         point(code_map, 5.5 / 6, 3.5 / 4)
         expect(panel.get_by_text("Row 4, column 6: code")).to_be_visible()
         expect(gallery(panel)).to_have_count(8)
