@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import threading
 from typing import Any
 
@@ -20,6 +21,7 @@ from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.generator import Generator
+from stage1_vqvae.training.processes import start
 from stage2_prior.priors.prior_file import UNIFORM
 
 # Of a picture that is put in.
@@ -31,42 +33,56 @@ _MOST_WAITING = 32
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, (), argv, options=_options)
-    run, options = command.run, command.options
+    command = parse(__doc__, ("compute",), argv, options=_options)
+    run, options, recipe = command.run, command.options, command.recipe
     if options.port is not None and not 0 < options.port < 65536:
         raise UserError(f"--port: expected 1 to 65535, found {options.port}")
     if options.prior == UNIFORM:
         raise UserError(f"--prior: expected a learned prior, found {UNIFORM}")
+    if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"app: expected to be started once, found {launched} processes")
     _check_free(options.host, options.port)
     command.need_tokenizer()
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it asks the network for its newest version, too
-    try:
-        from pipelines.playground.page import CSS, page_of
-    except ModuleNotFoundError as error:
-        raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
-    # Beyond twice as many Pillow decodes none.
-    Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
-    recipe = command.recipe
-    generator = Generator.of_run(run, recipe.data, recipe.sampling, options.prior, compile=recipe.compute.compile)
-    page = page_of(generator).queue(max_size=_MOST_WAITING)
-    _, address, _ = page.launch(
-        server_name=options.host,
-        server_port=options.port,
-        max_file_size=_MOST_BYTES,
-        css=CSS,
-        footer_links=[],
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        run_history=False,
-        ssr_mode=False,
-    )
-    run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
-    print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        page.close(verbose=False)
+    with tempfile.TemporaryDirectory(prefix="two-stage-app-") as folder:
+        _prepare_gradio(options.host, folder)
+        try:
+            from pipelines.playground.page import CSS, page_of
+        except ModuleNotFoundError as error:
+            raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
+        device = start(recipe.compute).device
+        generator = Generator.of_run(run, recipe.data, recipe.sampling, options.prior, device, recipe.compute.compile)
+        run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
+        # Beyond twice as many Pillow decodes none.
+        Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
+        page = page_of(generator).queue(max_size=_MOST_WAITING)
+        try:
+            _, address, _ = page.launch(
+                server_name=f"[{options.host}]" if ":" in options.host else options.host,
+                server_port=options.port,
+                max_file_size=_MOST_BYTES,
+                css=CSS,
+                footer_links=[],
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                run_history=False,
+                ssr_mode=False,
+            )
+        except OSError as error:
+            raise UserError(f"--port: expected one that is free, found: {error}") from None
+        print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            page.close(verbose=False)
+
+
+def _prepare_gradio(host: str, folder: str) -> None:
+    """Say to gradio, before it is imported, where files lie that are put in, and whom it is not to ask."""
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which asks for its newest version, too
+    for name in ("NO_PROXY", "no_proxy"):  # it asks itself whether it answers
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
 
 
 def _options(parser: Any) -> None:

@@ -132,7 +132,8 @@ class Generator:
         if accelerator is not None:
             device = accelerator.device
         elif device is None:
-            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+            there = torch.accelerator.current_accelerator(check_available=True)
+            device = "cpu" if there is None or there.type == "mps" else there  # Apple's has no float64, which draws need
         device = torch.device(device)
         if not run.tokenizer.exists():
             raise UserError(f"{run}: stage 1 has not finished")

@@ -101,17 +101,17 @@ class VQVAE(nn.Module):
 
     def outputs(self, codes: Codes) -> Tensor:
         """What the decoder puts out for codes, (B, h, w) a level: (B, C', H, W), which the objective reads."""
-        return self.decoder(*self.vectors(codes))
+        return self.decoder(*self._vectors(codes))
 
     def decode_coarsest(self, codes: Codes, grids: int) -> Tensor:
         """Images (B, C, H, W) of so many of the coarsest grids alone: every finer one is given the mean vector of its own codes in these
         images, so that what differs between them is what the coarse ones hold.
         """
-        vectors = self.vectors(codes)
+        vectors = self._vectors(codes)
         means = [finer.mean((0, 2, 3), keepdim=True).expand_as(finer) for finer in vectors[grids:]]
         return self.objective.mean_image(self.decoder(*vectors[:grids], *means))
 
-    def vectors(self, codes: Codes) -> list[Tensor]:
+    def _vectors(self, codes: Codes) -> list[Tensor]:
         """The vectors (B, D, h, w) of each grid's codes, coarse to fine."""
         rest = iter(codes)
         return [part.lookup(tuple(next(rest) for _ in part.num_codes)) for part in self.quantizers]

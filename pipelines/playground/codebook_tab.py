@@ -12,7 +12,8 @@ from pipelines.playground.fields import Fields, on
 from pipelines.playground.maps import patch_at, patch_sheet
 from stage1_vqvae.pictures import to_pil
 
-_PAGE = 256  # codes at once
+# Codes at once: each is decoded as a whole picture, and large ones take their time.
+_MOST, _LEAST, _PIXELS = 256, 16, 2**20
 _NEAREST = 11
 
 
@@ -20,18 +21,20 @@ def codebook_tab(fields: Fields) -> None:
     """The tab's content."""
     generator = fields.generator
     sizes = generator.tokenizer.quantizer.num_codes
-    pages = max(-(-size // _PAGE) for size in sizes)
+    height, width, _ = generator.image_shape
+    size = min(max(_PIXELS // (height * width), _LEAST), _MOST)
+    pages = max(-(-number // size) for number in sizes)
     with gr.Row(visible=len(sizes) > 1 or pages > 1):
         level = gr.Radio([(f"{number + 1}", number) for number in range(len(sizes))], value=0, label="Level", visible=len(sizes) > 1)
-        page = gr.Slider(1, max(pages, 2), 1, step=1, label=f"Page, {_PAGE} codes each", visible=pages > 1)
+        page = gr.Slider(1, max(pages, 2), 1, step=1, label=f"Page, {size} codes each", visible=pages > 1)
     button = gr.Button("Show", variant="primary")
     gr.Markdown("What each code decodes to among plain ones, by number: click one.")
     sheet = gr.Image(alt_text="codebook", show_label=False, format="png", buttons=[])
     gallery = fields.gallery("It, and the codes nearest to it", columns=6)
 
     def numbers(level: int, page: int) -> range:
-        page = min(page, -(-sizes[level] // _PAGE))  # another level's codebook may be smaller
-        return range((page - 1) * _PAGE, min(page * _PAGE, sizes[level]))
+        page = min(page, -(-sizes[level] // size))  # another level's codebook may be smaller
+        return range((page - 1) * size, min(page * size, sizes[level]))
 
     def show(level: int, page: int) -> tuple[Image.Image, Any]:
         return patch_sheet(code_patches(generator, level, list(numbers(level, page)))), []
@@ -44,6 +47,6 @@ def codebook_tab(fields: Fields) -> None:
         return [(to_pil(patch), str(number)) for number, patch in zip(found, code_patches(generator, level, found), strict=True)]
 
     on(button.click, show, [level, page], [sheet, gallery])
-    for choice in (level, page):
-        on(choice.change, show, [level, page], [sheet, gallery])
+    for event in (level.change, page.release):
+        on(event, show, [level, page], [sheet, gallery])
     on(sheet.select, click, [level, page], [gallery])

@@ -84,7 +84,8 @@ class CodesTab:
             on(event, action, given, outputs)
 
     def _look(self, path: str | None, label: int | None, level: int) -> Any:
-        codes = None if path is None else self._generator.encode(self._fields.pixels(path))
+        pixels = self._fields.pixels_if_any(path)
+        codes = None if pixels is None else self._generator.encode(pixels)
         return self._show(None if codes is None else Desk(codes, codes), label, level)
 
     def _look_again(self, desk: Desk | None, label: int | None, level: int) -> Any:
@@ -109,7 +110,9 @@ class CodesTab:
         """All that the tab shows of a picture's codes; None: of no picture."""
         if desk is None:
             return None, None, None, "", [], []
-        generator, codes, place = self._generator, desk.codes, desk.place
+        generator, codes = self._generator, desk.codes
+        place = desk.place if desk.place is not None and desk.place.level == level else None
+        desk = desk._replace(place=place)
         asked = self._fields.label(label)
         bits = None if generator.prior is None else generator.surprisals(codes, asked)
         picture = generator.decode(codes, output="tensor")[0]
@@ -121,10 +124,9 @@ class CodesTab:
         mark = None if place is None else (place.row, place.column)
         of_level = None if bits is None else bits[level][0]
         drawn = code_map(picture, codes[level][0], of_level, generator.tokenizer.quantizer.num_codes[level], mark)
-        offers = [
-            [(to_pil(each.picture), _caption(each)) for each in candidates(generator, codes, asked, place, found)] if place else []
-            for found in (near, likely)
-        ]
+        offered = [] if place is None else candidates(generator, codes, asked, place, [*near, *likely])
+        captioned = [(to_pil(each.picture), _caption(each)) for each in offered]
+        offers = captioned[: len(near)], captioned[len(near) :]
         return desk, to_pil(picture), drawn, _said(desk, bits), *offers
 
 

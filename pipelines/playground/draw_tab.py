@@ -6,7 +6,6 @@ import shlex
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from configs.errors import UserError
 from configs.run_dir import typed
@@ -29,21 +28,23 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
             gallery, chosen = fields.gallery("Drawn: choose one to go on with it"), gr.State(None)
             line = gr.Textbox(label="The same on the command line", interactive=False, buttons=["copy"])
 
-    def draw(asked: int | None, n: int, *values: float | None) -> tuple[list[Image.Image], str, None]:
+    def draw(asked: int | None, n: int, *values: float | None) -> tuple[Any, str, None]:
         seed, settings = fields.seed_and_settings(values)
         pictures = generator.sample(n, fields.label(asked), seed, **settings)
         options: dict[str, Any] = {"run": generator.run, "prior": generator.prior_name, "n": n, "seed": seed}
         if fields.label(asked) is not None:
-            options["label"] = generator.label_names[int(fields.label(asked) or 0)]
+            name = generator.label_names[int(fields.label(asked) or 0)]
+            options["label"] = asked if name == "null" else name  # which the command line reads as none
         options |= {key: value for key, value in settings.items() if value != getattr(generator.sampling, key)}
-        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        return pictures, f"{typed('pipelines/sample.py')} {shlex.join(words)}", None
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+        # What was chosen of those before is chosen no longer.
+        return gr.Gallery(pictures, selected_index=None), f"{typed('pipelines/sample.py')} {shlex.join(words)}", None
 
     def choose(event: gr.SelectData) -> int:
         return int(event.index)
 
     on(button.click, draw, [label, number, *settings], [gallery, line, chosen])
-    on(gallery.select, choose, [], [chosen])
+    on(gallery.select, choose, [], [chosen], computes=False)
     return gallery, chosen
 
 
@@ -57,4 +58,4 @@ def going_on(gallery: gr.Gallery, chosen: gr.State, text: str, place: PictureInp
         # The file itself: a copy would be written over it, while a browser reads it.
         return pictures[number][0], gr.Tabs(selected=tab)
 
-    place.given_by(on(button.click, send, [gallery, chosen], [place.image, tabs]))
+    place.given_by(on(button.click, send, [gallery, chosen], [place.image, tabs], computes=False))

@@ -14,6 +14,7 @@ from pipelines.generator import Generator
 from pipelines.images.drawing import Label
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes, Levels
+from stage1_vqvae.quantizers.search import nearest_codes as nearest_vectors
 
 
 class Place(NamedTuple):
@@ -87,17 +88,29 @@ def candidates(generator: Generator, codes: Codes, label: Label | None, place: P
 def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
     """Codes (count, h, w) a level on the way from one image's to another's, (1, h, w) a level both, which are its ends.
 
-    Between them, of each grid, the codes that are nearest to what lies on the straight line from the one's vectors to the other's.
+    Between them, where they differ, those nearest to what lies on the straight line from the one's vectors to the other's; of several
+    levels of a grid the nearest of the first, then of the second to what is left, and so on.
     """
-    device = next(tokenizer.parameters()).device
-    share = torch.linspace(0, 1, count, device=device)[:, None, None, None]
-    ends = (tokenizer.vectors(tuple(level.to(device) for level in codes)) for codes in (first, last))
-    found: list[Tensor] = []
-    for quantizer, start, end in zip(tokenizer.quantizers, *ends, strict=True):
-        found += (level.cpu() for level in quantizer(torch.lerp(start, end, share)).codes)
-    for level, start, end in zip(found, first, last, strict=True):
-        # A projected quantizer need not find the codes of a vector that it has put out.
-        level[0], level[-1] = start[0], end[0]
+    share = torch.linspace(0, 1, count)[:, None, None, None]
+    found, level = [], 0
+    for quantizer in tokenizer.quantizers:
+        # What codes add beside those of other levels: unlike the quantizer itself, it knows of no projection that is not undone.
+        codebooks = [vectors.cpu() for vectors in quantizer.code_vectors()]
+        levels = range(level, level + len(codebooks))
+        start, end = (
+            torch.stack([vectors[codes[number][0]] for vectors, number in zip(codebooks, levels, strict=True)]).sum(0)
+            for codes in (first, last)
+        )
+        left = torch.lerp(start, end, share)
+        same = torch.stack([first[number] == last[number] for number in levels]).all(0)
+        at_an_end = torch.zeros(count, 1, 1, dtype=torch.bool).index_fill(0, torch.tensor([0, count - 1]), True)
+        for vectors, number in zip(codebooks, levels, strict=True):
+            nearest = nearest_vectors(left.flatten(0, 2), vectors).view(left.shape[:3])
+            of_end = torch.where(share[..., 0] < 0.5, first[number], last[number])
+            nearest = torch.where(same | at_an_end, of_end, nearest)
+            found.append(nearest)
+            left = left - vectors[nearest]
+        level = levels.stop
     return tuple(found)
 
 

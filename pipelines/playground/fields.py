@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +11,29 @@ from typing import Any
 
 import gradio as gr
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import EXPLANATIONS, UserError
 from pipelines.generator import Generator
 from pipelines.images.drawing import Label
 from stage1_vqvae.data.decoding import decode_image
 
 _SMALL = 128  # pixels a side: up to here they are shown as squares
 _NO_LABEL = -1
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> Any:
-    """Do something when something happens: one thing at a time, since all share a model; a user's mistake is shown as its line.
+def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any], computes: bool = True) -> Any:
+    """Do something when something happens; a user's mistake is shown as its line.
 
-    Returns what `then` and `success` are asked of, for what is to follow.
+    Args:
+        event: of a component.
+        action: what to do with the inputs' values, to give the outputs'.
+        inputs: components.
+        outputs: components.
+        computes: by the models, which all share: one such thing at a time.
+    Returns: what `success` is asked of, for what is to follow.
     """
 
     @functools.wraps(action)
@@ -33,8 +42,15 @@ def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any],
             return action(*given)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
+        except Exception as error:
+            # No memory, say: nobody's mistake, but known.
+            explained = next((found for explain in EXPLANATIONS if (found := explain(error)) is not None), None)
+            if explained is None:
+                raise
+            raise gr.Error(explained[0], print_exception=False) from None
 
-    return event(told, inputs, outputs, concurrency_id="model", concurrency_limit=1, api_visibility="private")
+    lane: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1} if computes else {}
+    return event(told, inputs, outputs, api_visibility="private", **lane)
 
 
 class PictureInput:
@@ -66,6 +82,8 @@ class Fields:
         self.generator = generator
         height, width, _ = generator.image_shape
         self.classes = ["pixels"] if max(height, width) <= _SMALL else []
+        header = generator.header
+        self.guides = header is not None and bool(header.label_names) and header.knows_no_label
 
     # --- pictures
 
@@ -77,7 +95,25 @@ class Fields:
         """The picture that was put in, uint8 (1, H, W, C). Errors: UserError for none, or what is no picture."""
         if path is None:
             raise UserError("picture: expected one, found none; upload one, or draw one")
-        return torch.from_numpy(decode_image(Path(path).read_bytes(), None, self.generator.data, Path(path).name))[None]
+        name = Path(path).name
+        try:
+            content = Path(path).read_bytes()
+            # Of other formats Pillow has some decoded by programs that strangers' files should not meet.
+            Image.open(io.BytesIO(content), formats=_FORMATS).close()
+        except FileNotFoundError:
+            raise UserError(f"{name}: expected a picture, found that it is gone; put it in again") from None
+        except (OSError, Image.DecompressionBombError) as error:
+            found = "none" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"{name}: expected a picture ({', '.join(_FORMATS)}), found {found}") from None
+        return torch.from_numpy(decode_image(content, None, self.generator.data, name))[None]
+
+    def pixels_if_any(self, path: str | None) -> Tensor | None:
+        """The same; None, which is said, for what is no picture."""
+        try:
+            return None if path is None else self.pixels(path)
+        except UserError as error:
+            gr.Warning(str(error))
+            return None
 
     def gallery(self, label: str, columns: int = 4, preview: bool = False, visible: bool = True) -> gr.Gallery:
         """Pictures to look at; clicking one makes it large (`preview`), or chooses it."""
@@ -104,7 +140,8 @@ class Fields:
 
         def drawn() -> Any:
             label = random.choice(range(len(names))) if names else None
-            found = [self.generator.sample(1, label, random.randrange(2**31))[0] for _ in places]
+            unguided: dict[str, Any] = {} if self.guides else {"guidance": 1.0}
+            found = [self.generator.sample(1, label, random.randrange(2**31), **unguided)[0] for _ in places]
             return found if len(found) > 1 else found[0]
 
         event = on(button.click, drawn, [], [place.image for place in places])
@@ -135,14 +172,16 @@ class Fields:
     # --- how samples are drawn
 
     def settings(self) -> list[Any]:
-        """Seed, temperature, top-p, guidance: the recipe's at first. See `seed_and_settings`."""
-        sampling, header = self.generator.sampling, self.generator.header
-        guides = bool(self.generator.label_names) and header is not None and header.knows_no_label
+        """Seed, temperature, top-p, guidance: the recipe's at first, whatever that is. See `seed_and_settings`."""
+        sampling = self.generator.sampling
+        # A prior that has not learned p(codes) draws by no other, whatever the recipe says.
+        temperature, top_p, guidance = sampling.temperature, sampling.top_p, sampling.guidance if self.guides else 1.0
+        about = "below 1 safer, above 1 more varied", "draw among the likeliest codes of this share", "insist on the label; 1 = off"
         return [
             gr.Number(0, label="Seed", precision=0),
-            gr.Slider(0, 2, sampling.temperature, step=0.01, label="Temperature", info="below 1 safer, above 1 more varied"),
-            gr.Slider(0.01, 1, sampling.top_p, step=0.01, label="Top-p", info="draw among the likeliest codes of this share"),
-            gr.Slider(0, 5, sampling.guidance, step=0.01, label="Guidance", info="insist on the label; 1 = off", visible=guides),
+            gr.Slider(0, max(2, temperature), temperature, step=0.01, label="Temperature", info=about[0]),
+            gr.Slider(min(0.01, top_p), 1, top_p, step=0.01, label="Top-p", info=about[1]),
+            gr.Slider(min(0, guidance), max(5, guidance), guidance, step=0.01, label="Guidance", info=about[2], visible=self.guides),
         ]
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import gradio as gr
@@ -18,6 +19,8 @@ _MOST = 16  # pictures at once
 SIDE, BRUSH = 320, 26
 """Pixels of what is painted on, at least; the radius of the brush."""
 _PAINT = "#ff3b30"
+_LARGEST = 4096  # pixels a side of the paint
+_MOST_WAITING = 32  # paintings that are sent, and not yet asked for
 
 
 def fill_tab(fields: Fields) -> PictureInput:
@@ -42,30 +45,58 @@ def fill_tab(fields: Fields) -> PictureInput:
                 canvas_size=(SIDE, SIDE),
                 buttons=[],
             )
+            _bound(editor)
             button = gr.Button("Fill", variant="primary")
             gallery = fields.gallery("Filled", preview=True)
 
     def prepare(path: str | None) -> Image.Image | None:
-        return None if path is None else enlarged(fields.pixels(path)[0], SIDE).convert("RGB")
+        pixels = fields.pixels_if_any(path)
+        return None if pixels is None else enlarged(pixels[0], SIDE).convert("RGB")
 
-    def fill(path: str | None, editor: Any, asked: int | None, n: int, *values: float | None) -> list[Image.Image]:
+    def fill(path: str | None, layer: Image.Image | None, asked: int | None, n: int, *values: float | None) -> list[Image.Image]:
         pixels, (seed, settings) = fields.pixels(path), fields.seed_and_settings(values)
-        paint = painted((editor or {}).get("layers", []), *generator.image_shape[:2])
-        if not paint.any():
+        paint = None if layer is None else painted(layer, *generator.image_shape[:2])
+        if paint is None or not paint.any():
             raise UserError("paint: expected some over what is to be drawn anew, found none")
         return generator.complete(pixels.expand(n, -1, -1, -1), ~paint, fields.label(asked), seed, **settings)
 
     given.whenever_given(prepare, [given.image], [editor])
     fields.draw_into([given], draw)
+    on(editor.clear, prepare, [given.image], [editor])  # the paint is to go, not the picture
     on(button.click, fill, [given.image, editor, label, number, *settings], [gallery])
     return given
 
 
-def painted(layers: list[Image.Image], height: int, width: int) -> Tensor:
-    """Which of an image's pixels (H, W) have any paint on them, of layers of any size over it."""
+def _bound(editor: gr.ImageEditor) -> None:
+    """Take no more of a browser than its first layer, of a size that it may have: gradio takes, and decodes, whatever is sent."""
+    accept = editor.accept_blobs
+
+    def accept_blobs(data: Any) -> Any:
+        if str(data.data["index"]) not in ("0", "null", "None", ""):
+            raise UserError("paint: expected one layer, found more")
+        while len(editor.blob_storage) >= _MOST_WAITING:
+            editor.blob_storage.pop(next(iter(editor.blob_storage)), None)
+        return accept(data)
+
+    def preprocess(payload: Any) -> Image.Image | None:
+        stored = payload if payload is None or payload.id is None else editor.blob_storage.pop(payload.id, None)
+        layer = stored.layers[0] if stored is not None and stored.layers else None
+        if layer is None:
+            return None
+        image = Image.open(io.BytesIO(layer) if isinstance(layer, bytes) else layer.path, formats=("PNG", "WEBP"))
+        if max(image.size) > _LARGEST:
+            raise gr.Error(f"paint: expected at most {_LARGEST} pixels a side, found {image.width} x {image.height}", print_exception=False)
+        return image.convert("RGBA")
+
+    accept_blobs._is_server_fn = True  # type: ignore[attr-defined]  # which says that a browser may call it
+    editor.accept_blobs = accept_blobs
+    editor.preprocess = preprocess  # type: ignore[assignment, method-assign]
+
+
+def painted(layer: Image.Image, height: int, width: int) -> Tensor:
+    """Which of an image's pixels (H, W) have any paint on them, of a layer of any size over it."""
     found = torch.zeros(height, width, dtype=torch.bool)
-    for layer in layers:
-        opaque = np.asarray(layer.convert("RGBA").getchannel("A")) > 0
-        rows, columns = opaque.nonzero()
-        found[rows * height // opaque.shape[0], columns * width // opaque.shape[1]] = True
+    opaque = np.asarray(layer.getchannel("A")) > 0
+    rows, columns = opaque.nonzero()
+    found[rows * height // opaque.shape[0], columns * width // opaque.shape[1]] = True
     return found

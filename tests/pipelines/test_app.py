@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
@@ -27,7 +29,9 @@ from pipelines import Generator
 from pipelines.app import main
 from pipelines.playground.edits import Place, exchanged, likeliest_codes, nearest_codes, walk
 from pipelines.playground.fill_tab import BRUSH, SIDE
+from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
+from stage2_prior.train import main as train_prior
 from tests.browser import DESKTOP, PHONE, Visit, chromium, visit
 
 
@@ -49,14 +53,19 @@ def generator(run: Path) -> Generator:
 
 
 @contextmanager
-def served(run: Path) -> Iterator[str]:
+def served(run: Path, *options: str) -> Iterator[str]:
     """The address that the command prints, while it runs."""
-    command = [sys.executable, str(REPOSITORY / "pipelines/app.py"), "--run", str(run)]
+    command = [sys.executable, str(REPOSITORY / "pipelines/app.py"), "--run", str(run), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        opened = next(line for line in process.stdout if line.startswith("open "))
-        yield opened.split()[1]
-        process.send_signal(signal.SIGINT)
+        try:
+            yield next(line for line in process.stdout if line.startswith("open ")).split()[1]
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
     assert process.returncode == 0
 
 
@@ -103,7 +112,7 @@ def labelled(where: Locator, label: str) -> Locator:
 
 def pixels_of(image: Locator) -> np.ndarray:
     """What a page shows, as it was sent."""
-    content = httpx.get(image.get_attribute("src") or "").content
+    content = httpx.get(image.get_attribute("src") or "", trust_env=False).content
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
@@ -138,7 +147,7 @@ def picture(generator: Generator, tmp_path: Path) -> Path:
     return path
 
 
-def test_it_draws_what_the_command_line_draws_and_sends_it_on(visited: Visit, generator: Generator) -> None:
+def test_it_draws_what_the_command_line_draws_and_sends_it_on(visited: Visit, generator: Generator, tmp_path: Path) -> None:
     panel = tab(visited, "Draw")
     visited.timed("draw 16", button(panel, "Draw").click, lambda: gallery(panel).nth(15).wait_for())
     visited.screenshot("draw")
@@ -151,7 +160,13 @@ def test_it_draws_what_the_command_line_draws_and_sends_it_on(visited: Visit, ge
     for number, drawn in enumerate(expected):
         assert np.array_equal(pixels_of(gallery(panel).nth(number)), np.asarray(drawn))
     line = labelled(panel, "The same on the command line").locator("textarea").input_value()
-    assert line.endswith(f"--n 3 --seed 4 --label {generator.label_names[1]} --temperature 0.8 --top-p 0.9 --guidance 1.5")
+    assert line.endswith(f"--n=3 --seed=4 --label={generator.label_names[1]} --temperature=0.8 --top-p=0.9 --guidance=1.5")
+    typed = shlex.split(line.split("sample.py ")[1])
+    copy = Path(shutil.copytree(generator.run.path, tmp_path / "run"))
+    sample([*typed, "--run", str(copy)])
+    made = max((copy / "samples").iterdir())
+    for number, drawn in enumerate(expected):
+        assert np.array_equal(np.asarray(Image.open(made / f"images/{number:05d}.png")), np.asarray(drawn))
 
     button(panel, "Its codes").click()
     expect(visited.page.get_by_text("expected one of those drawn to be chosen")).to_be_visible()
@@ -277,13 +292,43 @@ def test_what_is_no_picture_or_too_large_gets_a_line(browser: Browser, address: 
     text.write_text("no picture")
     Image.new("L", (8000, 8000)).save(bomb)
     large.write_bytes(picture.read_bytes() + bytes(10 * 2**20))
-    for path, message in ((text, "text.png: expected a readable image"), (bomb, "bomb.png: expected a readable image"), (large, "maximum")):
+    for path, message in ((text, "text.png: expected a picture (PNG,"), (bomb, "bomb.png: expected a picture (PNG,"), (large, "maximum")):
         with visit(browser, address, "app-refused") as found:
             panel = tab(found, "Codes")
+            put(panel, picture)
+            expect(panel.get_by_text("All its codes cost")).to_be_visible()
             put(panel, path)
             expect(found.page.get_by_text(message)).to_be_visible()
+            if path != large:  # which did not even arrive
+                expect(panel.get_by_text("All its codes cost")).to_have_count(0)
             found.errors.clear()  # that a file was refused is on the console too
             put(panel, picture)
+            expect(panel.get_by_text("All its codes cost")).to_be_visible()
+
+
+def test_what_the_recipe_asks_for_is_drawn_whatever_it_is(
+    browser: Browser, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings beyond what the fields offer; and guidance, by a prior that has not learned p(codes)."""
+    train_prior(["--run", str(run_copy), "--name", "insisting", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    recipe = yaml.safe_load((run_copy / "recipe.yaml").read_text())
+    recipe["sampling"] |= {"temperature": 2.5, "guidance": 7.5, "top_p": 0.005}
+    (run_copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    # A proxy that is not there: nobody is to be asked by it.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for prior, guidance in (("transformer", 7.5), ("insisting", 1.0)):
+        expected = Generator.from_pretrained(run_copy, prior, "cpu").sample(16, guidance=guidance)
+        with served(run_copy, "--prior", prior) as address, visit(browser, address, "app-recipe") as found:
+            panel = tab(found, "Draw")
+            button(panel, "Draw").click()
+            expect(gallery(panel)).to_have_count(16)
+            seen = [pixels_of(gallery(panel).nth(number)) for number in range(16)]
+            assert all(np.array_equal(one, np.asarray(other)) for one, other in zip(seen, expected, strict=True))
+            gallery(panel).nth(2).click()
+            button(panel, "Draw").click()  # what was chosen is so no longer
+            expect(panel.locator(".thumbnail-item.selected")).to_have_count(0)
+            panel = tab(found, "Codes")
+            button(panel, "Draw one").click()
             expect(panel.get_by_text("All its codes cost")).to_be_visible()
 
 
@@ -328,3 +373,17 @@ def test_mistakes_get_one_line(arguments: list[str], message: str, run_copy: Pat
         taken.listen()
         filled = [argument.format(taken=taken.getsockname()[1]) for argument in arguments]
         assert message in one_line_error(main, "--run", run_copy, *filled)
+
+
+def test_it_is_one_process(run_copy: Path, one_line_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "expected to be started once, found 2 processes" in one_line_error(main, "--run", run_copy)
+
+
+def test_without_the_extra_there_is_one_line(run_copy: Path, one_line_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [
+        name for name in sys.modules if name.startswith("pipelines.playground.") and name.rpartition(".")[2] not in ("edits", "maps")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "expected the package gradio, found none; pip install -e '.[app]'" in one_line_error(main, "--run", run_copy)

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from configs.parts import part_from
+from configs.schema import Tokenizer
 from pipelines import Generator
 from pipelines.playground.edits import Place, candidates, code_patches, exchanged, likeliest_codes, nearest_codes, walk
 from pipelines.playground.maps import code_at, code_map, patch_at, patch_sheet
+from stage1_vqvae.model import VQVAE
 from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
+from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,28 @@ def test_a_walk_begins_and_ends_where_it_should_and_takes_nearest_codes_between(
         assert torch.allclose(chosen, distances.min(1).values, atol=1e-5)
     there_and_there = walk(tokenizer, first, first, 4)
     assert all(torch.equal(level, start.expand_as(level)) for level, start in zip(there_and_there, first, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["fsq", "lfq", "simvq", "ema_cosine_projected", "residual", "product_residual_projected"])
+def test_a_walk_stays_where_both_ends_agree_and_is_between_them_elsewhere(kind: str) -> None:
+    """Whatever stands between a codebook and the latents."""
+    torch.manual_seed(0)
+    small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
+    config = Tokenizer(code_dim=D, quantizer=part(kind), network=part_from("tokenizer.network", small))
+    tokenizer = VQVAE(config, 8, 12, 3).eval().requires_grad_(False)
+    first, last = (tuple(torch.randint(size, (1, 2, 3)) for size in tokenizer.quantizer.num_codes) for _ in range(2))
+    for start, end in zip(first, last, strict=True):
+        end[0, 0] = start[0, 0]
+    way = walk(tokenizer, first, last, 41)
+    assert all(torch.equal(level[:, 0], start[:, 0].expand(41, -1)) for level, start in zip(way, first, strict=True))
+    lookup = tokenizer.quantizers[0].lookup  # type: ignore[operator]
+    start, end, between = lookup(first)[0], lookup(last)[0], lookup(way)
+    assert torch.equal(between[0], start)
+    assert torch.equal(between[-1], end)
+    # No further from the middle than the nearer of both ends, which might have been taken.
+    middle = (start + end) / 2
+    reached = (between[20] - middle).square().sum(0)
+    assert (reached <= torch.minimum((start - middle).square().sum(0), (end - middle).square().sum(0)) * 1.5 + 1e-5).all()
 
 
 def test_a_patch_is_the_cell_of_its_code(generator: Generator) -> None:
