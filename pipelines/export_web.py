@@ -19,10 +19,10 @@ from typing import Any
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import RunDir, new_folder, not_there_yet, program, write_json
+from configs.run_dir import RunDir, new_folder, not_there_yet, program, typed, write_json
 from pipelines.exporting.folder import drift, exact_generator, excess_bits, export_graphs, need_packages, other_codes
 from pipelines.generator import Generator
-from stage2_prior.priors.prior_file import finished_prior
+from stage2_prior.priors.prior_file import learned_prior
 
 PAGE = Path(__file__).parent / "exporting" / "page"
 """The page's own files, as they are written."""
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--bits: expected 16 or 8, found {options.bits}")
     command.need_tokenizer()
     need_packages()
-    name = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
+    name = learned_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
     generator = Generator.from_pretrained(run.path, prior=name, device="cpu", precision="float32")
     with new_folder(output) as folder:
         loss = write_page(generator, folder, options.bits)
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     run.record(program(), command.arguments, {"output": str(output), "prior": name, "bits": options.bits})
     print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}, weights of {options.bits} bits")
     print(
-        f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} bits a code; of {loss['codes']:,} codes that were drawn "
-        f"{loss['codes_that_differ']:,} differ from torch's in float64, of those of pictures that are opened {loss['encoded_differ']:.1%}; "
-        f"of the same codes no pixel by more than {loss['pixels_differ_at_most']} of 255, "
-        f"on average by {loss['pixels_differ_on_average']:.3f}"
+        f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} of {loss['bits']:.2f} bits a code; from the same seed "
+        f"{loss['pictures_that_differ']} of {loss['pictures']} pictures differ from torch's in float64, {loss['codes_that_differ']:,} of "
+        f"{loss['codes']:,} codes; of codes of opened pictures {loss['encoded_differ']:.1%} differ; of the same codes no pixel by more "
+        f"than {loss['pixels_differ_at_most']} of 255, on average by {loss['pixels_differ_on_average']:.3f}"
     )
     print(f"next: python -m http.server --directory {shlex.quote(RunDir.show(output))}  # then open http://127.0.0.1:8000")
 
@@ -69,7 +69,8 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
     from pipelines.exporting.weights import round_weights
 
     vendor(folder / "vendor")
-    shutil.copytree(PAGE, folder, dirs_exist_ok=True)
+    for path in PAGE.iterdir():
+        shutil.copyfile(path, folder / path.name)
     content = export_graphs(generator, folder)
     for graph in _GRAPHS:
         round_weights(folder / graph, bits)
@@ -78,6 +79,7 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
     loaded = [*_GRAPHS, "vendor/onnxruntime-web/ort.wasm"]
     shown = {
         "run": generator.run.path.resolve().name,
+        "command": typed("pipelines/sample.py"),
         "prior": generator.prior_name,
         "bits": bits,
         "background": generator.data.background,
@@ -89,13 +91,15 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
 
 
 def _loss(exact: Generator, folder: Path) -> dict[str, Any]:
-    bits, error = excess_bits(exact, folder)
-    found = drift(exact, folder)
+    excess, found = excess_bits(exact, folder), drift(exact, folder)
     return {
+        "bits": excess.bits,
+        "excess_bits": excess.more,
+        "excess_bits_error": excess.error,
         "codes": found.codes,
-        "excess_bits": bits,
-        "excess_bits_error": error,
         "codes_that_differ": found.others,
+        "pictures": found.images,
+        "pictures_that_differ": found.other_images,
         "encoded_differ": other_codes(exact, folder),
         "pixels_differ_at_most": found.furthest,
         "pixels_differ_on_average": found.mean,

@@ -39,7 +39,7 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     assert header is not None
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
-    sampling = dataclasses.asdict(generator.sampling)
+    sampling = {**dataclasses.asdict(generator.sampling), "guidance": _guidance(generator)}
     return {
         "image_shape": generator.image_shape,
         "grids": header.grids,
@@ -54,6 +54,11 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     }
 
 
+def _count(exact: Generator) -> int:
+    """Samples to compare by, so that the mean has an error."""
+    return max(2, -(-COMPARED // sum(h * w for h, w in exact.tokenizer.grids)))
+
+
 class Drift(NamedTuple):
     """How far a folder's samples are from torch's in float64, by the recipe's settings, from the same seed."""
 
@@ -61,6 +66,9 @@ class Drift(NamedTuple):
     """Drawn."""
     others: int
     """Of these, not torch's; a draw that is another changes those after it."""
+    images: int
+    other_images: int
+    """Of these, not torch's in any code."""
     furthest: int
     """Largest difference of pixels of the same codes, of 255."""
     mean: float
@@ -69,26 +77,34 @@ class Drift(NamedTuple):
 
 def exact_generator(generator: Generator) -> Generator:
     """The same run and prior, which draws in float64."""
-    return Generator.from_pretrained(generator.run.path, prior=generator.prior_name, device="cpu", precision="float64")
+    exact = Generator.from_pretrained(generator.run.path, prior=generator.prior_name, device="cpu", precision="float64")
+    exact.sampling = dataclasses.replace(exact.sampling, guidance=_guidance(exact))
+    return exact
+
+
+def _guidance(generator: Generator) -> float:
+    """The recipe's, or 1 by a prior that has not learned p(codes)."""
+    return generator.sampling.guidance if generator.header is not None and generator.header.knows_no_label else 1.0
 
 
 def drift(exact: Generator, folder: Path) -> Drift:
     """How far samples of a folder are from those of the exact generator, of 10,000 codes or more that are drawn for it."""
     from pipelines.exporting.sampler import Sampler
 
-    tokens = sum(h * w for h, w in exact.tokenizer.grids)
-    count, sampler = -(-COMPARED // tokens), Sampler(folder)
+    count, sampler = _count(exact), Sampler(folder)
     expected, (codes, _) = exact.draw(count), sampler.sample(count)
-    others = sum(int((level.numpy() != other).sum()) for level, other in zip(expected.codes, codes, strict=True))
+    differ = [(level.numpy() != other).reshape(count, -1) for level, other in zip(expected.codes, codes, strict=True)]
+    of_images = np.concatenate(differ, 1)
     pixels = np.abs(sampler.decode([level.numpy() for level in expected.codes]).astype(int) - expected.pixels.numpy())
-    return Drift(count * tokens, others, int(pixels.max()), float(pixels.mean()))
+    others = int(of_images.any(1).sum())
+    return Drift(of_images.size, int(of_images.sum()), count, others, int(pixels.max()), float(pixels.mean()))
 
 
 def other_codes(exact: Generator, folder: Path) -> float:
     """The share of codes that a folder's encoder finds otherwise than torch's, in images that are drawn, 10,000 codes or more."""
     import onnxruntime
 
-    images = exact.sample(-(-COMPARED // sum(h * w for h, w in exact.tokenizer.grids)), output="tensor")
+    images = exact.sample(_count(exact), output="tensor")
     given = images.movedim(3, 1).numpy().astype(np.float32) / np.float32(127.5) - 1
     session = onnxruntime.InferenceSession(folder / "encoder.onnx")
     found = [session.run(None, {"images": given[start : start + 64]}) for start in range(0, len(given), 64)]
@@ -96,8 +112,19 @@ def other_codes(exact: Generator, folder: Path) -> float:
     return float(np.concatenate([(level.numpy() != other).ravel() for level, other in levels]).mean())
 
 
-def excess_bits(exact: Generator, folder: Path) -> tuple[float, float]:
-    """How many bits a code more the folder's prior takes than the exact one, for codes that the exact one draws; and its standard error.
+class Excess(NamedTuple):
+    """What a folder's prior takes for codes that the exact one draws."""
+
+    bits: float
+    """That the exact one takes, a code."""
+    more: float
+    """Bits a code that the folder's takes more."""
+    error: float
+    """Standard error of these."""
+
+
+def excess_bits(exact: Generator, folder: Path) -> Excess:
+    """How many bits a code more the folder's prior takes than the exact one, for codes that the exact one draws.
 
     An estimate of the Kullback-Leibler divergence per code, for which no data is needed: the mean of log2 p_exact - log2 p_folder over
     10,000 codes or more, drawn unwarped and unguided, the labels taking turns.
@@ -105,7 +132,7 @@ def excess_bits(exact: Generator, folder: Path) -> tuple[float, float]:
     from pipelines.exporting.sampler import Sampler
 
     tokens = sum(h * w for h, w in exact.tokenizer.grids)
-    count, sampler = -(-COMPARED // tokens), Sampler(folder)
+    count, sampler = _count(exact), Sampler(folder)
     drawn = exact.draw(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
     labels = np.zeros(count, np.int64) if drawn.labels is None else drawn.labels.numpy()
     exactly = _of_sequences(exact.surprisals(drawn.codes, None if drawn.labels is None else labels.tolist()))
@@ -118,7 +145,7 @@ def excess_bits(exact: Generator, folder: Path) -> tuple[float, float]:
             own = np.take_along_axis(logits, codes[rows, position, None], 1)[:, 0]
             bits[rows] += (np.log(np.exp(logits).sum(1)) - own) / math.log(2)
     excess = (bits - exactly) / tokens
-    return float(excess.mean()), float(excess.std(ddof=1) / math.sqrt(count))
+    return Excess(float(exactly.mean()) / tokens, float(excess.mean()), float(excess.std(ddof=1) / math.sqrt(count)))
 
 
 def _of_sequences(levels: Sequence[Any]) -> np.ndarray:

@@ -11,8 +11,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from configs.errors import UserError
+
 # Of fewer numbers (biases, norms, a first convolution) nothing is to be gained.
 _LARGE = 1024
+_MOST_BYTES = 1.9e9  # of a file; protobuf itself ends at 2 GiB
 # Along which axis the outputs lie of the operator that takes a weight, and as which of its inputs it does.
 _OUTPUTS = {("Conv", 1): 0, ("ConvTranspose", 1): 1, ("Gather", 0): 0, ("MatMul", 0): -2, ("MatMul", 1): -1}
 
@@ -26,7 +29,14 @@ def round_weights(path: Path, bits: int) -> None:
             not by themselves multiplied with, convolved with or looked up in, such as tables of positions.
     """
     model = onnx.load(path)
+    beside = path.with_name(f"{path.name}.data")  # where large graphs have their weights
+    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    if size * bits / 32 > _MOST_BYTES:
+        raise UserError(
+            f"{path.name}: expected at most {_MOST_BYTES / 1e9} GB in {bits} bits, which browsers load, found {size * bits / 32e9:.1f}"
+        )
     onnx.save(rounded(model, bits), path)
+    beside.unlink(missing_ok=True)
 
 
 def rounded(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:

@@ -105,6 +105,13 @@ def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
     return run.prior(name) / "prior.safetensors"
 
 
+def learned_prior(run: RunDir, name: str | None, command: str) -> Path:
+    """As `finished_prior`, for what the uniform one has no file for. Errors: UserError for that one, too."""
+    if name == UNIFORM:
+        raise UserError(f"--prior: expected a learned prior, found {UNIFORM}")
+    return finished_prior(run, name, command)
+
+
 def read_prior_header(path: Path) -> dict[str, Any]:
     """What a prior file says of itself, as JSON has it. Errors: UserError if it is not one."""
     content = read_header(path, "prior")

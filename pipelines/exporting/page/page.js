@@ -1,5 +1,5 @@
 /** The page: fields, pictures and paint. What computes is worker.js. */
-import { keptCodes } from "./sampler.js";
+import { batchSize, keptCodes } from "./sampler.js";
 
 const MOST = 64;
 const draw = part("draw");
@@ -9,6 +9,7 @@ const brush = document.querySelector("[name=brush]");
 const file = document.querySelector("[name=file]");
 
 let model = null;
+let loaded = false;
 /** The picture that parts are drawn anew of: `{codes, pixels, label}`. */
 let chosen = null;
 /** Which of its pixels are painted over, (H * W). */
@@ -28,6 +29,7 @@ const script = `import ${JSON.stringify(new URL("worker.js", import.meta.url).hr
 const worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })), { type: "module" });
 const waiting = new Map();
 let asked = 0;
+let failure = null;
 
 worker.addEventListener("message", ({ data }) => {
   const { resolve, reject, progress, part } = waiting.get(data.id);
@@ -39,14 +41,16 @@ worker.addEventListener("message", ({ data }) => {
     else resolve(data.result);
   }
 });
-// Of its own failures, not of what it was asked: such as a browser that has no module workers.
+// Of its own failures, not of what it was asked.
 worker.addEventListener("error", (event) => {
-  for (const { reject } of waiting.values()) reject(new Error(`Worker: expected one that runs, found: ${event.message ?? "none"}.`));
+  failure = new Error(`This page cannot compute: a file is missing, or this browser is too old (${event.message ?? "its worker does not start"}).`);
+  for (const { reject } of waiting.values()) reject(failure);
   waiting.clear();
 });
 
 function ask(action, content, progress, part) {
   return new Promise((resolve, reject) => {
+    if (failure) return reject(failure);
     waiting.set(++asked, { resolve, reject, progress, part });
     worker.postMessage({ id: asked, action, ...content });
   });
@@ -54,11 +58,13 @@ function ask(action, content, progress, part) {
 
 /** Have the worker do something for a section: buttons wait meanwhile, and what goes wrong is said in its line. */
 async function work(where, action, content, part = () => {}) {
+  const focused = document.activeElement;
   busy(where, true, action === "sample" || action === "complete");
   try {
     return await ask(action, content, (share) => (where.progress.value = share), part);
   } finally {
     busy(where, false);
+    if (document.activeElement === document.body) focused.focus({ preventScroll: true }); // which a button loses that waits
   }
 }
 
@@ -83,7 +89,8 @@ function numberIn(form, name, { whole = false, least = -Infinity, most = Infinit
   const title = field.labels[0].firstChild.textContent.trim();
   const value = field.valueAsNumber;
   if (Number.isFinite(value) && value >= least && value <= most && (!whole || Number.isSafeInteger(value))) return value;
-  const range = Number.isFinite(least) && Number.isFinite(most) ? ` from ${least} to ${most}` : Number.isFinite(least) ? ` of at least ${least}` : "";
+  if (whole && Number.isInteger(value) && !Number.isSafeInteger(value)) most = Number.MAX_SAFE_INTEGER;
+  const range = Number.isFinite(least) && Number.isFinite(most) ? ` from ${least} to ${most}` : Number.isFinite(least) ? ` of at least ${least}` : Number.isFinite(most) ? ` up to ${most}` : "";
   throw new Error(`${title}: expected a ${whole ? "whole " : ""}number${range}, found ${field.value || "none"}.`);
 }
 
@@ -150,7 +157,12 @@ function pictureButton(picture, number) {
   button.setAttribute("aria-pressed", "false");
   image.alt = `${name ? `${name}, ` : ""}picture ${number}`;
   image.src = drawnOn(picture.pixels).toDataURL();
-  button.append(image, ...(name ? [document.createTextNode(name)] : []));
+  button.append(image);
+  if (name) {
+    const caption = document.createElement("span");
+    caption.textContent = button.title = name;
+    button.append(caption);
+  }
   button.addEventListener("click", () => {
     choose(picture, button);
     redraw.section.scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
@@ -183,6 +195,7 @@ async function pictures(where, action, content, labels) {
 }
 
 async function drawPictures() {
+  if (!loaded) await load();
   const count = numberIn(draw.form, "number", { whole: true, least: 1, most: MOST });
   const drawing = drawingIn();
   const labels = labelsIn(draw.form, count);
@@ -197,8 +210,8 @@ function commandLine(count, { seed, settings }) {
   const quoted = (text) => (/^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
   const options = { run: model.run, prior: model.prior, n: count, seed, ...settings };
   if (knows("labels") && draw.form.elements.label.value !== "turns") options.label = model.label_names[draw.form.elements.label.value];
-  const typed = Object.entries(options).map(([name, value]) => ` --${name} ${quoted(String(value))}`);
-  return `python pipelines/sample.py${typed.join("")}`;
+  const typed = Object.entries(options).map(([name, value]) => ` --${name}=${quoted(String(value))}`);
+  return `${model.command}${typed.join("")}`;
 }
 
 // ---- a part anew
@@ -208,7 +221,6 @@ function choose(picture, button) {
   for (const other of document.querySelectorAll("[aria-pressed=true]")) other.setAttribute("aria-pressed", "false");
   button?.setAttribute("aria-pressed", "true");
   if (knows("labels")) redraw.form.elements.label.value = picture.label ?? (knows("guidance") ? "none" : 0);
-  redraw.section.hidden = false;
   clear();
 }
 
@@ -268,16 +280,18 @@ function stroke(event) {
   show();
 }
 canvas.addEventListener("pointerdown", (event) => {
+  if (!chosen || !event.isPrimary || event.button !== 0) return;
   canvas.setPointerCapture(event.pointerId);
   before = null;
   stroke(event);
 });
-canvas.addEventListener("pointermove", (event) => event.buttons && stroke(event));
+canvas.addEventListener("pointermove", (event) => canvas.hasPointerCapture(event.pointerId) && stroke(event));
 
 async function redrawPart() {
+  if (!loaded) await load();
   const count = numberIn(redraw.form, "number", { whole: true, least: 1, most: MOST });
   const drawing = drawingIn();
-  if (!painted.includes(1)) throw new Error("Paint: expected some, found none: paint over what shall be different.");
+  if (!chosen || !painted.includes(1)) throw new Error("Paint: expected some, found none: paint over what shall be different.");
   await pictures(redraw, "complete", { ...drawing, codes: chosen.codes, painted }, labelsIn(redraw.form, count));
 }
 
@@ -320,6 +334,7 @@ async function openFile() {
   const [opened] = file.files;
   file.value = ""; // so that the same file may be opened again
   if (!opened) return;
+  if (!loaded) await load();
   const pixels = await pixelsOf(opened);
   say(redraw, "Opening …");
   const { codes, image } = await work(redraw, "encode", { pixels });
@@ -334,7 +349,9 @@ function describe() {
   const [height, width, channels] = model.image_shape;
   const megabytes = (Object.values(bytes).reduce((a, b) => a + b) / 1e6).toFixed(1);
   const codes = grids.map(([rows, columns]) => `${rows} × ${columns}`).join(", then ");
-  const share = ((100 * loss.codes_that_differ) / loss.codes).toFixed(2);
+  const percent = (share) => `${(100 * share).toFixed(1)}%`;
+  const { excess_bits: excess, excess_bits_error: error } = loss;
+  const more = excess > 2 * error ? `${excess.toPrecision(2)} ± ${error.toPrecision(1)} bits a code more` : `no more bits than can be measured (${(2 * error).toPrecision(1)} a code)`;
   const said = {
     "How it draws":
       `A picture of ${width} × ${height} pixels${channels === 1 ? ", in grey," : ""} is made of ${codes} codes. A prior draws them one after another, each given those before it; ` +
@@ -342,9 +359,9 @@ function describe() {
     "Temperature": "Below 1 likelier pictures, and less variety; above 1 bolder ones; at 0 always the likeliest code.",
     ...(knows("guidance") && { "Guidance": "How much to insist on the label: at 1 as much as was learned, above 1 more, at 0 not at all." }),
     "Size": `${megabytes} MB, weights in ${model.bits} bits; computed in float32, by onnxruntime-web.`,
-    "Bits": `${loss.excess_bits.toFixed(5)} ± ${loss.excess_bits_error.toFixed(5)} bits a code: so much more this page's rounded prior takes for codes that the exact one draws.`,
-    "Other draws": `Of ${loss.codes.toLocaleString("en")} codes that were drawn, ${loss.codes_that_differ.toLocaleString("en")} (${share}%) are not those that the exact prior draws from the same seed: a draw that falls within the rounding changes those after it.`,
-    "Other codes of a picture": `${(100 * loss.encoded_differ).toFixed(1)}%: so many are taken for others, mostly for neighbours, where a picture is opened.`,
+    "Likelihood": `For codes that the run's own prior draws, which it gives ${loss.bits.toFixed(2)} bits each, this page's rounded one takes ${more} (drawn by their label, at temperature 1 and without guidance).`,
+    "Other pictures": `Of ${loss.pictures} pictures ${loss.pictures_that_differ} are not those that the run itself draws from the same seed (${percent(loss.codes_that_differ / loss.codes)} of their codes): a draw that falls within the rounding changes those after it. They are others, not worse ones.`,
+    "Other codes": `Of pictures that were drawn, and then opened, ${percent(loss.encoded_differ)} of the codes are not those that the run itself finds.`,
     "Other pixels": `Of the same codes, none by more than ${loss.pixels_differ_at_most} of 255; on average by ${loss.pixels_differ_on_average.toFixed(3)}.`,
     "Prior": `${model.prior} of run ${model.run}, sha256 ${model.prior_sha256.slice(0, 16)}…`,
   };
@@ -378,6 +395,7 @@ function prepare() {
   redraw.form.elements.label.replaceChildren(...options(model.knows_no_label ? [["none", "none"]] : []));
   for (const element of document.querySelectorAll("[data-needs]")) element.hidden = !knows(element.dataset.needs);
   for (const element of document.querySelectorAll("[data-lacks]")) element.hidden = knows(element.dataset.lacks);
+  draw.form.elements.number.value = batchSize(model); // no more than are there at once
   for (const name of ["temperature", "guidance"]) draw.form.elements[name].value = model.sampling[name];
   const [height, width] = model.image_shape;
   const scale = Math.max(1, Math.round(720 / width));
@@ -396,12 +414,14 @@ draw.form.elements.another.addEventListener("click", attempt(draw, async () => {
 redraw.form.addEventListener("submit", attempt(redraw, redrawPart));
 file.addEventListener("change", attempt(redraw, openFile));
 for (const { form } of [draw, redraw]) form.elements.stop.addEventListener("click", () => worker.postMessage({ action: "stop" }));
-document.querySelector("[name=clear]").addEventListener("click", clear);
+document.querySelector("[name=clear]").addEventListener("click", () => chosen && clear());
 document.querySelector("[name=half]").addEventListener("click", () => {
+  if (!chosen) return;
   painted.fill(1, Math.floor(model.image_shape[0] / 2) * model.image_shape[1]);
   show();
 });
 document.querySelector("[name=save]").addEventListener("click", () => {
+  if (!chosen) return;
   const link = document.createElement("a");
   link.href = drawnOn(chosen.pixels).toDataURL();
   link.download = `${[model.run, ...(chosen.label === null ? [] : [model.label_names[chosen.label]])].join("-")}.png`;
@@ -409,12 +429,19 @@ document.querySelector("[name=save]").addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => chosen && show());
 
-attempt(draw, async () => {
-  const answer = await fetch(new URL("model.json", import.meta.url));
-  if (!answer.ok) throw new Error(`model.json: expected a file, found none (${answer.status}).`);
-  model = await answer.json();
-  prepare();
-  say(draw, `Loading ${(Object.values(model.bytes).reduce((a, b) => a + b) / 1e6).toFixed(1)} MB …`);
+/** What the page draws by. Called whenever that is not there: so a press of a button tries again what has failed. */
+async function load() {
+  if (model === null) {
+    const answer = await fetch(new URL("model.json", import.meta.url), { cache: "no-cache" });
+    if (!answer.ok) throw new Error(`model.json: expected a file, found none (${answer.status}).`);
+    model = await answer.json();
+    prepare();
+  }
+  const bytes = Object.entries(model.bytes).reduce((sum, [name, size]) => sum + (name === "encoder.onnx" ? 0 : size), 0);
+  say(draw, `Loading ${(bytes / 1e6).toFixed(1)} MB …`);
   await work(draw, "load", { model });
-  await drawPictures();
-})();
+  loaded = true;
+  redraw.section.hidden = false;
+}
+
+attempt(draw, drawPictures)();

@@ -4,8 +4,12 @@
  */
 import { blake2b } from "./vendor/noble-hashes/blake2.js";
 
-/** Samples that are drawn at once; a sample is the same whatever is drawn with it, but for the rounding of float32. */
+/**
+ * Samples that are drawn at once, and bytes that their keys and values may take, which go in and come out of each step.
+ * A sample is the same whatever is drawn with it, but for the rounding of float32.
+ */
 const BATCH = 16;
+const CACHE_BYTES = 64e6;
 
 /**
  * MT19937 (Matsumoto & Nishimura 1998), seeded by one word.
@@ -116,6 +120,16 @@ export function keptCodes(model, painted) {
   });
 }
 
+/**
+ * How many samples are drawn at once.
+ * @param {Object} model - model.json
+ * @returns {number}
+ */
+export function batchSize({ cache }) {
+  const bytes = (cache ?? [0]).reduce((a, b) => a * b) * 4 * 2 * 2; // keys and values, with and without a label
+  return Math.max(1, Math.min(BATCH, Math.floor(CACHE_BYTES / bytes)));
+}
+
 /** What was exported: draws, completes, encodes and decodes. Codes are sequences (T,) through all levels, coarse to fine. */
 export class Sampler {
   /**
@@ -148,8 +162,9 @@ export class Sampler {
    */
   async sample({ labels, seed, settings, given, kept }, step = async () => {}, part = async () => {}) {
     const drawn = [];
-    for (let first = 0; first < labels.length; first += BATCH) {
-      const rows = labels.slice(first, first + BATCH);
+    const batch = batchSize(this.model);
+    for (let first = 0; first < labels.length; first += batch) {
+      const rows = labels.slice(first, first + batch);
       const found = await this.#batch(rows, first, seed, { ...this.model.sampling, ...settings }, given, kept, (share) =>
         step((first + share * rows.length) / labels.length),
       );
@@ -164,7 +179,7 @@ export class Sampler {
     const length = this.levels.length;
     const uniform = labels.map((_, row) => uniforms(seed, first + row, length));
     const names = this.model.label_names ?? [];
-    const guides = names.length > 0 && labels[0] !== null && settings.guidance !== 1;
+    const guides = names.length > 0 && labels[0] !== null && this.model.knows_no_label && settings.guidance !== 1;
     // Conditional and unconditional sequences run in one batch and share every code.
     const rows = guides ? [...labels, ...labels.map(() => null)] : labels;
     const numbers = rows.map((label) => label ?? names.length);

@@ -61,7 +61,7 @@ async function drawn(asked, progress, part) {
 }
 
 async function fetched(name, more) {
-  const answer = await fetch(at(name));
+  const answer = await fetch(at(name), { cache: "no-cache" }); // what was replaced on the host is replaced here
   if (!answer.ok) throw new Error(`${name}: expected a file, found none (${answer.status}).`);
   const parts = [];
   for (const reader = answer.body.getReader(); ; ) {

@@ -50,9 +50,11 @@ def test_bits_lost_are_the_divergence(exact: Generator, worse: Generator, folder
     with torch.no_grad():
         own, other = (prior(drawn.codes, drawn.labels)[0].double().log_softmax(-1) for prior in (exact.prior, worse.prior))
     divergence = float((own.exp() * (own - other)).sum(-1).mean()) / math.log(2)
-    found, error = excess_bits(exact, folder)
+    bits, found, error = excess_bits(exact, folder)
     assert divergence > 20 * error
     assert abs(found - divergence) < 5 * error
+    entropy = float(-(own.exp() * own).sum(-1).mean()) / math.log(2)
+    assert bits == pytest.approx(entropy, rel=0.02)
 
 
 def test_drift_counts_what_differs(exact: Generator, worse: Generator, folder: Path) -> None:
@@ -62,6 +64,9 @@ def test_drift_counts_what_differs(exact: Generator, worse: Generator, folder: P
     differ = int((expected.codes[0] != other.codes[0]).sum())
     assert COMPARED <= found.codes < COMPARED + 6
     assert abs(found.others - differ) <= 0.002 * found.codes  # a draw within float32's rounding
+    assert found.images == count
+    other_images = int((expected.codes[0] != other.codes[0]).flatten(1).any(1).sum())
+    assert abs(found.other_images - other_images) <= 0.002 * count
     assert found.furthest <= 1  # the decoder has no noise
     assert 0 <= found.mean < 0.01
 
