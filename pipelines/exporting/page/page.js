@@ -360,7 +360,7 @@ function describe() {
     ...(knows("guidance") && { "Guidance": "How much to insist on the label: at 1 as much as was learned, above 1 more, at 0 not at all." }),
     "Size": `${megabytes} MB, weights in ${model.bits} bits; computed in float32, by onnxruntime-web.`,
     "Likelihood": `For codes that the run's own prior draws, which it gives ${loss.bits.toFixed(2)} bits each, this page's rounded one takes ${more} (drawn by their label, at temperature 1 and without guidance).`,
-    "Other pictures": `Of ${loss.pictures} pictures ${loss.pictures_that_differ} are not those that the run itself draws from the same seed (${percent(loss.codes_that_differ / loss.codes)} of their codes): a draw that falls within the rounding changes those after it. They are others, not worse ones.`,
+    "Other pictures": `Of ${loss.pictures} pictures ${loss.pictures_that_differ} are not those that the run itself draws from the same seed (${percent(loss.codes_that_differ / loss.codes)} of their codes): a draw that falls within the rounding changes those after it. They are other pictures, as likely as is said above.`,
     "Other codes": `Of pictures that were drawn, and then opened, ${percent(loss.encoded_differ)} of the codes are not those that the run itself finds.`,
     "Other pixels": `Of the same codes, none by more than ${loss.pixels_differ_at_most} of 255; on average by ${loss.pixels_differ_on_average.toFixed(3)}.`,
     "Prior": `${model.prior} of run ${model.run}, sha256 ${model.prior_sha256.slice(0, 16)}…`,
