@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
@@ -19,6 +20,7 @@ from configs.schema import Compute
 from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
 _COMPILER = "inductor"
+_LETTING_GO = 0.5  # seconds; without, 5 of 34 small commands on a busy machine ended so, with it 0 of 30
 # With another process, in hours: one host may have its images decoded when another begins to. Who hangs is found out earlier (watch.py).
 _PATIENCE = 2.0
 _SMALLER_BATCHES = "take fewer images at once (--batch_size N)"
@@ -99,6 +101,15 @@ def finish(accelerator: Accelerator) -> None:
     if _Command.watch is not None:
         _Command.watch.close()
         _Command.watch = None
+    if accelerator.num_processes > 1:
+        let_go()
+
+
+def let_go() -> None:
+    """Give gloo's threads the time to let go of their last collectives, for which they need the interpreter: one that has ended meanwhile
+    ends such a thread, and with it the process (SIGABRT).
+    """
+    time.sleep(_LETTING_GO)
 
 
 def _out_of_memory(error: Exception) -> tuple[str, int] | None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from configs.errors import run_entry
+from stage1_vqvae.training.processes import let_go
 
 NEXT = "NEXT"
 
@@ -38,6 +39,7 @@ def staying_joined() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+        let_go()
 
 
 def main() -> None:
