@@ -26,6 +26,8 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 LONGEST = (
     "test_ranks.py",
     "test_two_processes.py",
+    "test_app.py",
+    "test_export_web.py",
     "test_run.py",
     "test_train.py",
     "test_resume.py",

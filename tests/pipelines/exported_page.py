@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from playwright.sync_api import Page
 
+from configs.parts import part_from
+from configs.run_dir import read_json, write_json
+from configs.schema import Tokenizer
+from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
+from stage1_vqvae.model import VQVAE
+from stage2_prior.codes.sequence import SequenceLayout
 from tests.browser import Visit
+from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
+from tests.stage2_prior.priors.prior_kinds import build
+
+GRAPHS = ("encoder", "decoder", "prior")
 
 
 def says(page: Page, section: str, pattern: str) -> str:
@@ -108,3 +125,33 @@ def kept_of(model: dict[str, Any], painted: np.ndarray) -> np.ndarray:
     """Which codes (T,) span no painted pixel."""
     height, width = painted.shape
     return np.concatenate([~painted.reshape(h, height // h, w, width // w).any((1, 3)).ravel() for h, w in model["grids"]])
+
+
+def other_prior(folder: Path) -> None:
+    """Put a PixelCNN over three levels of 2 x 3 codes into an exported folder."""
+    torch.manual_seed(0)
+    small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
+    network = part_from("tokenizer.network", small)
+    tokenizer = VQVAE(Tokenizer(code_dim=D, quantizer=part("residual_shared"), network=network), 8, 12, 3).eval().requires_grad_(False)
+    layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
+    export_tokenizer(tokenizer, folder)
+    export_prior(build("pixelcnn", layout, num_classes=0).requires_grad_(False), folder)
+    about = {"image_shape": [8, 12, 3], "grids": layout.grids, "num_codes": layout.num_codes, "cache": None}
+    model = {**read_json(folder / "model.json"), **about, "label_names": None, "knows_no_label": True}
+    model["sampling"].update(temperature=0.9, top_k=12, top_p=0.95, min_p=0.02)
+    model["bytes"].update({f"{graph}.onnx": (folder / f"{graph}.onnx").stat().st_size for graph in GRAPHS})
+    write_json(folder / "model.json", model)
+
+
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def hosted(folder: Path) -> Iterator[str]:
+    """The address of a plain host of a folder: without any header that a browser would give threads for."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

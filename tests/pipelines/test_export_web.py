@@ -5,16 +5,13 @@ RUN=FOLDER tries another run than the tests' own; with SCREENSHOTS=FOLDER and -s
 
 from __future__ import annotations
 
-import http.server
 import io
 import json
 import os
 import re
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,24 +24,29 @@ from PIL import Image
 from playwright.sync_api import Browser
 
 from configs.errors import UserError
-from configs.parts import part_from
 from configs.run_dir import read_json, write_json
-from configs.schema import Tokenizer
 from pipelines import Generator
 from pipelines.export_web import PAGE, main
 from pipelines.exporting import vendored
-from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
 from pipelines.images.drawing import kept_codes
-from stage1_vqvae.model import VQVAE
-from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.train import main as train_prior
 from tests.browser import PHONE, chromium, visit
-from tests.pipelines.exported_page import continued, fill, kept_of, levels_of, opened, paint_below, press, same, says, shown
-from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
-from tests.stage2_prior.priors.prior_kinds import build
+from tests.pipelines.exported_page import (
+    continued,
+    fill,
+    hosted,
+    kept_of,
+    levels_of,
+    opened,
+    other_prior,
+    paint_below,
+    press,
+    same,
+    says,
+    shown,
+)
 
-GRAPHS = ("encoder", "decoder", "prior")
 # The share of pictures that are to be the same, of at least 16 and of 3 to 5. A draw that falls within float32's rounding, which in a
 # browser is not that of numpy's onnxruntime, may be another code, and those after it then differ: of a real run's 49 codes one may.
 SAME, SAME_OF_FEW = (0.9, 0.6) if "RUN" in os.environ else (1.0, 1.0)
@@ -92,34 +94,10 @@ def site(fetched: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def other_prior(folder: Path) -> None:
-    """Put a PixelCNN over three levels of 2 x 3 codes into an exported folder."""
-    torch.manual_seed(0)
-    small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
-    network = part_from("tokenizer.network", small)
-    tokenizer = VQVAE(Tokenizer(code_dim=D, quantizer=part("residual_shared"), network=network), 8, 12, 3).eval().requires_grad_(False)
-    layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
-    export_tokenizer(tokenizer, folder)
-    export_prior(build("pixelcnn", layout, num_classes=0).requires_grad_(False), folder)
-    about = {"image_shape": [8, 12, 3], "grids": layout.grids, "num_codes": layout.num_codes, "cache": None}
-    model = {**read_json(folder / "model.json"), **about, "label_names": None, "knows_no_label": True}
-    model["sampling"].update(temperature=0.9, top_k=12, top_p=0.95, min_p=0.02)
-    model["bytes"].update({f"{graph}.onnx": (folder / f"{graph}.onnx").stat().st_size for graph in GRAPHS})
-    write_json(folder / "model.json", model)
-
-
-class Silent(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def address(site: Path) -> Iterator[str]:
-    """A plain host: no header that a browser would give threads for."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(site))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with hosted(site) as found:
+        yield found
 
 
 # ---- the sampler in JavaScript
