@@ -13,9 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -138,6 +140,15 @@ def point(image: Locator, across: float, down: float) -> None:
     image.click(position={"x": x, "y": y})
 
 
+def painted_at(page: Page, canvas: Locator) -> bool:
+    """Whether there is paint in the middle of a canvas: at its sides are tools, of which one is red."""
+    box = canvas.bounding_box()
+    assert box is not None
+    middle: Any = {"x": box["x"] + box["width"] / 2 - 4, "y": box["y"] + box["height"] / 2 - 4, "width": 8, "height": 8}
+    seen = np.asarray(Image.open(io.BytesIO(page.screenshot(clip=middle))).convert("RGB")).astype(int)
+    return bool((seen[..., 0] - seen[..., 1:].max(-1) > 150).any())
+
+
 @pytest.fixture
 def picture(generator: Generator, tmp_path: Path) -> Path:
     """A file of the run's own kind, larger than its images."""
@@ -246,8 +257,7 @@ def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator
                 mouse.down()
             visited.page.wait_for_timeout(30)
         mouse.up()
-        seen = np.asarray(Image.open(io.BytesIO(visited.page.screenshot(clip=box))).convert("RGB")).astype(int)
-        if (seen[..., 0] - seen[..., 1:].max(-1) > 150).any():
+        if painted_at(visited.page, canvas):
             break
     for field, value in (("Number", "4"), ("Seed", "2")):
         labelled(panel, field).locator('input[type="number"]').fill(value)
@@ -259,6 +269,13 @@ def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator
     y, x = (np.maximum(0, np.abs(np.arange(side) + 0.5 - side / 2) - 0.5) for side in (height, width))
     keep = np.hypot(y[:, None], x) >= BRUSH / -(-SIDE // max(height, width))
     assert np.array_equal(found, np.stack([np.asarray(one) for one in generator.complete([picture] * 4, keep, seed=2)]))
+
+    panel.get_by_role("button", name="Clear canvas").click()  # of its paint: the picture is there again
+    deadline = time.monotonic() + 60
+    while painted_at(visited.page, canvas):
+        assert time.monotonic() < deadline
+    button(panel, "Fill").click()
+    expect(visited.page.get_by_text("paint: expected some")).to_be_visible()
 
 
 def test_it_walks(visited: Visit, generator: Generator, picture: Path) -> None:
