@@ -140,13 +140,20 @@ def point(image: Locator, across: float, down: float) -> None:
     image.click(position={"x": x, "y": y})
 
 
-def painted_at(page: Page, canvas: Locator) -> bool:
+def painted_at(canvas: Locator) -> bool:
     """Whether there is paint in the middle of a canvas: at its sides are tools, of which one is red."""
-    box = canvas.bounding_box()
-    assert box is not None
-    middle: Any = {"x": box["x"] + box["width"] / 2 - 4, "y": box["y"] + box["height"] / 2 - 4, "width": 8, "height": 8}
-    seen = np.asarray(Image.open(io.BytesIO(page.screenshot(clip=middle))).convert("RGB")).astype(int)
-    return bool((seen[..., 0] - seen[..., 1:].max(-1) > 150).any())
+    seen = np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")).astype(int)
+    down, across = seen.shape[0] // 2, seen.shape[1] // 2
+    middle = seen[down - 4 : down + 4, across - 4 : across + 4]
+    return bool((middle[..., 0] - middle[..., 1:].max(-1) > 150).any())
+
+
+def shows(image: Locator, expected: Any) -> bool:
+    """Whether a picture shows what is expected, once the page has come to it: a text beside it may be there earlier."""
+    deadline = time.monotonic() + 60
+    while not (found := np.array_equal(pixels_of(image), np.asarray(expected))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
 
 
 @pytest.fixture
@@ -169,7 +176,7 @@ def test_it_draws_what_the_command_line_draws_and_sends_it_on(visited: Visit, ge
     expect(gallery(panel)).to_have_count(3)
     expected = generator.sample(3, label=1, seed=4, temperature=0.8, top_p=0.9, guidance=1.5)
     for number, drawn in enumerate(expected):
-        assert np.array_equal(pixels_of(gallery(panel).nth(number)), np.asarray(drawn))
+        assert shows(gallery(panel).nth(number), drawn)
     line = labelled(panel, "The same on the command line").locator("textarea").input_value()
     assert line.endswith(f"--n=3 --seed=4 --label={generator.label_names[1]} --temperature=0.8 --top-p=0.9 --guidance=1.5")
     typed = shlex.split(line.split("sample.py ")[1])
@@ -188,7 +195,7 @@ def test_it_draws_what_the_command_line_draws_and_sends_it_on(visited: Visit, ge
         expect(visited.page.get_by_role("tab", name=wanted, exact=True)).to_have_attribute("aria-selected", "true")
         sent = shown(visited.page).locator("img").nth(1 if name == "Walk to it" else 0)
         expect(sent).to_be_visible()
-        assert np.array_equal(pixels_of(sent), np.asarray(expected[1]))
+        assert shows(sent, expected[1])
 
 
 def test_codes_are_shown_and_exchanged(visited: Visit, generator: Generator, picture: Path) -> None:
@@ -197,7 +204,7 @@ def test_codes_are_shown_and_exchanged(visited: Visit, generator: Generator, pic
     visited.timed("look at codes", lambda: put(panel, picture), code_map.wait_for)
     codes = generator.encode(picture)
     expect(panel.get_by_text(f"{float(generator.surprisals(codes)[0].sum()):.1f} bits")).to_be_visible()
-    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(codes)[0]))
+    assert shows(rebuilt, generator.decode(codes)[0])
 
     rows, columns = generator.tokenizer.grids[0]
     place, where = Place(0, rows - 1, 1), f"Row {rows}, column 2: code"
@@ -215,16 +222,16 @@ def test_codes_are_shown_and_exchanged(visited: Visit, generator: Generator, pic
     changed = exchanged(codes, place, near[2])
     assert captions[0][2].endswith(f"all {float(generator.surprisals(changed)[0].sum()):.0f}")
     visited.timed("exchange it", gallery(panel, 0).nth(2).click, panel.get_by_text(f"{where} {near[2]}").wait_for)
-    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(changed)[0]))
+    assert shows(rebuilt, generator.decode(changed)[0])
     again = likeliest_codes(generator, changed, None, place, 8)[1]
     gallery(panel, 1).nth(1).click()
     expect(panel.get_by_text(f"{where} {again}")).to_be_visible()
     expect(panel.get_by_text("Exchanged: 2.")).to_be_visible()
     visited.timed("undo", button(panel, "Undo").click, panel.get_by_text("Exchanged: 1.").wait_for)
-    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(changed)[0]))
+    assert shows(rebuilt, generator.decode(changed)[0])
     button(panel, "Start over").click()
     expect(panel.get_by_text("Exchanged")).to_have_count(0)
-    assert np.array_equal(pixels_of(rebuilt), np.asarray(generator.decode(codes)[0]))
+    assert shows(rebuilt, generator.decode(codes)[0])
     button(panel, "Undo").click()
     expect(visited.page.get_by_text("expected a code that was exchanged")).to_be_visible()
 
@@ -242,22 +249,23 @@ def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator
     button(panel, "Fill").click()
     expect(visited.page.get_by_text("picture: expected one, found none")).to_be_visible()
     put(panel, picture)
+    assert shows(panel.locator("img").first, Image.open(picture))
     canvas, mouse = panel.locator("canvas").first, visited.page.mouse
     canvas.wait_for()
     button(panel, "Fill").click()
     expect(visited.page.get_by_text("paint: expected some")).to_be_visible()
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    assert box is not None
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2  # the picture's middle, too
     for _ in range(30):  # the editor does not say when it has taken the picture in
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        assert box is not None
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2  # the picture's middle, too
         for step in range(5):  # at a hand's pace, which it counts on
             mouse.move(x + step / 4, y)
             if step == 0:
                 mouse.down()
             visited.page.wait_for_timeout(30)
         mouse.up()
-        if painted_at(visited.page, canvas):
+        if painted_at(canvas):
             break
     for field, value in (("Number", "4"), ("Seed", "2")):
         labelled(panel, field).locator('input[type="number"]').fill(value)
@@ -272,7 +280,7 @@ def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator
 
     panel.get_by_role("button", name="Clear canvas").click()  # of its paint: the picture is there again
     deadline = time.monotonic() + 60
-    while painted_at(visited.page, canvas):
+    while painted_at(canvas):
         assert time.monotonic() < deadline
     button(panel, "Fill").click()
     expect(visited.page.get_by_text("paint: expected some")).to_be_visible()
@@ -283,13 +291,14 @@ def test_it_walks(visited: Visit, generator: Generator, picture: Path) -> None:
     button(panel, "Draw two").click()
     expect(panel.locator("img")).to_have_count(2)
     put(panel, picture, 1)
+    assert shows(panel.locator("img").nth(1), Image.open(picture))
     labelled(panel, "Pictures, with both ends").locator('input[type="number"]').fill("9")
     visited.timed("walk 9", button(panel, "Walk").click, lambda: gallery(panel).nth(8).wait_for())
     visited.screenshot("walk")
     drawn = panel.locator("img").first
     first, last = generator.encode(pixels_of(drawn)), generator.encode(picture)
     for number, expected in enumerate(generator.decode(walk(generator.tokenizer, first, last, 9))):
-        assert np.array_equal(pixels_of(gallery(panel).nth(number)), np.asarray(expected))
+        assert shows(gallery(panel).nth(number), expected)
 
 
 def test_the_codebook_is_looked_at(visited: Visit, generator: Generator) -> None:
