@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from stage1_vqvae.training.precision import ieee_float32
 
 # A CPU's second-level cache, a core, where the machine does not say.
 _USUAL_CACHE_BYTES = 2**20
@@ -43,7 +43,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     if vectors.ndim != 2 or vectors.shape[1] != codebook.shape[1]:
         raise ValueError(f"vectors: expected (N, {codebook.shape[1]}), found {tuple(vectors.shape)}")
     dtype = torch.promote_types(vectors.dtype, torch.float32)
-    with torch.autocast(vectors.device.type, enabled=False), _ieee_float32(vectors.device):
+    with torch.autocast(vectors.device.type, enabled=False), ieee_float32(vectors.device):
         codes = codebook.to(dtype)
         centre = _safe_centre(codes)
         codes = codes - centre
@@ -104,17 +104,3 @@ def cache_bytes() -> int:
         return int(_CACHE_SIZE.read_text().strip().removesuffix("K")) * 2**10
     except (OSError, ValueError):
         return _USUAL_CACHE_BYTES
-
-
-@contextmanager
-def _ieee_float32(device: torch.device) -> Iterator[None]:
-    """Full float32 matrix products on CUDA, even where the user allowed TF32 elsewhere."""
-    if device.type != "cuda":
-        yield
-        return
-    former = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = former

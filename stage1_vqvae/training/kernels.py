@@ -1,0 +1,56 @@
+"""Triton kernels, and what serves in their place on machines where they cannot be launched.
+
+Triton compiles a kernel at its first launch, for which it needs a C compiler and Python's headers; slim containers have neither. The
+modules that hold kernels import Triton at their top, so they are imported on first use only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from configs.errors import say
+
+# It comes with torch's CUDA builds.
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Kernel:
+    """A kernel that is given up at its first failed launch, with one line that says so.
+
+    nearest = Kernel("the nearest-code search", _load_nearest)
+    codes = nearest(vectors, codebook) if nearest.usable(vectors.device) else None
+    if codes is None:
+        codes = ...  # the plain lines
+    """
+
+    def __init__(self, name: str, load: Callable[[], Callable[..., Any]]) -> None:
+        """`name`: for the line that is printed. `load`: imports and returns the function that launches the kernel."""
+        self.name = name
+        self._load = load
+        self._launch: Callable[..., Any] | None = None
+        self._failed = False
+
+    def usable(self, device: torch.device) -> bool:
+        """Whether a launch on that device is worth trying."""
+        return device.type == "cuda" and _TRITON and not self._failed
+
+    def __call__(self, *arguments: Any) -> Any | None:
+        """The kernel's result; None if it cannot be launched on this machine.
+
+        Errors: those of the GPU itself (out of memory, a broken context), for which plain lines would be no remedy.
+        """
+        try:
+            if self._launch is None:
+                self._launch = self._load()
+            return self._launch(*arguments)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # a missing compiler alone has several: RuntimeError, OSError, CalledProcessError
+            self._failed = True
+            reason = next(iter(str(error).split("\n")), "")
+            say(f"warning: {self.name} goes on without its Triton kernel ({type(error).__name__}: {reason})")
+            return None
