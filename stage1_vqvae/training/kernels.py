@@ -1,4 +1,4 @@
-"""Triton kernels, and what serves in their place on machines where they cannot be launched.
+"""Triton kernels, what serves in their place on machines where they cannot be launched, and operators that a compiler leaves whole.
 
 Triton compiles a kernel at its first launch, for which it needs a C compiler and Python's headers; slim containers have neither. The
 modules that hold kernels import Triton at their top, so they are imported on first use only.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +17,35 @@ from configs.errors import say
 
 # It comes with torch's CUDA builds.
 _TRITON = importlib.util.find_spec("triton") is not None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Decorator: make a function one operator of the graphs that `torch.compile` traces, which then has no break inside it.
+
+    For what a compiler cannot follow (a kernel that may be given up, precisions that are set for a while) or should not copy into its
+    graph (a loop over blocks). Gradients do not pass: call it without them, or inside an `autograd.Function`. Outside of compiled
+    graphs the function is called as it is, since an operator's dispatch takes some 25 us on a CPU.
+
+    Args:
+        schema: the operator's name and signature, as "two_stage::nearest_codes(Tensor vectors, Tensor codebook) -> Tensor".
+        fake: takes the same arguments; returns empty tensors of the results' shapes, dtypes and devices.
+    """
+    name, parenthesis, signature = schema.partition("(")
+
+    def decorate(function: Function) -> Function:
+        registered = torch.library.custom_op(name, function, mutates_args=(), schema=parenthesis + signature)
+        registered.register_fake(fake)
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            return registered(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 class Kernel:
