@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import wraps
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from configs.errors import say
 
 # It comes with torch's CUDA builds.
 _TRITON = importlib.util.find_spec("triton") is not None
+# Characters of an error's text in a warning of one line; a compiler's command line alone has hundreds.
+_LONGEST_REASON = 160
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -79,8 +82,11 @@ class Kernel:
             return self._launch(*arguments)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception as error:  # a missing compiler alone has several: RuntimeError, OSError, CalledProcessError
+        # Without a compiler it is RuntimeError or FileNotFoundError, without Python's headers CalledProcessError, without a driver
+        # AssertionError or RuntimeError; and Triton has its own for what does not compile or takes too much shared memory.
+        except Exception as error:
             self._failed = True
-            reason = next(iter(str(error).split("\n")), "")
-            say(f"warning: {self.name} goes on without its Triton kernel ({type(error).__name__}: {reason})")
+            reason = shorten(f"{type(error).__name__}: {error}", _LONGEST_REASON)
+            needs = "Triton needs a C compiler and Python's headers"
+            say(f"warning: {self.name} goes on without its Triton kernel, more slowly ({reason}); {needs}")
             return None
