@@ -49,15 +49,12 @@ def normed_convolution(x: Tensor, norm: GroupNorm, convolution: nn.Conv2d) -> Te
         return convolution(norm(x))
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
-    assert convolution.bias is not None
-    return _NormedConvolution.apply(
-        x.to(dtype),
-        *(norm.weight, norm.bias, norm.num_groups, norm.eps, norm.silu),
-        # In one pass: the precision that autocast would give it, and the layout that cuDNN would.
-        convolution.weight.to(dtype=dtype, memory_format=torch.channels_last),
-        convolution.bias.to(dtype),
-        (convolution.stride, convolution.padding, convolution.dilation),
-    )
+    weight, bias = convolution.weight, convolution.bias
+    assert bias is not None
+    if weight.dtype != dtype:  # in one pass what autocast would make of it, and the layout that cuDNN would
+        weight, bias = weight.to(dtype=dtype, memory_format=torch.channels_last), bias.to(dtype)
+    steps = (convolution.stride, convolution.padding, convolution.dilation)
+    return _NormedConvolution.apply(x.to(dtype), norm.weight, norm.bias, norm.num_groups, norm.eps, norm.silu, weight, bias, steps)
 
 
 class _NormedConvolution(torch.autograd.Function):
