@@ -53,12 +53,12 @@ def normed_convolution(x: Tensor, norm: GroupNorm, convolution: nn.Conv2d) -> Te
     assert bias is not None
     if weight.dtype != dtype:  # in one pass what autocast would make of it, and the layout that cuDNN would
         weight, bias = weight.to(dtype=dtype, memory_format=torch.channels_last), bias.to(dtype)
-    steps = (convolution.stride, convolution.padding, convolution.dilation)
-    return _NormedConvolution.apply(x.to(dtype), norm.weight, norm.bias, norm.num_groups, norm.eps, norm.silu, weight, bias, steps)
+    geometry = (convolution.stride, convolution.padding, convolution.dilation)
+    return _NormedConvolution.apply(x.to(dtype), norm.weight, norm.bias, norm.num_groups, norm.eps, norm.silu, weight, bias, geometry)
 
 
 class _NormedConvolution(torch.autograd.Function):
-    """The maps that convolutions read are half of what a residual block would keep."""
+    """Convolution of a normalised map that is not kept: half of what a residual block would keep."""
 
     @staticmethod
     def forward(
@@ -71,24 +71,24 @@ class _NormedConvolution(torch.autograd.Function):
         silu: bool,
         weight: Tensor,
         bias: Tensor,
-        steps: tuple[tuple[int, ...], ...],
+        geometry: tuple[tuple[int, ...], ...],
     ) -> Tensor:
         normed, mean, rstd = group_norm(x, norm_weight, norm_bias, groups, eps, silu)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
-        ctx.silu, ctx.steps = silu, steps
-        return torch.ops.aten.convolution(normed, weight, bias, *steps, False, (0, 0), 1)
+        ctx.silu, ctx.geometry = silu, geometry
+        return torch.ops.aten.convolution(normed, weight, bias, *geometry, False, (0, 0), 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
-        rest = ([weight.shape[0]], *ctx.steps, False, (0, 0), 1)
+        rest = ([weight.shape[0]], *ctx.geometry, False, (0, 0), 1)
         # The gradient at the convolution's input asks for the input's shape alone, which is x's.
-        at_normed = torch.ops.aten.convolution_backward(gradient, x, weight, *rest, (True, False, False))[0]
-        at_x, at_norm_weight, at_norm_bias, normed = group_norm_backward(at_normed, x, norm_weight, norm_bias, mean, rstd, ctx.silu)
-        del at_normed
-        _, at_weight, at_bias = torch.ops.aten.convolution_backward(gradient, normed, weight, *rest, (False, True, True))
-        return at_x, at_norm_weight, at_norm_bias, None, None, None, at_weight, at_bias, None
+        grad_normed = torch.ops.aten.convolution_backward(gradient, x, weight, *rest, (True, False, False))[0]
+        grad_x, grad_norm_weight, grad_norm_bias, normed = group_norm_backward(grad_normed, x, norm_weight, norm_bias, mean, rstd, ctx.silu)
+        del grad_normed
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(gradient, normed, weight, *rest, (False, True, True))
+        return grad_x, grad_norm_weight, grad_norm_bias, None, None, None, grad_weight, grad_bias, None
 
 
 @torch.library.custom_op("two_stage::group_norm", mutates_args=())
@@ -105,10 +105,10 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     Returns: y of x's shape and dtype, channels last in memory; mean and reciprocal deviation (B, groups), float32 at least.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    found = None
+    result = None
     if _takes_kernel(_forward_kernel, x):
-        found = _forward_kernel(x, weight, bias, groups, eps, silu)
-    return plain_group_norm(x, weight, bias, groups, eps, silu) if found is None else found
+        result = _forward_kernel(x, weight, bias, groups, eps, silu)
+    return plain_group_norm(x, weight, bias, groups, eps, silu) if result is None else result
 
 
 @torch.library.custom_op("two_stage::group_norm_backward", mutates_args=())
@@ -122,10 +122,10 @@ def group_norm_backward(
         mean, rstd: as `group_norm` returned them.
     """
     x, gradient = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, gradient))
-    found = None
+    result = None
     if _takes_kernel(_backward_kernel, x):
-        found = _backward_kernel(gradient, x, weight, bias, mean, rstd, silu)
-    return plain_group_norm_backward(gradient, x, weight, bias, mean, rstd, silu) if found is None else found
+        result = _backward_kernel(gradient, x, weight, bias, mean, rstd, silu)
+    return plain_group_norm_backward(gradient, x, weight, bias, mean, rstd, silu) if result is None else result
 
 
 @group_norm.register_fake
@@ -175,16 +175,16 @@ def plain_group_norm_backward(
     gain = weight.view(groups, -1)
     normed = (full_precision(_grouped(x, groups)) - mean).mul_(rstd)
     y = (normed * gain).add_(bias.view(groups, -1))
-    at_y = full_precision(_grouped(gradient, groups))
+    grad_y = full_precision(_grouped(gradient, groups))
     if silu:
-        at_y = torch.ops.aten.silu_backward(at_y, y)
+        grad_y = torch.ops.aten.silu_backward(grad_y, y)
         F.silu(y, inplace=True)
     y = _ungrouped(y, x)
-    at_bias, at_weight = at_y.sum((0, 1)), (at_y * normed).sum((0, 1))
-    at_x = at_y * gain
-    of_mean, of_deviation = (term.mean((1, 3), keepdim=True) for term in (at_x, at_x * normed))
-    at_x = at_x.sub_(of_mean).sub_(normed.mul_(of_deviation)).mul_(rstd)
-    return _ungrouped(at_x, x), at_weight.flatten().to(weight), at_bias.flatten().to(bias), y
+    grad_bias, grad_weight = grad_y.sum((0, 1)), (grad_y * normed).sum((0, 1))
+    grad_x = grad_y * gain
+    mean_term, deviation_term = (term.mean((1, 3), keepdim=True) for term in (grad_x, grad_x * normed))
+    grad_x = grad_x.sub_(mean_term).sub_(normed.mul_(deviation_term)).mul_(rstd)
+    return _ungrouped(grad_x, x), grad_weight.flatten().to(weight), grad_bias.flatten().to(bias), y
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

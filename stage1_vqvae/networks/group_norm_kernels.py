@@ -29,26 +29,26 @@ def _moments(x, means, squares, pixels, chunk_pixels, chunks, channels: tl.const
     last = tl.minimum(first + chunk_pixels, pixels)
     x += (program // chunks) * pixels * channels
     lanes, channel = tl.arange(0, ROWS), tl.arange(0, padded)
-    inside = (channel < channels)[None, :]
+    valid = (channel < channels)[None, :]
     offsets = lanes[:, None] * channels + channel[None, :]
     mean = tl.zeros((ROWS, padded), tl.float32)
     square = tl.zeros((ROWS, padded), tl.float32)
     number = 0.0
     for start in range(first, last, ROWS):
-        here = (start + lanes < last)[:, None] & inside
-        value = tl.load(x + start * channels + offsets, mask=here, other=0.0).to(tl.float32)
+        mask = (start + lanes < last)[:, None] & valid
+        value = tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         number += 1.0
-        away = tl.where(here, value - mean, 0.0)
+        away = tl.where(mask, value - mean, 0.0)
         mean += away * (1.0 / number)
-        square += tl.where(here, away * (value - mean), 0.0)
+        square += tl.where(mask, away * (value - mean), 0.0)
     # In a chunk that tiles do not fill, the lanes behind its end have seen one value less.
     count = tl.where(lanes < last - first, (last - first - lanes + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
     total = (last - first).to(tl.float32)
-    of_channel = tl.sum(mean * count, 0) / total
-    away = mean - of_channel[None, :]
+    channel_mean = tl.sum(mean * count, 0) / total
+    away = mean - channel_mean[None, :]
     square = tl.sum(square + count * away * away, 0)
     place = program * channels + channel
-    tl.store(means + place, of_channel, mask=channel < channels)
+    tl.store(means + place, channel_mean, mask=channel < channels)
     tl.store(squares + place, square, mask=channel < channels)
 
 
@@ -57,19 +57,19 @@ def _statistics(
     means, squares, mean, rstd, pixels, chunk_pixels, chunks, eps, groups,
     channels: tl.constexpr, width: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Mean and reciprocal deviation of a group of an image, (B, groups) both, by what `_moments` found."""
+    """Mean and reciprocal deviation of a group of an image, (B, groups) both, by the results of `_moments`."""
     program = tl.program_id(0).to(tl.int64)
     chunk, member = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
     place = ((program // groups) * chunks + chunk[:, None]) * channels + (program % groups) * width + member[None, :]
-    there = (chunk < chunks)[:, None] & (member < width)[None, :]
+    mask = (chunk < chunks)[:, None] & (member < width)[None, :]
     count = tl.minimum(pixels - chunk * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
-    of_chunk = tl.load(means + place, mask=there, other=0.0)
-    square = tl.load(squares + place, mask=there, other=0.0)
+    chunk_mean = tl.load(means + place, mask=mask, other=0.0)
+    square = tl.load(squares + place, mask=mask, other=0.0)
     total = pixels * width * 1.0
-    of_group = tl.sum(tl.where(there, of_chunk * count, 0.0)) / total
-    away = of_chunk - of_group
-    variance = tl.sum(tl.where(there, square + count * away * away, 0.0)) / total
-    tl.store(mean + program, of_group)
+    group_mean = tl.sum(tl.where(mask, chunk_mean * count, 0.0)) / total
+    away = chunk_mean - group_mean
+    variance = tl.sum(tl.where(mask, square + count * away * away, 0.0)) / total
+    tl.store(mean + program, group_mean)
     tl.store(rstd + program, 1.0 / tl.sqrt_rn(variance + eps))
 
 
@@ -78,7 +78,7 @@ def _normalise(
     x, y, weight, bias, mean, rstd, pixels, chunk_pixels, chunks, groups,
     channels: tl.constexpr, padded: tl.constexpr, ROWS: tl.constexpr, silu: tl.constexpr,
 ):  # fmt: skip
-    """y of a chunk."""
+    """Normalise a chunk, then apply SiLU."""
     program = tl.program_id(0).to(tl.int64)
     image = program // chunks
     first = (program % chunks) * chunk_pixels
@@ -86,20 +86,20 @@ def _normalise(
     x += image * pixels * channels
     y += image * pixels * channels
     lanes, channel = tl.arange(0, ROWS), tl.arange(0, padded)
-    inside = channel < channels
-    gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    valid = channel < channels
+    gain = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    shift = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
     group = image * groups + channel // (channels // groups)
-    centre = tl.load(mean + group, mask=inside, other=0.0)[None, :]
-    scale = tl.load(rstd + group, mask=inside, other=0.0)[None, :]
+    centre = tl.load(mean + group, mask=valid, other=0.0)[None, :]
+    scale = tl.load(rstd + group, mask=valid, other=0.0)[None, :]
     offsets = lanes[:, None] * channels + channel[None, :]
     for start in range(first, last, ROWS):
-        here = (start + lanes < last)[:, None] & inside[None, :]
-        value = tl.load(x + start * channels + offsets, mask=here, other=0.0).to(tl.float32)
+        mask = (start + lanes < last)[:, None] & valid[None, :]
+        value = tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         value = (value - centre) * scale * gain + shift
         if silu:
             value = value * tl.sigmoid(value)
-        tl.store(y + start * channels + offsets, value.to(y.dtype.element_ty), mask=here)
+        tl.store(y + start * channels + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -116,56 +116,56 @@ def _sums(
     x += image * pixels * channels
     y += image * pixels * channels
     lanes, channel = tl.arange(0, ROWS), tl.arange(0, padded)
-    inside = channel < channels
-    gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    valid = channel < channels
+    gain = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    shift = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
     group = image * groups + channel // (channels // groups)
-    centre = tl.load(mean + group, mask=inside, other=0.0)[None, :]
-    scale = tl.load(rstd + group, mask=inside, other=0.0)[None, :]
+    centre = tl.load(mean + group, mask=valid, other=0.0)[None, :]
+    scale = tl.load(rstd + group, mask=valid, other=0.0)[None, :]
     offsets = lanes[:, None] * channels + channel[None, :]
-    of_shift = tl.zeros((ROWS, padded), tl.float32)
-    of_gain = tl.zeros((ROWS, padded), tl.float32)
+    shift_sum = tl.zeros((ROWS, padded), tl.float32)
+    gain_sum = tl.zeros((ROWS, padded), tl.float32)
     for start in range(first, last, ROWS):
-        here = (start + lanes < last)[:, None] & inside[None, :]
-        normed = (tl.load(x + start * channels + offsets, mask=here, other=0.0).to(tl.float32) - centre) * scale
-        slope = tl.load(gradient + start * channels + offsets, mask=here, other=0.0).to(tl.float32)
+        mask = (start + lanes < last)[:, None] & valid[None, :]
+        normed = (tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32) - centre) * scale
+        slope = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         value = normed * gain + shift
         if silu:
             share = tl.sigmoid(value)
             slope = slope * share * (1.0 + value * (1.0 - share))
             value = value * share
-        tl.store(y + start * channels + offsets, value.to(y.dtype.element_ty), mask=here)
-        of_shift += slope
-        of_gain += slope * normed
+        tl.store(y + start * channels + offsets, value.to(y.dtype.element_ty), mask=mask)
+        shift_sum += slope
+        gain_sum += slope * normed
     place = program * channels + channel
-    tl.store(shifts + place, tl.sum(of_shift, 0), mask=inside)
-    tl.store(gains + place, tl.sum(of_gain, 0), mask=inside)
+    tl.store(shifts + place, tl.sum(shift_sum, 0), mask=valid)
+    tl.store(gains + place, tl.sum(gain_sum, 0), mask=valid)
 
 
 @triton.jit
 def _group_sums(
-    shifts, gains, weight, image_shifts, image_gains, of_mean, of_deviation, pixels, chunks, groups,
+    shifts, gains, weight, image_shifts, image_gains, mean_terms, deviation_terms, pixels, chunks, groups,
     channels: tl.constexpr, width: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What `_sums` found, added up over an image, (B, C) both; and the means over a group by which the gradient at x is corrected."""
+    """Sums over an image of the results of `_sums`, (B, C) both; and the two means over a group that the gradient at x subtracts."""
     program = tl.program_id(0).to(tl.int64)
     chunk, member = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
     channel = (program % groups) * width + member
     place = ((program // groups) * chunks + chunk[:, None]) * channels + channel[None, :]
-    there = (chunk < chunks)[:, None] & (member < width)[None, :]
-    shift = tl.sum(tl.load(shifts + place, mask=there, other=0.0), 0)
-    gain = tl.sum(tl.load(gains + place, mask=there, other=0.0), 0)
+    mask = (chunk < chunks)[:, None] & (member < width)[None, :]
+    shift = tl.sum(tl.load(shifts + place, mask=mask, other=0.0), 0)
+    gain = tl.sum(tl.load(gains + place, mask=mask, other=0.0), 0)
     tl.store(image_shifts + (program // groups) * channels + channel, shift, mask=member < width)
     tl.store(image_gains + (program // groups) * channels + channel, gain, mask=member < width)
     factor = tl.load(weight + channel, mask=member < width, other=0.0).to(tl.float32)
     total = pixels * width * 1.0
-    tl.store(of_mean + program, tl.sum(factor * shift) / total)
-    tl.store(of_deviation + program, tl.sum(factor * gain) / total)
+    tl.store(mean_terms + program, tl.sum(factor * shift) / total)
+    tl.store(deviation_terms + program, tl.sum(factor * gain) / total)
 
 
 @triton.jit
 def _gradient(
-    gradient, x, at_x, weight, bias, mean, rstd, of_mean, of_deviation, pixels, chunk_pixels, chunks, groups,
+    gradient, x, grad_x, weight, bias, mean, rstd, mean_terms, deviation_terms, pixels, chunk_pixels, chunks, groups,
     channels: tl.constexpr, padded: tl.constexpr, ROWS: tl.constexpr, silu: tl.constexpr,
 ):  # fmt: skip
     """The gradient at x of a chunk."""
@@ -175,31 +175,31 @@ def _gradient(
     last = tl.minimum(first + chunk_pixels, pixels)
     gradient += image * pixels * channels
     x += image * pixels * channels
-    at_x += image * pixels * channels
+    grad_x += image * pixels * channels
     lanes, channel = tl.arange(0, ROWS), tl.arange(0, padded)
-    inside = channel < channels
-    gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    valid = channel < channels
+    gain = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    shift = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
     group = image * groups + channel // (channels // groups)
-    centre = tl.load(mean + group, mask=inside, other=0.0)[None, :]
-    scale = tl.load(rstd + group, mask=inside, other=0.0)[None, :]
-    mean_term = tl.load(of_mean + group, mask=inside, other=0.0)[None, :]
-    deviation_term = tl.load(of_deviation + group, mask=inside, other=0.0)[None, :]
+    centre = tl.load(mean + group, mask=valid, other=0.0)[None, :]
+    scale = tl.load(rstd + group, mask=valid, other=0.0)[None, :]
+    mean_term = tl.load(mean_terms + group, mask=valid, other=0.0)[None, :]
+    deviation_term = tl.load(deviation_terms + group, mask=valid, other=0.0)[None, :]
     offsets = lanes[:, None] * channels + channel[None, :]
     for start in range(first, last, ROWS):
-        here = (start + lanes < last)[:, None] & inside[None, :]
-        normed = (tl.load(x + start * channels + offsets, mask=here, other=0.0).to(tl.float32) - centre) * scale
-        slope = tl.load(gradient + start * channels + offsets, mask=here, other=0.0).to(tl.float32)
+        mask = (start + lanes < last)[:, None] & valid[None, :]
+        normed = (tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32) - centre) * scale
+        slope = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         if silu:
             value = normed * gain + shift
             share = tl.sigmoid(value)
             slope = slope * share * (1.0 + value * (1.0 - share))
-        found = (slope * gain - mean_term - normed * deviation_term) * scale
-        tl.store(at_x + start * channels + offsets, found.to(at_x.dtype.element_ty), mask=here)
+        result = (slope * gain - mean_term - normed * deviation_term) * scale
+        tl.store(grad_x + start * channels + offsets, result.to(grad_x.dtype.element_ty), mask=mask)
 
 
-class Division:
-    """How the programs share out maps of one shape."""
+class Partition:
+    """Partition of maps of one shape among programs."""
 
     def __init__(self, x: Tensor, groups: int) -> None:
         self.images, self.channels, height, width = x.shape
@@ -212,36 +212,36 @@ class Division:
         self.chunks = triton.cdiv(self.pixels, self.chunk_pixels)
 
     @property
-    def of_chunk(self) -> tuple[int, int, int]:
-        """The arguments of a kernel that works on a chunk."""
+    def chunk_sizes(self) -> tuple[int, int, int]:
+        """Pixels of an image, pixels of a chunk, chunks of an image."""
         return self.pixels, self.chunk_pixels, self.chunks
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """The shape of its tiles."""
+        """Constants of a kernel that works on a chunk: channels, the same padded to a power of two, pixels of a tile."""
         return self.channels, self.padded, self.rows
 
     @property
-    def of_group(self) -> tuple[int, int, int, int]:
-        """The shape of the tile of a kernel that works on a group of an image."""
+    def group_tile(self) -> tuple[int, int, int, int]:
+        """Constants of a kernel that works on a group of an image: channels, those of a group, chunks and those of a group padded."""
         width = self.channels // self.groups
         return self.channels, width, triton.next_power_of_2(self.chunks), triton.next_power_of_2(width)
 
-    def sums(self, x: Tensor) -> Tensor:
-        """Room for two figures a channel of each chunk."""
+    def buffers(self, x: Tensor) -> Tensor:
+        """Two float32 buffers (B chunks, C), uninitialised."""
         return x.new_empty(2, self.images * self.chunks, self.channels, dtype=torch.float32)
 
 
 def launch_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See `group_norm`. x: channels last in memory, not float64, not empty."""
-    shape = Division(x, groups)
-    y, (means, squares) = torch.empty_like(x), shape.sums(x)
-    mean, rstd = (x.new_empty(shape.images, groups, dtype=torch.float32) for _ in range(2))
-    chunks, groups_of_images = (shape.images * shape.chunks,), (shape.images * groups,)
+    partition = Partition(x, groups)
+    y, (means, squares) = torch.empty_like(x), partition.buffers(x)
+    mean, rstd = (x.new_empty(partition.images, groups, dtype=torch.float32) for _ in range(2))
+    chunks, groups_of_images = (partition.images * partition.chunks,), (partition.images * groups,)
     with torch.cuda.device_of(x):
-        _moments[chunks](x, means, squares, *shape.of_chunk, *shape.tile)
-        _statistics[groups_of_images](means, squares, mean, rstd, *shape.of_chunk, eps, groups, *shape.of_group)
-        _normalise[chunks](x, y, weight, bias, mean, rstd, *shape.of_chunk, groups, *shape.tile, silu)
+        _moments[chunks](x, means, squares, *partition.chunk_sizes, *partition.tile)
+        _statistics[groups_of_images](means, squares, mean, rstd, *partition.chunk_sizes, eps, groups, *partition.group_tile)
+        _normalise[chunks](x, y, weight, bias, mean, rstd, *partition.chunk_sizes, groups, *partition.tile, silu)
     return y, mean, rstd
 
 
@@ -250,17 +250,21 @@ def launch_group_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `group_norm_backward`. gradient, x: channels last in memory; not float64, not empty."""
     groups = mean.shape[1]
-    shape = Division(x, groups)
-    y, at_x, (shifts, gains) = torch.empty_like(x), torch.empty_like(x), shape.sums(x)
-    of_images = x.new_empty(2, shape.images, shape.channels, dtype=torch.float32)
-    of_mean, of_deviation = torch.empty_like(mean), torch.empty_like(rstd)
-    chunks, groups_of_images = (shape.images * shape.chunks,), (shape.images * groups,)
-    given = (weight, bias, mean, rstd)
+    partition = Partition(x, groups)
+    y, grad_x, (shifts, gains) = torch.empty_like(x), torch.empty_like(x), partition.buffers(x)
+    image_sums = x.new_empty(2, partition.images, partition.channels, dtype=torch.float32)
+    mean_terms, deviation_terms = torch.empty_like(mean), torch.empty_like(rstd)
+    chunks, groups_of_images = (partition.images * partition.chunks,), (partition.images * groups,)
+    parameters = (weight, bias, mean, rstd)
     with torch.cuda.device_of(x):
-        _sums[chunks](gradient, x, y, *given, shifts, gains, *shape.of_chunk, groups, *shape.tile, silu)
+        _sums[chunks](gradient, x, y, *parameters, shifts, gains, *partition.chunk_sizes, groups, *partition.tile, silu)
         _group_sums[groups_of_images](
-            *(shifts, gains, weight, *of_images, of_mean, of_deviation), *(shape.pixels, shape.chunks, groups), *shape.of_group
+            *(shifts, gains, weight, *image_sums, mean_terms, deviation_terms),
+            *(partition.pixels, partition.chunks, groups),
+            *partition.group_tile,
         )
-        _gradient[chunks](gradient, x, at_x, *given, of_mean, of_deviation, *shape.of_chunk, groups, *shape.tile, silu)
-    at_bias, at_weight = (of_image.sum(0) for of_image in of_images)
-    return at_x, at_weight.to(weight.dtype), at_bias.to(bias.dtype), y
+        _gradient[chunks](
+            gradient, x, grad_x, *parameters, mean_terms, deviation_terms, *partition.chunk_sizes, groups, *partition.tile, silu
+        )
+    grad_bias, grad_weight = (image_sum.sum(0) for image_sum in image_sums)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), y

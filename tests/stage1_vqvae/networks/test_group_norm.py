@@ -22,6 +22,7 @@ from stage1_vqvae.networks import group_norm as under_test
 from stage1_vqvae.networks import vqgan
 from stage1_vqvae.networks.group_norm import GroupNorm, group_norm, group_norm_backward, normed_convolution
 from stage1_vqvae.networks.vqgan import VQGANPart
+from stage1_vqvae.training.kernels import Kernel
 
 CHANNELS_LAST = torch.channels_last
 
@@ -73,13 +74,13 @@ for shape, groups, silu, dtype, offset in (
     gradients = torch.autograd.grad(y, exact, gradient.double())
     for forward, backward in ((launch_group_norm, launch_group_norm_backward), (plain_group_norm, plain_group_norm_backward)):
         made, mean, rstd = forward(x, weight, bias, groups, 1e-6, silu)
-        at_x, at_weight, at_bias, again = backward(gradient, x, weight, bias, mean, rstd, silu)
-        for map in (made, at_x, again):
+        grad_x, grad_weight, grad_bias, again = backward(gradient, x, weight, bias, mean, rstd, silu)
+        for map in (made, grad_x, again):
             assert map.dtype == dtype and map.is_contiguous(memory_format=torch.channels_last)
         float32 = torch.finfo(torch.float32).eps * (1 + abs(offset))
         rounding = max(float32, torch.finfo(dtype).eps)
-        maps = [error(made, y, rounding), error(again, y, rounding), error(at_x, gradients[0], rounding)]
-        sums = [error(at_weight, gradients[1], float32), error(at_bias, gradients[2], float32)]
+        maps = [error(made, y, rounding), error(again, y, rounding), error(grad_x, gradients[0], rounding)]
+        sums = [error(grad_weight, gradients[1], float32), error(grad_bias, gradients[2], float32)]
         found.append([f"{forward.__name__} {shape} {dtype}", maps, sums])
 print(json.dumps(found))
 """
@@ -102,11 +103,11 @@ import stage1_vqvae.networks.group_norm_kernels as kernels
 PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
 
 def source(kernel, dtype, channels):
-    shape = kernels.Division(torch.empty(32, channels, 256, 256, device="meta"), 32)
-    members = dict(zip(("channels", "width", "CHUNKS", "WIDTH"), shape.of_group))
+    shape = kernels.Partition(torch.empty(32, channels, 256, 256, device="meta"), 32)
+    members = dict(zip(("channels", "width", "CHUNKS", "WIDTH"), shape.group_tile))
     fixed = {**dict(zip(("channels", "padded", "ROWS"), shape.tile)), **members, "silu": True}
     kinds = {name: "constexpr" if name in fixed else "*fp32" for name in kernel.arg_names}
-    kinds |= {name: f"*{dtype}" for name in ("x", "y", "gradient", "at_x") if name in kinds}
+    kinds |= {name: f"*{dtype}" for name in ("x", "y", "gradient", "grad_x") if name in kinds}
     kinds |= {name: "i32" for name in ("pixels", "chunk_pixels", "chunks", "groups") if name in kinds}
     kinds |= {"eps": "fp32"} if "eps" in kinds else {}
     aligned = {(number,): [["tt.divisibility", 16]] for number, name in enumerate(kernel.arg_names) if kinds[name][0] in "*i"}
@@ -143,6 +144,26 @@ def test_kernels_compile_for_gpus_without_spills_and_with_wide_loads() -> None:
 def test_gradients_are_those_of_finite_differences(silu: bool) -> None:
     x, weight, bias = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((2, 6, 2, 3), (6,), (6,)))
     assert torch.autograd.gradcheck(lambda *given: group_norm(*given, 3, 1e-6, silu)[0], (x, weight, bias))
+
+
+def test_where_a_kernel_cannot_be_compiled_the_plain_lines_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler() -> Any:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(Kernel, "usable", lambda kernel, _: not kernel._failed)
+    for name in ("_forward_kernel", "_backward_kernel"):
+        monkeypatch.setattr(under_test, name, Kernel(name, no_compiler))
+    x, weight, bias = torch.randn(2, 64, 5, 3).requires_grad_(), *torch.rand(2, 64)
+    for _ in range(2):
+        y = group_norm(x, weight, bias, 32, 1e-6, True)[0]
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+    expected = F.silu(F.group_norm(x, 32, weight, bias, 1e-6))
+    assert torch.allclose(y, expected, atol=1e-5)
+    assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), x)[0], atol=1e-5)
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("goes on without its Triton kernel") == 2  # one line each
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
