@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 _SSIM_WINDOW = 11
-# Numbers at once on an accelerator, to bound memory. On a CPU one image at a time: the same bits, and up to twice as fast as 128 images, since
-# intermediate results stay in its caches.
+# Numbers at once on an accelerator, to bound memory. On a CPU it is one image at a time: the same bits, and up to twice as fast as 128,
+# since intermediate results stay in its caches.
 _SSIM_NUMBERS = 2**22
 
 
