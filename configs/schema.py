@@ -297,7 +297,10 @@ class Sampling:
         require(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
         require(abs(self.guidance) < float("inf"), "guidance", "a finite number", self.guidance)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        for name, known in (("guidance_schedule", ("constant", "linear", "cosine")), ("precision", ("float64", "float32", "bfloat16", None))):
+        for name, known in (
+            ("guidance_schedule", ("constant", "linear", "cosine")),
+            ("precision", ("float64", "float32", "bfloat16", None)),
+        ):
             require(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}", getattr(self, name))
 
 

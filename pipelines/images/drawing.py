@@ -80,7 +80,8 @@ def draw_images(
     given: Codes | None = None,
     kept: Codes | None = None,
 ) -> tuple[Codes, Tensor]:
-    """Draw and decode `count` samples, of the uniform prior without a `sampler`; of `given` codes (N, h, w) a level, those that `kept` marks are taken over.
+    """Draw and decode `count` samples; without a `sampler`, of the uniform prior. Of `given` codes (N, h, w) a level, those that `kept`
+    marks are taken over.
 
     Batch j, of fixed numbers and always of full size, is process j mod P's of the `accelerator`'s: so the result is the same at any number
     of processes. None: this one draws alone.

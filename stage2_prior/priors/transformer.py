@@ -241,8 +241,9 @@ class TransformerSteps(FixedSteps):
             return
         for layer in self._layers:
             layer.reset()
-        if self._above is not None:
-            self._above.copy_(self._prior._told(above))
+        told = self._prior._told(above)
+        if self._above is not None and told is not None:
+            self._above.copy_(told)
 
     @override
     def phase(self, position: int) -> int:
