@@ -195,23 +195,21 @@ class Sampler:
     ) -> Codes:
         """See `generate`."""
         with self._lock:
-            steps = self._steps_for(labels, len(uniform), config) if self._graphs else None
-            if steps is not None:
-                try:
-                    return steps.draw(labels, uniform, config, given, kept)
-                except CaptureError as error:
-                    self._graphs, self._steps = False, None
-                    say(f"warning: sampling goes on without CUDA graphs ({error})")
+            try:
+                if self._graphs:
+                    return self._steps_for(labels, len(uniform), config).draw(labels, uniform, config, given, kept)
+            except CaptureError as error:
+                self._graphs, self._steps = False, None
+                say(f"warning: sampling goes on without CUDA graphs ({error})")
         return generate(self.prior, labels, uniform, config, given, kept)
 
-    def _steps_for(self, labels: Tensor | None, batch: int, config: Sampling) -> _GraphedSteps | None:
-        """Those of the last batch, if they are of this kind; otherwise new ones. None: the prior has none."""
+    def _steps_for(self, labels: Tensor | None, batch: int, config: Sampling) -> _GraphedSteps:
+        """Those of the last batch, if they are of this kind; otherwise new ones."""
         guides = labels is not None and config.guidance != 1
         key = batch, guides, config.temperature, config.top_k, config.top_p, config.min_p
-        if key != self._key:
-            self._steps, self._key = None, None  # whose memory the new ones may need
-            self._steps = _GraphedSteps.of(self.prior, batch, guides, config)
-            self._key = key
+        if self._steps is None or key != self._key:
+            self._steps = None  # whose memory the new ones may need
+            self._steps, self._key = _GraphedSteps(self.prior, batch, guides, config), key
         return self._steps
 
 
@@ -219,6 +217,7 @@ class _GraphedSteps:
     """Batches of one size and kind, drawn on the same tensors."""
 
     def __init__(self, prior: AutoregressivePrior, batch: int, guides: bool, config: Sampling) -> None:
+        """Errors: CaptureError for a prior of which no graphs can be made."""
         device, length = prior.device, prior.layout.length
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -230,20 +229,15 @@ class _GraphedSteps:
         self._scales, self._drawn = zeros(length, dtype=torch.float64), zeros(length, dtype=torch.int32)
         self._temperature = torch.full((1,), config.temperature or 1.0, dtype=torch.float64, device=device)
         self._position, self._failed = zeros(1, dtype=torch.int64), zeros(batch, dtype=torch.int32)
-        self._steps = prior.fixed_steps(FixedBatch(self._sequences, self._labels, self._position))
-        self._graphs = Graphs(device)
-
-    @classmethod
-    def of(cls, prior: AutoregressivePrior, batch: int, guides: bool, config: Sampling) -> _GraphedSteps | None:
-        """None: the prior has no steps that graphs could be made of."""
-        found = cls(prior, batch, guides, config)
-        return None if found._steps is None else found
+        steps = prior.fixed_steps(FixedBatch(self._sequences, self._labels, self._position))
+        if steps is None:
+            raise CaptureError("this kind of prior has no steps of fixed shape")
+        self._steps, self._graphs = steps, Graphs(device)
 
     def draw(self, labels: Tensor | None, uniform: Tensor, config: Sampling, given: Codes | None, kept: Codes | None) -> Codes:
         """See `generate`."""
         assert not self._prior.training
         assert (given is None) == (kept is None)
-        assert self._steps is not None
         layout, batch = self._prior.layout, len(self._sequences)
         self._labels.fill_(self._prior.num_classes)
         if labels is not None:
@@ -267,17 +261,17 @@ class _GraphedSteps:
 
     def _advance(self, phase: Hashable) -> None:
         """One position: from the codes before it to its own."""
-        assert self._steps is not None
         self._draw(self._steps.logits(phase))
         self._position += 1
 
     def _draw(self, logits: Tensor) -> None:
+        """The code of the position: of all codes by one kernel, under limits (top_k and so on) by the plain lines."""
         config, here, batch = self._config, self._position, len(self._sequences)
         all_codes = not 0 < config.top_k < logits.shape[1] and config.top_p == 1 and config.min_p == 0
         if all_codes and _DRAW.usable(logits.device):
             scales = self._scales if self._guides else None
-            given = logits, self._uniform, scales, self._drawn, self._temperature, config.temperature == 0
-            if _DRAW(*given, here, self._sequences, self._failed) is not None:
+            settings = scales, self._drawn, self._temperature, config.temperature == 0
+            if _DRAW(logits, self._uniform, *settings, here, self._sequences, self._failed) is not None:
                 return
         logits = full_precision(logits)
         if self._guides:

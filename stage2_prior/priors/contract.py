@@ -159,7 +159,7 @@ class AutoregressivePrior(nn.Module, ABC):
         """
 
     def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
-        """Its steps over those tensors; None: it has but `step`, and no CUDA graphs are made of it."""
+        """Its steps over those tensors; None: it has nothing but `step`, and no CUDA graphs are made of it."""
         return None
 
     def begin_from(self, vectors: Sequence[Tensor]) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 
 class CaptureError(RuntimeError):
     """What was to be captured cannot be; run it as it is."""
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """Errors: CaptureError in place of any but too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
 
 
 class Graphs:
@@ -19,11 +31,12 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """`device`: that of all tensors, whichever is the current one."""
+        """`device`: that of all tensors, whichever is the current one. Errors: CaptureError if it has no graphs."""
         self._device = device
-        # That of torch.cuda.graph would be of the device that was current when it was first used.
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        with _capturing():
+            # That of torch.cuda.graph would be of the device that was current when it was first used.
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
@@ -47,15 +60,11 @@ class Graphs:
 
     def _captured(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        try:
-            # Restores the stream, which torch.cuda.graph does not where a capture fails. Other threads may go on allocating.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream(self._device)),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                function()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise CaptureError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
+        # Restores the stream, which torch.cuda.graph does not where a capture fails. Other threads may go on allocating.
+        with (
+            _capturing(),
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            function()
         return graph

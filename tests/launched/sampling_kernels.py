@@ -216,8 +216,6 @@ def counted(prior: Transformer, config: Sampling, usable: bool) -> Counter[str]:
     with kernels_on_the_cpu(usable):
         sampler = Sampler(prior, graphs=True)
         steps = sampler._steps_for(torch.zeros(1), 1, config)
-        assert steps is not None
-        assert steps._steps is not None
         steps._steps.prepare(0)
         steps._drawn.fill_(1)
         steps._position.fill_(1)

@@ -113,7 +113,9 @@ def test_what_is_not_finite_is_told_and_the_next_batch_is_drawn(kind: str, simul
         assert equal(sampler(labels, uniform, config), generate(prior, labels, uniform, config))
 
 
-def test_where_a_capture_fails_sampling_goes_on_without(simulated_cuda: SimulatedCuda, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_a_capture_fails_sampling_goes_on_without(
+    simulated_cuda: SimulatedCuda, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = LAYOUTS["one level"]
     prior = build("transformer", layout).double()
     sampler, uniform = Sampler(prior, graphs=True), uniforms(0, torch.arange(2), layout.length)
@@ -121,17 +123,24 @@ def test_where_a_capture_fails_sampling_goes_on_without(simulated_cuda: Simulate
     for _ in range(2):
         assert equal(sampler(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
     assert capsys.readouterr().out == "warning: sampling goes on without CUDA graphs (RuntimeError: operation not permitted)\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "Stream", lambda device: torch.zeros(1).view(2))
+        assert equal(Sampler(prior, graphs=True)(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
+    assert "without CUDA graphs" in capsys.readouterr().out
     simulated_cuda.error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         Sampler(prior, graphs=True)(None, uniform, Sampling())
 
 
-def test_a_prior_with_nothing_but_steps_is_drawn_from_all_the_same(simulated_cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prior_with_nothing_but_steps_is_drawn_from_all_the_same(
+    simulated_cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     layout = LAYOUTS["top and bottom"]
     monkeypatch.setattr(PixelCNN, "fixed_steps", lambda *_: None)
     for kind in ("pixelcnn", "levelwise"):
         prior, uniform = build(kind, layout).double(), uniforms(0, torch.arange(2), layout.length)
         assert equal(Sampler(prior, graphs=True)(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
+        assert "no steps of fixed shape" in capsys.readouterr().out
     assert not simulated_cuda.graphs
 
 
