@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from stage1_vqvae.data.loader import read_to
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import summed
 from stage1_vqvae.training.progress import progress_bar
@@ -63,7 +64,7 @@ class Likelihood:
 def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
     """The likelihood of those rows' images, each once, whatever the processes; `batch_size` at once on each of them."""
     prior.eval()
-    device, labelled = accelerator.device, prior.num_classes > 0 and store.labels is not None
+    device, known = accelerator.device, store.labels if prior.num_classes > 0 else None
     # What a process has seen: nats of each position, and of each label's images; how many those are.
     nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=device)
     of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=device) for _ in range(2))
@@ -72,10 +73,15 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=device)
     asked[len(mine) :] = 0
     mine = torch.cat([mine, rows[: len(asked) - len(mine)]])
+
+    def read(part: slice) -> tuple[Tensor, ...]:
+        codes = store.codes(mine[part])
+        return codes if known is None else (*codes, known[mine[part]])
+
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
-        for part in batches(len(mine), batch_size):
-            codes = tuple(level.to(device) for level in store.codes(mine[part]))
-            labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
+        parts = batches(len(mine), batch_size)
+        for part, read_codes in zip(parts, read_to(device, read, parts), strict=True):
+            codes, labels = (read_codes, None) if known is None else (read_codes[:-1], read_codes[-1])
             found = -prior.log_prob(codes, labels).double()
             counted = asked[part]
             nats += counted @ found
@@ -88,7 +94,7 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     return Likelihood(
         images=len(rows),
         positions=(totals["nats"] / len(rows) / math.log(2)).cpu(),
-        labels={label: bits(sums[label] / count) for label, count in enumerate(counts) if count and labelled},
+        labels={label: bits(sums[label] / count) for label, count in enumerate(counts) if count and known is not None},
     )
 
 
