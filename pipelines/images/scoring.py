@@ -52,6 +52,6 @@ def surprisals(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, 
         for part in batches(count, BATCH_SIZE):
             of_codes = tuple(level[part].to(prior.device) for level in codes)
             of_labels = None if labels is None else labels[part].to(prior.device)
-            bits[part] = -prior.log_prob(of_codes, of_labels).double().cpu() / math.log(2)
+            bits[part] = -prior.log_prob(of_codes, of_labels).cpu().double() / math.log(2)
             bar.update(part.stop - part.start)
     return bits

@@ -21,6 +21,7 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.training.batching import share_of_step
+from stage1_vqvae.training.devices import numbered, pinned, work_on
 from stage1_vqvae.training.randomness import generator
 from stage1_vqvae.training.watch import progressed
 
@@ -70,8 +71,7 @@ class Loader:
     def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator, ahead: bool | None = None) -> None:
         """`ahead`: whether the next images are read in a thread; None: where that is worth it."""
         self._training, self._data, self._config = training, data, config
-        self._processes, self._rank, self._device = accelerator.num_processes, accelerator.process_index, accelerator.device
-        self._gpu = torch.cuda.current_device() if accelerator.device.type == "cuda" else None
+        self._processes, self._rank, self._device = accelerator.num_processes, accelerator.process_index, numbered(accelerator.device)
         self._order = order_of(training.pixels, config.batch_size, config.seed)
         self._ahead = worth_reading_ahead(accelerator.device) if ahead is None else ahead
         self._next: tuple[int, int] | None = None
@@ -117,7 +117,5 @@ class Loader:
             found = pixels.cropped(batch[share], [[crop] for crop in crops_from(draws, data.crop_area)])[:, 0]
         else:
             found = pixels_of(pixels, batch[share])
-        if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)  # of this thread, which would pin memory for the first one otherwise
-            found = found.pin_memory()
-        return found, variants[share]
+        work_on(self._device)
+        return pinned(found, self._device), variants[share]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from configs.errors import EXPLANATIONS, UserError
 from configs.schema import Compute
+from stage1_vqvae.training.devices import numbered, widest_float
 from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
 _COMPILER = "inductor"
@@ -48,9 +49,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
     broadcast by DDP: that the codebooks of all processes are equal is ours to keep.
     """
     patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
-    accelerators = torch.accelerator.current_accelerator(check_available=True)
-    # Apple's MPS has no float64, which sums and draws need.
-    on_cpu = accelerators is None or accelerators.type == "mps"
+    on_cpu = not torch.accelerator.is_available()
     if on_cpu and compute.mixed_precision == "fp16":
         raise UserError("compute.mixed_precision: expected no or bf16 on a CPU, found fp16")
     if compute.tracker is not None and importlib.util.find_spec(compute.tracker) is None:
@@ -80,6 +79,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
             raise UserError(
                 f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
             )
+        accelerator.state.device = numbered(accelerator.device)  # one process's has no number, which threads and comparisons need
         torch.set_num_threads(compute.threads or share_of_cores())
         # What a process found in the run before this line, all found: nobody writes into it earlier.
         accelerator.wait_for_everyone()
@@ -155,6 +155,7 @@ def summed(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str,
     """
     if accelerator.num_processes == 1:
         return dict(tensors)
-    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
+    device = accelerator.device
+    flat = torch.cat([tensor.detach().to(device, widest_float(device)).flatten() for tensor in tensors.values()])
     parts: Any = accelerator.reduce(flat, "sum").split([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view_as(tensor).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+    return {name: part.view_as(tensor).to(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.devices import as_float64, float64_device
 from stage1_vqvae.training.processes import summed
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.store import CodeStore
@@ -65,21 +66,22 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     prior.eval()
     device, labelled = accelerator.device, prior.num_classes > 0 and store.labels is not None
     # What a process has seen: nats of each position, and of each label's images; how many those are.
-    nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=device)
-    of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=device) for _ in range(2))
+    exact = float64_device(device)
+    nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=exact)
+    of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=exact) for _ in range(2))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     # Of a prior that is shared out, all processes ask equally often: who has a row less asks for one again, which does not count.
-    asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=device)
+    asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=exact)
     asked[len(mine) :] = 0
     mine = torch.cat([mine, rows[: len(asked) - len(mine)]])
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
         for part in batches(len(mine), batch_size):
             codes = tuple(level.to(device) for level in store.codes(mine[part]))
             labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
-            found = -prior.log_prob(codes, labels).double()
+            found = as_float64(-prior.log_prob(codes, labels))
             counted = asked[part]
             nats += counted @ found
-            index = prior.labels_or_null(labels, len(found))
+            index = prior.labels_or_null(labels, len(found)).to(exact)
             of_labels.index_add_(0, index, counted * found.mean(1))
             images.index_add_(0, index, counted)
             bar.update(len(found))

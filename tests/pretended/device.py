@@ -333,8 +333,13 @@ def _batch_norm_backward(x: Tensor, gradient: Tensor, weight: Any, *rest: Any) -
     )
 
 
-# Of what a CPU has no kernel for.
-_STAND_INS = {"cudnn_batch_norm": _batch_norm, "cudnn_batch_norm_backward": _batch_norm_backward}
+# Of what a CPU has no kernel for; and of views that operators below this one would not look through.
+_STAND_INS = {
+    "cudnn_batch_norm": _batch_norm,
+    "cudnn_batch_norm_backward": _batch_norm_backward,
+    "_conj": torch.ops.aten._conj_physical.default,
+    "_neg_view": torch.ops.aten.neg.default,
+}
 
 
 class _Attention(torch.autograd.Function):
@@ -435,7 +440,8 @@ def install(kind: str = "cuda", devices: int = 1) -> None:
 
     torch's own Python stays in charge of what it checks: `torch.cuda.set_device("cuda")` is refused, as it is on a GPU.
     """
-    assert kind in ("cuda", "mps") and _installed.kind is None
+    assert kind in ("cuda", "mps")
+    assert _installed.kind is None
     _installed.kind, _installed.devices = kind, devices
     _GUARD.install_guards()
     # Backward passes run in their caller's thread, where the line that asked for them is on the stack.

@@ -22,7 +22,8 @@ def compiler() -> str | None:
 def build(folder: Path) -> Path:
     """The library, compiled into a folder within about a second. Errors: CalledProcessError, with what the compiler says."""
     spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     torch = Path(spec.submodule_search_locations[0])
     library = folder / "guard.so"
     headers = ["-I", str(torch / "include")]
