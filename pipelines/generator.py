@@ -38,7 +38,7 @@ from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.devices import float64_copy, numbered
+from stage1_vqvae.training.devices import float64_copy, float64_device, numbered
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.cuda_graphs import GraphedTransformer
@@ -146,7 +146,7 @@ class Generator:
         path = finished_prior(run, prior, f"{TRAIN_PRIOR} --run {run}")
         found, header = load_prior(path, fingerprint(run.tokenizer), device)
         if precision == "float64":
-            found.double()
+            found.to(float64_device(device)).double()
         if compile and isinstance(found, Transformer) and device.type == "cuda":
             found = GraphedTransformer(found)
         return cls(run, tokenizer, found, header, path.parent.name, data, sampling, accelerator)

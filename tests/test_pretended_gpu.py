@@ -50,8 +50,8 @@ class Chain(NamedTuple):
     seen: list[dict[str, Any]]
 
 
-def chain_of(processes: int, folder: Path, recipe: Path, pretended: Pretended) -> Chain:
-    done = pretended("cuda", processes, "tests.pretended.chain", recipe, folder / "run", folder / "seen", processes=processes)
+def chain_of(kind: str, processes: int, folder: Path, recipe: Path, pretended: Pretended) -> Chain:
+    done = pretended(kind, processes, "tests.pretended.chain", recipe, folder / "run", folder / "seen", processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
     return Chain(folder / "run", [json.loads((folder / f"seen.{rank}.json").read_text()) for rank in range(processes)])
 
@@ -59,13 +59,19 @@ def chain_of(processes: int, folder: Path, recipe: Path, pretended: Pretended) -
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
     """By one process, for which Accelerate's device has no number."""
-    return chain_of(1, tmp_path_factory.mktemp("alone"), recipe, pretended)
+    return chain_of("cuda", 1, tmp_path_factory.mktemp("alone"), recipe, pretended)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
     """By two processes, a GPU each, under NCCL's rules."""
-    return chain_of(2, tmp_path_factory.mktemp("together"), recipe, pretended)
+    return chain_of("cuda", 2, tmp_path_factory.mktemp("together"), recipe, pretended)
+
+
+@pytest.fixture(scope="module")
+def of_apple(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
+    """On a device without float64."""
+    return chain_of("mps", 1, tmp_path_factory.mktemp("apple"), recipe, pretended)
 
 
 def figures(run: Path) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def stored(folder: Path) -> list[Tensor]:
     return [torch.cat([shard[name] for shard in shards]) for name in sorted(shards[0]) if name.startswith("level")]
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("alone", 1e-5), ("together", 1e-3)])
+@pytest.mark.parametrize(("name", "tolerance"), [("alone", 1e-5), ("together", 1e-3), ("of_apple", 1e-5)])
 def test_figures_are_those_of_the_cpu(name: str, tolerance: float, run_of_cpu: Path, request: pytest.FixtureRequest) -> None:
     """Of several processes sums are in another order, and what comes of that grows from step to step."""
     run = request.getfixturevalue(name).run
@@ -97,10 +103,21 @@ def test_figures_are_those_of_the_cpu(name: str, tolerance: float, run_of_cpu: P
             assert (level == of_cpu).double().mean() > 0.99
 
 
-def test_samples_are_those_of_the_cpu(alone: Chain, run_of_cpu: Path) -> None:
+@pytest.mark.parametrize("name", ["alone", "of_apple"])
+def test_samples_are_those_of_the_cpu(name: str, run_of_cpu: Path, request: pytest.FixtureRequest) -> None:
     """Drawn in float64, from weights that are the same to float tolerance."""
-    grids = [np.asarray(Image.open(run / "samples/000/grid.png"), dtype=int) for run in (alone.run, run_of_cpu)]
+    runs = request.getfixturevalue(name).run, run_of_cpu
+    grids = [np.asarray(Image.open(run / "samples/000/grid.png"), dtype=int) for run in runs]
     assert np.abs(grids[0] - grids[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "program"), [("cuda", 2, "tests.pretended.rules"), ("mps", 1, "tests.pretended.apple")], ids=["gpu", "apple"]
+)
+def test_rules_of_a_pretended_device(kind: str, devices: int, program: str, pretended: Pretended) -> None:
+    """What it refuses, counts and replays; and training/devices.py on it."""
+    done = pretended(kind, devices, program)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("command", ["resume", "resume prior"])

@@ -20,6 +20,7 @@ import importlib
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -446,6 +447,7 @@ def install(kind: str = "cuda", devices: int = 1) -> None:
     _GUARD.install_guards()
     # Backward passes run in their caller's thread, where the line that asked for them is on the stack.
     torch.autograd.set_multithreading_enabled(False).__enter__()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object, from and to the device
     importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(OnDevice)  # as tensors of a GPU
     sys.modules["triton"] = None  # type: ignore[assignment]
     torch.Tensor.pin_memory, torch.Tensor.is_pinned = _pin, _is_pinned  # type: ignore[method-assign,assignment]
@@ -508,7 +510,7 @@ def _install_cuda(bindings: dict[str, Any], devices: int) -> None:
 
 
 def _install_mps(_: dict[str, Any], __: int) -> None:
-    torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True  # type: ignore[assignment]
+    torch.backends.mps.is_available = torch.backends.mps.is_built = cache(lambda: True)  # type: ignore[assignment]
     told: dict[str, Any] = {
         "synchronize": lambda: waits("synchronize"),
         "empty_cache": lambda: None,

@@ -14,13 +14,13 @@ import yaml
 from tests.conftest import TINY
 
 _INTERVALS = ("log_interval", "validation_interval", "checkpoint_interval")
+_ADVERSARY = {"kind": "patch", "layers": 1, "channels": 4, "penalty": "r1", "start": 0.0, "ramp": 0.0}
 SETTINGS: dict[str, Any] = {
     **TINY,
-    "stage1": {**TINY["stage1"], "steps": 12, **dict.fromkeys(_INTERVALS, 6)},
+    "stage1": {**TINY["stage1"], "steps": 12, **dict.fromkeys(_INTERVALS, 6), "adversarial": _ADVERSARY},
     "stage2": {**TINY["stage2"], "steps": 6, **dict.fromkeys(_INTERVALS, 3)},
     # What a layer drops is a function of the process too.
     "prior": {**TINY["prior"], "dropout": 0.0},
-    "sampling": {"precision": "float64"},
 }
 
 # After the first step.
@@ -43,7 +43,8 @@ def commands(recipe: Path, run: Path, processes: int = 1) -> dict[str, list[str]
         "extract": ["stage2_prior.extract_codes", *of_run],
         "prior": ["stage2_prior.train", *of_run, *_STOPPED],
         "resume prior": ["stage2_prior.train", *of_run, "--resume"],
-        "sample": ["pipelines.sample", *of_run, "--n", "5"],
+        "sample": ["pipelines.sample", *of_run, "--n", "5", "--precision", "float64"],
+        "sample as the device does": ["pipelines.sample", *of_run, "--n", "2"],
         "evaluate": ["pipelines.evaluate", *of_run, "--n", "8", "--features", "classifier"],
         "compress": ["pipelines.compress", *of_run, "--output", str(run.with_suffix(".vqc"))],
     }
