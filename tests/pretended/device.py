@@ -423,6 +423,19 @@ def _is_pinned(tensor: Tensor, *_: Any) -> bool:
     return not isinstance(tensor, OnDevice) and getattr(tensor.untyped_storage(), "is_pinned_here", False)
 
 
+_apply = torch.nn.Module._apply
+
+
+def _moved(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    """`Module.to`: a parameter stays the same object, to the device and from it."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return _apply(module, *args, **kwargs)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
 def _set_device(index: int) -> None:
     if not 0 <= index < _installed.devices:
         raise RuntimeError(f"invalid device ordinal {index}, of {_installed.devices}")
@@ -447,7 +460,7 @@ def install(kind: str = "cuda", devices: int = 1) -> None:
     _GUARD.install_guards()
     # Backward passes run in their caller's thread, where the line that asked for them is on the stack.
     torch.autograd.set_multithreading_enabled(False).__enter__()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object, from and to the device
+    torch.nn.Module._apply = _moved  # type: ignore[method-assign]
     importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(OnDevice)  # as tensors of a GPU
     sys.modules["triton"] = None  # type: ignore[assignment]
     torch.Tensor.pin_memory, torch.Tensor.is_pinned = _pin, _is_pinned  # type: ignore[method-assign,assignment]
