@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="of a block")
     parser.add_argument("--blocks", type=int, default=9)
     options = parser.parse_args()
-    accelerator, recipe = Accelerator(cpu=not torch.cuda.is_available()), load_recipe(options.config)
+    accelerator, recipe = Accelerator(cpu=not torch.accelerator.is_available()), load_recipe(options.config)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data or recipe.data.path))
     images = load_images(recipe.data, [TRAIN], progress=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -37,6 +37,7 @@ from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.train import begin, build, take_step
+from stage1_vqvae.training.devices import wait_for
 
 _IN_MEMORY = "batches in memory"
 
@@ -94,7 +95,7 @@ def recipe_of(options: argparse.Namespace, **data: object) -> Recipe:
 
 def steps(options: argparse.Namespace) -> None:
     """Step times by where images come from."""
-    accelerator, recipe = Accelerator(cpu=not torch.cuda.is_available()), recipe_of(options)
+    accelerator, recipe = Accelerator(cpu=not torch.accelerator.is_available()), recipe_of(options)
     kept = load_images(recipe.data, [TRAIN], progress=True).splits[TRAIN]
     some = torch.arange(min(len(kept), 50 * recipe.stage1.batch_size))
     ways = {_IN_MEMORY: (recipe.data, ImageSplit(kept.pixels[some].clone(), None), False)}
@@ -119,8 +120,7 @@ def steps(options: argparse.Namespace) -> None:
                 began = time.perf_counter()
                 for step in range(options.steps):
                     take_step(accelerator, models, loader, recipe.stage1, block * (options.steps + 1) + 1 + step)
-                if accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()
+                wait_for(accelerator.device)
                 seconds = time.perf_counter() - began
                 if block:
                     found[name].append(seconds / options.steps)

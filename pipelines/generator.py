@@ -8,7 +8,6 @@ generator.sample(4, label="7", seed=1)[0].save("seven.png")
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.devices import float64_copy, float64_device, numbered
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.generate import Sampler, default_precision, in_bfloat16
 from stage2_prior.priors.contract import AutoregressivePrior
@@ -129,9 +129,8 @@ class Generator:
         if accelerator is not None:
             device = accelerator.device
         elif device is None:
-            there = torch.accelerator.current_accelerator(check_available=True)
-            device = "cpu" if there is None or there.type == "mps" else there  # Apple's has no float64, which draws need
-        device = torch.device(device)
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = numbered(torch.device(device))
         if not run.tokenizer.exists():
             raise UserError(f"{run}: stage 1 has not finished")
         tokenizer = load_tokenizer(run, device)
@@ -143,7 +142,7 @@ class Generator:
         path = finished_prior(run, prior, f"{TRAIN_PRIOR} --run {run}")
         found, header = load_prior(path, fingerprint(run.tokenizer), device)
         if sampling.precision == "float64":
-            found.double()
+            found.to(float64_device(device)).double()
         return cls(run, tokenizer, found, header, path.parent.name, data, sampling, accelerator)
 
     def __repr__(self) -> str:
@@ -361,7 +360,7 @@ class Generator:
         codes = decode_codes(prior, content.coded, content.labels, progress=progress)
         if content.lossless is None:
             return codes, None
-        pixels = decode_pixels(copy.deepcopy(self.tokenizer).double(), codes, content.lossless.pixels, progress=progress)
+        pixels = decode_pixels(float64_copy(self.tokenizer), codes, content.lossless.pixels, progress=progress)
         return codes, with_stored(pixels, content.lossless.stored)
 
     # --- what goes in, and what comes out
@@ -411,7 +410,7 @@ class Generator:
         prior = self._need_prior()
         if next(prior.parameters()).dtype == torch.float64:
             return prior
-        return copy.deepcopy(prior).double()
+        return float64_copy(prior)
 
     def _check(self, codes: Codes) -> None:
         expected = [(len(codes[0]), *grid) for grid in self.tokenizer.grids] if len(codes) else []

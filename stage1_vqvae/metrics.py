@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stage1_vqvae.training.devices import as_float64, float64_device
+
 _SSIM_WINDOW = 11
 # Numbers at once on an accelerator, to bound memory. On a CPU it is one image at a time: the same bits, and up to twice as fast as 128,
 # since intermediate results stay in its caches.
@@ -19,7 +21,7 @@ _SSIM_NUMBERS = 2**22
 
 def squared_errors(pictures: Tensor, originals: Tensor) -> Tensor:
     """Mean squared error of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]."""
-    return ((pictures.double() - originals.double()) / 255).square().mean(dim=(1, 2, 3))
+    return ((as_float64(pictures) - as_float64(originals)) / 255).square().mean(dim=(1, 2, 3))
 
 
 def psnr(mse: float) -> float:
@@ -45,13 +47,13 @@ def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     if min(pictures.shape[1:3]) < _SSIM_WINDOW:
-        return torch.full((len(pictures),), torch.nan, dtype=torch.float64, device=pictures.device)
+        return torch.full((len(pictures),), torch.nan, dtype=torch.float64, device=float64_device(pictures.device))
     size = 1 if pictures.device.type == "cpu" else max(1, _SSIM_NUMBERS // pictures[0].numel())
     # Positions whose window reaches beyond the image are left out, as the paper's own code and scikit-image do; torchmetrics keeps them.
     border = _SSIM_WINDOW // 2
     found = []
     for pair in zip(pictures.split(size), originals.split(size), strict=True):
-        made, wanted = (images.movedim(-1, 1).double() / 255 for images in pair)
+        made, wanted = (as_float64(images.movedim(-1, 1)) / 255 for images in pair)
         _, similarities = structural_similarity_index_measure(
             made, wanted, sigma=1.5, reduction="none", data_range=1.0, return_full_image=True
         )
@@ -61,12 +63,13 @@ def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
 
 def usage(*counts: Tensor) -> float:
     """Share of codes with a count above zero; counts (K,), of several levels all codes together."""
-    return float((torch.cat(counts) > 0).double().mean())
+    return float(as_float64(torch.cat(counts) > 0).mean())
 
 
 def entropy_bits(counts: Tensor) -> float:
     """Entropy in bits of the distribution the counts (K,) give; 0 without any."""
-    shares = counts.double() / counts.sum().clamp(min=1)
+    counts = as_float64(counts)
+    shares = counts / counts.sum().clamp(min=1)
     return float(torch.special.entr(shares).sum() / math.log(2))
 
 

@@ -59,7 +59,7 @@ def codebook_picture(path: Path, levels: Sequence[tuple[Tensor, Tensor | None]])
         if codebook is None:
             panels[1].set_axis_off()
         else:
-            _draw_codes(panels[1], counts, codebook.detach().double().cpu())
+            _draw_codes(panels[1], counts, codebook.detach().cpu().double())
     save_figure(path, figure)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from configs.errors import UserError, say
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.devices import as_float64, float64_device
 from stage1_vqvae.training.kernels import Kernel
 from stage1_vqvae.training.precision import full_precision
 from stage1_vqvae.training.randomness import generator
@@ -85,7 +86,7 @@ def warp(logits: Tensor, config: Sampling) -> Tensor:
     top_k keeps the k likeliest, and those equal to the k-th; top_p the fewest likeliest whose probability reaches p
     (Holtzman et al. 2020); min_p those at least that share as likely as the likeliest (Nguyen et al. 2024).
     """
-    logits = logits.double()
+    logits = as_float64(logits)
     if config.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     if config.temperature != 1:
@@ -129,7 +130,7 @@ def generate(
 
     Args:
         prior: in eval mode.
-        labels: (B,) on the prior's device, or None for no label.
+        labels: (B,), or None for no label.
         uniform: (B, T) from `uniforms`.
         config: temperature, top_k, top_p, min_p, guidance.
         given: codes (B, h, w) a level to take over where `kept`, masks (h, w) a level, is true: the others are drawn, each
@@ -140,9 +141,10 @@ def generate(
     assert not prior.training
     assert (given is None) == (kept is None)
     device, layout = prior.device, prior.layout
-    uniform = uniform.to(device)
+    uniform = uniform.to(float64_device(device))
     batch = len(uniform)
     guides = labels is not None and config.guidance != 1
+    labels = None if labels is None else labels.to(device)
     if guides:
         assert labels is not None
         # Conditional and unconditional sequences run in one batch and share every code.
@@ -152,7 +154,7 @@ def generate(
     sequences = layout.flat(given).to(device) if given is not None else torch.empty(batch, layout.length, dtype=torch.int64, device=device)
     drawn = [True] * layout.length if kept is None else (~layout.flat(kept)[0]).tolist()
     code = None
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=uniform.device)
     for position, scale in enumerate(scales):
         logits = full_precision(prior.step(code, labels, cache))
         if drawn[position]:

@@ -17,14 +17,17 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from configs.run_dir import REPOSITORY
+from tests.pretended import guard
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
+Pretended = Callable[..., subprocess.CompletedProcess[str]]
 
 # Files of a minute and more. They begin first, so that no worker is left with one when the others have nothing more to do.
 LONGEST = (
     "test_ranks.py",
+    "test_pretended_gpu.py",
     "test_two_processes.py",
     "test_app.py",
     "test_export_web.py",
@@ -178,6 +181,24 @@ def script() -> Script:
         options = [] if threads is None else ["--compute.threads", str(threads)]
         command = [sys.executable, *(torchrun if processes > 1 else []), str(REPOSITORY / path), *map(str, arguments), *options]
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pretended(tmp_path_factory: pytest.TempPathFactory) -> Pretended:
+    """Run a module's `main(arguments)` as on a machine with pretended devices (tests/pretended/device.py), in processes of its own:
+    `pretended("cuda", 2, "tests.pretended.chain", ...)`.
+    """
+    if guard.compiler() is None:
+        pytest.skip("a pretended device takes a C++ compiler, which this machine does not have")
+    environment = {**os.environ, guard.LIBRARY: str(guard.build(tmp_path_factory.mktemp("guard")))}
+
+    def run(kind: str, devices: int, program: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
+        words = [str(REPOSITORY / "tests/pretended/run.py"), kind, str(devices), program, *map(str, arguments)]
+        command = [sys.executable, *(torchrun if processes > 1 else []), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False, env=environment)
 
     return run
 

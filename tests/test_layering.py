@@ -29,7 +29,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     },
     "stage1_vqvae": {
         "training": set(),
-        "metrics": set(),
+        "metrics": {"training"},
         "plots": set(),
         "pictures": set(),
         "data": {"training"},

@@ -50,8 +50,8 @@ class Cost(NamedTuple):
 def as_on_a_gpu() -> Iterator[None]:
     """Tensors without data are the CPU's here, but take the paths that a GPU's take."""
     with (
-        mock.patch.object(group_norm, "on_accelerator", lambda x: True),
-        mock.patch.object(vqgan, "on_accelerator", lambda x: True),
+        mock.patch.object(group_norm, "on_accelerator", return_value=True),
+        mock.patch.object(vqgan, "on_accelerator", return_value=True),
     ):
         yield
 

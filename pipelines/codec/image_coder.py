@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from pipelines.images.scoring import surprisals
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import png
 from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.devices import float64_copy
 from stage2_prior.priors.contract import AutoregressivePrior
 
 
@@ -61,7 +61,7 @@ def encode_images(
     codes, reconstructions = encode_and_decode(tokenizer, pixels, batch, progress)
     bound, pixel_part = torch.zeros(0, dtype=torch.float64), None
     if lossless:
-        exact = copy.deepcopy(tokenizer).double()
+        exact = float64_copy(tokenizer)
         bound = surprisals(prior, codes, labels, "bits of codes", progress).sum(1) + pixel_bits(exact, codes, pixels, progress)
         stored = smaller_as_png(pixels, bound)
         coded = torch.tensor([number not in stored for number in range(len(pixels))], dtype=torch.bool)
@@ -96,7 +96,7 @@ def verify(
     if not (same and labels_same and found._replace(labels=None) == content._replace(labels=None)):
         raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
     if found.lossless is not None:
-        exact = copy.deepcopy(tokenizer).double()
+        exact = float64_copy(tokenizer)
         of_pixels = found.lossless.pixels
         decoded = decode_pixels(exact, encoded.codes, of_pixels, at_once=-(-of_pixels.batch // 2), progress=progress)
         if not torch.equal(with_stored(decoded, found.lossless.stored), pixels):

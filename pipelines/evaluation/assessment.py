@@ -16,7 +16,6 @@ from pipelines.evaluation.distances import (
     Moments,
     Reference,
     Spread,
-    exact_device,
     inception_score,
     mean_with_interval,
     nearest,
@@ -37,6 +36,7 @@ from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import image_grid
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.devices import float64_device
 from stage1_vqvae.training.precision import ieee_float32
 from stage1_vqvae.training.randomness import generator
 from stage2_prior.codes.sequence import SequenceLayout
@@ -116,7 +116,7 @@ class Assessor:
         defined or its network is not at hand. `frechet`: between the split and its own reconstructions (rFD).
         """
         originals, pictures = self.source.splits[split].pixels, self.coded(split)[1]
-        parts = device_batches(exact_device(self.network.device), self.config.batch_size, pictures, originals)
+        parts = device_batches(float64_device(self.network.device), self.config.batch_size, pictures, originals)
         of_both = torch.cat([torch.stack([squared_errors(*pair), ssim_of_each(*pair)]).cpu() for _, pair in parts], 1)
         errors, similarities = of_both
         of_each = {

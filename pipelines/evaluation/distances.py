@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage1_vqvae.training.devices import float64_device
 from stage1_vqvae.training.precision import ieee_float32
 from stage1_vqvae.training.randomness import generator
 
@@ -46,17 +47,12 @@ class Neighbours(NamedTuple):
     """Rows of those in the reference, (N, k)."""
 
 
-def exact_device(device: torch.device) -> torch.device:
-    """Where to compute in float64 for work on a device: there, or on the CPU where it has none, as Apple's."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 class Moments:
     """Mean and covariance of vectors that come batch by batch and are not kept, in float64."""
 
     def __init__(self, device: torch.device) -> None:
         """`device`: where to sum up."""
-        self._device, self._count = exact_device(device), 0
+        self._device, self._count = float64_device(device), 0
         self._mean = self._scatter = torch.zeros((), dtype=torch.float64, device=self._device)
 
     def add(self, vectors: Tensor) -> None:
@@ -132,7 +128,7 @@ class Reference:
 
     def frechet(self, images: Tensor) -> float | None:
         """Between Gaussians with the sets' means and covariances (Heusel et al. 2017, equation 6)."""
-        if exact_device(self.device).type != "cpu":
+        if float64_device(self.device).type != "cpu":
             gaussian = Moments.of(images, self.device).gaussian()
             return None if self._gaussian is None or gaussian is None else self._gaussian.frechet(gaussian)
         if min(len(images), len(self.vectors)) < 2:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.evaluation.distances import Gaussian, Moments, Reference, exact_device, ordered_inception_score
+from pipelines.evaluation.distances import Gaussian, Moments, Reference, ordered_inception_score
 from pipelines.images.npz import array_in, names_in
 from stage1_vqvae.features.networks import POOLED, SPATIAL, Features
+from stage1_vqvae.training.devices import float64_device
 
 OPTION = "--reference"
 IMAGES = "arr_0"
@@ -138,7 +139,7 @@ class BatchComparison:
 
 
 def _moved(found: Gaussian, device: torch.device) -> Gaussian:
-    device = exact_device(device)
+    device = float64_device(device)
     return Gaussian(found.mean.to(device), found.covariance.to(device))
 
 

@@ -6,7 +6,6 @@ these two terms are the whole evidence bound (van den Oord et al. 2017, section 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.metrics import index_bits
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.devices import float64_copy
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.priors.contract import AutoregressivePrior
 
@@ -65,7 +65,7 @@ def image_bits(
         knows_no_label: whether the prior has learned p(z) without a class.
         progress: show bars.
     """
-    exact = copy.deepcopy(tokenizer).double()
+    exact = float64_copy(tokenizer)
     of_pixels = pixel_bits(exact, codes, pixels, progress)
     found = {"pixels": of_pixels, "uniform": of_pixels + index_bits(tokenizer.grids, tokenizer.quantizer.num_codes)}
     if counts is not None:
@@ -74,7 +74,7 @@ def image_bits(
             smoothed = torch.from_numpy(count).double() + 1
             found["unigram"] -= (smoothed / smoothed.sum()).log2()[level].flatten(1).sum(1)
     if prior is not None:
-        prior = copy.deepcopy(prior).double()
+        prior = float64_copy(prior)
         if knows_no_label:
             found["learned"] = of_pixels + surprisals(prior, codes, None, "bits of codes", progress).sum(1)
         if labels is not None:

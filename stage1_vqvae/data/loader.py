@@ -21,6 +21,7 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.training.batching import share_of_step
+from stage1_vqvae.training.devices import numbered, pinned, work_on
 from stage1_vqvae.training.randomness import generator
 from stage1_vqvae.training.watch import progressed
 
@@ -63,14 +64,12 @@ def read_to(
 
     `ahead`: whether the next are read in a thread; None: where that is worth it.
     """
-    gpu = torch.cuda.current_device() if device.type == "cuda" else None
+    device = numbered(device)
 
     def read_for_device(key: Key) -> tuple[Tensor, ...]:
         found = read(key)
-        if gpu is None:
-            return found
-        torch.cuda.set_device(gpu)  # of this thread, which would pin memory for the first one otherwise
-        return tuple(tensor.pin_memory() for tensor in found)
+        work_on(device)  # this thread may be a new one
+        return tuple(pinned(tensor, device) for tensor in found)
 
     for found in read_ahead(read_for_device, keys, worth_reading_ahead(device) if ahead is None else ahead):
         yield tuple(tensor.to(device, non_blocking=True) for tensor in found)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from configs.schema import Tokenizer
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.quantizers.contract import Levels
+from stage1_vqvae.training.devices import as_float64
 
 # A window or split with fewer vectors a code than this says nothing of usage.
 _ENOUGH_PER_CODE = 4
@@ -95,7 +96,8 @@ def nearest_distances(vectors: Tensor) -> Tensor:
     """The distance of each code (of the first few thousand) to the nearest other one, as a share of the root-mean-square
     distance of codes (K, d) from their mean.
     """
-    vectors = vectors.double() - vectors.double().mean(0)
+    vectors = as_float64(vectors)
+    vectors = vectors - vectors.mean(0)
     scale = vectors.square().sum(1).mean().sqrt().clamp(min=1e-30)
     found: list[Tensor] = []
     size = max(1, 2**24 // len(vectors))

@@ -21,6 +21,7 @@ from stage1_vqvae.pictures import grid_scale, image_grid, reconstruction_grid, s
 from stage1_vqvae.plots import codebook_picture, training_graph
 from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.devices import float64_device
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import summed
 from stage1_vqvae.training.progress import progress_bar
@@ -48,7 +49,7 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     mine = torch.arange(rank, len(validation), processes)
     zero = torch.zeros((), device=accelerator.device)
     names = tokenizer.objective.loss_names
-    totals = {"mse": zero, "loss": zero, **dict.fromkeys(names, zero)}
+    totals = {"mse": zero.to(float64_device(accelerator.device)), "loss": zero, **dict.fromkeys(names, zero)}
     totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
     with progress_bar(len(mine), "validate", "img", within=True) as bar:
         ahead = worth_reading_ahead(accelerator.device)

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from configs.schema import AdversarialPart, DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.training.devices import widest_float
 from stage1_vqvae.training.precision import full_precision
 
 # Decay a step of the gradients' norms and of LeCam's mean logits. Norms are averaged, not their ratio: in the few steps in which the
@@ -60,8 +61,9 @@ class Adversary(nn.Module):
         # Not on the device: nobody should wait for them to be told.
         self.register_buffer("begun", torch.tensor(-1))
         self.register_buffer("ramp", torch.tensor(0))
-        self.register_buffer("norms", torch.full((2,), -1.0, dtype=torch.float64, device=device))  # of the others' gradient, of its own
-        self.register_buffer("logits", torch.zeros(2, dtype=torch.float64, device=device))  # of real images, of reconstructions
+        wide = widest_float(device)
+        self.register_buffer("norms", torch.full((2,), -1.0, dtype=wide, device=device))  # of the others' gradient, of its own
+        self.register_buffer("logits", torch.zeros(2, dtype=wide, device=device))  # of real images, of reconstructions
 
     begun: Tensor
     ramp: Tensor
@@ -123,12 +125,12 @@ class Adversary(nn.Module):
             mean_real, mean_made = self.logits.to(loss).unbind()
             away = [(logits - mean_made).square() for logits in real], [(logits - mean_real).square() for logits in of_made]
             loss = loss + self.part.penalty_weight * (_mean(away[0]) + _mean(away[1]))
-        return loss, {_REAL: _mean(real).detach().double(), _MADE: _mean(of_made).detach().double()}
+        return loss, {_REAL: _mean(real).detach().to(self.logits), _MADE: _mean(of_made).detach().to(self.logits)}
 
     @torch.no_grad()
     def update_(self, statistics: dict[str, Tensor], parts: int) -> None:
         """After a step, by the statistics of `discriminator_loss` and `gradients_at`, summed over its `parts`: once for all processes."""
-        norms = torch.stack([statistics[_OTHERS].norm(), statistics[_PULL].norm()]).double() / parts
+        norms = torch.stack([statistics[_OTHERS].norm(), statistics[_PULL].norm()]).to(self.norms) / parts
         averaged = torch.where(self.norms < 0, norms, self.norms.lerp(norms, 1 - _DECAY))
         self.norms.copy_(torch.where(norms.isfinite(), averaged, self.norms))  # half precision may overflow, and goes on
         self.logits.lerp_(torch.stack([statistics[_REAL], statistics[_MADE]]) / parts, 1 - _DECAY)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from configs.errors import say
 from configs.schema import Stage1, Stage2
+from stage1_vqvae.training.devices import wait_for, widest_float
 
 Section = TypeVar("Section", Stage1, Stage2)
 
@@ -52,13 +53,12 @@ def fitting_steps(
 
     def slowest(taken: float) -> float:
         """The longest of the processes' times."""
-        return float(accelerator.gather(torch.tensor([taken], dtype=torch.float64, device=accelerator.device)).max())
+        return float(accelerator.gather(torch.tensor([taken], dtype=widest_float(accelerator.device), device=accelerator.device)).max())
 
     def seconds(work: Callable[[], object]) -> float:
         start = time.monotonic()
         work()
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
+        wait_for(accelerator.device)
         return slowest(time.monotonic() - start)
 
     def pace_of(take_step: Callable[[int], object], share: float) -> float:

@@ -23,6 +23,7 @@ from configs.errors import UserError, say
 from configs.run_dir import RunDir, read_summed_json, write_summed_json
 from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, read_file, write_file
 from stage1_vqvae.training.checkpoint_shards import check_shards, read_shards, shards_group, write_shards
+from stage1_vqvae.training.devices import numbered, work_on
 from stage1_vqvae.training.sharding import own_part, shared_out_as
 from stage1_vqvae.training.watch import progressed
 
@@ -35,7 +36,7 @@ class Checkpoints:
     def __init__(self, folder: Path, stage: str, keep: int, accelerator: Accelerator, shared_out: bool = False) -> None:
         """`shared_out`: whether the tensors that are saved are, over several processes, all of which make one of these then."""
         self.folder, self.stage, self.keep = folder, stage, keep
-        self._accelerator = accelerator
+        self._accelerator, self._device = accelerator, numbered(accelerator.device)
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         # Of what is written, since the training goes on using its own.
@@ -168,9 +169,7 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, Any], score: float | None) -> None:
         path = self.folder / f"step-{step:09d}.{'pt' if self._group is None else 'shards'}"
         try:
-            if self._accelerator.device.type == "cuda":
-                # A new thread's is the first GPU, of which every process would take memory by asking for anything.
-                torch.cuda.set_device(self._accelerator.device)
+            work_on(self._device)
             if self._accelerator.is_main_process:
                 for part in self.folder.glob("step-*.tmp-*"):  # of a process that was killed while it wrote
                     _remove(part)

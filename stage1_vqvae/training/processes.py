@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from configs.errors import EXPLANATIONS, UserError, say
 from configs.schema import Compute
+from stage1_vqvae.training.devices import numbered, widest_float
 from stage1_vqvae.training.precision import resolve_precision, set_float32
 from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
@@ -53,9 +54,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
     decoding are float32 by TF32 products: they take a small part of a run's time, and what they write is read by everything after them.
     """
     patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
-    accelerators = torch.accelerator.current_accelerator(check_available=True)
-    # Apple's MPS has no float64, which sums and draws need.
-    on_cpu = accelerators is None or accelerators.type == "mps"
+    on_cpu = not torch.accelerator.is_available()
     if on_cpu and compute.mixed_precision == "fp16":
         raise UserError("compute.mixed_precision: expected no or bf16 on a CPU, found fp16")
     if compute.tracker is not None and importlib.util.find_spec(compute.tracker) is None:
@@ -64,6 +63,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         )
     # Accelerate's to mend: what it passes on for us has another name since torch 2.14.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    accelerators = torch.accelerator.current_accelerator()
     device = "cpu" if on_cpu or accelerators is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerators.type
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = resolve_precision(compute.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), device, bf16)
@@ -88,6 +88,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
             raise UserError(
                 f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
             )
+        accelerator.state.device = numbered(accelerator.device)  # one process's has no number, which threads and comparisons need
         if precision.float32 is not None:
             set_float32(precision.float32)  # after Accelerate, which allows TF32 where it compiles
         if precision.line is not None and precision.line != _Command.precision:
@@ -168,6 +169,7 @@ def summed(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str,
     """
     if accelerator.num_processes == 1:
         return dict(tensors)
-    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
+    device = accelerator.device
+    flat = torch.cat([tensor.detach().to(device, widest_float(device)).flatten() for tensor in tensors.values()])
     parts: Any = accelerator.reduce(flat, "sum").split([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view_as(tensor).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+    return {name: part.view_as(tensor).to(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}

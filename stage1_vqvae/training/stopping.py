@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError
+from stage1_vqvae.training.devices import widest_float
 from stage1_vqvae.training.watch import progressed
 
 STOPPED_IN_TIME = 75
@@ -100,7 +101,7 @@ def check_finite(steps: Sequence[Mapping[str, Tensor]], first: int, advice: str)
         advice: what helps.
     """
     named = [(first + number, name, value) for number, terms in enumerate(steps) for name, value in terms.items()]
-    values = torch.stack([value.detach().double() for _, _, value in named]).tolist()
+    values = torch.stack([value.detach().to(widest_float(value.device)) for _, _, value in named]).tolist()
     for (step, name, _), value in zip(named, values, strict=True):
         if not math.isfinite(value):
             raise UserError(f"step {step}: expected {name} to be finite, found {value}; {advice}")

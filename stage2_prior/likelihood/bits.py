@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stage1_vqvae.data.loader import read_to
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.devices import as_float64, float64_device
 from stage1_vqvae.training.processes import summed
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.store import CodeStore
@@ -66,11 +67,12 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     prior.eval()
     device, known = accelerator.device, store.labels if prior.num_classes > 0 else None
     # What a process has seen: nats of each position, and of each label's images; how many those are.
-    nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=device)
-    of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=device) for _ in range(2))
+    exact = float64_device(device)
+    nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=exact)
+    of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=exact) for _ in range(2))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     # Of a prior that is shared out, all processes ask equally often: who has a row less asks for one again, which does not count.
-    asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=device)
+    asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=exact)
     asked[len(mine) :] = 0
     mine = torch.cat([mine, rows[: len(asked) - len(mine)]])
 
@@ -82,10 +84,10 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
         parts = batches(len(mine), batch_size)
         for part, read_codes in zip(parts, read_to(device, read, parts), strict=True):
             codes, labels = (read_codes, None) if known is None else (read_codes[:-1], read_codes[-1])
-            found = -prior.log_prob(codes, labels).double()
+            found = as_float64(-prior.log_prob(codes, labels))
             counted = asked[part]
             nats += counted @ found
-            index = prior.labels_or_null(labels, len(found))
+            index = prior.labels_or_null(labels, len(found)).to(exact)
             of_labels.index_add_(0, index, counted * found.mean(1))
             images.index_add_(0, index, counted)
             bar.update(len(found))

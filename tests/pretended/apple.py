@@ -1,0 +1,34 @@
+"""What goes to the CPU because Apple's GPUs have no float64.
+
+python tests/pretended/run.py mps 1 tests.pretended.apple
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stage1_vqvae.training.devices import as_float64, float64_copy, float64_device, numbered, pinned, wait_for, widest_float, work_on
+from tests.pretended.device import Pretended
+from tests.pretended.rules import refused
+
+
+def main(_: list[str]) -> None:
+    device = numbered(torch.device("mps"))
+    cpu = torch.device("cpu")
+    with Pretended() as seen:
+        x = torch.ones(3, device="mps")
+        for way in (x.double, lambda: x.to("cpu", torch.float64).to("mps"), lambda: torch.zeros(1, dtype=torch.float64, device="mps")):
+            with refused("doesn't support float64"):
+                way()
+        assert x.device == device == torch.device("mps", 0)
+        assert widest_float(device) == torch.float32
+        assert float64_device(device) == cpu
+        assert (as_float64(x).device, as_float64(x).dtype) == (cpu, torch.float64)
+        model = torch.nn.Linear(3, 3).to(device)
+        assert {(weight.device, weight.dtype) for weight in float64_copy(model).parameters()} == {(cpu, torch.float64)}
+        assert {weight.device for weight in model.parameters()} == {device}
+        assert not pinned(torch.ones(3), device).is_pinned()
+        work_on(device)
+        seen.waits.clear()
+        wait_for(device)
+        assert seen.waits.total() == 1

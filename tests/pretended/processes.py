@@ -1,0 +1,94 @@
+"""Several processes on pretended GPUs: gloo in NCCL's place, by NCCL's rules, which takes no tensor of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
+
+from tests.pretended import device as pretended
+
+
+class Replicated(nn.Module):
+    """In place of DistributedDataParallel, whose C++ needs events of a real GPU: the mean of all gradients after a backward pass."""
+
+    def __init__(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.module, self._averages, self._queued = module, True, False
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._queue)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._averages = False
+        try:
+            yield
+        finally:
+            self._averages = True
+
+    def _queue(self, _: Tensor) -> None:
+        if self._averages and not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        self._queued = False
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+
+
+def install() -> None:
+    """Before accelerate is imported. What asks for NCCL gets gloo, which then refuses what NCCL does."""
+    begin, new_group, barrier = dist.init_process_group, dist.new_group, dist.barrier
+
+    def init_process_group(backend: str | None = None, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
+        begin("gloo", *args, **kwargs)
+        world = dist.group.WORLD
+        assert world is not None
+        pretended.backends[world.group_name] = backend or "nccl"
+
+    def new(ranks: Any = None, timeout: Any = None, backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        group = new_group(ranks, timeout, "gloo", *args, **kwargs)
+        pretended.backends[group.group_name] = backend or "nccl"
+        return group
+
+    def device_of(group: Any = None) -> torch.device:
+        """That of a group's tensors."""
+        name = (group or dist.group.WORLD).group_name
+        return torch.device("cpu" if pretended.backends[name] == "gloo" else f"cuda:{torch.cuda.current_device()}")
+
+    def all_gather_into_tensor(output: Tensor, given: Tensor, group: Any = None, async_op: bool = False) -> None:
+        """gloo's own takes no tensors without axes."""
+        parts = [torch.empty_like(given) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, given, group)
+        output.view(-1).copy_(torch.cat([part.flatten() for part in parts]))
+
+    def wait_for_all(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+        pretended.waits("barrier")
+        return barrier(group, async_op)
+
+    nn.parallel.DistributedDataParallel = Replicated  # type: ignore[assignment,misc]
+    told: dict[str, Any] = {
+        "init_process_group": init_process_group,
+        "new_group": new,
+        "all_gather_into_tensor": all_gather_into_tensor,
+        "barrier": wait_for_all,
+    }
+    for name, value in told.items():
+        setattr(dist, name, value)
+        setattr(c10d, name, value)
+    c10d._get_object_coll_device = lambda group=None: device_of(group).type
+    c10d._get_pg_default_device = device_of
