@@ -42,6 +42,8 @@ def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, 
         shard_(accelerator, prior, prior.units())
         shard_(accelerator, averaged, averaged.units(), learns=False)
         averaged.load_state_dict({name: weight.clone() for name, weight in prior.state_dict().items()}, assign=True)
+    else:
+        prior.to(accelerator.device)
     fused = fused_on(accelerator.device)
     if config.optimizer == "muon":
         # Where the networks train in bf16, so do Muon's products; on a CPU they would take longer.
@@ -50,8 +52,6 @@ def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, 
         optimizer: Any = muon(prior, config.lr, config.weight_decay, 0.95, fused, products, replicated=several and not sharded)
     else:
         optimizer = adamw(prior, config.lr, config.weight_decay, 0.95, fused)
-    if not sharded:
-        prior.to(accelerator.device)
     # Before the prior is prepared: what is copied then would be under autocast too, and likelihoods are not.
     average = WeightAverage(prior, config.weight_average, shared=(), copied=averaged)
     model, optimizer = (prior, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(prior, optimizer)

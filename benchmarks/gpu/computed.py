@@ -18,6 +18,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from accelerate import Accelerator
+from torch import nn
 
 from benchmarks.gpu.counting import CARDS, Card, Counted, Counting, Dataless
 from benchmarks.gpu.steps import NUM_CLASSES, Step, prior_step, tokenizer_step
@@ -26,6 +27,7 @@ from configs.run_dir import REPOSITORY
 from configs.schema import Compute, DiscriminatorPart, Recipe
 from stage1_vqvae.networks import group_norm, vqgan
 from stage1_vqvae.training.processes import start
+from stage2_prior import steps
 
 RECIPES = ("cifar10", "imagefolder", "photos", "imagenet256", "imagenet256_vit")
 _GPUS = {"imagenet256": 8, "imagenet256_vit": 8}
@@ -46,12 +48,20 @@ class Cost(NamedTuple):
     """Of the whole stage, all GPUs of the recipe together."""
 
 
+def _yes(_: object) -> bool:
+    return True
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Tensors without data are the CPU's here, but take the paths that a GPU's take."""
     with (
-        mock.patch.object(group_norm, "on_accelerator", return_value=True),
-        mock.patch.object(vqgan, "on_accelerator", return_value=True),
+        # Not by `return_value`, which keeps what it is asked with: all activations.
+        mock.patch.object(group_norm, "on_accelerator", _yes),
+        mock.patch.object(vqgan, "on_accelerator", _yes),
+        mock.patch.object(steps, "fused_on", _yes),
+        # Everything is made where it is to be, and the mode keeps references that torch's exchange of parameters refuses.
+        mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
     ):
         yield
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from stage1_vqvae.train import Models
 from stage1_vqvae.train import take_step as take_tokenizer_step
 from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.optimizer import adamw, trainable
+from stage2_prior.codes.loader import CodeBatch
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.steps import begun
 from stage2_prior.steps import take_step as take_prior_step
@@ -84,15 +86,15 @@ class _RandomImages:
 def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool = True) -> Step:
     """A step of stage 1, of the recipe's batch in its micro-steps; `adversarial`: with the discriminator, if the recipe has one."""
     data, config, device = recipe.data, recipe.stage1, accelerator.device
-    tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
-    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
-    perceptual = perceptual_term(config.perceptual, data.channels)
-    adversary, discriminator_optimizer = None, None
-    if isinstance(config.adversarial, PatchPart) and adversarial:
-        part = config.adversarial
-        discriminator = PatchDiscriminator(data.channels, part.channels, part.layers, part.norm)
-        adversary = Adversary(part, discriminator, config.steps)
-        discriminator_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0)
+    part, adversary, discriminator_optimizer = config.adversarial, None, None
+    with device:
+        tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
+        perceptual = perceptual_term(config.perceptual, data.channels)
+        discriminator = PatchDiscriminator(data.channels, part.channels, part.layers, part.norm) if isinstance(part, PatchPart) else None
+    if isinstance(part, PatchPart) and discriminator is not None and adversarial:
+        adversary = Adversary(part, discriminator, config.steps)  # what it counts stays on the CPU
+        discriminator_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
+    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused=True))
     models = Models(tokenizer, model, optimizer, perceptual, adversary, discriminator_optimizer)
     average = WeightAverage(tokenizer, config.weight_average, shared=("quantizer",))
     loader = _RandomImages(config.batch_size // config.accumulation, tokenizer.image_shape, device)
@@ -108,25 +110,21 @@ def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool =
 
 def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> Step:
     """A step of stage 2, of the recipe's batch in its micro-steps."""
-    data, config, quantizer = recipe.data, recipe.stage2, recipe.tokenizer.quantizer
+    data, config, quantizer, device = recipe.data, recipe.stage2, recipe.tokenizer.quantizer, accelerator.device
     steps = recipe.tokenizer.network.downsamplings
     layout = SequenceLayout([(data.height // step, data.width // step) for step in steps], [quantizer.num_codes] * len(steps))
     variants = _VARIANTS[recipe.extraction.augmentation]
-    prior = recipe.prior.build(layout, num_classes, variants)
+    with device:
+        prior = recipe.prior.build(layout, num_classes, variants)
     state = begun(accelerator, prior, config, recipe.compute)
-    rows = config.batch_size
-    store = SimpleNamespace(
-        manifest=SimpleNamespace(variants=variants),
-        labels=torch.randint(num_classes, (rows,)) if num_classes else None,
-        codes=lambda rows, variants: tuple(
-            torch.randint(k, (len(rows), *grid)) for k, grid in zip(layout.num_codes, layout.grids, strict=True)
-        ),
-    )
-    order = SimpleNamespace(batch=lambda step: torch.arange(rows))
+    size = config.batch_size // config.accumulation
+    codes = tuple(torch.randint(k, (size, *grid), device=device) for k, grid in zip(layout.num_codes, layout.grids, strict=True))
+    labels = torch.randint(num_classes, (size,), device=device) if num_classes else None
+    loader: Any = SimpleNamespace(batch=lambda step, micro_step: CodeBatch(codes, labels, torch.randint(variants, (size,), device=device)))
 
     def take() -> None:
         state.model.train()
-        take_prior_step(accelerator, state.model, state.optimizer, store, order, config, config.steps // 2)  # type: ignore[arg-type]
+        take_prior_step(accelerator, state.model, state.optimizer, loader, config, config.steps // 2)
         state.average.update_()
 
     return Step(prior, take)
