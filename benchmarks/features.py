@@ -23,6 +23,7 @@ from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
 from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.generate import Sampler
 from stage2_prior.priors.prior_file import finished_prior, load_prior
 
 SETTINGS = {
@@ -42,11 +43,12 @@ def main() -> None:
     real = source.splits[VALIDATION].pixels[:]
     count = len(real)
     labels = torch.arange(count) % len(header.label_names) if header.label_names else None
+    sampler = Sampler(prior)
     with torch.no_grad():
         reconstructed = to_uint8(tokenizer(to_model(real)).reconstruction)
     sets: dict[str, Tensor] = {"real, validation": real, "the same, reconstructed": reconstructed}
     for name, sampling in SETTINGS.items():
-        sets[name] = draw_images(accelerator, tokenizer, prior, labels, count, 0, sampling or recipe.sampling)[1]
+        sets[name] = draw_images(accelerator, tokenizer, sampler, labels, count, 0, sampling or recipe.sampling)[1]
     sets["samples of the uniform prior"] = draw_images(accelerator, tokenizer, None, None, count, 0, Sampling())[1]
     sets["noise"] = torch.randint(256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     kinds = [*([CLASSIFIER] if source.label_names else []), ROTATION]

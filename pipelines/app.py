@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
         device = start(recipe.compute).device
-        generator = Generator.of_run(run, recipe.data, recipe.sampling, options.prior, device, recipe.compute.compile)
+        generator = Generator.of_run(run, recipe.data, recipe.sampling, options.prior, device)
         run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
         # Beyond twice as many Pillow decodes none.
         Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2

@@ -4,9 +4,11 @@
     python pipelines/evaluate.py --features inception --n 50000
     python pipelines/evaluate.py --features resnet50 --weights resnet50.safetensors
     python pipelines/evaluate.py --samples FOLDER_OR_NPZ
+    python pipelines/evaluate.py --reference VIRTUAL_imagenet256_labeled.npz --n 50000
 
 Draws --n samples by the run's own sampling settings, labels in turns, or takes images made elsewhere. Reconstructions are of
-the held-out --split; samples are compared with the --reference split, and so are, for scale, the held-out images. All
+the held-out --split; samples are compared with the --reference, and so are, for scale, the held-out images: a split, or a
+file in the layout of ADM's reference batches, beside which FID, sFID, inception score, precision and recall are computed. All
 images are rounded to 8 bits first. Writes a new folder evaluations/NNN: evaluation.json and .md, which say what was compared
 with what, and pictures.
 """
@@ -22,13 +24,16 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program, read_json, write_bytes, write_json
 from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
+from pipelines.evaluation.reference_batch import ReferenceBatch, load_reference_batch
 from pipelines.evaluation.tables import markdown, notes, tables
+from pipelines.images.npz import array_in
 from pipelines.images.provenance import agrees, identity
 from pipelines.images.scoring import ScoringPrior, scoring_prior
 from pipelines.of_command import generator_of
@@ -36,7 +41,7 @@ from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
-from stage1_vqvae.features.networks import AUTO, feature_network
+from stage1_vqvae.features.networks import AUTO, INCEPTION, feature_network
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
@@ -52,22 +57,31 @@ def main(argv: list[str] | None = None) -> None:
     run, config, options = command.run, command.recipe.evaluation, command.options
     if options.samples is not None and options.prior is not None:
         raise UserError(f"--samples: expected no --prior beside it, found {options.prior}")
+    batch_path = reference_file(options.reference)
     for name in ("split", "reference"):
-        if getattr(options, name) not in (TRAIN, VALIDATION, TEST):
-            raise UserError(f"--{name}: expected {TRAIN}, {VALIDATION} or {TEST}, found {getattr(options, name)}")
+        found, other = getattr(options, name), ", or an npz file" if name == "reference" else ""
+        if found not in (TRAIN, VALIDATION, TEST) and (name == "split" or batch_path is None):
+            raise UserError(f"--{name}: expected {TRAIN}, {VALIDATION} or {TEST}{other}, found {found}")
+    if batch_path is not None and config.features not in (AUTO, INCEPTION):
+        raise UserError(f"--reference {options.reference}: expected --features {INCEPTION}, found {config.features}")
+    features = config.features if batch_path is None else INCEPTION
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
     tokenizer = load_tokenizer(run, accelerator.device)
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
         # First what can be missing, then what takes its time.
+        data = command.recipe.data
+        batch = None
+        if folder is not None and batch_path is not None:
+            batch = load_reference_batch(batch_path, (data.height, data.width, data.channels))
         source = images(command, progress=folder is not None)
-        asked = (config.features, config.weights, run.path, source, accelerator.device)
+        asked = (features, config.weights, run.path, source, accelerator.device)
         network = None
         if folder is not None:
             lpips_at_hand()
             # Nobody waits here for one that has to be trained, nor for auto to look for Inception, which has another to fall back on.
             with suppress(NotMadeYetError):
-                network = None if config.features == AUTO else feature_network(*asked, may_train=False)
+                network = None if features == AUTO else feature_network(*asked, may_train=False)
         samples = None
         if options.samples is not None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
@@ -78,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             network = network or feature_network(*asked)
             if network.instead_of is not None:
                 print(network.instead_of)
-            assessor = Assessor(tokenizer, network, source, config)
+            assessor = Assessor(tokenizer, network, source, config, batch)
             found = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))
@@ -94,16 +108,24 @@ def _options(parser: Any) -> None:
     parser.add_argument("--samples", type=str | None, help="images made elsewhere to judge: a folder, or an npz with uint8 (N, H, W, C)")
     parser.add_argument("--prior", type=str | None, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
     parser.add_argument("--split", type=str, default=VALIDATION, help="held-out images: reconstructed, and compared as samples are")
-    parser.add_argument("--reference", type=str, default=TRAIN, help="the split with which samples are compared")
+    parser.add_argument("--reference", type=str, default=TRAIN, help="with what samples are compared: a split, or an npz of ADM's layout")
+
+
+def reference_file(reference: str) -> Path | None:
+    """The file that --reference names; None: it names a split, or nothing."""
+    path = Path(reference).expanduser()
+    is_split = reference in (TRAIN, VALIDATION, TEST)
+    return path if not is_split and (path.suffix == ".npz" or path.is_file()) else None
 
 
 def images(command: Command, progress: bool) -> ImageSource:
     """The splits that are looked at. Errors: UserError for one there is not."""
     options = command.options
-    source = load_images(command.recipe.data, {TRAIN, VALIDATION, options.split, options.reference}, progress)
-    for name in ("split", "reference"):
-        if getattr(options, name) not in source.splits:
-            raise UserError(f"--{name} {getattr(options, name)}: expected one of {', '.join(source.splits)}, the splits of the run's data")
+    asked = {"split": options.split} | ({} if reference_file(options.reference) else {"reference": options.reference})
+    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *asked.values()}, progress)
+    for name, split in asked.items():
+        if split not in source.splits:
+            raise UserError(f"--{name} {split}: expected one of {', '.join(source.splits)}, the splits of the run's data")
     return source
 
 
@@ -113,9 +135,17 @@ def drawn(command: Command, accelerator: Accelerator) -> Samples:
     generator = generator_of(command, accelerator, command.options.prior)
     codes, pixels, labels = generator.draw(config.n, seed=config.seed)
     shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
-    balance = "labels in turns" if shown else "no labels"
+    balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"
     own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": fingerprint(command.run.tokenizer)}
     return Samples(pixels, codes, shown, own | generator.origin)
+
+
+def numbers_of_each(labels: Tensor, classes: int) -> str:
+    """How many of labels (N,) are of each class, in words."""
+    counts = labels.bincount(minlength=classes)
+    least, most = int(counts.min()), int(counts.max())
+    numbers = str(least) if least == most else f"{least} {'or' if most == least + 1 else 'to'} {most}"
+    return f"{numbers} of each of {classes} classes"
 
 
 def given(command: Command, path: str, label_names: list[str] | None) -> Samples:
@@ -129,7 +159,10 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
     details |= dict.fromkeys(("prior", "prior_sha256", "sampling", "tokenizer_sha256"))
     codes, labels = None, None
     if where.suffix == ".npz":
-        pixels = torch.from_numpy(array_in(where))
+        array = array_in(where, "arr_0", "--samples")
+        if array.dtype != np.uint8 or array.ndim != 4:
+            raise UserError(f"--samples {path}: expected arr_0 as uint8 (N, H, W, C), found {array.dtype} {array.shape}")
+        pixels = torch.from_numpy(array)
         if pixels.shape[1:] != (data.height, data.width, data.channels):
             wanted = f"expected uint8 (N, {data.height}, {data.width}, {data.channels})"
             raise UserError(f"--samples {path}: {wanted}, found {tuple(pixels.shape)}")
@@ -150,18 +183,6 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
         raise UserError(f"--samples {path}: expected at least 2 images, found {len(pixels)}")
     known = labels is not None and set(labels) <= set(label_names or ())
     return Samples(pixels, codes, labels if known else None, details)
-
-
-def array_in(path: Path) -> np.ndarray:
-    """arr_0, uint8 (N, H, W, C), of an npz file. Errors: UserError for another file, or another array."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
-            array = content["arr_0"]
-    except Exception as error:  # of many kinds: zip's, zlib's, numpy's
-        raise UserError(f"--samples {path}: expected an npz file with arr_0, found: {error}") from None
-    if array.dtype != np.uint8 or array.ndim != 4:
-        raise UserError(f"--samples {path}: expected arr_0 as uint8 (N, H, W, C), found {array.dtype} {array.shape}")
-    return array
 
 
 def trained_by(config: Stage1) -> set[str]:
@@ -196,9 +217,11 @@ def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrio
 
 def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> dict[str, Any]:
     """All figures, tables and notes, as evaluation.json has them."""
-    run, config, split, reference = command.run, command.recipe.evaluation, command.options.split, command.options.reference
-    network, source = assessor.network, assessor.source
-    held_out, known = source.splits[split], source.splits[reference]
+    run, config, split = command.run, command.recipe.evaluation, command.options.split
+    network, source, batch = assessor.network, assessor.source, assessor.batch
+    # Of a file only its name: what is written may be handed on.
+    reference = command.options.reference if batch is None else batch.path.name
+    held_out = source.splits[split]
     n, height, width, channels = held_out.pixels.shape
     found: dict[str, Any] = {
         "run": str(run),
@@ -208,7 +231,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "samples_tokenizer_sha256": None if samples is None else samples.details["tokenizer_sha256"],
         "compared": {
             "held-out images": f"{n} of {split}, {height} x {width} x {channels}, sha256 {pixels_hash(held_out.pixels)[:16]}",
-            "reference": f"{len(known)} of {reference}, sha256 {pixels_hash(known.pixels)[:16]}",
+            "reference": described_reference(source, reference, batch),
             "samples": "none" if samples is None else f"{len(samples.pixels)} {samples.details['source']}",
             "features": f"{network.name}, {assessor.features(split).vectors.shape[1]} of them, weights {network.sha256[:16]}",
             "seed": config.seed,
@@ -225,10 +248,13 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
     }
     if isinstance(assessor.tokenizer.objective, PixelLikelihood):
         found["bound"] = assessor.bound(split, *priors_of_codes(command, torch.device(network.device)))
+    labelled = samples is not None and samples.labels is not None and held_out.labels is not None
+    classifier = run_classifier(run.path, source, network.device) if labelled else None
+    if batch is not None:
+        found["beside_batch"], found["batch_missing"] = assessor.beside_batch(samples, split, classifier), batch.missing()
     if samples is not None:
-        labelled = samples.labels is not None and held_out.labels is not None
-        classifier = run_classifier(run.path, source, network.device) if labelled else None
-        found["distances"] = assessor.beside_real(samples, split, reference, classifier)
+        if batch is None:
+            found["distances"] = assessor.beside_real(samples, split, reference, classifier)
         found["memorisation"] = assessor.memorisation(samples, split)
         own = run.prior(samples.details["prior"]) / "likelihood.json" if samples.details["prior_sha256"] is not None else None
         # Only of the very prior that drew them: another run may have one of that name.
@@ -236,6 +262,14 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
             likelihood = read_json(own)
             found["likelihood"] = {key: likelihood[key] for key in ("validation", "unigram", "uniform", "codes_bits_per_dim")}
     return found | {"tables": tables(found), "notes": notes(found)}
+
+
+def described_reference(source: ImageSource, name: str, batch: ReferenceBatch | None) -> str:
+    """What samples are compared with: a split by its name, or what is in a file."""
+    if batch is None:
+        return f"{len(source.splits[name])} of {name}, sha256 {pixels_hash(source.splits[name].pixels)[:16]}"
+    images = "" if batch.images is None else f"; images sha256 {pixels_hash(batch.images)[:16]}"
+    return f"{name}: {batch.contents()}{images}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, load_recipe
 from configs.data import Data
-from configs.errors import UserError
+from configs.errors import UserError, say
 from configs.hub import run_of
 from configs.run_dir import RunDir
 from configs.schema import Sampling
@@ -40,10 +40,9 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.devices import float64_copy, float64_device, numbered
 from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.generate import Sampler, default_precision, in_bfloat16
 from stage2_prior.priors.contract import AutoregressivePrior
-from stage2_prior.priors.cuda_graphs import GraphedTransformer
 from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
-from stage2_prior.priors.transformer import Transformer
 
 
 class Drawn(NamedTuple):
@@ -97,8 +96,7 @@ class Generator:
         source: str | Path,
         prior: str | None = None,
         device: torch.device | str | None = None,
-        precision: Literal["float64", "float32"] | None = None,
-        compile: bool = False,
+        precision: Literal["float64", "float32", "bfloat16"] | None = None,
     ) -> Generator:
         """The generator of a run.
 
@@ -106,8 +104,8 @@ class Generator:
             source: a run's name, its folder (as text with a `/` in it, or as a path), or `hf:USER/NAME` of the Hub.
             prior: name of the prior; None: the one last finished, if any; `uniform`: every code equally likely.
             device: where to compute; None: on an accelerator, if there is one.
-            precision: of the prior; None: as the run's recipe says, or float64 on a CPU and float32 elsewhere.
-            compile: draw from CUDA graphs, where there is CUDA and the prior is a transformer.
+            precision: of the prior while drawing; None: as the run's recipe says, or float64 on a CPU, on a GPU bfloat16 if it has it,
+                and otherwise float32.
         Errors: UserError for what is no run, or has not finished its first stage, or not that prior.
         """
         run = RunDir(source.expanduser()) if isinstance(source, Path) else run_of(source)
@@ -115,7 +113,7 @@ class Generator:
             raise UserError(f"{run}: expected a run, found none")
         recipe = load_recipe(run.recipe)
         sampling = recipe.sampling if precision is None else dataclasses.replace(recipe.sampling, precision=precision)
-        return cls.of_run(run, recipe.data, sampling, prior, device, compile)
+        return cls.of_run(run, recipe.data, sampling, prior, device)
 
     @classmethod
     def of_run(
@@ -125,7 +123,6 @@ class Generator:
         sampling: Sampling,
         prior: str | None = None,
         device: torch.device | str | None = None,
-        compile: bool = False,
         accelerator: Accelerator | None = None,
     ) -> Generator:
         """As `from_pretrained`, under sections of a recipe; samples are shared out over the processes of an `accelerator`."""
@@ -139,16 +136,13 @@ class Generator:
         tokenizer = load_tokenizer(run, device)
         # A draw flips where its uniform falls within the rounding of the probabilities, which depends on the batch's shape.
         # In float32 one of 64 digits changed between batches of 64 and of 1; in float64 the rounding is 10^9 times finer.
-        precision = sampling.precision or ("float64" if device.type == "cpu" else "float32")
-        sampling = dataclasses.replace(sampling, precision=precision)
+        sampling = dataclasses.replace(sampling, precision=sampling.precision or default_precision(device))
         if prior == UNIFORM or (prior is None and run.last_prior() is None):
             return cls(run, tokenizer, None, None, prior, data, sampling, accelerator)
         path = finished_prior(run, prior, f"{TRAIN_PRIOR} --run {run}")
         found, header = load_prior(path, fingerprint(run.tokenizer), device)
-        if precision == "float64":
+        if sampling.precision == "float64":
             found.to(float64_device(device)).double()
-        if compile and isinstance(found, Transformer) and device.type == "cuda":
-            found = GraphedTransformer(found)
         return cls(run, tokenizer, found, header, path.parent.name, data, sampling, accelerator)
 
     def __repr__(self) -> str:
@@ -212,10 +206,10 @@ class Generator:
         """As `sample`: codes, pixels and labels, complete on the main process alone."""
         if n < 1:
             raise UserError(f"n: expected at least 1 image, found {n}")
-        prior, labels = self._drawing_prior(), labels_of(label, n, self.header)
+        sampler, labels = self._drawing_sampler(), labels_of(label, n, self.header)
         config = self._sampling(settings)
         check_guidance(config, labels, self.header)
-        return Drawn(*draw_images(self._accelerator, self.tokenizer, prior, labels, n, seed, config), labels)
+        return Drawn(*draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config), labels)
 
     # --- out of images, and back
 
@@ -289,9 +283,9 @@ class Generator:
 
     def continuations(self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, **settings: Any) -> Tensor:
         """`complete` for codes, a mask (H, W), and labels in the prior's numbering: uint8 (N, H, W, C), whole on the main process alone."""
-        prior, config, kept = self._drawing_prior(), self._sampling(settings), kept_codes(self.tokenizer, keep)
+        sampler, config, kept = self._drawing_sampler(), self._sampling(settings), kept_codes(self.tokenizer, keep)
         check_guidance(config, labels, self.header)
-        return draw_images(self._accelerator, self.tokenizer, prior, labels, len(codes[0]), seed, config, codes, kept)[1]
+        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, codes, kept)[1]
 
     # --- what images are worth
 
@@ -393,9 +387,17 @@ class Generator:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def _drawing_prior(self) -> AutoregressivePrior | None:
-        """The prior; None: the uniform one, if that was asked for. Errors: UserError for none at all."""
-        return None if self.prior_name == UNIFORM else self._need_prior()
+    def _drawing_sampler(self) -> Sampler | None:
+        """What draws from the prior; None: from the uniform one, if that was asked for. Errors: UserError for no prior at all."""
+        return None if self.prior_name == UNIFORM else self._sampler
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        prior = self._need_prior()
+        if self.sampling.precision != "bfloat16":
+            return Sampler(prior)
+        say("codes are drawn in bfloat16, and need not be those of --precision float32")
+        return Sampler(in_bfloat16(prior))
 
     def _need_prior(self) -> AutoregressivePrior:
         if self.prior is None:
@@ -406,8 +408,6 @@ class Generator:
     def exact_prior(self) -> AutoregressivePrior:
         """The prior in float64, whatever it draws in."""
         prior = self._need_prior()
-        # Which may have but one cache at a time.
-        prior = prior.prior if isinstance(prior, GraphedTransformer) else prior
         if next(prior.parameters()).dtype == torch.float64:
             return prior
         return float64_copy(prior)

@@ -17,4 +17,4 @@ def generator_of(command: Command, accelerator: Accelerator, prior: str | None) 
     if prior != UNIFORM:
         prior = finished_prior(command.run, prior, command.next(TRAIN_PRIOR)).parent.name
     recipe = command.recipe
-    return Generator.of_run(command.run, recipe.data, recipe.sampling, prior, compile=recipe.compute.compile, accelerator=accelerator)
+    return Generator.of_run(command.run, recipe.data, recipe.sampling, prior, accelerator=accelerator)

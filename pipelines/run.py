@@ -29,14 +29,16 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
 from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recipe, parse, recipe_dict
 from configs.data import AT_HAND
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
+from configs.schema import Stage1, Stage2
 from pipelines.images.provenance import agrees, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
+from stage1_vqvae.training.batching import most_processes
 from stage1_vqvae.training.stopping import STOPPED_IN_TIME
 from stage2_prior.priors.prior_file import UNIFORM
 
@@ -48,6 +50,45 @@ _INTERRUPTED = (*(128 + number for number in _SIGNALS), STOPPED_IN_TIME)
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How many processes train, one a GPU."""
+
+    devices: int
+    """Processes that there could be."""
+    processes: int
+    """The most of them that share a step's batch out evenly."""
+    batch_size: int
+    configured: bool
+    """Whether `accelerate config` has said how many there could be."""
+
+    @classmethod
+    def of(cls, section: Stage1 | Stage2) -> Launch:
+        """The launch of a stage on this machine."""
+        configured = Path(default_config_file).is_file()
+        settings = load_config_from_file(default_config_file) if configured else None
+        devices = max(1, torch.accelerator.device_count() if settings is None else settings.num_processes)
+        # On several machines the number is theirs together: each would have to be told the same.
+        one_machine = settings is None or settings.num_machines in (None, 1)
+        processes = most_processes(section.batch_size, section.accumulation, devices) if one_machine else devices
+        return cls(devices, processes, section.batch_size, configured)
+
+    def options(self) -> list[str]:
+        """Options of `accelerate launch`. Where nobody has configured it all are given: otherwise it names each value that it had to
+        choose, and seven lines of that would open every training step.
+        """
+        if self.configured:
+            return [] if self.processes == self.devices else [f"--num_processes={self.processes}"]
+        several = ["--multi_gpu"] if self.processes > 1 else []
+        return [*several, f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+
+    def warning(self) -> str | None:
+        """What to print where some devices have no work."""
+        if self.processes == self.devices:
+            return None
+        return f"{self.processes} of {self.devices} processes, the most that divide the batch of {self.batch_size} images evenly"
+
+
+@dataclass(frozen=True)
 class Step:
     """One command of the chain, with what shows that it need not be run."""
 
@@ -55,19 +96,19 @@ class Step:
     script: str
     """The script's path in the repository."""
     arguments: list[str]
-    launched: bool = False
-    """Whether by Accelerate, on all processes of its configuration."""
+    launched: Launch | None = None
+    """How Accelerate launches it, on all processes of its configuration; None: one process, without Accelerate."""
     found: Callable[[], Path | None] = lambda: None
     """What an earlier call of it left, if that is just what it would make now. The scripts of training and extraction
     know this themselves: they are always run, and say so."""
 
     def typed(self) -> str:
         """The command as a user would type it where they stand."""
-        return f"{typed(self.script, self.launched)} {shlex.join(self.arguments)}"
+        return f"{typed(self.script, self.launched is not None)} {shlex.join(self.arguments)}"
 
     def started(self) -> list[str]:
         """The command line that starts the step in this environment."""
-        program = ["-m", "accelerate.commands.launch", *launch_options()] if self.launched else []
+        program = [] if self.launched is None else ["-m", "accelerate.commands.launch", *self.launched.options()]
         # Of this script's own checkout, if there is one: so that all look for runs in one place.
         return [sys.executable, *program, str((checkout() or REPOSITORY) / self.script), *self.arguments]
 
@@ -84,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{step.name}: {RunDir.show(found)} is already there", flush=True)
             continue
         print(f"\n$ {step.typed()}", flush=True)
+        if step.launched is not None and (warning := step.launched.warning()) is not None:
+            print(f"{step.name}: {warning}", flush=True)
         step_began = time.monotonic()
         code = run_to_its_end(step.started(), command.run)
         if code != 0:
@@ -121,17 +164,6 @@ def with_budgets(argv: Sequence[str]) -> list[str]:
     return found
 
 
-def launch_options() -> list[str]:
-    """What `accelerate launch` takes where nobody has configured it, said outright: otherwise it names each value that it had to
-    choose, and seven lines of that would open every training step.
-    """
-    if Path(default_config_file).is_file():  # the user's own settings
-        return []
-    devices = max(1, torch.accelerator.device_count())
-    several = ["--multi_gpu"] if devices > 1 else []
-    return [*several, f"--num_processes={devices}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-
-
 def check_options(command: Command) -> None:
     """Errors: UserError for an option that no step would heed: of a finished tokenizer's recipe, or not of one key."""
     run = command.run
@@ -161,13 +193,13 @@ def steps(command: Command) -> list[Step]:
     compute = options_of(command, "compute")
     images = [option for option in options_of(command, "data") if option.partition("=")[0].removeprefix("--data.") in AT_HAND]
     evaluation = [f"--{name.removeprefix('--evaluation.')}" for name in options_of(command, "evaluation")]
-    # The recipe's own prior, even if another one of the run was finished later.
-    prior = (load_recipe(run.recipe) if run.begun(run.stage1) else command.recipe).prior.kind
+    recipe = load_recipe(run.recipe) if run.begun(run.stage1) else command.recipe
+    prior = recipe.prior.kind  # even if another one of the run was finished later
     drawn = ["--n", str(_SAMPLES), "--prior"]
     return [
-        Step("stage 1", "stage1_vqvae/train.py", [*begins, "--resume"], launched=True),
+        Step("stage 1", "stage1_vqvae/train.py", [*begins, "--resume"], Launch.of(recipe.stage1)),
         Step("extraction", "stage2_prior/extract_codes.py", [*here, *compute, *images]),
-        Step("stage 2", "stage2_prior/train.py", [*here, *compute, "--resume"], launched=True),
+        Step("stage 2", "stage2_prior/train.py", [*here, *compute, "--resume"], Launch.of(recipe.stage2)),
         Step("samples", "pipelines/sample.py", [*here, *drawn, prior, *compute], found=lambda: samples_of(run, prior)),
         # Beside the others, what they would be without a learned prior.
         Step("uniform samples", "pipelines/sample.py", [*here, *drawn, UNIFORM, *compute], found=lambda: samples_of(run, UNIFORM)),

@@ -118,6 +118,28 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) ->
     return run
 
 
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of FID's Inception in its published form, with random weights under which features stay of the size of pixels."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object, **__: object) -> None:
+            pass
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    weights = Untrained("untrained", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth")).state_dict()
+    draws = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if name.endswith("conv.weight") or name == "fc.weight":
+            weight.normal_(std=(2 / weight[0].numel()) ** 0.5, generator=draws)
+        elif name.endswith("bn.bias"):
+            weight.normal_(std=0.1, generator=draws)
+    torch.save(weights, folder / "weights.pth")
+    return folder / "weights.pth"
+
+
 @pytest.fixture
 def run_copy(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run"))

@@ -11,10 +11,21 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Evaluation
-from pipelines.evaluation.distances import PARTS, Reference, Spread, inception_score, mean_with_interval, nearest, nearest_codes
+from pipelines.evaluation.distances import (
+    PARTS,
+    Moments,
+    Reference,
+    Spread,
+    inception_score,
+    mean_with_interval,
+    nearest,
+    nearest_codes,
+)
+from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
 from pipelines.images.bound import image_bits
 from pipelines.images.inputs import encode, encode_and_decode
 from pipelines.images.scoring import ScoringPrior
+from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, Pixels
 from stage1_vqvae.features.classifier import Classifier, labels_found
@@ -25,6 +36,8 @@ from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import image_grid
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.devices import float64_device
+from stage1_vqvae.training.precision import ieee_float32
 from stage1_vqvae.training.randomness import generator
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
@@ -52,10 +65,15 @@ class Samples(NamedTuple):
 class Assessor:
     """Computes a run's figures; every set of images goes through the networks once."""
 
-    def __init__(self, tokenizer: VQVAE, network: FeatureNetwork, source: ImageSource, config: Evaluation) -> None:
+    def __init__(
+        self, tokenizer: VQVAE, network: FeatureNetwork, source: ImageSource, config: Evaluation, batch: ReferenceBatch | None = None
+    ) -> None:
+        """`batch`: what samples are compared with; None: a split. It takes a network with sFID's features."""
+        self.batch = batch
         self.tokenizer, self.network, self.source, self.config = tokenizer, network, source, config
         self.layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
         self._features: dict[str, Features] = {}
+        self._moments: dict[str, Moments] = {}
         self._coded: dict[str, tuple[Tensor, Tensor]] = {}
         self._training: Tensor | None = None
 
@@ -63,7 +81,10 @@ class Assessor:
         """Features of a split by its name, or of other `pixels` under a name of their own."""
         if name not in self._features:
             pixels = self.source.splits[name].pixels if pixels is None else pixels
-            self._features[name] = self.network(pixels, self.config.batch_size, name)
+            if self.batch is not None:
+                self._moments[name] = Moments(self.network.device)
+            spatial = None if self.batch is None else self._moments[name].add
+            self._features[name] = self.network(pixels, self.config.batch_size, name, spatial=spatial)
         return self._features[name]
 
     def coded(self, split: str) -> tuple[Tensor, Tensor]:
@@ -95,9 +116,9 @@ class Assessor:
         defined or its network is not at hand. `frechet`: between the split and its own reconstructions (rFD).
         """
         originals, pictures = self.source.splits[split].pixels, self.coded(split)[1]
-        parts = batches(len(pictures), self.config.batch_size)
-        errors = torch.cat([squared_errors(pictures[part], originals[part]) for part in parts])
-        similarities = torch.cat([ssim_of_each(pictures[part], originals[part]) for part in parts])
+        parts = device_batches(float64_device(self.network.device), self.config.batch_size, pictures, originals)
+        of_both = torch.cat([torch.stack([squared_errors(*pair), ssim_of_each(*pair)]).cpu() for _, pair in parts], 1)
+        errors, similarities = of_both
         of_each = {
             "mse": errors,
             "psnr": psnr_of_each(errors),
@@ -175,15 +196,35 @@ class Assessor:
         known = Reference(self.features(reference).vectors, self.network.device)
         found = {name: self.distances(images, known) for name, images in sets.items()}
         if classifier is not None:
-            real = self.source.splits[split]
-            of_real = None if real.labels is None else [classifier.label_names[label] for label in real.labels.tolist()]
-            pictures = {"samples": (samples.pixels, samples.labels), f"{split}, real": (real.pixels, of_real)}
-            pictures[f"{split}, reconstructed"] = (self.coded(split)[1], of_real)
-            for name, (pixels, asked) in pictures.items():
-                if asked is not None:
-                    seen = [classifier.label_names[label] for label in labels_found(classifier, pixels, self.config.batch_size).tolist()]
-                    found[name]["in_their_class"] = sum(one == other for one, other in zip(seen, asked, strict=True)) / len(asked)
+            self._add_classes(found, samples, split, classifier)
         return found
+
+    def beside_batch(self, samples: Samples | None, split: str, classifier: Classifier | None) -> dict[str, Any]:
+        """The figures of ADM's evaluation: of samples, if there are any, of held-out images, and of their reconstructions. And the shares
+        that the classifier puts in their class.
+        """
+        assert self.batch is not None
+        # The features of the reference only where they are needed, and each set's before its moments, which come with them.
+        of_images = None if self.batch.images is None else self.features("reference", self.batch.images)
+        comparison = BatchComparison(self.batch, of_images, self._moments.get("reference"), self.network.device)
+        sets = {} if samples is None else {"samples": ("samples", self.features("samples", samples.pixels))}
+        sets[f"{split}, real"] = (split, self.features(split))
+        sets[f"{split}, reconstructed"] = ("reconstructions", self.features("reconstructions", self.coded(split)[1]))
+        found = {name: comparison.figures(features, self._moments[key]) for name, (key, features) in sets.items()}
+        if classifier is not None and samples is not None:
+            self._add_classes(found, samples, split, classifier)
+        return found
+
+    def _add_classes(self, found: dict[str, Any], samples: Samples, split: str, classifier: Classifier) -> None:
+        """Add to each set's figures the share of its images that the classifier puts in their class."""
+        real = self.source.splits[split]
+        of_real = None if real.labels is None else [classifier.label_names[label] for label in real.labels.tolist()]
+        pictures = {"samples": (samples.pixels, samples.labels), f"{split}, real": (real.pixels, of_real)}
+        pictures[f"{split}, reconstructed"] = (self.coded(split)[1], of_real)
+        for name, (pixels, asked) in pictures.items():
+            if asked is not None:
+                seen = [classifier.label_names[label] for label in labels_found(classifier, pixels, self.config.batch_size).tolist()]
+                found[name]["in_their_class"] = sum(one == other for one, other in zip(seen, asked, strict=True)) / len(asked)
 
     def memorisation(self, samples: Samples, split: str) -> dict[str, Any]:
         """How near samples are to training images, by features and by codes, beside how near unseen real images are, and
@@ -201,7 +242,7 @@ class Assessor:
         for name, (vectors, sequences) in sets.items():
             rows = self.some(len(vectors), _LOOKED_UP, "neighbours")
             distances = nearest(vectors[rows], self.features(TRAIN).vectors, 1, self.network.device).distances
-            others = nearest_codes(sequences[rows], known, 1).distances
+            others = nearest_codes(sequences[rows], known, 1, self.network.device).distances
             found[name] = {
                 "n": len(distances),
                 "median_distance": float(distances.median()),
@@ -222,7 +263,7 @@ class Assessor:
         k = min(_NEIGHBOURS, len(training))
         by_features = nearest(vectors, self.features(TRAIN).vectors, k, self.network.device)
         shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
-        by_codes = nearest_codes(sequences[shown], self.training_sequences(), k)
+        by_codes = nearest_codes(sequences[shown], self.training_sequences(), k, self.network.device)
         own = samples.pixels[rows[shown]][:, None]
         gap = torch.full_like(own, 255)
         found = [training[rows.flatten()].unflatten(0, rows.shape) for rows in (by_features.rows[shown], by_codes.rows)]
@@ -258,7 +299,7 @@ def perceptual_distances(pictures: Tensor, originals: Pixels, batch_size: int, d
     network = lpips_at_hand() if min(pictures.shape[1:3]) >= LEAST_PIXELS else None
     if network is None:
         return None
+    device = torch.device(device)
     network.to(device)
-    parts = batches(len(pictures), batch_size)
-    with torch.no_grad():
-        return torch.cat([network(*(to_model(images[part].to(device)) for images in (pictures, originals))).cpu() for part in parts])
+    with torch.no_grad(), ieee_float32(device):
+        return torch.cat([network(*map(to_model, pair)).cpu() for _, pair in device_batches(device, batch_size, pictures, originals)])

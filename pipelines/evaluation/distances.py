@@ -1,6 +1,6 @@
 """How far sets of feature vectors lie from a reference set, and neighbours: by torch-fidelity where it has the formula.
 
-Vectors are float tensors (N, D) on the CPU.
+Vectors are float tensors (N, D) on the CPU; what takes long is computed on the device given, products of float32 in full.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stage1_vqvae.training.devices import float64_device
+from stage1_vqvae.training.precision import ieee_float32
 from stage1_vqvae.training.randomness import generator
 
 # The neighbour whose distance is a ball's radius: as in the papers, for precision and recall, and for density and coverage.
@@ -25,6 +27,8 @@ PARTS = 5
 """Disjoint parts of the images for the spread of a Fréchet distance."""
 # Vectors whose distances to all others are held at once.
 _BLOCK = 1024
+# Distances at once on another device than the CPU.
+_DISTANCES = 2**28
 
 
 class Spread(NamedTuple):
@@ -43,6 +47,63 @@ class Neighbours(NamedTuple):
     """Rows of those in the reference, (N, k)."""
 
 
+class Moments:
+    """Mean and covariance of vectors that come batch by batch and are not kept, in float64."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where to sum up."""
+        self._device, self._count = float64_device(device), 0
+        self._mean = self._scatter = torch.zeros((), dtype=torch.float64, device=self._device)
+
+    def add(self, vectors: Tensor) -> None:
+        """A batch (B, D) more (Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample variances")."""
+        if not len(vectors):
+            return
+        vectors = vectors.to(self._device).double()
+        mean = vectors.mean(0)
+        centred, step = vectors - mean, mean - self._mean
+        total = self._count + len(vectors)
+        between = self._count * len(vectors) / total
+        self._scatter = self._scatter + centred.T @ centred + between * torch.outer(step, step)
+        self._mean = self._mean + step * (len(vectors) / total)
+        self._count = total
+
+    def gaussian(self) -> Gaussian | None:
+        """The normal distribution of their mean and covariance (over N - 1); None of fewer than two."""
+        return None if self._count < 2 else Gaussian(self._mean, self._scatter / (self._count - 1))
+
+    @classmethod
+    def of(cls, vectors: Tensor, device: torch.device) -> Moments:
+        """Those of vectors (N, D)."""
+        found = cls(device)
+        for block in vectors.split(_BLOCK):
+            found.add(block)
+        return found
+
+
+class Gaussian:
+    """A normal distribution, by its mean (D,) and covariance (D, D) in float64."""
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        self.mean, self.covariance = mean, covariance
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """R of the covariance R R^T."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp(min=0).sqrt()
+
+    def frechet(self, other: Gaussian) -> float:
+        """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, equation 6; Dowson and Landau 1982).
+
+        S1 S2 has the eigenvalues of R^T S2 R, S1 = R R^T, which is symmetric. R of the first is computed once.
+        """
+        inner = self._root.T @ other.covariance @ self._root
+        shared = torch.linalg.eigvalsh(inner).clamp(min=0).sqrt().sum()
+        found = (self.mean - other.mean).square().sum() + self.covariance.trace() + other.covariance.trace() - 2 * shared
+        return max(0.0, float(found))
+
+
 class Reference:
     """What images are compared with. What is needed of it again and again is computed once, on the device given.
 
@@ -50,11 +111,15 @@ class Reference:
     """
 
     def __init__(self, vectors: Tensor, device: torch.device | str = "cpu") -> None:
-        self.vectors, self.device = vectors, device
+        self.vectors, self.device = vectors, torch.device(device)
 
     @cached_property
     def _statistics(self) -> dict[str, Any]:
         return _statistics(self.vectors)
+
+    @cached_property
+    def _gaussian(self) -> Gaussian | None:
+        return Moments.of(self.vectors, self.device).gaussian()
 
     @cached_property
     def _radii(self) -> Tensor:
@@ -63,6 +128,9 @@ class Reference:
 
     def frechet(self, images: Tensor) -> float | None:
         """Between Gaussians with the sets' means and covariances (Heusel et al. 2017, equation 6)."""
+        if float64_device(self.device).type != "cpu":
+            gaussian = Moments.of(images, self.device).gaussian()
+            return None if self._gaussian is None or gaussian is None else self._gaussian.frechet(gaussian)
         if min(len(images), len(self.vectors)) < 2:
             return None
         from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
@@ -122,6 +190,18 @@ def inception_score(logits: Tensor, seed: int) -> Spread:
     return Spread(found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD])
 
 
+def ordered_inception_score(logits: Tensor, part: int = 5000) -> float:
+    """ADM's inception score of logits (N, classes): the mean over parts of so many images as they come, the last one smaller."""
+    scores = []
+    for block in logits.split(part):
+        log_shares = block.double().log_softmax(1)
+        shares = log_shares.exp()
+        # An image's labels beside all images' of the part; x log x is 0 where a share is.
+        divergences = (shares * log_shares).sum(1) - shares @ shares.mean(0).clamp(min=torch.finfo(torch.float64).tiny).log()
+        scores.append(float(divergences.mean().exp()))
+    return float(np.mean(scores))
+
+
 def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | str = "cpu") -> Neighbours:
     """The k nearest of the reference to each query, by Euclidean distance."""
     rows = torch.cat([block.topk(k, largest=False).indices.cpu() for block in _blocks(queries, reference, device)])
@@ -132,14 +212,16 @@ def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | s
     return Neighbours(distances, rows.gather(1, order))
 
 
-def nearest_codes(queries: Tensor, reference: Tensor, k: int) -> Neighbours:
+def nearest_codes(queries: Tensor, reference: Tensor, k: int, device: torch.device | str = "cpu") -> Neighbours:
     """The same for codes (N, T), by the share of positions with another code."""
-    found = []
+    known = reference.to(device)
+    numbers, rows = [], []
     # Comparisons are held for one block, B x N x T bytes.
     for block in queries.split(max(1, 2**28 // max(1, reference.numel()))):
-        different = (block[:, None] != reference).sum(-1).double() / reference.shape[1]
-        found.append(different.topk(k, largest=False))
-    return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        found = (block.to(device)[:, None] != known).sum(-1).topk(k, largest=False)
+        numbers.append(found.values.cpu())
+        rows.append(found.indices.cpu())
+    return Neighbours(torch.cat(numbers).double() / reference.shape[1], torch.cat(rows))
 
 
 def mean_with_interval(values: Tensor, seed: int, resamples: int = 1000) -> tuple[float, float, float]:
@@ -165,10 +247,14 @@ def _radii(vectors: Tensor, k: int, device: torch.device | str) -> Tensor:
 def _blocks(points: Tensor, others: Tensor, device: torch.device | str) -> Iterator[Tensor]:
     """Distances (block, M) of some points at a time to all others, on the device."""
     # About their centre, where rounding is least.
-    centre = others.mean(0)
+    centre, device = others.mean(0), torch.device(device)
     moved = (others - centre).to(device)
-    for block in points.split(_BLOCK):
-        yield torch.cdist((block - centre).to(device), moved)
+    # One block of a data set's million would be 5 GB.
+    size = _BLOCK if device.type == "cpu" else max(1, min(_BLOCK, _DISTANCES // max(1, len(others))))
+    for block in points.split(size):
+        with ieee_float32(device):
+            distances = torch.cdist((block - centre).to(device), moved)
+        yield distances
 
 
 def _statistics(vectors: Tensor) -> dict[str, Any]:

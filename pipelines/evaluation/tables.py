@@ -38,7 +38,11 @@ def tables(found: dict[str, Any]) -> list[dict[str, Any]]:
     if "bound" in found:
         result.append(_bound(found))
     if "distances" in found:
-        result += [_distances(found), _memorisation(found["memorisation"])]
+        result.append(_distances(found))
+    if "beside_batch" in found:
+        result.append(_beside_batch(found))
+    if "memorisation" in found:
+        result.append(_memorisation(found["memorisation"]))
     return result
 
 
@@ -102,6 +106,17 @@ def _distances(found: dict[str, Any]) -> dict[str, Any]:
     return table(f"Distances to the {found['reference']} images", columns, rows)
 
 
+def _beside_batch(found: dict[str, Any]) -> dict[str, Any]:
+    spatial = "sFID" if found["distance"] == "FID" else "spatial Fréchet distance"
+    columns = ["images", "N", found["distance"], spatial, "inception score", "precision", "recall", "in their class"]
+    rows = []
+    for name, values in found["beside_batch"].items():
+        figures = [number(values[key]) for key in ("frechet", "spatial_frechet", "inception_score")]
+        shares = ["-" if values[key] is None else f"{values[key]:.4f}" for key in ("precision", "recall")]
+        rows.append([name, str(values["n"]), *figures, *shares, share(values.get("in_their_class"))])
+    return table(f"Beside {found['reference']}, by the definitions of ADM's evaluation", columns, rows)
+
+
 def _memorisation(found: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, key in (("samples", "samples"), ("unseen real images", "held_out"), ("training images through the tokenizer", "copies")):
@@ -131,13 +146,21 @@ def notes(found: dict[str, Any]) -> list[str]:
         )
         if found.get("instead_of") is not None:
             said.append(f"{found['instead_of']}.")
+    if "beside_batch" in found:
+        said.append(
+            "FID and sFID are usually published for 50,000 samples, as many of each class; with fewer they are higher. The inception score "
+            "is the mean over parts of 5,000 images as they come. Precision and recall: balls to the third neighbour (Kynkaanniemi et al. "
+            "2019) among all of these images, and among all images of the file."
+        )
+        said += found["batch_missing"]
+    if "distances" in found or "beside_batch" in found:
         if found["distance"] != "FID":
             said.append(f"{found['distance']} is not FID and compares with figures of the same features alone.")
         if found["features"] in found["trained_by"]:
             made_here = found["features"] in (CLASSIFIER, ROTATION)
             by = "a network made in the same way, if with other weights" if made_here else "this very network"
             said.append(f"The tokenizer was trained by the features of {by}: distances flatter it. Compare by others too (--features).")
-    else:
+    if "memorisation" not in found:
         said.append("Samples: not evaluated; the run has no finished prior.")
     if "memorisation" in found and found["memorisation"]["ratio_of_median_distances"] is not None:
         ratio, of_copies = (found["memorisation"][name] for name in ("ratio_of_median_distances", "ratio_of_copies"))

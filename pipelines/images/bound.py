@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pipelines.images.scoring import BATCH_SIZE, surprisals
+from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.metrics import index_bits
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.devices import float64_copy
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.priors.contract import AutoregressivePrior
@@ -37,9 +37,8 @@ def pixel_bits(tokenizer: VQVAE, codes: Codes, pixels: Pixels, progress: bool = 
     device = next(tokenizer.parameters()).device
     bits = torch.empty(len(pixels), dtype=torch.float64)
     with progress_bar(len(pixels), "bits of pixels", "img", shown=progress) as bar:
-        for part in batches(len(pixels), BATCH_SIZE):
-            of_codes = tuple(level[part].to(device) for level in codes)
-            bits[part] = tokenizer.nats(of_codes, pixels[part].to(device)).cpu().double() / math.log(2)
+        for part, (images, *levels) in device_batches(device, BATCH_SIZE, pixels, *codes):
+            bits[part] = tokenizer.nats(tuple(levels), images).cpu().double() / math.log(2)
             bar.update(part.stop - part.start)
     return bits
 

@@ -16,8 +16,7 @@ from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import generate, uniform_codes, uniforms
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.generate import Sampler, uniform_codes, uniforms
 from stage2_prior.priors.prior_file import PriorHeader
 
 Label = str | int
@@ -73,7 +72,7 @@ def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:
 def draw_images(
     accelerator: Accelerator | None,
     tokenizer: VQVAE,
-    prior: AutoregressivePrior | None,
+    sampler: Sampler | None,
     labels: Tensor | None,
     count: int,
     seed: int,
@@ -81,13 +80,14 @@ def draw_images(
     given: Codes | None = None,
     kept: Codes | None = None,
 ) -> tuple[Codes, Tensor]:
-    """Draw and decode `count` samples; of `given` codes (N, h, w) a level, those that `kept` marks are taken over.
+    """Draw and decode `count` samples; without a `sampler`, of the uniform prior. Of `given` codes (N, h, w) a level, those that `kept`
+    marks are taken over.
 
     Batch j, of fixed numbers and always of full size, is process j mod P's of the `accelerator`'s: so the result is the same at any number
     of processes. None: this one draws alone.
     Returns: codes, int64 (N, h, w) a level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
-    layout = prior.layout if prior is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
+    layout = sampler.layout if sampler is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
     processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     device, main = next(tokenizer.parameters()).device, rank == 0
     size = min(config.batch_size, count)
@@ -102,13 +102,13 @@ def draw_images(
             numbers = numbers.where(numbers < count, 0)
             uniform = uniforms(seed, numbers, layout.length)
             of_given = None if given is None else tuple(level[numbers] for level in given)
-            if prior is None:
+            if sampler is None:
                 codes = uniform_codes(layout, uniform)
                 if of_given is not None and kept is not None:
                     codes = tuple(torch.where(*level) for level in zip(kept, of_given, codes, strict=True))
             else:
                 of_labels = None if labels is None else labels[numbers].to(device)
-                codes = generate(prior, of_labels, uniform, config, of_given, kept)
+                codes = sampler(of_labels, uniform, config, of_given, kept)
             codes = tuple(level.to(device) for level in codes)
             found = (layout.flat(codes), to_uint8(tokenizer.decode(codes)))
             found = found if accelerator is None else accelerator.gather(found)

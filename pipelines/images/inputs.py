@@ -12,13 +12,13 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, say
 from pipelines.images.drawing import labels_of
+from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.priors.prior_file import PriorHeader
 
@@ -80,8 +80,8 @@ def encode_and_decode(tokenizer: VQVAE, pixels: Pixels, batch_size: int, progres
     parts: list[Codes] = []
     pictures = torch.empty(pixels.shape, dtype=torch.uint8)
     with progress_bar(len(pixels), "encode and decode", "img", shown=progress) as bar:
-        for part in batches(len(pixels), batch_size):
-            codes = tokenizer.encode(to_model(pixels[part].to(device)))
+        for part, (images,) in device_batches(device, batch_size, pixels):
+            codes = tokenizer.encode(to_model(images))
             pictures[part] = to_uint8(tokenizer.decode(codes)).cpu()
             parts.append(tuple(level.cpu() for level in codes))
             bar.update(part.stop - part.start)
@@ -94,8 +94,8 @@ def encode(tokenizer: VQVAE, pixels: Pixels, batch_size: int) -> Codes:
     device = next(tokenizer.parameters()).device
     parts: list[Codes] = []
     with progress_bar(len(pixels), "encode", "img") as bar:
-        for part in batches(len(pixels), batch_size):
-            parts.append(tuple(level.cpu() for level in tokenizer.encode(to_model(pixels[part].to(device)))))
+        for part, (images,) in device_batches(device, batch_size, pixels):
+            parts.append(tuple(level.cpu() for level in tokenizer.encode(to_model(images))))
             bar.update(part.stop - part.start)
     return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from configs.cli import TRAIN_PRIOR, Command
+from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.contract import AutoregressivePrior
@@ -49,9 +49,9 @@ def surprisals(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, 
     count = len(codes[0])
     bits = torch.empty(count, prior.layout.length, dtype=torch.float64)
     with progress_bar(count, description, "img", shown=progress) as bar:
-        for part in batches(count, BATCH_SIZE):
-            of_codes = tuple(level[part].to(prior.device) for level in codes)
-            of_labels = None if labels is None else labels[part].to(prior.device)
+        sources = codes if labels is None else (*codes, labels)
+        for part, found in device_batches(prior.device, BATCH_SIZE, *sources):
+            of_codes, of_labels = found[: len(codes)], None if labels is None else found[-1]
             bits[part] = -prior.log_prob(of_codes, of_labels).cpu().double() / math.log(2)
             bar.update(part.stop - part.start)
     return bits

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 from configs.run_dir import RunDir
+from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.order import Order, order_of
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
-from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.optimizer import adamw
+from stage1_vqvae.training.precision import ieee_float32
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import generator
 from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
@@ -161,5 +162,5 @@ def fit(classifier: Classifier, kind: str, count: int, order: Order, examples: E
 def labels_found(classifier: Classifier, pixels: Pixels, batch_size: int) -> Tensor:
     """The label (N,) that it gives each of the images, uint8 (N, H, W, C); on the CPU."""
     device = classifier.head.weight.device
-    parts = [classifier(to_model(pixels[part].to(device))).argmax(1).cpu() for part in batches(len(pixels), batch_size)]
-    return torch.cat(parts)
+    with ieee_float32(device):
+        return torch.cat([classifier(to_model(images)).argmax(1).cpu() for _, (images,) in device_batches(device, batch_size, pixels)])

@@ -1,12 +1,12 @@
 """What images are compared by: a network's features, and its logits.
 
-Only Inception with the weights of the original FID gives a figure that may be called FID (Heusel et al. 2017).
+Only Inception with the weights of the original FID gives a figure that may be called FID (Heusel et al. 2017), or sFID (Nash et al. 2021).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,16 +17,20 @@ import torchvision
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSource, Pixels
 from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, Classifier, kept_at, run_classifier, run_rotation
 from stage1_vqvae.features.weights import weights_in
-from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.precision import full_precision, ieee_float32
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
 
 AUTO, INCEPTION = "auto", "inception"
+POOLED, SPATIAL = 2048, 7 * 17 * 17
+"""Of Inception: the width of its features, and that of sFID's."""
 _SIDE = 299  # pixels that Inception sees
+_SPATIAL_CHANNELS = 7
 _OTHERS = "or the name of a classification network of torchvision, such as resnet50"
 
 
@@ -44,14 +48,15 @@ class Layers:
     have, the last of that size, in the order in which they come. A gradient reaches the images.
     """
 
-    def __init__(self, network: nn.Module, run: Callable[[Tensor], object]) -> None:
-        """`run` puts images through `network`, of whose modules this collects what they put out."""
+    def __init__(self, network: nn.Module, run: Callable[[Tensor], object], blocks: Iterable[nn.Module] | None = None) -> None:
+        """`run` puts images through `network`, of whose modules this collects what they put out: of `blocks`, or of all."""
         self._run, self._found = run, dict[torch.Size, Tensor]()
         self._collecting = False
         network.requires_grad_(False)
         for module in network.modules():
             if hasattr(module, "inplace"):
                 module.inplace = False  # type: ignore[assignment]  # what was collected would change after it
+        for module in network.modules() if blocks is None else blocks:
             module.register_forward_hook(self._collect)
 
     def _collect(self, _: nn.Module, __: object, output: object) -> None:
@@ -86,16 +91,33 @@ class FeatureNetwork:
     """One line on what was missing, if it stands in for another network."""
     label_names: list[str] | None = None
     """Names of the classes of its logits, if they are the run's own."""
+    spatial: Callable[[Tensor], tuple[Features, Tensor]] | None = None
+    """As `forward`, and beside it the features of sFID, (B, D'), position by position; None: of another network than Inception."""
 
     @torch.no_grad()
-    def __call__(self, pixels: Pixels, batch_size: int, what: str, progress: bool = True) -> Features:
-        """Features of images, uint8 (N, H, W, C), on the CPU; `what` they are, for the progress bar."""
-        found = []
-        with progress_bar(len(pixels), f"features of {what}", "img", shown=progress) as bar:
-            for part in batches(len(pixels), batch_size):
-                found.append(Features(*(tensor.float().cpu() for tensor in self.forward(pixels[part].to(self.device)))))
+    def __call__(
+        self, pixels: Pixels, batch_size: int, what: str, progress: bool = True, spatial: Callable[[Tensor], None] | None = None
+    ) -> Features:
+        """Features of images, uint8 (N, H, W, C), on the CPU; `what` they are, for the progress bar.
+
+        They are computed in full float32, as published figures are. `spatial` is handed sFID's features of each batch, on the device: of
+        all images they would take as much memory again.
+        """
+        assert spatial is None or self.spatial is not None
+        whole: Features | None = None
+        with progress_bar(len(pixels), f"features of {what}", "img", shown=progress) as bar, ieee_float32(self.device):
+            for part, (batch,) in device_batches(self.device, batch_size, pixels):
+                if spatial is not None and self.spatial is not None:
+                    found, maps = self.spatial(batch)
+                    spatial(maps)
+                else:
+                    found = self.forward(batch)
+                whole = whole or Features(*(torch.empty(len(pixels), tensor.shape[1]) for tensor in found))
+                for rows, tensor in zip(whole, found, strict=True):
+                    rows[part] = tensor.float().cpu()
                 bar.update(part.stop - part.start)
-        return Features(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        assert whole is not None
+        return whole
 
 
 def feature_network(
@@ -190,9 +212,21 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
     def forward(pixels: Tensor) -> Features:
         return Features(*network(pixels.movedim(-1, 1).expand(-1, 3, -1, -1)))
 
+    def with_spatial(pixels: Tensor) -> tuple[Features, Tensor]:
+        seen: list[Tensor] = []
+        # `mixed_6/conv` of the network's first publication, the first of four branches.
+        hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: seen.append(output[:, :_SPATIAL_CHANNELS]))
+        try:
+            features = forward(pixels)
+        finally:
+            hook.remove()
+        return features, seen[0].movedim(1, -1).flatten(1)  # channels last, as published statistics have them
+
     def run(images: Tensor) -> object:
-        # Its own forward pass takes rounded images alone, through which no gradient comes: its first layer gets them as they are.
-        scaled = interpolate_bilinear_2d_like_tensorflow1x((images.expand(-1, 3, -1, -1) + 1) * 127.5, size=(_SIDE, _SIDE))
+        # Its own forward pass takes rounded images alone, through which no gradient comes: its first layer gets them as they are. In
+        # float32: half precision has no number for every position in 299.
+        rgb = full_precision(images).expand(-1, 3, -1, -1)
+        scaled = interpolate_bilinear_2d_like_tensorflow1x((rgb + 1) * 127.5, size=(_SIDE, _SIDE), align_corners=False)
         hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: ((scaled - 128) / 128,))
         try:
             return forward(to_uint8(images.detach()))
@@ -201,7 +235,9 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
 
     standard = sha256.startswith(_hash_in(file_name))
     distance = "FID" if standard else "Fréchet distance (Inception, other weights)"
-    return FeatureNetwork(INCEPTION, distance, sha256, forward, Layers(network, run), device)
+    # Whole blocks: the last map of 35 x 35 or 17 x 17 within any is one branch of the block that halves it.
+    layers = Layers(network, run, network.children())
+    return FeatureNetwork(INCEPTION, distance, sha256, forward, layers, device, spatial=with_spatial)
 
 
 def _hash_in(file_name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from configs.errors import require
 from configs.schema import NetworkPart
+from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution, on_accelerator
 
 GROUPS = 32
 """Groups of a normalisation."""
@@ -71,7 +73,7 @@ class VQGANPart(NetworkPart):
             layers += [Downsampling(channels)] if level else []
             layers += self._blocks(level, channels, self.residual_blocks)
             channels = width
-        layers += [*_middle(channels), _norm(channels), nn.SiLU(inplace=True)]
+        layers += [*_middle(channels), _norm(channels), nn.Identity()]
         layers += [nn.Conv2d(channels, self.latent_channels, 3, padding=1), nn.Conv2d(self.latent_channels, code_dim, 1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
@@ -83,7 +85,7 @@ class VQGANPart(NetworkPart):
             layers += self._blocks(level, channels, self.residual_blocks + 1)
             layers += [Upsampling(width)] if level else []
             channels = width
-        layers += [_norm(channels), nn.SiLU(inplace=True), nn.Conv2d(channels, output_channels, 3, padding=1)]
+        layers += [_norm(channels), nn.Identity(), nn.Conv2d(channels, output_channels, 3, padding=1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
     def _blocks(self, level: int, channels: int, count: int) -> list[nn.Module]:
@@ -120,8 +122,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H, W)."""
-        hidden = self.conv1(F.silu(self.norm1(x), inplace=True))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(hidden), inplace=True))
+        hidden = normed_convolution(x, self.norm1, self.conv1)
+        return self.shortcut(x) + normed_convolution(hidden, self.norm2, self.conv2)
 
 
 class AttentionBlock(nn.Module):
@@ -129,7 +131,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, silu=False)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,11 +163,17 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0))
+        return self.conv(_repeated(x) if on_accelerator(x) else F.interpolate(x, scale_factor=2.0))
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+def _repeated(x: Tensor) -> Tensor:
+    """The nearest pixel for each of twice the height and width, in x's dtype: autocast would do it in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2.0)
+
+
+def _norm(channels: int, silu: bool = True) -> GroupNorm:
+    return GroupNorm(GROUPS, channels, silu=silu)
 
 
 def _middle(channels: int) -> list[nn.Module]:

@@ -88,7 +88,7 @@ class PatchDiscriminator(nn.Sequential):
         for number in range(layers + 1):
             after = channels * min(2**number, 8)
             found += [_convolution(before, after, 4, 2 if number < layers else 1, norm == "spectral")]
-            found += [nn.GroupNorm(_GROUPS, after)] if norm == "group" and number else []
+            found += [_ChannelsLastGroupNorm(_GROUPS, after)] if norm == "group" and number else []
             found += [nn.LeakyReLU(_SLOPE)]
             before = after
         super().__init__(*found, _convolution(before, 1, 4, 1, norm == "spectral"))
@@ -96,6 +96,17 @@ class PatchDiscriminator(nn.Sequential):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) in [-1, 1] to one tensor of logits (B, 1, h, w)."""
         return [super().forward(images.contiguous(memory_format=torch.channels_last))]
+
+
+class _ChannelsLastGroupNorm(nn.GroupNorm):
+    """Group normalisation whose result has channels last in memory on a GPU too, where torch's has them first.
+
+    Not the tokenizer's, which has no gradients of gradients: the penalty `r1` needs them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return super().forward(x).contiguous(memory_format=torch.channels_last)
 
 
 class ProjectedDiscriminator(nn.Module):
@@ -123,6 +134,8 @@ class ProjectedDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w) of each size of the features."""
         mixed: list[Tensor] = []
+        if not images.is_cpu:  # as a GPU's convolutions are fastest
+            images = images.contiguous(memory_format=torch.channels_last)
         for features, mixture in reversed(list(zip(self.layers(images), self.mixtures, strict=True))):
             own = mixture(features)
             mixed.append(own + F.interpolate(mixed[-1], own.shape[2:]) if mixed else own)

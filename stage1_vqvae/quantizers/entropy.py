@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stage1_vqvae.quantizers.search import rows_a_block
+from stage1_vqvae.training.kernels import operator
 
 
 def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
@@ -66,33 +67,54 @@ class _SoftAssignment(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, vectors: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows, vectors)
         ctx.temperature = temperature
-        mean_assignment, mean_entropy = vectors.new_zeros(len(vectors)), rows.new_zeros(())
-        for block in rows.split(rows_a_block(vectors)):
-            log_p = _log_assignment(block, vectors, temperature)
-            p = log_p.exp()
-            mean_assignment += p.sum(0)
-            mean_entropy -= p.mul_(log_p).sum()
-        count = max(1, len(rows))
-        return mean_assignment / count, mean_entropy / count
+        return _soft_assignment(rows, vectors, temperature)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_assignment: Tensor, to_entropy: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, vectors = ctx.saved_tensors
-        to_rows, to_vectors = torch.empty_like(rows), torch.zeros_like(vectors)
-        size, count = rows_a_block(vectors), max(1, len(rows))
-        for start in range(0, len(rows), size):
-            block = rows[start : start + size]
-            log_p = _log_assignment(block, vectors, ctx.temperature)
-            p = log_p.exp()
-            to_p = to_assignment - to_entropy * (log_p + 1)
-            # Through the softmax, and with the 2 / t of the distances' own gradient.
-            to_logits = (p * (to_p - (p * to_p).sum(1, keepdim=True))).mul_(2 / (ctx.temperature * count))
-            torch.mm(to_logits, vectors, out=to_rows[start : start + size])
-            if ctx.needs_input_grad[1]:
-                to_vectors += to_logits.T @ block - vectors * to_logits.sum(0)[:, None]
-        # Each row's gradients at its logits add up to zero, so that of |z|^2 vanishes.
-        return to_rows, to_vectors, None
+        gradients = _soft_assignment_gradients(rows, vectors, ctx.temperature, to_assignment, to_entropy, ctx.needs_input_grad[1])
+        return *gradients, None
+
+
+@operator(
+    "two_stage::soft_assignment(Tensor rows, Tensor vectors, float temperature) -> (Tensor, Tensor)",
+    fake=lambda rows, vectors, temperature: (vectors.new_empty(vectors.shape[0]), rows.new_empty(())),
+)
+def _soft_assignment(rows: Tensor, vectors: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    mean_assignment, mean_entropy = vectors.new_zeros(len(vectors)), rows.new_zeros(())
+    for block in rows.split(rows_a_block(vectors)):
+        log_p = _log_assignment(block, vectors, temperature)
+        p = log_p.exp()
+        mean_assignment += p.sum(0)
+        mean_entropy -= p.mul_(log_p).sum()
+    count = max(1, len(rows))
+    return mean_assignment / count, mean_entropy / count
+
+
+@operator(
+    "two_stage::soft_assignment_gradients(Tensor rows, Tensor vectors, float temperature, Tensor to_assignment, Tensor to_entropy, "
+    "bool learned) -> (Tensor, Tensor)",
+    fake=lambda rows, vectors, *_: (torch.empty_like(rows), torch.empty_like(vectors)),
+)
+def _soft_assignment_gradients(
+    rows: Tensor, vectors: Tensor, temperature: float, to_assignment: Tensor, to_entropy: Tensor, learned: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients at rows and vectors of both results'; zeros at vectors that are not learned."""
+    to_rows, to_vectors = torch.empty_like(rows), torch.zeros_like(vectors)
+    size, count = rows_a_block(vectors), max(1, len(rows))
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        log_p = _log_assignment(block, vectors, temperature)
+        p = log_p.exp()
+        to_p = to_assignment - to_entropy * (log_p + 1)
+        # Through the softmax, and with the 2 / t of the distances' own gradient.
+        to_logits = (p * (to_p - (p * to_p).sum(1, keepdim=True))).mul_(2 / (temperature * count))
+        torch.mm(to_logits, vectors, out=to_rows[start : start + size])
+        if learned:
+            to_vectors += to_logits.T @ block - vectors * to_logits.sum(0)[:, None]
+    # Each row's gradients at its logits add up to zero, so that of |z|^2 vanishes.
+    return to_rows, to_vectors
 
 
 def _log_assignment(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:

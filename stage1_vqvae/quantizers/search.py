@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stage1_vqvae.training.kernels import Kernel, operator
 from stage1_vqvae.training.precision import ieee_float32
 
 # A CPU's second-level cache, a core, where the machine does not say.
 _USUAL_CACHE_BYTES = 2**20
 # Where Linux says it.
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-# A GPU needs more work a launch than a cache holds.
-_BLOCK_BYTES_GPU = 256 * 2**20
+# An accelerator needs more work a launch than a cache holds.
+_BLOCK_BYTES_ACCELERATOR = 256 * 2**20
 # Codes whose least distance is found at once.
 _GROUP = 64
 # The kernel of fused.py is for few channels; with many the matrix product dominates, and a library's is the better one.
 _WIDEST_FUSED = 64
-# It comes with torch's CUDA builds.
-_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _load_fused() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from stage1_vqvae.quantizers.fused import fused_nearest
+
+    return fused_nearest
+
+
+_FUSED = Kernel("the nearest-code search", _load_fused)
 
 
 @torch.no_grad()
@@ -42,18 +50,27 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """
     if vectors.ndim != 2 or vectors.shape[1] != codebook.shape[1]:
         raise ValueError(f"vectors: expected (N, {codebook.shape[1]}), found {tuple(vectors.shape)}")
+    if torch.compiler.is_exporting():  # a graph for other runtimes has neither our operator nor a loop over a batch of any size
+        with torch.autocast(vectors.device.type, enabled=False):
+            dtype = torch.promote_types(vectors.dtype, torch.float32)
+            codes, centre = _centred(codebook.to(dtype))
+            return torch.argmin(codes.square().sum(1) - 2 * (vectors.to(dtype) - centre) @ codes.T, 1)
+    return _search(vectors, codebook)
+
+
+@operator(
+    "two_stage::nearest_codes(Tensor vectors, Tensor codebook) -> Tensor",
+    fake=lambda vectors, codebook: vectors.new_empty(vectors.shape[0], dtype=torch.int64),
+)
+def _search(vectors: Tensor, codebook: Tensor) -> Tensor:
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     with torch.autocast(vectors.device.type, enabled=False), ieee_float32(vectors.device):
-        codes = codebook.to(dtype)
-        centre = _safe_centre(codes)
-        codes = codes - centre
+        codes, centre = _centred(codebook.to(dtype))
         squares = codes.square().sum(1)
-        if vectors.is_cuda and dtype == torch.float32 and codes.shape[1] <= _WIDEST_FUSED and _TRITON:
-            from stage1_vqvae.quantizers.fused import fused_nearest
-
-            return fused_nearest(vectors.to(dtype) - centre, codes, squares)
-        if torch.compiler.is_exporting():  # a graph has no loop over blocks of a batch of any size
-            return torch.argmin(squares - 2 * (vectors.to(dtype) - centre) @ codes.T, 1)
+        if _FUSED.usable(vectors.device) and dtype == torch.float32 and codes.shape[1] <= _WIDEST_FUSED:
+            nearest = _FUSED(vectors.to(dtype) - centre, codes, squares)
+            if nearest is not None:
+                return nearest
         # Whole groups of codes: the last one is filled up with copies of the last code, which count as it.
         filled = torch.arange(-(-len(codes) // _GROUP) * _GROUP, device=codes.device).clamp_(max=len(codes) - 1)
         # |e|^2 as one channel more, which is 1 in every vector: adding it to the product would be a pass over all distances.
@@ -66,6 +83,12 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             block = rows[start : start + size]
             nearest[start : start + size] = _argmin_by_groups(torch.mm(block, terms, out=distances[: len(block)]))
     return nearest.clamp_(max=len(codebook) - 1)
+
+
+def _centred(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes (K, D) less their safe centre, and that centre (D,)."""
+    centre = _safe_centre(codes)
+    return codes - centre, centre
 
 
 def _safe_centre(codes: Tensor) -> Tensor:
@@ -93,7 +116,8 @@ def rows_a_block(codebook: Tensor) -> int:
     On a CPU, what all threads' second-level caches hold: so a block stays there between the matrix product that writes it and the
     argmin that reads it.
     """
-    block_bytes = _BLOCK_BYTES_GPU if codebook.is_cuda else torch.get_num_threads() * cache_bytes()
+    on_cpu = codebook.device.type == "cpu"
+    block_bytes = torch.get_num_threads() * cache_bytes() if on_cpu else _BLOCK_BYTES_ACCELERATOR
     return max(1, block_bytes // (codebook.element_size() * len(codebook)))
 
 

@@ -22,9 +22,17 @@ def share_of_step(batch_size: int, accumulation: int, micro_step: int, processes
     return slice(start, start + size)
 
 
+def most_processes(batch_size: int, accumulation: int, devices: int) -> int:
+    """The largest number of processes, at most `devices`, that shares a step's batch out evenly."""
+    return max(processes for processes in range(1, devices + 1) if processes == 1 or batch_size % (accumulation * processes) == 0)
+
+
 def check_divides(section: str, batch_size: int, accumulation: int, processes: int) -> None:
     """Errors: UserError if a step's batch cannot be shared out evenly."""
     parts = accumulation * processes
     if batch_size % parts:
         shares = f"{processes} processes x {accumulation} micro-steps"
-        raise UserError(f"{section}.batch_size: expected a multiple of {parts} ({shares}), found {batch_size}")
+        fewer = f"--num_processes {most_processes(batch_size, accumulation, processes)}"
+        raise UserError(
+            f"{section}.batch_size: expected a multiple of {parts} ({shares}), found {batch_size}; or launch with accelerate launch {fewer}"
+        )

@@ -1,4 +1,4 @@
-"""Triton kernels, and what serves in their place on machines where they cannot be launched.
+"""Triton kernels, what serves in their place on machines where they cannot be launched, and operators that a compiler leaves whole.
 
 Triton compiles a kernel at its first launch, for which it needs a C compiler and Python's headers; slim containers have neither. The
 modules that hold kernels import Triton at their top, so they are imported on first use only.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from textwrap import shorten
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +18,37 @@ from configs.errors import say
 
 # It comes with torch's CUDA builds.
 _TRITON = importlib.util.find_spec("triton") is not None
+# Characters of an error's text in a warning of one line; a compiler's command line alone has hundreds.
+_LONGEST_REASON = 160
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Decorator: make a function one operator of the graphs that `torch.compile` traces, which then has no break inside it.
+
+    For what a compiler cannot follow (a kernel that may be given up, precisions that are set for a while) or should not copy into its
+    graph (a loop over blocks). Gradients do not pass: call it without them, or inside an `autograd.Function`. Outside of compiled
+    graphs the function is called as it is, since an operator's dispatch takes some 25 us on a CPU.
+
+    Args:
+        schema: the operator's name and signature, as "two_stage::nearest_codes(Tensor vectors, Tensor codebook) -> Tensor".
+        fake: takes the same arguments; returns empty tensors of the results' shapes, dtypes and devices.
+    """
+    name, parenthesis, signature = schema.partition("(")
+
+    def decorate(function: Function) -> Function:
+        registered = torch.library.custom_op(name, function, mutates_args=(), schema=parenthesis + signature)
+        registered.register_fake(fake)
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            return registered(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
 class Kernel:
@@ -49,8 +82,11 @@ class Kernel:
             return self._launch(*arguments)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception as error:  # a missing compiler alone has several: RuntimeError, OSError, CalledProcessError
+        # Without a compiler it is RuntimeError or FileNotFoundError, without Python's headers CalledProcessError, without a driver
+        # AssertionError or RuntimeError; and Triton has its own for what does not compile or takes too much shared memory.
+        except Exception as error:
             self._failed = True
-            reason = next(iter(str(error).split("\n")), "")
-            say(f"warning: {self.name} goes on without its Triton kernel ({type(error).__name__}: {reason})")
+            reason = shorten(f"{type(error).__name__}: {error}", _LONGEST_REASON)
+            needs = "Triton needs a C compiler and Python's headers"
+            say(f"warning: {self.name} goes on without its Triton kernel, more slowly ({reason}); {needs}")
             return None

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage1_vqvae.attention import Attention, Norm
+from stage1_vqvae.training.kernels import Kernel
+
+
+def _load_attend() -> Callable[..., Any]:
+    from stage2_prior.priors.step_kernels import attend
+
+    return attend
+
+
+_ATTEND = Kernel("attention while sampling", _load_attend)
 
 
 class KeyValueCache:
-    """Keys and values of all positions, preallocated: (B, heads, T, head width) each."""
+    """Keys and values of all positions, preallocated: (B, heads, T, head width) each, in the weights' precision."""
 
     def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
         # Zeros, because a step of fixed shape multiplies what has not been written yet by a weight of zero.
         self.keys = like.new_zeros(batch, heads, length, head_width)
         self.values = torch.zeros_like(self.keys)
+
+    def reset(self) -> None:
+        """Forget the batch before. A NaN among what is masked would spread all the same: a weight of zero times NaN is NaN."""
+        self.keys.zero_()
+        self.values.zero_()
 
 
 class CachedAttention(Attention):
@@ -26,12 +44,16 @@ class CachedAttention(Attention):
         return KeyValueCache(batch, self.heads, length, self.head_width, self.out.weight)
 
     def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """(B, C) of one position to the same shape; its key and value are added to the cache.
+        """(B, C) of one position to the same shape; its key and value are added to the cache. See `attend`."""
+        return of_few_rows(self.out, self.attend(of_few_rows(self.qkv, x), rotation, cache, position))
 
-        `position` as a number: attends to what the cache holds up to it. As a tensor (1,): to all of it under a mask, the
-        same kernels on the same shapes at every position, which is what a CUDA graph can replay.
+    def attend(self, projected: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
+        """What a position has found in the cache, (B, C), of what `qkv` made of it, (B, 3 C); its key and value are added.
+
+        `rotation` (1, d / 2, 2): the position's own. `position` as a number: attends to what the cache holds up to it. As a tensor (1,):
+        to all of it under a mask, the same kernels on the same shapes at every position.
         """
-        query, key, value = self._separated(of_few_rows(self.qkv, x)[:, None], rotation)
+        query, key, value = self._separated(projected[:, None], rotation)
         keys, values = cache.keys, cache.values
         if isinstance(position, int):
             keys[:, :, position : position + 1] = key
@@ -42,7 +64,18 @@ class CachedAttention(Attention):
             values.index_copy_(2, position, value)
             seen = torch.arange(keys.shape[2], device=keys.device)[None] <= position
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
-        return of_few_rows(self.out, attended.flatten(1))
+        return attended.flatten(1)
+
+    def fixed_attend(self, projected: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
+        """`attend` as a CUDA graph can replay it, with the `rotations` (T, d / 2, 2) of all positions. On a GPU it is one kernel, which
+        reads what is filled and nothing else of the cache.
+        """
+        keys, values = cache.keys, cache.values
+        if _ATTEND.usable(keys.device) and keys.dtype == projected.dtype != torch.float64 and rotations.dtype == torch.float32:
+            attended = _ATTEND(projected, rotations, keys, values, position)
+            if attended is not None:
+                return attended
+        return self.attend(projected, rotations.index_select(0, position), cache, position)
 
 
 class GridAttention(nn.Module):
@@ -66,6 +99,11 @@ class GridAttention(nn.Module):
     def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int) -> Tensor:
         """(B, C) of one position to the same shape."""
         return x + self.attention.step(self.norm(x), rotation, cache, position)
+
+    def fixed_step(self, x: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
+        """`step` as a CUDA graph can replay it, with the `rotations` (T, d / 2, 2) of all positions."""
+        attention = self.attention
+        return x + attention.out(attention.fixed_attend(attention.qkv(self.norm(x)), rotations, cache, position))
 
 
 def of_few_rows(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """What every prior is: an autoregressive model of codes, p(level 1) p(level 2 | level 1) ..., each level in raster order.
 
 It sees integers only, never images or files. Training asks for all positions at once (`forward`); sampling asks for one
-position after another (`step`), and a cache holds what the positions before it have left. Both give the same logits.
+position after another (`step`), and a cache holds what the positions before it have left. Both give the same logits; and so do
+`FixedSteps`, whose tensors and shapes stay the same from position to position, so that CUDA graphs can replay them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -65,6 +67,56 @@ class VariantEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
 
+@dataclass(frozen=True)
+class FixedBatch:
+    """A batch's tensors, the same ones for every batch and position, filled anew."""
+
+    sequences: Tensor
+    """(B, T) int64: codes; those before the position are read."""
+    labels: Tensor
+    """(R,) int64: of each row that is computed. R is B, or 2 B under guidance, where rows r and B + r share their codes."""
+    position: Tensor
+    """(1,) int64: the position whose logits are wanted, plus `first`."""
+    first: int = 0
+    """Where these sequences begin in those that `position` counts in."""
+
+    def here(self) -> Tensor:
+        """(1,): the position in `sequences`."""
+        return self.position - self.first if self.first else self.position
+
+    def shared(self, codes: Tensor) -> Tensor:
+        """Codes (B, ...) as each row has them, (R, ...)."""
+        copies = len(self.labels) // len(codes)
+        return codes if copies == 1 else torch.cat([codes] * copies)
+
+
+class FixedSteps(ABC):
+    """A prior's steps over a `FixedBatch`. All state is in tensors made here, never in what a step leaves."""
+
+    def __init__(self, batch: FixedBatch) -> None:
+        self.batch = batch
+
+    @abstractmethod
+    def prepare(self, position: int, above: Codes = ()) -> None:
+        """What precedes the step of that position and is no part of it: at a level's first, what the batch before has left is forgotten,
+        and the levels above are looked at (codes (R, h, w) of those that are given to the prior, `above`). In eager mode.
+        """
+
+    @abstractmethod
+    def phase(self, position: int) -> Hashable:
+        """Positions of one phase have one step: same kernels, same shapes, same tensors."""
+
+    @abstractmethod
+    def logits(self, phase: Hashable) -> Tensor:
+        """Logits (R, K) of the batch's position, which is of that phase; as a CUDA graph needs it: the host reads nothing."""
+
+
+def place(layout: SequenceLayout, position: int) -> tuple[int, int]:
+    """Of a position: its level, and its number within the level."""
+    level = layout.level_of(position)
+    return level, position - sum(layout.lengths[:level])
+
+
 class AutoregressivePrior(nn.Module, ABC):
     """The contract that every prior keeps."""
 
@@ -105,6 +157,10 @@ class AutoregressivePrior(nn.Module, ABC):
         """Logits (B, K) of the next position over the codes of its level, from the code (B,) of the position before (None at
         the first) and the cache, which moves on by one position.
         """
+
+    def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
+        """Its steps over those tensors; None: it has nothing but `step`, and no CUDA graphs are made of it."""
+        return None
 
     def begin_from(self, vectors: Sequence[Tensor]) -> None:
         """Let training begin from what the tokenizer knows of its codes: their vectors, (K, D) a level, with mean 0. Not all priors

@@ -1,74 +1,70 @@
-"""Sampling from a transformer by CUDA graphs: one launch a position, in place of some hundreds of small ones."""
+"""CUDA graphs: what is launched again and again in the same way, replayed by one launch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
-from typing_extensions import override
-
-from stage1_vqvae.quantizers.contract import Codes
-from stage2_prior.priors.contract import AutoregressivePrior, Logits
-from stage2_prior.priors.transformer import Transformer
 
 
-class GraphedTransformer(AutoregressivePrior):
-    """A transformer whose steps are replayed; otherwise the transformer itself."""
-
-    def __init__(self, prior: Transformer) -> None:
-        super().__init__(prior.layout, prior.num_classes, prior.num_variants)
-        self.prior = prior
-        self._steps: GraphedSteps | None = None
-        self.train(prior.training)
-
-    @override
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        return self.prior(codes, labels, variants)
-
-    def new_cache(self, batch: int, above: Codes = ()) -> GraphedSteps:
-        """See the contract; of a transformer over all levels. The graphs of the last batch size are kept, so only one cache may be in
-        use at a time.
-        """
-        if self._steps is None or self._steps.batch != batch:
-            self._steps = GraphedSteps(self.prior, batch)
-        self._steps.position = 0
-        return self._steps
-
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: GraphedSteps) -> Tensor:
-        """See the contract; the next step overwrites the logits."""
-        return cache.step(code, self.labels_or_null(labels, cache.batch))
+class CaptureError(RuntimeError):
+    """What was to be captured cannot be; run it as it is."""
 
 
-class GraphedSteps:
-    """The steps of batches of one size, always on the same tensors: a graph a level."""
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """Errors: CaptureError in place of any but too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
 
-    def __init__(self, prior: Transformer, batch: int) -> None:
-        self.batch, self.position = batch, 0
-        self._prior, self._cache = prior, prior.new_cache(batch)
-        self._tokens, self._labels = (torch.zeros(batch, dtype=torch.int64, device=prior.device) for _ in range(2))
-        self._position = torch.zeros(1, dtype=torch.int64, device=prior.device)
-        self._graphs = [self._captured(level) for level in range(len(prior.layout.grids))]
 
-    def _captured(self, level: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph of one step, and the tensor that it leaves logits in."""
-        # Libraries set themselves up at their first calls, which a graph may not hold.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._prior.fixed_step(self._tokens, self._labels, self._cache, self._position, level)
-        torch.cuda.current_stream().wait_stream(side)
+class Graphs:
+    """Graphs of functions on one GPU, each captured at its second run.
+
+    A function's first run is an ordinary one, at which libraries set themselves up and kernels are compiled, which a graph may not hold.
+    All that a function leaves for later must be in tensors made outside it: graphs share the memory of what they make.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: that of all tensors, whichever is the current one. Errors: CaptureError if it has no graphs."""
+        self._device = device
+        with _capturing():
+            # That of torch.cuda.graph would be of the device that was current when it was first used.
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Run a function, which is the same one for each key. Errors: CaptureError if it cannot be captured; it has not run then."""
+        with torch.cuda.device(self._device):
+            if key not in self._graphs:
+                self._first_run(function)
+                self._graphs[key] = None
+                return
+            graph = self._graphs[key] or self._captured(function)
+            self._graphs[key] = graph
+            graph.replay()
+
+    def _first_run(self, function: Callable[[], None]) -> None:
+        """On the stream that captures, so that libraries make their workspaces there."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+
+    def _captured(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._prior.fixed_step(self._tokens, self._labels, self._cache, self._position, level)
-        return graph, logits
-
-    def step(self, code: Tensor | None, labels: Tensor) -> Tensor:
-        """Logits (B, K) of the next position, from the code (B,) of the one before (None at the first) and labels (B,)."""
-        if code is not None:
-            self._tokens.copy_(code + self._prior.layout.offset_before(self.position))
-        self._labels.copy_(labels)
-        self._position.fill_(self.position)
-        graph, logits = self._graphs[self._prior.layout.level_of(self.position)]
-        graph.replay()
-        self.position += 1
-        return logits
+        # Restores the stream, which torch.cuda.graph does not where a capture fails. Other threads may go on allocating.
+        with (
+            _capturing(),
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            function()
+        return graph

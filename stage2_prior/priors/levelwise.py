@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from configs.parts import as_dict
 from configs.schema import PriorPart, prior_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.contract import AutoregressivePrior, Logits
+from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +101,37 @@ class Levelwise(AutoregressivePrior):
             cache.of_level, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
         cache.position += 1
         return part.step(code, labels, cache.of_level)
+
+    @override
+    def fixed_steps(self, batch: FixedBatch) -> LevelwiseSteps | None:
+        parts, first = [], 0
+        for part, length in zip(self.parts, self.layout.lengths, strict=True):
+            sequences = batch.sequences[:, first : first + length]
+            parts.append(part.fixed_steps(FixedBatch(sequences, batch.labels, batch.position, batch.first + first)))
+            first += length
+        found = [part for part in parts if part is not None]
+        return LevelwiseSteps(self.layout, batch, found) if len(found) == len(parts) else None
+
+
+class LevelwiseSteps(FixedSteps):
+    """The steps of all levels' priors over a `FixedBatch`; a phase is a level, and a phase of its prior."""
+
+    def __init__(self, layout: SequenceLayout, batch: FixedBatch, parts: Sequence[FixedSteps]) -> None:
+        super().__init__(batch)
+        self._layout, self._parts = layout, parts
+
+    @override
+    def prepare(self, position: int, above: Codes = ()) -> None:
+        level, own = place(self._layout, position)
+        codes = self._layout.grids_of(self.batch.shared(self.batch.sequences))[:level] if own == 0 else ()
+        self._parts[level].prepare(own, codes)
+
+    @override
+    def phase(self, position: int) -> tuple[int, Hashable]:
+        level, own = place(self._layout, position)
+        return level, self._parts[level].phase(own)
+
+    @override
+    def logits(self, phase: Any) -> Tensor:
+        level, own = phase
+        return self._parts[level].logits(own)

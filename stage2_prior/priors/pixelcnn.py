@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from stage1_vqvae.attention import rotations
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import GridAttention
-from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding, place
 from stage2_prior.priors.upper_levels import UpperLevels
 
 _FIRST_KERNEL = 7
@@ -124,6 +124,10 @@ class PixelCNN(AutoregressivePrior):
     @override
     def step(self, code: Tensor | None, labels: Tensor | None, cache: PixelCNNCache) -> Tensor:
         return cache.step(code, labels)
+
+    @override
+    def fixed_steps(self, batch: FixedBatch) -> PixelCNNSteps:
+        return PixelCNNSteps(self, batch)
 
 
 class LevelNetwork(nn.Module):
@@ -275,38 +279,98 @@ class RowState:
         self._left = [context.new_zeros(batch, layer.reach - 1 + w, width) for layer in layers]
         # A window (reach, C) of those inputs is one stretch of memory, so the convolution is one matrix product.
         self._kernels = [layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1) for layer in layers]  # (reach C, 2 C)
-        self._down: list[Tensor] = []
+        # What the vertical stack tells the horizontal one, of this row.
+        self._down = [context.new_zeros(batch, w, 2 * width) for _ in layers]
         self._attended = [None if layer.attention is None else layer.attention.new_cache(batch, h * w) for layer in layers]
-        self._row = 0
+        self._row: int | Tensor = 0
 
-    def begin_row(self, row: int, codes_above: Tensor | None) -> None:
-        """The vertical stack's row, from the codes (B, w) of the row above it; None above the first."""
+    def begin_row(self, row: int | Tensor, codes_above: Tensor | None) -> None:
+        """The vertical stack's row, from the codes (B, w) of the row above it; None above the first. The row as a tensor (1,), here and
+        with a position: the same kernels at every row, which is what a CUDA graph can replay.
+        """
         network, self._row = self._network, row
-        x = network.positions[0, row].expand(len(self._left[0]), -1, -1)
+        x = _selected(network.positions[0], row).expand(len(self._left[0]), -1, -1)
         if codes_above is not None:
             x = x + network.token(codes_above)  # (B, w, C)
-        context = self._context[:, row % self._context.shape[1]]  # (B, 1 or w, C)
-        self._down = []
-        for layer, rows in zip(network.layers, self._above, strict=True):
+        context = self._context[:, 0] if self._context.shape[1] == 1 else _selected(self._context, row, 1)  # (B, 1 or w, C)
+        for layer, rows, down in zip(network.layers, self._above, self._down, strict=True):
             to_vertical, to_horizontal = layer.context(context).chunk(2, -1)
             rows.copy_(rows.roll(-1, 1))
             rows[:, -1, layer.sides : layer.sides + x.shape[1]] = x
             above = convolved(layer.vertical, rows)[:, 0]
             x = x + gated(above + to_vertical)
-            self._down.append(layer.down(above) + to_horizontal + layer.horizontal.bias)
+            down.copy_(layer.down(above) + to_horizontal + layer.horizontal.bias)
 
-    def next_position(self, column: int, code_left: Tensor | None) -> Tensor:
-        """Logits (B, K) of a position, from the code (B,) to its left; None if there is none."""
-        network = self._network
-        x = network.positions[1, self._row, column].expand(len(self._left[0]), -1)
+    def next_position(self, column: int, code_left: Tensor | None, row: int | Tensor | None = None) -> Tensor:
+        """Logits (B, K) of a position, from the code (B,) to its left; None if there is none. `row`: None is the last begun."""
+        network, row = self._network, self._row if row is None else row
+        x = _selected(network.positions[1, :, column], row).expand(len(self._left[0]), -1)
         if code_left is not None:
             x = x + network.token(code_left)  # (B, C)
-        position = self._row * network.grid[1] + column
+        position = row * network.grid[1] + column
         states = zip(network.layers, self._left, self._kernels, self._down, self._attended, strict=True)
         for layer, left, kernel, down, attended in states:
             left[:, layer.reach - 1 + column] = x
             window = left[:, column : column + layer.reach].flatten(1)
             x = x + layer.out(gated(torch.addmm(down[:, column], window, kernel)))
-            if layer.attention is not None and attended is not None:
+            if layer.attention is None or attended is None:
+                continue
+            if isinstance(position, Tensor):
+                x = layer.attention.fixed_step(x, network.rotations, attended, position)
+            else:
                 x = layer.attention.step(x, network.rotations[position : position + 1], attended, position)
         return network.head(x)
+
+    def restart(self, context: Tensor) -> None:
+        """Forget the level's codes, and begin again under another context of the same shape."""
+        self._context.copy_(context)
+        for state in (*self._above, *self._left):
+            state.zero_()
+        for cache in self._attended:
+            if cache is not None:
+                cache.reset()
+
+
+def _selected(x: Tensor, index: int | Tensor, axis: int = 0) -> Tensor:
+    """`x` at an index of an axis, which is then gone: a number's, or that of a tensor (1,)."""
+    return x.select(axis, index) if isinstance(index, int) else x.index_select(axis, index).squeeze(axis)
+
+
+class PixelCNNSteps(FixedSteps):
+    """A PixelCNN's steps over a `FixedBatch`. A phase is a level and a column, whose step at the first column also begins the row; the
+    first row's first position, which has nothing before it, is a phase of its own.
+    """
+
+    def __init__(self, prior: PixelCNN, batch: FixedBatch) -> None:
+        super().__init__(batch)
+        self._prior, rows = prior, len(batch.labels)
+        self._states = []
+        for network in prior.networks:
+            grid = (1, 1) if network.above is None else network.grid
+            self._states.append(RowState(network, network.positions.new_zeros(rows, *grid, network.token.embedding_dim)))
+
+    @override
+    def prepare(self, position: int, above: Codes = ()) -> None:
+        level, own = place(self._prior.layout, position)
+        if own == 0:
+            codes = self._prior.layout.grids_of(self.batch.shared(self.batch.sequences))[:level]
+            self._states[level].restart(self._prior.networks[level].context((*above, *codes), self.batch.labels))
+
+    @override
+    def phase(self, position: int) -> tuple[int, int, bool]:
+        level, own = place(self._prior.layout, position)
+        return level, own % self._prior.layout.grids[level][1], own == 0
+
+    @override
+    def logits(self, phase: Any) -> Tensor:
+        level, column, first = phase
+        layout, network, state = self._prior.layout, self._prior.networks[level], self._states[level]
+        start, width, here = sum(layout.lengths[:level]), layout.grids[level][1], self.batch.here()
+        row = (here - (start + column)) // width
+        if column == 0:
+            above = here - width + torch.arange(width, device=here.device)
+            state.begin_row(row, None if first else self.batch.shared(self.batch.sequences.index_select(1, above)))
+        left = None
+        if column or (network.wraps and not first):
+            left = self.batch.shared(self.batch.sequences.index_select(1, here - 1)[:, 0])
+        return state.next_position(column, left, row)

@@ -7,7 +7,7 @@ that it predicts, and the label. No embedding row is shared between start, label
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -21,15 +21,32 @@ from typing_extensions import override
 from configs.schema import PriorPart
 from stage1_vqvae.attention import Norm, rotations
 from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.kernels import Kernel
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import CachedAttention, KeyValueCache, of_few_rows
-from stage2_prior.priors.contract import AutoregressivePrior, Logits, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.upper_levels import UpperLevels
 
 # Of embeddings and matrices (GPT-2's).
 _INITIAL_STD = 0.02
 # Of that variance, how much is the codes' vectors' where they are known.
 _SHARE_OF_VECTORS = 0.7
+
+
+def _load_embed() -> Callable[..., Any]:
+    from stage2_prior.priors.step_kernels import embed
+
+    return embed
+
+
+def _load_gate() -> Callable[..., Any]:
+    from stage2_prior.priors.step_kernels import gate
+
+    return gate
+
+
+_EMBED = Kernel("embedding while sampling", _load_embed)
+_GATE = Kernel("the MLP while sampling", _load_gate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,18 +201,11 @@ class Transformer(AutoregressivePrior):
         batch = len(cache.layers[0].keys)
         x = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(position))
         x = x + self.label(self.labels_or_null(labels, batch))
-        return self.next_logits(x, cache, position, self.layout.level_of(position))
+        return self._logits(self.last_features(x, cache, position), self.layout.level_of(position))
 
-    def fixed_step(self, tokens: Tensor, labels: Tensor, cache: TransformerCache, position: Tensor, level: int) -> Tensor:
-        """`step` with the same shapes at every position, as a CUDA graph needs them: logits (B, K) of the position (1,), which is of
-        that level, from the token (B,) before it, and labels (B,). Position 0 has no token before it: any will do.
-        """
-        x = torch.where(position == 0, self.start, self.token(tokens)) + self.label(labels)
-        return self.next_logits(x, cache, position, level)
-
-    def next_logits(self, x: Tensor, cache: TransformerCache, position: int | Tensor, level: int) -> Tensor:
-        """Logits (B, K) of a position of that level, from code and label embedded, (B, C)."""
-        return self._logits(self.last_features(x, cache, position), level)
+    @override
+    def fixed_steps(self, batch: FixedBatch) -> TransformerSteps:
+        return TransformerSteps(self, batch)
 
     def last_features(self, x: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
         """What the last layer leaves at a position, (B, C), from code and label embedded, (B, C)."""
@@ -207,6 +217,62 @@ class Transformer(AutoregressivePrior):
         for block, kept in zip(self.blocks, cache.layers, strict=True):
             x = block.step(x, rotation, kept, position)
         return x
+
+
+class TransformerSteps(FixedSteps):
+    """A transformer's steps over a `FixedBatch`; a phase is a level.
+
+    On a GPU a layer is three kernels beside its matrix products: two normalisations, and what is between the products of attention. The
+    residual is added to within the products, the MLP's gate is applied within its own.
+    """
+
+    def __init__(self, prior: Transformer, batch: FixedBatch) -> None:
+        super().__init__(batch)
+        self._prior, layout, rows = prior, prior.layout, len(batch.labels)
+        self._layers = [block.attention.new_cache(rows, layout.length) for block in prior.blocks]
+        self._positions = prior._embedded_positions()
+        self._above = None if prior.above is None else self._positions.new_zeros(rows, *self._positions.shape)
+        offsets = [layout.offsets[layout.level_of(position)] for position in range(layout.length)]
+        self._offsets = torch.tensor(offsets, device=prior.device)
+
+    @override
+    def prepare(self, position: int, above: Codes = ()) -> None:
+        if position > 0:
+            return
+        for layer in self._layers:
+            layer.reset()
+        told = self._prior._told(above)
+        if self._above is not None and told is not None:
+            self._above.copy_(told)
+
+    @override
+    def phase(self, position: int) -> int:
+        return self._prior.layout.level_of(position)
+
+    @override
+    def logits(self, phase: Any) -> Tensor:
+        prior, position = self._prior, self.batch.here()
+        x = self._embedded(position)
+        for block, cache in zip(prior.blocks, self._layers, strict=True):
+            attention, mlp = block.attention, block.mlp
+            projected = attention.qkv(block.attention_norm(x))
+            x.addmm_(attention.fixed_attend(projected, prior.rotations, cache, position), attention.out.weight.t())
+            x.addmm_(mlp.fixed_hidden(block.mlp_norm(x)), mlp.out.weight.t())
+        return prior._logits(x, phase)
+
+    def _embedded(self, position: Tensor) -> Tensor:
+        """(R, C): the code before the position, the label, the position, and what it is told of the levels above."""
+        prior, batch = self._prior, self.batch
+        if _EMBED.usable(position.device) and prior.start.dtype != torch.float64:
+            embeddings = prior.token.weight, prior.start, prior.label.weight, batch.labels, self._positions, self._above
+            embedded = _EMBED(batch.sequences, self._offsets, *embeddings, position)
+            if embedded is not None:
+                return embedded
+        before = (position - 1).clamp_(min=0)
+        tokens = batch.sequences.index_select(1, before)[:, 0] + self._offsets.index_select(0, before)
+        x = torch.where(position == 0, prior.start, prior.token(batch.shared(tokens))) + prior.label(batch.labels)
+        x = x + self._positions.index_select(0, position)
+        return x if self._above is None else x + self._above.index_select(1, position)[:, 0]
 
 
 class Block(nn.Module):
@@ -265,3 +331,11 @@ class SwiGLU(nn.Module):
     def step(self, x: Tensor) -> Tensor:
         """(B, C) to the same shape, without gradient."""
         return of_few_rows(self.out, F.silu(of_few_rows(self.gate, x)).mul_(of_few_rows(self.up, x)))
+
+    def fixed_hidden(self, x: Tensor) -> Tensor:
+        """What `out` is given, (B, H) of (B, C), without gradient; on a GPU with weights of 16 bits, one product."""
+        if _GATE.usable(x.device) and x.element_size() == 2:
+            hidden = _GATE(x, self.gate.weight, self.up.weight)
+            if hidden is not None:
+                return hidden
+        return F.silu(self.gate(x)).mul_(self.up(x))

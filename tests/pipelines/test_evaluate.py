@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy.linalg
 import torch
 import torchvision
 
@@ -19,13 +20,15 @@ from configs.cli import load_recipe
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_yaml
 from pipelines import evaluate as evaluation
-from pipelines.evaluate import main, trained_by
+from pipelines.evaluate import main, numbers_of_each, trained_by
+from pipelines.evaluation.reference_batch import load_reference_batch
 from pipelines.images.inputs import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.features import classifier
 from stage1_vqvae.features.classifier import labels_found, run_classifier
+from stage1_vqvae.features.networks import FeatureNetwork, Features, Layers
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 
@@ -79,7 +82,7 @@ def test_it_says_what_was_compared_with_what(judged_run: Path, source: ImageSour
     said = " ".join(map(str, found["compared"].values()))
     assert f"{len(source.splits[VALIDATION])} of validation, 8 x 12 x 3" in said
     assert f"{len(source.splits[TRAIN])} of train" in said
-    assert "40 drawn from prior transformer, labels in turns" in said
+    assert "40 drawn from prior transformer, labels in turns: 20 of each of 2 classes" in said
     assert found["sampling"]["temperature"] == 1.0
     assert found["prior_sha256"]
     assert found["distance"] == "Fréchet distance (classifier features)"
@@ -212,6 +215,120 @@ def test_another_reference_is_used_and_named(run_copy: Path) -> None:
     assert "of validation" in found["compared"]["reference"]
 
 
+def small_inception(*_: object, **__: object) -> FeatureNetwork:
+    """In Inception's place: linear maps of an image's pixels to 6 features, 3 logits and 5 numbers for sFID."""
+    maps = torch.randn(8 * 12 * 3, 14, generator=torch.Generator().manual_seed(0)) / 100
+
+    def spatial(pixels: torch.Tensor) -> tuple[Features, torch.Tensor]:
+        vectors, logits, of_positions = (pixels.flatten(1).float() / 25 @ maps).split([6, 3, 5], 1)
+        return Features(vectors, logits), of_positions
+
+    layers = Layers(torch.nn.Identity(), lambda images: images)
+    return FeatureNetwork("inception", "FID", "0" * 64, lambda pixels: spatial(pixels)[0], layers, torch.device("cpu"), spatial=spatial)
+
+
+@pytest.fixture
+def with_small_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "feature_network", small_inception)
+    monkeypatch.setattr(evaluation, "load_reference_batch", lambda *asked: load_reference_batch(*asked, (6, 5)))
+
+
+def random_images(count: int, seed: int, brightest: int = 256) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, brightest, (count, 8, 12, 3), dtype=np.uint8)
+
+
+@pytest.mark.usefixtures("with_small_inception")
+def test_a_reference_file_gives_adms_figures(run_copy: Path, tmp_path: Path) -> None:
+    """FID and sFID by the file's statistics, of more images than are in it, by which precision and recall are."""
+    whole, samples = random_images(200, 0), random_images(30, 1, 200)
+    network = small_inception()
+    assert network.spatial is not None
+
+    def all_of(images: np.ndarray) -> list[np.ndarray]:
+        assert network.spatial is not None
+        (vectors, logits), spatial = network.spatial(torch.from_numpy(images))
+        return [vectors.numpy(), spatial.numpy(), logits.numpy()]
+
+    pooled, spatial, _ = all_of(whole)
+    statistics = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False)}
+    statistics |= {"mu_s": spatial.mean(0), "sigma_s": np.cov(spatial, rowvar=False)}
+    np.savez(tmp_path / "reference.npz", arr_0=whole[:20], **statistics)
+    np.savez(tmp_path / "samples.npz", samples)
+    found = evaluated(run_copy, "--reference", tmp_path / "reference.npz", "--samples", tmp_path / "samples.npz", "--batch_size", 7)
+    figures = found["beside_batch"]["samples"]
+
+    def frechet(first: np.ndarray, second: np.ndarray) -> float:
+        covariances = [np.cov(vectors.astype(np.float64), rowvar=False) for vectors in (first, second)]
+        root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+        return float(((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+    def inside(points: np.ndarray, centres: np.ndarray) -> float:
+        radii = [sorted(np.linalg.norm(centres - centre, axis=1))[3] for centre in centres]
+        return float(np.mean([(np.linalg.norm(centres - point, axis=1) <= radii).any() for point in points]))
+
+    vectors, of_positions, logits = all_of(samples)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert figures["n"] == 30
+    assert figures["frechet"] == pytest.approx(frechet(pooled, vectors), rel=1e-4)
+    assert figures["spatial_frechet"] == pytest.approx(frechet(spatial, of_positions), rel=1e-4)
+    assert figures["inception_score"] == pytest.approx(np.exp((shares * np.log(shares / shares.mean(0))).sum(1).mean()), rel=1e-4)
+    assert figures["precision"] == pytest.approx(inside(vectors, all_of(whole[:20])[0]))
+    assert figures["recall"] == pytest.approx(inside(all_of(whole[:20])[0], vectors))
+    assert set(found["beside_batch"]) == {"samples", "validation, real", "validation, reconstructed"}
+    assert "distances" not in found
+    assert found["memorisation"]["samples"]["n"] == 30
+    shown = next(table for table in found["tables"] if "reference.npz" in table["title"])
+    assert shown["columns"][2:4] == ["FID", "sFID"]
+    assert found["compared"]["reference"].startswith("reference.npz: 20 images and statistics mu, sigma, mu_s, sigma_s, sha256 ")
+    assert str(tmp_path) not in found["compared"]["reference"]
+
+
+@pytest.mark.usefixtures("with_small_inception")
+def test_a_file_of_statistics_alone_says_what_is_missing(run_copy: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(6), sigma=np.eye(6))
+    found = evaluated(run_copy, "--reference", tmp_path / "statistics.npz", "--n", 13)
+    figures = found["beside_batch"]["samples"]
+    assert figures["frechet"] > 0
+    assert figures["inception_score"] >= 1
+    assert [figures[key] for key in ("spatial_frechet", "precision", "recall")] == [None] * 3
+    assert 0 <= figures["in_their_class"] <= 1
+    for name in ("Precision and recall", "sFID"):
+        assert sum(note.startswith(f"{name}: not computed") for note in found["notes"]) == 1
+    assert "labels in turns: 6 or 7 of each of 2 classes" in found["compared"]["samples"]
+
+
+@pytest.mark.usefixtures("with_small_inception")
+def test_without_a_prior_reconstructions_stand_beside_a_file(run_copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run_copy / "priors")
+    np.savez(tmp_path / "images.npz", random_images(20, 0))
+    found = evaluated(run_copy, "--reference", tmp_path / "images.npz")
+    assert set(found["beside_batch"]) == {"validation, real", "validation, reconstructed"}
+    assert found["notes"][-1].startswith("Samples: not evaluated")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "words"),
+    [
+        (torch.arange(40) % 2, 2, "20 of each of 2 classes"),
+        (torch.arange(50_000) % 1000, 1000, "50 of each of 1000 classes"),
+        (torch.arange(41) % 4, 4, "10 or 11 of each of 4 classes"),
+        (torch.arange(3) % 5, 5, "0 or 1 of each of 5 classes"),
+        (torch.zeros(7, dtype=torch.int64), 3, "0 to 7 of each of 3 classes"),
+    ],
+)
+def test_the_balance_of_classes_is_counted(labels: torch.Tensor, classes: int, words: str) -> None:
+    assert numbers_of_each(labels, classes) == words
+
+
+def test_what_sample_writes_is_of_adms_layout(run_copy: Path, tmp_path: Path) -> None:
+    """So that its own program can read it: arr_0, uint8 (N, H, W, 3), labels in turns."""
+    sample(["--run", str(run_copy), "--n", "5", "--npz"])
+    with np.load(run_copy / "samples/000/samples.npz", allow_pickle=False) as written:
+        assert list(written) == ["arr_0"]
+        assert (written["arr_0"].dtype, written["arr_0"].shape) == (np.uint8, (5, 8, 12, 3))
+    assert json.loads((run_copy / "samples/000/samples.json").read_text())["labels"] == [0, 1, 0, 1, 0]
+
+
 def test_lpips_where_its_weights_are_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from pipelines.evaluation.assessment import perceptual_distances
 
@@ -256,6 +373,10 @@ def test_features_that_training_used_are_known_through_the_run_it_began_from(tmp
         (["--samples", "nowhere"], ["nowhere"]),
         (["--samples", "nowhere.npz"], ["nowhere.npz"]),
         (["--prior", "best"], ["--prior best"]),
+        (["--reference", "test"], ["--reference test", "train, validation"]),
+        (["--reference", "nothing"], ["--reference", "train, validation or test, or an npz file, found nothing"]),
+        (["--reference", "nowhere.npz"], ["--reference nowhere.npz", "expected --features inception, found classifier"]),
+        (["--reference", "nowhere.npz", "--features", "auto"], ["--reference nowhere.npz", "npz file"]),
         (["--prior", "transformer", "--samples", "nowhere"], ["--samples", "--prior", "transformer"]),
     ],
 )

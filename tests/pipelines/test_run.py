@@ -17,12 +17,15 @@ import accelerate.commands.config.config_args as config_args
 import accelerate.commands.launch as accelerate_launch
 import psutil
 import pytest
+import torch
 import yaml
 
+import pipelines.run as run_script
 from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
 from configs.run_dir import REPOSITORY, RunDir, read_json, write_json
+from configs.schema import Stage2
 from pipelines.images.provenance import identity
-from pipelines.run import evaluation_of, launch_options, main, run_to_its_end, samples_of, steps
+from pipelines.run import Launch, evaluation_of, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
 from tests.conftest import Script
 from tests.stage2_prior.test_train import change_bytes
@@ -51,21 +54,47 @@ def test_each_step_is_a_command_as_one_would_type_it() -> None:
     assert Path(next(word for word in command if word.endswith("train.py"))).is_file()
 
 
-@pytest.mark.parametrize("configured", [False, True])
-def test_accelerate_has_nothing_to_say_of_how_a_step_is_started(configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own reading of the command that we start: neither where nobody has configured it, nor against the user's settings."""
-    settings = tmp_path / "default_config.yaml"
-    monkeypatch.setattr("pipelines.run.default_config_file", str(settings))
-    monkeypatch.setattr(accelerate_launch, "default_config_file", str(settings))
-    monkeypatch.setattr(config_args, "default_config_file", str(settings))
-    if configured:
-        settings.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_processes": 3}))
+def reads_launch(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What Accelerate makes of the command that a step is started with; it has nothing to say about it."""
     said: list[str] = []
     monkeypatch.setattr(accelerate_launch.logger, "warning", lambda message, *_: said.append(message))
-    arguments = accelerate_launch.launch_command_parser().parse_args([*launch_options(), "train.py"])
+    arguments = accelerate_launch.launch_command_parser().parse_args([*launch.options(), "train.py"])
     read, *_ = accelerate_launch._validate_launch_command(arguments)
     assert said == []
-    assert read.num_processes == (3 if configured else 1)
+    return read
+
+
+@pytest.mark.parametrize(("devices", "processes"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (7, 4), (8, 8)])
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_training_takes_as_many_gpus_as_divide_its_batch(
+    devices: int, processes: int, configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody has configured Accelerate, and against the user's settings of one machine."""
+    settings = tmp_path / "default_config.yaml"
+    for module in (run_script, accelerate_launch, config_args):
+        monkeypatch.setattr(module, "default_config_file", str(settings))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1 if configured else devices)
+    if configured:
+        settings.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_processes": devices}))
+    launch = Launch.of(Stage2(batch_size=128))
+    assert reads_launch(launch, monkeypatch).num_processes == processes
+    if devices == processes:
+        assert launch.warning() is None
+    else:
+        assert launch.warning() == f"{processes} of {devices} processes, the most that divide the batch of 128 images evenly"
+    # Micro-steps divide it too, and one process can always take it.
+    assert Launch.of(Stage2(batch_size=12, accumulation=2)).processes == {1: 1, 2: 2, 3: 3, 4: 3, 5: 3}.get(devices, 6)
+    assert Launch.of(Stage2(batch_size=1)).processes == 1
+
+
+def test_the_number_of_processes_of_several_machines_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "default_config.yaml"
+    monkeypatch.setattr(run_script, "default_config_file", str(settings))
+    settings.write_text(
+        yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_processes": 12, "num_machines": 2})
+    )
+    launch = Launch.of(Stage2(batch_size=128))
+    assert (launch.processes, launch.options()) == (12, [])
 
 
 def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from pipelines import Generator
 from pipelines.sample import main
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import load_tokenizer
-from stage2_prior.priors.cuda_graphs import GraphedTransformer
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.priors.transformer import Transformer
 from stage2_prior.train import main as train_prior
@@ -68,7 +67,7 @@ def test_codes_are_equal_at_any_batch_size(run_copy: Path, arguments: list[str])
         assert np.abs(pictures[0] - pictures[other]).max() <= 1
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("float64", torch.float64), ("float32", torch.float32)])
+@pytest.mark.parametrize(("precision", "dtype"), [("float64", torch.float64), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_prior_draws_in_the_precision_asked_for(
     run_copy: Path, precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,16 +96,22 @@ def test_a_label_by_name_or_number(run_copy: Path) -> None:
     assert (by_name / "grid.png").read_bytes() == (by_number / "grid.png").read_bytes()
 
 
-@pytest.mark.parametrize(("device", "graphed"), [("cpu", False), ("cuda", True)])
-def test_the_device_decides_on_graphs_and_precision(run_copy: Path, device: str, graphed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be chosen there; the weights stay on this machine."""
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "float64"), ("cuda", "bfloat16")])
+def test_the_device_decides_on_the_precision(
+    run_copy: Path, device: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What would be chosen there; the weights stay on this machine. Likelihoods and bytes have weights that nobody has narrowed."""
     for name, load in (("load_prior", load_prior), ("load_tokenizer", load_tokenizer)):
         monkeypatch.setattr(f"pipelines.generator.{name}", lambda *given, load=load: load(*given[:-1]))
-    generator = Generator.from_pretrained(run_copy, device=device, compile=True)
-    assert isinstance(generator.prior, GraphedTransformer) == graphed
-    assert generator.prior is not None
-    assert not generator.prior.training
-    assert generator.origin["sampling"]["precision"] == ("float32" if graphed else "float64")
+    monkeypatch.setattr("pipelines.generator.default_precision", lambda device: {"cpu": "float64", "cuda": "bfloat16"}[device.type])
+    exact = Generator.from_pretrained(run_copy, device="cpu").exact_prior.state_dict()
+    generator = Generator.from_pretrained(run_copy, device=device)
+    assert generator.origin["sampling"]["precision"] == precision
+    generator.sample(2)
+    assert ("bfloat16" in capsys.readouterr().out) == (precision == "bfloat16")
+    assert next(generator._sampler.prior.parameters()).dtype == getattr(torch, precision)
+    assert not generator._sampler.prior.training
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in generator.exact_prior.state_dict().items())
 
 
 def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:

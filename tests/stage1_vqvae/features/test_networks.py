@@ -10,32 +10,90 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from configs.errors import UserError
+from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
 from stage1_vqvae.features.classifier import labels_found, run_rotation
-from stage1_vqvae.features.networks import AUTO, feature_network
+from stage1_vqvae.features.networks import AUTO, POOLED, SPATIAL, feature_network
 
 NO_IMAGES = ImageSource({}, None)
 CPU = torch.device("cpu")
 
 
-class Untrained(FeatureExtractorInceptionV3):
-    """With the weights it was born with."""
+def resized_by_matrices(images: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) bilinearly to a square, output pixel i at i * H / side, as TensorFlow 1 does without `align_corners`."""
 
-    def load_state_dict(self, *_: object, **__: object) -> None:
-        pass
+    def matrix(size: int) -> Tensor:
+        at = torch.arange(side) * (size / side)
+        low = at.long()
+        share = (at - low)[:, None]
+        one_hot = [torch.nn.functional.one_hot(rows.clamp(max=size - 1), size).float() for rows in (low, low + 1)]
+        return one_hot[0] * (1 - share) + one_hot[1] * share
+
+    height, width = images.shape[2:]
+    return matrix(height) @ images @ matrix(width).T
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "empty.pth")
-    torch.manual_seed(0)
-    network = Untrained("untrained", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
-    torch.save(network.state_dict(), folder / "weights.pth")
-    return folder / "weights.pth"
+def inception_by_hand(path: Path, images: Tensor) -> dict[str, Tensor]:
+    """What the library's layers, called one after another, make of images (B, 3, H, W) in [-1, 1]: the last of each size of features, and
+    what sFID takes.
+    """
+    layers = FeatureExtractorInceptionV3("own", ["2048"], feature_extractor_weights_path=str(path))
+    x = (resized_by_matrices((images + 1) * 127.5, 299) - 128) / 128
+    found = {"149": layers.Conv2d_1a_3x3(x)}
+    found["147"] = x = layers.Conv2d_2b_3x3(layers.Conv2d_2a_3x3(found["149"]))
+    found["73"] = x = layers.Conv2d_3b_1x1(layers.MaxPool_1(x))
+    found["71"] = x = layers.Conv2d_4a_3x3(x)
+    found["35"] = x = layers.Mixed_5d(layers.Mixed_5c(layers.Mixed_5b(layers.MaxPool_2(x))))
+    x = layers.Mixed_6c(layers.Mixed_6b(layers.Mixed_6a(x)))
+    found["spatial"] = layers.Mixed_6d.branch1x1(x)
+    found["17"] = x = layers.Mixed_6e(layers.Mixed_6d(x))
+    found["8"] = layers.Mixed_7c(layers.Mixed_7b(layers.Mixed_7a(x)))
+    return found
+
+
+def test_inceptions_layers_are_the_librarys_and_their_gradient_reaches_the_images(inception_weights: Path, tmp_path: Path) -> None:
+    images = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    gradients, features = [], []
+    for layers in (feature_network(AUTO, str(inception_weights), tmp_path, NO_IMAGES, CPU).layers, None):
+        image = images.clone().requires_grad_()
+        by_hand = inception_by_hand(inception_weights, image) if layers is None else {}
+        found = list(layers(image)) if layers is not None else [value for name, value in by_hand.items() if name != "spatial"]
+        sum(map_.square().mean() for map_ in found).backward()
+        assert image.grad is not None
+        gradients.append(image.grad)
+        features.append(found)
+    assert [map_.shape[1:] for map_ in features[0]] == [
+        (32, 149, 149),
+        (64, 147, 147),
+        (80, 73, 73),
+        (192, 71, 71),
+        (288, 35, 35),
+        (768, 17, 17),
+        (2048, 8, 8),
+    ]
+    for one, other in zip(*features, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.detach().abs().max()))
+    assert gradients[1].abs().min(1).values.gt(0).all()
+    assert torch.allclose(*gradients, rtol=1e-2, atol=1e-3 * float(gradients[1].abs().max()))
+
+
+def test_the_features_of_sfid_are_seven_channels_position_by_position(inception_weights: Path, tmp_path: Path) -> None:
+    """`mixed_6/conv` after its activation, as ADM's evaluation takes it from the network's first publication."""
+    network = feature_network("inception", str(inception_weights), tmp_path, NO_IMAGES, CPU)
+    pixels = torch.randint(256, (3, 20, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    maps: list[Tensor] = []
+    found = network(pixels, batch_size=2, what="some", progress=False, spatial=maps.append)
+    by_hand = inception_by_hand(inception_weights, to_model(pixels))["spatial"]
+    wanted = torch.stack([by_hand[:, channel, row, column] for row in range(17) for column in range(17) for channel in range(7)], 1)
+    assert wanted.shape == (3, SPATIAL)
+    assert [len(batch) for batch in maps] == [2, 1]
+    assert torch.allclose(torch.cat(maps), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    assert found.vectors.shape == (3, POOLED)
+    assert torch.equal(found.vectors, network(pixels, batch_size=2, what="some", progress=False).vectors)
 
 
 def test_inception_is_the_librarys_and_is_not_called_fid_under_other_weights(inception_weights: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 from configs.parts import part_from
-from configs.schema import DiscriminatorPart, Tokenizer
+from configs.schema import DiscriminatorPart, PerceptualPart, Tokenizer
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
 from stage1_vqvae.features.lpips import LPIPS
 from stage1_vqvae.features.networks import feature_network
@@ -298,3 +298,27 @@ def test_images_too_small_for_a_patch_discriminator_are_named(tmp_path: Path) ->
 def test_impossible_fields_are_named(kind: str, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         part_from("stage1.adversarial", {"kind": kind, **fields})
+
+
+def test_inception_serves_as_perceptual_and_as_projected_network(inception_weights: Path, tmp_path: Path) -> None:
+    """A distance of 0 of an image to itself, logits of all seven sizes, and a gradient that comes down to the image."""
+    fields = {"network": "inception", "weights": str(inception_weights)}
+    perceptual, projected = (
+        part_from(f"stage1.{name}", {"kind": kind, **fields}) for name, kind in (("perceptual", "features"), ("adversarial", "projected"))
+    )
+    assert isinstance(perceptual, PerceptualPart)
+    assert isinstance(projected, DiscriminatorPart)
+    images, originals = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    distance = perceptual.build(tmp_path, NO_IMAGES, CPU, 0)
+    assert distance is not None
+    discriminator = projected.build(3, tmp_path, NO_IMAGES, CPU, 0)
+    images.requires_grad_()
+    value, logits = distance(images, originals), discriminator(images)
+    assert [tuple(of_size.shape[1:]) for of_size in logits] == [(1, side, side) for side in (149, 147, 73, 71, 35, 17, 8)]
+    assert value > 0
+    for loss in (value, torch.stack([of_size.mean() for of_size in logits]).sum()):
+        (gradient,) = torch.autograd.grad(loss, images)
+        assert gradient.isfinite().all()
+        assert (gradient != 0).double().mean() > 0.99
+    with torch.no_grad():
+        assert distance(originals, originals) == 0

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -60,33 +55,20 @@ def test_codes_and_latents_far_from_the_origin_are_told_apart_as_near_it(offset:
     assert bool((chosen <= distances.min(1).values + rounding).all())
 
 
-def test_the_gpu_kernel_finds_the_same_codes_as_the_blocked_search() -> None:
-    """In Triton's interpreter, which needs no GPU, in a process of its own, since it has to be chosen before the import."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: it comes with torch's CUDA builds")
-    program = """
-import torch
-from stage1_vqvae.quantizers.fused import fused_nearest
-from stage1_vqvae.quantizers.search import nearest_codes
-torch.manual_seed(0)
-for count, num_codes, width in ((100, 130, 8), (70, 33, 64), (65, 64, 16), (5, 2, 1), (0, 3, 4)):
-    vectors, codebook = torch.randn(count, width), torch.randn(num_codes, width) + 3
-    codes = codebook - codebook.mean(0)
-    found = fused_nearest(vectors - codebook.mean(0), codes, codes.square().sum(1))
-    assert torch.equal(found, nearest_codes(vectors, codebook)), (count, num_codes, width)
-alike = torch.zeros(200, 4)
-assert fused_nearest(torch.ones(3, 4), alike, alike.square().sum(1)).tolist() == [0, 0, 0]
-"""
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_coded_vector_finds_its_own_code_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
     codebook = torch.randn(100, 16)
     order = torch.randperm(100).repeat(3)
     for block_bytes in (1, 100 * 4 * 7, 2**20):
         monkeypatch.setattr(search, "cache_bytes", lambda size=block_bytes: size)
         assert torch.equal(nearest_codes(codebook[order], codebook), order)
+
+
+def test_an_accelerator_takes_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any make; a device that holds no data stands for one."""
+    monkeypatch.setattr(search, "cache_bytes", lambda: 2**10)
+    on_cpu, elsewhere = (search.rows_a_block(torch.empty(64, 4, device=device)) for device in ("cpu", "meta"))
+    assert on_cpu == torch.get_num_threads() * 2**10 // (4 * 64)
+    assert elsewhere == 2**28 // (4 * 64)
 
 
 def test_ties_go_to_the_lower_index() -> None:

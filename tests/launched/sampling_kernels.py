@@ -1,0 +1,281 @@
+"""Sampling's GPU kernels in Triton's interpreter, against the plain lines in float64; in a process of their own, as the interpreter needs.
+
+Prints, as JSON, what a code by a transformer of 12 layers launches. (The interpreter multiplies
+matrices of bfloat16 wrongly; float16, which it can, is compiled the same way.)
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+from configs.schema import Sampling
+from stage1_vqvae.attention import rotations
+from stage1_vqvae.training.kernels import Kernel
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.draw_kernel import draw_code
+from stage2_prior.generate import _DRAW, Sampler, draw, generate, guided, uniforms, warp
+from stage2_prior.priors.attention import _ATTEND, CachedAttention
+from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
+from stage2_prior.priors.levelwise import build_level
+from stage2_prior.priors.step_kernels import attend, gate
+from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
+
+# Dispatched, but no launch: views and memory.
+_NO_LAUNCH = {"view", "t", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "expand", "split_with_sizes"} | {
+    *("empty", "new_empty", "_unsafe_view", "permute", "split", "as_strided", "unbind", "view_as_complex", "view_as_real", "promote_types")
+}
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "gate"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be given to do: operators by name, and Triton's launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        self.counts.update([name] if name not in _NO_LAUNCH else [])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def launches() -> Iterator[Counter[str]]:
+    """Also of kernels, which are not run: what they would leave does not matter here."""
+    plain = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *_: Any, **__: Any) -> None:
+        mode.counts[self.fn.__name__.strip("_")] += 1
+
+    mode = Launches()
+    interpreter.GridExecutor.__call__ = launch
+    try:
+        with mode:
+            yield mode.counts
+    finally:
+        interpreter.GridExecutor.__call__ = plain
+
+
+@contextmanager
+def reads_of(*tensors: Tensor) -> Iterator[Counter[int]]:
+    """Bytes that kernels load from each of those tensors."""
+    plain, counts = interpreter.InterpreterBuilder.create_masked_load, Counter[int]()
+
+    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        addresses = pointers.data[mask.data.astype(bool)]
+        for number, tensor in enumerate(tensors):
+            start, size = tensor.data_ptr(), tensor.element_size()
+            counts[number] += size * int(((addresses >= start) & (addresses < start + tensor.numel() * size)).sum())
+        return plain(self, pointers, mask, *rest)
+
+    interpreter.InterpreterBuilder.create_masked_load = load
+    try:
+        yield counts
+    finally:
+        interpreter.InterpreterBuilder.create_masked_load = plain
+
+
+@contextmanager
+def kernels_on_the_cpu(usable: bool = True) -> Iterator[None]:
+    """As if this were a GPU; or as if there were no Triton."""
+    plain, Kernel.usable = Kernel.usable, lambda self, device: usable and not self._failed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Kernel.usable = plain  # type: ignore[method-assign]
+    assert not any(kernel._failed for kernel in (_ATTEND, _EMBED, _GATE, _DRAW))
+
+
+def check_attention() -> None:
+    """Odd head widths and batches, at the first, some and the last position; what is not filled yet is NaN, and stays out."""
+    for (rows, heads, width, length), dtype in itertools.product(
+        [(3, 1, 8, 5), (1, 1, 64, 41), (1, 3, 12, 18), (1, 1, 96, 18)], [torch.float32, torch.bfloat16]
+    ):
+        attention = CachedAttention(heads * width, heads).to(dtype)
+        angles = rotations(torch.rand(length, 2) * 9, width)
+        cache, exact = attention.new_cache(rows, length), copy.deepcopy(attention).double()
+        reference = exact.new_cache(rows, length)
+        cache.keys.fill_(torch.nan)
+        cache.values.fill_(torch.nan)
+        for position in range(length):
+            projected = (torch.randn(rows, 3 * heads * width) * 3).to(dtype)
+            expected = exact.attend(projected.double(), angles.double()[position : position + 1], reference, position)
+            if position not in (0, 1, length // 2, length - 1):
+                for mine, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
+                    mine[:, :, position] = theirs[:, :, position]
+                continue
+            with reads_of(cache.keys, cache.values) as read:
+                found = attend(projected, angles, cache.keys, cache.values, torch.tensor([position]))
+            tolerance = 1e-5 if dtype == torch.float32 else 0.03
+            assert torch.allclose(found.double(), expected, atol=tolerance, rtol=tolerance), (rows, heads, width, position, dtype)
+            for mine, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
+                assert torch.allclose(mine[:, :, : position + 1].double(), theirs[:, :, : position + 1], atol=tolerance, rtol=tolerance)
+                assert mine[:, :, position + 1 :].isnan().all()
+            # Exactly what the positions before have left.
+            assert set(read.values()) <= {rows * heads * position * width * projected.element_size()}
+
+
+def check_gate() -> None:
+    for rows, width, hidden in ((1, 16, 128), (5, 48, 128), (130, 20, 256)):
+        x, gates, ups = (torch.randn(*shape).half() for shape in ((rows, width), (hidden, width), (hidden, width)))
+        expected = torch.nn.functional.silu(x.double() @ gates.double().T) * (x.double() @ ups.double().T)
+        assert torch.allclose(gate(x, gates, ups).double(), expected, atol=0.02, rtol=0.005)
+
+
+def check_draw() -> None:
+    """At uniforms of 0 and next to 1 too; codes without probability are never drawn; what is kept stays; NaN is noted."""
+    batch = 9
+    for num_codes, scale, temperature in itertools.product((1, 7, 4099), (None, 1.7), (0.0, 0.7)):
+        rows = batch if scale is None else 2 * batch
+        logits = torch.randn(rows, num_codes) * 4
+        logits[:, : num_codes - 1 : 3] = -torch.inf
+        logits = logits if scale is None else logits.nan_to_num(neginf=-1e5)
+        uniform = torch.rand(batch, 2, dtype=torch.float64)
+        uniform[:3], uniform[3:6] = 0, 1 - 2**-53
+        wide = logits.double() if scale is None else guided(logits[:batch].double(), logits[batch:].double(), scale)
+        probabilities = warp(wide, Sampling(temperature=temperature))
+        sequences, failed = torch.full((batch, 2), -1), torch.zeros(batch, dtype=torch.int32)
+        settings = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([temperature or 1.0], dtype=torch.float64), temperature == 0
+        scales = None if scale is None else torch.tensor([9, scale], dtype=torch.float64)
+        for position in (0, 1):
+            draw_code(logits, uniform, scales, *settings, torch.tensor([position]), sequences, failed)
+        assert (sequences[:, 0] == -1).all()
+        found = sequences[:, 1:]
+        assert (probabilities.gather(1, found) > 0).all()
+        cumulative = probabilities.cumsum(1)
+        above = cumulative.gather(1, found)
+        below = above - probabilities.gather(1, found)
+        assert ((below <= uniform[:, 1:] + 1e-12) & (above >= uniform[:, 1:] - 1e-12)).all() or temperature == 0
+        # Next to 1 the order of the sum decides among codes of no weight.
+        exact = torch.arange(batch) if temperature == 0 else torch.tensor([0, 1, 2, *range(6, batch)])
+        assert torch.equal(found[exact, 0], draw(probabilities, uniform[:, 1])[exact])
+        assert not failed.any()
+        logits[3, -1] = torch.nan
+        draw_code(logits, uniform, scales, *settings, torch.tensor([1]), sequences, failed)
+        assert failed.tolist() == [int(row == 3) for row in range(batch)]
+        assert ((sequences[:, 1] >= 0) & (sequences[:, 1] < num_codes)).all()
+
+
+def small(layout: SequenceLayout, given: bool = False) -> AutoregressivePrior:
+    torch.manual_seed(0)
+    part = TransformerPart(layers=1, width=24, heads=2)
+    prior = build_level(part, layout, 1, 3) if given else part.build(layout, 3)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return prior.eval().requires_grad_(False)
+
+
+def check_whole_samples() -> None:
+    """Every kernel together: a sampler draws as the eager steps do in float64, over two levels, with guidance, odd batches, kept codes."""
+    layout = SequenceLayout([(1, 2), (1, 3)], [4, 6])
+    prior = small(layout)
+    labels, config = torch.arange(3), Sampling(guidance=2.0, guidance_schedule="linear", temperature=0.8)
+    given = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
+    kept = layout.grids_of(torch.arange(layout.length)[None] % 3 == 1)
+    uniform = uniforms(0, torch.arange(3), layout.length)
+    expected = generate(copy.deepcopy(prior).double(), labels, uniform, config, given, kept)
+    with kernels_on_the_cpu():
+        found = Sampler(prior, graphs=True)(labels, uniform, config, given, kept)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def check_steps_below_a_level() -> None:
+    """The logits of a level's transformer that is given another one, against the full pass in float64."""
+    layout = SequenceLayout([(1, 2), (1, 3)], [4, 6])
+    prior = small(layout, given=True)
+    codes = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
+    labels = torch.tensor([2, 0, 3])
+    (expected,) = copy.deepcopy(prior).double()(codes, labels)
+    batch = FixedBatch(codes[1].flatten(1), labels, torch.tensor([7]), first=7)
+    with kernels_on_the_cpu():
+        steps = prior.fixed_steps(batch)
+        assert steps is not None
+        for position in range(3):
+            steps.prepare(position, codes[:1])
+            assert torch.allclose(steps.logits(steps.phase(position)).double(), expected[:, position], atol=1e-4, rtol=1e-4)
+            batch.position.add_(1)
+
+
+def counted(prior: Transformer, config: Sampling, usable: bool) -> Counter[str]:
+    """What a code of a batch of 1 launches, from the second position on."""
+    with kernels_on_the_cpu(usable):
+        sampler = Sampler(prior, graphs=True)
+        steps = sampler._steps_for(torch.zeros(1), 1, config)
+        steps._steps.prepare(0)
+        steps._drawn.fill_(1)
+        steps._position.fill_(1)
+        with launches() as counts:
+            steps._advance(0)
+    return counts
+
+
+def eager(prior: Transformer, config: Sampling) -> Counter[str]:
+    """The same by `generate`: a code more, between two lengths, is one step more."""
+    totals = []
+    for length in (2, 3):
+        prior.layout = SequenceLayout([(1, length)], prior.layout.num_codes)
+        with launches() as counts:
+            generate(prior, torch.zeros(1, dtype=torch.int64), uniforms(0, torch.arange(1), length), config)
+        totals.append(counts)
+    return totals[1] - totals[0]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    # As a graph would, without one.
+    import stage2_prior.generate as sampling
+
+    class EagerGraphs:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def run(self, _key: object, function: Any) -> None:
+            function()
+
+    sampling.Graphs = EagerGraphs  # type: ignore[misc, assignment]
+    for check in (check_attention, check_gate, check_draw, check_whole_samples, check_steps_below_a_level):
+        check()
+    # The layers of LlamaGen's B. Width and codes change nothing about how often something is launched.
+    prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), 3).eval().requires_grad_(False)
+    for parameter in prior.parameters():
+        parameter.data = parameter.data.half()
+    guidance = Sampling(guidance=1.5, temperature=0.9)
+    limits = Sampling(guidance=1.5, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
+    counts = {
+        "kernels": counted(prior, guidance, True),
+        "kernels, top_k, top_p, min_p": counted(prior, limits, True),
+        "no Triton": counted(prior, guidance, False),
+        "eager": eager(prior, guidance),
+    }
+    print(
+        json.dumps(
+            {
+                name: {
+                    "products": sum(count for operator, count in found.items() if operator in _PRODUCTS),
+                    "others": sum(count for operator, count in found.items() if operator not in _PRODUCTS),
+                    "by operator": found,
+                }
+                for name, found in counts.items()
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
