@@ -72,7 +72,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: 
 
 @pytest.fixture(scope="module")
 def of_apple(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
-    """On a device without float64."""
+    """On a device without float64, whose rules the chain checks too (apple.py)."""
     return chain_of("mps", 1, tmp_path_factory.mktemp("apple"), recipe, pretended, "evaluate")
 
 
@@ -113,12 +113,9 @@ def test_samples_are_those_of_the_cpu(name: str, run_of_cpu: Path, request: pyte
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "devices", "program"), [("cuda", 2, "tests.pretended.rules"), ("mps", 1, "tests.pretended.apple")], ids=["gpu", "apple"]
-)
-def test_rules_of_a_pretended_device(kind: str, devices: int, program: str, pretended: Pretended) -> None:
+def test_rules_of_a_pretended_gpu(pretended: Pretended) -> None:
     """What it refuses, counts and replays; and training/devices.py on it."""
-    done = pretended(kind, devices, program)
+    done = pretended("cuda", 2, "tests.pretended.rules")
     assert done.returncode == 0, done.stderr[-4000:]
 
 
