@@ -36,7 +36,7 @@ from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.optimizer import adamw
 from stage1_vqvae.training.processes import start
-from stage1_vqvae.training.randomness import DataOrder
+from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.extract_codes import extract
 from stage2_prior.priors.prior_file import build_prior
@@ -160,11 +160,13 @@ def prior_steps(rows: int, tokens: int, folder: Path) -> None:
     part = part_from("prior", {**as_dict(recipe.prior), "layers": 4, "width": 256, "heads": 4})
     prior = build_prior(part, on_disk.manifest, None)
     model, optimizer = accelerator.prepare(prior, adamw(prior, config.lr, config.weight_decay, beta2=0.95))
-    order, found, own = DataOrder(rows, config.batch_size, 0), dict[str, list[float]](), list[float]()
+    stores = {"on disk": on_disk, "in memory": in_memory}
+    loaders = {name: CodeLoader(store, prior.num_classes, config, accelerator) for name, store in stores.items()}
+    found, own = dict[str, list[float]](), list[float]()
     for step in range(120):
-        for name, store in (("on disk", on_disk), ("in memory", in_memory)):
+        for name, loader in loaders.items():
             began = time.perf_counter()
-            take_step(accelerator, model, optimizer, store, order, config, step)
+            take_step(accelerator, model, optimizer, loader, config, step)
             if step >= 20:
                 found.setdefault(name, []).append(time.perf_counter() - began)
         own.append(_own_mib())

@@ -24,7 +24,7 @@ import torch
 from configs.parts import part_from
 from configs.schema import Compute, Stage2
 from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.randomness import DataOrder
+from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.steps import begun, take_step
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> None:
     )
     parts = begun(accelerator, prior, config, compute)
     built = memory.since_asked()
-    store, order, seconds = CodeStore(options.folder), DataOrder(_ROWS, config.batch_size, 0), []
+    loader, seconds = CodeLoader(CodeStore(options.folder), prior.num_classes, config, accelerator), []
     parts.model.train()
     for step in range(_STEPS):
         if step == _UNTIMED:
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace) -> None:
             sent = _sent()
             memory.since_asked()
         began = time.perf_counter()
-        take_step(accelerator, parts.model, parts.optimizer, store, order, config, step)
+        take_step(accelerator, parts.model, parts.optimizer, loader, config, step)
         parts.average.update_()
         seconds.append(time.perf_counter() - began)
     accelerator.wait_for_everyone()

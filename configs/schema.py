@@ -251,7 +251,7 @@ class Stage2(_Loop):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the steps of the hidden matrices: far fewer steps, each a sixth dearer in a small transformer (Jordan et
-    al. 2024); the rest stays with AdamW."""
+    al. 2024); the rest stays with AdamW. Where a GPU trains in bf16, so are its matrix products; several processes share them out."""
     weight_decay: float = 0.05
     """Decay of matrices (not of gains and embeddings)."""
     label_dropout: float = 0.1
@@ -333,7 +333,10 @@ class Compute:
     threads: int = 0
     """CPU threads a process; 0 = the cores it may use, shared by the processes of this machine."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Null = as `accelerate config` or `accelerate launch` say."""
+    """Precision of the networks in training, by autocast. Null: fp16 or bf16 as `accelerate config` or `accelerate launch` say; if they
+    say nothing, or no, which `accelerate launch` also hands on if nobody said anything: bf16 on a GPU that has it, otherwise float32. On
+    such a GPU all other float32 products are TF32 (10 of 23 bits), but for the nearest-code search and likelihoods. `no` is exact: full
+    float32 everywhere. Extraction and decoding are float32 in any case."""
     compile: bool = False
     """Train through torch.compile."""
     sharded: bool | None = None

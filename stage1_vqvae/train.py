@@ -52,7 +52,7 @@ from stage1_vqvae.training.batching import check_divides
 from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog
-from stage1_vqvae.training.optimizer import adamw, clip_, trainable
+from stage1_vqvae.training.optimizer import adamw, clip_, fused_on, load_state_, trainable
 from stage1_vqvae.training.processes import average_gradients_, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import derived_seed, seed_layers
@@ -166,12 +166,12 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     judgement: Judgement | None = None
     if state is not None:
         tokenizer.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_state_(optimizer, state["optimizer"])
         if average is not None:
             average.load_state_dict(state["average"])
         if adversary is not None and its_optimizer is not None:
             adversary.load_state_dict(state["adversary"]["model"])
-            its_optimizer.load_state_dict(state["adversary"]["optimizer"])
+            load_state_(its_optimizer, state["adversary"]["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         first_step, minutes_before = state["step"], state["minutes"]
@@ -199,6 +199,8 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     loader.waited()  # before the first step, for k-means
     watch, warning = CollapseWatch(tokenizer.quantizer, recipe.tokenizer), None
     parts = processes * config.accumulation
+    # Convolutions of every step have the same shapes: on a GPU, the first step tries which kernels are the fastest for them.
+    torch.backends.cudnn.benchmark = True
     size, main = config.batch_size, accelerator.is_main_process
     bar = progress_bar(config.steps * size, "stage 1", "img", initial=first_step * size, shown=main)
     left = TimeLeft("stage 1", first_step, config.steps)
@@ -226,8 +228,8 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
             done = step + 1
             if main and (outlook := left.line(done)) is not None:
                 bar.write(outlook)
-            stopping = stop.requested()
             finished = done == config.steps
+            stopping = stop.requested(last=finished)
             due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
@@ -277,14 +279,15 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     if config.trained == "decoder":
         tokenizer.encoder.requires_grad_(False)
         tokenizer.quantizer.requires_grad_(False)
-    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
+    fused = fused_on(accelerator.device)
+    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused))
     adversary, its_optimizer = None, None
     perceptual, discriminator = judges(accelerator, run, recipe, images)
     if isinstance(config.adversarial, DiscriminatorPart) and discriminator is not None:
         # The gradients at the last layer walk a part of the graph before all of it is: a compiled one must not reuse its memory.
         torch._functorch.config.donated_buffer = False
         adversary = Adversary(config.adversarial, discriminator, config.steps)
-        its_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0)
+        its_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=fused)
     return Models(tokenizer, model, optimizer, perceptual, adversary, its_optimizer)
 
 

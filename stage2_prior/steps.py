@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from configs.schema import Compute, Stage2
-from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.batching import share_of_step
-from stage1_vqvae.training.optimizer import adamw, clip_, muon
+from stage1_vqvae.training.optimizer import adamw, clip_, fused_on, muon
 from stage1_vqvae.training.processes import asked_to_shard
-from stage1_vqvae.training.randomness import DataOrder, generator, seed_layers
+from stage1_vqvae.training.randomness import seed_layers
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.sharding import shard_, without_weights
-from stage2_prior.codes.store import CodeStore
+from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.priors.contract import AutoregressivePrior, code_losses
 
 
@@ -44,9 +42,20 @@ def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, 
         shard_(accelerator, prior, prior.units())
         shard_(accelerator, averaged, averaged.units(), learns=False)
         averaged.load_state_dict({name: weight.clone() for name, weight in prior.state_dict().items()}, assign=True)
-    optimizer = {"adamw": adamw, "muon": muon}[config.optimizer](prior, config.lr, config.weight_decay, beta2=0.95)
+    fused = fused_on(accelerator.device)
+    if config.optimizer == "muon":
+        # Where the networks train in bf16, so do Muon's products; on a CPU they would take longer.
+        products = torch.bfloat16 if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" else None
+        several = accelerator.num_processes > 1
+        optimizer: Any = muon(prior, config.lr, config.weight_decay, 0.95, fused, products, replicated=several and not sharded)
+    else:
+        optimizer = adamw(prior, config.lr, config.weight_decay, 0.95, fused)
+    if not sharded:
+        prior.to(accelerator.device)
+    # Before the prior is prepared: what is copied then would be under autocast too, and likelihoods are not.
+    average = WeightAverage(prior, config.weight_average, shared=(), copied=averaged)
     model, optimizer = (prior, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(prior, optimizer)
-    return Begun(prior, model, optimizer, WeightAverage(prior, config.weight_average, shared=(), copied=averaged))
+    return Begun(prior, model, optimizer, average)
 
 
 def best_weights(model: AutoregressivePrior) -> dict[str, Tensor]:
@@ -55,42 +64,22 @@ def best_weights(model: AutoregressivePrior) -> dict[str, Tensor]:
     return {name: weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True) for name, weight in weights.items()}
 
 
-def take_step(
-    accelerator: Accelerator, model: Any, optimizer: Any, training: CodeStore, order: DataOrder, config: Stage2, step: int
-) -> tuple[Tensor, Tensor]:
+def take_step(accelerator: Accelerator, model: Any, optimizer: Any, loader: CodeLoader, config: Stage2, step: int) -> tuple[Tensor, Tensor]:
     """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token, and the norm () of all
     processes' gradient before clipping.
     """
-    processes, rank = accelerator.num_processes, accelerator.process_index
     prior = accelerator.unwrap_model(model, keep_torch_compile=False)
     set_learning_rate(optimizer, scheduled_rate(config, step))
-    rows = order.batch(step)
     step_loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(config.accumulation):
-        share = share_of_step(config.batch_size, config.accumulation, micro_step, processes, rank)
-        codes, *given = training_codes(accelerator, prior.num_classes, training, rows, share, config, step)
-        seed_layers(config.seed, step, micro_step, rank)
+        codes, labels, variants = loader.batch(step, micro_step)
+        seed_layers(config.seed, step, micro_step, accelerator.process_index)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = torch.cat(code_losses(model(codes, *given), codes[prior.levels]), 1).mean() / config.accumulation
+            loss = torch.cat(code_losses(model(codes, labels, variants), codes[prior.levels]), 1).mean() / config.accumulation
             accelerator.backward(loss)
         step_loss += loss.detach()
     norm = clip_(accelerator, model, config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     return step_loss, norm
-
-
-def training_codes(
-    accelerator: Accelerator, num_classes: int, training: CodeStore, rows: Tensor, share: slice, config: Stage2, step: int
-) -> tuple[Codes, Tensor | None, Tensor]:
-    """This micro-step's codes (b, h, w) a level, labels and variants (b,): which variant and whose label is hidden is drawn for
-    (seed, step, number in the batch).
-    """
-    variants = torch.randint(training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
-    codes = tuple(level.to(accelerator.device) for level in training.codes(rows[share], variants))
-    variants = variants.to(accelerator.device)
-    if num_classes == 0 or training.labels is None:
-        return codes, None, variants
-    hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-    return codes, training.labels[rows[share]].masked_fill(hidden[share], num_classes).to(accelerator.device), variants

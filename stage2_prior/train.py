@@ -40,12 +40,13 @@ from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
 from stage1_vqvae.training.optimizer import load_moments_, moments
 from stage1_vqvae.training.processes import asked_to_shard, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import DataOrder, derived_seed
+from stage1_vqvae.training.randomness import derived_seed
 from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
 from stage1_vqvae.training.schedule import scheduled_rate
 from stage1_vqvae.training.sharding import whole
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.joining import join_levels
 from stage2_prior.likelihood.bits import bits, measure
@@ -197,7 +198,7 @@ def train(
     say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
     for remark in prior.remarks():
         say(remark)
-    order = DataOrder(len(training), config.batch_size, config.seed)
+    loader = CodeLoader(training, prior.num_classes, config, accelerator)
     sharded = asked_to_shard(accelerator, recipe.compute)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, sharded)
     first_step, minutes_before = 0, 0.0
@@ -245,7 +246,7 @@ def train(
     with bar, stop, checkpoints:
         for step in range(first_step, config.steps):
             # --- one step, and what it leaves
-            step_loss, norm = take_step(accelerator, model, optimizer, training, order, config, step)
+            step_loss, norm = take_step(accelerator, model, optimizer, loader, config, step)
             average.update_()
             losses.append(step_loss)
             norms.append(norm)
@@ -255,8 +256,8 @@ def train(
             done = step + 1
             if main and (outlook := left.line(done)) is not None:
                 bar.write(outlook)
-            stopping = stop.requested()
             finished = done == config.steps
+            stopping = stop.requested(last=finished)
             due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
             due_validation = finished or done % config.validation_interval == 0
             if due_checkpoint or due_validation or done % config.log_interval == 0:
@@ -332,13 +333,13 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
 def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
     """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
     config, began = recipe.stage2, time.monotonic()
-    prior, model, optimizer, _ = build(accelerator, run, recipe, training, _level_of(name))
-    order, every = DataOrder(len(training), config.batch_size, config.seed), torch.arange(len(validation))
+    prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
+    loader, every = CodeLoader(training, prior.num_classes, config, accelerator), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
     def step(number: int) -> None:
         model.train()
-        take_step(accelerator, model, optimizer, training, order, config, number)
+        take_step(accelerator, model, optimizer, loader, config, number)
 
     found = fitting_steps(
         accelerator,
@@ -347,7 +348,7 @@ def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Reci
         began,
         began,
         [(1.0, step)],
-        lambda: measure(accelerator, prior, validation, every, micro_batch),
+        lambda: measure(accelerator, average.model, validation, every, micro_batch),
         passes_at_end=2,  # the likelihood report: of the validation images, and of as many training images
     )
     return dataclasses.replace(recipe, stage2=found)

@@ -24,15 +24,15 @@ def make_variants(images: Tensor, augmentation: StoredAugmentation, variants: Te
     if augmentation in ("none", "five_crops"):
         return images
     if augmentation in ("horizontal_flip", "ten_crops"):
-        mirrored = variants >= num_variants(augmentation) // 2
-        return torch.where(mirrored.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
-    # Variants 0..8 are the offsets (0,0), then the eight around it: rotating the 3x3 list puts its centre first.
-    offset = (variants + 4) % 9
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate")
-    height, width = images.shape[-2:]
-    windows = [padded[..., top : top + height, left : left + width] for top in range(3) for left in range(3)]
-    result = torch.empty_like(images)
-    for index, window in enumerate(windows):
-        rows = (offset == index).to(images.device)
-        result[rows] = window[rows]
-    return result
+        mirrored = variants.to(images.device) >= num_variants(augmentation) // 2
+        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    # Variants 0..8 are the offsets (0,0), then the eight around it: rotating the 3x3 list puts its centre first. Every pixel is looked up
+    # by its place in the batch; by masks of images, the host would wait for a GPU to count them.
+    offset = (variants.to(images.device) + 4) % 9
+    count, channels, height, width = images.shape
+    places = [torch.arange(size, device=images.device) for size in (count, height, width)]
+    rows = (places[1] + (offset // 3 - 1)[:, None]).clamp_(0, height - 1)
+    columns = (places[2] + (offset % 3 - 1)[:, None]).clamp_(0, width - 1)
+    wanted = (places[0][:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    pixels = images.movedim(1, -1).reshape(-1, channels)
+    return pixels.index_select(0, wanted.flatten()).view(count, height, width, channels).movedim(-1, 1)

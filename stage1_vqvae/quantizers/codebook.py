@@ -89,8 +89,8 @@ class GradientCodebook(Codebook):
     @torch.no_grad()
     @override
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> Tensor:
-        self.weight[where] = vectors[where].to(self.weight)
-        self.cluster_size[where] = counts[where].to(self.cluster_size)
+        _replace_rows_(self.weight, where, vectors)
+        _replace_rows_(self.cluster_size, where, counts)
         return self.weight
 
 
@@ -134,9 +134,9 @@ class MovingAverageCodebook(Codebook):
     @torch.no_grad()
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
         """See the base class; the moving sums start at the new vectors too."""
-        self.weight[where] = vectors[where].to(self.weight)
-        self.cluster_size[where] = counts[where].to(self.cluster_size)
-        self.moving_sum[where] = self.weight[where] * self.cluster_size[where, None]
+        _replace_rows_(self.weight, where, vectors)
+        _replace_rows_(self.cluster_size, where, counts)
+        _replace_rows_(self.moving_sum, where, self.weight * self.cluster_size[:, None])
 
 
 class LinearCodebook(Codebook):
@@ -160,6 +160,11 @@ class LinearCodebook(Codebook):
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
         """Errors: TypeError, always: a single code of a linear map cannot be moved without all others."""
         raise TypeError("the codes of a linear map cannot be placed one by one")
+
+
+def _replace_rows_(tensor: Tensor, where: Tensor, by: Tensor) -> None:
+    """Replace the rows of a mask (K,) by those of another tensor of the same shape; a GPU is not asked how many they are."""
+    tensor.copy_(torch.where(where.view(-1, *[1] * (tensor.dim() - 1)), by.to(tensor), tensor))
 
 
 def codebook_names(model: nn.Module) -> list[str]:

@@ -60,8 +60,8 @@ def candidate_rows(num_codes: int, total: int, seed: int, step: int, codebook: i
 
 def candidates_here(vectors: Tensor, rows: Tensor, first: int) -> Tensor:
     """The candidates (K, d) among the latents (N, d), which are those from row `first` on; zeros elsewhere."""
-    local = rows.to(vectors.device) - first
+    # From page-locked memory, and without a mask's count: neither makes the host wait for a GPU.
+    rows = rows.pin_memory() if vectors.is_cuda else rows
+    local = rows.to(vectors.device, non_blocking=True) - first
     here = (local >= 0) & (local < len(vectors))
-    found = vectors.new_zeros(len(rows), vectors.shape[1])
-    found[here] = vectors[local[here]]
-    return found
+    return torch.where(here[:, None], vectors[local.clamp(0, len(vectors) - 1)], 0.0)

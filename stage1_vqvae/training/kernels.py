@@ -13,6 +13,7 @@ from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses import FakeTensor
 
 from configs.errors import say
 
@@ -29,8 +30,8 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
     """Decorator: make a function one operator of the graphs that `torch.compile` traces, which then has no break inside it.
 
     For what a compiler cannot follow (a kernel that may be given up, precisions that are set for a while) or should not copy into its
-    graph (a loop over blocks). Gradients do not pass: call it without them, or inside an `autograd.Function`. Outside of compiled
-    graphs the function is called as it is, since an operator's dispatch takes some 25 us on a CPU.
+    graph (a loop over blocks). Gradients do not pass: call it without them, or inside an `autograd.Function`. Otherwise the function is
+    called as it is, since an operator's dispatch takes some 25 us on a CPU.
 
     Args:
         schema: the operator's name and signature, as "two_stage::nearest_codes(Tensor vectors, Tensor codebook) -> Tensor".
@@ -44,7 +45,9 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            return registered(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+            # Of fake tensors, which have shapes and no data, a kernel could only be given up.
+            traced = torch.compiler.is_compiling() or any(isinstance(argument, FakeTensor) for argument in arguments)
+            return registered(*arguments) if traced else function(*arguments)
 
         return call  # type: ignore[return-value]
 

@@ -13,6 +13,7 @@ from stage1_vqvae.training.muon import Muon
 from stage1_vqvae.training.sharding import shared_out_as
 
 _WITH_KERNELS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+_FUSED_ON = ("cuda", "xpu", "mps")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -20,31 +21,48 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks."""
+def fused_on(device: torch.device) -> bool | None:
+    """Whether AdamW takes its step by one kernel for all parameters on that device; None, torch's own choice, where there is none, and on a
+    CPU, where the kernel would round otherwise.
+    """
+    return True if device.type in _FUSED_ON else None
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float, fused: bool | None = None) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks. `fused`: `fused_on` the
+    device of the training.
+    """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, _WITH_KERNELS)}
     parameters = trainable(model)
     groups = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=fused)
 
 
-def muon(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> Muon:
+def muon(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    beta2: float,
+    fused: bool | None = None,
+    products: torch.dtype | None = None,
+    replicated: bool = False,
+) -> Muon:
     """Muon for the linear maps of a model's layers, AdamW as in `adamw` for all else: embeddings, gains, and its `head`, the map to
-    logits, which Muon's authors leave to AdamW.
+    logits, which Muon's authors leave to AdamW. `products`, `replicated`: see `Muon`.
     """
-    fused: dict[int, list[Tensor]] = {}
+    stacked: dict[int, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "head" not in name.split("."):
             # Of three maps in one, each is a matrix of its own.
-            fused.setdefault(3 if name.endswith("qkv") else 1, []).append(module.weight)
-    hidden = {id(weight) for weights in fused.values() for weight in weights}
+            stacked.setdefault(3 if name.endswith("qkv") else 1, []).append(module.weight)
+    hidden = {id(weight) for weights in stacked.values() for weight in weights}
     others = adamw(model, lr, weight_decay, beta2).param_groups
     groups = [{**group, "params": [weight for weight in group["params"] if id(weight) not in hidden]} for group in others]
-    groups += [{"params": weights, "weight_decay": weight_decay, "matrices": count} for count, weights in fused.items()]
-    return Muon(groups, lr=lr, betas=(0.9, beta2))
+    groups += [{"params": weights, "weight_decay": weight_decay, "matrices": count} for count, weights in stacked.items()]
+    return Muon(groups, lr=lr, betas=(0.9, beta2), fused=fused, products=products, replicated=replicated)
 
 
 def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor:
@@ -59,10 +77,17 @@ def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tenso
 
 @torch.no_grad()
 def forget_rows_(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Zero the moments of a parameter's rows (a mask or indices): what moved elsewhere has no momentum."""
+    """Zero the moments of a parameter's rows, a mask (K,): what moved elsewhere has no momentum."""
     for moment in optimizer.state.get(parameter, {}).values():
         if moment.shape == parameter.shape:
-            moment[rows] = 0
+            moment.masked_fill_(rows.view(-1, *[1] * (moment.dim() - 1)), 0)
+
+
+def load_state_(optimizer: Any, state: dict[str, Any]) -> None:
+    """Take over an optimizer's state dictionary, of whatever machine: by which kernels it takes its steps stays this machine's affair."""
+    own = optimizer.param_groups
+    groups = [{**group, "fused": mine["fused"], "foreach": mine["foreach"]} for group, mine in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 Moments = dict[str, dict[str, Tensor]]
@@ -96,7 +121,10 @@ def load_moments_(model: nn.Module, optimizer: torch.optim.Optimizer, state: dic
         kept = {numbered[number]: found for number, found in state["state"].items()}
     else:
         kept = {parameters[name]: found for name, found in state.items()}
+    fused = {id(parameter): group["fused"] for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, found in kept.items():
         shaped = {key: moment for key, moment in found.items() if moment.shape == parameter.shape}
         moved = {key: shared_out_as(moment.to(parameter.device), parameter) for key, moment in shaped.items()}
+        if fused[id(parameter)] and "exp_avg_sq" in found:  # AdamW's: its kernel counts steps on the device
+            moved["step"] = found["step"].to(parameter.device)
         optimizer.state[parameter] = {**found, **moved}

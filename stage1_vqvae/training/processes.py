@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
-from configs.errors import EXPLANATIONS, UserError
+from configs.errors import EXPLANATIONS, UserError, say
 from configs.schema import Compute
 from stage1_vqvae.training.devices import numbered, widest_float
+from stage1_vqvae.training.precision import resolve_precision, set_float32
 from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
 _COMPILER = "inductor"
@@ -34,6 +35,8 @@ class _Command:
     watch: Watch | None = None
     lighter = _SMALLER_BATCHES
     launched_sharded = False
+    precision: str | None = None
+    """The line of its precision that was printed."""
 
 
 def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMALLER_BATCHES) -> Accelerator:
@@ -46,7 +49,9 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         lighter: what to say of how the command would take less memory, if that is out.
 
     Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
-    broadcast by DDP: that the codebooks of all processes are equal is ours to keep.
+    broadcast by DDP: that the codebooks of all processes are equal is ours to keep. On a GPU the precision is chosen here, and printed
+    (precision.py). Autocast reaches what is prepared, the networks of the training loops, and stage 1's validation of them; extraction and
+    decoding are float32 by TF32 products: they take a small part of a run's time, and what they write is read by everything after them.
     """
     patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
     on_cpu = not torch.accelerator.is_available()
@@ -58,6 +63,10 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         )
     # Accelerate's to mend: what it passes on for us has another name since torch 2.14.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    accelerators = torch.accelerator.current_accelerator()
+    device = "cpu" if on_cpu or accelerators is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerators.type
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = resolve_precision(compute.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), device, bf16)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_the_launcher()
@@ -68,7 +77,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         accelerator = Accelerator(
             # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
             cpu=on_cpu,
-            mixed_precision=compute.mixed_precision,
+            mixed_precision=precision.networks,
             log_with=compute.tracker,
             dynamo_backend=_COMPILER if compute.compile else None,
             project_dir=logging_dir,
@@ -80,6 +89,11 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
                 f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
             )
         accelerator.state.device = numbered(accelerator.device)  # one process's has no number, which threads and comparisons need
+        if precision.float32 is not None:
+            set_float32(precision.float32)  # after Accelerate, which allows TF32 where it compiles
+        if precision.line is not None and precision.line != _Command.precision:
+            say(precision.line)
+            _Command.precision = precision.line
         torch.set_num_threads(compute.threads or share_of_cores())
         # What a process found in the run before this line, all found: nobody writes into it earlier.
         accelerator.wait_for_everyone()

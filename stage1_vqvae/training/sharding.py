@@ -26,7 +26,8 @@ def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module
     """Share a model's weights out over all processes, along their first axis, and move them to their devices.
 
     In bf16 the units' weights are sent as such, and gradients in float32; what is in no unit stays in float32, as with autocast, which
-    differs in that the units' norms see their input in bf16 here.
+    differs in that the units' norms see their input in bf16 here. A model that does not learn is float32 throughout: it is asked for
+    likelihoods.
 
     Args:
         accelerator: of the processes.
@@ -38,7 +39,7 @@ def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module
     if accelerator.mixed_precision == "fp16":
         raise UserError("compute.mixed_precision: expected no or bf16 with compute.sharded, found fp16")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    sent = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    sent = torch.bfloat16 if learns and accelerator.mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=sent, reduce_dtype=torch.float32 if sent else None, cast_forward_inputs=False)
     compiler = accelerator.state.dynamo_plugin
     for unit in units:
@@ -46,6 +47,8 @@ def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module
             unit.compile(**compiler.to_kwargs())
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=None if learns else True)
+    if not learns:
+        return
     forward = model.forward
 
     def under_autocast(*given: Any, **named: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from stage1_vqvae.data.loader import read_to
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.devices import as_float64, float64_device
 from stage1_vqvae.training.processes import summed
@@ -64,7 +65,7 @@ class Likelihood:
 def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
     """The likelihood of those rows' images, each once, whatever the processes; `batch_size` at once on each of them."""
     prior.eval()
-    device, labelled = accelerator.device, prior.num_classes > 0 and store.labels is not None
+    device, known = accelerator.device, store.labels if prior.num_classes > 0 else None
     # What a process has seen: nats of each position, and of each label's images; how many those are.
     exact = float64_device(device)
     nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=exact)
@@ -74,10 +75,15 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=exact)
     asked[len(mine) :] = 0
     mine = torch.cat([mine, rows[: len(asked) - len(mine)]])
+
+    def read(part: slice) -> tuple[Tensor, ...]:
+        codes = store.codes(mine[part])
+        return codes if known is None else (*codes, known[mine[part]])
+
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
-        for part in batches(len(mine), batch_size):
-            codes = tuple(level.to(device) for level in store.codes(mine[part]))
-            labels = store.labels[mine[part]].to(device) if labelled and store.labels is not None else None
+        parts = batches(len(mine), batch_size)
+        for part, read_codes in zip(parts, read_to(device, read, parts), strict=True):
+            codes, labels = (read_codes, None) if known is None else (read_codes[:-1], read_codes[-1])
             found = as_float64(-prior.log_prob(codes, labels))
             counted = asked[part]
             nats += counted @ found
@@ -90,7 +96,7 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     return Likelihood(
         images=len(rows),
         positions=(totals["nats"] / len(rows) / math.log(2)).cpu(),
-        labels={label: bits(sums[label] / count) for label, count in enumerate(counts) if count and labelled},
+        labels={label: bits(sums[label] / count) for label, count in enumerate(counts) if count and known is not None},
     )
 
 

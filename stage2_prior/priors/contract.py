@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from configs.errors import require
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.precision import full_precision
+from stage1_vqvae.training.precision import full_precision, ieee_float32
 from stage2_prior.codes.sequence import SequenceLayout
 
 Logits = tuple[Tensor, ...]
@@ -176,8 +176,9 @@ class AutoregressivePrior(nn.Module, ABC):
         return []
 
     def log_prob(self, codes: Codes, labels: Tensor | None) -> Tensor:
-        """log p of each code given those before it, (B, T), in nats, float32 or wider."""
-        return -torch.cat(code_losses(self(codes, labels), codes[self.levels]), 1)
+        """log p of each code given those before it, (B, T), in nats, float32 or wider; without TF32."""
+        with ieee_float32(codes[0].device):
+            return -torch.cat(code_losses(self(codes, labels), codes[self.levels]), 1)
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 from configs.run_dir import RunDir, read_json
 from configs.schema import prior_from
@@ -77,6 +78,16 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(
     assert "going on after step 1" in capsys.readouterr().out
     whole, stopped = (run_copy / "priors" / name for name in ("whole", "stopped"))
     assert (stopped / "prior.safetensors").read_bytes() == (whole / "prior.safetensors").read_bytes()
+
+
+def test_a_training_goes_on_in_another_precision(run_copy: Path) -> None:
+    """Weights and moments are float32 in any, so that a checkpoint does not tell."""
+    typed = ["--run", str(run_copy), "--name", "mixed", "--stage2.steps", "3"]
+    with pytest.raises(SystemExit):
+        main([*typed, "--compute.mixed_precision", "bf16", "--stop-after", "1e-9"])
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+    main([*typed, "--compute.mixed_precision", "no", "--resume"])
+    assert read_json(run_copy / "priors" / "mixed" / "report.json")["steps"] == 3
 
 
 def test_a_finished_prior_says_so_and_another_name_is_another_prior(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from stage1_vqvae.training import muon as muon_module
 from stage1_vqvae.training.muon import orthogonalised
-from stage1_vqvae.training.optimizer import adamw, muon
+from stage1_vqvae.training.optimizer import adamw, load_moments_, load_state_, moments, muon
 
 
 class Net(nn.Module):
@@ -82,3 +84,98 @@ def test_it_resumes_bit_for_bit() -> None:
     stepped(whole, optimizer, 3, seed=1)
     stepped(half, second, 3, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
+def test_products_in_bfloat16_orthogonalise_as_well(shape: tuple[int, int]) -> None:
+    """Another matrix by its few digits, and no worse a one: its singular values lie where those of the exact iteration do."""
+    matrices = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
+    exact, rounded = orthogonalised(matrices), orthogonalised(matrices, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    difference = (rounded.float() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert float(difference.max()) < 0.1
+    assert torch.allclose(torch.linalg.svdvals(rounded.float()), torch.linalg.svdvals(exact), atol=0.05)
+
+
+def test_weights_and_moments_stay_float32_where_products_do_not() -> None:
+    start, exact, net = Net(), Net(), Net()
+    optimizer = muon(net, 1e-2, 0.1, 0.95, products=torch.bfloat16)
+    for model, by in ((net, optimizer), (exact, muon(exact, 1e-2, 0.1, 0.95))):
+        draws = torch.Generator().manual_seed(3)
+        for weight in model.parameters():
+            weight.grad = torch.randn(weight.shape, generator=draws)
+        by.step()
+    assert {moment.dtype for state in moments(net, optimizer).values() for moment in state.values()} == {torch.float32}
+    for name, weight in net.state_dict().items():
+        assert weight.dtype == torch.float32
+        moved, expected = weight - start.state_dict()[name], exact.state_dict()[name] - start.state_dict()[name]
+        tolerance = 0.1 if name in ("qkv.weight", "out.weight") else 0.0
+        assert float((moved - expected).norm()) <= tolerance * float(expected.norm()), name
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_matrices_are_shared_out_over_any_number_of_processes(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five weights of three matrices each, which no number of them divides: what the processes send makes up what one would compute."""
+    weights = torch.randn(5, 18, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    sent: list[Tensor] = []
+
+    def gather(found: Tensor, own: Tensor) -> None:
+        sent.append(own)
+        found.zero_()
+
+    for rank in range(processes):
+        ranks = SimpleNamespace(get_world_size=lambda: processes, get_rank=lambda rank=rank: rank, all_gather_into_tensor=gather)
+        monkeypatch.setattr(muon_module, "dist", ranks)
+        muon_module._orthogonalised_together(weights, 6, None)
+    assert {len(own) for own in sent} == {-(-15 // processes)}
+    whole = orthogonalised(weights.view(15, 6, 4))
+    assert torch.allclose(torch.cat(sent)[:15], whole, rtol=1e-10)
+    ranks.all_gather_into_tensor = lambda found, _: found.copy_(torch.cat(sent))
+    assert torch.allclose(muon_module._orthogonalised_together(weights, 6, None), whole.view(5, 18, 4), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_of_gradients_that_overflowed_is_left_out(name: str) -> None:
+    """By fp16's scaler, with AdamW's own kernel, which does not ask it before."""
+    net = Net()
+    optimizer = {"adamw": adamw, "muon": muon}[name](net, 1e-2, 0.1, 0.95, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for overflowed in (False, True):
+        before = copy.deepcopy(net.state_dict())
+        scaler.scale(net(torch.arange(9)).square().sum() * (float("inf") if overflowed else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        same = [torch.equal(weight, before[key]) for key, weight in net.state_dict().items()]
+        assert all(same) if overflowed else not any(same[:4])
+    assert scaler.get_scale() == 2.0
+
+
+def test_a_state_of_another_machine_leaves_the_kernels_as_they_are_here() -> None:
+    there, here = Net(), Net()
+    state = adamw(there, 1e-2, 0.1, 0.95, fused=True)
+    stepped(there, state, 2)
+    optimizer = adamw(here, 1e-2, 0.1, 0.95)
+    load_state_(optimizer, copy.deepcopy(state.state_dict()))
+    assert [group["fused"] for group in optimizer.param_groups] == [None, None]
+    assert torch.equal(optimizer.state[here.token.weight]["exp_avg"], state.state[there.token.weight]["exp_avg"])
+    load_state_(state, optimizer.state_dict())
+    assert [group["fused"] for group in state.param_groups] == [True, True]
+    stepped(there, state, 1)
+
+
+def test_a_kernel_finds_its_count_of_steps_on_its_device() -> None:
+    """A checkpoint's are the host's; a device without data shows where they go."""
+    net = Net()
+    optimizer = adamw(net, 1e-2, 0.1, 0.95)
+    kept = copy.deepcopy(moments(stepped(net, optimizer, 1), optimizer))
+    with torch.device("meta"):
+        elsewhere = Net()
+    other = adamw(elsewhere, 1e-2, 0.1, 0.95)
+    for fused, device in ((True, "meta"), (None, "cpu")):
+        for group in other.param_groups:
+            group["fused"] = fused
+        load_moments_(elsewhere, other, kept)
+        assert {state["step"].device.type for state in other.state.values()} == {device}
+        assert {state["exp_avg"].device.type for state in other.state.values()} == {"meta"}

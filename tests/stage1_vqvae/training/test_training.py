@@ -10,10 +10,13 @@ import signal
 import threading
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
@@ -252,19 +255,45 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -
         signal.signal(number, former)
 
 
-def test_a_signal_that_comes_while_processes_ask_one_another_is_not_lost() -> None:
-    """Most of the time they are waiting there."""
-    signals = [signal.SIGUSR1]
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """Collectives as between processes, of which there is one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
-    def gather(code: torch.Tensor) -> torch.Tensor:
-        if signals:
-            os.kill(os.getpid(), signals.pop())
-        return code.repeat(2)
 
-    two = types.SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
-    with GracefulStop(two) as stop:  # type: ignore[arg-type]
+TWO: Any = types.SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_what_several_processes_agree_on_is_known_a_step_later() -> None:
+    with GracefulStop(TWO) as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), signal.SIGUSR1)
         assert not stop.requested()
         assert stop.requested()
+        assert stop.exit_code == 128 + signal.SIGUSR1
+    # Of the last step nobody would read the answer later.
+    with GracefulStop(TWO) as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested(last=True)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_signal_that_comes_while_processes_ask_one_another_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    signals, all_reduce = [signal.SIGUSR1], dist.all_reduce
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        asked = all_reduce(*given, **named)
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return asked
+
+    monkeypatch.setattr(dist, "all_reduce", interrupted)
+    with GracefulStop(TWO) as stop:
+        assert [stop.requested() for _ in range(3)] == [False, False, True]
         assert stop.exit_code == 128 + signal.SIGUSR1
 
 

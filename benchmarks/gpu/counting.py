@@ -1,0 +1,147 @@
+"""Counts what a training step does and holds, on tensors without data: operations, bytes moved, launches, bytes held at its worst moment.
+
+    with Dataless(), Counting() as counted:
+        step()
+    counted.seconds(CARDS["H100 SXM, 80 GB"])
+
+Counted are operators as eager PyTorch launches them: each reads its inputs and writes its outputs once. Not counted: a library's workspace,
+fragmentation, what caches keep on the chip.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+LAUNCH_SECONDS = 6e-6
+"""What the host takes to launch one operator of eager PyTorch, forward or backward: an assumption."""
+_REACHED_PRODUCTS, _REACHED_BANDWIDTH = 0.6, 0.8  # shares of the data sheet's peaks that large operators reach: assumptions
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet."""
+
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Bytes a second between memory and chip."""
+    half: float
+    """Dense operations a second on bf16, sums in float32."""
+    single: float
+    """The same on TF32."""
+
+
+# NVIDIA's data sheets; of the GeForce with sums in float32, which halves the figure that is advertised.
+CARDS = {
+    "RTX 4090, 24 GB": Card(24e9, 1008e9, 165e12, 82.6e12),
+    "H100 SXM, 80 GB": Card(80e9, 3350e9, 989e12, 494e12),
+}
+
+
+@dataclass
+class Counted:
+    """What one step does and holds."""
+
+    operators: list[tuple[float, float, bool]] = field(default_factory=list)
+    """Of each launched operator: operations in matrix products, bytes read and written, whether its products are of 16-bit numbers."""
+    held: int = 0
+    """Bytes of tensors that are alive."""
+    peak: int = 0
+    """The most that were."""
+
+    @property
+    def launches(self) -> int:
+        """Operators that launch something."""
+        return len(self.operators)
+
+    @property
+    def flops(self) -> float:
+        """Operations in matrix products and convolutions."""
+        return sum(flops for flops, _, _ in self.operators)
+
+    @property
+    def traffic(self) -> float:
+        """Bytes read and written by all operators."""
+        return sum(size for _, size, _ in self.operators)
+
+    def seconds(self, card: Card) -> float:
+        """Computed time of the step on a card: each operator at its roofline, and no faster in all than the host can launch."""
+        rates = {True: card.half * _REACHED_PRODUCTS, False: card.single * _REACHED_PRODUCTS}
+        bandwidth = card.bandwidth * _REACHED_BANDWIDTH
+        busy = sum(max(flops / rates[half], size / bandwidth) for flops, size, half in self.operators)
+        return max(busy, self.launches * LAUNCH_SECONDS)
+
+
+class Dataless(FakeTensorMode):
+    """Inside it tensors have shapes and dtypes but no data."""
+
+    def __deepcopy__(self, memo: Any) -> Dataless:
+        """The mode itself: a copied model's tensors belong to the same one."""
+        return self
+
+
+class Counting(TorchDispatchMode):
+    """Counts all operators called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counted()
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __enter__(self) -> Counted:  # type: ignore[override]
+        super().__enter__()
+        return self.counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, and count it unless its outputs are views of its inputs."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # Of data that is not there: random numbers of the host, and counters of steps.
+            return 1 if args[0].dtype != torch.bool else True
+        out = func(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor in (*inputs, *outputs):
+            self._hold(tensor)
+        if not func.is_view and func._schema.name not in _FREE:
+            count = flop_registry.get(func._overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
+            half = any(x.dtype in (torch.bfloat16, torch.float16) for x in inputs)
+            self.counted.operators.append((flops, sum(map(_bytes, (*inputs, *outputs))), half))
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._alive:
+            return
+        self._alive.add(storage)
+        size = storage.nbytes()
+        self.counted.held += size
+        self.counted.peak = max(self.counted.peak, self.counted.held)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.counted.held -= size
+
+
+_FREE = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::detach",
+    "aten::_unsafe_view",
+    "aten::lift_fresh",
+}
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,132 @@
+"""A recipe's training steps without its data: the loops' own `take_step`, on random images and codes.
+
+What of a step depends on the images' content is the share of dead codes that restart; steps that restart none are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchmetrics.functional.image.lpips import _LPIPS
+
+from configs.schema import PerceptualPart, Recipe
+from stage1_vqvae.features.classifier import CLASSIFIER, Classifier
+from stage1_vqvae.features.networks import Layers
+from stage1_vqvae.model import VQVAE
+from stage1_vqvae.objectives.adversarial import Adversary
+from stage1_vqvae.objectives.discriminators import PatchDiscriminator, PatchPart
+from stage1_vqvae.objectives.perceptual import FeatureDistance, FeaturesPart, LPIPSDistance, LPIPSPart
+from stage1_vqvae.train import Models
+from stage1_vqvae.train import take_step as take_tokenizer_step
+from stage1_vqvae.training.averaging import WeightAverage
+from stage1_vqvae.training.optimizer import adamw, trainable
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.steps import begun
+from stage2_prior.steps import take_step as take_prior_step
+
+NUM_CLASSES = {"cifar10": 10, "imagenet256": 1000, "imagenet256_vit": 1000}
+"""Of recipes whose data has classes; a folder of images is counted without."""
+_VARIANTS = {"none": 1, "horizontal_flip": 2, "shift": 9, "five_crops": 5, "ten_crops": 10}
+
+
+class Step:
+    """A training step that can be taken again and again."""
+
+    def __init__(self, model: nn.Module, take: Callable[[], None]) -> None:
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        """Of the tokenizer or prior, without discriminator and perceptual network."""
+        self.take = take
+
+
+class _RandomLPIPS(nn.Module):
+    """LPIPS with random weights, which take as long as those that were learned."""
+
+    def __init__(self, trunk: str) -> None:
+        super().__init__()
+        self.distance = _LPIPS(net=trunk, pnet_rand=True).eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Images and originals (B, 3, H, W) to their distances (B,)."""
+        return self.distance(images, originals).flatten()
+
+
+def perceptual_term(part: PerceptualPart, channels: int) -> nn.Module | None:
+    """The term with random weights; None: the recipe has none. Errors: ValueError for a network that is not known here."""
+    if part.kind == "none":
+        return None
+    if isinstance(part, LPIPSPart):
+        return LPIPSDistance(_RandomLPIPS(part.trunk), part.weight)  # type: ignore[arg-type]
+    if isinstance(part, FeaturesPart) and part.network == CLASSIFIER:
+        network = Classifier(channels, ["0", "1"]).eval()
+        return FeatureDistance(SimpleNamespace(layers=Layers(network, network.features)), part.weight)  # type: ignore[arg-type]
+    raise ValueError(f"stage1.perceptual: expected none, lpips or features of {CLASSIFIER}, found {part}")
+
+
+class _RandomImages:
+    """In place of stage 1's loader."""
+
+    def __init__(self, size: int, shape: tuple[int, int, int], device: torch.device) -> None:
+        self._images = torch.rand(size, *shape, device=device) * 2 - 1
+
+    def images(self, step: int, micro_step: int) -> Tensor:
+        """The same (B, C, H, W) for every micro-step."""
+        return self._images
+
+    def share(self, micro_step: int) -> slice:
+        """The part of the step's batch that this process has."""
+        return slice(micro_step * len(self._images), (micro_step + 1) * len(self._images))
+
+
+def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool = True) -> Step:
+    """A step of stage 1, of the recipe's batch in its micro-steps; `adversarial`: with the discriminator, if the recipe has one."""
+    data, config, device = recipe.data, recipe.stage1, accelerator.device
+    tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
+    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, beta2=0.99))
+    perceptual = perceptual_term(config.perceptual, data.channels)
+    adversary, discriminator_optimizer = None, None
+    if isinstance(config.adversarial, PatchPart) and adversarial:
+        part = config.adversarial
+        discriminator = PatchDiscriminator(data.channels, part.channels, part.layers, part.norm)
+        adversary = Adversary(part, discriminator, config.steps)
+        discriminator_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0)
+    models = Models(tokenizer, model, optimizer, perceptual, adversary, discriminator_optimizer)
+    average = WeightAverage(tokenizer, config.weight_average, shared=("quantizer",))
+    loader = _RandomImages(config.batch_size // config.accumulation, tokenizer.image_shape, device)
+    number = config.steps - 1  # after the discriminator's start, and after the last restart
+
+    def take() -> None:
+        model.train()
+        take_tokenizer_step(accelerator, models, loader, config, number)  # type: ignore[arg-type]
+        average.update_()
+
+    return Step(tokenizer, take)
+
+
+def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> Step:
+    """A step of stage 2, of the recipe's batch in its micro-steps."""
+    data, config, quantizer = recipe.data, recipe.stage2, recipe.tokenizer.quantizer
+    steps = recipe.tokenizer.network.downsamplings
+    layout = SequenceLayout([(data.height // step, data.width // step) for step in steps], [quantizer.num_codes] * len(steps))
+    variants = _VARIANTS[recipe.extraction.augmentation]
+    prior = recipe.prior.build(layout, num_classes, variants)
+    state = begun(accelerator, prior, config, recipe.compute)
+    rows = config.batch_size
+    store = SimpleNamespace(
+        manifest=SimpleNamespace(variants=variants),
+        labels=torch.randint(num_classes, (rows,)) if num_classes else None,
+        codes=lambda rows, variants: tuple(
+            torch.randint(k, (len(rows), *grid)) for k, grid in zip(layout.num_codes, layout.grids, strict=True)
+        ),
+    )
+    order = SimpleNamespace(batch=lambda step: torch.arange(rows))
+
+    def take() -> None:
+        state.model.train()
+        take_prior_step(accelerator, state.model, state.optimizer, store, order, config, config.steps // 2)  # type: ignore[arg-type]
+        state.average.update_()
+
+    return Step(prior, take)

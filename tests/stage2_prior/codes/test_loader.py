@@ -1,0 +1,102 @@
+"""Training codes: which a step has, at whatever number of processes and threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import Stage2
+from stage1_vqvae.training.randomness import DataOrder
+from stage2_prior.codes.loader import CodeBatch, CodeLoader
+from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
+
+CONFIG = Stage2(batch_size=8, accumulation=2, label_dropout=0.5)
+ROWS, CLASSES = 20, 3
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CodeStore:
+    """Two levels of codes that say which row, variant and level they are."""
+    manifest = Manifest(
+        split="train",
+        rows=ROWS,
+        grids=[(1, 2), (2, 2)],
+        num_codes=[40, 80],
+        label_names=["a", "b", "c"],
+        augmentation="horizontal_flip",
+        variants=2,
+        image_shape=(3, 8, 8),
+        tokenizer_sha256="0" * 64,
+        rows_per_shard=ROWS,
+        sha256=[],
+    )
+    of_row = 2 * torch.arange(ROWS)[:, None] + torch.arange(2)
+    levels = [(of_row + 40 * level)[:, :, None, None].expand(-1, -1, *grid).contiguous() for level, grid in enumerate(manifest.grids)]
+    write_shard(tmp_path, manifest, 0, levels, torch.arange(ROWS) % CLASSES)
+    write_manifest(tmp_path, manifest)
+    return CodeStore(tmp_path)
+
+
+def loader(store: CodeStore, rank: int = 0, processes: int = 1, ahead: bool | None = None, num_classes: int = CLASSES) -> CodeLoader:
+    accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
+    return CodeLoader(store, num_classes, CONFIG, accelerator, ahead)
+
+
+def steps(found: CodeLoader, first: int = 0) -> list[CodeBatch]:
+    """What each micro-step has, from a step on."""
+    return [found.batch(step, micro_step) for step in range(first, 6) for micro_step in range(2)]
+
+
+def equal(one: CodeBatch, other: CodeBatch) -> bool:
+    pairs = zip((*one.codes, one.labels, one.variants), (*other.codes, other.labels, other.variants), strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+def test_codes_labels_and_variants_belong_together(store: CodeStore) -> None:
+    """And every row is in its place of the order, once an epoch."""
+    order, hidden = DataOrder(ROWS, CONFIG.batch_size, CONFIG.seed), 0
+    found = steps(loader(store))
+    for step in range(6):
+        rows = torch.cat([batch.codes[0][:, 0, 0] // 2 for batch in found[2 * step : 2 * step + 2]])
+        assert torch.equal(rows, order.batch(step))
+    for batch in found:
+        rows, labels = batch.codes[0][:, 0, 0] // 2, batch.labels
+        assert labels is not None
+        assert torch.equal(batch.codes[0], (2 * rows + batch.variants)[:, None, None].expand(-1, 1, 2))
+        assert torch.equal(batch.codes[1], (2 * rows + batch.variants + 40)[:, None, None].expand(-1, 2, 2))
+        assert bool(((labels == rows % CLASSES) | (labels == CLASSES)).all())
+        hidden += int((labels == CLASSES).sum())
+    assert 10 < hidden < 38  # of 48, half of them
+    assert {int(variant) for batch in found for variant in batch.variants} == {0, 1}
+
+
+def test_a_steps_codes_are_the_same_at_any_number_of_threads_and_processes(store: CodeStore) -> None:
+    whole = steps(loader(store))
+    assert all(map(equal, whole, steps(loader(store, ahead=True))))
+    halves = [steps(loader(store, rank, 2, ahead=True)) for rank in range(2)]
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert torch.equal(batch.codes[1], torch.cat([part.codes[1] for part in parts]))
+        assert torch.equal(batch.variants, torch.cat([part.variants for part in parts]))
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_resumed_training_goes_on_with_the_codes_it_would_have_had(ahead: bool, store: CodeStore) -> None:
+    whole = steps(loader(store))
+    again = loader(store, ahead=ahead)
+    assert all(map(equal, steps(again), whole))
+    assert all(map(equal, steps(again, first=3), whole[6:]))  # out of turn, as a rehearsal asks
+
+
+def test_a_prior_without_classes_is_given_no_labels(store: CodeStore) -> None:
+    assert all(batch.labels is None and len(batch.codes) == 2 for batch in steps(loader(store, num_classes=0, ahead=True)))
+
+
+def test_a_code_too_high_is_told_where_it_is_asked_for(store: CodeStore) -> None:
+    store.manifest.num_codes[1] = 41
+    with pytest.raises(UserError, match="expected codes of level 1 below 41"):
+        steps(loader(store, ahead=True))

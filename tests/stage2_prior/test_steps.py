@@ -1,0 +1,25 @@
+"""A prior and what is trained with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.schema import Compute, Stage2, prior_from
+from stage1_vqvae.training.processes import start
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.steps import begun
+
+LAYOUT = SequenceLayout([(2, 3)], [16])
+
+
+@pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
+def test_likelihoods_are_full_float32_where_networks_train_in_another(kind: str) -> None:
+    torch.manual_seed(0)
+    prior = prior_from({"kind": kind, "layers": 2, "width": 16, "heads": 2}).build(LAYOUT, 3)
+    codes, labels = (torch.randint(16, (4, 2, 3)),), torch.tensor([0, 1, 2, 3])
+    expected = prior.eval().log_prob(codes, labels)
+    compute = Compute(mixed_precision="bf16", threads=1)
+    parts = begun(start(compute), prior, Stage2(), compute)
+    assert torch.equal(parts.average.model.eval().log_prob(codes, labels), expected)
+    assert not torch.equal(parts.model(codes, labels)[0], parts.average.model(codes, labels)[0])  # that one trains in bf16
