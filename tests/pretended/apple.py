@@ -1,7 +1,4 @@
-"""What goes to the CPU because Apple's GPUs have no float64.
-
-python tests/pretended/run.py mps 1 tests.pretended.apple
-"""
+"""What goes to the CPU because Apple's GPUs have no float64: part of the chain on a pretended `mps`."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from tests.pretended.device import Pretended
 from tests.pretended.rules import refused
 
 
-def main(_: list[str]) -> None:
+def check() -> None:
     device = numbered(torch.device("mps"))
     cpu = torch.device("cpu")
     with Pretended() as seen:

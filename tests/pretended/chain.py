@@ -17,11 +17,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from configs.cli import load_recipe
 from configs.schema import Augmentation, Stage1, Stage2
 from tests.launched.commands import staying_joined
+from tests.pretended import apple
 from tests.pretended.device import Pretended, Seen
 from tests.pretended.tiny import commands, in_short, run_command
 
@@ -128,5 +130,7 @@ def main(arguments: list[str]) -> None:
                     _forget_accelerate()
         if processes == 1:
             found["images"] = waits_for_images(Path(recipe))
+    if torch.accelerator.current_accelerator() == torch.device("mps"):
+        apple.check()
     path = Path(result).with_suffix(f".{os.environ.get('RANK', '0')}.json")
     path.write_text(json.dumps(found, indent=1))

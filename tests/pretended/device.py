@@ -133,6 +133,15 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatched(func, args, kwargs or {})
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: OnDevice) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.host = value.host
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -239,6 +248,8 @@ def _dispatched(func: Any, args: Any, kwargs: Any) -> Any:
         _check_devices(func, name, args, ours, hosts)
         _check_waits(name, args, kwargs, flat, ours, target)
     given = tree.tree_map_only(Tensor, _host, (args, kwargs))
+    if _capture.graph is not None:
+        _capture.graph.keep(func._schema, *given)
     func = _STAND_INS.get(name, func)
     found = func(*given[0], **given[1])
     if target == _CPU:

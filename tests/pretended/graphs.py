@@ -46,6 +46,21 @@ class Event:
 
     def __init__(self, **_: Any) -> None: ...
 
+    def keep(self, schema: Any, args: Any, kwargs: Any) -> None:
+        """What an operator of the capture is about to overwrite: a capture runs nothing, so it is put back when it ends."""
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
+        for tensor in tree.tree_leaves([given.get(name) for name in written]):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
+                storage = tensor.untyped_storage()
+                self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def put_back(self) -> None:
+        """The capture has ended."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        self._before.clear()
+
     def record(self, stream: Stream | None = None) -> None: ...
 
     def wait(self, stream: Stream | None = None) -> None: ...
@@ -99,8 +114,24 @@ class CUDAGraph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.nodes: list[Node] = []
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.capture_error_mode: str | None = None
         """As the capture asked for; None: there was none yet."""
+
+    def keep(self, schema: Any, args: Any, kwargs: Any) -> None:
+        """What an operator of the capture is about to overwrite: a capture runs nothing, so it is put back when it ends."""
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
+        for tensor in tree.tree_leaves([given.get(name) for name in written]):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
+                storage = tensor.untyped_storage()
+                self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def put_back(self) -> None:
+        """The capture has ended."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        self._before.clear()
 
     def record(self, *node: Any) -> None:
         """An operator of the capture."""
@@ -139,6 +170,7 @@ def graph(
             yield
         finally:
             pretended._capture.graph = None
+            cuda_graph.put_back()
     cuda_graph.capture_error_mode = capture_error_mode
 
 
