@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test faults lint bench install
+.PHONY: demo test faults lint bench gpu install
 
 install: $(INSTALLED)
 
@@ -31,6 +31,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What this machine's GPU makes of the project: right first, then how fast, as one table; ten minutes at most.
+gpu: install
+	$(BIN)/python -m benchmarks.gpu.check
 
 bench: install
 	$(BIN)/python benchmarks/priors.py

@@ -118,7 +118,7 @@ def row(name: str, stage: int, card_name: str, found: Cost | None) -> str:
         str(found.accumulation),
         f"{found.memory / 1e9:.1f} GB",
         f"{1000 * found.seconds_per_image:.2f} s",
-        f"{found.hours:.1f} h",
+        f"{found.hours:.1f} h" if found.hours >= 1 else f"{60 * found.hours:.0f} min",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -22,50 +22,56 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 LAUNCH_SECONDS = 6e-6
-"""What the host takes to launch one operator of eager PyTorch, forward or backward: an assumption."""
-_REACHED_PRODUCTS, _REACHED_BANDWIDTH = 0.6, 0.8  # shares of the data sheet's peaks that large operators reach: assumptions
+"""Assumed host time to launch one eager operator."""
+_PRODUCTS_REACHED, _BANDWIDTH_REACHED = 0.6, 0.8
+"""Assumed shares of a data sheet's peaks that large operators reach."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet."""
+    """What a GPU reaches."""
 
     memory: float
     """Bytes."""
     bandwidth: float
     """Bytes a second between memory and chip."""
     half: float
-    """Dense operations a second on bf16, sums in float32."""
+    """FLOP/s of dense bf16 matrix products that accumulate in float32."""
     single: float
-    """The same on TF32."""
+    """FLOP/s of dense TF32 matrix products."""
+
+    @classmethod
+    def from_data_sheet(cls, memory: float, bandwidth: float, half: float, single: float) -> Card:
+        """A card by its peaks, of which large operators reach the assumed shares."""
+        return cls(memory, _BANDWIDTH_REACHED * bandwidth, _PRODUCTS_REACHED * half, _PRODUCTS_REACHED * single)
 
 
-# NVIDIA's data sheets; of the GeForce with sums in float32, which halves the figure that is advertised.
+# NVIDIA's data sheets; for the GeForce the figures with float32 accumulation, half of the advertised ones.
 CARDS = {
-    "RTX 4090, 24 GB": Card(24e9, 1008e9, 165e12, 82.6e12),
-    "H100 SXM, 80 GB": Card(80e9, 3350e9, 989e12, 494e12),
+    "RTX 4090, 24 GB": Card.from_data_sheet(24e9, 1008e9, 165e12, 82.6e12),
+    "H100 SXM, 80 GB": Card.from_data_sheet(80e9, 3350e9, 989e12, 494e12),
 }
 
 
 @dataclass
 class Counted:
-    """What one step does and holds."""
+    """Operators and memory of one step."""
 
     operators: list[tuple[float, float, bool]] = field(default_factory=list)
-    """Of each launched operator: operations in matrix products, bytes read and written, whether its products are of 16-bit numbers."""
+    """Per launched operator: FLOPs, bytes read and written, whether it has 16-bit inputs."""
     held: int = 0
-    """Bytes of tensors that are alive."""
+    """Bytes of live tensors."""
     peak: int = 0
-    """The most that were."""
+    """Peak bytes of live tensors."""
 
     @property
     def launches(self) -> int:
-        """Operators that launch something."""
+        """Number of operators that launch a kernel."""
         return len(self.operators)
 
     @property
     def flops(self) -> float:
-        """Operations in matrix products and convolutions."""
+        """FLOPs of matrix products and convolutions."""
         return sum(flops for flops, _, _ in self.operators)
 
     @property
@@ -75,9 +81,8 @@ class Counted:
 
     def seconds(self, card: Card) -> float:
         """Computed time of the step on a card: each operator at its roofline, and no faster in all than the host can launch."""
-        rates = {True: card.half * _REACHED_PRODUCTS, False: card.single * _REACHED_PRODUCTS}
-        bandwidth = card.bandwidth * _REACHED_BANDWIDTH
-        busy = sum(max(flops / rates[half], size / bandwidth) for flops, size, half in self.operators)
+        rates = {True: card.half, False: card.single}
+        busy = sum(max(flops / rates[half], size / card.bandwidth) for flops, size, half in self.operators)
         return max(busy, self.launches * LAUNCH_SECONDS)
 
 
@@ -111,7 +116,7 @@ class Counting(TorchDispatchMode):
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in (*inputs, *outputs):
             self._hold(tensor)
-        if not func.is_view and func._schema.name not in _FREE:
+        if not func.is_view and func.namespace not in _NO_OPERATORS and func._schema.name not in _FREE:
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **(kwargs or {}), out_val=out) if count is not None else 0
             half = any(x.dtype in (torch.bfloat16, torch.float16) for x in inputs)
@@ -132,6 +137,8 @@ class Counting(TorchDispatchMode):
         self.counted.held -= size
 
 
+# Questions about tensors, and marks for profilers.
+_NO_OPERATORS = {"prim", "profiler"}
 _FREE = {
     "aten::empty",
     "aten::empty_like",

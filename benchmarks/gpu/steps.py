@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from configs.schema import PerceptualPart, Recipe
+from stage1_vqvae.data.variants import num_variants
 from stage1_vqvae.features.classifier import CLASSIFIER, Classifier
 from stage1_vqvae.features.networks import Layers
 from stage1_vqvae.model import VQVAE
@@ -31,8 +32,7 @@ from stage2_prior.steps import begun
 from stage2_prior.steps import take_step as take_prior_step
 
 NUM_CLASSES = {"cifar10": 10, "imagenet256": 1000, "imagenet256_vit": 1000}
-"""Of recipes whose data has classes; a folder of images is counted without."""
-_VARIANTS = {"none": 1, "horizontal_flip": 2, "shift": 9, "five_crops": 5, "ten_crops": 10}
+"""Number of classes of each labelled recipe; a folder of images is counted without."""
 
 
 class Step:
@@ -40,7 +40,7 @@ class Step:
 
     def __init__(self, model: nn.Module, take: Callable[[], None]) -> None:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        """Of the tokenizer or prior, without discriminator and perceptual network."""
+        """Parameters of the tokenizer or prior alone."""
         self.take = take
 
 
@@ -113,7 +113,7 @@ def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> St
     data, config, quantizer, device = recipe.data, recipe.stage2, recipe.tokenizer.quantizer, accelerator.device
     steps = recipe.tokenizer.network.downsamplings
     layout = SequenceLayout([(data.height // step, data.width // step) for step in steps], [quantizer.num_codes] * len(steps))
-    variants = _VARIANTS[recipe.extraction.augmentation]
+    variants = num_variants(recipe.extraction.augmentation)
     with device:
         prior = recipe.prior.build(layout, num_classes, variants)
     state = begun(accelerator, prior, config, recipe.compute)

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Training on two machines with eight GPUs each under Slurm, which may take them away at any time; a process a GPU:
-#   sbatch configs/accelerate/slurm.sh stage2_prior/train.py --run NAME --compute.mixed_precision bf16
+#   sbatch configs/accelerate/slurm.sh stage2_prior/train.py --run NAME
 # Five minutes before the time is over all processes get SIGUSR1: they finish their step, save, and end with code 138. The job is put
 # back into the queue then, after SIGTERM (143) and --stop_after (75); and, up to 20 times, where a process was lost: of it comes 128 + the
 # signal, of those that noticed 70. It goes on from its last checkpoint.

@@ -96,7 +96,7 @@ def test_a_label_by_name_or_number(run_copy: Path) -> None:
     assert (by_name / "grid.png").read_bytes() == (by_number / "grid.png").read_bytes()
 
 
-@pytest.mark.parametrize(("device", "precision"), [("cpu", "float64"), ("cuda", "bfloat16")])
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "float64"), ("cuda:0", "bfloat16")])
 def test_the_device_decides_on_the_precision(
     run_copy: Path, device: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,70 @@
+"""What the GPU recipes cost, by counting, and the check of a GPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.gpu.check import main as check
+from benchmarks.gpu.counting import Card, Counting, Dataless
+from configs.errors import UserError
+from tests.conftest import Pretended
+
+ROWS, WIDTH, HIDDEN = 64, 32, 128
+
+
+def test_a_step_of_two_linear_maps_is_counted_as_by_hand() -> None:
+    with Dataless(), Counting() as counted:
+        model = nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH, bias=False))
+        weights = counted.held
+        assert weights == 2 * WIDTH * HIDDEN * 4
+        x = torch.randn(ROWS, WIDTH)
+        counted.operators.clear()
+        y = model(x)
+        kept = weights + (ROWS * WIDTH + ROWS * HIDDEN + ROWS * WIDTH) * 4  # x, the hidden layer, y
+        assert counted.held == kept
+        assert counted.flops == 2 * 2 * ROWS * WIDTH * HIDDEN
+        assert counted.traffic == 2 * (ROWS * WIDTH + WIDTH * HIDDEN + ROWS * HIDDEN) * 4
+        y.sum().backward()
+        # Of the backward pass: both weights' gradients, and that at the hidden layer; none at x.
+        assert counted.flops == (2 + 3) * 2 * ROWS * WIDTH * HIDDEN
+        assert counted.peak >= kept + weights
+        del y
+        model.zero_grad()
+        assert counted.held == weights + ROWS * WIDTH * 4
+
+
+def test_what_is_freed_is_not_held() -> None:
+    with Dataless(), Counting() as counted:
+        for _ in range(3):
+            torch.zeros(1000) + 1
+        assert counted.held == 0
+        assert counted.peak == 2 * 4000
+
+
+def test_an_operator_takes_as_long_as_the_slower_of_its_products_and_its_bytes() -> None:
+    with Dataless(), Counting() as counted:
+        torch.randn(ROWS, WIDTH) @ torch.randn(WIDTH, HIDDEN)
+        counted.operators[:] = counted.operators[-1:]
+    flops, size = 2 * ROWS * WIDTH * HIDDEN, 4 * (ROWS * WIDTH + WIDTH * HIDDEN + ROWS * HIDDEN)
+    assert counted.seconds(Card(0, 1.0, 1e30, 1e30)) == size
+    assert counted.seconds(Card(0, 1e30, 1e30, 1.0)) == flops
+    # And no less than its launch.
+    assert 0 < counted.seconds(Card(0, 1e30, 1e30, 1e30)) < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_check_asks_for_a_gpu() -> None:
+    with pytest.raises(UserError, match="expected a GPU"):
+        check([])
+
+
+def test_the_check_runs_on_a_pretended_gpu(pretended: Pretended) -> None:
+    done = pretended("cuda", 1, "tests.launched.gpu_check", "--parts", "search", "sampling")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "failed" not in done.stdout
+    for line in ("search N 65 K 129 D 3", "transformer, graphs and eager steps, third batch", "sampling 2 x 32, guided"):
+        assert re.search(rf"^\| {re.escape(line)}", done.stdout, re.MULTILINE), done.stdout
