@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from configs.errors import require
 from configs.schema import NetworkPart
-from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution, on_accelerator
+from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution
+from stage1_vqvae.training.devices import on_accelerator
 
 GROUPS = 32
 """Groups of a normalisation."""
@@ -73,7 +74,7 @@ class VQGANPart(NetworkPart):
             layers += [Downsampling(channels)] if level else []
             layers += self._blocks(level, channels, self.residual_blocks)
             channels = width
-        layers += [*_middle(channels), _norm(channels), nn.Identity()]
+        layers += [*_middle(channels), _norm(channels), nn.Identity()]  # SiLU is in the norm; keeps the indices of published state dicts
         layers += [nn.Conv2d(channels, self.latent_channels, 3, padding=1), nn.Conv2d(self.latent_channels, code_dim, 1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
@@ -85,7 +86,8 @@ class VQGANPart(NetworkPart):
             layers += self._blocks(level, channels, self.residual_blocks + 1)
             layers += [Upsampling(width)] if level else []
             channels = width
-        layers += [_norm(channels), nn.Identity(), nn.Conv2d(channels, output_channels, 3, padding=1)]
+        layers += [_norm(channels), nn.Identity()]  # see the encoder
+        layers += [nn.Conv2d(channels, output_channels, 3, padding=1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
     def _blocks(self, level: int, channels: int, count: int) -> list[nn.Module]:
@@ -163,11 +165,11 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        return self.conv(_repeated(x) if on_accelerator(x) else F.interpolate(x, scale_factor=2.0))
+        return self.conv(_upsample_nearest(x) if on_accelerator(x.device) else F.interpolate(x, scale_factor=2.0))
 
 
-def _repeated(x: Tensor) -> Tensor:
-    """The nearest pixel for each of twice the height and width, in x's dtype: autocast would do it in float32."""
+def _upsample_nearest(x: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling by two in x's dtype; autocast would use float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.interpolate(x, scale_factor=2.0)
 

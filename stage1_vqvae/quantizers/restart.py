@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stage1_vqvae.quantizers.contract import Levels, Statistics
+from stage1_vqvae.training.devices import pinned
 from stage1_vqvae.training.optimizer import forget_rows_
 from stage1_vqvae.training.randomness import generator
 
@@ -60,8 +61,7 @@ def candidate_rows(num_codes: int, total: int, seed: int, step: int, codebook: i
 
 def candidates_here(vectors: Tensor, rows: Tensor, first: int) -> Tensor:
     """The candidates (K, d) among the latents (N, d), which are those from row `first` on; zeros elsewhere."""
-    # From page-locked memory, and without a mask's count: neither makes the host wait for a GPU.
-    rows = rows.pin_memory() if vectors.is_cuda else rows
-    local = rows.to(vectors.device, non_blocking=True) - first
+    # Pinned memory and `torch.where` instead of a boolean index: neither synchronises with a GPU.
+    local = pinned(rows, vectors.device).to(vectors.device, non_blocking=True) - first
     here = (local >= 0) & (local < len(vectors))
     return torch.where(here[:, None], vectors[local.clamp(0, len(vectors) - 1)], 0.0)
