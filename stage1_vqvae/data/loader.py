@@ -19,7 +19,7 @@ from stage1_vqvae.training.randomness import generator
 
 
 def pixels_of(pixels: Pixels, rows: Tensor) -> Tensor:
-    """Images at `rows`, uint8 (B, H, W, C), by numpy: torch would start an OpenMP team for every thread that indexes a tensor."""
+    """Images at `rows`, uint8 (B, H, W, C); indexed by numpy, since torch would start an OpenMP team for every calling thread."""
     return torch.from_numpy(pixels.numpy()[rows.numpy()]) if isinstance(pixels, Tensor) else pixels[rows]
 
 

@@ -103,7 +103,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     """
     x = x.contiguous(memory_format=torch.channels_last)
     result = None
-    if _takes_kernel(_forward_kernel, x):
+    if _use_kernel(_forward_kernel, x):
         result = _forward_kernel(x, weight, bias, groups, eps, silu)
     return plain_group_norm(x, weight, bias, groups, eps, silu) if result is None else result
 
@@ -120,7 +120,7 @@ def group_norm_backward(
     """
     x, gradient = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, gradient))
     result = None
-    if _takes_kernel(_backward_kernel, x):
+    if _use_kernel(_backward_kernel, x):
         result = _backward_kernel(gradient, x, weight, bias, mean, rstd, silu)
     return plain_group_norm_backward(gradient, x, weight, bias, mean, rstd, silu) if result is None else result
 
@@ -139,7 +139,7 @@ def _(
     return torch.empty_like(y), torch.empty_like(weight), torch.empty_like(bias), y
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, _, _, silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -147,11 +147,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.silu = silu
 
 
-def _gradients(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     return (*group_norm_backward(gradient, *ctx.saved_tensors, ctx.silu)[:3], None, None, None)
 
 
-group_norm.register_autograd(_gradients, setup_context=_keep)
+group_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,5 +211,5 @@ _forward_kernel = Kernel("group normalisation", _load_forward)
 _backward_kernel = Kernel("the gradient of group normalisation", _load_backward)
 
 
-def _takes_kernel(kernel: Kernel, x: Tensor) -> bool:
+def _use_kernel(kernel: Kernel, x: Tensor) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and kernel.usable(x.device)

@@ -38,18 +38,18 @@ def _moments(x, means, squares, pixels, chunk_pixels, chunks, channels: tl.const
         mask = (start + lanes < last)[:, None] & valid
         value = tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         number += 1.0
-        away = tl.where(mask, value - mean, 0.0)
-        mean += away * (1.0 / number)
-        square += tl.where(mask, away * (value - mean), 0.0)
+        deviation = tl.where(mask, value - mean, 0.0)
+        mean += deviation * (1.0 / number)
+        square += tl.where(mask, deviation * (value - mean), 0.0)
     # In a chunk whose last tile is partial, lanes past its end have accumulated one value less.
     count = tl.where(lanes < last - first, (last - first - lanes + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
     total = (last - first).to(tl.float32)
     channel_mean = tl.sum(mean * count, 0) / total
-    away = mean - channel_mean[None, :]
-    square = tl.sum(square + count * away * away, 0)
-    place = program * channels + channel
-    tl.store(means + place, channel_mean, mask=channel < channels)
-    tl.store(squares + place, square, mask=channel < channels)
+    deviation = mean - channel_mean[None, :]
+    square = tl.sum(square + count * deviation * deviation, 0)
+    target = program * channels + channel
+    tl.store(means + target, channel_mean, mask=channel < channels)
+    tl.store(squares + target, square, mask=channel < channels)
 
 
 @triton.jit
@@ -60,15 +60,15 @@ def _statistics(
     """Merge the chunks of `_moments` into each group's mean and reciprocal standard deviation, (B, groups) each."""
     program = tl.program_id(0).to(tl.int64)
     chunk, member = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
-    place = ((program // groups) * chunks + chunk[:, None]) * channels + (program % groups) * width + member[None, :]
+    source = ((program // groups) * chunks + chunk[:, None]) * channels + (program % groups) * width + member[None, :]
     mask = (chunk < chunks)[:, None] & (member < width)[None, :]
     count = tl.minimum(pixels - chunk * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
-    chunk_mean = tl.load(means + place, mask=mask, other=0.0)
-    square = tl.load(squares + place, mask=mask, other=0.0)
+    chunk_mean = tl.load(means + source, mask=mask, other=0.0)
+    square = tl.load(squares + source, mask=mask, other=0.0)
     total = pixels * width * 1.0
     group_mean = tl.sum(tl.where(mask, chunk_mean * count, 0.0)) / total
-    away = chunk_mean - group_mean
-    variance = tl.sum(tl.where(mask, square + count * away * away, 0.0)) / total
+    deviation = chunk_mean - group_mean
+    variance = tl.sum(tl.where(mask, square + count * deviation * deviation, 0.0)) / total
     tl.store(mean + program, group_mean)
     tl.store(rstd + program, 1.0 / tl.sqrt_rn(variance + eps))
 
@@ -128,18 +128,18 @@ def _sums(
     for start in range(first, last, ROWS):
         mask = (start + lanes < last)[:, None] & valid[None, :]
         normed = (tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32) - centre) * scale
-        slope = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         value = normed * gain + shift
         if silu:
-            share = tl.sigmoid(value)
-            slope = slope * share * (1.0 + value * (1.0 - share))
-            value = value * share
+            sigmoid = tl.sigmoid(value)
+            grad = grad * sigmoid * (1.0 + value * (1.0 - sigmoid))
+            value = value * sigmoid
         tl.store(y + start * channels + offsets, value.to(y.dtype.element_ty), mask=mask)
-        shift_sum += slope
-        gain_sum += slope * normed
-    place = program * channels + channel
-    tl.store(shifts + place, tl.sum(shift_sum, 0), mask=valid)
-    tl.store(gains + place, tl.sum(gain_sum, 0), mask=valid)
+        shift_sum += grad
+        gain_sum += grad * normed
+    target = program * channels + channel
+    tl.store(shifts + target, tl.sum(shift_sum, 0), mask=valid)
+    tl.store(gains + target, tl.sum(gain_sum, 0), mask=valid)
 
 
 @triton.jit
@@ -151,10 +151,10 @@ def _group_sums(
     program = tl.program_id(0).to(tl.int64)
     chunk, member = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
     channel = (program % groups) * width + member
-    place = ((program // groups) * chunks + chunk[:, None]) * channels + channel[None, :]
+    source = ((program // groups) * chunks + chunk[:, None]) * channels + channel[None, :]
     mask = (chunk < chunks)[:, None] & (member < width)[None, :]
-    shift = tl.sum(tl.load(shifts + place, mask=mask, other=0.0), 0)
-    gain = tl.sum(tl.load(gains + place, mask=mask, other=0.0), 0)
+    shift = tl.sum(tl.load(shifts + source, mask=mask, other=0.0), 0)
+    gain = tl.sum(tl.load(gains + source, mask=mask, other=0.0), 0)
     tl.store(image_shifts + (program // groups) * channels + channel, shift, mask=member < width)
     tl.store(image_gains + (program // groups) * channels + channel, gain, mask=member < width)
     factor = tl.load(weight + channel, mask=member < width, other=0.0).to(tl.float32)
@@ -189,12 +189,12 @@ def _gradient(
     for start in range(first, last, ROWS):
         mask = (start + lanes < last)[:, None] & valid[None, :]
         normed = (tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32) - centre) * scale
-        slope = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         if silu:
             value = normed * gain + shift
-            share = tl.sigmoid(value)
-            slope = slope * share * (1.0 + value * (1.0 - share))
-        result = (slope * gain - mean_term - normed * deviation_term) * scale
+            sigmoid = tl.sigmoid(value)
+            grad = grad * sigmoid * (1.0 + value * (1.0 - sigmoid))
+        result = (grad * gain - mean_term - normed * deviation_term) * scale
         tl.store(grad_x + start * channels + offsets, result.to(grad_x.dtype.element_ty), mask=mask)
 
 

@@ -74,7 +74,8 @@ class VQGANPart(NetworkPart):
             layers += [Downsampling(channels)] if level else []
             layers += self._blocks(level, channels, self.residual_blocks)
             channels = width
-        layers += [*_middle(channels), _norm(channels), nn.Identity()]  # SiLU is in the norm; keeps the indices of published state dicts
+        # SiLU is in the norm; the identity in its place keeps the indices of published state dicts.
+        layers += [*_middle(channels), _norm(channels), nn.Identity()]
         layers += [nn.Conv2d(channels, self.latent_channels, 3, padding=1), nn.Conv2d(self.latent_channels, code_dim, 1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
@@ -86,8 +87,8 @@ class VQGANPart(NetworkPart):
             layers += self._blocks(level, channels, self.residual_blocks + 1)
             layers += [Upsampling(width)] if level else []
             channels = width
-        layers += [_norm(channels), nn.Identity()]  # see the encoder
-        layers += [nn.Conv2d(channels, output_channels, 3, padding=1)]
+        # SiLU is in the norm, as at the encoder's end.
+        layers += [_norm(channels), nn.Identity(), nn.Conv2d(channels, output_channels, 3, padding=1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
     def _blocks(self, level: int, channels: int, count: int) -> list[nn.Module]:

@@ -21,12 +21,12 @@ _WITH_FLOAT64 = ("cpu", "cuda", "meta")
 
 
 def on_accelerator(device: torch.device) -> bool:
-    """Whether the device computes and is not a CPU."""
+    """Whether the device is an accelerator: neither a CPU nor `meta`."""
     return device.type not in ("cpu", "meta")
 
 
 def channels_last_on_accelerator(images: Tensor) -> Tensor:
-    """Images (B, C, H, W), on an accelerator channels last in memory, which its convolutions prefer; unchanged on a CPU."""
+    """Images (B, C, H, W) in channels-last layout, the fastest for convolutions on an accelerator; unchanged on a CPU."""
     return images.contiguous(memory_format=torch.channels_last) if on_accelerator(images.device) else images
 
 

@@ -100,7 +100,7 @@ def test_compiled_it_fits_into_registers_and_shared_memory(capability: int, tmp_
     # As at a launch: torch's memory is aligned, and codes come in whole tiles.
     aligned = {(number,): [["tt.divisibility", 16]] for number in (0, 1, 2, 3, 5)}
     for width in (8, 16, 32, 64):
-        constants = {"DIM": max(width, fused._FEWEST_CHANNELS), "ROWS": fused._ROWS, "CODES": fused._CODES}
+        constants = {"DIM": max(width, fused._MIN_CHANNELS), "ROWS": fused._ROWS, "CODES": fused._CODES}
         source = ASTSource(fn=fused._nearest, signature=signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": fused._WARPS, "num_stages": fused._STAGES}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
