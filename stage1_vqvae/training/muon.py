@@ -67,9 +67,9 @@ class Muon(torch.optim.AdamW):
             rows = shape[0] // group["matrices"]
             rate = group["lr"] * _RATE * max(1, rows / shape[1]) ** 0.5
             updates = self._orthogonalise(torch.stack(self._nesterov_momentum(same_shape)), same_shape[0], rows)
-            own = [own_part(weight) for weight in same_shape]
-            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(own, list(updates), alpha=-rate)
+            shards = [own_part(weight) for weight in same_shape]
+            torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(shards, list(updates), alpha=-rate)
 
     def _orthogonalise(self, weights: Tensor, like: Tensor, rows: int) -> Tensor:
         """Orthogonalise stacked weights (N, R, c), each a column of `rows`-high matrices; `like` is one of the parameters."""
@@ -118,9 +118,9 @@ def _orthogonalise_replicated(weights: Tensor, rows: int, products: torch.dtype 
     matrices = weights.view(-1, rows, weights.shape[2])
     processes, rank = dist.get_world_size(), dist.get_rank()
     share = -(-len(matrices) // processes)  # the last ranks get fewer matrices, or none
-    own = orthogonalised(matrices[rank * share : (rank + 1) * share], products)
-    sent = own.new_zeros(share, *matrices.shape[1:])
-    sent[: len(own)] = own
+    local = orthogonalised(matrices[rank * share : (rank + 1) * share], products)
+    sent = local.new_zeros(share, *matrices.shape[1:])  # ranks with fewer matrices send zeros behind them
+    sent[: len(local)] = local
     gathered = sent.new_empty(processes * share, *matrices.shape[1:])
     dist.all_gather_into_tensor(gathered, sent)
     return gathered[: len(matrices)].view(weights.shape)

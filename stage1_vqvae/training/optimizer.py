@@ -84,8 +84,10 @@ def forget_rows_(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tens
 
 def load_state_(optimizer: Any, state: dict[str, Any]) -> None:
     """Load an optimizer state saved on any machine, keeping this machine's `fused` and `foreach`."""
-    own = optimizer.param_groups
-    groups = [{**group, "fused": mine["fused"], "foreach": mine["foreach"]} for group, mine in zip(state["param_groups"], own, strict=True)]
+    groups = [
+        {**saved, "fused": group["fused"], "foreach": group["foreach"]}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 

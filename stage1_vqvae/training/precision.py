@@ -42,7 +42,7 @@ def resolve_precision(mixed_precision: str | None, launcher: str | None, device:
         return Precision(mixed_precision, None, None)
     change = "--compute.mixed_precision"
     if mixed_precision == "no":
-        return Precision("no", "ieee", f"precision: full float32, as asked; {change} {'bf16' if bf16 else 'fp16'} is faster")
+        return Precision("no", "ieee", f"precision: full float32; {change} {'bf16' if bf16 else 'fp16'} is faster")
     networks = mixed_precision or (None if launcher == "no" else launcher) or ("bf16" if bf16 else "no")
     if not bf16:
         chosen, other = ("float32", "fp16 is faster") if networks == "no" else (f"training in {networks}", "no is exact")
