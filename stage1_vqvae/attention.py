@@ -48,7 +48,7 @@ class Attention(nn.Module):
         parts = projected.unflatten(-1, (3, self.heads, self.head_width))
         # Queries and keys in one: half as many passes through memory.
         normed = F.layer_norm(full_precision(parts[:, :, :2]), (self.head_width,))
-        # Of weights in 16 bits, attention is in 16 bits too; training's are wider, and autocast decides.
+        # With 16-bit weights (sampling) attention runs in 16 bits; in training weights are float32 and autocast decides.
         query, key = rotate(normed, rotation[:, None, None]).to(self.out.weight.dtype).unbind(2)
         return query.transpose(1, 2), key.transpose(1, 2), parts[:, :, 2].to(query).transpose(1, 2)
 

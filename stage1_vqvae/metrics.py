@@ -14,9 +14,9 @@ from torch import Tensor
 from stage1_vqvae.training.devices import as_float64, float64_device
 
 _SSIM_WINDOW = 11
-# Numbers at once on an accelerator, to bound memory. On a CPU it is one image at a time: the same bits, and up to twice as fast as 128,
+# Values per batch on an accelerator, to bound memory. On a CPU one image at a time: the same bits, and up to twice as fast as 128 at once,
 # since intermediate results stay in its caches.
-_SSIM_NUMBERS = 2**22
+_SSIM_VALUES = 2**22
 
 
 def squared_errors(pictures: Tensor, originals: Tensor) -> Tensor:
@@ -41,24 +41,24 @@ def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]. NaN below 11 pixels a side.
 
     Wang et al. 2004: a Gaussian window of deviation 1.5 and 11 pixels, inside the image only, the mean over channels. In float64, on the
-    images' device, which must have it.
+    CPU where the images' device has none.
     """
     # Slow to import, and few commands need it.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     if min(pictures.shape[1:3]) < _SSIM_WINDOW:
         return torch.full((len(pictures),), torch.nan, dtype=torch.float64, device=float64_device(pictures.device))
-    size = 1 if pictures.device.type == "cpu" else max(1, _SSIM_NUMBERS // pictures[0].numel())
+    size = 1 if pictures.device.type == "cpu" else max(1, _SSIM_VALUES // pictures[0].numel())
     # Positions whose window reaches beyond the image are left out, as the paper's own code and scikit-image do; torchmetrics keeps them.
     border = _SSIM_WINDOW // 2
-    found = []
+    parts = []
     for pair in zip(pictures.split(size), originals.split(size), strict=True):
-        made, wanted = (as_float64(images.movedim(-1, 1)) / 255 for images in pair)
+        images, targets = (as_float64(batch.movedim(-1, 1)) / 255 for batch in pair)
         _, similarities = structural_similarity_index_measure(
-            made, wanted, sigma=1.5, reduction="none", data_range=1.0, return_full_image=True
+            images, targets, sigma=1.5, reduction="none", data_range=1.0, return_full_image=True
         )
-        found.append(similarities[..., border:-border, border:-border].mean((1, 2, 3)))
-    return torch.cat(found)
+        parts.append(similarities[..., border:-border, border:-border].mean((1, 2, 3)))
+    return torch.cat(parts)
 
 
 def usage(*counts: Tensor) -> float:

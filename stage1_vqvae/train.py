@@ -199,7 +199,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     loader.waited()  # before the first step, for k-means
     watch, warning = CollapseWatch(tokenizer.quantizer, recipe.tokenizer), None
     parts = processes * config.accumulation
-    # Convolutions of every step have the same shapes: on a GPU, the first step tries which kernels are the fastest for them.
+    # Shapes are the same in every step: let cuDNN benchmark its convolution kernels in the first one.
     torch.backends.cudnn.benchmark = True
     size, main = config.batch_size, accelerator.is_main_process
     bar = progress_bar(config.steps * size, "stage 1", "img", initial=first_step * size, shown=main)

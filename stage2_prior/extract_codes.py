@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from configs.data import Data, StoredAugmentation
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, replace_folder, write_json
 from configs.schema import Extraction, Recipe
-from stage1_vqvae.data.loader import pixels_of, read_ahead, worth_reading_ahead
+from stage1_vqvae.data.loader import pixels_of
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, CroppablePixels, ImageSource, ImageSplit, Pixels
@@ -35,6 +35,7 @@ from stage1_vqvae.data.variants import crops_of, make_variants, num_variants
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.prefetch import read_to
 from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
@@ -127,10 +128,8 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
         for number, (name, shard) in enumerate(mine):
             split, manifest = source.splits[name], manifests[name]
             rows, found = manifest.shard_rows(shard), []
-            parts = [torch.arange(rows.start, rows.stop)[part] for part in batches(len(rows), config.batch_size)]
-            read = partial(crops_at, split.pixels, augmentation=manifest.augmentation)
-            for pixels in read_ahead(read, parts, worth_reading_ahead(accelerator.device)):
-                found.append(encode(tokenizer, pixels.to(accelerator.device), manifest.augmentation))
+            for pixels in crops_on(accelerator.device, split.pixels, rows, manifest.augmentation, config.batch_size):
+                found.append(encode(tokenizer, pixels, manifest.augmentation))
                 bar.update(len(pixels))
             codes = [torch.cat(level) for level in zip(*found, strict=True)]
             labels = None if split.labels is None else split.labels[rows.start : rows.stop]
@@ -218,6 +217,13 @@ def crops_at(pixels: Pixels, rows: Tensor, augmentation: StoredAugmentation) -> 
         return pixels_of(pixels, rows)[:, None]
     assert isinstance(pixels, CroppablePixels)
     return pixels.cropped(rows, [crops] * len(rows))
+
+
+def crops_on(device: torch.device, pixels: Pixels, rows: range, augmentation: StoredAugmentation, batch_size: int) -> Iterator[Tensor]:
+    """Yield the crops of consecutive rows (see `crops_at`) on the device, `batch_size` rows at a time; prefetched on an accelerator."""
+    parts = [torch.arange(rows.start, rows.stop)[part] for part in batches(len(rows), batch_size)]
+    for (crops,) in read_to(device, lambda part: (crops_at(pixels, part, augmentation),), parts):
+        yield crops
 
 
 @torch.no_grad()

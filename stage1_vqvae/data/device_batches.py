@@ -1,4 +1,4 @@
-"""Images, and whatever else has a row for each of them, batch by batch on a device."""
+"""Batches of images and parallel tensors on a device."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from stage1_vqvae.data.loader import read_to
 from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.training.batching import batches
+from stage1_vqvae.training.prefetch import read_to
 
 
 def device_batches(device: torch.device, size: int, *sources: Pixels) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """`size` rows at a time of each source, on the device, after the slice that they are; the sources have one length.
+    """Yield (slice, tensors on the device) for `size` rows at a time; all sources have the same length.
 
-    For an accelerator they are read ahead (see `read_to`), so the caller must wait for each batch's result before it asks for many more:
-    what is read ahead of it takes memory.
+    On an accelerator batches are prefetched (see `read_to`) and copied without waiting: a caller that never waits for its own results
+    lets batches pile up in device memory.
     """
-    parts = batches(len(sources[0]), size)
-    yield from zip(parts, read_to(device, lambda rows: tuple(source[rows] for source in sources), parts), strict=True)
+    slices = batches(len(sources[0]), size)
+    yield from zip(slices, read_to(device, lambda rows: tuple(source[rows] for source in sources), slices), strict=True)

@@ -26,13 +26,13 @@ def make_variants(images: Tensor, augmentation: StoredAugmentation, variants: Te
     if augmentation in ("horizontal_flip", "ten_crops"):
         mirrored = variants.to(images.device) >= num_variants(augmentation) // 2
         return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    # Variants 0..8 are the offsets (0,0), then the eight around it: rotating the 3x3 list puts its centre first. Every pixel is looked up
-    # by its place in the batch; by masks of images, the host would wait for a GPU to count them.
+    # Variants 0..8 are the offsets (0,0), then the eight around it: rotating the 3x3 list puts its centre first. Pixels are gathered by
+    # index, since a boolean mask per variant would synchronise with a GPU.
     offset = (variants.to(images.device) + 4) % 9
     count, channels, height, width = images.shape
-    places = [torch.arange(size, device=images.device) for size in (count, height, width)]
-    rows = (places[1] + (offset // 3 - 1)[:, None]).clamp_(0, height - 1)
-    columns = (places[2] + (offset % 3 - 1)[:, None]).clamp_(0, width - 1)
-    wanted = (places[0][:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    batch_index, row_index, column_index = (torch.arange(size, device=images.device) for size in (count, height, width))
+    rows = (row_index + (offset // 3 - 1)[:, None]).clamp_(0, height - 1)
+    columns = (column_index + (offset % 3 - 1)[:, None]).clamp_(0, width - 1)
+    pixel_index = (batch_index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
     pixels = images.movedim(1, -1).reshape(-1, channels)
-    return pixels.index_select(0, wanted.flatten()).view(count, height, width, channels).movedim(-1, 1)
+    return pixels.index_select(0, pixel_index.flatten()).view(count, height, width, channels).movedim(-1, 1)

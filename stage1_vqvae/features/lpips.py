@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.training.devices import channels_last_on_accelerator
 
 Trunk = Literal["alex", "vgg"]
 LEAST_PIXELS = 32
@@ -44,10 +45,8 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], grey ones too, and others to compare them with, to (B,)."""
-        pair = [of.expand(-1, 3, -1, -1) for of in (images, originals)]
-        if not images.is_cpu:  # as a GPU's convolutions are fastest
-            pair = [of.contiguous(memory_format=torch.channels_last) for of in pair]
-        return self.distance(*pair).flatten()
+        rgb = (channels_last_on_accelerator(batch.expand(-1, 3, -1, -1)) for batch in (images, originals))
+        return self.distance(*rgb).flatten()
 
 
 def cached_weights(trunk: Trunk) -> Path:

@@ -28,7 +28,7 @@ from stage1_vqvae.training.weights_file import fingerprint
 
 AUTO, INCEPTION = "auto", "inception"
 POOLED, SPATIAL = 2048, 7 * 17 * 17
-"""Of Inception: the width of its features, and that of sFID's."""
+"""Widths of Inception's pooled features and of sFID's spatial features."""
 _SIDE = 299  # pixels that Inception sees
 _SPATIAL_CHANNELS = 7
 _OTHERS = "or the name of a classification network of torchvision, such as resnet50"
@@ -49,7 +49,7 @@ class Layers:
     """
 
     def __init__(self, network: nn.Module, run: Callable[[Tensor], object], blocks: Iterable[nn.Module] | None = None) -> None:
-        """`run` puts images through `network`, of whose modules this collects what they put out: of `blocks`, or of all."""
+        """`run` applies `network` to images; outputs of `blocks` (default: all modules) are collected."""
         self._run, self._found = run, dict[torch.Size, Tensor]()
         self._collecting = False
         network.requires_grad_(False)
@@ -92,32 +92,32 @@ class FeatureNetwork:
     label_names: list[str] | None = None
     """Names of the classes of its logits, if they are the run's own."""
     spatial: Callable[[Tensor], tuple[Features, Tensor]] | None = None
-    """As `forward`, and beside it the features of sFID, (B, D'), position by position; None: of another network than Inception."""
+    """`forward` plus sFID's spatial features (B, D'); None: not Inception."""
 
     @torch.no_grad()
     def __call__(
         self, pixels: Pixels, batch_size: int, what: str, progress: bool = True, spatial: Callable[[Tensor], None] | None = None
     ) -> Features:
-        """Features of images, uint8 (N, H, W, C), on the CPU; `what` they are, for the progress bar.
+        """Features of images, uint8 (N, H, W, C), on the CPU. `what`: name of the images, for the progress bar.
 
-        They are computed in full float32, as published figures are. `spatial` is handed sFID's features of each batch, on the device: of
-        all images they would take as much memory again.
+        In full float32, as in published figures. `spatial` receives sFID's features batch by batch, on the device: those of all images
+        would double the memory.
         """
         assert spatial is None or self.spatial is not None
-        whole: Features | None = None
+        features: Features | None = None
         with progress_bar(len(pixels), f"features of {what}", "img", shown=progress) as bar, ieee_float32(self.device):
-            for part, (batch,) in device_batches(self.device, batch_size, pixels):
+            for rows, (batch,) in device_batches(self.device, batch_size, pixels):
                 if spatial is not None and self.spatial is not None:
-                    found, maps = self.spatial(batch)
-                    spatial(maps)
+                    batch_features, spatial_features = self.spatial(batch)
+                    spatial(spatial_features)
                 else:
-                    found = self.forward(batch)
-                whole = whole or Features(*(torch.empty(len(pixels), tensor.shape[1]) for tensor in found))
-                for rows, tensor in zip(whole, found, strict=True):
-                    rows[part] = tensor.float().cpu()
-                bar.update(part.stop - part.start)
-        assert whole is not None
-        return whole
+                    batch_features = self.forward(batch)
+                features = features or Features(*(torch.empty(len(pixels), tensor.shape[1]) for tensor in batch_features))
+                for stored, tensor in zip(features, batch_features, strict=True):
+                    stored[rows] = tensor.float().cpu()
+                bar.update(rows.stop - rows.start)
+        assert features is not None
+        return features
 
 
 def feature_network(
@@ -213,18 +213,18 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
         return Features(*network(pixels.movedim(-1, 1).expand(-1, 3, -1, -1)))
 
     def with_spatial(pixels: Tensor) -> tuple[Features, Tensor]:
-        seen: list[Tensor] = []
-        # `mixed_6/conv` of the network's first publication, the first of four branches.
-        hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: seen.append(output[:, :_SPATIAL_CHANNELS]))
+        outputs: list[Tensor] = []
+        # `mixed_6/conv` of the original TensorFlow graph: the first of the block's four branches.
+        hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: outputs.append(output[:, :_SPATIAL_CHANNELS]))
         try:
             features = forward(pixels)
         finally:
             hook.remove()
-        return features, seen[0].movedim(1, -1).flatten(1)  # channels last, as published statistics have them
+        return features, outputs[0].movedim(1, -1).flatten(1)  # channels last, like published statistics
 
     def run(images: Tensor) -> object:
-        # Its own forward pass takes rounded images alone, through which no gradient comes: its first layer gets them as they are. In
-        # float32: half precision has no number for every position in 299.
+        # The library's forward pass rounds images to uint8, which stops gradients; a hook feeds the first layer unrounded images. In
+        # float32, since 16-bit floats cannot represent the sampling positions of 299 pixels.
         rgb = full_precision(images).expand(-1, 3, -1, -1)
         scaled = interpolate_bilinear_2d_like_tensorflow1x((rgb + 1) * 127.5, size=(_SIDE, _SIDE), align_corners=False)
         hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: ((scaled - 128) / 128,))
@@ -235,7 +235,7 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
 
     standard = sha256.startswith(_hash_in(file_name))
     distance = "FID" if standard else "Fréchet distance (Inception, other weights)"
-    # Whole blocks: the last map of 35 x 35 or 17 x 17 within any is one branch of the block that halves it.
+    # Whole blocks only: among all modules, the last 35 x 35 or 17 x 17 output is a branch inside the block that downsamples.
     layers = Layers(network, run, network.children())
     return FeatureNetwork(INCEPTION, distance, sha256, forward, layers, device, spatial=with_spatial)
 

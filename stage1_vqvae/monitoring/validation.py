@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_json
-from stage1_vqvae.data.loader import pixels_of, read_ahead, worth_reading_ahead
+from stage1_vqvae.data.loader import pixels_of
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
@@ -23,6 +23,7 @@ from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.devices import float64_device
 from stage1_vqvae.training.metrics_log import read_metrics
+from stage1_vqvae.training.prefetch import read_to
 from stage1_vqvae.training.processes import summed
 from stage1_vqvae.training.progress import progress_bar
 
@@ -52,9 +53,8 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     totals = {"mse": zero.to(float64_device(accelerator.device)), "loss": zero, **dict.fromkeys(names, zero)}
     totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
     with progress_bar(len(mine), "validate", "img", within=True) as bar:
-        ahead = worth_reading_ahead(accelerator.device)
-        for read in read_ahead(lambda part: pixels_of(validation.pixels, mine[part]), batches(len(mine), batch_size), ahead):
-            pixels = read.to(accelerator.device)
+        slices = batches(len(mine), batch_size)
+        for (pixels,) in read_to(accelerator.device, lambda rows: (pixels_of(validation.pixels, mine[rows]),), slices):
             output = tokenizer(to_model(pixels))
             found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}
             found["loss"] = torch.stack(list(output.losses.values())).sum() * len(pixels)

@@ -1,9 +1,10 @@
-"""Group normalisation with SiLU for maps that are channels last in memory, and the convolution after it.
+"""Group normalisation with SiLU for channels-last feature maps, and the convolution after it.
 
-Wu & He 2018, "Group Normalization". On a GPU torch has it for one layout, and under autocast in float32 alone: maps are transposed and cast
-before it, and float32 copies of the input and of the result are kept for the backward pass. Here statistics are float32, maps stay in their
-own precision and layout, and nothing is kept but the input with each group's mean and reciprocal standard deviation. The kernels are in
-group_norm_kernels.py; the plain lines below are their fallback and their reference. On a CPU torch's own serves, which is fast there.
+Wu & He 2018, "Group Normalization". On a GPU torch's operator supports channels-first layout only, and under autocast float32 only: it
+transposes and casts its input, and keeps float32 copies of input and output for the backward pass. Here statistics are float32, feature
+maps keep their dtype and layout, and the backward pass needs only the input and each group's mean and reciprocal standard deviation. The
+Triton kernels are in group_norm_kernels.py; the PyTorch versions below are their fallback and reference. CPUs use torch's own operator,
+which is fast there.
 """
 
 from __future__ import annotations
@@ -16,49 +17,45 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stage1_vqvae.training.devices import on_accelerator
 from stage1_vqvae.training.kernels import Kernel
 from stage1_vqvae.training.precision import full_precision
 
 
-def on_accelerator(x: Tensor) -> bool:
-    """Whether the operators of this file serve x: on whatever computes and is no CPU."""
-    return x.device.type not in ("cpu", "meta")
-
-
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation of (B, C, H, W), and SiLU of the result if `silu`. On an accelerator the result is channels last in memory."""
+    """Group normalisation of (B, C, H, W), followed by SiLU if `silu`. On an accelerator the result is channels last in memory."""
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-6, silu: bool = False) -> None:
         super().__init__(groups, channels, eps)
         self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape; on an accelerator in x's dtype, whatever autocast says."""
-        if on_accelerator(x):
+        """(B, C, H, W) to the same shape; on an accelerator in x's dtype, also under autocast."""
+        if on_accelerator(x.device):
             return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)[0]
         normed = super().forward(x)
         return F.silu(normed, inplace=True) if self.silu else normed
 
 
 def normed_convolution(x: Tensor, norm: GroupNorm, convolution: nn.Conv2d) -> Tensor:
-    """convolution(norm(x)), which on an accelerator keeps x alone for the backward pass and makes the convolution's input again there.
+    """convolution(norm(x)); on an accelerator only x is kept, and the convolution's input is recomputed in the backward pass.
 
-    That costs one write of the input, in a pass which reads all that it is made of anyway.
+    The recomputation costs one extra write.
     """
-    if not on_accelerator(x):
+    if not on_accelerator(x.device):
         return convolution(norm(x))
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
     weight, bias = convolution.weight, convolution.bias
     assert bias is not None
-    if weight.dtype != dtype:  # in one pass what autocast would make of it, and the layout that cuDNN would
+    if weight.dtype != dtype:  # the casts of autocast and the layout change of cuDNN, in one pass
         weight, bias = weight.to(dtype=dtype, memory_format=torch.channels_last), bias.to(dtype)
     geometry = (convolution.stride, convolution.padding, convolution.dilation)
     return _NormedConvolution.apply(x.to(dtype), norm.weight, norm.bias, norm.num_groups, norm.eps, norm.silu, weight, bias, geometry)
 
 
 class _NormedConvolution(torch.autograd.Function):
-    """Convolution of a normalised map that is not kept: half of what a residual block would keep."""
+    """Convolution that recomputes its normalised input in the backward pass: half the activation memory of a residual block."""
 
     @staticmethod
     def forward(
@@ -83,7 +80,7 @@ class _NormedConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
         rest = ([weight.shape[0]], *ctx.geometry, False, (0, 0), 1)
-        # The gradient at the convolution's input asks for the input's shape alone, which is x's.
+        # The input gradient depends on the input's shape only, and x has that shape.
         grad_normed = torch.ops.aten.convolution_backward(gradient, x, weight, *rest, (True, False, False))[0]
         grad_x, grad_norm_weight, grad_norm_bias, normed = group_norm_backward(grad_normed, x, norm_weight, norm_bias, mean, rstd, ctx.silu)
         del grad_normed
@@ -95,7 +92,7 @@ class _NormedConvolution(torch.autograd.Function):
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise each group of channels of each image by its mean and variance, then scale, shift, and apply SiLU if `silu`.
 
-    One operator for torch.compile, in whose graph it stays. Gradients of gradients are not available.
+    A custom operator, so torch.compile keeps it as one node. No double backward.
 
     Args:
         x: (B, C, H, W), float64 too.
@@ -106,7 +103,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     """
     x = x.contiguous(memory_format=torch.channels_last)
     result = None
-    if _takes_kernel(_forward_kernel, x):
+    if _use_kernel(_forward_kernel, x):
         result = _forward_kernel(x, weight, bias, groups, eps, silu)
     return plain_group_norm(x, weight, bias, groups, eps, silu) if result is None else result
 
@@ -115,7 +112,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
 def group_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `group_norm` at x, weight and bias, given that at y; and y again.
+    """Gradients at x, weight and bias, given the gradient at `group_norm`'s y; and y, recomputed.
 
     Args:
         gradient: (B, C, H, W).
@@ -123,7 +120,7 @@ def group_norm_backward(
     """
     x, gradient = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, gradient))
     result = None
-    if _takes_kernel(_backward_kernel, x):
+    if _use_kernel(_backward_kernel, x):
         result = _backward_kernel(gradient, x, weight, bias, mean, rstd, silu)
     return plain_group_norm_backward(gradient, x, weight, bias, mean, rstd, silu) if result is None else result
 
@@ -142,7 +139,7 @@ def _(
     return torch.empty_like(y), torch.empty_like(weight), torch.empty_like(bias), y
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, bias, _, _, silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -150,15 +147,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.silu = silu
 
 
-def _gradients(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     return (*group_norm_backward(gradient, *ctx.saved_tensors, ctx.silu)[:3], None, None, None)
 
 
-group_norm.register_autograd(_gradients, setup_context=_keep)
+group_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`group_norm` by torch's operators, without a graph."""
+    """`group_norm` in PyTorch operators, without autograd."""
     rows = full_precision(_grouped(x, groups))
     variance, mean = torch.var_mean(rows, (1, 3), correction=0, keepdim=True)
     rstd = (variance + eps).rsqrt()
@@ -169,7 +166,7 @@ def plain_group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: 
 def plain_group_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`group_norm_backward` by torch's operators."""
+    """`group_norm_backward` in PyTorch operators."""
     groups = mean.shape[1]
     mean, rstd = (statistic[:, None, :, None] for statistic in (mean, rstd))
     gain = weight.view(groups, -1)
@@ -193,7 +190,7 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _ungrouped(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_grouped`, in the other tensor's dtype and channels last in memory."""
+    """Inverse of `_grouped`, with the shape and dtype of `like`, channels last in memory."""
     batch, channels, height, width = like.shape
     return rows.to(like.dtype).view(batch, height, width, channels).movedim(-1, 1)
 
@@ -214,5 +211,5 @@ _forward_kernel = Kernel("group normalisation", _load_forward)
 _backward_kernel = Kernel("the gradient of group normalisation", _load_backward)
 
 
-def _takes_kernel(kernel: Kernel, x: Tensor) -> bool:
+def _use_kernel(kernel: Kernel, x: Tensor) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and kernel.usable(x.device)

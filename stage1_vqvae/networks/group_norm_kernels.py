@@ -1,8 +1,8 @@
-"""Group normalisation with SiLU as GPU kernels, forward and backward, for maps that are channels last in memory.
+"""Group normalisation with SiLU as Triton kernels, forward and backward, for channels-last feature maps.
 
-What is summed over an image's pixels is summed in two stages without atomics: chunks of pixels, each by one program, then the chunks of a
-group. Chunks depend on an image's shape alone, so a result is the same each time, on each GPU, and whatever the image is batched with.
-Every kernel sees a map as (B, H W, C). The plain lines in group_norm.py are the fallback and the reference.
+Sums over an image's pixels take two stages without atomics: each program sums one chunk of pixels, then one program per group sums the
+chunks. Chunk sizes depend on the image's shape only, so results are deterministic, and equal on every GPU and in every batch. All kernels
+index a feature map as (B, H W, C). The PyTorch versions in group_norm.py are the fallback and the reference.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values of a tile, which is some pixels with all their channels: 16 a thread.
+# Values per tile, which covers some pixels with all their channels: 16 per thread.
 _TILE = 2048
-# A chunk has at least so many tiles, and an image at most so many chunks.
+# Minimum tiles per chunk, maximum chunks per image.
 _TILES, _CHUNKS = 4, 64
 
 
 @triton.jit
 def _moments(x, means, squares, pixels, chunk_pixels, chunks, channels: tl.constexpr, padded: tl.constexpr, ROWS: tl.constexpr):
-    """Each channel's mean, and its sum of squared differences from it, of a chunk: (B, chunks, C) both.
+    """Mean and sum of squared deviations of each channel of a chunk, (B, chunks, C) each.
 
-    Welford's method, each lane of the tile by itself; lanes are combined in the end. Nothing cancels, however far the values are from 0.
+    Welford's method per lane of the tile; lanes are merged at the end. No cancellation, however far the values are from 0.
     """
     program = tl.program_id(0).to(tl.int64)
     first = (program % chunks) * chunk_pixels
@@ -38,18 +38,18 @@ def _moments(x, means, squares, pixels, chunk_pixels, chunks, channels: tl.const
         mask = (start + lanes < last)[:, None] & valid
         value = tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         number += 1.0
-        away = tl.where(mask, value - mean, 0.0)
-        mean += away * (1.0 / number)
-        square += tl.where(mask, away * (value - mean), 0.0)
-    # In a chunk that tiles do not fill, the lanes behind its end have seen one value less.
+        deviation = tl.where(mask, value - mean, 0.0)
+        mean += deviation * (1.0 / number)
+        square += tl.where(mask, deviation * (value - mean), 0.0)
+    # In a chunk whose last tile is partial, lanes past its end have accumulated one value less.
     count = tl.where(lanes < last - first, (last - first - lanes + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
     total = (last - first).to(tl.float32)
     channel_mean = tl.sum(mean * count, 0) / total
-    away = mean - channel_mean[None, :]
-    square = tl.sum(square + count * away * away, 0)
-    place = program * channels + channel
-    tl.store(means + place, channel_mean, mask=channel < channels)
-    tl.store(squares + place, square, mask=channel < channels)
+    deviation = mean - channel_mean[None, :]
+    square = tl.sum(square + count * deviation * deviation, 0)
+    target = program * channels + channel
+    tl.store(means + target, channel_mean, mask=channel < channels)
+    tl.store(squares + target, square, mask=channel < channels)
 
 
 @triton.jit
@@ -57,18 +57,18 @@ def _statistics(
     means, squares, mean, rstd, pixels, chunk_pixels, chunks, eps, groups,
     channels: tl.constexpr, width: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Mean and reciprocal deviation of a group of an image, (B, groups) both, by the results of `_moments`."""
+    """Merge the chunks of `_moments` into each group's mean and reciprocal standard deviation, (B, groups) each."""
     program = tl.program_id(0).to(tl.int64)
     chunk, member = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
-    place = ((program // groups) * chunks + chunk[:, None]) * channels + (program % groups) * width + member[None, :]
+    source = ((program // groups) * chunks + chunk[:, None]) * channels + (program % groups) * width + member[None, :]
     mask = (chunk < chunks)[:, None] & (member < width)[None, :]
     count = tl.minimum(pixels - chunk * chunk_pixels, chunk_pixels).to(tl.float32)[:, None]
-    chunk_mean = tl.load(means + place, mask=mask, other=0.0)
-    square = tl.load(squares + place, mask=mask, other=0.0)
+    chunk_mean = tl.load(means + source, mask=mask, other=0.0)
+    square = tl.load(squares + source, mask=mask, other=0.0)
     total = pixels * width * 1.0
     group_mean = tl.sum(tl.where(mask, chunk_mean * count, 0.0)) / total
-    away = chunk_mean - group_mean
-    variance = tl.sum(tl.where(mask, square + count * away * away, 0.0)) / total
+    deviation = chunk_mean - group_mean
+    variance = tl.sum(tl.where(mask, square + count * deviation * deviation, 0.0)) / total
     tl.store(mean + program, group_mean)
     tl.store(rstd + program, 1.0 / tl.sqrt_rn(variance + eps))
 
@@ -107,7 +107,7 @@ def _sums(
     gradient, x, y, weight, bias, mean, rstd, shifts, gains, pixels, chunk_pixels, chunks, groups,
     channels: tl.constexpr, padded: tl.constexpr, ROWS: tl.constexpr, silu: tl.constexpr,
 ):  # fmt: skip
-    """Each channel's gradient at its bias and at its weight, of a chunk, (B, chunks, C) both; and y of the chunk."""
+    """Bias and weight gradients of each channel of a chunk, (B, chunks, C) each; and the chunk's y."""
     program = tl.program_id(0).to(tl.int64)
     image = program // chunks
     first = (program % chunks) * chunk_pixels
@@ -128,18 +128,18 @@ def _sums(
     for start in range(first, last, ROWS):
         mask = (start + lanes < last)[:, None] & valid[None, :]
         normed = (tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32) - centre) * scale
-        slope = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         value = normed * gain + shift
         if silu:
-            share = tl.sigmoid(value)
-            slope = slope * share * (1.0 + value * (1.0 - share))
-            value = value * share
+            sigmoid = tl.sigmoid(value)
+            grad = grad * sigmoid * (1.0 + value * (1.0 - sigmoid))
+            value = value * sigmoid
         tl.store(y + start * channels + offsets, value.to(y.dtype.element_ty), mask=mask)
-        shift_sum += slope
-        gain_sum += slope * normed
-    place = program * channels + channel
-    tl.store(shifts + place, tl.sum(shift_sum, 0), mask=valid)
-    tl.store(gains + place, tl.sum(gain_sum, 0), mask=valid)
+        shift_sum += grad
+        gain_sum += grad * normed
+    target = program * channels + channel
+    tl.store(shifts + target, tl.sum(shift_sum, 0), mask=valid)
+    tl.store(gains + target, tl.sum(gain_sum, 0), mask=valid)
 
 
 @triton.jit
@@ -147,14 +147,14 @@ def _group_sums(
     shifts, gains, weight, image_shifts, image_gains, mean_terms, deviation_terms, pixels, chunks, groups,
     channels: tl.constexpr, width: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sums over an image of the results of `_sums`, (B, C) both; and the two means over a group that the gradient at x subtracts."""
+    """Sum the chunks of `_sums` over an image, (B, C) each; and the two group means that the gradient at x subtracts."""
     program = tl.program_id(0).to(tl.int64)
     chunk, member = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
     channel = (program % groups) * width + member
-    place = ((program // groups) * chunks + chunk[:, None]) * channels + channel[None, :]
+    source = ((program // groups) * chunks + chunk[:, None]) * channels + channel[None, :]
     mask = (chunk < chunks)[:, None] & (member < width)[None, :]
-    shift = tl.sum(tl.load(shifts + place, mask=mask, other=0.0), 0)
-    gain = tl.sum(tl.load(gains + place, mask=mask, other=0.0), 0)
+    shift = tl.sum(tl.load(shifts + source, mask=mask, other=0.0), 0)
+    gain = tl.sum(tl.load(gains + source, mask=mask, other=0.0), 0)
     tl.store(image_shifts + (program // groups) * channels + channel, shift, mask=member < width)
     tl.store(image_gains + (program // groups) * channels + channel, gain, mask=member < width)
     factor = tl.load(weight + channel, mask=member < width, other=0.0).to(tl.float32)
@@ -168,7 +168,7 @@ def _gradient(
     gradient, x, grad_x, weight, bias, mean, rstd, mean_terms, deviation_terms, pixels, chunk_pixels, chunks, groups,
     channels: tl.constexpr, padded: tl.constexpr, ROWS: tl.constexpr, silu: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at x of a chunk."""
+    """Gradient at x of a chunk."""
     program = tl.program_id(0).to(tl.int64)
     image = program // chunks
     first = (program % chunks) * chunk_pixels
@@ -189,41 +189,41 @@ def _gradient(
     for start in range(first, last, ROWS):
         mask = (start + lanes < last)[:, None] & valid[None, :]
         normed = (tl.load(x + start * channels + offsets, mask=mask, other=0.0).to(tl.float32) - centre) * scale
-        slope = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(gradient + start * channels + offsets, mask=mask, other=0.0).to(tl.float32)
         if silu:
             value = normed * gain + shift
-            share = tl.sigmoid(value)
-            slope = slope * share * (1.0 + value * (1.0 - share))
-        result = (slope * gain - mean_term - normed * deviation_term) * scale
+            sigmoid = tl.sigmoid(value)
+            grad = grad * sigmoid * (1.0 + value * (1.0 - sigmoid))
+        result = (grad * gain - mean_term - normed * deviation_term) * scale
         tl.store(grad_x + start * channels + offsets, result.to(grad_x.dtype.element_ty), mask=mask)
 
 
 class Partition:
-    """Partition of maps of one shape among programs."""
+    """Partition of feature maps of one shape into chunks and tiles."""
 
     def __init__(self, x: Tensor, groups: int) -> None:
         self.images, self.channels, height, width = x.shape
         self.groups, self.pixels = groups, height * width
         self.padded = triton.next_power_of_2(self.channels)
         self.rows = max(1, _TILE // self.padded)
-        """Pixels of a tile."""
+        """Pixels per tile."""
         tiles = triton.cdiv(self.pixels, self.rows)
         self.chunk_pixels = self.rows * max(_TILES, triton.cdiv(tiles, _CHUNKS))
         self.chunks = triton.cdiv(self.pixels, self.chunk_pixels)
 
     @property
     def chunk_sizes(self) -> tuple[int, int, int]:
-        """Pixels of an image, pixels of a chunk, chunks of an image."""
+        """Pixels per image, pixels per chunk, chunks per image."""
         return self.pixels, self.chunk_pixels, self.chunks
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """Constants of a kernel that works on a chunk: channels, the same padded to a power of two, pixels of a tile."""
+        """Compile-time constants of the per-chunk kernels: channels, channels padded to a power of two, pixels per tile."""
         return self.channels, self.padded, self.rows
 
     @property
     def group_tile(self) -> tuple[int, int, int, int]:
-        """Constants of a kernel that works on a group of an image: channels, those of a group, chunks and those of a group padded."""
+        """Compile-time constants of the per-group kernels: channels, channels per group, and chunks and channels per group, padded."""
         width = self.channels // self.groups
         return self.channels, width, triton.next_power_of_2(self.chunks), triton.next_power_of_2(width)
 

@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from configs.errors import require
 from configs.schema import NetworkPart
-from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution, on_accelerator
+from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution
+from stage1_vqvae.training.devices import on_accelerator
 
 GROUPS = 32
 """Groups of a normalisation."""
@@ -73,6 +74,7 @@ class VQGANPart(NetworkPart):
             layers += [Downsampling(channels)] if level else []
             layers += self._blocks(level, channels, self.residual_blocks)
             channels = width
+        # SiLU is in the norm; the identity in its place keeps the indices of published state dicts.
         layers += [*_middle(channels), _norm(channels), nn.Identity()]
         layers += [nn.Conv2d(channels, self.latent_channels, 3, padding=1), nn.Conv2d(self.latent_channels, code_dim, 1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
@@ -85,6 +87,7 @@ class VQGANPart(NetworkPart):
             layers += self._blocks(level, channels, self.residual_blocks + 1)
             layers += [Upsampling(width)] if level else []
             channels = width
+        # SiLU is in the norm, as at the encoder's end.
         layers += [_norm(channels), nn.Identity(), nn.Conv2d(channels, output_channels, 3, padding=1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
@@ -163,11 +166,11 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        return self.conv(_repeated(x) if on_accelerator(x) else F.interpolate(x, scale_factor=2.0))
+        return self.conv(_upsample_nearest(x) if on_accelerator(x.device) else F.interpolate(x, scale_factor=2.0))
 
 
-def _repeated(x: Tensor) -> Tensor:
-    """The nearest pixel for each of twice the height and width, in x's dtype: autocast would do it in float32."""
+def _upsample_nearest(x: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling by two in x's dtype; autocast would use float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.interpolate(x, scale_factor=2.0)
 

@@ -84,6 +84,7 @@ def names_of(spelling: Spelling, part: VQGANPart, encoder: Stack, decoder: Stack
         ("encoder", encoder, _encoder_names(spelling, part)),
         ("decoder", decoder, _decoder_names(spelling, part)),
     ):
+        # Identities only hold the index of a SiLU in published state dicts.
         layers = [(number, layer) for number, layer in enumerate(stack) if not isinstance(layer, nn.Identity)]
         for (number, layer), prefix in zip(layers, prefixes, strict=True):
             for own, theirs in _inside(spelling, layer).items():

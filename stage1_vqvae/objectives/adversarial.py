@@ -62,8 +62,8 @@ class Adversary(nn.Module):
         self.register_buffer("begun", torch.tensor(-1))
         self.register_buffer("ramp", torch.tensor(0))
         wide = widest_float(device)
-        self.register_buffer("norms", torch.full((2,), -1.0, dtype=wide, device=device))  # of the others' gradient, of its own
-        self.register_buffer("logits", torch.zeros(2, dtype=wide, device=device))  # of real images, of reconstructions
+        self.register_buffer("norms", torch.full((2,), -1.0, dtype=wide, device=device))  # gradient norms: other loss terms, this one
+        self.register_buffer("logits", torch.zeros(2, dtype=wide, device=device))  # mean logits: real images, reconstructions
 
     begun: Tensor
     ramp: Tensor

@@ -20,6 +20,7 @@ from configs.errors import UserError, require
 from configs.schema import DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.features.networks import AUTO, Layers, feature_network
+from stage1_vqvae.training.devices import channels_last_on_accelerator
 
 _SLOPE = 0.2  # of a leaky ReLU below 0, as published
 _GROUPS = 32
@@ -99,9 +100,9 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class _ChannelsLastGroupNorm(nn.GroupNorm):
-    """Group normalisation whose result has channels last in memory on a GPU too, where torch's has them first.
+    """Group normalisation with a channels-last result; on a GPU torch's own result is channels first.
 
-    Not the tokenizer's, which has no gradients of gradients: the penalty `r1` needs them.
+    The tokenizer's `GroupNorm` does not serve: it has no double backward, which the penalty `r1` needs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,9 +135,8 @@ class ProjectedDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w) of each size of the features."""
         mixed: list[Tensor] = []
-        if not images.is_cpu:  # as a GPU's convolutions are fastest
-            images = images.contiguous(memory_format=torch.channels_last)
-        for features, mixture in reversed(list(zip(self.layers(images), self.mixtures, strict=True))):
+        pyramid = self.layers(channels_last_on_accelerator(images))
+        for features, mixture in reversed(list(zip(pyramid, self.mixtures, strict=True))):
             own = mixture(features)
             mixed.append(own + F.interpolate(mixed[-1], own.shape[2:]) if mixed else own)
         return [head(features) for head, features in zip(self.heads, reversed(mixed), strict=True)]

@@ -162,9 +162,9 @@ class LinearCodebook(Codebook):
         raise TypeError("the codes of a linear map cannot be placed one by one")
 
 
-def _replace_rows_(tensor: Tensor, where: Tensor, by: Tensor) -> None:
-    """Replace the rows of a mask (K,) by those of another tensor of the same shape; a GPU is not asked how many they are."""
-    tensor.copy_(torch.where(where.view(-1, *[1] * (tensor.dim() - 1)), by.to(tensor), tensor))
+def _replace_rows_(tensor: Tensor, mask: Tensor, rows: Tensor) -> None:
+    """Replace the rows where the mask (K,) is true; no host synchronisation."""
+    tensor.copy_(torch.where(mask.view(-1, *[1] * (tensor.dim() - 1)), rows.to(tensor), tensor))
 
 
 def codebook_names(model: nn.Module) -> list[str]:

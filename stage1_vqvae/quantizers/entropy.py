@@ -100,7 +100,7 @@ def _soft_assignment(rows: Tensor, vectors: Tensor, temperature: float) -> tuple
 def _soft_assignment_gradients(
     rows: Tensor, vectors: Tensor, temperature: float, to_assignment: Tensor, to_entropy: Tensor, learned: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients at rows and vectors of both results'; zeros at vectors that are not learned."""
+    """Gradients at rows and vectors, given those at both results of `_soft_assignment`; zeros at vectors unless `learned`."""
     to_rows, to_vectors = torch.empty_like(rows), torch.zeros_like(vectors)
     size, count = rows_a_block(vectors), max(1, len(rows))
     for start in range(0, len(rows), size):
@@ -108,12 +108,12 @@ def _soft_assignment_gradients(
         log_p = _log_assignment(block, vectors, temperature)
         p = log_p.exp()
         to_p = to_assignment - to_entropy * (log_p + 1)
-        # Through the softmax, and with the 2 / t of the distances' own gradient.
+        # Backward of the softmax, times the factor 2 / t from the distances.
         to_logits = (p * (to_p - (p * to_p).sum(1, keepdim=True))).mul_(2 / (temperature * count))
         torch.mm(to_logits, vectors, out=to_rows[start : start + size])
         if learned:
             to_vectors += to_logits.T @ block - vectors * to_logits.sum(0)[:, None]
-    # Each row's gradients at its logits add up to zero, so that of |z|^2 vanishes.
+    # The gradients at a row's logits sum to zero, so the |z|^2 term contributes nothing.
     return to_rows, to_vectors
 
 

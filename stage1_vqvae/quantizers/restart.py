@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stage1_vqvae.quantizers.contract import Levels, Statistics
+from stage1_vqvae.training.devices import pinned
 from stage1_vqvae.training.optimizer import forget_rows_
 from stage1_vqvae.training.randomness import generator
 
@@ -33,7 +34,7 @@ class Restart:
             vectors = latents[number]
             an_image = len(vectors) // images
             rows = candidate_rows(codebook.num_codes, self._batch_size * an_image, self._seed, self._step, number)
-            found[f"candidates/{number}"] = candidates_here(vectors, rows, first_image * an_image)
+            found[f"candidates/{number}"] = local_candidates(vectors, rows, first_image * an_image)
         return found
 
     @torch.no_grad()
@@ -58,10 +59,9 @@ def candidate_rows(num_codes: int, total: int, seed: int, step: int, codebook: i
     return rows.repeat(-(-num_codes // total))[:num_codes]
 
 
-def candidates_here(vectors: Tensor, rows: Tensor, first: int) -> Tensor:
-    """The candidates (K, d) among the latents (N, d), which are those from row `first` on; zeros elsewhere."""
-    # From page-locked memory, and without a mask's count: neither makes the host wait for a GPU.
-    rows = rows.pin_memory() if vectors.is_cuda else rows
-    local = rows.to(vectors.device, non_blocking=True) - first
-    here = (local >= 0) & (local < len(vectors))
-    return torch.where(here[:, None], vectors[local.clamp(0, len(vectors) - 1)], 0.0)
+def local_candidates(vectors: Tensor, rows: Tensor, first: int) -> Tensor:
+    """Candidates (K, d) that lie among these latents (N, d), the global batch's from row `first` on; zeros for all others."""
+    # Pinned memory and `torch.where` instead of a boolean index: neither synchronises with a GPU.
+    local = pinned(rows, vectors.device).to(vectors.device, non_blocking=True) - first
+    is_local = (local >= 0) & (local < len(vectors))
+    return torch.where(is_local[:, None], vectors[local.clamp(0, len(vectors) - 1)], 0.0)

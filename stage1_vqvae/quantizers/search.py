@@ -16,11 +16,11 @@ from stage1_vqvae.training.precision import ieee_float32
 _USUAL_CACHE_BYTES = 2**20
 # Where Linux says it.
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-# An accelerator needs more work a launch than a cache holds.
+# An accelerator needs more work per launch than a cache holds.
 _BLOCK_BYTES_ACCELERATOR = 256 * 2**20
 # Codes whose least distance is found at once.
 _GROUP = 64
-# The kernel of fused.py is for few channels; with many the matrix product dominates, and a library's is the better one.
+# The kernel of fused.py is for few channels; with many the matrix product dominates, and cuBLAS is faster.
 _WIDEST_FUSED = 64
 
 
@@ -50,7 +50,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """
     if vectors.ndim != 2 or vectors.shape[1] != codebook.shape[1]:
         raise ValueError(f"vectors: expected (N, {codebook.shape[1]}), found {tuple(vectors.shape)}")
-    if torch.compiler.is_exporting():  # a graph for other runtimes has neither our operator nor a loop over a batch of any size
+    if torch.compiler.is_exporting():  # an exported graph supports neither the custom operator nor a loop over a dynamic batch
         with torch.autocast(vectors.device.type, enabled=False):
             dtype = torch.promote_types(vectors.dtype, torch.float32)
             codes, centre = _centred(codebook.to(dtype))
@@ -86,7 +86,7 @@ def _search(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _centred(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes (K, D) less their safe centre, and that centre (D,)."""
+    """The codes (K, D) minus their safe centre, and the centre (D,)."""
     centre = _safe_centre(codes)
     return codes - centre, centre
 

@@ -23,7 +23,7 @@ def share_of_step(batch_size: int, accumulation: int, micro_step: int, processes
 
 
 def most_processes(batch_size: int, accumulation: int, devices: int) -> int:
-    """The largest number of processes, at most `devices`, that shares a step's batch out evenly."""
+    """Largest number of processes, up to `devices`, that divides a step's batch evenly."""
     return max(processes for processes in range(1, devices + 1) if processes == 1 or batch_size % (accumulation * processes) == 0)
 
 

@@ -23,7 +23,7 @@ from configs.errors import UserError, say
 from configs.run_dir import RunDir, read_summed_json, write_summed_json
 from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, read_file, write_file
 from stage1_vqvae.training.checkpoint_shards import check_shards, read_shards, shards_group, write_shards
-from stage1_vqvae.training.devices import numbered, work_on
+from stage1_vqvae.training.devices import numbered, set_current_device
 from stage1_vqvae.training.sharding import own_part, shared_out_as
 from stage1_vqvae.training.watch import progressed
 
@@ -169,7 +169,7 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, Any], score: float | None) -> None:
         path = self.folder / f"step-{step:09d}.{'pt' if self._group is None else 'shards'}"
         try:
-            work_on(self._device)
+            set_current_device(self._device)
             if self._accelerator.is_main_process:
                 for part in self.folder.glob("step-*.tmp-*"):  # of a process that was killed while it wrote
                     _remove(part)

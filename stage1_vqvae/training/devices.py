@@ -1,6 +1,6 @@
-"""Devices: by their number, of a thread, and what to do without float64 where a device has none.
+"""Device helpers: explicit indices, per-thread current device, pinned memory, memory layout, CPU fallback for float64.
 
-All of it is said by `torch.accelerator`, so that it holds of any: CUDA's GPUs, Apple's, Intel's.
+Uses `torch.accelerator`, so it covers CUDA, MPS and XPU.
 """
 
 from __future__ import annotations
@@ -15,40 +15,51 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 _CPU = torch.device("cpu")
-# They work in the memory of the host.
+# Device types that share the host's memory.
 _SHARING_MEMORY = ("cpu", "mps")
 _WITH_FLOAT64 = ("cpu", "cuda", "meta")
 
 
+def on_accelerator(device: torch.device) -> bool:
+    """Whether the device is an accelerator: neither a CPU nor `meta`."""
+    return device.type not in ("cpu", "meta")
+
+
+def channels_last_on_accelerator(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in channels-last layout, the fastest for convolutions on an accelerator; unchanged on a CPU."""
+    return images.contiguous(memory_format=torch.channels_last) if on_accelerator(images.device) else images
+
+
 def numbered(device: torch.device) -> torch.device:
-    """A device with its number: `cuda` is the GPU that this thread is at, which to another thread may be another one."""
+    """The device with an explicit index: plain `cuda` means this thread's current GPU, which differs between threads."""
     if device.type == "cpu" or device.index is not None:
         return device
     return torch.device(device.type, torch.accelerator.current_device_index())
 
 
-def work_on(device: torch.device) -> None:
-    """Make a device the calling thread's own. A new thread is at the first device, of which every process would take memory by asking for
-    anything.
-    """
+def set_current_device(device: torch.device) -> None:
+    """Make `device` the calling thread's current device; new threads start on device 0 and would allocate there."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done all that it was given."""
+    """Synchronize with the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor from which the device copies by itself while the host goes on. `work_on` comes first in a thread of one's own."""
+    """Copy of a CPU tensor in pinned memory, for asynchronous transfer; the tensor itself where device and host share memory.
+
+    In a new thread call `set_current_device` first.
+    """
     return tensor if device.type in _SHARING_MEMORY else tensor.pin_memory()
 
 
 @cache
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64; float32 of a device that has none: Apple's, and some of Intel's."""
+    """float64, or float32 on devices without it (MPS, some XPU)."""
     if device.type in _WITH_FLOAT64:
         return torch.float64
     try:
@@ -59,16 +70,16 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where to compute in float64 what comes from a device: there, or on the CPU."""
+    """Device for float64 work: this one if it has float64, otherwise the CPU."""
     return device if widest_float(device) == torch.float64 else _CPU
 
 
 def as_float64(tensor: Tensor) -> Tensor:
-    """A tensor in float64: on its own device, or on the CPU if that has none."""
-    return tensor.to(float64_device(tensor.device)).double()  # in this order: not even a copy may be asked of such a device
+    """The tensor in float64, on its device if that has float64, otherwise on the CPU."""
+    return tensor.to(float64_device(tensor.device)).double()  # move first: such a device cannot convert either
 
 
 def float64_copy(model: Model) -> Model:
-    """A copy of a model in float64: on its own device, or on the CPU if that has none."""
+    """Copy of a model in float64, on its device if that has float64, otherwise on the CPU."""
     device = next(model.parameters()).device
     return copy.deepcopy(model).to(float64_device(device)).double()

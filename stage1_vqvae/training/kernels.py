@@ -1,7 +1,7 @@
-"""Triton kernels, what serves in their place on machines where they cannot be launched, and operators that a compiler leaves whole.
+"""Triton kernels with a PyTorch fallback, and custom operators that torch.compile keeps as one node.
 
 Triton compiles a kernel at its first launch, for which it needs a C compiler and Python's headers; slim containers have neither. The
-modules that hold kernels import Triton at their top, so they are imported on first use only.
+modules of the kernels import Triton at the top, so they are themselves imported on first use only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch._subclasses import FakeTensor
 
 from configs.errors import say
 
-# It comes with torch's CUDA builds.
+# Part of torch's CUDA builds.
 _TRITON = importlib.util.find_spec("triton") is not None
-# Characters of an error's text in a warning of one line; a compiler's command line alone has hundreds.
+# Characters of the error shown in the warning; a compiler's command line alone has hundreds.
 _LONGEST_REASON = 160
 
 
@@ -27,11 +27,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Decorator: make a function one operator of the graphs that `torch.compile` traces, which then has no break inside it.
+    """Decorator: register a function as a custom operator, so that torch.compile does not break the graph at it.
 
-    For what a compiler cannot follow (a kernel that may be given up, precisions that are set for a while) or should not copy into its
-    graph (a loop over blocks). Gradients do not pass: call it without them, or inside an `autograd.Function`. Otherwise the function is
-    called as it is, since an operator's dispatch takes some 25 us on a CPU.
+    For code that the compiler cannot trace (a kernel with a fallback, temporary precision settings) or should not unroll (a loop over
+    blocks). Without autograd: call it under `no_grad` or inside an `autograd.Function`. Outside torch.compile the plain function is
+    called, since dispatching an operator takes about 25 us on a CPU.
 
     Args:
         schema: the operator's name and signature, as "two_stage::nearest_codes(Tensor vectors, Tensor codebook) -> Tensor".
@@ -45,7 +45,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            # Of fake tensors, which have shapes and no data, a kernel could only be given up.
+            # Fake tensors have no data: launching on them would fail and disable the kernel.
             traced = torch.compiler.is_compiling() or any(isinstance(argument, FakeTensor) for argument in arguments)
             return registered(*arguments) if traced else function(*arguments)
 
@@ -55,29 +55,29 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
 
 
 class Kernel:
-    """A kernel that is given up at its first failed launch, with one line that says so.
+    """A Triton kernel that is disabled at its first failed launch, with a one-line warning.
 
     nearest = Kernel("the nearest-code search", _load_nearest)
     codes = nearest(vectors, codebook) if nearest.usable(vectors.device) else None
     if codes is None:
-        codes = ...  # the plain lines
+        codes = ...  # the PyTorch fallback
     """
 
     def __init__(self, name: str, load: Callable[[], Callable[..., Any]]) -> None:
-        """`name`: for the line that is printed. `load`: imports and returns the function that launches the kernel."""
+        """`name`: for the warning. `load`: imports and returns the function that launches the kernel."""
         self.name = name
         self._load = load
         self._launch: Callable[..., Any] | None = None
         self._failed = False
 
     def usable(self, device: torch.device) -> bool:
-        """Whether a launch on that device is worth trying."""
+        """Whether to try this kernel on the device."""
         return device.type == "cuda" and _TRITON and not self._failed
 
     def __call__(self, *arguments: Any) -> Any | None:
         """The kernel's result; None if it cannot be launched on this machine.
 
-        Errors: those of the GPU itself (out of memory, a broken context), for which plain lines would be no remedy.
+        Errors: those of the GPU itself (out of memory, a broken context), which the fallback would not cure.
         """
         try:
             if self._launch is None:
@@ -85,11 +85,11 @@ class Kernel:
             return self._launch(*arguments)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        # Without a compiler it is RuntimeError or FileNotFoundError, without Python's headers CalledProcessError, without a driver
-        # AssertionError or RuntimeError; and Triton has its own for what does not compile or takes too much shared memory.
+        # RuntimeError or FileNotFoundError without a compiler, CalledProcessError without Python's headers, AssertionError or RuntimeError
+        # without a driver; Triton's own errors for code that does not compile or needs too much shared memory.
         except Exception as error:
             self._failed = True
             reason = shorten(f"{type(error).__name__}: {error}", _LONGEST_REASON)
             needs = "Triton needs a C compiler and Python's headers"
-            say(f"warning: {self.name} goes on without its Triton kernel, more slowly ({reason}); {needs}")
+            say(f"warning: Triton kernel for {self.name} unavailable, using slower PyTorch operators ({reason}); {needs}")
             return None

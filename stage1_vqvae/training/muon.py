@@ -1,4 +1,4 @@
-"""Muon: steps of a network's hidden matrices with all singular values alike."""
+"""Muon: an optimizer that orthogonalises the updates of hidden matrices."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from stage1_vqvae.training.sharding import own_part
 
-# Of the moving average of gradients, and the rate as a multiple of AdamW's: a step of unit singular values is a larger one than a step of
-# unit entries divided by their spread.
+# Momentum, and the learning rate as a multiple of AdamW's: Muon's updates have unit singular values, and so much smaller entries than
+# AdamW's, which are of order 1.
 _MOMENTUM, _RATE = 0.95, 10.0
 
 
 class Muon(torch.optim.AdamW):
-    """Steps of hidden matrices are their gradients' moving averages with all singular values set to about 1; AdamW for the rest.
+    """Muon for hidden matrices: updates are momentum with all singular values set to about 1. AdamW for all other parameters.
 
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". A group with `matrices` m holds weights of m
-    square or oblong matrices one above another.
+    square or rectangular matrices stacked along rows.
     """
 
     def __init__(
@@ -33,18 +33,20 @@ class Muon(torch.optim.AdamW):
         products: torch.dtype | None = None,
         replicated: bool = False,
     ) -> None:
-        """Args:
-        params: groups of parameters.
-        lr: AdamW's rate; matrices have ten times that.
-        betas: AdamW's.
-        fused: AdamW's.
-        products: precision of the orthogonalisation's matrix products, such as torch.bfloat16, Jordan's own; None: the weights', as most
-            CPUs are fastest with. Moving averages, norms and weights keep theirs.
-        replicated: whether all processes hold the same weights and gradients: each then orthogonalises its share of the matrices, and sends
-            it to the others. (Of sharded weights, DTensors, each does its share in any case.)
+        """Muon over parameter groups.
+
+        Args:
+            params: parameter groups; those with `matrices` take Muon's steps, all others AdamW's.
+            lr: AdamW's learning rate; Muon's is ten times as high.
+            betas: passed to AdamW.
+            fused: passed to AdamW.
+            products: dtype of the Newton-Schulz products, e.g. torch.bfloat16 (Jordan's choice); None: the weights' dtype, which is
+                fastest on most CPUs. Moving averages, norms and weights keep the weights' dtype.
+            replicated: whether all ranks hold the same weights and gradients; each rank then orthogonalises its share of the matrices,
+                followed by an all-gather. (Sharded weights, DTensors, are always divided among the ranks.)
         """
         super().__init__(params, lr=lr, betas=betas, fused=fused)
-        # AdamW's kernel can itself leave out a step of fp16 whose gradients are not finite; matrices cannot: the scaler leaves it out.
+        # Fused AdamW can itself skip an fp16 step with non-finite gradients; Muon's part cannot, so the gradient scaler must skip it.
         self._step_supports_amp_scaling = False
         self._products, self._replicated = products, replicated
 
@@ -61,41 +63,41 @@ class Muon(torch.optim.AdamW):
         for weight in group["params"]:
             if weight.grad is not None:
                 by_shape.setdefault(weight.shape, []).append(weight)
-        for shape, alike in by_shape.items():
+        for shape, same_shape in by_shape.items():
             rows = shape[0] // group["matrices"]
             rate = group["lr"] * _RATE * max(1, rows / shape[1]) ** 0.5
-            updates = self._orthogonalised(torch.stack(self._looked_ahead(alike)), alike[0], rows)
-            own = [own_part(weight) for weight in alike]
-            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(own, list(updates), alpha=-rate)
+            updates = self._orthogonalise(torch.stack(self._nesterov_momentum(same_shape)), same_shape[0], rows)
+            shards = [own_part(weight) for weight in same_shape]
+            torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(shards, list(updates), alpha=-rate)
 
-    def _orthogonalised(self, weights: Tensor, like: Tensor, rows: int) -> Tensor:
-        """Weights (N, R, c) of matrices of so many rows, one above another, orthogonalised; of parameters like that one."""
+    def _orthogonalise(self, weights: Tensor, like: Tensor, rows: int) -> Tensor:
+        """Orthogonalise stacked weights (N, R, c), each a column of `rows`-high matrices; `like` is one of the parameters."""
         if isinstance(like, DTensor):
-            return _orthogonalised_in_turn(weights, like, rows, self._products)
-        by_rows = _orthogonalised_together if self._replicated else _orthogonalised_by_rows
-        return by_rows(weights, rows, self._products)
+            return _orthogonalise_sharded(weights, like, rows, self._products)
+        orthogonalise = _orthogonalise_replicated if self._replicated else _orthogonalise_stacked
+        return orthogonalise(weights, rows, self._products)
 
-    def _looked_ahead(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients' moving averages as they would be after another such gradient (Nesterov): this process's part of them."""
+    def _nesterov_momentum(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Nesterov momentum: the moving averages after one more step of the same gradients; this rank's shards."""
         for weight in weights:
             if not self.state[weight]:
-                # AdamW expects a step wherever there is a state.
+                # AdamW expects `step` in every state.
                 self.state[weight].update(step=torch.zeros(()), exp_avg=torch.zeros_like(weight))
             self.state[weight]["step"] += 1
         averages = [own_part(self.state[weight]["exp_avg"]) for weight in weights]
         gradients = [own_part(weight.grad) for weight in weights if weight.grad is not None]
         for weight in weights:
-            weight.grad = None  # AdamW's own step passes over it
+            weight.grad = None  # so that AdamW's step skips it
         torch._foreach_lerp_(averages, gradients, 1 - _MOMENTUM)
         return list(torch._foreach_lerp(gradients, averages, _MOMENTUM))
 
 
 def orthogonalised(matrices: Tensor, products: torch.dtype | None = None) -> Tensor:
-    """Matrices (N, r, c) with their singular vectors and all singular values brought to between about 0.7 and 1.2, in the precision of the
-    `products`; None: the matrices' own.
+    """Orthogonalise matrices (N, r, c): same singular vectors, all singular values brought to between about 0.7 and 1.2.
 
-    Five steps of the quintic Newton-Schulz iteration with Muon's coefficients, which rise fastest from small singular values.
+    Five steps of the quintic Newton-Schulz iteration with Muon's coefficients, which raise small singular values fastest.
+    `products`: dtype of the products and of the result; None: the matrices' own.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
@@ -106,29 +108,29 @@ def orthogonalised(matrices: Tensor, products: torch.dtype | None = None) -> Ten
     return x if wide else x.mT
 
 
-def _orthogonalised_by_rows(weights: Tensor, rows: int, products: torch.dtype | None) -> Tensor:
-    """Weights (N, R, c) of matrices of so many rows, one above another."""
+def _orthogonalise_stacked(weights: Tensor, rows: int, products: torch.dtype | None) -> Tensor:
+    """Orthogonalise weights (N, R, c), each a column of `rows`-high matrices."""
     return orthogonalised(weights.view(-1, rows, weights.shape[2]), products).reshape(weights.shape)
 
 
-def _orthogonalised_together(weights: Tensor, rows: int, products: torch.dtype | None) -> Tensor:
-    """The same of weights that all processes hold: each does its share of the matrices, and all get all. What is sent is rounded to the
-    products' precision already.
-    """
+def _orthogonalise_replicated(weights: Tensor, rows: int, products: torch.dtype | None) -> Tensor:
+    """Orthogonalise replicated weights: each rank does its share, then all-gather in the products' dtype."""
     matrices = weights.view(-1, rows, weights.shape[2])
     processes, rank = dist.get_world_size(), dist.get_rank()
-    share = -(-len(matrices) // processes)  # of the last ones less, or nothing
-    own = orthogonalised(matrices[rank * share : (rank + 1) * share], products)
-    sent = own.new_zeros(share, *matrices.shape[1:])
-    sent[: len(own)] = own
-    found = sent.new_empty(processes * share, *matrices.shape[1:])
-    dist.all_gather_into_tensor(found, sent)
-    return found[: len(matrices)].view(weights.shape)
+    share = -(-len(matrices) // processes)  # the last ranks get fewer matrices, or none
+    local = orthogonalised(matrices[rank * share : (rank + 1) * share], products)
+    sent = local.new_zeros(share, *matrices.shape[1:])  # ranks with fewer matrices send zeros behind them
+    sent[: len(local)] = local
+    gathered = sent.new_empty(processes * share, *matrices.shape[1:])
+    dist.all_gather_into_tensor(gathered, sent)
+    return gathered[: len(matrices)].view(weights.shape)
 
 
-def _orthogonalised_in_turn(parts: Tensor, like: DTensor, rows: int, products: torch.dtype | None) -> Tensor:
-    """The same of weights of which each process has some rows, (N, own rows, c): every process gets its share of the weights whole, and
-    sends the others their rows of what becomes of them. A process computes and sends an N-th part of what all weights would take.
+def _orthogonalise_sharded(parts: Tensor, like: DTensor, rows: int, products: torch.dtype | None) -> Tensor:
+    """Orthogonalise sharded weights, (N, own rows, c) on each rank, by two all-to-alls.
+
+    The first gives each rank its share of the weights in full, the second returns the rows of the results. With P ranks, each computes
+    and sends 1/P of what all weights would take.
     """
     mesh, columns = like.device_mesh, like.shape[1]
     processes, rank = mesh.size(), mesh.get_local_rank()
@@ -137,12 +139,12 @@ def _orthogonalised_in_turn(parts: Tensor, like: DTensor, rows: int, products: t
     counts = [len(range(number, len(parts), processes)) for number in range(processes)]
     given = [parts[number::processes] for number in range(processes)]
     taken = _exchanged(given, [(counts[rank], height, columns) for height in heights], mesh)
-    updates = _orthogonalised_by_rows(torch.cat(taken, 1), rows, products)
+    updates = _orthogonalise_stacked(torch.cat(taken, 1), rows, products)
     back = _exchanged(list(updates.split(heights, 1)), [(count, heights[rank], columns) for count in counts], mesh)
-    found = updates.new_empty(parts.shape)
+    result = updates.new_empty(parts.shape)
     for number, piece in enumerate(back):
-        found[number::processes] = piece
-    return found
+        result[number::processes] = piece
+    return result
 
 
 def _exchanged(given: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], mesh: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""AdamW with its weight decay where it belongs, Muon for a network's hidden matrices; their gradients' norm, and what they keep."""
+"""AdamW with weight decay on matrices only, Muon for hidden matrices; gradient clipping and optimizer states."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def fused_on(device: torch.device) -> bool | None:
-    """Whether AdamW takes its step by one kernel for all parameters on that device; None, torch's own choice, where there is none, and on a
-    CPU, where the kernel would round otherwise.
-    """
+    """`fused` for AdamW on that device: True where the kernel exists; None (torch's default) on a CPU, which rounds differently."""
     return True if device.type in _FUSED_ON else None
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float, fused: bool | None = None) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks. `fused`: `fused_on` the
-    device of the training.
+    """AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks.
+
+    `fused`: see `fused_on`.
     """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, _WITH_KERNELS)}
     parameters = trainable(model)
@@ -77,16 +76,18 @@ def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tenso
 
 @torch.no_grad()
 def forget_rows_(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Zero the moments of a parameter's rows, a mask (K,): what moved elsewhere has no momentum."""
+    """Zero the moments of the parameter's rows where the mask (K,) is true: a replaced row has no momentum."""
     for moment in optimizer.state.get(parameter, {}).values():
         if moment.shape == parameter.shape:
             moment.masked_fill_(rows.view(-1, *[1] * (moment.dim() - 1)), 0)
 
 
 def load_state_(optimizer: Any, state: dict[str, Any]) -> None:
-    """Take over an optimizer's state dictionary, of whatever machine: by which kernels it takes its steps stays this machine's affair."""
-    own = optimizer.param_groups
-    groups = [{**group, "fused": mine["fused"], "foreach": mine["foreach"]} for group, mine in zip(state["param_groups"], own, strict=True)]
+    """Load an optimizer state saved on any machine, keeping this machine's `fused` and `foreach`."""
+    groups = [
+        {**saved, "fused": group["fused"], "foreach": group["foreach"]}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
 
@@ -125,6 +126,6 @@ def load_moments_(model: nn.Module, optimizer: torch.optim.Optimizer, state: dic
     for parameter, found in kept.items():
         shaped = {key: moment for key, moment in found.items() if moment.shape == parameter.shape}
         moved = {key: shared_out_as(moment.to(parameter.device), parameter) for key, moment in shaped.items()}
-        if fused[id(parameter)] and "exp_avg_sq" in found:  # AdamW's: its kernel counts steps on the device
+        if fused[id(parameter)] and "exp_avg_sq" in found:  # the fused AdamW kernel reads the step count on the device
             moved["step"] = found["step"].to(parameter.device)
         optimizer.state[parameter] = {**found, **moved}

@@ -36,7 +36,7 @@ class _Command:
     lighter = _SMALLER_BATCHES
     launched_sharded = False
     precision: str | None = None
-    """The line of its precision that was printed."""
+    """Last precision line printed, so that it is printed once."""
 
 
 def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMALLER_BATCHES) -> Accelerator:
@@ -49,9 +49,9 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         lighter: what to say of how the command would take less memory, if that is out.
 
     Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
-    broadcast by DDP: that the codebooks of all processes are equal is ours to keep. On a GPU the precision is chosen here, and printed
-    (precision.py). Autocast reaches what is prepared, the networks of the training loops, and stage 1's validation of them; extraction and
-    decoding are float32 by TF32 products: they take a small part of a run's time, and what they write is read by everything after them.
+    broadcast by DDP: the quantizers themselves keep the codebooks of all processes equal. On a GPU the precision is chosen here, and
+    printed (precision.py). Autocast covers the prepared networks: training, and stage 1's validation. Extraction and decoding run in
+    float32 with TF32 products: they take a small part of a run's time, and all later commands read their results.
     """
     patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
     on_cpu = not torch.accelerator.is_available()
@@ -63,8 +63,8 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         )
     # Accelerate's to mend: what it passes on for us has another name since torch 2.14.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    accelerators = torch.accelerator.current_accelerator()
-    device = "cpu" if on_cpu or accelerators is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerators.type
+    accelerator_device = torch.accelerator.current_accelerator()
+    device = "cpu" if on_cpu or accelerator_device is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator_device.type
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = resolve_precision(compute.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), device, bf16)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,7 +88,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
             raise UserError(
                 f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
             )
-        accelerator.state.device = numbered(accelerator.device)  # one process's has no number, which threads and comparisons need
+        accelerator.state.device = numbered(accelerator.device)  # a single process has plain `cuda`; threads and comparisons need an index
         if precision.float32 is not None:
             set_float32(precision.float32)  # after Accelerate, which allows TF32 where it compiles
         if precision.line is not None and precision.line != _Command.precision:

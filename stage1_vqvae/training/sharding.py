@@ -26,7 +26,7 @@ def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module
     """Share a model's weights out over all processes, along their first axis, and move them to their devices.
 
     In bf16 the units' weights are sent as such, and gradients in float32; what is in no unit stays in float32, as with autocast, which
-    differs in that the units' norms see their input in bf16 here. A model that does not learn is float32 throughout: it is asked for
+    differs in that the units' norms see their input in bf16 here. A model that does not learn stays in float32, for exact
     likelihoods.
 
     Args:

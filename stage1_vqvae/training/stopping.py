@@ -22,20 +22,18 @@ from stage1_vqvae.training.watch import progressed
 STOPPED_IN_TIME = 75
 """Exit code of a training that `--stop_after` ended: EX_TEMPFAIL of sysexits.h, try again later."""
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# Timeout of the gloo group: longer than any validation or checkpoint. watch.py reports ranks that hang.
+_TIMEOUT = timedelta(days=1)
 
 
-# How long processes wait for one another's answer: for as long as the slowest validates or writes. Who hangs is found out by watch.py.
-_PATIENCE = timedelta(days=1)
-
-
-class _Question:
-    """Asks all processes for the highest of their codes, and goes on without waiting for the answer."""
+class _AsyncMax:
+    """Asynchronous all-reduce (max) of the ranks' exit codes."""
 
     def __init__(self, code: int, group: dist.ProcessGroup) -> None:
         self._highest = torch.tensor([code])
         self._work = dist.all_reduce(self._highest, dist.ReduceOp.MAX, group, async_op=True)
 
-    def answer(self) -> int:
+    def result(self) -> int:
         self._work.wait()
         return int(self._highest)
 
@@ -43,9 +41,9 @@ class _Question:
 class GracefulStop:
     """Inside the `with` block the first SIGINT, SIGTERM or SIGUSR1 only leaves a note; a second one acts as usual.
 
-    `requested` must be called by all processes after every step: it asks whether any of them got a signal, or whether the time is over.
-    Several processes ask one another in the host's memory, and each reads after a step what they asked after the step before. So nobody
-    waits for a GPU, or for a process that is not a whole step behind; all read the same after the same step; and they stop one step later.
+    All ranks must call `requested` after every step: it says whether any of them got a signal, or the time is up. With several ranks, an
+    asynchronous all-reduce on the CPU starts after each step and is read after the next one. So no rank waits for a GPU, or for a rank less
+    than a step behind; all ranks get the same answer after the same step; and they stop one step later.
     """
 
     def __init__(self, accelerator: Accelerator, minutes: float | None = None) -> None:
@@ -56,11 +54,11 @@ class GracefulStop:
         """128 + the signal's number, or `STOPPED_IN_TIME`, once all processes know of it."""
         self._noted = 0
         self._group: dist.ProcessGroup | None = None
-        self._asked: _Question | None = None
+        self._pending: _AsyncMax | None = None
 
     def __enter__(self) -> GracefulStop:
         if self._accelerator.num_processes > 1:
-            group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
         self._former: dict[int, Any] = {number: signal.signal(number, self._note) for number in _SIGNALS}
@@ -75,20 +73,20 @@ class GracefulStop:
         signal.signal(number, self._former[number])
 
     def requested(self, last: bool = False) -> bool:
-        """Whether any process was asked to stop. `last`: no step follows that could read the answer, which is waited for."""
+        """Whether any rank should stop. `last`: final step, so wait for this step's answer instead of the previous one's."""
         if self._end is not None and time.monotonic() >= self._end and not self._noted:
             self._noted = STOPPED_IN_TIME
-        progressed(together=True)  # before it waits for the others: who does not come here is behind
+        progressed(together=True)  # before waiting for the others: a rank that does not get here is behind
         self.exit_code = self._noted if self._group is None else self._agreed(self._group, last)
         return self.exit_code > 0
 
     def _agreed(self, group: dist.ProcessGroup, last: bool) -> int:
-        """The highest code that processes have noted, 0 for none, the same on all of them."""
-        # A signal that comes while the processes ask one another stays noted for the next time.
-        before, self._asked = self._asked, _Question(self._noted, group)
-        agreed = 0 if before is None else before.answer()
-        if agreed or last:  # nobody would read it later
-            agreed, self._asked = max(agreed, self._asked.answer()), None
+        """Highest exit code noted by any rank, 0 for none; the same on every rank."""
+        # A signal that arrives during the all-reduce stays noted for the next one.
+        previous, self._pending = self._pending, _AsyncMax(self._noted, group)
+        agreed = 0 if previous is None else previous.result()
+        if agreed or last:  # nothing would read the pending one later
+            agreed, self._pending = max(agreed, self._pending.result()), None
         return agreed
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from stage1_vqvae.training.devices import as_float64, float64_copy, float64_device, numbered, pinned, wait_for, widest_float, work_on
+from stage1_vqvae.training.devices import (
+    as_float64,
+    float64_copy,
+    float64_device,
+    numbered,
+    pinned,
+    set_current_device,
+    wait_for,
+    widest_float,
+)
 from tests.pretended.device import Pretended
 from tests.pretended.rules import refused
 
@@ -25,7 +34,7 @@ def check() -> None:
         assert {(weight.device, weight.dtype) for weight in float64_copy(model).parameters()} == {(cpu, torch.float64)}
         assert {weight.device for weight in model.parameters()} == {device}
         assert not pinned(torch.ones(3), device).is_pinned()
-        work_on(device)
+        set_current_device(device)
         seen.waits.clear()
         wait_for(device)
         assert seen.waits.total() == 1

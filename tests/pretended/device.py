@@ -61,7 +61,7 @@ _PRODUCTS = {*_INTEGERS_MISSING, "_foreach_mm", "linear", "convolution", "convol
 
 
 class Place(NamedTuple):
-    """What happened, and where."""
+    """An event and the project line that caused it."""
 
     kind: str
     """Of a wait: `item`, `nonzero`, `copy to the device`, ...; of a copy: its direction."""
@@ -271,7 +271,7 @@ def _dispatched(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _host(tensor: Tensor) -> Tensor:
-    """Its numbers; those of the host's own are what they are now, in a capture."""
+    """Host tensor; scalars are copied while capturing."""
     if isinstance(tensor, OnDevice):
         return tensor.host
     return tensor.clone() if _capture.graph is not None and tensor.dim() == 0 else tensor

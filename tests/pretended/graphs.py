@@ -46,21 +46,6 @@ class Event:
 
     def __init__(self, **_: Any) -> None: ...
 
-    def keep(self, schema: Any, args: Any, kwargs: Any) -> None:
-        """What an operator of the capture is about to overwrite: a capture runs nothing, so it is put back when it ends."""
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-        written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
-        for tensor in tree.tree_leaves([given.get(name) for name in written]):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
-                storage = tensor.untyped_storage()
-                self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
-
-    def put_back(self) -> None:
-        """The capture has ended."""
-        for storage, before in self._before.values():
-            storage.copy_(before)
-        self._before.clear()
-
     def record(self, stream: Stream | None = None) -> None: ...
 
     def wait(self, stream: Stream | None = None) -> None: ...
@@ -106,7 +91,7 @@ class Node(NamedTuple):
     args: Any
     kwargs: Any
     found: Any
-    """What it leaves its results in."""
+    """Its outputs."""
 
 
 class CUDAGraph:

@@ -51,7 +51,7 @@ class Replicated(nn.Module):
 
 
 def install() -> None:
-    """Before accelerate is imported. What asks for NCCL gets gloo, which then refuses what NCCL does."""
+    """Replace NCCL by gloo, which then rejects what NCCL rejects; call before accelerate is imported."""
     begin, new_group, barrier = dist.init_process_group, dist.new_group, dist.barrier
 
     def init_process_group(backend: str | None = None, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
@@ -66,12 +66,12 @@ def install() -> None:
         return group
 
     def device_of(group: Any = None) -> torch.device:
-        """That of a group's tensors."""
+        """Device of the group's tensors."""
         name = (group or dist.group.WORLD).group_name
         return torch.device("cpu" if pretended.backends[name] == "gloo" else f"cuda:{torch.cuda.current_device()}")
 
     def all_gather_into_tensor(output: Tensor, given: Tensor, group: Any = None, async_op: bool = False) -> None:
-        """gloo's own takes no tensors without axes."""
+        """gloo's own rejects 0-d tensors."""
         parts = [torch.empty_like(given) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, given, group)
         output.view(-1).copy_(torch.cat([part.flatten() for part in parts]))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
-from stage1_vqvae.training.devices import float64_copy, numbered, pinned, widest_float, work_on
+from stage1_vqvae.training.devices import float64_copy, numbered, pinned, set_current_device, widest_float
 from tests.pretended.device import Pretended, Seen
 
 
@@ -139,7 +139,7 @@ def threads(_: Seen) -> None:
 
         def work() -> None:
             assert torch.cuda.current_device() == 0
-            work_on(own)
+            set_current_device(own)
             assert torch.cuda.current_device() == 1
             assert pinned(torch.ones(3), own).is_pinned()
 

@@ -19,14 +19,12 @@ from configs.errors import UserError
 from configs.run_dir import RunDir, read_json
 from pipelines.sample import main as sample
 from pipelines.summary import main as summary
-from stage1_vqvae.data import loader
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.doctor import main as doctor
 from stage1_vqvae.metrics import usage
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.monitoring import validation
 from stage1_vqvae.monitoring.health import checksum
 from stage1_vqvae.monitoring.validation import check_equal_codebooks
 from stage1_vqvae.train import main, train
@@ -93,8 +91,7 @@ def test_validation_metrics_are_those_of_the_saved_tokenizer(finished_run: Path)
 def test_the_tokenizer_is_the_same_however_images_are_read(
     finished_run: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (loader, validation):
-        monkeypatch.setattr(module, "worth_reading_ahead", lambda _: True)  # as on a GPU
+    monkeypatch.setattr("stage1_vqvae.training.prefetch._worth_prefetching", lambda _: True)  # as on a GPU
     main(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--data.decode", "each_time", "--data.workers", "2"])
     assert (tmp_path / "run/tokenizer.safetensors").read_bytes() == (finished_run / "tokenizer.safetensors").read_bytes()
 

@@ -79,7 +79,7 @@ def test_crops_are_variants_made_of_whole_images(augmentation: str, run_copy: Pa
 @pytest.mark.parametrize("how", [["--data.decode", "each_time", "--data.workers", workers] for workers in "012"])
 def test_codes_do_not_depend_on_how_images_are_read(how: list[str], run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(run_copy / "codes")
-    monkeypatch.setattr(extract_codes, "worth_reading_ahead", lambda _: True)  # as on a GPU
+    monkeypatch.setattr("stage1_vqvae.training.prefetch._worth_prefetching", lambda _: True)  # as on a GPU
     main(["--run", str(run_copy), "--overwrite", *how])
     assert contents(run_copy / "codes") == before
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +16,7 @@ from configs.data import Data
 from configs.errors import UserError
 from configs.schema import Stage1
 from stage1_vqvae.data import encoded
-from stage1_vqvae.data.loader import Loader, read_ahead
+from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN
 
@@ -119,41 +117,3 @@ def test_images_that_cannot_be_read_are_looked_for_once(pictures: Path, tmp_path
         for name, split in source.splits.items():
             assert torch.equal(split.pixels[:], kept.splits[name].pixels[:])
         monkeypatch.setattr(encoded, "decode_image", None)  # the second time nothing is looked for
-
-
-def test_reading_goes_ahead_of_who_asks() -> None:
-    begun = [threading.Event() for _ in range(6)]
-
-    def read(number: int) -> int:
-        begun[number].set()
-        return number * number
-
-    stream = read_ahead(read, range(6), ahead=True)
-    assert next(stream) == 0
-    assert begun[1].wait(5)
-    assert begun[2].wait(5)
-    assert not begun[3].wait(0.1)
-    assert list(stream) == [1, 4, 9, 16, 25]
-
-
-@pytest.mark.parametrize("ahead", [True, False])
-def test_what_goes_wrong_is_told_where_it_is_asked_for(ahead: bool) -> None:
-    def read(number: int) -> int:
-        if number == 2:
-            raise UserError("no image")
-        return number
-
-    stream = read_ahead(read, range(6), ahead)
-    assert [next(stream), next(stream)] == [0, 1]
-    with pytest.raises(UserError, match="no image"):
-        next(stream)
-
-
-def test_who_stops_asking_leaves_no_thread_behind() -> None:
-    before = threading.active_count()
-    endless: Callable[[int], int] = lambda number: number  # noqa: E731
-    stream = read_ahead(endless, iter(int, 1), ahead=True)
-    assert next(stream) == 0
-    assert threading.active_count() > before
-    stream.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before

@@ -47,7 +47,7 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(error: Exception, when: s
     assert kernel(torch.zeros(1)) is None
     assert not kernel.usable(GPU)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"warning: the search goes on without its Triton kernel, more slowly ({type(error).__name__}")
+    assert line.startswith(f"warning: Triton kernel for the search unavailable, using slower PyTorch operators ({type(error).__name__}")
     assert len(line) < 300
 
 

@@ -126,12 +126,12 @@ def test_matrices_are_shared_out_over_any_number_of_processes(processes: int, mo
     for rank in range(processes):
         ranks = SimpleNamespace(get_world_size=lambda: processes, get_rank=lambda rank=rank: rank, all_gather_into_tensor=gather)
         monkeypatch.setattr(muon_module, "dist", ranks)
-        muon_module._orthogonalised_together(weights, 6, None)
+        muon_module._orthogonalise_replicated(weights, 6, None)
     assert {len(own) for own in sent} == {-(-15 // processes)}
     whole = orthogonalised(weights.view(15, 6, 4))
     assert torch.allclose(torch.cat(sent)[:15], whole, rtol=1e-10)
     ranks.all_gather_into_tensor = lambda found, _: found.copy_(torch.cat(sent))
-    assert torch.allclose(muon_module._orthogonalised_together(weights, 6, None), whole.view(5, 18, 4), rtol=1e-10)
+    assert torch.allclose(muon_module._orthogonalise_replicated(weights, 6, None), whole.view(5, 18, 4), rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -1,0 +1,63 @@
+"""Prefetching: two keys ahead, errors at their key, no thread left behind; a reader of steps that restarts where it is asked to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from stage1_vqvae.training.prefetch import StepReader, read_ahead
+
+
+def test_the_next_two_keys_are_read_before_they_are_asked_for() -> None:
+    started = [threading.Event() for _ in range(6)]
+
+    def read(number: int) -> int:
+        started[number].set()
+        return number * number
+
+    stream = read_ahead(read, range(6), ahead=True)
+    assert next(stream) == 0
+    assert started[1].wait(5)
+    assert started[2].wait(5)
+    assert not started[3].wait(0.1)
+    assert list(stream) == [1, 4, 9, 16, 25]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_an_error_in_reading_is_raised_at_its_key(ahead: bool) -> None:
+    def read(number: int) -> int:
+        if number == 2:
+            raise UserError("no image")
+        return number
+
+    stream = read_ahead(read, range(6), ahead)
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(UserError, match="no image"):
+        next(stream)
+
+
+def test_closing_the_stream_ends_its_thread() -> None:
+    before = threading.active_count()
+    endless: Callable[[int], int] = lambda number: number  # noqa: E731
+    stream = read_ahead(endless, iter(int, 1), ahead=True)
+    assert next(stream) == 0
+    assert threading.active_count() > before
+    stream.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_step_reader_restarts_when_called_out_of_order(ahead: bool) -> None:
+    def read(key: tuple[int, int]) -> tuple[Tensor, ...]:
+        return (torch.tensor(key),)
+
+    reader = StepReader(read, 3, torch.device("cpu"), ahead)
+    keys = [(0, 1), (0, 2), (1, 0), (4, 2), (5, 0), (0, 0), (0, 0)]
+    assert [tuple(reader.at(*key)[0].tolist()) for key in keys] == keys
+    assert reader.waited() > 0
+    assert reader.waited() == 0
