@@ -68,7 +68,7 @@ _MAY_CHANGE = (
     *(f"data.{key}" for key in AT_HAND),
 )
 _ADVICE = "lower --stage1.lr and go on with --resume"
-_LIGHTER = "--stage1.accumulation N takes a step in N parts, with the same result; --compute.mixed_precision bf16 halves activations"
+_LIGHTER = "--stage1.accumulation N takes a step in N parts, with the same result"
 
 
 def main(argv: list[str] | None = None) -> None:

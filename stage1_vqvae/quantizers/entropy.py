@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from stage1_vqvae.quantizers.search import rows_a_block
 from stage1_vqvae.training.kernels import operator
+from stage1_vqvae.training.precision import ieee_float32
 
 
 def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
@@ -119,5 +120,6 @@ def _soft_assignment_gradients(
 
 def _log_assignment(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
     """log p(k | z), (N, K); |z|^2 is the same for all k and left out."""
-    logits = torch.addmm(vectors.square().sum(1), rows, vectors.T, alpha=-2).mul_(-1 / temperature)
+    with ieee_float32(rows.device):  # a small temperature magnifies what TF32 would round off
+        logits = torch.addmm(vectors.square().sum(1), rows, vectors.T, alpha=-2).mul_(-1 / temperature)
     return logits.log_softmax(1)

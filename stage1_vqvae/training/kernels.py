@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import wraps
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch._subclasses import FakeTensor
@@ -63,6 +63,9 @@ class Kernel:
         codes = ...  # the PyTorch fallback
     """
 
+    given_up: ClassVar[list[str]] = []
+    """Names of the kernels that could not be launched in this process."""
+
     def __init__(self, name: str, load: Callable[[], Callable[..., Any]]) -> None:
         """`name`: for the warning. `load`: imports and returns the function that launches the kernel."""
         self.name = name
@@ -89,6 +92,7 @@ class Kernel:
         # without a driver; Triton's own errors for code that does not compile or needs too much shared memory.
         except Exception as error:
             self._failed = True
+            self.given_up.append(self.name)
             reason = shorten(f"{type(error).__name__}: {error}", _LONGEST_REASON)
             needs = "Triton needs a C compiler and Python's headers"
             say(f"warning: Triton kernel for {self.name} unavailable, using slower PyTorch operators ({reason}); {needs}")

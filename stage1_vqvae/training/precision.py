@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,15 +69,38 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class _IeeeBlocks:
+    """Blocks that run in full float32 now, in all threads: torch's settings belong to the process."""
+
+    def __init__(self) -> None:
+        self._lock, self._count = threading.Lock(), 0
+        self._outside: tuple[str, str] = ("none", "none")
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._count == 0:
+                self._outside = _MATMUL.fp32_precision, _CONV.fp32_precision
+                _MATMUL.fp32_precision = _CONV.fp32_precision = "ieee"
+            self._count += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                _MATMUL.fp32_precision, _CONV.fp32_precision = self._outside
+
+
+_BLOCKS = _IeeeBlocks()
+
+
 @contextmanager
 def ieee_float32(device: torch.device) -> Iterator[None]:
-    """Full float32 matrix products and convolutions on CUDA, even where TF32 is allowed."""
+    """Full float32 matrix products and convolutions on CUDA, even where TF32 is allowed; other threads compute so too meanwhile."""
     if device.type != "cuda":
         yield
         return
-    previous = _MATMUL.fp32_precision, _CONV.fp32_precision
-    _MATMUL.fp32_precision = _CONV.fp32_precision = "ieee"
+    _BLOCKS.enter()
     try:
         yield
     finally:
-        _MATMUL.fp32_precision, _CONV.fp32_precision = previous
+        _BLOCKS.leave()

@@ -91,3 +91,16 @@ def test_full_float32_ends_with_its_block_however_it_ends() -> None:
     assert products() == before
     with ieee_float32(torch.device("cpu")):
         assert products() == before
+
+
+@pytest.mark.usefixtures("settings")
+def test_blocks_of_several_threads_may_end_in_any_order() -> None:
+    set_float32("tf32")
+    before = products()
+    first, second = ieee_float32(GPU), ieee_float32(GPU)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert products()[:2] == ("ieee", "ieee")  # the second is still inside
+    second.__exit__(None, None, None)
+    assert products() == before
