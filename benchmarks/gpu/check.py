@@ -36,7 +36,8 @@ from configs.schema import Compute, Sampling
 from stage1_vqvae.quantizers.search import nearest_codes
 from stage1_vqvae.training.processes import start
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import Sampler, uniforms
+from stage2_prior.generate import uniforms
+from stage2_prior.sampler import Sampler
 
 _ROUNDS, _WARM_UP = 5, 3
 _SECONDS_OF_A_COMMAND = 120

@@ -27,12 +27,13 @@ from stage1_vqvae.attention import rotations
 from stage1_vqvae.training.kernels import Kernel
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.draw_kernel import draw_code
-from stage2_prior.generate import _DRAW, Sampler, draw, generate, guided, uniforms, warp
+from stage2_prior.generate import draw, generate, guided, uniforms, warp
 from stage2_prior.priors.attention import _ATTEND, CachedAttention
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
 from stage2_prior.priors.levelwise import build_level
 from stage2_prior.priors.step_kernels import attend, gate
 from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
+from stage2_prior.sampler import _DRAW, Sampler
 
 # Dispatched, but no launch: views and memory.
 _NO_LAUNCH = {"view", "t", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "expand", "split_with_sizes"} | {
@@ -126,8 +127,8 @@ def check_attention() -> None:
             for mine, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
                 assert torch.allclose(mine[:, :, : position + 1].double(), theirs[:, :, : position + 1], atol=tolerance, rtol=tolerance)
                 assert mine[:, :, position + 1 :].isnan().all()
-            # Exactly what the positions before have left.
-            assert set(read.values()) <= {rows * heads * position * width * projected.element_size()}
+            # Exactly the keys, and the values, of the positions before.
+            assert [read[0], read[1]] == [rows * heads * position * width * projected.element_size()] * 2
 
 
 def check_gate() -> None:
@@ -217,7 +218,7 @@ def counted(prior: Transformer, config: Sampling, usable: bool) -> Counter[str]:
         sampler = Sampler(prior, graphs=True)
         steps = sampler._steps_for(torch.zeros(1), 1, config)
         steps._steps.prepare(0)
-        steps._drawn.fill_(1)
+        steps._to_draw.fill_(1)
         steps._position.fill_(1)
         with launches() as counts:
             steps._advance(0)
@@ -239,7 +240,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     # As a graph would, without one.
-    import stage2_prior.generate as sampling
+    import stage2_prior.sampler as sampling
 
     class EagerGraphs:
         def __init__(self, device: torch.device) -> None:
