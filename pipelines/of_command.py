@@ -1,4 +1,4 @@
-"""The generator that a command line asks for."""
+"""Loading the generator of a command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stage2_prior.priors.prior_file import UNIFORM, finished_prior
 
 
 def generator_of(command: Command, accelerator: Accelerator, prior: str | None) -> Generator:
-    """That of its run and recipe, with the prior of that name, or the one last finished.
+    """Load the generator of the command's run and recipe, with the prior of that name, or the one last finished.
 
     Errors: UserError if there is no such prior; it says what to run first.
     """

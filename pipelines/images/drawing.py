@@ -81,12 +81,16 @@ def draw_images(
     given: Codes | None = None,
     kept: Codes | None = None,
 ) -> tuple[Codes, Tensor]:
-    """Draw and decode `count` samples; without a `sampler`, of the uniform prior. Of `given` codes (N, h, w) a level, those that `kept`
-    marks are taken over.
+    """Draw and decode `count` samples.
 
-    Batch j, of fixed numbers and always of full size, is process j mod P's of the `accelerator`'s: so the result is the same at any number
-    of processes. None: this one draws alone.
-    Returns: codes, int64 (N, h, w) a level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
+    Batch j, of fixed sample numbers and always of full size, goes to rank j mod P of the `accelerator`, so the result does not depend on
+    the number of processes.
+
+    Args:
+        accelerator: None: this process draws alone.
+        sampler: None: the uniform prior.
+        given: codes (N, h, w) per level, of which those that `kept`, masks (h, w) per level, marks are kept.
+    Returns: codes, int64 (N, h, w) per level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
     layout = sampler.layout if sampler is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
     processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)

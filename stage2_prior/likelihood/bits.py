@@ -82,8 +82,8 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
 
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
         parts = batches(len(mine), batch_size)
-        for part, read_codes in zip(parts, read_to(device, read, parts), strict=True):
-            codes, labels = (read_codes, None) if known is None else (read_codes[:-1], read_codes[-1])
+        for part, tensors in zip(parts, read_to(device, read, parts), strict=True):
+            codes, labels = (tensors, None) if known is None else (tensors[:-1], tensors[-1])
             found = as_float64(-prior.log_prob(codes, labels))
             counted = asked[part]
             nats += counted @ found

@@ -61,7 +61,7 @@ _CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
     ),
     "draw": (
         "draw_kernel._draw",
-        {"logits": "*bf16", "uniforms": "*fp64", "scales": "*fp64", "drawn": "*i32", "temperatures": "*fp64", "position": "*i64"}
+        {"logits": "*bf16", "uniforms": "*fp64", "scales": "*fp64", "to_draw": "*i32", "temperatures": "*fp64", "position": "*i64"}
         | {"sequences": "*i64", "failed": "*i32", "batch": "i32", "num_codes": "i32", "length": "i32"},
         {"GUIDED": True, "GREEDY": False, "WIDE": False, "BLOCK": 2048, "BLOCKS": 8},
         8,
