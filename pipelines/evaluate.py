@@ -75,13 +75,13 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None and batch_path is not None:
             batch = load_reference_batch(batch_path, (data.height, data.width, data.channels))
         source = images(command, progress=folder is not None)
-        asked = (features, config.weights, run.path, source, accelerator.device)
+        network_arguments = (features, config.weights, run.path, source, accelerator.device)
         network = None
         if folder is not None:
             lpips_at_hand()
             # Nobody waits here for one that has to be trained, nor for auto to look for Inception, which has another to fall back on.
             with suppress(NotMadeYetError):
-                network = None if features == AUTO else feature_network(*asked, may_train=False)
+                network = None if features == AUTO else feature_network(*network_arguments, may_train=False)
         samples = None
         if options.samples is not None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             samples = drawn(command, accelerator)
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None:
-            network = network or feature_network(*asked)
+            network = network or feature_network(*network_arguments)
             if network.instead_of is not None:
                 print(network.instead_of)
             assessor = Assessor(tokenizer, network, source, config, batch)

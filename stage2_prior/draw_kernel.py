@@ -52,9 +52,9 @@ def _draw(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    row, here = tl.program_id(0).to(tl.int64), tl.load(position)
-    if tl.load(to_draw + here) != 0:
-        scale, temperature = tl.load(scales + here), tl.load(temperatures)
+    row, current = tl.program_id(0).to(tl.int64), tl.load(position)
+    if tl.load(to_draw + current) != 0:
+        scale, temperature = tl.load(scales + current), tl.load(temperatures)
         lanes, numbers = tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
         largest = tl.full((BLOCK,), float("-inf"), tl.float64)
         argmax, has_nan = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
@@ -76,7 +76,7 @@ def _draw(
                 total += tl.sum(_weights(scaled, top, WIDE), 0)
                 ends = tl.where(numbers == first // BLOCK, total, ends)
             finite = total < float("inf")  # false for NaN
-            threshold = tl.load(uniforms + row * length + here) * total
+            threshold = tl.load(uniforms + row * length + current) * total
             chosen = tl.min(tl.where((ends > threshold) & (numbers * BLOCK < num_codes), numbers, BLOCKS - 1), 0)
             before = tl.max(tl.where(numbers < chosen, ends, 0.0), 0)
             codes = chosen * BLOCK + lanes
@@ -88,7 +88,7 @@ def _draw(
             code = tl.where(code == _NO_CODE, tl.max(tl.where(possible, codes, 0), 0), code)
         if not finite:
             tl.store(failed + row, 1)
-        tl.store(sequences + row * length + here, tl.minimum(code, num_codes - 1).to(tl.int64))
+        tl.store(sequences + row * length + current, tl.minimum(code, num_codes - 1).to(tl.int64))
 
 
 def draw_code(

@@ -197,9 +197,8 @@ def ordered_inception_score(logits: Tensor, part: int = 5000) -> float:
         log_probabilities = block.double().log_softmax(1)
         probabilities = log_probabilities.exp()
         # KL divergence of each image's labels from the part's marginal; x log x = 0 at x = 0.
-        divergences = (probabilities * log_probabilities).sum(1) - probabilities @ probabilities.mean(0).clamp(
-            min=torch.finfo(torch.float64).tiny
-        ).log()
+        log_marginal = probabilities.mean(0).clamp(min=torch.finfo(torch.float64).tiny).log()
+        divergences = (probabilities * log_probabilities).sum(1) - probabilities @ log_marginal
         scores.append(float(divergences.mean().exp()))
     return float(np.mean(scores))
 
@@ -220,9 +219,9 @@ def nearest_codes(queries: Tensor, reference: Tensor, k: int, device: torch.devi
     numbers, rows = [], []
     # One block of comparisons takes B x N x T bytes.
     for block in queries.split(max(1, 2**28 // max(1, reference.numel()))):
-        found = (block.to(device)[:, None] != known).sum(-1).topk(k, largest=False)
-        numbers.append(found.values.cpu())
-        rows.append(found.indices.cpu())
+        closest = (block.to(device)[:, None] != known).sum(-1).topk(k, largest=False)
+        numbers.append(closest.values.cpu())
+        rows.append(closest.indices.cpu())
     return Neighbours(torch.cat(numbers).double() / reference.shape[1], torch.cat(rows))
 
 

@@ -106,14 +106,14 @@ def draw_images(
             numbers = torch.arange(first + rank * size, first + (rank + 1) * size)
             numbers = numbers.where(numbers < count, 0)
             uniform = uniforms(seed, numbers, layout.length)
-            of_given = None if given is None else tuple(level[numbers] for level in given)
+            batch_given = None if given is None else tuple(level[numbers] for level in given)
             if sampler is None:
                 codes = uniform_codes(layout, uniform)
-                if of_given is not None and kept is not None:
-                    codes = tuple(torch.where(*level) for level in zip(kept, of_given, codes, strict=True))
+                if batch_given is not None and kept is not None:
+                    codes = tuple(torch.where(*level) for level in zip(kept, batch_given, codes, strict=True))
             else:
-                of_labels = None if labels is None else labels[numbers].to(device)
-                codes = sampler(of_labels, uniform, config, of_given, kept)
+                batch_labels = None if labels is None else labels[numbers].to(device)
+                codes = sampler(batch_labels, uniform, config, batch_given, kept)
             codes = tuple(level.to(device) for level in codes)
             found = (layout.flat(codes), to_uint8(tokenizer.decode(codes)))
             found = found if accelerator is None else accelerator.gather(found)

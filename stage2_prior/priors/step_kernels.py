@@ -34,18 +34,18 @@ def _embed(
     PADDED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    here = tl.load(position)
+    current = tl.load(position)
     channels = tl.arange(0, PADDED)
     inside = channels < width
-    if here == 0:
+    if current == 0:
         x = tl.load(start + channels, mask=inside, other=0.0).to(tl.float32)
     else:
-        token = tl.load(sequences + (row % batch) * stride + here - 1) + tl.load(offsets + here - 1)
+        token = tl.load(sequences + (row % batch) * stride + current - 1) + tl.load(offsets + current - 1)
         x = tl.load(tokens + token * width + channels, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(classes + tl.load(labels + row) * width + channels, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(positions + here * width + channels, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(positions + current * width + channels, mask=inside, other=0.0).to(tl.float32)
     if GIVEN:
-        x += tl.load(above + (row * length + here) * width + channels, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(above + (row * length + current) * width + channels, mask=inside, other=0.0).to(tl.float32)
     tl.store(embedded + row * width + channels, x.to(embedded.dtype.element_ty), mask=inside)
 
 
@@ -77,27 +77,27 @@ def _attend(
     BLOCK: tl.constexpr,
 ):
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    here = tl.load(position).to(tl.int32)
+    current = tl.load(position).to(tl.int32)
     pairs, channels, slots = tl.arange(0, HALF), tl.arange(0, 2 * HALF), tl.arange(0, BLOCK)
     inside, filled = pairs < width // 2, channels < width
-    cosine = tl.load(rotations + here * width + 2 * pairs, mask=inside, other=0.0)
-    sine = tl.load(rotations + here * width + 2 * pairs + 1, mask=inside, other=0.0)
+    cosine = tl.load(rotations + current * width + 2 * pairs, mask=inside, other=0.0)
+    sine = tl.load(rotations + current * width + 2 * pairs + 1, mask=inside, other=0.0)
     start = projected + (row * 3 * heads + head) * width
     query = _rotated_head(start, cosine, sine, pairs, inside, width) * scale
     # Attend to the key as it is rounded in the cache.
     key = _rotated_head(start + heads * width, cosine, sine, pairs, inside, width).to(keys.dtype.element_ty)
     value = tl.load(start + 2 * heads * width + channels, mask=filled, other=0.0)
     cache = (row * heads + head) * length * width
-    tl.store(keys + cache + here * width + channels, key, mask=filled)
-    tl.store(values + cache + here * width + channels, value, mask=filled)
+    tl.store(keys + cache + current * width + channels, key, mask=filled)
+    tl.store(values + cache + current * width + channels, value, mask=filled)
     current_score = tl.sum(query * key.to(tl.float32), 0)
     # Each slot of a block runs an online softmax over every BLOCK-th position, and the slots are merged once, at the end. So a block needs
     # no reduction across threads except for its scores. Only filled slots are read: the others may hold anything, even NaN.
     largest = tl.zeros((BLOCK,), tl.float32) + current_score
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, 2 * HALF), tl.float32)
-    for first in tl.range(0, here, BLOCK, num_stages=2):
-        before = first + slots < here
+    for first in tl.range(0, current, BLOCK, num_stages=2):
+        before = first + slots < current
         offsets = cache + (first + slots)[:, None] * width + channels[None, :]
         mask = before[:, None] & filled[None, :]
         block_keys = tl.load(keys + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -167,10 +167,10 @@ def embed(
     """
     rows, width = len(labels), tokens.shape[1]
     embedded = tokens.new_empty(rows, width)
-    given = embedded if above is None else above
+    above_or_unused = embedded if above is None else above
     with torch.cuda.device_of(tokens):
         _embed[(rows,)](
-            *(sequences, offsets, tokens, start, classes, labels, positions, given, position, embedded),
+            *(sequences, offsets, tokens, start, classes, labels, positions, above_or_unused, position, embedded),
             *(len(sequences), sequences.stride(0), len(positions), width),
             GIVEN=above is not None,
             PADDED=triton.next_power_of_2(width),
