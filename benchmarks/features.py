@@ -23,8 +23,8 @@ from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
 from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.generate import Sampler
 from stage2_prior.priors.prior_file import finished_prior, load_prior
+from stage2_prior.sampler import Sampler
 
 SETTINGS = {
     "samples as the recipe says": None,

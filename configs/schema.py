@@ -287,8 +287,8 @@ class Sampling:
     """Samples drawn at once; it does not change them."""
     precision: Literal["float64", "float32", "bfloat16"] | None = None
     """Precision of the prior while drawing. Null: float64 on a CPU, where it takes 1.7 times as long as float32 and makes samples
-    independent of the batch size; on a GPU bfloat16 if it has it, otherwise float32: codes drawn in bfloat16 need not be those of
-    float32, and in both another batch size may change a sample."""
+    independent of the batch size; on a GPU bfloat16 if it has it, otherwise, and with compute.mixed_precision no, float32. Codes drawn in
+    bfloat16 may differ from those of float32, and in both another batch size may change a sample."""
 
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "temperature", "at least 0", self.temperature)

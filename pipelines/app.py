@@ -21,6 +21,7 @@ from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.generator import Generator
+from pipelines.of_command import command_sampling
 from stage1_vqvae.training.processes import start
 from stage2_prior.priors.prior_file import UNIFORM
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
         device = start(recipe.compute).device
-        generator = Generator.of_run(run, recipe.data, recipe.sampling, options.prior, device)
+        generator = Generator.of_run(run, recipe.data, command_sampling(recipe, device), options.prior, device)
         run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
         # Beyond twice as many Pillow decodes none.
         Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2

@@ -7,8 +7,8 @@
     python pipelines/evaluate.py --reference VIRTUAL_imagenet256_labeled.npz --n 50000
 
 Draws --n samples by the run's own sampling settings, labels in turns, or takes images made elsewhere. Reconstructions are of
-the held-out --split; samples are compared with the --reference, and so are, for scale, the held-out images: a split, or a
-file in the layout of ADM's reference batches, beside which FID, sFID, inception score, precision and recall are computed. All
+the held-out --split. Samples, and for scale the held-out images, are compared with the --reference: a split, or a reference
+batch of ADM's evaluation (npz), against which FID, sFID, inception score, precision and recall are computed. All
 images are rounded to 8 bits first. Writes a new folder evaluations/NNN: evaluation.json and .md, which say what was compared
 with what, and pictures.
 """
@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--samples: expected no --prior beside it, found {options.prior}")
     batch_path = reference_file(options.reference)
     for name in ("split", "reference"):
-        found, other = getattr(options, name), ", or an npz file" if name == "reference" else ""
-        if found not in (TRAIN, VALIDATION, TEST) and (name == "split" or batch_path is None):
-            raise UserError(f"--{name}: expected {TRAIN}, {VALIDATION} or {TEST}{other}, found {found}")
+        value, alternative = getattr(options, name), ", or an npz file" if name == "reference" else ""
+        if value not in (TRAIN, VALIDATION, TEST) and (name == "split" or batch_path is None):
+            raise UserError(f"--{name}: expected {TRAIN}, {VALIDATION} or {TEST}{alternative}, found {value}")
     if batch_path is not None and config.features not in (AUTO, INCEPTION):
         raise UserError(f"--reference {options.reference}: expected --features {INCEPTION}, found {config.features}")
     features = config.features if batch_path is None else INCEPTION
@@ -75,13 +75,13 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None and batch_path is not None:
             batch = load_reference_batch(batch_path, (data.height, data.width, data.channels))
         source = images(command, progress=folder is not None)
-        asked = (features, config.weights, run.path, source, accelerator.device)
+        network_arguments = (features, config.weights, run.path, source, accelerator.device)
         network = None
         if folder is not None:
             lpips_at_hand()
             # Nobody waits here for one that has to be trained, nor for auto to look for Inception, which has another to fall back on.
             with suppress(NotMadeYetError):
-                network = None if features == AUTO else feature_network(*asked, may_train=False)
+                network = None if features == AUTO else feature_network(*network_arguments, may_train=False)
         samples = None
         if options.samples is not None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             samples = drawn(command, accelerator)
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None:
-            network = network or feature_network(*asked)
+            network = network or feature_network(*network_arguments)
             if network.instead_of is not None:
                 print(network.instead_of)
             assessor = Assessor(tokenizer, network, source, config, batch)
@@ -108,22 +108,22 @@ def _options(parser: Any) -> None:
     parser.add_argument("--samples", type=str | None, help="images made elsewhere to judge: a folder, or an npz with uint8 (N, H, W, C)")
     parser.add_argument("--prior", type=str | None, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
     parser.add_argument("--split", type=str, default=VALIDATION, help="held-out images: reconstructed, and compared as samples are")
-    parser.add_argument("--reference", type=str, default=TRAIN, help="with what samples are compared: a split, or an npz of ADM's layout")
+    parser.add_argument("--reference", type=str, default=TRAIN, help="reference for the samples: a split, or an npz file in ADM's layout")
 
 
 def reference_file(reference: str) -> Path | None:
-    """The file that --reference names; None: it names a split, or nothing."""
+    """Path of the file that --reference names; None if it names a split or no file."""
     path = Path(reference).expanduser()
     is_split = reference in (TRAIN, VALIDATION, TEST)
     return path if not is_split and (path.suffix == ".npz" or path.is_file()) else None
 
 
 def images(command: Command, progress: bool) -> ImageSource:
-    """The splits that are looked at. Errors: UserError for one there is not."""
+    """Load the splits to evaluate on. Errors: UserError for a split that the data does not have."""
     options = command.options
-    asked = {"split": options.split} | ({} if reference_file(options.reference) else {"reference": options.reference})
-    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *asked.values()}, progress)
-    for name, split in asked.items():
+    named = {"split": options.split} | ({} if reference_file(options.reference) else {"reference": options.reference})
+    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *named.values()}, progress)
+    for name, split in named.items():
         if split not in source.splits:
             raise UserError(f"--{name} {split}: expected one of {', '.join(source.splits)}, the splits of the run's data")
     return source
@@ -141,7 +141,7 @@ def drawn(command: Command, accelerator: Accelerator) -> Samples:
 
 
 def numbers_of_each(labels: Tensor, classes: int) -> str:
-    """How many of labels (N,) are of each class, in words."""
+    """Describe how many of the labels (N,) each class has, as `19 or 20 of each of 10 classes`."""
     counts = labels.bincount(minlength=classes)
     least, most = int(counts.min()), int(counts.max())
     numbers = str(least) if least == most else f"{least} {'or' if most == least + 1 else 'to'} {most}"
@@ -219,7 +219,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
     """All figures, tables and notes, as evaluation.json has them."""
     run, config, split = command.run, command.recipe.evaluation, command.options.split
     network, source, batch = assessor.network, assessor.source, assessor.batch
-    # Of a file only its name: what is written may be handed on.
+    # Only a file's name, no path: the report may be shared.
     reference = command.options.reference if batch is None else batch.path.name
     held_out = source.splits[split]
     n, height, width, channels = held_out.pixels.shape
@@ -265,7 +265,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
 
 
 def described_reference(source: ImageSource, name: str, batch: ReferenceBatch | None) -> str:
-    """What samples are compared with: a split by its name, or what is in a file."""
+    """Description of the reference, a split or a file, for the report."""
     if batch is None:
         return f"{len(source.splits[name])} of {name}, sha256 {pixels_hash(source.splits[name].pixels)[:16]}"
     images = "" if batch.images is None else f"; images sha256 {pixels_hash(batch.images)[:16]}"

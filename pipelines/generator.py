@@ -40,9 +40,10 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.devices import float64_copy, float64_device, numbered
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.generate import Sampler, default_precision, in_bfloat16
+from stage2_prior.generate import default_precision, in_bfloat16
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
+from stage2_prior.sampler import Sampler
 
 
 class Drawn(NamedTuple):
@@ -104,8 +105,8 @@ class Generator:
             source: a run's name, its folder (as text with a `/` in it, or as a path), or `hf:USER/NAME` of the Hub.
             prior: name of the prior; None: the one last finished, if any; `uniform`: every code equally likely.
             device: where to compute; None: on an accelerator, if there is one.
-            precision: of the prior while drawing; None: as the run's recipe says, or float64 on a CPU, on a GPU bfloat16 if it has it,
-                and otherwise float32.
+            precision: of the prior while sampling; None: the recipe's, or else float64 on a CPU, and on a GPU bfloat16 where supported,
+                otherwise float32.
         Errors: UserError for what is no run, or has not finished its first stage, or not that prior.
         """
         run = RunDir(source.expanduser()) if isinstance(source, Path) else run_of(source)
@@ -388,7 +389,7 @@ class Generator:
             raise UserError(str(error)) from None
 
     def _drawing_sampler(self) -> Sampler | None:
-        """What draws from the prior; None: from the uniform one, if that was asked for. Errors: UserError for no prior at all."""
+        """Sampler of the prior; None: the uniform prior was chosen. Errors: UserError if the run has no finished prior."""
         return None if self.prior_name == UNIFORM else self._sampler
 
     @cached_property
@@ -396,7 +397,7 @@ class Generator:
         prior = self._need_prior()
         if self.sampling.precision != "bfloat16":
             return Sampler(prior)
-        say("codes are drawn in bfloat16, and need not be those of --precision float32")
+        say("sampling in bfloat16: codes may differ from --precision float32")
         return Sampler(in_bfloat16(prior))
 
     def _need_prior(self) -> AutoregressivePrior:

@@ -1,6 +1,6 @@
-"""A code drawn from logits by one GPU kernel, in Triton: guidance, temperature, softmax, and the inverse of the cumulative distribution.
+"""Triton kernel that draws a code from logits: guidance, temperature, softmax and inversion of the cumulative distribution.
 
-`guided`, `warp` and `draw` of generate.py are its fallback and its reference. Sums are in float64, in the order of the codes.
+`draw_position` in generate.py is its fallback and reference. Sums are in float64, in the order of the codes.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST = tl.constexpr(2**31 - 1)
+_NO_CODE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _warped(logits, row, batch, codes, num_codes, scale, temperature, GUIDED: tl.constexpr):
-    """Logits (BLOCK,) of codes, float64; -inf where there are no more codes."""
+def _scaled_logits(logits, row, batch, codes, num_codes, scale, temperature, GUIDED: tl.constexpr):
+    """Guided logits divided by temperature, (BLOCK,) float64; -inf past the last code."""
     inside = codes < num_codes
-    found = tl.load(logits + row * num_codes + codes, mask=inside, other=float("-inf")).to(tl.float64)
+    scaled = tl.load(logits + row * num_codes + codes, mask=inside, other=float("-inf")).to(tl.float64)
     if GUIDED:
-        free = tl.load(logits + (row + batch) * num_codes + codes, mask=inside, other=0.0).to(tl.float64)
-        found = free + scale * (found - free)
-        found = tl.where(inside, found, float("-inf"))
-    return found / temperature
+        unconditional = tl.load(logits + (row + batch) * num_codes + codes, mask=inside, other=0.0).to(tl.float64)
+        scaled = unconditional + scale * (scaled - unconditional)
+        scaled = tl.where(inside, scaled, float("-inf"))
+    return scaled / temperature
 
 
 @triton.jit
-def _weights(warped, top, WIDE: tl.constexpr):
+def _weights(scaled, top, WIDE: tl.constexpr):
     if WIDE:
-        return tl.exp(warped - top)
-    # Of logits in 16 bits, whose own rounding is 10^4 times as coarse; many GPUs are slow in float64.
-    return tl.exp((warped - top).to(tl.float32)).to(tl.float64)
+        return tl.exp(scaled - top)
+    # float32 suffices for 16-bit logits, whose rounding is 10^4 times as coarse; many GPUs are slow in float64.
+    return tl.exp((scaled - top).to(tl.float32)).to(tl.float64)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _draw(
     logits,  # (R, K)
     uniforms,  # (B, T)
     scales,  # (T,)
-    drawn,  # (T,)
+    to_draw,  # (T,)
     temperatures,  # (1,)
     position,  # (1,)
     sequences,  # (B, T)
@@ -52,65 +52,65 @@ def _draw(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    row, here = tl.program_id(0).to(tl.int64), tl.load(position)
-    if tl.load(drawn + here) != 0:
-        scale, temperature = tl.load(scales + here), tl.load(temperatures)
+    row, current = tl.program_id(0).to(tl.int64), tl.load(position)
+    if tl.load(to_draw + current) != 0:
+        scale, temperature = tl.load(scales + current), tl.load(temperatures)
         lanes, numbers = tl.arange(0, BLOCK), tl.arange(0, BLOCKS)
         largest = tl.full((BLOCK,), float("-inf"), tl.float64)
-        at, unknown = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+        argmax, has_nan = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
         for first in range(0, num_codes, BLOCK):
-            warped = _warped(logits, row, batch, first + lanes, num_codes, scale, temperature, GUIDED)
-            at = tl.where(warped > largest, first + lanes, at)
-            largest = tl.where(warped > largest, warped, largest)
-            unknown |= (warped != warped).to(tl.int32)
+            scaled = _scaled_logits(logits, row, batch, first + lanes, num_codes, scale, temperature, GUIDED)
+            argmax = tl.where(scaled > largest, first + lanes, argmax)
+            largest = tl.where(scaled > largest, scaled, largest)
+            has_nan |= (scaled != scaled).to(tl.int32)
         top = tl.max(largest, 0)
         if GREEDY:
-            code = tl.min(tl.where(largest == top, at, _MOST), 0)
-            finite = tl.max(unknown, 0) == 0
+            code = tl.min(tl.where(largest == top, argmax, _NO_CODE), 0)
+            finite = tl.max(has_nan, 0) == 0
         else:
-            # Sums up to the end of each block, in order, so that they never fall.
+            # Cumulative sums at the end of each block, in code order, so that they never decrease.
             total = tl.zeros((), tl.float64) + 0.0
             ends = tl.full((BLOCKS,), float("inf"), tl.float64)
             for first in range(0, num_codes, BLOCK):
-                warped = _warped(logits, row, batch, first + lanes, num_codes, scale, temperature, GUIDED)
-                total += tl.sum(_weights(warped, top, WIDE), 0)
+                scaled = _scaled_logits(logits, row, batch, first + lanes, num_codes, scale, temperature, GUIDED)
+                total += tl.sum(_weights(scaled, top, WIDE), 0)
                 ends = tl.where(numbers == first // BLOCK, total, ends)
-            finite = total < float("inf")  # which a NaN is not
-            threshold = tl.load(uniforms + row * length + here) * total
+            finite = total < float("inf")  # false for NaN
+            threshold = tl.load(uniforms + row * length + current) * total
             chosen = tl.min(tl.where((ends > threshold) & (numbers * BLOCK < num_codes), numbers, BLOCKS - 1), 0)
             before = tl.max(tl.where(numbers < chosen, ends, 0.0), 0)
             codes = chosen * BLOCK + lanes
-            weights = _weights(_warped(logits, row, batch, codes, num_codes, scale, temperature, GUIDED), top, WIDE)
+            weights = _weights(_scaled_logits(logits, row, batch, codes, num_codes, scale, temperature, GUIDED), top, WIDE)
             possible = weights > 0
             reached = possible & (before + tl.cumsum(weights, 0) > threshold)
-            code = tl.min(tl.where(reached, codes, _MOST), 0)
-            # Where rounding leaves the block's sum short of the threshold: its last code that has probability.
-            code = tl.where(code == _MOST, tl.max(tl.where(possible, codes, 0), 0), code)
+            code = tl.min(tl.where(reached, codes, _NO_CODE), 0)
+            # If rounding leaves the block's sum below the threshold, take its last code of nonzero probability.
+            code = tl.where(code == _NO_CODE, tl.max(tl.where(possible, codes, 0), 0), code)
         if not finite:
             tl.store(failed + row, 1)
-        tl.store(sequences + row * length + here, tl.minimum(code, num_codes - 1).to(tl.int64))
+        tl.store(sequences + row * length + current, tl.minimum(code, num_codes - 1).to(tl.int64))
 
 
 def draw_code(
     logits: Tensor,
     uniforms: Tensor,
     scales: Tensor | None,
-    drawn: Tensor,
+    to_draw: Tensor,
     temperature: Tensor,
     greedy: bool,
     position: Tensor,
     sequences: Tensor,
     failed: Tensor,
 ) -> Tensor:
-    """Draw the code of a position (1,) into `sequences` (B, T), if it is one of those to draw.
+    """Draw the code at `position` (1,) into `sequences` (B, T), unless `to_draw` is 0 there.
 
     Args:
         logits: (B, K); under guidance (2 B, K), conditional ones first.
         uniforms: (B, T) float64.
-        scales: (T,) float64, the guidance scale of each position; None: no guidance.
-        drawn: (T,) int32: 0 where the code stays.
+        scales: (T,) float64, guidance scale per position; None: no guidance.
+        to_draw: (T,) int32: 0 where the code is kept.
         temperature: (1,) float64.
-        greedy: take the likeliest code, whatever the temperature.
+        greedy: take the likeliest code.
         failed: (B,) int32: set to 1 where a probability is not finite.
     Returns: `sequences`.
     """
@@ -118,7 +118,7 @@ def draw_code(
     block = min(2048, max(16, triton.next_power_of_2(num_codes)))
     with torch.cuda.device_of(logits):
         _draw[(batch,)](
-            *(logits, uniforms, drawn if scales is None else scales, drawn, temperature, position, sequences, failed),
+            *(logits, uniforms, to_draw if scales is None else scales, to_draw, temperature, position, sequences, failed),
             *(batch, num_codes, length),
             GUIDED=scales is not None,
             GREEDY=greedy,

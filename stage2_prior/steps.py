@@ -1,4 +1,4 @@
-"""What is trained of a prior, and a step of it."""
+"""Training state of the prior, and one optimizer step."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, 
         prior.to(accelerator.device)
     fused = fused_on(accelerator.device)
     if config.optimizer == "muon":
-        # Where the networks train in bf16, so do Muon's products; on a CPU they would take longer.
+        # Newton-Schulz products in bf16 if the network trains in bf16, on CUDA only: a CPU is slower in bf16.
         products = torch.bfloat16 if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" else None
         several = accelerator.num_processes > 1
         optimizer: Any = muon(prior, config.lr, config.weight_decay, 0.95, fused, products, replicated=several and not sharded)
     else:
         optimizer = adamw(prior, config.lr, config.weight_decay, 0.95, fused)
-    # Before the prior is prepared: what is copied then would be under autocast too, and likelihoods are not.
+    # Copied before the prior is prepared: a prepared copy would run under autocast, which likelihoods must not.
     average = WeightAverage(prior, config.weight_average, shared=(), copied=averaged)
     model, optimizer = (prior, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(prior, optimizer)
     return Begun(prior, model, optimizer, average)
@@ -65,8 +65,9 @@ def best_weights(model: AutoregressivePrior) -> dict[str, Tensor]:
 
 
 def take_step(accelerator: Accelerator, model: Any, optimizer: Any, loader: CodeLoader, config: Stage2, step: int) -> tuple[Tensor, Tensor]:
-    """One step of training: forward, loss, backward, clip, step. Returns this process's loss (), nats a token, and the norm () of all
-    processes' gradient before clipping.
+    """Take one optimizer step: forward, loss, backward, clip, update.
+
+    Returns: this rank's loss (), nats per token, and the norm () of the gradient over all ranks before clipping.
     """
     prior = accelerator.unwrap_model(model, keep_torch_compile=False)
     set_learning_rate(optimizer, scheduled_rate(config, step))

@@ -42,8 +42,9 @@ from stage1_vqvae.training.kernels import Kernel
 from stage1_vqvae.training.precision import ieee_float32
 from stage1_vqvae.training.processes import start
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import Sampler, in_bfloat16, uniforms
+from stage2_prior.generate import in_bfloat16, uniforms
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
+from stage2_prior.sampler import Sampler
 
 _ROUNDS, _WARM_UP = 5, 3
 _COMMAND_TIMEOUT = 120

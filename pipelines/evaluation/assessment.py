@@ -62,30 +62,41 @@ class Samples(NamedTuple):
     """Their origin: `source` in words; `prior`, `prior_sha256`, `sampling`, `tokenizer_sha256`, null where made elsewhere."""
 
 
+class ExtractedFeatures(NamedTuple):
+    """Features of one image set."""
+
+    features: Features
+    spatial: Moments
+    """Moments of sFID's spatial features; empty without a reference batch."""
+
+
 class Assessor:
     """Computes a run's figures; every set of images goes through the networks once."""
 
     def __init__(
         self, tokenizer: VQVAE, network: FeatureNetwork, source: ImageSource, config: Evaluation, batch: ReferenceBatch | None = None
     ) -> None:
-        """`batch`: what samples are compared with; None: a split. It takes a network with sFID's features."""
+        """`batch`: reference for the samples, which needs a network with sFID's features; None: the reference is a split."""
         self.batch = batch
         self.tokenizer, self.network, self.source, self.config = tokenizer, network, source, config
         self.layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
-        self._features: dict[str, Features] = {}
-        self._moments: dict[str, Moments] = {}
+        self._extracted: dict[str, ExtractedFeatures] = {}
         self._coded: dict[str, tuple[Tensor, Tensor]] = {}
         self._training: Tensor | None = None
 
     def features(self, name: str, pixels: Pixels | None = None) -> Features:
         """Features of a split by its name, or of other `pixels` under a name of their own."""
-        if name not in self._features:
+        return self.extracted(name, pixels).features
+
+    def extracted(self, name: str, pixels: Pixels | None = None) -> ExtractedFeatures:
+        """`features`, with the moments of sFID's features if there is a reference batch."""
+        if name not in self._extracted:
             pixels = self.source.splits[name].pixels if pixels is None else pixels
-            if self.batch is not None:
-                self._moments[name] = Moments(self.network.device)
-            spatial = None if self.batch is None else self._moments[name].add
-            self._features[name] = self.network(pixels, self.config.batch_size, name, spatial=spatial)
-        return self._features[name]
+            moments = Moments(self.network.device)
+            add = None if self.batch is None else moments.add
+            features = self.network(pixels, self.config.batch_size, name, spatial=add)
+            self._extracted[name] = ExtractedFeatures(features, moments)
+        return self._extracted[name]
 
     def coded(self, split: str) -> tuple[Tensor, Tensor]:
         """Code sequences (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
@@ -117,8 +128,7 @@ class Assessor:
         """
         originals, pictures = self.source.splits[split].pixels, self.coded(split)[1]
         parts = device_batches(float64_device(self.network.device), self.config.batch_size, pictures, originals)
-        of_both = torch.cat([torch.stack([squared_errors(*pair), ssim_of_each(*pair)]).cpu() for _, pair in parts], 1)
-        errors, similarities = of_both
+        errors, similarities = torch.cat([torch.stack([squared_errors(*pair), ssim_of_each(*pair)]).cpu() for _, pair in parts], 1)
         of_each = {
             "mse": errors,
             "psnr": psnr_of_each(errors),
@@ -200,31 +210,33 @@ class Assessor:
         return found
 
     def beside_batch(self, samples: Samples | None, split: str, classifier: Classifier | None) -> dict[str, Any]:
-        """The figures of ADM's evaluation: of samples, if there are any, of held-out images, and of their reconstructions. And the shares
-        that the classifier puts in their class.
+        """Metrics of ADM's evaluation against the reference batch: of samples, if any, held-out images and their reconstructions; also the
+        share of each set that the classifier puts in its class.
         """
         assert self.batch is not None
-        # The features of the reference only where they are needed, and each set's before its moments, which come with them.
-        of_images = None if self.batch.images is None else self.features("reference", self.batch.images)
-        comparison = BatchComparison(self.batch, of_images, self._moments.get("reference"), self.network.device)
-        sets = {} if samples is None else {"samples": ("samples", self.features("samples", samples.pixels))}
-        sets[f"{split}, real"] = (split, self.features(split))
-        sets[f"{split}, reconstructed"] = ("reconstructions", self.features("reconstructions", self.coded(split)[1]))
-        found = {name: comparison.figures(features, self._moments[key]) for name, (key, features) in sets.items()}
+        reference: tuple[Features | None, Moments | None] = (
+            (None, None) if self.batch.images is None else self.extracted("reference", self.batch.images)
+        )
+        comparison = BatchComparison(self.batch, *reference, self.network.device)
+        sets = {} if samples is None else {"samples": self.extracted("samples", samples.pixels)}
+        sets[f"{split}, real"] = self.extracted(split)
+        sets[f"{split}, reconstructed"] = self.extracted("reconstructions", self.coded(split)[1])
+        figures = {name: comparison.figures(*extracted) for name, extracted in sets.items()}
         if classifier is not None and samples is not None:
-            self._add_classes(found, samples, split, classifier)
-        return found
+            self._add_classes(figures, samples, split, classifier)
+        return figures
 
-    def _add_classes(self, found: dict[str, Any], samples: Samples, split: str, classifier: Classifier) -> None:
-        """Add to each set's figures the share of its images that the classifier puts in their class."""
+    def _add_classes(self, figures: dict[str, Any], samples: Samples, split: str, classifier: Classifier) -> None:
+        """Add `in_their_class` to each set's figures: the share of images that the classifier puts in their class."""
         real = self.source.splits[split]
-        of_real = None if real.labels is None else [classifier.label_names[label] for label in real.labels.tolist()]
-        pictures = {"samples": (samples.pixels, samples.labels), f"{split}, real": (real.pixels, of_real)}
-        pictures[f"{split}, reconstructed"] = (self.coded(split)[1], of_real)
-        for name, (pixels, asked) in pictures.items():
-            if asked is not None:
-                seen = [classifier.label_names[label] for label in labels_found(classifier, pixels, self.config.batch_size).tolist()]
-                found[name]["in_their_class"] = sum(one == other for one, other in zip(seen, asked, strict=True)) / len(asked)
+        real_labels = None if real.labels is None else [classifier.label_names[label] for label in real.labels.tolist()]
+        labelled = {"samples": (samples.pixels, samples.labels), f"{split}, real": (real.pixels, real_labels)}
+        labelled[f"{split}, reconstructed"] = (self.coded(split)[1], real_labels)
+        for name, (pixels, labels) in labelled.items():
+            if labels is not None:
+                predictions = labels_found(classifier, pixels, self.config.batch_size).tolist()
+                matches = [classifier.label_names[index] == label for index, label in zip(predictions, labels, strict=True)]
+                figures[name]["in_their_class"] = sum(matches) / len(labels)
 
     def memorisation(self, samples: Samples, split: str) -> dict[str, Any]:
         """How near samples are to training images, by features and by codes, beside how near unseen real images are, and

@@ -27,7 +27,7 @@ PARTS = 5
 """Disjoint parts of the images for the spread of a Fréchet distance."""
 # Vectors whose distances to all others are held at once.
 _BLOCK = 1024
-# Distances at once on another device than the CPU.
+# Most distances held at once on an accelerator.
 _DISTANCES = 2**28
 
 
@@ -48,15 +48,15 @@ class Neighbours(NamedTuple):
 
 
 class Moments:
-    """Mean and covariance of vectors that come batch by batch and are not kept, in float64."""
+    """Running mean and covariance of vectors, accumulated batch by batch in float64."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device`: where to sum up."""
+        """`device`: where to accumulate."""
         self._device, self._count = float64_device(device), 0
         self._mean = self._scatter = torch.zeros((), dtype=torch.float64, device=self._device)
 
     def add(self, vectors: Tensor) -> None:
-        """A batch (B, D) more (Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample variances")."""
+        """Add a batch (B, D) (Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample variances")."""
         if not len(vectors):
             return
         vectors = vectors.to(self._device).double()
@@ -69,39 +69,39 @@ class Moments:
         self._count = total
 
     def gaussian(self) -> Gaussian | None:
-        """The normal distribution of their mean and covariance (over N - 1); None of fewer than two."""
+        """Gaussian with this mean and covariance (over N - 1); None for fewer than two vectors."""
         return None if self._count < 2 else Gaussian(self._mean, self._scatter / (self._count - 1))
 
     @classmethod
     def of(cls, vectors: Tensor, device: torch.device) -> Moments:
-        """Those of vectors (N, D)."""
-        found = cls(device)
+        """Moments of vectors (N, D)."""
+        moments = cls(device)
         for block in vectors.split(_BLOCK):
-            found.add(block)
-        return found
+            moments.add(block)
+        return moments
 
 
 class Gaussian:
-    """A normal distribution, by its mean (D,) and covariance (D, D) in float64."""
+    """Multivariate Gaussian with mean (D,) and covariance (D, D), float64."""
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         self.mean, self.covariance = mean, covariance
 
     @cached_property
     def _root(self) -> Tensor:
-        """R of the covariance R R^T."""
+        """Square root R of the covariance, R R^T."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors * values.clamp(min=0).sqrt()
 
     def frechet(self, other: Gaussian) -> float:
         """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, equation 6; Dowson and Landau 1982).
 
-        S1 S2 has the eigenvalues of R^T S2 R, S1 = R R^T, which is symmetric. R of the first is computed once.
+        S1 S2 has the eigenvalues of the symmetric matrix R^T S2 R, where S1 = R R^T; R is computed once per Gaussian.
         """
         inner = self._root.T @ other.covariance @ self._root
         shared = torch.linalg.eigvalsh(inner).clamp(min=0).sqrt().sum()
-        found = (self.mean - other.mean).square().sum() + self.covariance.trace() + other.covariance.trace() - 2 * shared
-        return max(0.0, float(found))
+        distance = (self.mean - other.mean).square().sum() + self.covariance.trace() + other.covariance.trace() - 2 * shared
+        return max(0.0, float(distance))
 
 
 class Reference:
@@ -191,13 +191,14 @@ def inception_score(logits: Tensor, seed: int) -> Spread:
 
 
 def ordered_inception_score(logits: Tensor, part: int = 5000) -> float:
-    """ADM's inception score of logits (N, classes): the mean over parts of so many images as they come, the last one smaller."""
+    """ADM's inception score of logits (N, classes): the mean over consecutive parts of `part` images, the last one smaller."""
     scores = []
     for block in logits.split(part):
-        log_shares = block.double().log_softmax(1)
-        shares = log_shares.exp()
-        # An image's labels beside all images' of the part; x log x is 0 where a share is.
-        divergences = (shares * log_shares).sum(1) - shares @ shares.mean(0).clamp(min=torch.finfo(torch.float64).tiny).log()
+        log_probabilities = block.double().log_softmax(1)
+        probabilities = log_probabilities.exp()
+        # KL divergence of each image's labels from the part's marginal; x log x = 0 at x = 0.
+        log_marginal = probabilities.mean(0).clamp(min=torch.finfo(torch.float64).tiny).log()
+        divergences = (probabilities * log_probabilities).sum(1) - probabilities @ log_marginal
         scores.append(float(divergences.mean().exp()))
     return float(np.mean(scores))
 
@@ -216,11 +217,11 @@ def nearest_codes(queries: Tensor, reference: Tensor, k: int, device: torch.devi
     """The same for codes (N, T), by the share of positions with another code."""
     known = reference.to(device)
     numbers, rows = [], []
-    # Comparisons are held for one block, B x N x T bytes.
+    # One block of comparisons takes B x N x T bytes.
     for block in queries.split(max(1, 2**28 // max(1, reference.numel()))):
-        found = (block.to(device)[:, None] != known).sum(-1).topk(k, largest=False)
-        numbers.append(found.values.cpu())
-        rows.append(found.indices.cpu())
+        closest = (block.to(device)[:, None] != known).sum(-1).topk(k, largest=False)
+        numbers.append(closest.values.cpu())
+        rows.append(closest.indices.cpu())
     return Neighbours(torch.cat(numbers).double() / reference.shape[1], torch.cat(rows))
 
 
@@ -249,7 +250,7 @@ def _blocks(points: Tensor, others: Tensor, device: torch.device | str) -> Itera
     # About their centre, where rounding is least.
     centre, device = others.mean(0), torch.device(device)
     moved = (others - centre).to(device)
-    # One block of a data set's million would be 5 GB.
+    # With a million reference vectors, a full block would take 5 GB.
     size = _BLOCK if device.type == "cpu" else max(1, min(_BLOCK, _DISTANCES // max(1, len(others))))
     for block in points.split(size):
         with ieee_float32(device):

@@ -1,7 +1,7 @@
-"""Reference batches of ADM's evaluation (Dhariwal and Nichol 2021), and figures by its definitions.
+"""Reference batches of ADM's evaluation (Dhariwal and Nichol 2021), and metrics by its definitions.
 
 https://github.com/openai/guided-diffusion/tree/main/evaluations. A batch is an npz file with images, `arr_0`, uint8 (N, H, W, 3), or
-statistics of Inception's features over a whole data set, or both: `mu`, `sigma` of the pooled ones, `mu_s`, `sigma_s` of sFID's.
+statistics of Inception features over a whole data set, or both: `mu`, `sigma` of the pooled features, `mu_s`, `sigma_s` of sFID's.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ _MEAN, _COVARIANCE, _SPATIAL_MEAN, _SPATIAL_COVARIANCE = STATISTICS = ("mu", "si
 
 
 class ReferenceBatch(NamedTuple):
-    """What a file holds."""
+    """Images and statistics of an ADM reference batch."""
 
     path: Path
     images: Tensor | None
-    """uint8 (N, H, W, C), mapped."""
+    """uint8 (N, H, W, C), memory-mapped; None: the file has only statistics."""
     pooled: Gaussian | None
-    """Of Inception's pooled features, on the CPU."""
+    """Gaussian of Inception's pooled features, on the CPU."""
     spatial: Gaussian | None
-    """Of sFID's features, on the CPU."""
+    """Gaussian of sFID's spatial features, on the CPU."""
     sha256: str | None
-    """Of the statistics; None: there are none."""
+    """Hash of the statistics; None: there are none."""
 
     def contents(self) -> str:
-        """What is in it, in words, for the table of what was compared."""
-        found = [] if self.images is None else [f"{len(self.images)} images"]
+        """Summary of the contents, for the report."""
+        contents = [] if self.images is None else [f"{len(self.images)} images"]
         if self.sha256 is not None:
             names = STATISTICS if self.spatial is not None else STATISTICS[:2]
-            found.append(f"statistics {', '.join(names)}, sha256 {self.sha256[:16]}")
-        return " and ".join(found)
+            contents.append(f"statistics {', '.join(names)}, sha256 {self.sha256[:16]}")
+        return " and ".join(contents)
 
     def missing(self) -> list[str]:
-        """A line for each figure that cannot be had of it."""
+        """One note per figure that this file cannot give."""
         lines = []
         if self.images is None:
             lines.append(f"Precision and recall: not computed; they take the reference's images ({IMAGES}), and {self.path.name} has none.")
@@ -58,19 +58,19 @@ class ReferenceBatch(NamedTuple):
 
 
 def load_reference_batch(path: Path, image_shape: tuple[int, int, int], widths: tuple[int, int] = (POOLED, SPATIAL)) -> ReferenceBatch:
-    """The batch in an npz file.
+    """Load a reference batch from an npz file.
 
     Args:
         path: the file.
-        image_shape: (H, W, C) of the run's images, which the batch's must have.
-        widths: of the pooled features, and of sFID's.
-    Errors: UserError for another file, for images or statistics of another shape or type, or half of a pair of statistics.
+        image_shape: (H, W, C) of the run's images, required of the batch's too.
+        widths: of the pooled and of the spatial features.
+    Errors: UserError if the file is no npz, has images or statistics of another shape or type, or a mean without its covariance.
     """
     names = names_in(path, OPTION)
     for mean, covariance in (STATISTICS[:2], STATISTICS[2:]):
         if (mean in names) != (covariance in names):
-            there, absent = (mean, covariance) if mean in names else (covariance, mean)
-            raise UserError(f"{OPTION} {path}: expected {absent} beside {there}, found none")
+            present, absent = (mean, covariance) if mean in names else (covariance, mean)
+            raise UserError(f"{OPTION} {path}: expected {absent} beside {present}, found none")
     if _SPATIAL_MEAN in names and _MEAN not in names:
         raise UserError(f"{OPTION} {path}: expected {_MEAN} and {_COVARIANCE} beside {_SPATIAL_MEAN}, found none")
     if IMAGES not in names and _MEAN not in names:
@@ -92,8 +92,8 @@ def _images(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
 
 
 def _gaussian(path: Path, mean: str, covariance: str, width: int, digest: Any) -> Gaussian:
-    """Mean and covariance of those names, which are added to the digest."""
-    found = []
+    """Load the Gaussian stored under these two names and add it to the digest."""
+    arrays = []
     for name, shape in ((mean, (width,)), (covariance, (width, width))):
         array = array_in(path, name, OPTION)
         if array.shape != shape or array.dtype not in (np.float32, np.float64):
@@ -102,30 +102,32 @@ def _gaussian(path: Path, mean: str, covariance: str, width: int, digest: Any) -
         if not values.isfinite().all():
             raise UserError(f"{OPTION} {path}: expected finite numbers in {name}, found others")
         digest.update(values.numpy().tobytes())
-        found.append(values)
-    if not torch.allclose(found[1], found[1].T, rtol=1e-4, atol=1e-8):
+        arrays.append(values)
+    if not torch.allclose(arrays[1], arrays[1].T, rtol=1e-4, atol=1e-8):
         raise UserError(f"{OPTION} {path}: expected a symmetric matrix in {covariance}, found another")
-    return Gaussian(*found)
+    return Gaussian(*arrays)
 
 
 class BatchComparison:
-    """Figures of sets of images beside a reference batch, as ADM's evaluation defines them; null where there are too few images, or what
-    the reference must have is not in the file.
+    """Metrics of image sets against a reference batch, as ADM's evaluation defines them.
+
+    A metric is None if there are too few images, or if the file lacks what it needs.
     """
 
     def __init__(self, batch: ReferenceBatch, features: Features | None, moments: Moments | None, device: torch.device) -> None:
-        """`features` of the batch's images, and `moments` of their spatial features; None: it has no images. Statistics in the file go
-        before those of the images, which may be a small part of what they are of.
+        """`features` and spatial `moments` of the batch's images; None: it has none.
+
+        Statistics in the file take precedence over those of its images, which may be a small part of the data set.
         """
         self._device = device
         pooled, spatial = batch.pooled, batch.spatial
         if pooled is None and features is not None and moments is not None:
             pooled, spatial = Moments.of(features.vectors, device).gaussian(), moments.gaussian()
-        self._pooled, self._spatial = (None if found is None else _moved(found, device) for found in (pooled, spatial))
+        self._pooled, self._spatial = (None if gaussian is None else _moved(gaussian, device) for gaussian in (pooled, spatial))
         self._reference = None if features is None else Reference(features.vectors, device)
 
     def figures(self, images: Features, moments: Moments) -> dict[str, Any]:
-        """Figures of images by their features, and by the moments of their spatial features."""
+        """All metrics of one image set, from its features and its spatial moments."""
         pooled = Moments.of(images.vectors, self._device).gaussian()
         precision, recall = (None if self._reference is None else self._reference.precision_recall(images.vectors)) or (None, None)
         return {
@@ -138,9 +140,9 @@ class BatchComparison:
         }
 
 
-def _moved(found: Gaussian, device: torch.device) -> Gaussian:
+def _moved(gaussian: Gaussian, device: torch.device) -> Gaussian:
     device = float64_device(device)
-    return Gaussian(found.mean.to(device), found.covariance.to(device))
+    return Gaussian(gaussian.mean.to(device), gaussian.covariance.to(device))
 
 
 def _frechet(reference: Gaussian | None, images: Gaussian | None) -> float | None:

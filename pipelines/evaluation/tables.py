@@ -148,9 +148,9 @@ def notes(found: dict[str, Any]) -> list[str]:
             said.append(f"{found['instead_of']}.")
     if "beside_batch" in found:
         said.append(
-            "FID and sFID are usually published for 50,000 samples, as many of each class; with fewer they are higher. The inception score "
-            "is the mean over parts of 5,000 images as they come. Precision and recall: balls to the third neighbour (Kynkaanniemi et al. "
-            "2019) among all of these images, and among all images of the file."
+            "FID and sFID are usually published for 50,000 samples, equally many per class; with fewer they are higher. The inception "
+            "score is the mean over consecutive parts of 5,000 images. Precision and recall: balls to the third neighbour (Kynkaanniemi et "
+            "al. 2019) among all of these images, and among all images of the file."
         )
         said += found["batch_missing"]
     if "distances" in found or "beside_batch" in found:

@@ -16,8 +16,9 @@ from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import Sampler, uniform_codes, uniforms
+from stage2_prior.generate import uniform_codes, uniforms
 from stage2_prior.priors.prior_file import PriorHeader
+from stage2_prior.sampler import Sampler
 
 Label = str | int
 """The name of a class, or its number, which may be written as text where no class has it for a name."""
@@ -80,12 +81,16 @@ def draw_images(
     given: Codes | None = None,
     kept: Codes | None = None,
 ) -> tuple[Codes, Tensor]:
-    """Draw and decode `count` samples; without a `sampler`, of the uniform prior. Of `given` codes (N, h, w) a level, those that `kept`
-    marks are taken over.
+    """Draw and decode `count` samples.
 
-    Batch j, of fixed numbers and always of full size, is process j mod P's of the `accelerator`'s: so the result is the same at any number
-    of processes. None: this one draws alone.
-    Returns: codes, int64 (N, h, w) a level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
+    Batch j, of fixed sample numbers and always of full size, goes to rank j mod P of the `accelerator`, so the result does not depend on
+    the number of processes.
+
+    Args:
+        accelerator: None: this process draws alone.
+        sampler: None: the uniform prior.
+        given: codes (N, h, w) per level, of which those that `kept`, masks (h, w) per level, marks are kept.
+    Returns: codes, int64 (N, h, w) per level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
     layout = sampler.layout if sampler is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
     processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
@@ -101,14 +106,14 @@ def draw_images(
             numbers = torch.arange(first + rank * size, first + (rank + 1) * size)
             numbers = numbers.where(numbers < count, 0)
             uniform = uniforms(seed, numbers, layout.length)
-            of_given = None if given is None else tuple(level[numbers] for level in given)
+            batch_given = None if given is None else tuple(level[numbers] for level in given)
             if sampler is None:
                 codes = uniform_codes(layout, uniform)
-                if of_given is not None and kept is not None:
-                    codes = tuple(torch.where(*level) for level in zip(kept, of_given, codes, strict=True))
+                if batch_given is not None and kept is not None:
+                    codes = tuple(torch.where(*level) for level in zip(kept, batch_given, codes, strict=True))
             else:
-                of_labels = None if labels is None else labels[numbers].to(device)
-                codes = sampler(of_labels, uniform, config, of_given, kept)
+                batch_labels = None if labels is None else labels[numbers].to(device)
+                codes = sampler(batch_labels, uniform, config, batch_given, kept)
             codes = tuple(level.to(device) for level in codes)
             found = (layout.flat(codes), to_uint8(tokenizer.decode(codes)))
             found = found if accelerator is None else accelerator.gather(found)

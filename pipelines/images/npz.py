@@ -1,6 +1,6 @@
-"""Arrays in npz files, mapped into memory rather than read: tens of thousands of images take up none of it.
+"""Memory-mapped arrays of npz files: tens of thousands of images take up no memory.
 
-What lies compressed in the file is unpacked, piece by piece, into a temporary one.
+Compressed arrays are unpacked in chunks into a temporary file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 
 from configs.errors import UserError
 
-_PIECE = 2**22
-# Of the header that stands before a member of a zip file: its length, and where in it two numbers of bytes stand that come after it.
+_CHUNK = 2**22  # bytes
+# A zip member's local header: its size, and where the lengths of name and extra field are.
 _LOCAL_HEADER, _LENGTHS = 30, slice(26, 30)
 
 
 def names_in(path: Path, option: str) -> set[str]:
-    """Names of the arrays in an npz file; `option` is what named it, for messages. Errors: UserError for another file."""
+    """Names of the arrays in an npz file; `option` names the file in messages. Errors: UserError if it is no npz file."""
     try:
         with ZipFile(path) as content:
             return {name.removesuffix(".npy") for name in content.namelist()}
@@ -32,10 +32,10 @@ def names_in(path: Path, option: str) -> set[str]:
 
 
 def array_in(path: Path, name: str, option: str) -> np.ndarray:
-    """One array of an npz file, mapped; what is written to it is not written to the file.
+    """Map one array of an npz file, copy-on-write; `option` names the file in messages.
 
-    The file is read through once, so that a damaged one is found out here. Errors: UserError for what is no npz file, has no such array,
-    or one of pickled objects, which are never unpickled; `option` is what named the file.
+    The array is read through once to verify its checksum.
+    Errors: UserError if the file is damaged or no npz file, or if the array is missing or one of pickled objects, never unpickled.
     """
     try:
         return _mapped(path, name)
@@ -51,25 +51,25 @@ def _mapped(path: Path, name: str) -> np.ndarray:
             shape, fortran, dtype = _npy_header(member)
             if dtype.hasobject:
                 raise ValueError(f"{name} of pickled objects")
-            begin = member.tell()
+            start = member.tell()
             size = math.prod(shape) * dtype.itemsize
-            if begin + size != info.file_size:
-                raise ValueError(f"{info.file_size - begin} bytes of {name}, where {dtype} {shape} takes {size}")
+            if start + size != info.file_size:
+                raise ValueError(f"{info.file_size - start} bytes of {name}, where {dtype} {shape} takes {size}")
             if size == 0:
                 return np.empty(shape, dtype)
             order: Literal["F", "C"] = "F" if fortran else "C"
-            # Both read to the member's end, where zipfile compares the checksum.
+            # Both branches read to the member's end, where zipfile verifies the checksum.
             if info.compress_type != ZIP_STORED:
                 with tempfile.TemporaryFile() as unpacked:
-                    shutil.copyfileobj(member, unpacked, _PIECE)
-                    return np.memmap(unpacked, dtype, "c", 0, shape, order)  # goes on when the file is closed
-            while member.read(_PIECE):
+                    shutil.copyfileobj(member, unpacked, _CHUNK)
+                    return np.memmap(unpacked, dtype, "c", 0, shape, order)  # the mapping outlives the closed file
+            while member.read(_CHUNK):
                 pass
-    return np.memmap(path, dtype, "c", _data_offset(path, info) + begin, shape, order)
+    return np.memmap(path, dtype, "c", _data_offset(path, info) + start, shape, order)
 
 
 def _npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran's order, and type."""
+    """Shape, Fortran order, dtype."""
     version = np.lib.format.read_magic(member)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(member)
@@ -79,7 +79,7 @@ def _npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def _data_offset(path: Path, info: ZipInfo) -> int:
-    """Where in a zip file a member's bytes begin."""
+    """Offset of a member's data in a zip file."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         name, extra = struct.unpack("<HH", file.read(_LOCAL_HEADER)[_LENGTHS])

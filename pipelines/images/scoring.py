@@ -50,8 +50,8 @@ def surprisals(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, 
     bits = torch.empty(count, prior.layout.length, dtype=torch.float64)
     with progress_bar(count, description, "img", shown=progress) as bar:
         sources = codes if labels is None else (*codes, labels)
-        for part, found in device_batches(prior.device, BATCH_SIZE, *sources):
-            of_codes, of_labels = found[: len(codes)], None if labels is None else found[-1]
-            bits[part] = -prior.log_prob(of_codes, of_labels).cpu().double() / math.log(2)
+        for part, tensors in device_batches(prior.device, BATCH_SIZE, *sources):
+            batch_codes, batch_labels = tensors[: len(codes)], None if labels is None else tensors[-1]
+            bits[part] = -prior.log_prob(batch_codes, batch_labels).cpu().double() / math.log(2)
             bar.update(part.stop - part.start)
     return bits

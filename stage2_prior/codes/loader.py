@@ -1,4 +1,4 @@
-"""Training codes, micro-step by micro-step; for a GPU, read while it works on those before."""
+"""Training codes of every micro-step, prefetched onto an accelerator."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from stage2_prior.codes.store import CodeStore
 
 
 class CodeBatch(NamedTuple):
-    """A micro-step's codes and what they are of."""
+    """Codes, labels and variants of one micro-step."""
 
     codes: Codes
-    """int64 (b, h, w) a level."""
+    """int64 (b, h, w) per level."""
     labels: Tensor | None
-    """(b,) int64, the number of classes where the label is hidden; None: the prior knows no classes."""
+    """(b,) int64, `num_classes` where label dropout hides the label; None: an unconditional prior."""
     variants: Tensor
-    """(b,) int64, which variant of its image each row is of."""
+    """(b,) int64: augmentation variant of each row."""
 
 
 class CodeLoader:
-    """A process's codes of every micro-step.
+    """Loads this rank's codes for every micro-step.
 
-    Which they are, in which variant, and whose label is hidden, is a function of (seed, step, position in the step's batch): the same
-    whatever the number of processes and threads, and where a training was interrupted.
+    Row, variant and label dropout are a function of (seed, step, position in the step's batch): the same for any number of processes and
+    threads, and after a resume.
     """
 
     def __init__(self, training: CodeStore, num_classes: int, config: Stage2, accelerator: Accelerator, ahead: bool | None = None) -> None:
-        """`num_classes`: those that the prior knows. `ahead`: whether the next codes are read in a thread; None: where that is worth it."""
+        """`num_classes`: of the prior. `ahead`: prefetch in a thread; None: on accelerators."""
         self._training, self._config = training, config
         self._labels = training.labels if num_classes > 0 else None
         self._num_classes = num_classes
@@ -44,13 +44,13 @@ class CodeLoader:
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
 
     def batch(self, step: int, micro_step: int) -> CodeBatch:
-        """The codes of a micro-step, on the process's device. Errors: UserError for a code that the codebook does not have."""
-        variants, *found = self._reader.at(step, micro_step)
-        labels = None if self._labels is None else found.pop()
-        return CodeBatch(tuple(found), labels, variants)
+        """Codes of a micro-step, on this rank's device. Errors: UserError for a code outside the codebook."""
+        variants, *tensors = self._reader.at(step, micro_step)
+        labels = None if self._labels is None else tensors.pop()
+        return CodeBatch(tuple(tensors), labels, variants)
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        """The variants (b,), the codes (b, h, w) of each level, and the labels (b,), if there are such, of a micro-step."""
+        """Read a micro-step: variants (b,), codes (b, h, w) per level, and labels (b,) of a conditional prior."""
         (step, micro_step), config = key, self._config
         rows = self._order.batch(step)
         share = share_of_step(config.batch_size, config.accumulation, micro_step, self._processes, self._rank)

@@ -47,6 +47,15 @@ class SequenceLayout:
         """The level that a position belongs to, 0 for the coarsest."""
         return bisect(list(accumulate(self.lengths)), position)
 
+    def first_position(self, level: int) -> int:
+        """Position of a level's first code."""
+        return sum(self.lengths[:level])
+
+    def level_and_index(self, position: int) -> tuple[int, int]:
+        """(level, index within the level) of a position."""
+        level = self.level_of(position)
+        return level, position - self.first_position(level)
+
     def offset_before(self, position: int) -> int:
         """What turns the code of the position before this one into its token."""
         return self.offsets[self.level_of(position - 1)]

@@ -63,18 +63,18 @@ class Likelihood:
 
 @torch.no_grad()
 def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
-    """The likelihood of those rows' images, each once, whatever the processes; `batch_size` at once on each of them."""
+    """Measure the likelihood of these rows, each counted once at any number of processes; `batch_size` per rank and batch."""
     prior.eval()
     device, known = accelerator.device, store.labels if prior.num_classes > 0 else None
-    # What a process has seen: nats of each position, and of each label's images; how many those are.
+    # Sums of this rank: nats per position, nats and images per label.
     exact = float64_device(device)
     nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=exact)
-    of_labels, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=exact) for _ in range(2))
+    label_nats, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=exact) for _ in range(2))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
-    # Of a prior that is shared out, all processes ask equally often: who has a row less asks for one again, which does not count.
-    asked = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=exact)
-    asked[len(mine) :] = 0
-    mine = torch.cat([mine, rows[: len(asked) - len(mine)]])
+    # All ranks of a sharded prior must run equally many forward passes: a rank with one row fewer repeats a row, at weight 0.
+    row_weights = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=exact)
+    row_weights[len(mine) :] = 0
+    mine = torch.cat([mine, rows[: len(row_weights) - len(mine)]])
 
     def read(part: slice) -> tuple[Tensor, ...]:
         codes = store.codes(mine[part])
@@ -82,17 +82,17 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
 
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
         parts = batches(len(mine), batch_size)
-        for part, read_codes in zip(parts, read_to(device, read, parts), strict=True):
-            codes, labels = (read_codes, None) if known is None else (read_codes[:-1], read_codes[-1])
-            found = as_float64(-prior.log_prob(codes, labels))
-            counted = asked[part]
-            nats += counted @ found
-            index = prior.labels_or_null(labels, len(found)).to(exact)
-            of_labels.index_add_(0, index, counted * found.mean(1))
-            images.index_add_(0, index, counted)
-            bar.update(len(found))
-    totals = summed(accelerator, {"nats": nats, "of_labels": of_labels, "images": images})
-    sums, counts = totals["of_labels"].tolist(), totals["images"].tolist()
+        for part, tensors in zip(parts, read_to(device, read, parts), strict=True):
+            codes, labels = (tensors, None) if known is None else (tensors[:-1], tensors[-1])
+            losses = as_float64(-prior.log_prob(codes, labels))
+            weights = row_weights[part]
+            nats += weights @ losses
+            index = prior.labels_or_null(labels, len(losses)).to(exact)
+            label_nats.index_add_(0, index, weights * losses.mean(1))
+            images.index_add_(0, index, weights)
+            bar.update(len(losses))
+    totals = summed(accelerator, {"nats": nats, "label_nats": label_nats, "images": images})
+    sums, counts = totals["label_nats"].tolist(), totals["images"].tolist()
     return Likelihood(
         images=len(rows),
         positions=(totals["nats"] / len(rows) / math.log(2)).cpu(),

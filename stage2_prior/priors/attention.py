@@ -26,12 +26,12 @@ class KeyValueCache:
     """Keys and values of all positions, preallocated: (B, heads, T, head width) each, in the weights' precision."""
 
     def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
-        # Zeros, because a step of fixed shape multiplies what has not been written yet by a weight of zero.
+        # Zeros: a static-shape step multiplies slots that are not written yet by attention weights of zero.
         self.keys = like.new_zeros(batch, heads, length, head_width)
         self.values = torch.zeros_like(self.keys)
 
     def reset(self) -> None:
-        """Forget the batch before. A NaN among what is masked would spread all the same: a weight of zero times NaN is NaN."""
+        """Zero the cache: a NaN in masked slots would still propagate (0 x NaN = NaN)."""
         self.keys.zero_()
         self.values.zero_()
 
@@ -44,14 +44,16 @@ class CachedAttention(Attention):
         return KeyValueCache(batch, self.heads, length, self.head_width, self.out.weight)
 
     def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """(B, C) of one position to the same shape; its key and value are added to the cache. See `attend`."""
+        """Apply the whole layer to one position, (B, C) to (B, C); appends its key and value to the cache. See `attend`."""
         return of_few_rows(self.out, self.attend(of_few_rows(self.qkv, x), rotation, cache, position))
 
     def attend(self, projected: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """What a position has found in the cache, (B, C), of what `qkv` made of it, (B, 3 C); its key and value are added.
+        """Attend from one position: projected (B, 3 C) to (B, C); appends its key and value to the cache.
 
-        `rotation` (1, d / 2, 2): the position's own. `position` as a number: attends to what the cache holds up to it. As a tensor (1,):
-        to all of it under a mask, the same kernels on the same shapes at every position.
+        Args:
+            projected: query, key and value, the output of `qkv`.
+            rotation: (1, d / 2, 2) of this position.
+            position: an int reads the cache up to it; a tensor (1,) reads all of it under a mask, with the same shapes at every position.
         """
         query, key, value = self._separated(projected[:, None], rotation)
         keys, values = cache.keys, cache.values
@@ -62,13 +64,14 @@ class CachedAttention(Attention):
         else:
             keys.index_copy_(2, position, key)
             values.index_copy_(2, position, value)
-            seen = torch.arange(keys.shape[2], device=keys.device)[None] <= position
-            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+            mask = torch.arange(keys.shape[2], device=keys.device)[None] <= position
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return attended.flatten(1)
 
     def fixed_attend(self, projected: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
-        """`attend` as a CUDA graph can replay it, with the `rotations` (T, d / 2, 2) of all positions. On a GPU it is one kernel, which
-        reads what is filled and nothing else of the cache.
+        """Attend with static shapes, for CUDA graphs; `rotations` (T, d / 2, 2) are of all positions.
+
+        On a GPU one Triton kernel, which reads only the filled part of the cache.
         """
         keys, values = cache.keys, cache.values
         if _ATTEND.usable(keys.device) and keys.dtype == projected.dtype != torch.float64 and rotations.dtype == torch.float32:
@@ -101,7 +104,7 @@ class GridAttention(nn.Module):
         return x + self.attention.step(self.norm(x), rotation, cache, position)
 
     def fixed_step(self, x: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
-        """`step` as a CUDA graph can replay it, with the `rotations` (T, d / 2, 2) of all positions."""
+        """Static-shape `step`, for CUDA graphs; `rotations` (T, d / 2, 2) are of all positions."""
         attention = self.attention
         return x + attention.out(attention.fixed_attend(attention.qkv(self.norm(x)), rotations, cache, position))
 

@@ -1,8 +1,8 @@
 """What every prior is: an autoregressive model of codes, p(level 1) p(level 2 | level 1) ..., each level in raster order.
 
 It sees integers only, never images or files. Training asks for all positions at once (`forward`); sampling asks for one
-position after another (`step`), and a cache holds what the positions before it have left. Both give the same logits; and so do
-`FixedSteps`, whose tensors and shapes stay the same from position to position, so that CUDA graphs can replay them.
+position after another (`step`), and a cache holds what the positions before it have left. Both give the same logits, and so do
+`FixedSteps`: the same steps with static shapes, for CUDA graphs.
 """
 
 from __future__ import annotations
@@ -69,52 +69,47 @@ class VariantEmbedding(nn.Embedding):
 
 @dataclass(frozen=True)
 class FixedBatch:
-    """A batch's tensors, the same ones for every batch and position, filled anew."""
+    """Preallocated input tensors of a sampling batch, overwritten in place so that a CUDA graph can read them."""
 
     sequences: Tensor
-    """(B, T) int64: codes; those before the position are read."""
+    """(B, T) int64 codes; only those before the current position are read."""
     labels: Tensor
-    """(R,) int64: of each row that is computed. R is B, or 2 B under guidance, where rows r and B + r share their codes."""
+    """(R,) int64 class labels. R = B, or 2 B under guidance, where rows r and B + r share their codes."""
     position: Tensor
-    """(1,) int64: the position whose logits are wanted, plus `first`."""
+    """(1,) int64: current position, counted over all levels."""
     first: int = 0
-    """Where these sequences begin in those that `position` counts in."""
+    """Offset of these sequences in the full sequence (a prior of one level sees only its own)."""
 
-    def here(self) -> Tensor:
-        """(1,): the position in `sequences`."""
+    def local_position(self) -> Tensor:
+        """(1,) position within `sequences`."""
         return self.position - self.first if self.first else self.position
 
     def shared(self, codes: Tensor) -> Tensor:
-        """Codes (B, ...) as each row has them, (R, ...)."""
+        """Repeat codes (B, ...) for all rows, (R, ...)."""
         copies = len(self.labels) // len(codes)
         return codes if copies == 1 else torch.cat([codes] * copies)
 
 
 class FixedSteps(ABC):
-    """A prior's steps over a `FixedBatch`. All state is in tensors made here, never in what a step leaves."""
+    """One-position steps on a `FixedBatch` with static shapes. State lives in tensors allocated once, as CUDA graphs require."""
 
     def __init__(self, batch: FixedBatch) -> None:
         self.batch = batch
 
     @abstractmethod
     def prepare(self, position: int, above: Codes = ()) -> None:
-        """What precedes the step of that position and is no part of it: at a level's first, what the batch before has left is forgotten,
-        and the levels above are looked at (codes (R, h, w) of those that are given to the prior, `above`). In eager mode.
+        """Eager work before a position's step: at a level's first position, reset the caches and embed the levels above.
+
+        `above`: codes (R, h, w) per level above that the prior is conditioned on.
         """
 
     @abstractmethod
     def phase(self, position: int) -> Hashable:
-        """Positions of one phase have one step: same kernels, same shapes, same tensors."""
+        """Key of the graph for this position; positions with equal keys run the same kernels on the same tensors."""
 
     @abstractmethod
     def logits(self, phase: Hashable) -> Tensor:
-        """Logits (R, K) of the batch's position, which is of that phase; as a CUDA graph needs it: the host reads nothing."""
-
-
-def place(layout: SequenceLayout, position: int) -> tuple[int, int]:
-    """Of a position: its level, and its number within the level."""
-    level = layout.level_of(position)
-    return level, position - sum(layout.lengths[:level])
+        """Logits (R, K) at the current position, which has this phase. Capturable: no host synchronisation."""
 
 
 class AutoregressivePrior(nn.Module, ABC):
@@ -159,7 +154,7 @@ class AutoregressivePrior(nn.Module, ABC):
         """
 
     def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
-        """Its steps over those tensors; None: it has nothing but `step`, and no CUDA graphs are made of it."""
+        """Static-shape steps for CUDA graphs; None if this kind has only `step`."""
         return None
 
     def begin_from(self, vectors: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""CUDA graphs: what is launched again and again in the same way, replayed by one launch."""
+"""Capture functions as CUDA graphs and replay them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 class CaptureError(RuntimeError):
-    """What was to be captured cannot be; run it as it is."""
+    """Raised when a function cannot be captured as a CUDA graph; run it eagerly instead."""
 
 
 @contextmanager
 def _capturing() -> Iterator[None]:
-    """Errors: CaptureError in place of any but too little memory."""
+    """Turn every error except out-of-memory into CaptureError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -24,43 +24,46 @@ def _capturing() -> Iterator[None]:
 
 
 class Graphs:
-    """Graphs of functions on one GPU, each captured at its second run.
+    """CUDA graphs of functions on one GPU, each captured at its second run.
 
-    A function's first run is an ordinary one, at which libraries set themselves up and kernels are compiled, which a graph may not hold.
-    All that a function leaves for later must be in tensors made outside it: graphs share the memory of what they make.
+    The first run is eager: it initialises libraries and compiles kernels, which is not allowed during a capture.
+    Results that outlive a run must be written to tensors allocated outside: graphs share one memory pool.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """`device`: that of all tensors, whichever is the current one. Errors: CaptureError if it has no graphs."""
+        """`device`: of all tensors; need not be the current device. Errors: CaptureError if it has no CUDA graphs."""
         self._device = device
         with _capturing():
-            # That of torch.cuda.graph would be of the device that was current when it was first used.
+            # torch.cuda.graph's default stream belongs to whichever device was current at its first use.
             self._stream = torch.cuda.Stream(device)
             self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
-        """Run a function, which is the same one for each key. Errors: CaptureError if it cannot be captured; it has not run then."""
+        """Run `function`: eagerly the first time, captured the second, replayed after. `key` must always name the same function.
+
+        Errors: CaptureError if it cannot be captured; it has not run then.
+        """
         with torch.cuda.device(self._device):
             if key not in self._graphs:
                 self._first_run(function)
                 self._graphs[key] = None
                 return
-            graph = self._graphs[key] or self._captured(function)
+            graph = self._graphs[key] or self._capture(function)
             self._graphs[key] = graph
             graph.replay()
 
     def _first_run(self, function: Callable[[], None]) -> None:
-        """On the stream that captures, so that libraries make their workspaces there."""
+        """Run eagerly on the capture stream, so that libraries allocate their workspaces there."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             function()
         current.wait_stream(self._stream)
 
-    def _captured(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Restores the stream, which torch.cuda.graph does not where a capture fails. Other threads may go on allocating.
+        # Restores the stream if a capture fails, which torch.cuda.graph does not; other threads may allocate during a capture.
         with (
             _capturing(),
             torch.cuda.stream(torch.cuda.current_stream(self._device)),

@@ -15,7 +15,7 @@ from configs.parts import as_dict
 from configs.schema import PriorPart, prior_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, place
+from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +95,26 @@ class Levelwise(AutoregressivePrior):
     def step(self, code: Tensor | None, labels: Tensor | None, cache: LevelwiseCache) -> Tensor:
         if code is not None:
             cache.codes[:, cache.position - 1] = code
-        level = self.layout.level_of(cache.position)
+        level, index = self.layout.level_and_index(cache.position)
         part = self.parts[level]
-        if cache.position == sum(self.layout.lengths[:level]):
+        if index == 0:
             cache.of_level, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
         cache.position += 1
         return part.step(code, labels, cache.of_level)
 
     @override
     def fixed_steps(self, batch: FixedBatch) -> LevelwiseSteps | None:
-        parts, first = [], 0
-        for part, length in zip(self.parts, self.layout.lengths, strict=True):
+        parts = []
+        for level, (part, length) in enumerate(zip(self.parts, self.layout.lengths, strict=True)):
+            first = self.layout.first_position(level)
             sequences = batch.sequences[:, first : first + length]
             parts.append(part.fixed_steps(FixedBatch(sequences, batch.labels, batch.position, batch.first + first)))
-            first += length
-        found = [part for part in parts if part is not None]
-        return LevelwiseSteps(self.layout, batch, found) if len(found) == len(parts) else None
+        steps = [part for part in parts if part is not None]
+        return LevelwiseSteps(self.layout, batch, steps) if len(steps) == len(parts) else None
 
 
 class LevelwiseSteps(FixedSteps):
-    """The steps of all levels' priors over a `FixedBatch`; a phase is a level, and a phase of its prior."""
+    """Static-shape steps of all levels' priors, level after level; a phase is (level, phase of that level's prior)."""
 
     def __init__(self, layout: SequenceLayout, batch: FixedBatch, parts: Sequence[FixedSteps]) -> None:
         super().__init__(batch)
@@ -122,16 +122,16 @@ class LevelwiseSteps(FixedSteps):
 
     @override
     def prepare(self, position: int, above: Codes = ()) -> None:
-        level, own = place(self._layout, position)
-        codes = self._layout.grids_of(self.batch.shared(self.batch.sequences))[:level] if own == 0 else ()
-        self._parts[level].prepare(own, codes)
+        level, index = self._layout.level_and_index(position)
+        codes = self._layout.grids_of(self.batch.shared(self.batch.sequences))[:level] if index == 0 else ()
+        self._parts[level].prepare(index, codes)
 
     @override
     def phase(self, position: int) -> tuple[int, Hashable]:
-        level, own = place(self._layout, position)
-        return level, self._parts[level].phase(own)
+        level, index = self._layout.level_and_index(position)
+        return level, self._parts[level].phase(index)
 
     @override
     def logits(self, phase: Any) -> Tensor:
-        level, own = phase
-        return self._parts[level].logits(own)
+        level, level_phase = phase
+        return self._parts[level].logits(level_phase)

@@ -29,7 +29,7 @@ from stage1_vqvae.attention import rotations
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import GridAttention
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding, place
+from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.upper_levels import UpperLevels
 
 _FIRST_KERNEL = 7
@@ -257,9 +257,8 @@ class PixelCNNCache:
         return logits
 
     def _coordinates(self, position: int) -> tuple[int, int, int]:
-        level = self._prior.layout.level_of(position)
-        width = self._prior.layout.grids[level][1]
-        return level, *divmod(position - sum(self._prior.layout.lengths[:level]), width)
+        level, index = self._prior.layout.level_and_index(position)
+        return level, *divmod(index, self._prior.layout.grids[level][1])
 
     def _note(self, code: Tensor) -> None:
         level, row, column = self._coordinates(self._position - 1)
@@ -279,14 +278,15 @@ class RowState:
         self._left = [context.new_zeros(batch, layer.reach - 1 + w, width) for layer in layers]
         # A window (reach, C) of those inputs is one stretch of memory, so the convolution is one matrix product.
         self._kernels = [layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1) for layer in layers]  # (reach C, 2 C)
-        # What the vertical stack tells the horizontal one, of this row.
+        # Vertical-to-horizontal features of the current row, one tensor per layer.
         self._down = [context.new_zeros(batch, w, 2 * width) for _ in layers]
         self._attended = [None if layer.attention is None else layer.attention.new_cache(batch, h * w) for layer in layers]
         self._row: int | Tensor = 0
 
     def begin_row(self, row: int | Tensor, codes_above: Tensor | None) -> None:
-        """The vertical stack's row, from the codes (B, w) of the row above it; None above the first. The row as a tensor (1,), here and
-        with a position: the same kernels at every row, which is what a CUDA graph can replay.
+        """Advance the vertical stack to a row, from the codes (B, w) of the row above; None at the first row.
+
+        A `row` given as a tensor (1,), here and in `next_position`, makes every row run the same kernels, so that a CUDA graph can replay.
         """
         network, self._row = self._network, row
         x = _selected(network.positions[0], row).expand(len(self._left[0]), -1, -1)
@@ -302,7 +302,7 @@ class RowState:
             down.copy_(layer.down(above) + to_horizontal + layer.horizontal.bias)
 
     def next_position(self, column: int, code_left: Tensor | None, row: int | Tensor | None = None) -> Tensor:
-        """Logits (B, K) of a position, from the code (B,) to its left; None if there is none. `row`: None is the last begun."""
+        """Logits (B, K) of a position, from the code (B,) to its left, or None. `row`: None means the row last begun."""
         network, row = self._network, self._row if row is None else row
         x = _selected(network.positions[1, :, column], row).expand(len(self._left[0]), -1)
         if code_left is not None:
@@ -322,7 +322,7 @@ class RowState:
         return network.head(x)
 
     def restart(self, context: Tensor) -> None:
-        """Forget the level's codes, and begin again under another context of the same shape."""
+        """Clear the row state for a new batch and set its context, of the same shape as before."""
         self._context.copy_(context)
         for state in (*self._above, *self._left):
             state.zero_()
@@ -332,13 +332,14 @@ class RowState:
 
 
 def _selected(x: Tensor, index: int | Tensor, axis: int = 0) -> Tensor:
-    """`x` at an index of an axis, which is then gone: a number's, or that of a tensor (1,)."""
+    """`x.select(axis, index)`, also for a (1,) index tensor."""
     return x.select(axis, index) if isinstance(index, int) else x.index_select(axis, index).squeeze(axis)
 
 
 class PixelCNNSteps(FixedSteps):
-    """A PixelCNN's steps over a `FixedBatch`. A phase is a level and a column, whose step at the first column also begins the row; the
-    first row's first position, which has nothing before it, is a phase of its own.
+    """Static-shape steps of a PixelCNN.
+
+    A phase is (level, column, whether it is the level's first position, which has no code before it); column 0 also begins a row.
     """
 
     def __init__(self, prior: PixelCNN, batch: FixedBatch) -> None:
@@ -351,26 +352,26 @@ class PixelCNNSteps(FixedSteps):
 
     @override
     def prepare(self, position: int, above: Codes = ()) -> None:
-        level, own = place(self._prior.layout, position)
-        if own == 0:
+        level, index = self._prior.layout.level_and_index(position)
+        if index == 0:
             codes = self._prior.layout.grids_of(self.batch.shared(self.batch.sequences))[:level]
             self._states[level].restart(self._prior.networks[level].context((*above, *codes), self.batch.labels))
 
     @override
     def phase(self, position: int) -> tuple[int, int, bool]:
-        level, own = place(self._prior.layout, position)
-        return level, own % self._prior.layout.grids[level][1], own == 0
+        level, index = self._prior.layout.level_and_index(position)
+        return level, index % self._prior.layout.grids[level][1], index == 0
 
     @override
     def logits(self, phase: Any) -> Tensor:
         level, column, first = phase
         layout, network, state = self._prior.layout, self._prior.networks[level], self._states[level]
-        start, width, here = sum(layout.lengths[:level]), layout.grids[level][1], self.batch.here()
-        row = (here - (start + column)) // width
+        width, position = layout.grids[level][1], self.batch.local_position()
+        row = (position - (layout.first_position(level) + column)) // width
         if column == 0:
-            above = here - width + torch.arange(width, device=here.device)
+            above = position - width + torch.arange(width, device=position.device)
             state.begin_row(row, None if first else self.batch.shared(self.batch.sequences.index_select(1, above)))
         left = None
         if column or (network.wraps and not first):
-            left = self.batch.shared(self.batch.sequences.index_select(1, here - 1)[:, 0])
+            left = self.batch.shared(self.batch.sequences.index_select(1, position - 1)[:, 0])
         return state.next_position(column, left, row)

@@ -1,7 +1,7 @@
-"""GPU kernels of a sampling step, in Triton: embedding, attention to the cache, and the MLP's gated product.
+"""Triton kernels of a sampling step: embedding, attention over the cache, and the MLP's gated product.
 
-The plain lines beside their callers (transformer.py, attention.py) are their fallback and their reference. The position is read from device
-memory, so that one CUDA graph serves all positions.
+The PyTorch operators beside their calls in transformer.py and attention.py are their fallback and reference. The position is read from
+device memory, so that one CUDA graph serves all positions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_EPSILON = tl.constexpr(1e-5)  # torch's, of layer normalisation
+_EPSILON = tl.constexpr(1e-5)  # torch's default for layer normalisation
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _embed(
     classes,  # (labels, C)
     labels,  # (R,)
     positions,  # (T, C)
-    above,  # (R, T, C), or anything
+    above,  # (R, T, C); unused unless GIVEN
     position,  # (1,)
     embedded,  # (R, C)
     batch,
@@ -34,24 +34,24 @@ def _embed(
     PADDED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    here = tl.load(position)
+    current = tl.load(position)
     channels = tl.arange(0, PADDED)
     inside = channels < width
-    if here == 0:
+    if current == 0:
         x = tl.load(start + channels, mask=inside, other=0.0).to(tl.float32)
     else:
-        token = tl.load(sequences + (row % batch) * stride + here - 1) + tl.load(offsets + here - 1)
+        token = tl.load(sequences + (row % batch) * stride + current - 1) + tl.load(offsets + current - 1)
         x = tl.load(tokens + token * width + channels, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(classes + tl.load(labels + row) * width + channels, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(positions + here * width + channels, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(positions + current * width + channels, mask=inside, other=0.0).to(tl.float32)
     if GIVEN:
-        x += tl.load(above + (row * length + here) * width + channels, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(above + (row * length + current) * width + channels, mask=inside, other=0.0).to(tl.float32)
     tl.store(embedded + row * width + channels, x.to(embedded.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _turned(start, cosine, sine, pairs, inside, width: tl.constexpr):
-    """The head (d,) at `start`, normalised, its pairs turned."""
+def _rotated_head(start, cosine, sine, pairs, inside, width: tl.constexpr):
+    """Layer-normalised, rotated head (d,) loaded from `start`."""
     even = tl.load(start + 2 * pairs, mask=inside, other=0.0).to(tl.float32)
     odd = tl.load(start + 2 * pairs + 1, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(even + odd, 0) / width
@@ -77,42 +77,42 @@ def _attend(
     BLOCK: tl.constexpr,
 ):
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    here = tl.load(position).to(tl.int32)
+    current = tl.load(position).to(tl.int32)
     pairs, channels, slots = tl.arange(0, HALF), tl.arange(0, 2 * HALF), tl.arange(0, BLOCK)
     inside, filled = pairs < width // 2, channels < width
-    cosine = tl.load(rotations + here * width + 2 * pairs, mask=inside, other=0.0)
-    sine = tl.load(rotations + here * width + 2 * pairs + 1, mask=inside, other=0.0)
+    cosine = tl.load(rotations + current * width + 2 * pairs, mask=inside, other=0.0)
+    sine = tl.load(rotations + current * width + 2 * pairs + 1, mask=inside, other=0.0)
     start = projected + (row * 3 * heads + head) * width
-    query = _turned(start, cosine, sine, pairs, inside, width) * scale
-    # What the cache holds, and what is attended to here, are of one rounding.
-    key = _turned(start + heads * width, cosine, sine, pairs, inside, width).to(keys.dtype.element_ty)
+    query = _rotated_head(start, cosine, sine, pairs, inside, width) * scale
+    # Attend to the key as it is rounded in the cache.
+    key = _rotated_head(start + heads * width, cosine, sine, pairs, inside, width).to(keys.dtype.element_ty)
     value = tl.load(start + 2 * heads * width + channels, mask=filled, other=0.0)
     cache = (row * heads + head) * length * width
-    tl.store(keys + cache + here * width + channels, key, mask=filled)
-    tl.store(values + cache + here * width + channels, value, mask=filled)
-    own = tl.sum(query * key.to(tl.float32), 0)
-    # Each slot of a block has a softmax of its own, of every BLOCK-th position; they are joined once, at the end. So a block of the cache
-    # costs no exchange between threads but that of its scores. Only what is filled is read: the rest may hold anything, even NaN.
-    largest = tl.zeros((BLOCK,), tl.float32) + own
+    tl.store(keys + cache + current * width + channels, key, mask=filled)
+    tl.store(values + cache + current * width + channels, value, mask=filled)
+    current_score = tl.sum(query * key.to(tl.float32), 0)
+    # Each slot of a block runs an online softmax over every BLOCK-th position, and the slots are merged once, at the end. So a block needs
+    # no reduction across threads except for its scores. Only filled slots are read: the others may hold anything, even NaN.
+    largest = tl.zeros((BLOCK,), tl.float32) + current_score
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, 2 * HALF), tl.float32)
-    for first in tl.range(0, here, BLOCK, num_stages=2):
-        before = first + slots < here
-        there = cache + (first + slots)[:, None] * width + channels[None, :]
-        read = before[:, None] & filled[None, :]
-        of_keys = tl.load(keys + there, mask=read, other=0.0).to(tl.float32)
-        of_values = tl.load(values + there, mask=read, other=0.0).to(tl.float32)
-        scores = tl.where(before, tl.sum(of_keys * query[None, :], 1), float("-inf"))
+    for first in tl.range(0, current, BLOCK, num_stages=2):
+        before = first + slots < current
+        offsets = cache + (first + slots)[:, None] * width + channels[None, :]
+        mask = before[:, None] & filled[None, :]
+        block_keys = tl.load(keys + offsets, mask=mask, other=0.0).to(tl.float32)
+        block_values = tl.load(values + offsets, mask=mask, other=0.0).to(tl.float32)
+        scores = tl.where(before, tl.sum(block_keys * query[None, :], 1), float("-inf"))
         larger = tl.maximum(largest, scores)
-        weights, shrunk = tl.exp(scores - larger), tl.exp(largest - larger)
-        total = total * shrunk + weights
-        mixed = mixed * shrunk[:, None] + weights[:, None] * of_values
+        weights, rescale = tl.exp(scores - larger), tl.exp(largest - larger)
+        total = total * rescale + weights
+        mixed = mixed * rescale[:, None] + weights[:, None] * block_values
         largest = larger
     top = tl.max(largest, 0)
-    shrunk, alone = tl.exp(largest - top), tl.exp(own - top)
-    found = tl.sum(mixed * shrunk[:, None], 0) + alone * value.to(tl.float32)
-    found = found / (tl.sum(total * shrunk, 0) + alone)
-    tl.store(attended + (row * heads + head) * width + channels, found.to(attended.dtype.element_ty), mask=filled)
+    rescale, current_weight = tl.exp(largest - top), tl.exp(current_score - top)
+    result = tl.sum(mixed * rescale[:, None], 0) + current_weight * value.to(tl.float32)
+    result = result / (tl.sum(total * rescale, 0) + current_weight)
+    tl.store(attended + (row * heads + head) * width + channels, result.to(attended.dtype.element_ty), mask=filled)
 
 
 @triton.jit
@@ -133,15 +133,15 @@ def _gate(
     gated, raised = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, width, DEPTH):
         channels = first + tl.arange(0, DEPTH)
-        here = (rows < count)[:, None] & (channels < width)[None, :]
-        there = (columns < outputs)[None, :] & (channels < width)[:, None]
-        part = tl.load(x + rows[:, None] * width + channels[None, :], mask=here, other=0.0)
-        weights = columns[None, :] * width + channels[:, None]
-        gated = tl.dot(part, tl.load(gate + weights, mask=there, other=0.0), gated)
-        raised = tl.dot(part, tl.load(up + weights, mask=there, other=0.0), raised)
-    found = gated / (1 + tl.exp(-gated)) * raised
-    here = (rows < count)[:, None] & (columns < outputs)[None, :]
-    tl.store(hidden + rows[:, None] * outputs + columns[None, :], found.to(hidden.dtype.element_ty), mask=here)
+        x_mask = (rows < count)[:, None] & (channels < width)[None, :]
+        weight_mask = (columns < outputs)[None, :] & (channels < width)[:, None]
+        x_block = tl.load(x + rows[:, None] * width + channels[None, :], mask=x_mask, other=0.0)
+        offsets = columns[None, :] * width + channels[:, None]
+        gated = tl.dot(x_block, tl.load(gate + offsets, mask=weight_mask, other=0.0), gated)
+        raised = tl.dot(x_block, tl.load(up + offsets, mask=weight_mask, other=0.0), raised)
+    result = gated / (1 + tl.exp(-gated)) * raised
+    mask = (rows < count)[:, None] & (columns < outputs)[None, :]
+    tl.store(hidden + rows[:, None] * outputs + columns[None, :], result.to(hidden.dtype.element_ty), mask=mask)
 
 
 def embed(
@@ -155,22 +155,22 @@ def embed(
     above: Tensor | None,
     position: Tensor,
 ) -> Tensor:
-    """What goes into the first layer at a position, (R, C): see `TransformerSteps`, whose tensors these are.
+    """Input of the first layer at a position, (R, C); see `TransformerSteps`.
 
     Args:
-        sequences: (B, T) int64, of which R is a multiple: row r reads sequence r mod B.
-        offsets: (T,) int64: what makes a token of each position's code.
-        tokens, start, classes, positions: the embeddings, (codes, C), (C,), (labels, C), (T, C).
+        sequences: (B, T) int64 codes; R is a multiple of B, and row r reads sequence r mod B.
+        offsets: (T,) int64, token minus code at each position.
+        tokens, start, classes, positions: embeddings, (tokens, C), (C,), (labels, C), (T, C).
         labels: (R,) int64.
-        above: (R, T, C), added if there are levels above.
+        above: (R, T, C) features of the levels above; None: there are none.
         position: (1,) int64.
     """
     rows, width = len(labels), tokens.shape[1]
     embedded = tokens.new_empty(rows, width)
-    given = embedded if above is None else above
+    above_or_unused = embedded if above is None else above
     with torch.cuda.device_of(tokens):
         _embed[(rows,)](
-            *(sequences, offsets, tokens, start, classes, labels, positions, given, position, embedded),
+            *(sequences, offsets, tokens, start, classes, labels, positions, above_or_unused, position, embedded),
             *(len(sequences), sequences.stride(0), len(positions), width),
             GIVEN=above is not None,
             PADDED=triton.next_power_of_2(width),
@@ -179,7 +179,7 @@ def embed(
 
 
 def attend(projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """`CachedAttention.attend` at a position (1,): (R, C) of the projected (R, 3 C); key and value go into the caches (R, heads, T, d)."""
+    """Attend from a position (1,): projected (R, 3 C) to (R, C); writes its key and value to the caches (R, heads, T, d)."""
     rows, heads, length, width = keys.shape
     attended = projected.new_empty(rows, heads * width)
     half = triton.next_power_of_2(width // 2)
@@ -190,14 +190,14 @@ def attend(projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, p
             width=width,
             HALF=half,
             BLOCK=block,
-            # 16 numbers of the keys a thread.
+            # 16 key elements per thread.
             num_warps=max(1, min(8, block * half // 256)),
         )
     return attended
 
 
 def gate(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    """silu(gate x) * (up x), (R, H) of (R, C), with both products in one pass over x."""
+    """silu(gate x) * (up x), (R, C) to (R, H), both products in one pass over x."""
     (count, width), outputs = x.shape, len(gate_weight)
     hidden = x.new_empty(count, outputs)
     rows = min(128, max(16, triton.next_power_of_2(count)))
@@ -208,7 +208,7 @@ def gate(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
             COLUMNS=64,
             DEPTH=64,
             num_warps=8 if rows == 128 else 4,
-            # Three times 32 KiB fit into the shared memory of every GPU that has bf16.
+            # 3 stages of 32 KiB fit the shared memory of every GPU with bf16.
             num_stages=3,
         )
     return hidden

@@ -162,8 +162,8 @@ class Transformer(AutoregressivePrior):
         level, row, column = self.coordinates.unbind(1)
         return self.level(level) + self.row(row) + self.column(column)
 
-    def _told(self, above: Codes) -> Tensor | None:
-        """(B, T, C): what each position is told of the levels above, by their codes."""
+    def _upper_level_features(self, above: Codes) -> Tensor | None:
+        """(B, T, C) features of the levels above at each position, from their codes; None without levels above."""
         return None if self.above is None else self.above(above, self.rotations).flatten(1, 2)
 
     @override
@@ -175,8 +175,8 @@ class Transformer(AutoregressivePrior):
         given = self.label(self.labels_or_null(labels, batch))
         if variants is not None and self.variant is not None:
             given = given + self.variant(variants)
-        told = self._told(codes[: self.levels.start])
-        x = self.dropout(x + given[:, None] if told is None else x + given[:, None] + told)
+        above = self._upper_level_features(codes[: self.levels.start])
+        x = self.dropout(x + given[:, None] if above is None else x + given[:, None] + above)
         for block in self.blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, self.rotations, use_reentrant=False)
@@ -192,7 +192,7 @@ class Transformer(AutoregressivePrior):
     @override
     def new_cache(self, batch: int, above: Codes = ()) -> TransformerCache:
         layers = [block.attention.new_cache(batch, self.layout.length) for block in self.blocks]
-        return TransformerCache(layers, self._embedded_positions(), self._told(above))
+        return TransformerCache(layers, self._embedded_positions(), self._upper_level_features(above))
 
     @override
     def step(self, code: Tensor | None, labels: Tensor | None, cache: TransformerCache) -> Tensor:
@@ -208,7 +208,7 @@ class Transformer(AutoregressivePrior):
         return TransformerSteps(self, batch)
 
     def last_features(self, x: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
-        """What the last layer leaves at a position, (B, C), from code and label embedded, (B, C)."""
+        """Features (B, C) of the last layer at a position, from the sum (B, C) of its code and label embeddings."""
         at = slice(position, position + 1) if isinstance(position, int) else position
         x = x + cache.embedded_positions[at]
         if cache.above is not None:
@@ -220,10 +220,9 @@ class Transformer(AutoregressivePrior):
 
 
 class TransformerSteps(FixedSteps):
-    """A transformer's steps over a `FixedBatch`; a phase is a level.
+    """Static-shape steps of a transformer; a phase is a level.
 
-    On a GPU a layer is three kernels beside its matrix products: two normalisations, and what is between the products of attention. The
-    residual is added to within the products, the MLP's gate is applied within its own.
+    Per layer: three kernels besides the matrix products (two norms, fused attention); residuals and gate are fused into the products.
     """
 
     def __init__(self, prior: Transformer, batch: FixedBatch) -> None:
@@ -241,9 +240,9 @@ class TransformerSteps(FixedSteps):
             return
         for layer in self._layers:
             layer.reset()
-        told = self._prior._told(above)
-        if self._above is not None and told is not None:
-            self._above.copy_(told)
+        features = self._prior._upper_level_features(above)
+        if self._above is not None and features is not None:
+            self._above.copy_(features)
 
     @override
     def phase(self, position: int) -> int:
@@ -251,7 +250,7 @@ class TransformerSteps(FixedSteps):
 
     @override
     def logits(self, phase: Any) -> Tensor:
-        prior, position = self._prior, self.batch.here()
+        prior, position = self._prior, self.batch.local_position()
         x = self._embedded(position)
         for block, cache in zip(prior.blocks, self._layers, strict=True):
             attention, mlp = block.attention, block.mlp
@@ -261,7 +260,7 @@ class TransformerSteps(FixedSteps):
         return prior._logits(x, phase)
 
     def _embedded(self, position: Tensor) -> Tensor:
-        """(R, C): the code before the position, the label, the position, and what it is told of the levels above."""
+        """(R, C): sum of the previous code's, label, position and upper-level embeddings."""
         prior, batch = self._prior, self.batch
         if _EMBED.usable(position.device) and prior.start.dtype != torch.float64:
             embeddings = prior.token.weight, prior.start, prior.label.weight, batch.labels, self._positions, self._above
@@ -333,7 +332,7 @@ class SwiGLU(nn.Module):
         return of_few_rows(self.out, F.silu(of_few_rows(self.gate, x)).mul_(of_few_rows(self.up, x)))
 
     def fixed_hidden(self, x: Tensor) -> Tensor:
-        """What `out` is given, (B, H) of (B, C), without gradient; on a GPU with weights of 16 bits, one product."""
+        """Gated hidden activations (B, H) of (B, C), without gradient; one Triton kernel with 16-bit weights."""
         if _GATE.usable(x.device) and x.element_size() == 2:
             hidden = _GATE(x, self.gate.weight, self.up.weight)
             if hidden is not None:

@@ -1,7 +1,7 @@
-"""Sampling's GPU kernels in Triton's interpreter, against the plain lines in float64; in a process of their own, as the interpreter needs.
+"""Checks sampling's Triton kernels in Triton's interpreter against PyTorch operators in float64; the interpreter needs its own process.
 
-Prints, as JSON, what a code by a transformer of 12 layers launches. (The interpreter multiplies
-matrices of bfloat16 wrongly; float16, which it can, is compiled the same way.)
+Prints as JSON the launches per code of a transformer of 12 layers. (The interpreter multiplies bfloat16 matrices wrongly, so the checks
+use float16, which is compiled the same way.)
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from stage1_vqvae.attention import rotations
 from stage1_vqvae.training.kernels import Kernel
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.draw_kernel import draw_code
-from stage2_prior.generate import _DRAW, Sampler, draw, generate, guided, uniforms, warp
+from stage2_prior.generate import draw, generate, guided, uniforms, warp
 from stage2_prior.priors.attention import _ATTEND, CachedAttention
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
 from stage2_prior.priors.levelwise import build_level
 from stage2_prior.priors.step_kernels import attend, gate
 from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
+from stage2_prior.sampler import _DRAW, Sampler
 
-# Dispatched, but no launch: views and memory.
+# Dispatched operators that launch nothing: views and allocations.
 _NO_LAUNCH = {"view", "t", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "expand", "split_with_sizes"} | {
     *("empty", "new_empty", "_unsafe_view", "permute", "split", "as_strided", "unbind", "view_as_complex", "view_as_real", "promote_types")
 }
@@ -42,7 +43,7 @@ _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "gate"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts what a GPU would be given to do: operators by name, and Triton's launches."""
+    """Counts the launches of a GPU: operators by name, and Triton kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def launches() -> Iterator[Counter[str]]:
-    """Also of kernels, which are not run: what they would leave does not matter here."""
+    """Count launches, without running the Triton kernels: their results do not matter here."""
     plain = interpreter.GridExecutor.__call__
 
     def launch(self: Any, *_: Any, **__: Any) -> None:
@@ -73,7 +74,7 @@ def launches() -> Iterator[Counter[str]]:
 
 @contextmanager
 def reads_of(*tensors: Tensor) -> Iterator[Counter[int]]:
-    """Bytes that kernels load from each of those tensors."""
+    """Count the bytes that kernels load from each of these tensors, by its index."""
     plain, counts = interpreter.InterpreterBuilder.create_masked_load, Counter[int]()
 
     def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -92,7 +93,7 @@ def reads_of(*tensors: Tensor) -> Iterator[Counter[int]]:
 
 @contextmanager
 def kernels_on_the_cpu(usable: bool = True) -> Iterator[None]:
-    """As if this were a GPU; or as if there were no Triton."""
+    """Run Triton kernels on CPU tensors; or, not `usable`, behave as without Triton."""
     plain, Kernel.usable = Kernel.usable, lambda self, device: usable and not self._failed  # type: ignore[method-assign]
     try:
         yield
@@ -102,7 +103,7 @@ def kernels_on_the_cpu(usable: bool = True) -> Iterator[None]:
 
 
 def check_attention() -> None:
-    """Odd head widths and batches, at the first, some and the last position; what is not filled yet is NaN, and stays out."""
+    """Odd head widths and batches at the first, some and the last position; unfilled slots hold NaN, which must not be read."""
     for (rows, heads, width, length), dtype in itertools.product(
         [(3, 1, 8, 5), (1, 1, 64, 41), (1, 3, 12, 18), (1, 1, 96, 18)], [torch.float32, torch.bfloat16]
     ):
@@ -126,8 +127,8 @@ def check_attention() -> None:
             for mine, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
                 assert torch.allclose(mine[:, :, : position + 1].double(), theirs[:, :, : position + 1], atol=tolerance, rtol=tolerance)
                 assert mine[:, :, position + 1 :].isnan().all()
-            # Exactly what the positions before have left.
-            assert set(read.values()) <= {rows * heads * position * width * projected.element_size()}
+            # Exactly the keys and the values of the earlier positions.
+            assert [read[0], read[1]] == [rows * heads * position * width * projected.element_size()] * 2
 
 
 def check_gate() -> None:
@@ -138,7 +139,7 @@ def check_gate() -> None:
 
 
 def check_draw() -> None:
-    """At uniforms of 0 and next to 1 too; codes without probability are never drawn; what is kept stays; NaN is noted."""
+    """Also at uniforms of 0 and just below 1; codes of zero probability are never drawn; kept codes stay; NaN is reported."""
     batch = 9
     for num_codes, scale, temperature in itertools.product((1, 7, 4099), (None, 1.7), (0.0, 0.7)):
         rows = batch if scale is None else 2 * batch
@@ -161,7 +162,7 @@ def check_draw() -> None:
         above = cumulative.gather(1, found)
         below = above - probabilities.gather(1, found)
         assert ((below <= uniform[:, 1:] + 1e-12) & (above >= uniform[:, 1:] - 1e-12)).all() or temperature == 0
-        # Next to 1 the order of the sum decides among codes of no weight.
+        # Just below 1 the order of summation decides among codes of negligible probability.
         exact = torch.arange(batch) if temperature == 0 else torch.tensor([0, 1, 2, *range(6, batch)])
         assert torch.equal(found[exact, 0], draw(probabilities, uniform[:, 1])[exact])
         assert not failed.any()
@@ -181,7 +182,7 @@ def small(layout: SequenceLayout, given: bool = False) -> AutoregressivePrior:
 
 
 def check_whole_samples() -> None:
-    """Every kernel together: a sampler draws as the eager steps do in float64, over two levels, with guidance, odd batches, kept codes."""
+    """All kernels together draw the codes of eager float64 steps: two levels, guidance, an odd batch, kept codes."""
     layout = SequenceLayout([(1, 2), (1, 3)], [4, 6])
     prior = small(layout)
     labels, config = torch.arange(3), Sampling(guidance=2.0, guidance_schedule="linear", temperature=0.8)
@@ -195,7 +196,7 @@ def check_whole_samples() -> None:
 
 
 def check_steps_below_a_level() -> None:
-    """The logits of a level's transformer that is given another one, against the full pass in float64."""
+    """Logits of a transformer conditioned on a level above, against its full forward pass in float64."""
     layout = SequenceLayout([(1, 2), (1, 3)], [4, 6])
     prior = small(layout, given=True)
     codes = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
@@ -212,12 +213,12 @@ def check_steps_below_a_level() -> None:
 
 
 def counted(prior: Transformer, config: Sampling, usable: bool) -> Counter[str]:
-    """What a code of a batch of 1 launches, from the second position on."""
+    """Launches per code at batch size 1, from the second position on."""
     with kernels_on_the_cpu(usable):
         sampler = Sampler(prior, graphs=True)
         steps = sampler._steps_for(torch.zeros(1), 1, config)
         steps._steps.prepare(0)
-        steps._drawn.fill_(1)
+        steps._to_draw.fill_(1)
         steps._position.fill_(1)
         with launches() as counts:
             steps._advance(0)
@@ -225,7 +226,7 @@ def counted(prior: Transformer, config: Sampling, usable: bool) -> Counter[str]:
 
 
 def eager(prior: Transformer, config: Sampling) -> Counter[str]:
-    """The same by `generate`: a code more, between two lengths, is one step more."""
+    """Launches per code of `generate`: the difference between sequences of 3 and of 2 codes."""
     totals = []
     for length in (2, 3):
         prior.layout = SequenceLayout([(1, length)], prior.layout.num_codes)
@@ -238,8 +239,8 @@ def eager(prior: Transformer, config: Sampling) -> Counter[str]:
 def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    # As a graph would, without one.
-    import stage2_prior.generate as sampling
+    # Graphs replaced by eager calls.
+    import stage2_prior.sampler as sampling
 
     class EagerGraphs:
         def __init__(self, device: torch.device) -> None:
@@ -251,7 +252,7 @@ def main() -> None:
     sampling.Graphs = EagerGraphs  # type: ignore[misc, assignment]
     for check in (check_attention, check_gate, check_draw, check_whole_samples, check_steps_below_a_level):
         check()
-    # The layers of LlamaGen's B. Width and codes change nothing about how often something is launched.
+    # LlamaGen-B's number of layers; width and codebook size do not change the number of launches.
     prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), 3).eval().requires_grad_(False)
     for parameter in prior.parameters():
         parameter.data = parameter.data.half()

@@ -216,7 +216,7 @@ def test_another_reference_is_used_and_named(run_copy: Path) -> None:
 
 
 def small_inception(*_: object, **__: object) -> FeatureNetwork:
-    """In Inception's place: linear maps of an image's pixels to 6 features, 3 logits and 5 numbers for sFID."""
+    """Stand-in for Inception: linear maps of an image's pixels to 6 features, 3 logits and 5 spatial features."""
     maps = torch.randn(8 * 12 * 3, 14, generator=torch.Generator().manual_seed(0)) / 100
 
     def spatial(pixels: torch.Tensor) -> tuple[Features, torch.Tensor]:
@@ -239,7 +239,7 @@ def random_images(count: int, seed: int, brightest: int = 256) -> np.ndarray:
 
 @pytest.mark.usefixtures("with_small_inception")
 def test_a_reference_file_gives_adms_figures(run_copy: Path, tmp_path: Path) -> None:
-    """FID and sFID by the file's statistics, of more images than are in it, by which precision and recall are."""
+    """FID and sFID use the file's statistics, of more images than it holds; precision and recall use its images."""
     whole, samples = random_images(200, 0), random_images(30, 1, 200)
     network = small_inception()
     assert network.spatial is not None
@@ -321,7 +321,7 @@ def test_the_balance_of_classes_is_counted(labels: torch.Tensor, classes: int, w
 
 
 def test_what_sample_writes_is_of_adms_layout(run_copy: Path, tmp_path: Path) -> None:
-    """So that its own program can read it: arr_0, uint8 (N, H, W, 3), labels in turns."""
+    """ADM's evaluator can read it: arr_0, uint8 (N, H, W, 3), labels in turns."""
     sample(["--run", str(run_copy), "--n", "5", "--npz"])
     with np.load(run_copy / "samples/000/samples.npz", allow_pickle=False) as written:
         assert list(written) == ["arr_0"]

@@ -100,7 +100,7 @@ def test_a_label_by_name_or_number(run_copy: Path) -> None:
 def test_the_device_decides_on_the_precision(
     run_copy: Path, device: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What would be chosen there; the weights stay on this machine. Likelihoods and bytes have weights that nobody has narrowed."""
+    """Default precision per device, with the weights on the CPU; likelihoods and coding keep full-precision weights."""
     for name, load in (("load_prior", load_prior), ("load_tokenizer", load_tokenizer)):
         monkeypatch.setattr(f"pipelines.generator.{name}", lambda *given, load=load: load(*given[:-1]))
     monkeypatch.setattr("pipelines.generator.default_precision", lambda device: {"cpu": "float64", "cuda": "bfloat16"}[device.type])

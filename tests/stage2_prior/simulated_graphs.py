@@ -1,6 +1,6 @@
-"""CUDA graphs without a GPU: operators are captured with the very tensors that they were called with, and a replay calls them again.
+"""CUDA graphs without a GPU: a capture records operators with their tensors, and a replay calls them again.
 
-As a real capture, it executes nothing (what it wrote is put back, what it made is spoiled), and refuses what the host would wait for.
+Like a real capture it executes nothing (written tensors are restored, new ones overwritten), and it rejects host synchronisation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# The host reads a tensor, or sends one.
+# Operators that synchronise with or copy from the host.
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh"}
 
 
 class SimulatedGraph:
-    """In place of `torch.cuda.CUDAGraph`."""
+    """Stand-in for `torch.cuda.CUDAGraph`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
@@ -66,13 +66,13 @@ class _Capture(TorchDispatchMode):
 
 
 class SimulatedCuda:
-    """What was asked of `torch.cuda`, in order, and the graphs that were captured."""
+    """Requests made to `torch.cuda`, in order, and the captured graphs."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.graphs: list[SimulatedGraph] = []
         self.error: Exception | None = None
-        """What the next captures fail with."""
+        """Error that the next captures raise; None: they succeed."""
         self._devices: list[torch.device] = []
 
     @property
@@ -102,7 +102,7 @@ class SimulatedCuda:
 
 
 class SimulatedStream:
-    """In place of `torch.cuda.Stream`; all work is in order anyway."""
+    """Stand-in for `torch.cuda.Stream`; all work runs in order anyway."""
 
     def __init__(self, device: torch.device | None) -> None:
         self.device = device
@@ -119,7 +119,7 @@ def _on_stream(stream: SimulatedStream) -> Iterator[None]:
 
 @pytest.fixture
 def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedCuda:
-    """Graphs and streams of `torch.cuda`, on this machine's tensors."""
+    """Replace the graphs and streams of `torch.cuda` by stand-ins on CPU tensors."""
     simulated = SimulatedCuda()
     for name, stand_in in (
         ("Stream", simulated.stream),

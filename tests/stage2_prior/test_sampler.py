@@ -1,4 +1,4 @@
-"""Sampling by CUDA graphs, simulated: the codes of plain steps for every kind of prior, a replay a position, on the prior's own device."""
+"""Sampling by simulated CUDA graphs: the codes of eager steps for every kind of prior, one replay per position, on the prior's device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import Sampler, default_precision, generate, in_bfloat16, uniforms
+from stage2_prior.generate import default_precision, generate, in_bfloat16, uniforms
 from stage2_prior.priors.attention import KeyValueCache
 from stage2_prior.priors.contract import FixedBatch
 from stage2_prior.priors.cuda_graphs import Graphs
 from stage2_prior.priors.pixelcnn import PixelCNN
+from stage2_prior.sampler import Sampler
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
 from tests.stage2_prior.simulated_graphs import SimulatedCuda, simulated_cuda
 
@@ -31,22 +32,22 @@ def equal(codes: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
 
 
 def spoil(state: Any) -> int:
-    """NaN in all that steps keep from position to position, as a batch that went wrong would leave it; how many tensors that are."""
+    """Fill all state that steps keep between positions with NaN, as a failed batch leaves it; returns the number of tensors."""
     if isinstance(state, Tensor):
         if state.dtype.is_floating_point:
             state.fill_(torch.nan)
         return int(state.dtype.is_floating_point)
     if isinstance(state, list | tuple):
         return sum(map(spoil, state))
-    # Weights, and what is made of them.
+    # Weights and tensors derived from them are no state.
     kept = {name: value for name, value in getattr(state, "__dict__", {}).items() if name not in ("_positions", "_kernels", "batch")}
     return 0 if isinstance(state, nn.Module | SequenceLayout) else sum(map(spoil, kept.values()))
 
 
 @kinds
 @layouts
-def test_graphs_draw_the_codes_of_plain_steps(kind: str, layout: SequenceLayout, simulated_cuda: SimulatedCuda) -> None:
-    """Guidance on a schedule, kept codes, labels or none, sizes that come and go; whatever NaN the batch before has left."""
+def test_graphs_draw_the_codes_of_eager_steps(kind: str, layout: SequenceLayout, simulated_cuda: SimulatedCuda) -> None:
+    """With scheduled guidance, kept codes, labels or none, changing batch sizes, and NaN left by the batch before."""
     prior = build(kind, layout).double()
     sampler = Sampler(prior, graphs=True)
     rising = Sampling(guidance=2.5, guidance_schedule="cosine", temperature=0.8)
@@ -67,8 +68,8 @@ def test_graphs_draw_the_codes_of_plain_steps(kind: str, layout: SequenceLayout,
 
 @kinds
 @layouts
-def test_steps_of_fixed_shape_have_the_logits_of_the_steps(kind: str, layout: SequenceLayout) -> None:
-    """Also where each code is read by two rows, as under guidance."""
+def test_static_shape_steps_have_the_logits_of_eager_steps(kind: str, layout: SequenceLayout) -> None:
+    """Also where two rows share their codes, as under guidance."""
     prior = build(kind, layout).double()
     codes, labels = random_codes(layout, 3), torch.tensor([0, 4, 2, 5, 5, 5])
     batch = FixedBatch(layout.flat(codes), labels, torch.zeros(1, dtype=torch.int64))
@@ -84,7 +85,7 @@ def test_steps_of_fixed_shape_have_the_logits_of_the_steps(kind: str, layout: Se
 
 @kinds
 def test_a_position_is_one_replay(kind: str, simulated_cuda: SimulatedCuda) -> None:
-    """From the third batch on nothing is captured any more, and nothing runs outside of graphs but what precedes a level."""
+    """From the third batch on nothing is captured, and only the preparation of a level runs outside graphs."""
     layout = LAYOUTS["top and bottom"]
     prior = build(kind, layout)
     sampler = Sampler(prior, graphs=True)
@@ -99,7 +100,7 @@ def test_a_position_is_one_replay(kind: str, simulated_cuda: SimulatedCuda) -> N
 
 
 @kinds
-def test_what_is_not_finite_is_told_and_the_next_batch_is_drawn(kind: str, simulated_cuda: SimulatedCuda) -> None:
+def test_non_finite_probabilities_are_reported_and_the_next_batch_is_drawn(kind: str, simulated_cuda: SimulatedCuda) -> None:
     layout = LAYOUTS["one level"]
     prior = build(kind, layout).double()
     sampler, labels, uniform = Sampler(prior, graphs=True), torch.arange(2), uniforms(0, torch.arange(2), layout.length)
@@ -113,7 +114,7 @@ def test_what_is_not_finite_is_told_and_the_next_batch_is_drawn(kind: str, simul
         assert equal(sampler(labels, uniform, config), generate(prior, labels, uniform, config))
 
 
-def test_where_a_capture_fails_sampling_goes_on_without(
+def test_sampling_continues_without_graphs_if_a_capture_fails(
     simulated_cuda: SimulatedCuda, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = LAYOUTS["one level"]
@@ -122,7 +123,7 @@ def test_where_a_capture_fails_sampling_goes_on_without(
     simulated_cuda.error = RuntimeError("operation not permitted\nwhen stream is capturing")
     for _ in range(2):
         assert equal(sampler(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
-    assert capsys.readouterr().out == "warning: sampling goes on without CUDA graphs (RuntimeError: operation not permitted)\n"
+    assert capsys.readouterr().out == "warning: sampling without CUDA graphs (RuntimeError: operation not permitted)\n"
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "Stream", lambda device: torch.zeros(1).view(2))
         assert equal(Sampler(prior, graphs=True)(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
@@ -132,7 +133,7 @@ def test_where_a_capture_fails_sampling_goes_on_without(
         Sampler(prior, graphs=True)(None, uniform, Sampling())
 
 
-def test_a_prior_with_nothing_but_steps_is_drawn_from_all_the_same(
+def test_a_prior_without_static_shape_steps_is_sampled_eagerly(
     simulated_cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = LAYOUTS["top and bottom"]
@@ -140,12 +141,12 @@ def test_a_prior_with_nothing_but_steps_is_drawn_from_all_the_same(
     for kind in ("pixelcnn", "levelwise"):
         prior, uniform = build(kind, layout).double(), uniforms(0, torch.arange(2), layout.length)
         assert equal(Sampler(prior, graphs=True)(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
-        assert "no steps of fixed shape" in capsys.readouterr().out
+        assert "does not support them" in capsys.readouterr().out
     assert not simulated_cuda.graphs
 
 
 def test_graphs_are_captured_on_the_second_device(simulated_cuda: SimulatedCuda) -> None:
-    """Whichever is current: stream and capture are of the device that is named, and other threads may go on allocating."""
+    """Whichever device is current, stream and capture use the named one; other threads may allocate meanwhile."""
     second, counter = torch.device("cuda", 1), torch.zeros(1)
     graphs = Graphs(second)
 
@@ -161,8 +162,8 @@ def test_graphs_are_captured_on_the_second_device(simulated_cuda: SimulatedCuda)
     assert [graph.replays for graph in simulated_cuda.graphs] == [2]
 
 
-def test_a_captured_step_may_not_wait_for_the_host(simulated_cuda: SimulatedCuda) -> None:
-    """What the simulation is worth: a step that reads its position, or one that leaves something in a variable, is found out."""
+def test_a_captured_step_may_not_synchronise_with_the_host(simulated_cuda: SimulatedCuda) -> None:
+    """The simulation rejects a step that reads its position on the host."""
     position = torch.zeros(1, dtype=torch.int64)
 
     def waits() -> None:
@@ -178,7 +179,7 @@ def test_a_captured_step_may_not_wait_for_the_host(simulated_cuda: SimulatedCuda
 @layouts
 @torch.no_grad()
 def test_bfloat16_is_the_prior_in_fewer_bits(kind: str, layout: SequenceLayout) -> None:
-    """Weights, keys and values have 16 bits, angles 32; logits are those of float32 to within their rounding, and codes are drawn."""
+    """Weights, keys and values have 16 bits, rotary angles 32; logits agree with float32 to rounding, and codes are valid."""
     prior = build(kind, layout)
     narrow = in_bfloat16(prior)
     assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
@@ -187,13 +188,14 @@ def test_bfloat16_is_the_prior_in_fewer_bits(kind: str, layout: SequenceLayout) 
     caches = []
     plain = KeyValueCache.__init__
 
-    def noted(self: KeyValueCache, *arguments: Any) -> None:
+    def recorded(self: KeyValueCache, *arguments: Any) -> None:
         plain(self, *arguments)
         caches.append(self)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(KeyValueCache, "__init__", noted)
+        patched.setattr(KeyValueCache, "__init__", recorded)
         codes = generate(narrow, torch.arange(3), uniforms(0, torch.arange(3), layout.length), Sampling(guidance=1.5))
+    assert caches or kind != "transformer"
     assert all(cache.keys.dtype == cache.values.dtype == torch.bfloat16 for cache in caches)
     assert all(0 <= int(level.min()) <= int(level.max()) < k for level, k in zip(codes, layout.num_codes, strict=True))
     for found, expected in zip(narrow(codes, torch.arange(3)), prior(codes, torch.arange(3)), strict=True):

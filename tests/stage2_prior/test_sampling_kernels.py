@@ -1,4 +1,4 @@
-"""Sampling's GPU kernels, without a GPU: right in Triton's interpreter, few launches, and compiled without spilling a register."""
+"""Sampling's Triton kernels without a GPU: correct in the interpreter, few launches, compiled without register spills."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from configs.run_dir import REPOSITORY
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="comes with torch's CUDA builds")
 
 
-def test_kernels_compute_what_the_plain_lines_do_and_a_code_takes_few_launches() -> None:
-    """Launches beside matrix products, of a transformer of 12 layers: at most 40 a code, three a layer."""
+def test_kernels_agree_with_pytorch_and_a_code_takes_few_launches() -> None:
+    """Launches besides matrix products of a transformer of 12 layers: at most 40 per code, three per layer."""
     program = REPOSITORY / "tests/launched/sampling_kernels.py"
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, cwd=REPOSITORY, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -32,7 +32,7 @@ def test_kernels_compute_what_the_plain_lines_do_and_a_code_takes_few_launches()
     assert counts["eager"]["others"] > 150
 
 
-# Of LlamaGen's B at a batch of 256 with guidance, and of the widest and narrowest heads; types of what is no constant.
+# Argument types and constants for LlamaGen-B at batch 256 with guidance, and for other head widths.
 _ATTEND = {"projected": "*{}", "rotations": "*fp32", "keys": "*{}", "values": "*{}", "position": "*i64", "attended": "*{}"}
 _LENGTHS = {"length": "i32", "scale": "fp32"}
 _CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
@@ -61,7 +61,7 @@ _CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
     ),
     "draw": (
         "draw_kernel._draw",
-        {"logits": "*bf16", "uniforms": "*fp64", "scales": "*fp64", "drawn": "*i32", "temperatures": "*fp64", "position": "*i64"}
+        {"logits": "*bf16", "uniforms": "*fp64", "scales": "*fp64", "to_draw": "*i32", "temperatures": "*fp64", "position": "*i64"}
         | {"sequences": "*i64", "failed": "*i32", "batch": "i32", "num_codes": "i32", "length": "i32"},
         {"GUIDED": True, "GREEDY": False, "WIDE": False, "BLOCK": 2048, "BLOCKS": 8},
         8,
@@ -72,8 +72,8 @@ _REGISTERS = {"attend 64 bf16": 72, "attend 64 fp32": 80, "attend 128 bf16": 72,
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", _CASES)
-def test_kernels_compile_without_spilling_a_register(case: str, capability: int, tmp_path: Path) -> None:
-    """By Triton's own compiler, which needs no GPU; shared memory is what every GPU with bf16 has."""
+def test_kernels_compile_without_register_spills(case: str, capability: int, tmp_path: Path) -> None:
+    """Triton's compiler needs no GPU; shared memory stays within that of every GPU with bf16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -85,7 +85,7 @@ def test_kernels_compile_without_spilling_a_register(case: str, capability: int,
     module, function = name.split(".")
     kernel: Any = getattr({"step_kernels": step_kernels, "draw_kernel": draw_kernel}[module], function)
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    # Those sizes are multiples of 16, as memory's addresses are.
+    # Sizes and addresses that are multiples of 16.
     aligned = [number for number, argument in enumerate(kernel.arg_names) if types.get(argument, "fp32") != "fp32"]
     source = ASTSource(kernel, signature, constants, attrs={(number,): [["tt.divisibility", 16]] for number in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})

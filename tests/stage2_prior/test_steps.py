@@ -1,4 +1,4 @@
-"""A prior and what is trained with it."""
+"""Training state of a prior."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def test_likelihoods_are_full_float32_where_networks_train_in_another(kind: str)
     compute = Compute(mixed_precision="bf16", threads=1)
     parts = begun(start(compute), prior, Stage2(), compute)
     assert torch.equal(parts.average.model.eval().log_prob(codes, labels), expected)
-    assert not torch.equal(parts.model(codes, labels)[0], parts.average.model(codes, labels)[0])  # that one trains in bf16
+    assert not torch.equal(parts.model(codes, labels)[0], parts.average.model(codes, labels)[0])  # the first runs in bf16

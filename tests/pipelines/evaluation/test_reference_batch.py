@@ -1,4 +1,4 @@
-"""Figures beside ADM's reference batches: against numpy, by the definitions alone."""
+"""Metrics against ADM's reference batches, compared with their definitions in numpy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SHAPE = (8, 12, 3)
 
 
 def frechet_by_definition(first: np.ndarray, second: np.ndarray) -> float:
-    """Of vectors (N, D). Of covariances A^T A and B^T B, the eigenvalues of the product are squares of the singular values of A B^T,
-    which is as small as the sets are.
+    """Fréchet distance of vectors (N, D). For covariances A^T A and B^T B, the eigenvalues of the product are the squared singular values
+    of A B^T, a matrix no larger than the sets.
     """
     sets = [vectors.astype(np.float64) for vectors in (first, second)]
     means = [vectors.mean(0) for vectors in sets]
@@ -32,7 +32,7 @@ def frechet_by_definition(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def inception_score_by_definition(logits: np.ndarray, part: int) -> float:
-    """exp of the mean of KL(p(y | x) || p(y)), over each part of the images in their order, averaged."""
+    """Mean over consecutive parts of the images of exp(mean KL(p(y | x) || p(y)))."""
     scores = []
     for start in range(0, len(logits), part):
         some = logits[start : start + part].astype(np.float64)
@@ -43,14 +43,14 @@ def inception_score_by_definition(logits: np.ndarray, part: int) -> float:
 
 
 def share_inside(points: np.ndarray, centres: np.ndarray) -> float:
-    """The share of points in a ball about some centre that reaches to its third nearest other centre."""
+    """Share of points within a ball around some centre, whose radius is the distance to its third nearest other centre."""
     between = np.linalg.norm(centres[:, None] - centres, axis=2)
     radii = np.sort(between + np.diag(np.full(len(centres), np.inf)), axis=1)[:, 2]
     return float((np.linalg.norm(points[:, None] - centres, axis=2) <= radii).any(1).mean())
 
 
 def random_features(count: int, seed: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pooled, spatial and logits of Inception's shapes, in one another's neighbourhood."""
+    """Pooled features, spatial features and logits of Inception's shapes, near one another."""
     draws = np.random.default_rng(seed)
     pooled, spatial = (
         np.abs(draws.standard_normal((count, 5)) @ np.random.default_rng(width).standard_normal((5, width)) + shift)
@@ -75,7 +75,7 @@ def features(vectors: np.ndarray, logits: np.ndarray) -> Features:
     return Features(torch.from_numpy(vectors), torch.from_numpy(logits))
 
 
-def test_all_figures_at_inceptions_shapes_are_those_of_the_definitions() -> None:
+def test_metrics_at_inceptions_shapes_agree_with_their_definitions() -> None:
     reference, samples = random_features(40, 0), random_features(50, 1, shift=0.2)
     comparison = BatchComparison(batch(None, None), features(reference[0], reference[2]), moments_of(reference[1]), CPU)
     found = comparison.figures(features(samples[0], samples[2]), moments_of(samples[1]))
@@ -92,8 +92,8 @@ def small(count: int, seed: int, width: int = 6) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32) * (1 + seed) + seed
 
 
-def test_statistics_of_the_file_go_before_those_of_its_images() -> None:
-    """They are of a whole data set, the images a part of it for precision and recall."""
+def test_statistics_of_the_file_take_precedence_over_those_of_its_images() -> None:
+    """The statistics are of a whole data set; its images, used for precision and recall, are a part of it."""
     whole, part, samples = small(200, 0), small(200, 0)[:20], small(30, 1)
     logits = np.zeros((30, 3), np.float32)
     statistics = moments_of(whole).gaussian()
@@ -104,7 +104,7 @@ def test_statistics_of_the_file_go_before_those_of_its_images() -> None:
     assert found["inception_score"] == pytest.approx(1)
 
 
-def test_without_images_or_spatial_statistics_figures_are_left_out_and_it_is_said() -> None:
+def test_missing_images_or_spatial_statistics_leave_metrics_out_with_a_note() -> None:
     pooled = moments_of(small(20, 0)).gaussian()
     of_pooled = batch(pooled, None)
     found = BatchComparison(of_pooled, None, None, CPU).figures(features(small(9, 1), small(9, 1)), moments_of(small(9, 1)))
@@ -115,7 +115,7 @@ def test_without_images_or_spatial_statistics_figures_are_left_out_and_it_is_sai
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (50,), (30, 1, 19), (1,) * 50])
-def test_moments_are_numpys_however_the_vectors_come(sizes: tuple[int, ...]) -> None:
+def test_moments_agree_with_numpy_for_any_batch_sizes(sizes: tuple[int, ...]) -> None:
     vectors = small(sum(sizes), 3, width=4) + 1000  # far from zero, where sums of squares would cancel
     found = Moments(CPU)
     for block in torch.from_numpy(vectors).split(list(sizes)):
@@ -132,7 +132,7 @@ def test_one_vector_has_no_covariance() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(60, 80), (4, 80), (4, 3)])
-def test_on_other_devices_the_same_fréchet_distance_is_computed_as_on_a_cpu(first: int, second: int) -> None:
+def test_accelerators_compute_the_fréchet_distance_of_a_cpu(first: int, second: int) -> None:
     """Also where there are fewer vectors than dimensions."""
     vectors = [torch.from_numpy(small(count, seed)) for seed, count in enumerate((first, second))]
     gaussians = [Moments.of(of_set, CPU).gaussian() for of_set in vectors]
@@ -143,10 +143,10 @@ def test_on_other_devices_the_same_fréchet_distance_is_computed_as_on_a_cpu(fir
 
 
 @pytest.mark.parametrize("part", [1, 7, 20, 100])
-def test_the_ordered_inception_score_takes_parts_as_they_come(part: int) -> None:
+def test_the_ordered_inception_score_takes_consecutive_parts(part: int) -> None:
     logits = np.random.default_rng(0).standard_normal((20, 9)).astype(np.float32) * 5
     assert ordered_inception_score(torch.from_numpy(logits), part) == pytest.approx(inception_score_by_definition(logits, part))
-    sure = 200 * torch.eye(8).repeat(5, 1)  # where shares underflow to zero
+    sure = 200 * torch.eye(8).repeat(5, 1)  # probabilities underflow to zero
     assert ordered_inception_score(sure, 40) == pytest.approx(8)
 
 

@@ -1,4 +1,4 @@
-"""Arrays of npz files: what numpy reads, mapped; and files that are damaged or would be dangerous."""
+"""Memory-mapped arrays of npz files agree with numpy; damaged and dangerous files are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_arrays_are_numpys(save: Callable[..., None], tmp_path: Path) -> None:
         assert found.dtype == array.dtype
         assert np.array_equal(found, array)
     found = array_in(tmp_path / "some.npz", "arr_0", "--some")
-    found[:] = 0  # in memory alone
+    found[:] = 0  # not written to the file
     assert np.array_equal(array_in(tmp_path / "some.npz", "arr_0", "--some"), ARRAYS["arr_0"])
 
 
@@ -61,7 +61,7 @@ def test_an_array_takes_no_memory(save: Callable[..., None], tmp_path: Path) -> 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.nbytes == 1000 * 256 * 256
-    assert peak < 20e6  # a few pieces
+    assert peak < 20e6  # a few chunks
 
 
 class Harmful:
@@ -97,7 +97,7 @@ KINDS = ["cut short", "a changed byte", "pickled objects", "a pickle", "fewer by
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "no arr_0", "an npy", "nothing"])
-def test_what_is_no_such_file_is_refused_and_never_executed(kind: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused_and_never_executed(kind: str, tmp_path: Path) -> None:
     damaged(kind, tmp_path / "some.npz")
     with pytest.raises(UserError, match=r"--some .*some\.npz: expected an npz file with arr_0, found: .") as raised:
         array_in(tmp_path / "some.npz", "arr_0", "--some")

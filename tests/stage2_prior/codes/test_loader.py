@@ -1,4 +1,4 @@
-"""Training codes: which a step has, at whatever number of processes and threads."""
+"""Training codes of a step, at any number of processes and threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS, CLASSES = 20, 3
 
 @pytest.fixture
 def store(tmp_path: Path) -> CodeStore:
-    """Two levels of codes that say which row, variant and level they are."""
+    """Two levels of codes that encode their row, variant and level."""
     manifest = Manifest(
         split="train",
         rows=ROWS,
@@ -48,7 +48,7 @@ def loader(store: CodeStore, rank: int = 0, processes: int = 1, ahead: bool | No
 
 
 def steps(found: CodeLoader, first: int = 0) -> list[CodeBatch]:
-    """What each micro-step has, from a step on."""
+    """Batches of all micro-steps from step `first` on."""
     return [found.batch(step, micro_step) for step in range(first, 6) for micro_step in range(2)]
 
 
@@ -58,7 +58,7 @@ def equal(one: CodeBatch, other: CodeBatch) -> bool:
 
 
 def test_codes_labels_and_variants_belong_together(store: CodeStore) -> None:
-    """And every row is in its place of the order, once an epoch."""
+    """Each row appears at its place in the order, once per epoch."""
     order, hidden = DataOrder(ROWS, CONFIG.batch_size, CONFIG.seed), 0
     found = steps(loader(store))
     for step in range(6):

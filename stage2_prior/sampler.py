@@ -1,0 +1,142 @@
+"""Sampling batch after batch from one prior, on a GPU by CUDA graphs: one launch per position, which includes guidance, warp and draw.
+
+The codes are those of `generate` in generate.py, up to rounding; where graphs cannot be captured, `generate` itself draws them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import say
+from configs.schema import Sampling
+from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.kernels import Kernel
+from stage1_vqvae.training.precision import full_precision, ieee_float32
+from stage2_prior.generate import check_finite, draw_position, generate, guidance_scales
+from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
+from stage2_prior.priors.cuda_graphs import CaptureError, Graphs
+
+
+def _load_draw() -> Callable[..., Any]:
+    from stage2_prior.draw_kernel import draw_code
+
+    return draw_code
+
+
+_DRAW = Kernel("drawing", _load_draw)
+
+
+class Sampler:
+    """Draws batches from a prior with fixed weights; on a GPU one CUDA graph launch per position.
+
+    Graphs are specific to batch size, temperature, top_k, top_p, min_p and guidance on or off; only the latest set is kept. Another size
+    is captured again instead of padded: below float64, codes depend on the batch size, and must not depend on earlier batches.
+    """
+
+    def __init__(self, prior: AutoregressivePrior, graphs: bool | None = None) -> None:
+        """`prior`: in eval mode. `graphs`: whether to use CUDA graphs; None: if the prior is on a CUDA device."""
+        self.prior, self.layout = prior, prior.layout
+        self._graphs = prior.device.type == "cuda" if graphs is None else graphs
+        self._key: Hashable = None
+        self._steps: _GraphedSteps | None = None
+        # One batch at a time: graphs read and write shared buffers.
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(
+        self, labels: Tensor | None, uniform: Tensor, config: Sampling, given: Codes | None = None, kept: Codes | None = None
+    ) -> Codes:
+        """Draw one batch; arguments, result and errors as in `generate`."""
+        # Weights in float32 were asked for, and a graph keeps the arithmetic it was captured in.
+        with self._lock, ieee_float32(self.prior.device):
+            try:
+                if self._graphs:
+                    return self._steps_for(labels, len(uniform), config).draw(labels, uniform, config, given, kept)
+            except CaptureError as error:
+                self._graphs, self._steps = False, None
+                say(f"warning: sampling without CUDA graphs ({error})")
+            return generate(self.prior, labels, uniform, config, given, kept)
+
+    def _steps_for(self, labels: Tensor | None, batch: int, config: Sampling) -> _GraphedSteps:
+        """Reuse the graphs of the last batch if its settings match, otherwise build new ones."""
+        guides = labels is not None and config.guidance != 1
+        key = batch, guides, config.temperature, config.top_k, config.top_p, config.min_p
+        if self._steps is None or key != self._key:
+            self._steps = None  # free their memory before new ones are allocated
+            self._steps, self._key = _GraphedSteps(self.prior, batch, guides, config), key
+        return self._steps
+
+
+class _GraphedSteps:
+    """Buffers and graphs for batches of one size and one set of sampling settings."""
+
+    def __init__(self, prior: AutoregressivePrior, batch: int, guides: bool, config: Sampling) -> None:
+        """Errors: CaptureError for a prior without static-shape steps."""
+        device, length = prior.device, prior.layout.length
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self._prior, self._config, self._guides = prior, config, guides
+        self._sequences, self._uniform = zeros(batch, length, dtype=torch.int64), zeros(batch, length, dtype=torch.float64)
+        self._labels = zeros(2 * batch if guides else batch, dtype=torch.int64)
+        self._scales, self._to_draw = zeros(length, dtype=torch.float64), zeros(length, dtype=torch.int32)
+        self._temperature = torch.full((1,), config.temperature or 1.0, dtype=torch.float64, device=device)
+        self._position, self._failed = zeros(1, dtype=torch.int64), zeros(batch, dtype=torch.int32)
+        steps = prior.fixed_steps(FixedBatch(self._sequences, self._labels, self._position))
+        if steps is None:
+            raise CaptureError("this kind of prior does not support them")
+        self._steps, self._graphs = steps, Graphs(device)
+
+    def draw(self, labels: Tensor | None, uniform: Tensor, config: Sampling, given: Codes | None, kept: Codes | None) -> Codes:
+        """Draw one batch of this size; see `generate`."""
+        assert not self._prior.training
+        assert (given is None) == (kept is None)
+        layout, batch = self._prior.layout, len(self._sequences)
+        self._labels.fill_(self._prior.num_classes)
+        if labels is not None:
+            self._labels[:batch] = labels
+        self._uniform.copy_(uniform)
+        self._scales.copy_(torch.tensor(guidance_scales(config, layout.length), dtype=torch.float64))
+        self._to_draw.fill_(1)
+        self._sequences.zero_()
+        if given is not None and kept is not None:
+            self._to_draw.copy_(~layout.flat(kept)[0])
+            self._sequences.copy_(layout.flat(given))
+        self._position.zero_()
+        self._failed.zero_()
+        for position in range(layout.length):
+            self._steps.prepare(position)
+            phase = self._steps.phase(position)
+            self._graphs.run(phase, partial(self._advance, phase))
+        # The only host synchronisation of the batch.
+        check_finite(not bool(self._failed.any()), config)
+        return layout.grids_of(self._sequences.clone())
+
+    def _advance(self, phase: Hashable) -> None:
+        """Draw the code at the current position and move on by one."""
+        self._draw(self._steps.logits(phase))
+        self._position += 1
+
+    def _draw(self, logits: Tensor) -> None:
+        """Draw the current code: one Triton kernel without top_k, top_p and min_p, PyTorch operators with them."""
+        config, position = self._config, self._position
+        untruncated = not 0 < config.top_k < logits.shape[1] and config.top_p == 1 and config.min_p == 0
+        if untruncated and _DRAW.usable(logits.device):
+            scales = self._scales if self._guides else None
+            settings = scales, self._to_draw, self._temperature, config.temperature == 0
+            if _DRAW(logits, self._uniform, *settings, position, self._sequences, self._failed) is not None:
+                return
+        logits = full_precision(logits)
+        scale = self._scales.index_select(0, position).to(logits.dtype) if self._guides else None
+        code, finite = draw_position(logits, self._uniform.index_select(1, position)[:, 0], config, scale)
+        to_draw = self._to_draw.index_select(0, position) != 0
+        self._failed |= to_draw & ~finite
+        code = torch.where(to_draw, code, self._sequences.index_select(1, position)[:, 0])
+        self._sequences.index_copy_(1, position, code[:, None])
