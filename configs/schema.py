@@ -335,8 +335,8 @@ class Compute:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the networks in training, by autocast. Null: fp16 or bf16 as `accelerate config` or `accelerate launch` say; if they
     say nothing, or no, which `accelerate launch` also hands on if nobody said anything: bf16 on a GPU that has it, otherwise float32. On
-    such a GPU all other float32 products are TF32 (10 of 23 bits), but for the nearest-code search and likelihoods. `no` is exact: full
-    float32 everywhere. Extraction and decoding are float32 in any case."""
+    such a GPU all other float32 products are TF32 (10 of 23 bits), but for the nearest-code search, likelihoods and evaluation. `no` is
+    exact: full float32 everywhere, draws too. Extraction and decoding are float32 (by default with TF32 products)."""
     compile: bool = False
     """Train through torch.compile."""
     sharded: bool | None = None

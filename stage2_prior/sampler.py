@@ -54,10 +54,11 @@ class Sampler:
     ) -> Codes:
         """Draw one batch; arguments, result and errors as in `generate`."""
         # Weights in float32 were asked for, and a graph keeps the arithmetic it was captured in.
-        with self._lock, ieee_float32(self.prior.device):
+        with ieee_float32(self.prior.device):
             try:
-                if self._graphs:
-                    return self._steps_for(labels, len(uniform), config).draw(labels, uniform, config, given, kept)
+                with self._lock:
+                    if self._graphs:
+                        return self._steps_for(labels, len(uniform), config).draw(labels, uniform, config, given, kept)
             except CaptureError as error:
                 self._graphs, self._steps = False, None
                 say(f"warning: sampling without CUDA graphs ({error})")
