@@ -106,7 +106,7 @@ class Generator:
             prior: name of the prior; None: the one last finished, if any; `uniform`: every code equally likely.
             device: where to compute; None: on an accelerator, if there is one.
             precision: of the prior while sampling; None: the recipe's, or else float64 on a CPU, and on a GPU bfloat16 where supported,
-                otherwise float32.
+                otherwise float32. (The recipe's section `compute` is for commands alone.)
         Errors: UserError for what is no run, or has not finished its first stage, or not that prior.
         """
         run = RunDir(source.expanduser()) if isinstance(source, Path) else run_of(source)

@@ -55,13 +55,13 @@ class Sampler:
         """Draw one batch; arguments, result and errors as in `generate`."""
         # Weights in float32 were asked for, and a graph keeps the arithmetic it was captured in.
         with ieee_float32(self.prior.device):
-            try:
-                with self._lock:
+            with self._lock:
+                try:
                     if self._graphs:
                         return self._steps_for(labels, len(uniform), config).draw(labels, uniform, config, given, kept)
-            except CaptureError as error:
-                self._graphs, self._steps = False, None
-                say(f"warning: sampling without CUDA graphs ({error})")
+                except CaptureError as error:
+                    self._graphs, self._steps = False, None
+                    say(f"warning: sampling without CUDA graphs ({error})")
             return generate(self.prior, labels, uniform, config, given, kept)
 
     def _steps_for(self, labels: Tensor | None, batch: int, config: Sampling) -> _GraphedSteps:

@@ -46,9 +46,8 @@ def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, 
         prior.to(accelerator.device)
     fused = fused_on(accelerator.device)
     if config.optimizer == "muon":
-        # Newton-Schulz products in bf16 if the network trains in bf16, on CUDA only: a CPU is slower in bf16.
-        products = torch.bfloat16 if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" else None
         several = accelerator.num_processes > 1
+        products = products_on(accelerator)
         optimizer: Any = muon(prior, config.lr, config.weight_decay, 0.95, fused, products, replicated=several and not sharded)
     else:
         optimizer = adamw(prior, config.lr, config.weight_decay, 0.95, fused)
@@ -56,6 +55,11 @@ def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, 
     average = WeightAverage(prior, config.weight_average, shared=(), copied=averaged)
     model, optimizer = (prior, accelerator.prepare(optimizer)) if sharded else accelerator.prepare(prior, optimizer)
     return Begun(prior, model, optimizer, average)
+
+
+def products_on(accelerator: Accelerator) -> torch.dtype | None:
+    """Dtype of Muon's products: bf16 if the network trains in bf16, on CUDA only (a CPU is slower in bf16); None: the weights' own."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" else None
 
 
 def best_weights(model: AutoregressivePrior) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from torch import nn
 
 from benchmarks.gpu.check import main as check
 from benchmarks.gpu.counting import Card, Counting, Dataless
+from benchmarks.gpu.steps import perceptual_term
 from configs.errors import UserError
+from stage1_vqvae.objectives.perceptual import LPIPSPart
 from tests.conftest import Pretended
 
 ROWS, WIDTH, HIDDEN = 64, 32, 128
@@ -54,6 +56,14 @@ def test_an_operator_takes_as_long_as_the_slower_of_its_products_and_its_bytes()
     assert counted.seconds(Card(0, 1e30, 1e30, 1.0)) == flops
     # And no less than its launch.
     assert 0 < counted.seconds(Card(0, 1e30, 1e30, 1e30)) < 1e-4
+
+
+def test_the_perceptual_term_is_all_on_the_device() -> None:
+    """Of the recipes that have one; the check of a GPU would mix devices otherwise."""
+    with Dataless(), torch.device("meta"):
+        term = perceptual_term(LPIPSPart(), 3)
+    assert term is not None
+    assert {tensor.device.type for tensor in (*term.parameters(), *term.buffers())} == {"meta"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

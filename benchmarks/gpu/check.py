@@ -1,4 +1,4 @@
-"""Check and benchmark this machine's GPU: correctness first, then speed, as one table to paste into an issue. Ten minutes at most.
+"""Check and benchmark this machine's GPU: correctness first, then speed, as one table to paste into an issue. About ten minutes.
 
     make gpu
     python -m benchmarks.gpu.check --parts search chain
@@ -64,6 +64,8 @@ class Sizes(NamedTuple):
 
     side: int
     """Codes along each side of the sampled grids."""
+    num_codes: int
+    """Codes that they are drawn from."""
     preset: dict[str, int | str]
     """The sampled prior's sizes."""
     batches: tuple[int, ...]
@@ -78,8 +80,8 @@ class Sizes(NamedTuple):
 PARTS = ("search", "group_norm", "chain", "sampling", "training")
 # On the borders of the kernel's tiles, then at recipes' sizes.
 _SEARCHES = ((1, 2, 1), (65, 129, 3), (6272, 512, 16), (8192, 512, 64), (8192, 16384, 8), (8192, 8192, 32), (4096, 16384, 256))
-FULL = Sizes(16, {"preset": "B"}, (64, 256), 8192, _SEARCHES, RECIPES)
-TINY = Sizes(2, {"layers": 2, "width": 32, "heads": 2}, (2,), 64, _SEARCHES[:2], ())
+FULL = Sizes(16, 16384, {"preset": "B"}, (64, 256), 8192, _SEARCHES, RECIPES)
+TINY = Sizes(2, 64, {"layers": 2, "width": 32, "heads": 2}, (2,), 64, _SEARCHES[:2], ())
 """To test the check itself."""
 
 
@@ -154,14 +156,18 @@ def chain() -> Iterator[Row]:
         folder = Path(name)
         for what, arguments, environment in commands(folder):
             began = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=REPOSITORY,
-                env={**os.environ, **environment},
-                capture_output=True,
-                text=True,
-                timeout=_COMMAND_TIMEOUT,
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, *arguments],
+                    cwd=REPOSITORY,
+                    env={**os.environ, **environment},
+                    capture_output=True,
+                    text=True,
+                    timeout=_COMMAND_TIMEOUT,
+                )
+            except subprocess.TimeoutExpired:
+                yield Row(what, f"not done in {_COMMAND_TIMEOUT} s", "exit code 0", right=False)
+                continue
             right = done.returncode == 0
             if not right:
                 print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
@@ -212,7 +218,7 @@ def steps_in_bfloat16(prior: AutoregressivePrior, sequences: torch.Tensor, label
 
 def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
     """CUDA graphs against eager steps, then codes a second of a class-conditional prior with guidance."""
-    layout = SequenceLayout([(sizes.side, sizes.side)], [16384])
+    layout = SequenceLayout([(sizes.side, sizes.side)], [sizes.num_codes])
     kinds = {"transformer": sizes.preset, "pixelcnn": {"layers": 2, "width": 32}}
     guided = Sampling(guidance=1.5)
     for kind, fields in kinds.items():
@@ -227,13 +233,14 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
                 # Kernels add up in another order: a draw near a boundary may fall on its other side, and changes what follows.
                 yield Row(f"{kind}, graphs and eager steps, {run} batch", f"{same:.1%} equal codes", "at least 90 %", same >= 0.9)
     prior = part_from("prior", {"kind": "transformer", **sizes.preset}).build(layout, 1000).to(device).eval().requires_grad_(False)
-    sequences, labels = torch.randint(16384, (8, layout.length), device=device), torch.arange(8, device=device)
+    sequences, labels = torch.randint(sizes.num_codes, (8, layout.length), device=device), torch.arange(8, device=device)
     with torch.no_grad(), ieee_float32(device):
         exact = prior(layout.grids_of(sequences), labels)[0]
         # By as much as one rounding of each weight to bf16 changes them: what the kernels may add is no more than that.
         rounded = in_bfloat16(prior).float()(layout.grids_of(sequences), labels)[0]
         apart = float((steps_in_bfloat16(prior, sequences, labels) - exact).norm() / (rounded - exact).norm())
     yield Row("logits of sampling steps in bf16", f"{apart:.2f} x the error of rounded weights", "at most 4", apart <= 4)
+    del by_graphs, eager, expected, exact, rounded  # whose memory would count as sampling's
     prior = in_bfloat16(prior)
     weights = sum(weight.nbytes for name, weight in prior.named_parameters() if not name.startswith("token"))
     shape = part_from("prior", {"kind": "transformer", **sizes.preset}).sizes()
@@ -258,6 +265,9 @@ def training(accelerator: Accelerator, sizes: Sizes, card: Card) -> Iterator[Row
                 yield from training_step(accelerator, name, stage, card)
             except torch.OutOfMemoryError:
                 yield Row(f"{name}, stage {stage}", "out of memory", "see docs/gpus.md for what takes less")
+            except Exception as error:  # the other recipes are worth having all the same
+                traceback.print_exc()
+                yield Row(f"{name}, stage {stage}", f"failed: {type(error).__name__}", "", right=False)
             accelerator.free_memory()
 
 

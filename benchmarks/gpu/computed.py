@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -52,17 +53,25 @@ def _yes(_: object) -> bool:
     return True
 
 
+def _bfloat16(_: object) -> torch.dtype:
+    return torch.bfloat16
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Tensors without data are the CPU's here, but take the paths that a GPU's take."""
     with (
+        warnings.catch_warnings(),
         # Not by `return_value`, which keeps what it is asked with: all activations.
         mock.patch.object(group_norm, "on_accelerator", _yes),
         mock.patch.object(vqgan, "on_accelerator", _yes),
         mock.patch.object(steps, "fused_on", _yes),
+        mock.patch.object(steps, "products_on", _bfloat16),
         # Everything is made where it is to be, and the mode keeps references that torch's exchange of parameters refuses.
         mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
     ):
+        # Asked by torch itself of tensors without data.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
 
 
@@ -128,8 +137,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     options = parser.parse_args()
-    # Of tensors without data, asked for their address by torch itself.
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     accelerator = start(Compute(mixed_precision="bf16"))
     accelerator.device_placement = False
     print("| recipe | stage | parameters | card | `accumulation` | memory a GPU | 1,000 images a GPU | in all |")

@@ -22,9 +22,11 @@ from stage1_vqvae.model import VQVAE
 from stage1_vqvae.objectives.adversarial import Adversary
 from stage1_vqvae.objectives.discriminators import PatchDiscriminator, PatchPart
 from stage1_vqvae.objectives.perceptual import FeatureDistance, FeaturesPart, LPIPSDistance, LPIPSPart
+from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.train import Models
 from stage1_vqvae.train import take_step as take_tokenizer_step
 from stage1_vqvae.training.averaging import WeightAverage
+from stage1_vqvae.training.devices import channels_last_on_accelerator
 from stage1_vqvae.training.optimizer import adamw, trainable
 from stage2_prior.codes.loader import CodeBatch
 from stage2_prior.codes.sequence import SequenceLayout
@@ -50,10 +52,13 @@ class _RandomLPIPS(nn.Module):
     def __init__(self, trunk: str) -> None:
         super().__init__()
         self.distance = _LPIPS(net=trunk, pnet_rand=True).eval().requires_grad_(False)
+        # Made by torch.Tensor(..), which knows no default device.
+        scaling, device = self.distance.scaling_layer, next(self.distance.parameters()).device
+        scaling.shift, scaling.scale = scaling.shift.to(device), scaling.scale.to(device)
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         """Images and originals (B, 3, H, W) to their distances (B,)."""
-        return self.distance(images, originals).flatten()
+        return self.distance(*map(channels_last_on_accelerator, (images, originals))).flatten()
 
 
 def perceptual_term(part: PerceptualPart, channels: int) -> nn.Module | None:
@@ -96,7 +101,7 @@ def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool =
         discriminator_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused=True))
     models = Models(tokenizer, model, optimizer, perceptual, adversary, discriminator_optimizer)
-    average = WeightAverage(tokenizer, config.weight_average, shared=("quantizer",))
+    average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer))
     loader = _RandomImages(config.batch_size // config.accumulation, tokenizer.image_shape, device)
     number = config.steps - 1  # after the discriminator's start, and after the last restart
 
