@@ -73,8 +73,13 @@ def test_the_check_asks_for_a_gpu() -> None:
 
 
 def test_the_check_runs_on_a_pretended_gpu(pretended: Pretended) -> None:
-    done = pretended("cuda", 1, "tests.launched.gpu_check", "--parts", "search", "sampling")
+    done = pretended("cuda", 1, "tests.launched.gpu_check", "--parts", "search", "group_norm", "sampling")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "failed" not in done.stdout
-    for line in ("search N 65 K 129 D 3", "transformer, graphs and eager steps, third batch", "sampling 2 x 32, guided"):
+    for line in (
+        "search N 65 K 129 D 3",
+        "group normalisation in bf16, gradient at the input",
+        "transformer, graphs and eager steps, third batch",
+        "sampling 2 x 32, guided",
+    ):
         assert re.search(rf"^\| {re.escape(line)}", done.stdout, re.MULTILINE), done.stdout
