@@ -82,7 +82,7 @@ class Launch:
         return [*several, f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
     def warning(self) -> str | None:
-        """What to print where some devices have no work."""
+        """Warning if some devices stay idle."""
         if self.processes == self.devices:
             return None
         return f"{self.processes} of {self.devices} processes, the most that divide the batch of {self.batch_size} images evenly"

@@ -100,7 +100,7 @@ def milliseconds(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
 
 
 def ceilings(device: torch.device, sizes: Sizes) -> Card:
-    """What this GPU reaches in bare products and a bare copy, in place of a data sheet."""
+    """Measure bare matrix products and a bare copy, in place of a data sheet's peaks."""
     n = sizes.product
     rates = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -117,9 +117,9 @@ def search(device: torch.device, sizes: Sizes) -> Iterator[Row]:
     """The nearest-code search against float64, on the tiles' borders and at recipes' sizes."""
     for count, num_codes, dim in sizes.searches:
         vectors, codebook = torch.randn(count, dim, device=device), torch.randn(num_codes, dim, device=device)
-        found = nearest_codes(vectors, codebook)
+        nearest = nearest_codes(vectors, codebook)
         wrong = 0
-        for rows, codes in zip(vectors.split(1024), found.split(1024), strict=True):
+        for rows, codes in zip(vectors.split(1024), nearest.split(1024), strict=True):
             distances = torch.cdist(rows.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
             # The bound that quantizers keep: 8 float32 eps of |z|^2 + |e|^2.
             tolerance = 8 * torch.finfo(torch.float32).eps * (rows.double().square().sum(1) + codebook.double().square().sum(1).max())
@@ -128,9 +128,9 @@ def search(device: torch.device, sizes: Sizes) -> Iterator[Row]:
         yield Row(f"search N {count} K {num_codes} D {dim}", f"{wrong} wrong, {taken:.3f} ms", "0 wrong", wrong == 0)
     odd = torch.randn(70, 4, device=device)
     odd[3], odd[4] = torch.nan, torch.inf
-    found = nearest_codes(odd, torch.randn(100, 4, device=device))
-    inside = int(found.min()) >= 0 and int(found.max()) < 100
-    yield Row("search of NaN and infinity", f"codes {int(found.min())} to {int(found.max())}", "0 to 99", inside)
+    nearest = nearest_codes(odd, torch.randn(100, 4, device=device))
+    inside = int(nearest.min()) >= 0 and int(nearest.max()) < 100
+    yield Row("search of NaN and infinity", f"codes {int(nearest.min())} to {int(nearest.max())}", "0 to 99", inside)
 
 
 def commands(folder: Path) -> Iterator[tuple[str, list[str], dict[str, str]]]:
@@ -197,9 +197,9 @@ def group_norm(device: torch.device) -> Iterator[Row]:
     gradients = norm.group_norm_backward(y, x, weight, bias, mean, rstd, True)
     exact_gradients = norm.plain_group_norm_backward(y.double(), x.double(), weight.double(), bias.double(), exact[1], exact[2], True)
     names = ("result", "gradient at the input", "at the gain", "at the bias")
-    for name, found, wanted in zip(names, (y, *gradients[:3]), (exact[0], *exact_gradients[:3]), strict=True):
+    for name, computed, exact_value in zip(names, (y, *gradients[:3]), (exact[0], *exact_gradients[:3]), strict=True):
         # Largest error in units of bf16's rounding of the largest value.
-        apart = float((found.double() - wanted).abs().max() / wanted.abs().max()) / torch.finfo(torch.bfloat16).eps
+        apart = float((computed.double() - exact_value).abs().max() / exact_value.abs().max()) / torch.finfo(torch.bfloat16).eps
         yield Row(f"group normalisation in bf16, {name}", f"{apart:.2f} roundings apart", "at most 2", apart <= 2)
 
 

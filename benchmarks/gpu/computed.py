@@ -1,4 +1,4 @@
-"""What the GPU recipes take on a card of 24 GB and one of 80 GB: memory, time per 1,000 images, time in all. Computed, not measured.
+"""Compute the cost of the GPU recipes on a card of 24 GB and one of 80 GB: memory, time per 1,000 images, time in all. Not measured.
 
     python -m benchmarks.gpu.computed
     python -m benchmarks.gpu.computed --recipes photos
@@ -38,7 +38,7 @@ _USABLE = 0.9
 
 
 class Cost(NamedTuple):
-    """What one stage of a recipe takes on one card."""
+    """Cost of one stage of a recipe on one card."""
 
     parameters: int
     accumulation: int
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
     """Bytes at a step's worst moment."""
     seconds_per_image: float
     hours: float
-    """Of the whole stage, all GPUs of the recipe together."""
+    """Duration of the whole stage on the recipe's GPUs."""
 
 
 def _yes(_: object) -> bool:

@@ -29,7 +29,7 @@ _PRODUCTS_REACHED, _BANDWIDTH_REACHED = 0.6, 0.8
 
 @dataclass(frozen=True)
 class Card:
-    """What a GPU reaches."""
+    """Rates that a GPU reaches."""
 
     memory: float
     """Bytes."""

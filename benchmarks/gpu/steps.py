@@ -80,7 +80,7 @@ class _RandomImages:
         self._images = torch.rand(size, *shape, device=device) * 2 - 1
 
     def images(self, step: int, micro_step: int) -> Tensor:
-        """The same (B, C, H, W) for every micro-step."""
+        """(B, C, H, W), equal for every micro-step."""
         return self._images
 
     def share(self, micro_step: int) -> slice:
