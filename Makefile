@@ -32,7 +32,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What this machine's GPU makes of the project: right first, then how fast, as one table; about ten minutes.
+# Check and benchmark this machine's GPU: correctness first, then speed, as one table; about ten minutes.
 gpu: install
 	$(BIN)/python -m benchmarks.gpu.check
 
