@@ -107,6 +107,13 @@ def gallery(where: Locator, number: int = 0) -> Locator:
     return where.locator(".grid-container").nth(number).locator("img")
 
 
+def warned(page: Page, message: str) -> None:
+    """Wait for a toast that says so, and close all toasts: the next one may say the same."""
+    expect(page.get_by_text(message)).to_be_visible()
+    page.evaluate("for (const close of document.querySelectorAll('[data-testid=toast-close]')) close.click()")
+    expect(page.get_by_test_id("toast-text")).to_have_count(0)
+
+
 def labelled(where: Locator, label: str) -> Locator:
     """The component of that label."""
     return where.locator(".block").filter(has=where.page.get_by_text(label, exact=True)).last
@@ -187,7 +194,7 @@ def test_it_draws_what_the_command_line_draws_and_sends_it_on(visited: Visit, ge
         assert np.array_equal(np.asarray(Image.open(made / f"images/{number:05d}.png")), np.asarray(drawn))
 
     button(panel, "Its codes").click()
-    expect(visited.page.get_by_text("expected one of those drawn to be chosen")).to_be_visible()
+    warned(visited.page, "expected one of those drawn to be chosen")
     for name, wanted in (("Its codes", "Codes"), ("Fill a part of it", "Fill"), ("Walk from it", "Walk"), ("Walk to it", "Walk")):
         panel = tab(visited, "Draw")
         gallery(panel).nth(1).click()
@@ -233,7 +240,7 @@ def test_codes_are_shown_and_exchanged(visited: Visit, generator: Generator, pic
     expect(panel.get_by_text("Exchanged")).to_have_count(0)
     assert shows(rebuilt, generator.decode(codes)[0])
     button(panel, "Undo").click()
-    expect(visited.page.get_by_text("expected a code that was exchanged")).to_be_visible()
+    warned(visited.page, "expected a code that was exchanged")
 
     choose(visited, panel, generator.label_names[0])
     expect(panel.get_by_text(f"{float(generator.surprisals(codes, 0)[0].sum()):.1f} bits")).to_be_visible()
@@ -247,13 +254,13 @@ def test_codes_are_shown_and_exchanged(visited: Visit, generator: Generator, pic
 def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator, picture: Path) -> None:
     panel = tab(visited, "Fill")
     button(panel, "Fill").click()
-    expect(visited.page.get_by_text("picture: expected one, found none")).to_be_visible()
+    warned(visited.page, "picture: expected one, found none")
     put(panel, picture)
     assert shows(panel.locator("img").first, Image.open(picture))
     canvas, mouse = panel.locator("canvas").first, visited.page.mouse
     canvas.wait_for()
     button(panel, "Fill").click()
-    expect(visited.page.get_by_text("paint: expected some")).to_be_visible()
+    warned(visited.page, "paint: expected some")
     for _ in range(30):  # the editor does not say when it has taken the picture in
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
@@ -283,7 +290,7 @@ def test_what_is_painted_over_is_drawn_anew(visited: Visit, generator: Generator
     while painted_at(canvas):
         assert time.monotonic() < deadline
     button(panel, "Fill").click()
-    expect(visited.page.get_by_text("paint: expected some")).to_be_visible()
+    warned(visited.page, "paint: expected some")
 
 
 def test_it_walks(visited: Visit, generator: Generator, picture: Path) -> None:
@@ -324,7 +331,7 @@ def test_what_is_no_picture_or_too_large_gets_a_line(browser: Browser, address: 
             put(panel, picture)
             expect(panel.get_by_text("All its codes cost")).to_be_visible()
             put(panel, path)
-            expect(found.page.get_by_text(message)).to_be_visible()
+            warned(found.page, message)
             if path != large:  # which did not even arrive
                 expect(panel.get_by_text("All its codes cost")).to_have_count(0)
             found.errors.clear()  # that a file was refused is on the console too
