@@ -8,19 +8,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from matplotlib.figure import Figure
 from PIL import Image
 
 from configs.run_dir import REPOSITORY
+from tests.launched.forked import run_script
 from tests.pretended import guard
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+_savefig = Figure.savefig
 Script = Callable[..., subprocess.CompletedProcess[str]]
 Pretended = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -153,6 +157,24 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def _save_blank(self: Figure, target: Any, **_: object) -> None:
+    Image.new("RGB", (8, 8)).save(target, "PNG")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plots_are_not_rendered() -> Iterator[None]:
+    """Plots are built, but their files are blank: rendering takes longer than a tiny training does."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Figure, "savefig", _save_blank)
+        yield
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are rendered."""
+    monkeypatch.setattr(Figure, "savefig", _savefig)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state() -> None:
     """Accelerate keeps its settings in singletons; each test may have its own."""
@@ -172,15 +194,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def script() -> Script:
-    """Run a script of the repository as a user does, in a process of its own (or several)."""
+    """Run a script of the repository in a process of its own (or several)."""
 
     def run(
         path: str, *arguments: object, processes: int = 1, cwd: Path = REPOSITORY, threads: int | None = None
     ) -> subprocess.CompletedProcess[str]:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
         options = [] if threads is None else ["--compute.threads", str(threads)]
-        command = [sys.executable, *(torchrun if processes > 1 else []), str(REPOSITORY / path), *map(str, arguments), *options]
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+        return run_script(REPOSITORY / path, [*map(str, arguments), *options], cwd, processes)
 
     return run
 

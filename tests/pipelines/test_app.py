@@ -34,7 +34,7 @@ from pipelines.playground.fill_tab import BRUSH, SIDE
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.train import main as train_prior
-from tests.browser import DESKTOP, PHONE, Visit, chromium, visit
+from tests.browser import PHONE, Visit, chromium, visit
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,9 @@ def address(run: Path) -> Iterator[str]:
         yield found
 
 
-@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.fixture
 def visited(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iterator[Visit]:
-    kind = request.node.callspec.id
-    with visit(browser, address, f"app-{kind}", request.param) as found:
+    with visit(browser, address, "app") as found:
         found.page.get_by_role("tab", name="Draw").wait_for()
         yield found
         assert found.fits()
@@ -318,6 +317,20 @@ def test_the_codebook_is_looked_at(visited: Visit, generator: Generator) -> None
     visited.screenshot("codebook")
     captions = panel.locator(".grid-container .caption-label").all_inner_texts()
     assert [int(caption) for caption in captions] == [2, *nearest_codes(generator.tokenizer, 0, 2, 11)], shown_at
+
+
+def test_on_a_phone_every_tab_fits_and_answers(browser: Browser, address: str, picture: Path) -> None:
+    with visit(browser, address, "app-phone", PHONE) as found:
+        for name, action, pictures in (("Draw", "Draw", 16), ("Codes", "Draw one", 1), ("Walk", "Draw two", 2), ("Codebook", "Show", 1)):
+            panel = tab(found, name)
+            button(panel, action).tap()
+            panel.locator("img").nth(pictures - 1).wait_for()
+            found.screenshot(name.lower())
+            assert found.fits(), name
+        panel = tab(found, "Fill")
+        put(panel, picture)
+        panel.locator("canvas").first.wait_for()
+        assert found.fits()
 
 
 def test_what_is_no_picture_or_too_large_gets_a_line(browser: Browser, address: str, picture: Path, tmp_path: Path) -> None:
