@@ -91,6 +91,9 @@ class Sampler:
     def sample(self, n: int, label: Any = None, seed: int = 0, **settings: Any) -> tuple[list[Array], Array]:
         """Codes, int64 (N, h, w) a level, and images, uint8 (N, H, W, C); `settings` in place of the model's."""
         settings, labels = self._checked({**self.model["sampling"], **settings}), self.labels_of(label, n)
+        if int(seed) != seed:
+            raise ValueError(f"seed: expected a whole number, found {seed}")
+        seed = int(seed)  # of whatever type: seeds are hashed by their text
         parts = [self._batch(range(start, min(n, start + 64)), labels, seed, settings) for start in range(0, n, 64)]
         sequences = np.concatenate(parts)
         splits = np.split(sequences, np.cumsum([h * w for h, w in self.model["grids"]])[:-1], 1)
