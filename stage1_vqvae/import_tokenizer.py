@@ -34,6 +34,7 @@ from stage1_vqvae.networks.vqgan import GROUPS, Stack
 from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, Spelling, names_of, needed, part_of_weights, translated
 from stage1_vqvae.quantizers.learned import GradientPart
 from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.weights_file import check_finite_weights
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     weights, aside = read(path, spelling)
     try:
         tokenizer, unused = tokenizer_of(weights, spelling, recipe)
+        check_finite_weights({name: weight for name, weight in weights.items() if name not in unused and not name.startswith("loss.")})
         recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
         recipe.check()
     except ValueError as error:  # of sizes too
