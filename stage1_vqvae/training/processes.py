@@ -50,8 +50,8 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
 
     Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
     broadcast by DDP: the quantizers themselves keep the codebooks of all processes equal. On a GPU the precision is chosen here, and
-    printed (precision.py). Autocast covers the prepared networks: training, and stage 1's validation. Extraction and decoding run in
-    float32 with TF32 products: they take a small part of a run's time, and all later commands read their results.
+    printed (precision.py). Autocast covers what is prepared: training. Validation, extraction and decoding run in float32 with TF32
+    products (likelihoods without): they take a small part of a run's time, and all later commands read their results.
     """
     patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
     on_cpu = not torch.accelerator.is_available()
