@@ -325,7 +325,7 @@ def take_step(accelerator: Accelerator, models: Models, loader: Loader, config: 
         seed_layers(config.seed, step, micro_step, rank)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(images)
+            output = model(images, loader.uniforms(step, micro_step)) if tokenizer.objective.draws else model(images)
             loss, losses = torch.stack(list(output.losses.values())).sum(), dict(output.losses)
             found = dict(output.statistics)
             if perceptual is not None or judging is not None:
