@@ -11,6 +11,8 @@ unless --label names one. Sample i of a seed is the same image whatever --batch-
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -11,6 +11,8 @@ that: extract the codes, train a prior.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import time
 from collections.abc import Mapping

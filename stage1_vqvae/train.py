@@ -10,6 +10,8 @@ Writes tokenizer.safetensors, metrics, checkpoints and pictures into the run. It
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import sys
 import time

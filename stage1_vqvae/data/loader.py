@@ -53,7 +53,7 @@ class Loader:
         return make_variants(to_model(pixels), self._config.augmentation, variants)
 
     def uniforms(self, step: int, micro_step: int) -> Tensor:
-        """A number (B,) in [0, 1) for each image of a micro-step, on the process's device: a function of (seed, step, place in the batch)."""
+        """(B,) in [0, 1), on the process's device: for each image of a micro-step a function of (seed, step, place in the batch)."""
         draws = torch.rand(self._config.batch_size, generator=generator(self._config.seed, "objective", step))
         return pinned(draws[self.share(micro_step)], self._device).to(self._device, non_blocking=True)
 

@@ -1,7 +1,7 @@
 """Settings of Accelerate's launcher: those that no training loop here follows are refused, whichever way they come.
 
-`accelerate launch` hands most of its settings to its processes by environment variables. Some it keeps to itself where their framework is not
-asked for (`--gradient_accumulation_steps` without DeepSpeed): those stand in its own command line alone.
+`accelerate launch` hands most of its settings to its processes by environment variables. Some it keeps to itself where their framework is
+not asked for (`--gradient_accumulation_steps` without DeepSpeed): those stand in its own command line alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _OF_FSDP: dict[str, tuple[tuple[str, ...], str]] = {
 
 _OPTIONS = {
     **{"gradient_accumulation": _ACCUMULATION, "gradient_clipping": _CLIPPING},
-    **dict.fromkeys(("use_deepspeed", "deepspeed", "zero", "offload_", "use_megatron", "megatron", "use_parallelism", "parallelism"), _SHARDED),
+    **dict.fromkeys(("use_deepspeed", "deepspeed", "zero", "offload_"), _SHARDED),
+    **dict.fromkeys(("use_megatron", "megatron", "use_parallelism", "parallelism"), _SHARDED),
     **dict.fromkeys(("tpu", "downcast_bf16", "main_training_function"), _NO_TPU),
     "fp8_": "--compute.mixed_precision takes no, fp16 and bf16",
 }

@@ -61,6 +61,7 @@ _IN_FLOAT32 = ("cos", "sin", "exp", "pow", "__rpow__", "__pow__", "atanh", "tanh
 
 def by_another_library(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> None:
     """From here on these functions give the next number upwards, in that precision."""
+
     def nudged(function: Any, *given: Any, **named: Any) -> torch.Tensor:
         result: torch.Tensor = function(*given, **named)
         return torch.nextafter(result, torch.full_like(result, torch.inf)) if result.dtype == dtype else result

@@ -38,7 +38,13 @@ def test_what_no_loop_follows_is_refused(name: str, value: str, said: str, monke
     assert name in str(error.value) or said == "Accelerate: "
 
 
-HARMLESS = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO_BACKEND": "NO", "DYNAMO_MODE": "default", "USE_CPU": "True"}
+HARMLESS = {
+    "MIXED_PRECISION": "no",
+    "GRADIENT_ACCUMULATION_STEPS": "1",
+    "DYNAMO_BACKEND": "NO",
+    "DYNAMO_MODE": "default",
+    "USE_CPU": "True",
+}
 
 
 @pytest.mark.parametrize("began", [["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"]])
@@ -56,7 +62,7 @@ HARMLESS = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1", "DYNAMO
         ("--mixed_precision bf16 --num_cpu_threads_per_process 3", None),
     ],
 )
-def test_what_the_launcher_keeps_to_itself_is_found(typed: str, said: str | None, began: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_launcher_keeps_to_itself(typed: str, said: str | None, began: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In its command line; options after the script are the script's."""
     for name, value in HARMLESS.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
