@@ -3,8 +3,9 @@
     python sample.py --n 64
     python sample.py --n 8 --label 7 --seed 1 --guidance 1.5 --output pictures
 
-Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed is the same image whatever is drawn with it, and the same as
-the run's own (with the prior exported in float64; in float32 a draw that falls within its rounding may be another code).
+Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed has the same codes whatever is drawn with it, and
+those of the run's own (with the prior exported in float64; in float32 a draw that falls within its rounding may be another code). They are
+decoded in float32: by other arithmetic, or beside other images, a pixel may come to the next of its 256 levels.
 
     from sample import Sampler
 

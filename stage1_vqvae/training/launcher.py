@@ -68,9 +68,9 @@ def check_launcher(sharded: bool) -> int | None:
             raise UserError(f"{name}: expected {expected}, found {value}; {advice}")
     options = _launcher_options()
     for name, value in options.items():
-        advice = next((help for beginning, help in _OPTIONS.items() if name.startswith(beginning)), None)
-        if advice is not None and (name, value) != ("gradient_accumulation_steps", 1):
-            raise UserError(f"accelerate launch: expected no --{name}, which changes nothing here, found {value}; {advice}")
+        instead = next((advice for beginning, advice in _OPTIONS.items() if name.startswith(beginning)), None)
+        if instead is not None and (name, value) != ("gradient_accumulation_steps", 1):
+            raise UserError(f"accelerate launch: expected no --{name}, which changes nothing here, found {value}; {instead}")
     return options.get(_THREADS)
 
 
