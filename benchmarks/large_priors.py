@@ -59,7 +59,7 @@ def pieces(size: dict[str, Any]) -> Pieces:
 def kept_by_a_layer(width: int = 256, heads: int = 4, side: int = 8) -> float:
     """Bytes a token and channel that a layer keeps for its backward pass under bf16 autocast, measured: what one image more takes."""
     block, layout = Block(width, heads, 0.0), SequenceLayout([(side, side)], [2])
-    turned = rotations(layout.centres(), width // heads)
+    turned = rotations(layout.centres(), width // heads).float()
 
     def kept(images: int) -> int:
         found: dict[int, int] = {}

@@ -323,6 +323,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         require(self.n >= 2, "n", "at least 2", self.n)
+        require(0 <= self.seed < 2**32, "seed", "0 to 4294967295", self.seed)  # what NumPy's generators take
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
 
 

@@ -17,6 +17,8 @@ captions, "> 99.0 %" means more bits than 99 % of the validation images, "error 
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import math
 from typing import Any
 

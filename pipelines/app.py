@@ -9,6 +9,8 @@ whoever reaches this machine may use it too. The same seed gives the same pictur
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import os
 import socket
 import tempfile

@@ -13,6 +13,8 @@ a row (the image, its reconstruction, what is kept of it, its continuations), an
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import re
 from typing import Any

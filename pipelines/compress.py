@@ -14,6 +14,8 @@ Labels, where the prior knows them, are stored and save bits.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import shlex
 from pathlib import Path
 from typing import Any

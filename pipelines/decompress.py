@@ -10,6 +10,8 @@ folders they were in, or the rows of the split. Without
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path

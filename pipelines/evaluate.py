@@ -15,6 +15,8 @@ with what, and pictures.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 from contextlib import suppress
 from pathlib import Path

@@ -12,6 +12,8 @@ transformers alone, samples are those of pipelines/sample.py on a CPU, code by c
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import shlex
 import shutil
 from pathlib import Path

@@ -12,6 +12,8 @@ that takes: bits a code, by a prior that is no longer quite the run's, draws tha
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import shlex
 import shutil
 from pathlib import Path

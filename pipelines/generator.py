@@ -192,7 +192,8 @@ class Generator:
         output: Literal["pil", "tensor"] = "pil",
         **settings: Any,
     ) -> list[Image.Image] | Tensor:
-        """Draw images: sample i of a seed is always the same, however many are drawn.
+        """Draw images: sample i of a seed always has the same codes, however many are drawn; decoded beside others, by one level at most
+        another value at single pixels.
 
         Args:
             n: how many.

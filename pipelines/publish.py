@@ -11,6 +11,8 @@ in front, or no `/` at all. Any command takes either: `--run ./bundle`, `--run h
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import re
 import shlex
 import tempfile

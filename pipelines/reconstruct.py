@@ -12,6 +12,8 @@ its codes as indices and, if the run has a finished prior, under that.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import math
 from typing import Any
 

@@ -9,6 +9,8 @@ mailed, and read on a phone. What the run does not hold yet is named with the co
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 from pathlib import Path
 from typing import Any
 

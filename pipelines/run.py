@@ -13,6 +13,8 @@ data.workers, and reach all steps that take them.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import os
 import shlex

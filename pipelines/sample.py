@@ -6,10 +6,13 @@
     python pipelines/sample.py --n 1000 --npz
 
 Writes a new folder samples/NNN into the run: grid.png, one PNG an image, the codes, samples.json. Labels take turns
-unless --label names one. Sample i of a seed is the same image whatever --batch-size or the number of processes.
+unless --label names one. Sample i of a seed has the same codes whatever the number of processes and, on a CPU, --batch-size; by another
+--batch-size a pixel may be decoded to the next of its 256 levels.
 """
 
 from __future__ import annotations
+
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 import dataclasses
 from pathlib import Path
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     parser.add_argument("--n", type=int, default=64, help="images to sample")
-    parser.add_argument("--seed", type=int, default=0, help="seed; sample i of a seed is always the same")
+    parser.add_argument("--seed", type=int, default=0, help="seed; sample i of a seed always has the same codes")
     parser.add_argument("--label", type=str | None, help="label of all samples, by name or number (default: labels take turns)")
     parser.add_argument("--prior", type=str | None, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: uint8 arr_0 of (N, H, W, C)")

@@ -6,6 +6,8 @@ python pipelines/summary.py --run fashion_mnist
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 from pathlib import Path
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stage1_vqvae.training.devices import as_float64
 from stage1_vqvae.training.precision import full_precision
 
 # Wavelengths of the rotary positions run from 2 pi to below 2 pi times this many rows: grids are tens of codes wide.
@@ -99,15 +100,40 @@ class _Separation(torch.autograd.Function):
 
 
 def rotations(coordinates: Tensor, head_width: int) -> Tensor:
-    """Cosines and sines, (T, head_width / 2, 2), of the angles by which positions with coordinates (T, 2) turn their pairs: the
-    first half of them with the row, the second with the column. On the coordinates' device; in their precision, or float32 of
-    whole numbers.
+    """Cosines and sines of the angles by which positions turn their pairs: the first half of them with the row, the second with the column.
+
+    Args:
+        coordinates: (T, 2), rows and columns.
+        head_width: of the attention's heads.
+    Returns: float64 (T, head_width / 2, 2), on the coordinates' device if that has float64. In float32 the last bit would be this
+        machine's mathematical library's: round once, where the table is used.
     """
-    quarter = head_width // 4
-    numbers = torch.arange(quarter, dtype=coordinates.dtype, device=coordinates.device)
+    coordinates, quarter = as_float64(coordinates), head_width // 4
+    numbers = torch.arange(quarter, dtype=torch.float64, device=coordinates.device)
     frequencies = _ROTARY_BASE ** (-numbers / quarter)
     angles = (coordinates[..., None] * frequencies).flatten(1)
     return torch.stack([angles.cos(), angles.sin()], -1)
+
+
+class RotaryTable(nn.Module):
+    """`rotations` of fixed positions as a buffer, `table`, rounded to the model's precision.
+
+    A model that goes to float64, as for coding, gets the table as it was before rounding: its logits then hang on no bit that another
+    machine's cosine could have otherwise.
+    """
+
+    table: Tensor
+
+    def __init__(self, coordinates: Tensor, head_width: int) -> None:
+        super().__init__()
+        self._exact = rotations(coordinates, head_width)
+        self.register_buffer("table", self._exact.to(torch.get_default_dtype()), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryTable:
+        super()._apply(fn, recurse)
+        if self.table.dtype == torch.float64:
+            self.table = self._exact.to(self.table.device)
+        return self
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Works while stage 1 is still training. The picture beside it is stage1/codebook.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 from configs.cli import TRAIN_TOKENIZER, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import read_json

@@ -9,6 +9,8 @@ and whose quantizer is one learned codebook.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 from typing import Any
 
 import safetensors.torch

@@ -11,6 +11,8 @@ that: extract the codes, train a prior.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -34,6 +36,7 @@ from stage1_vqvae.networks.vqgan import GROUPS, Stack
 from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, Spelling, names_of, needed, part_of_weights, translated
 from stage1_vqvae.quantizers.learned import GradientPart
 from stage1_vqvae.training.processes import start
+from stage1_vqvae.training.weights_file import check_finite_weights
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     weights, aside = read(path, spelling)
     try:
         tokenizer, unused = tokenizer_of(weights, spelling, recipe)
+        check_finite_weights({name: weight for name, weight in weights.items() if name not in unused and not name.startswith("loss.")})
         recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
         recipe.check()
     except ValueError as error:  # of sizes too

@@ -64,12 +64,16 @@ class VQVAE(nn.Module):
         steps = self.config.network.downsamplings
         return [(height // step, width // step) for step, part in zip(steps, self.quantizers, strict=True) for _ in part.num_codes]
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        """Images (B, C, H, W) in [-1, 1]. Changes nothing: see quantizers/contract.py."""
+    def forward(self, images: Tensor, uniform: Tensor | None = None) -> TokenizerOutput:
+        """Images (B, C, H, W) in [-1, 1]. Changes nothing: see quantizers/contract.py.
+
+        `uniform`: (B,) in [0, 1), by which an objective that `draws` does so in training.
+        """
         found = [quantized for _, quantized in self._quantized(images)]
         output = self.decoder(*(part.z_q for part in found))
         codes, losses, statistics, latents = found[0][1:] if len(found) == 1 else GridQuantizers.joined(found)
-        losses = {**self.objective.losses(output, images), **losses}
+        given = () if uniform is None else (uniform,)
+        losses = {**self.objective.losses(output, images, *given), **losses}
         # A likelihood's mean is for people to look at: no loss takes it further back.
         shown = output.detach() if isinstance(self.objective, PixelLikelihood) else output
         return TokenizerOutput(self.objective.mean_image(shown), codes, losses, statistics, latents)

@@ -10,6 +10,8 @@ Writes tokenizer.safetensors, metrics, checkpoints and pictures into the run. It
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import sys
 import time
@@ -53,6 +55,7 @@ from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog
 from stage1_vqvae.training.optimizer import adamw, clip_, fused_on, load_state_, trainable
+from stage1_vqvae.training.precision import AutocastTarget
 from stage1_vqvae.training.processes import average_gradients_, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import derived_seed, seed_layers
@@ -280,7 +283,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
         tokenizer.encoder.requires_grad_(False)
         tokenizer.quantizer.requires_grad_(False)
     fused = fused_on(accelerator.device)
-    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused))
+    model, optimizer = accelerator.prepare(AutocastTarget(tokenizer), adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused))
     adversary, its_optimizer = None, None
     perceptual, discriminator = judges(accelerator, run, recipe, images)
     if isinstance(config.adversarial, DiscriminatorPart) and discriminator is not None:
@@ -324,7 +327,7 @@ def take_step(accelerator: Accelerator, models: Models, loader: Loader, config: 
         seed_layers(config.seed, step, micro_step, rank)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(images)
+            output = model(images, loader.uniforms(step, micro_step)) if tokenizer.objective.draws else model(images)
             loss, losses = torch.stack(list(output.losses.values())).sum(), dict(output.losses)
             found = dict(output.statistics)
             if perceptual is not None or judging is not None:

@@ -8,6 +8,8 @@ Each level is (rows, variants, h, w); rows are in the order of the data set.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 from typing import Any
 
 from configs.cli import EXTRACT_CODES, parse

@@ -10,6 +10,8 @@ files of its own, and a command that was interrupted goes on, when it is given a
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import json
 import shutil

@@ -9,6 +9,8 @@ levels are (rows, h, w), or (rows, h * w), or with an axis of variants after the
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import shutil
 from pathlib import Path
 from typing import Any

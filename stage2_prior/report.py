@@ -9,6 +9,8 @@ likelihood.png into priors/NAME of the run, and prints the second.
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 from typing import Any
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse

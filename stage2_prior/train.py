@@ -14,6 +14,8 @@ level has its own, of whatever kinds, they are joined to a prior of all of them 
 
 from __future__ import annotations
 
+from configs import spinning  # noqa: F401  # isort: skip  # before torch
+
 import dataclasses
 import re
 import sys

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from configs import spinning
 from configs.parts import FAMILIES, part_class
 from configs.run_dir import REPOSITORY
 from configs.schema import AdversarialPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
@@ -19,6 +24,7 @@ ORDER = ["configs", "stage1_vqvae", "stage2_prior", "pipelines"]
 ROOMS: dict[str, dict[str, set[str]]] = {
     "configs": {
         "errors": set(),
+        "spinning": set(),
         "run_dir": {"errors"},
         "hub": {"errors", "run_dir"},
         "parts": {"errors", "run_dir"},
@@ -118,6 +124,22 @@ def test_what_a_recipe_may_choose_is_there() -> None:
         for kind, address in kinds.items():
             assert address.split(".")[1] == room
             assert issubclass(part_class(family, kind), base)
+
+
+def test_every_script_says_how_threads_wait_before_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP reads its settings when it is loaded; those that the user has made stay."""
+    for script in SCRIPTS:
+        imports = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert [ast.unparse(node) for node in imports[:2]] == ["from __future__ import annotations", "from configs import spinning"], script
+    for environment, expected in (
+        ({}, str(spinning.SPIN_COUNT)),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+        ({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "8"}, "8"),
+    ):
+        monkeypatch.setattr(os, "environ", dict(environment))
+        importlib.reload(spinning)
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_there_are_scripts() -> None:

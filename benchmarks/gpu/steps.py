@@ -28,6 +28,7 @@ from stage1_vqvae.train import take_step as take_tokenizer_step
 from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.devices import channels_last_on_accelerator
 from stage1_vqvae.training.optimizer import adamw, trainable
+from stage1_vqvae.training.precision import AutocastTarget
 from stage2_prior.codes.loader import CodeBatch
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.steps import begun
@@ -99,7 +100,7 @@ def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool =
     if isinstance(part, PatchPart) and discriminator is not None and adversarial:
         adversary = Adversary(part, discriminator, config.steps)  # what it counts stays on the CPU
         discriminator_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
-    model, optimizer = accelerator.prepare(tokenizer, adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused=True))
+    model, optimizer = accelerator.prepare(AutocastTarget(tokenizer), adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused=True))
     models = Models(tokenizer, model, optimizer, perceptual, adversary, discriminator_optimizer)
     average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer))
     loader = _RandomImages(config.batch_size // config.accumulation, tokenizer.image_shape, device)

@@ -5,7 +5,7 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | bytes | what |
 | --- | --- |
 | 8 | magic: 89 "VQC" 0D 0A 1A 0A, which (as PNG's) a transfer as text would break |
-| 2 | version of this layout, 4; 3 shared out the offsets of pixels otherwise, 2 was always lossy, 1 had no folders in its names |
+| 2 | version, 5; up to 4 priors knew positions by cosines in float32 |
 | 16 | fingerprint of the run: sha256 over the sha256 of tokenizer and prior, cut short |
 | 3 x 2 | height, width, channels of the images |
 | 4, 4 | images that have codes; images a batch |
@@ -54,10 +54,9 @@ from stage1_vqvae.training.weights_file import fingerprint
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"
-_VERSION = 4
+_VERSION = 5
 _BEGINNING = struct.Struct("<8sH")
 _HEADER = struct.Struct("<16s3HIIIHIIQQ")
-_FORMER_HEADER = struct.Struct("<16s3HIIIHIIQ")  # of versions 1 and 2
 _PIXELS = struct.Struct("<IIIQI")
 _STORED = struct.Struct("<II")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -186,31 +185,25 @@ def unpack(data: bytes, where: str) -> CodeFile:
     if data[: len(_MAGIC)] != _MAGIC:
         raise UserError(f"{where}: expected a file that pipelines/compress.py wrote, found another kind of file")
     body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
-    if len(body) < _BEGINNING.size + _FORMER_HEADER.size:
+    if len(body) < _BEGINNING.size + _HEADER.size:
         raise UserError(f"{where}: expected compressed images, found a truncated file of {len(data)} bytes")
     _, version = _BEGINNING.unpack_from(body)
-    if version not in (1, 2, 3, _VERSION) or (version == 3 and _is_lossless(body)):
+    if version != _VERSION:
         raise UserError(f"{where}: expected version {_VERSION} of the format, found {version}")
     if checksum != _CHECKSUM.pack(zlib.crc32(body)):
         raise UserError(f"{where}: expected the checksum of its {len(data)} bytes, found another; it is damaged or truncated")
     try:
-        return _parsed(body, _HEADER if version >= 3 else _FORMER_HEADER)
+        return _parsed(body)
     except (ValueError, struct.error, zlib.error) as error:  # a right checksum over wrong content: somebody else's writing
         raise UserError(f"{where}: expected a file that pipelines/compress.py wrote, found one that contradicts itself ({error})") from None
 
 
-def _is_lossless(body: bytes) -> bool:
-    """Whether a file from version 3 on has pixels."""
-    return len(body) >= _BEGINNING.size + _HEADER.size and _HEADER.unpack_from(body, _BEGINNING.size)[-1] > 0
-
-
-def _parsed(body: bytes, header: struct.Struct) -> CodeFile:
-    found, height, width, channels, images, batch, codes_crc, *lengths = header.unpack_from(body, _BEGINNING.size)
+def _parsed(body: bytes) -> CodeFile:
+    found, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
     if not batch:
         raise ValueError("batches of no image")
     num_batches = -(-images // batch)
-    end, sections = _BEGINNING.size + header.size, []
-    lengths += [0] if header is _FORMER_HEADER else []
+    end, sections = _BEGINNING.size + _HEADER.size, []
     for length in (2 * num_batches, *lengths):
         sections.append(body[end : end + length])
         end += length

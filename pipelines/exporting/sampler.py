@@ -3,8 +3,9 @@
     python sample.py --n 64
     python sample.py --n 8 --label 7 --seed 1 --guidance 1.5 --output pictures
 
-Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed is the same image whatever is drawn with it, and the same as
-the run's own (with the prior exported in float64; in float32 a draw that falls within its rounding may be another code).
+Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed has the same codes whatever is drawn with it, and
+those of the run's own (with the prior exported in float64; in float32 a draw that falls within its rounding may be another code). They are
+decoded in float32: by other arithmetic, or beside other images, a pixel may come to the next of its 256 levels.
 
     from sample import Sampler
 
@@ -91,6 +92,9 @@ class Sampler:
     def sample(self, n: int, label: Any = None, seed: int = 0, **settings: Any) -> tuple[list[Array], Array]:
         """Codes, int64 (N, h, w) a level, and images, uint8 (N, H, W, C); `settings` in place of the model's."""
         settings, labels = self._checked({**self.model["sampling"], **settings}), self.labels_of(label, n)
+        if int(seed) != seed:
+            raise ValueError(f"seed: expected a whole number, found {seed}")
+        seed = int(seed)  # of whatever type: seeds are hashed by their text
         parts = [self._batch(range(start, min(n, start + 64)), labels, seed, settings) for start in range(0, n, 64)]
         sequences = np.concatenate(parts)
         splits = np.split(sequences, np.cumsum([h * w for h, w in self.model["grids"]])[:-1], 1)

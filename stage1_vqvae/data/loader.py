@@ -14,6 +14,7 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
 from stage1_vqvae.training.batching import share_of_step
+from stage1_vqvae.training.devices import pinned
 from stage1_vqvae.training.prefetch import StepReader
 from stage1_vqvae.training.randomness import generator
 
@@ -33,6 +34,7 @@ class Loader:
     def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator, ahead: bool | None = None) -> None:
         """`ahead`: whether a thread prefetches the next images; None: on accelerators only."""
         self._training, self._data, self._config = training, data, config
+        self._device = accelerator.device
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
         self._order = order_of(training.pixels, config.batch_size, config.seed)
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
@@ -49,6 +51,11 @@ class Loader:
         pixels, variants = self._reader.at(step, micro_step)
         # Images are copied to the device as bytes, a quarter of the size of floats.
         return make_variants(to_model(pixels), self._config.augmentation, variants)
+
+    def uniforms(self, step: int, micro_step: int) -> Tensor:
+        """(B,) in [0, 1), on the process's device: for each image of a micro-step a function of (seed, step, place in the batch)."""
+        draws = torch.rand(self._config.batch_size, generator=generator(self._config.seed, "objective", step))
+        return pinned(draws[self.share(micro_step)], self._device).to(self._device, non_blocking=True)
 
     def waited(self) -> float:
         """Seconds spent waiting for images since the last call."""

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from stage1_vqvae.training.weights_file import check_finite_weights
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
-    """Weights in a safetensors file, or in one of torch, of which only tensors are read. Errors: UserError for another file."""
+    """Weights in a safetensors file, or in one of torch, of which only tensors are read.
+
+    Errors: UserError for another file, or weights that are not finite.
+    """
     wanted = f"{path}: expected weights (safetensors, or torch's format with named tensors alone)"
     try:
         is_safetensors = path.suffix == ".safetensors"
@@ -21,4 +25,5 @@ def weights_in(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{wanted}, found: {error}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
         raise UserError(f"{wanted}, found a {type(found).__name__}")
+    check_finite_weights(found, f"{path}: ")
     return dict(found)

@@ -34,7 +34,8 @@ class GroupNorm(nn.GroupNorm):
         if on_accelerator(x.device):
             return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, self.silu)[0]
         normed = super().forward(x)
-        return F.silu(normed, inplace=True) if self.silu else normed
+        # In place, autograd would keep a copy of what it needs of the input.
+        return F.silu(normed, inplace=not normed.requires_grad) if self.silu else normed
 
 
 def normed_convolution(x: Tensor, norm: GroupNorm, convolution: nn.Conv2d) -> Tensor:

@@ -163,5 +163,5 @@ def image_of(patches: Tensor, patch: int) -> Tensor:
 
 def _rotations_of_grid(height: int, width: int, head_width: int, like: Tensor) -> Tensor:
     """The rotary positions of a grid's tokens, row by row; made when they are needed, which costs less than a block's smallest part."""
-    rows, columns = (torch.arange(size, dtype=like.dtype, device=like.device) for size in (height, width))
-    return rotations(torch.cartesian_prod(rows, columns), head_width)
+    rows, columns = (torch.arange(size, device=like.device) for size in (height, width))
+    return rotations(torch.cartesian_prod(rows, columns), head_width).to(like)

@@ -133,7 +133,8 @@ class Adversary(nn.Module):
         norms = torch.stack([statistics[_OTHERS].norm(), statistics[_PULL].norm()]).to(self.norms) / parts
         averaged = torch.where(self.norms < 0, norms, self.norms.lerp(norms, 1 - _DECAY))
         self.norms.copy_(torch.where(norms.isfinite(), averaged, self.norms))  # half precision may overflow, and goes on
-        self.logits.lerp_(torch.stack([statistics[_REAL], statistics[_MADE]]) / parts, 1 - _DECAY)
+        logits = torch.stack([statistics[_REAL], statistics[_MADE]]) / parts
+        self.logits.copy_(torch.where(logits.isfinite(), self.logits.lerp(logits, 1 - _DECAY), self.logits))
         for module in self.discriminator.modules():
             if is_parametrized(module, "weight"):
                 # Spectral normalisation takes a step of its power iteration whenever the weight is read in training mode.

@@ -57,8 +57,33 @@ class CausalContext(nn.Module):
         window_rows, window_columns = self.window(rows, columns)
         before, behind = window_columns.start - (columns.start - _REACH), columns.stop + _REACH - window_columns.stop
         above = window_rows.start - (rows.start - _REACH)
-        # A channel of ones, which is zero where there is no pixel.
-        seen = F.pad(torch.cat([images, torch.ones_like(images[:, :1])], 1), (before, behind, above, 0))
-        hidden = F.conv2d(seen, self.seen.weight * self.mask, self.seen.bias) + self.own(output) + self.position[:, rows, columns]
+        return self._updated(output, _padded(images, (before, behind, above, 0)), self.position[:, rows, columns])
+
+    def in_bands(self, output: Tensor, images: Tensor, rows: Tensor) -> Tensor:
+        """The output of other rows in each image, (B, P, R, W), brought up to date.
+
+        Args:
+            output: of those rows.
+            images: (B, C, H, W) in [-1, 1], whole.
+            rows: (B, R), consecutive in each image.
+        """
+        seen = _padded(images.to(self.position.dtype), (_REACH, _REACH, _REACH, 0))
+        above = rows[:, :1] + torch.arange(_REACH, device=rows.device)  # counted in the padded image, where all rows lie further down
+        position = F.embedding(rows, self.position.movedim(1, 0).flatten(1)).unflatten(2, self.position.shape[::2])
+        return self._updated(output, rows_of(seen, torch.cat([above, rows + _REACH], 1)), position.transpose(1, 2))
+
+    def _updated(self, output: Tensor, seen: Tensor, position: Tensor) -> Tensor:
+        """The output given the pixels seen, a channel of ones among them, and what each position has of its own."""
+        hidden = F.conv2d(seen, self.seen.weight * self.mask, self.seen.bias) + self.own(output) + position
         hidden = hidden + self.inner(F.gelu(hidden))
         return full_precision(output) + full_precision(self.out(F.gelu(hidden)))
+
+
+def _padded(images: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """Images with a channel of ones beside theirs, which is zero, as all channels are, where there is no pixel."""
+    return F.pad(torch.cat([images, torch.ones_like(images[:, :1])], 1), padding)
+
+
+def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Of each image of (B, C, H, W) its own rows (B, R): (B, C, R, W)."""
+    return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_vqvae.data.splits import Pixels
-from stage1_vqvae.objectives.context import CausalContext
-from stage1_vqvae.training.batching import batches
+from stage1_vqvae.objectives.context import CausalContext, rows_of
 
 Index = tuple[slice, int, slice, slice]
 """All images, one channel, rows and columns of pixels."""
@@ -37,6 +36,11 @@ class Objective(nn.Module, ABC):
     def loss_names(self) -> tuple[str, ...]:
         """The names of its losses, `reconstruction` first."""
         return ("reconstruction",)
+
+    @property
+    def draws(self) -> bool:
+        """Whether training gives `losses` a third argument: a number (B,) in [0, 1) for each image, to draw by."""
+        return False
 
     @abstractmethod
     def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
@@ -110,22 +114,41 @@ class PixelLikelihood(Objective):
         above, beside = self.context.window(rows, columns)
         return self.context(here, self.images(values[..., above, beside]), rows, columns)
 
-    def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
+    @property
+    def draws(self) -> bool:
+        """Whether `losses` draws what the context learns from."""
+        return self.context is not None
+
+    def losses(self, output: Tensor, images: Tensor, uniform: Tensor | None = None) -> dict[str, Tensor]:
         """See the contract: in nats a dimension, -log p(x | z) if pixels were independent, and `context`: as they are.
 
-        In training the context learns from a quarter of the rows of all images, another one each time: pixels of an image teach much
-        the same, and all of them would double a step's time.
+        Args:
+            output: of the decoder.
+            images: (B, C, H, W) in [-1, 1].
+            uniform: (B,) in [0, 1): the context learns from one band of rows of each image, a quarter of them or fewer, drawn by its
+                number. Pixels of an image teach much the same, and all of them would double a step's time. None: from all rows.
         """
         values, dimensions = self.values(images), images[0].numel()
         found = {"reconstruction": self.independent_nats(output, values).mean() / dimensions}
         if self.context is not None:
-            _, height, width = self.image_shape
-            size = -(-height // 4) if self.training else height
-            bands = batches(height, size)
-            rows = bands[int(torch.randint(len(bands), ()))]
-            here = self._in_context(output.detach(), values, rows, slice(0, width))
-            found["context"] = self.independent_nats(here, values[..., rows, :]).mean() * len(bands) / dimensions
+            output, bands = output.detach(), 1
+            if uniform is None:
+                _, height, width = self.image_shape
+                here = self._in_context(output, values, slice(0, height), slice(0, width))
+            else:
+                bands, rows = self._bands(uniform)
+                here = self.context.in_bands(rows_of(output, rows), self.images(values), rows)
+                values = rows_of(values, rows)
+            found["context"] = self.independent_nats(here, values).mean() * bands / dimensions
         return found
+
+    def _bands(self, uniform: Tensor) -> tuple[int, Tensor]:
+        """Into how many bands of equal height, four or the next more, images are cut; and the rows (B, R) of the drawn one of each."""
+        height = self.image_shape[1]
+        bands = next(count for count in range(min(4, height), height + 1) if height % count == 0)
+        size = height // bands
+        first = (uniform * bands).long().clamp(max=bands - 1) * size
+        return bands, first[:, None] + torch.arange(size, device=uniform.device)
 
     @property
     def pixels_at_once(self) -> int:

@@ -122,14 +122,17 @@ class MovingAverageCodebook(Codebook):
         """Advance the moving count and sum of each code, and with them its vector, if it was chosen.
 
         m / N stays as it is where nothing was added to either; but both vanish in time, and the smoothing would then
-        draw the vector to the origin.
+        draw the vector to the origin. A code whose sum is not finite, as that of a latent that overflowed in fp16, stays as it is.
         """
         assert sums is not None
+        finite = sums.isfinite().all(1)
+        chosen = (counts > 0) & finite
+        counts, sums = torch.where(finite, counts, self.cluster_size), torch.where(finite[:, None], sums, self.moving_sum)
         super().update_(counts, sums)
         self.moving_sum.lerp_(sums.to(self.moving_sum), 1 - self.decay)
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + _SMOOTHING) / (total + self.num_codes * _SMOOTHING) * total
-        self.weight.copy_(torch.where((counts > 0)[:, None], self.moving_sum / smoothed[:, None], self.weight))
+        self.weight.copy_(torch.where(chosen[:, None], self.moving_sum / smoothed[:, None], self.weight))
 
     @torch.no_grad()
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:

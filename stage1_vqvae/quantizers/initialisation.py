@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from stage1_vqvae.quantizers.contract import Quantizer
 from stage1_vqvae.quantizers.search import nearest_codes
 from stage1_vqvae.training.randomness import generator
@@ -49,6 +50,9 @@ def place_by_kmeans_(
         codebook = codebooks[number]
         latents = torch.cat([gather(quantizer(z).latents[number]) for z in batches])
         draws = generator(seed, "k-means", level)
+        finite = latents.isfinite().all(1)
+        if not bool(finite.all()):
+            raise UserError("k-means: expected finite latents of the first batches, found some that are not")
         seen = torch.randperm(len(latents), generator=draws)[: vectors_for(codebook.num_codes)]
         centroids, counts = kmeans(latents[seen.to(latents.device)], codebook.num_codes, draws)
         # Float sums may differ in their last bits between machines.

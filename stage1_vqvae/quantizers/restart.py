@@ -42,9 +42,10 @@ class Restart:
         """Move the dead codes to their candidates; what moved has no momentum. Returns how many."""
         moved: int | Tensor = 0
         for number, codebook in self._codebooks.items():
-            dead = codebook.dead_codes()
+            vectors = candidates[f"candidates/{number}"]
+            dead = codebook.dead_codes() & vectors.isfinite().all(1)  # in fp16 a latent may have overflowed: its code waits for another
             as_used = codebook.cluster_size.mean().expand(len(dead))
-            parameter = codebook.place_(dead, candidates[f"candidates/{number}"], as_used)
+            parameter = codebook.place_(dead, vectors, as_used)
             if parameter is not None:
                 forget_rows_(optimizer, parameter, dead)
             moved = moved + dead.sum()

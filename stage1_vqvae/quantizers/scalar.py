@@ -96,12 +96,14 @@ class FiniteScalarQuantizer(Quantizer):
     """
 
     sizes: Tensor
+    halves: Tensor
     strides: Tensor
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
         self.dim, self.num_codes = len(levels), (math.prod(levels),)
         self.register_buffer("sizes", torch.tensor(levels), persistent=False)
+        self.register_buffer("halves", (self.sizes // 2).to(torch.get_default_dtype()), persistent=False)  # float64 in a model that is
         strides = torch.tensor([math.prod(levels[:number]) for number in range(len(levels))])
         self.register_buffer("strides", strides, persistent=False)
 
@@ -116,8 +118,7 @@ class FiniteScalarQuantizer(Quantizer):
     def lookup_rows(self, codes: Codes) -> Tensor:
         """See the contract: digits from -floor(L / 2) on, divided by floor(L / 2)."""
         digits = codes[0][:, None] // self.strides % self.sizes
-        half = self.sizes // 2
-        return (digits - half) / half.to(torch.get_default_dtype())
+        return (digits - self.sizes // 2) / self.halves
 
     def _squashed(self, rows: Tensor) -> Tensor:
         """Into the open interval whose rounding gives L integers; an even L has one more of them below 0 than above."""

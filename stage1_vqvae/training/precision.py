@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _MATMUL = torch.backends.cuda.matmul
 _CONV: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
@@ -62,6 +62,20 @@ def set_float32(kind: Float32) -> None:
     _CPU_MATMUL.fp32_precision = cpu_precision  # the line above also sets the CPU's products, which stay exact
     _MATMUL.fp32_precision = kind
     _CONV.fp32_precision = kind  # torch's own default is TF32
+
+
+class AutocastTarget(nn.Module):
+    """What Accelerate prepares in place of a model: it patches `forward` for autocast, and the model's own, which validation calls and
+    weight averages copy, stays in the weights' precision.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's forward pass."""
+        return self.model(*inputs)
 
 
 def full_precision(x: Tensor) -> Tensor:

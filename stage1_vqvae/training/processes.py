@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs.errors import EXPLANATIONS, UserError, say
 from configs.schema import Compute
 from stage1_vqvae.training.devices import numbered, widest_float
+from stage1_vqvae.training.launcher import check_launcher
 from stage1_vqvae.training.precision import resolve_precision, set_float32
 from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
@@ -50,13 +51,11 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
 
     Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
     broadcast by DDP: the quantizers themselves keep the codebooks of all processes equal. On a GPU the precision is chosen here, and
-    printed (precision.py). Autocast covers the prepared networks: training, and stage 1's validation. Extraction and decoding run in
-    float32 with TF32 products: they take a small part of a run's time, and all later commands read their results.
+    printed (precision.py). Autocast covers what is prepared: training. Validation, extraction and decoding run in float32 with TF32
+    products (likelihoods without): they take a small part of a run's time, and all later commands read their results.
     """
     patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
     on_cpu = not torch.accelerator.is_available()
-    if on_cpu and compute.mixed_precision == "fp16":
-        raise UserError("compute.mixed_precision: expected no or bf16 on a CPU, found fp16")
     if compute.tracker is not None and importlib.util.find_spec(compute.tracker) is None:
         raise UserError(
             f"compute.tracker {compute.tracker}: expected the package {compute.tracker}, found none; pip install {compute.tracker}"
@@ -65,24 +64,33 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator_device = torch.accelerator.current_accelerator()
     device = "cpu" if on_cpu or accelerator_device is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator_device.type
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if device == "cpu" and (compute.mixed_precision or launcher) == "fp16":
+        where = "compute.mixed_precision" if compute.mixed_precision else "ACCELERATE_MIXED_PRECISION"
+        raise UserError(f"{where}: expected no or bf16 on a CPU, found fp16")
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = resolve_precision(compute.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), device, bf16)
+    precision = resolve_precision(compute.mixed_precision, launcher, device, bf16)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_the_launcher()
     _Command.lighter = lighter
     # Accelerate shards whatever is prepared, and nothing on a CPU: what is sharded is ours to say (sharding.py).
     _Command.launched_sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or _Command.launched_sharded
+    launched_threads = check_launcher(_Command.launched_sharded)
+    threads = compute.threads or launched_threads or share_of_cores()
     with joining(launched):
-        accelerator = Accelerator(
-            # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
-            cpu=on_cpu,
-            mixed_precision=precision.networks,
-            log_with=compute.tracker,
-            dynamo_backend=_COMPILER if compute.compile else None,
-            project_dir=logging_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=patience)],
-        )
+        try:
+            accelerator = Accelerator(
+                # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
+                cpu=on_cpu,
+                mixed_precision=precision.networks,
+                log_with=compute.tracker,
+                dynamo_backend=_COMPILER if compute.compile else None,
+                project_dir=logging_dir,
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=patience)],
+            )
+        except (ValueError, ImportError, NotImplementedError) as error:  # of a setting that it refuses itself
+            raise UserError(f"Accelerate: {error}") from None
         if accelerator.num_processes != launched:
             # They would all train on the same data and write the same files.
             raise UserError(
@@ -94,7 +102,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
         if precision.line is not None and precision.line != _Command.precision:
             say(precision.line)
             _Command.precision = precision.line
-        torch.set_num_threads(compute.threads or share_of_cores())
+        torch.set_num_threads(threads)
         # What a process found in the run before this line, all found: nobody writes into it earlier.
         accelerator.wait_for_everyone()
         if accelerator.num_processes > 1 and _Command.watch is None:

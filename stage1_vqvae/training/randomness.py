@@ -6,14 +6,31 @@ That one rule gives exact resume and the same data at any number of processes: n
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
+
+
+def whole_seed(seed: Any) -> int:
+    """A seed as a plain int, whatever type of number holds it, since seeds are hashed by their text.
+
+    Errors: UserError for what is no whole number.
+    """
+    try:
+        number = int(seed)
+        if number == seed:  # neither 1.5 nor "1"
+            return number
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # of None, NaN, infinity, a tensor of several numbers
+        pass
+    raise UserError(f"seed: expected a whole number, found {seed!r}")
+
 
 def derived_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed from `seed` and what it is for, equal on every machine and process."""
-    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    """A 63-bit seed from `seed` and what it is for, equal on every machine and process; `seed` of any size and sign."""
+    digest = hashlib.blake2b(repr((whole_seed(seed), *purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -28,6 +28,13 @@ def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any])
     write_bytes(path, safetensors.torch.save(tensors, {_HEADER: json.dumps(summed)}))
 
 
+def check_finite_weights(weights: Mapping[str, Tensor], where: str = "") -> None:
+    """Errors: UserError, beginning with `where` and naming the first weight that is NaN or infinite, if there is one."""
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise UserError(f"{where}expected finite weights, found {'NaN' if bool(weight.isnan().any()) else 'infinity'} in {name}")
+
+
 def read_header(path: Path, kind: str) -> dict[str, Any]:
     """The header of what `save_weights` wrote. Errors: as `load_weights`."""
     return load_weights(path, kind, names=())[1]
@@ -36,7 +43,7 @@ def read_header(path: Path, kind: str) -> dict[str, Any]:
 def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_weights` wrote; of its tensors only `names`, if given, and then without comparing their sum.
 
-    Errors: UserError if the file is missing, truncated, of another kind, or not as it was written.
+    Errors: UserError if the file is missing, truncated, of another kind, not as it was written, or its weights are not finite.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -51,6 +58,7 @@ def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) ->
     written = header.pop(_SUM, None)  # none in files of before
     if names is None and written is not None and written != _sum_of(weights, header):
         raise UserError(f"{path}: expected the weights of a {kind} as they were written, found others than their sha256 is of")
+    check_finite_weights(weights, f"{path}: ")
     return weights, header
 
 

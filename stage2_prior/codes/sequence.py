@@ -69,8 +69,8 @@ class SequenceLayout:
         return torch.cat(parts)
 
     def centres(self) -> Tensor:
-        """(T, 2): row and column of each position's centre, on all levels in the finest grid's codes, from 0 on."""
+        """float64 (T, 2): row and column of each position's centre, on all levels in the finest grid's codes, from 0 on."""
         heights, widths = zip(*self.grids, strict=True)
-        finest = torch.tensor([max(heights), max(widths)], dtype=torch.float32)
+        finest = torch.tensor([max(heights), max(widths)], dtype=torch.float64)
         level = self.coordinates()[:, 0]
         return (self.coordinates()[:, 1:] + 0.5) * finest / torch.tensor(self.grids)[level] - 0.5

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from configs.errors import require
 from configs.schema import PriorPart
-from stage1_vqvae.attention import rotations
+from stage1_vqvae.attention import RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import GridAttention
@@ -154,10 +154,14 @@ class LevelNetwork(nn.Module):
         self.layers = nn.ModuleList(self._layer(config, number) for number in range(config.layers))  # type: ignore[assignment]
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, own))
         coordinates = SequenceLayout([grid], [own]).centres()
-        self.register_buffer("rotations", rotations(coordinates, width // config.heads), persistent=False)
+        self.rotary = RotaryTable(coordinates, width // config.heads)
 
     layers: Sequence[GatedLayer]
-    rotations: Tensor
+
+    @property
+    def rotations(self) -> Tensor:
+        """(T, d / 2, 2): rotary positions of all of the grid; see attention.py."""
+        return self.rotary.table
 
     @staticmethod
     def _layer(config: PixelCNNPart, number: int) -> GatedLayer:

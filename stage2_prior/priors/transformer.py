@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.schema import PriorPart
-from stage1_vqvae.attention import Norm, rotations
+from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.kernels import Kernel
 from stage2_prior.codes.sequence import SequenceLayout
@@ -123,13 +123,17 @@ class Transformer(AutoregressivePrior):
         self.head = nn.Linear(width, layout.vocabulary, bias=False)
         self.above = None if given is None else UpperLevels(given.num_codes, width, heads, layout.grids[0])
         # Position t holds the code of position t-1 but is turned as position t, the one it predicts.
-        self.register_buffer("rotations", rotations(layout.centres(), width // heads), persistent=False)
+        self.rotary = RotaryTable(layout.centres(), width // heads)
         self.register_buffer("coordinates", torch.cat([layout.coordinates()[:, :1], layout.centres().round().long()], 1), persistent=False)
         self._initialise()
 
-    rotations: Tensor
     coordinates: Tensor
     blocks: Sequence[Block]
+
+    @property
+    def rotations(self) -> Tensor:
+        """(T, d / 2, 2): rotary positions; see attention.py."""
+        return self.rotary.table
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -22,9 +22,8 @@ from configs.run_dir import RunDir
 from pipelines import compress, decompress
 from pipelines.codec import coder as codec
 from pipelines.codec import image_coder
-from pipelines.codec.code_file import CodeFile, Lossless, pack, unpack
+from pipelines.codec.code_file import CodeFile, pack, unpack
 from pipelines.codec.coder import Coded
-from pipelines.codec.pixels import CodedPixels
 from pipelines.compress import main as compress_main
 from pipelines.decompress import main as decompress_main
 from pipelines.images.inputs import unique_names
@@ -170,7 +169,7 @@ def resealed(body: bytes) -> bytes:
     ("change", "parts"),
     [
         (lambda data: b"\x89PNG" + data[4:], ["another kind"]),
-        (lambda data: data[:8] + b"\5\0" + data[10:], ["version 4", "found 5"]),
+        (lambda data: data[:8] + b"\4\0" + data[10:], ["version 5", "found 4"]),
         (lambda data: data[:-1], ["truncated"]),
         (lambda data: b"", ["another kind"]),
     ],
@@ -251,24 +250,6 @@ def test_a_folder_tree_comes_back_as_it_was(run_copy: Path, tmp_path: Path) -> N
     decompress.main(["--run", str(run_copy), "--file", str(tmp_path / "photos.vqc"), "--output", str(back)])
     found = {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()}
     assert found == {str(Path(path).with_suffix(".png")) for path in paths}
-
-
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_files_of_former_versions_are_still_read(version: int) -> None:
-    """Before 3 their header has no number of bytes of pixels, the last 8 of 70; those of version 1 have names without folders."""
-    data = bytearray(pack(CONTENT)[0])
-    data[8] = version
-    found = unpack(resealed(bytes(data[:62] + data[62 if version == 3 else 70 : -4])), "")
-    assert (found.names, found.coded, found.lossless) == (CONTENT.names, CONTENT.coded, None)
-
-
-def test_pixels_of_the_former_version_are_refused() -> None:
-    """They shared out their offsets otherwise."""
-    lossless = Lossless(CodedPixels(b"1234", 1, [0], 0), {})
-    data = bytearray(pack(CONTENT._replace(lossless=lossless))[0])
-    data[8] = 3
-    with pytest.raises(UserError, match="expected version 4 of the format, found 3"):
-        unpack(resealed(bytes(data[:-4])), "")
 
 
 def test_a_failure_leaves_no_folder_behind(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

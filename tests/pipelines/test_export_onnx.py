@@ -92,7 +92,7 @@ def test_without_torch_the_same_codes_are_drawn_for_the_same_seed(graphs: tuple[
     folder, generator = graphs
     settings = {"guidance": 2.0, "guidance_schedule": "cosine", "temperature": 0.9, "top_p": 0.9}
     expected = generator.draw(70, seed=3, **settings)
-    codes, images = exported.Sampler(folder).sample(70, seed=3, **settings)
+    codes, images = exported.Sampler(folder).sample(70, seed=np.int64(3), **settings)
     assert np.array_equal(codes[0], expected.codes[0].numpy())
     assert np.abs(images.astype(int) - expected.pixels.numpy()).max() <= 1
     assert np.array_equal(exported.Sampler(folder).sample(2, "down", 1)[0][0], generator.draw(2, "down", 1).codes[0].numpy())

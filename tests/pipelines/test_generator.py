@@ -155,6 +155,7 @@ def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tenso
     ("ask", "message"),
     [
         (lambda generator, real: generator.sample(0), "n: expected at least 1 image, found 0"),
+        (lambda generator, real: generator.sample(2, seed=1.5), "seed: expected a whole number, found 1.5"),  # type: ignore[arg-type]
         (lambda generator, real: generator.sample(2, label="left"), r"label: expected 0 to 1 or a name \(across, down\), found left"),
         (lambda generator, real: generator.sample(2, label=[0, 1, 1]), "label: expected one, or 2, found 3"),
         (lambda generator, real: generator.sample(2, temperature=-1), "temperature: expected at least 0, found -1"),

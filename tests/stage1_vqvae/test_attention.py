@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stage1_vqvae.attention import Attention, rotate, rotations
+from stage1_vqvae.attention import Attention, RotaryTable, rotate, rotations
 
 
 def test_rotary_scores_depend_on_the_offset_between_positions_alone() -> None:
     positions = torch.tensor([[0, row, column] for row in range(4) for column in range(5)])
-    turns = rotations(positions[:, 1:], 16)
+    turns = rotations(positions[:, 1:], 16).float()
     query, key = torch.randn(16).expand(1, 1, 20, 16), torch.randn(16).expand(1, 1, 20, 16)
     scores = (rotate(query, turns) @ rotate(key, turns).transpose(-1, -2))[0, 0]
     by_offset: dict[tuple[int, int], list[float]] = {}
@@ -20,6 +23,19 @@ def test_rotary_scores_depend_on_the_offset_between_positions_alone() -> None:
             by_offset.setdefault((offset[0], offset[1]), []).append(scores[a, b].item())
     assert all(max(values) - min(values) < 1e-4 for values in by_offset.values())
     assert len({round(values[0], 3) for values in by_offset.values()}) > 40  # rows and columns both matter
+
+
+def test_a_table_is_rounded_once_and_exact_in_float64() -> None:
+    """Whatever way a model goes to float64 and back."""
+    coordinates = torch.rand(7, 2, dtype=torch.float64) * 50
+    frequencies = [100.0 ** (-number / 4) for number in range(4)]
+    angles = [[float(x) * frequency for x in place for frequency in frequencies] for place in coordinates]
+    exact = torch.tensor([[[math.cos(a), math.sin(a)] for a in row] for row in angles], dtype=torch.float64)
+    table = RotaryTable(coordinates, 16)
+    assert torch.equal(table.table, exact.float())
+    for wide in (copy.deepcopy(table).double(), table.to(torch.float64)):
+        assert torch.allclose(wide.table, exact, rtol=0, atol=1e-13)
+    assert torch.equal(table.float().table, exact.float())
 
 
 def test_gradients_written_by_hand_are_those_of_small_differences() -> None:

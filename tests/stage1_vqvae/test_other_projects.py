@@ -124,7 +124,8 @@ def test_sizes_of_public_checkpoints_follow_from_their_shapes(file: str) -> None
 def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With what stands beside the weights in public files: losses, callbacks by their class, arguments, numpy's numbers."""
     weights, _ = reference("taming")
-    beside = {"epoch": 3, "state_dict": {**weights, "loss.discriminator.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}}
+    losses = {"loss.discriminator.weight": torch.full((1,), torch.nan), "loss.logvar": torch.zeros(1)}
+    beside = {"epoch": 3, "state_dict": {**weights, **losses}}
     strangers = {"callbacks": {Stranger: {"best": np.float64(0.5)}}, "args": argparse.Namespace(lr=1.0), "optimizer_states": [Stranger()]}
     torch.save({**beside, **strangers}, tmp_path / "last.ckpt")
     run = str(tmp_path / "run")
@@ -155,6 +156,8 @@ def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, t
         (lambda weights: weights.update({"decoder.conv_out.bias": torch.zeros(4)}), "decoder.conv_out.bias of shape (3,), found (4,)"),
         (lambda weights: weights.pop("quantize.embedding.weight"), "expected a weight quantize.embedding.weight, found none"),
         (lambda weights: weights.pop("encoder.conv_in.weight"), "expected a weight encoder.conv_in.weight, found none"),
+        (lambda weights: weights["quant_conv.bias"].fill_(torch.nan), "expected finite weights, found NaN in quant_conv.bias"),
+        (lambda weights: weights["quantize.embedding.weight"][3, 0].fill_(-torch.inf), "found infinity in quantize.embedding.weight"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_and_leaves_no_run(

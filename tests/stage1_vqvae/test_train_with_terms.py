@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from configs.cli import load_recipe
-from configs.run_dir import read_json
+from configs.run_dir import RunDir, read_json
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.splits import VALIDATION
+from stage1_vqvae.model import load_tokenizer
+from stage1_vqvae.monitoring.validation import validate
 from stage1_vqvae.train import Models, build, main
 from stage1_vqvae.training.metrics_log import read_metrics
 
@@ -65,6 +70,11 @@ def test_mixed_precision_changes_the_rounding_alone(tiny_recipe: Path, tmp_path:
     for name in ("reconstruction", "discriminator", "adversarial_weight"):
         assert half[name] == pytest.approx(full[name], rel=0.05)
         assert half[name] != full[name]
+    # Validation is of the weights as they are written, in float32: what later commands encode and decode by.
+    run = RunDir(tmp_path / "bf16")
+    validation = load_images(load_recipe(run.recipe).data, [VALIDATION]).splits[VALIDATION]
+    expected = validate(Accelerator(cpu=True), load_tokenizer(run), validation, 8).metrics
+    assert read_json(run.stage1 / "report.json")["validation"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("trained", ["all", "decoder"])

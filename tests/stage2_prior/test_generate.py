@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from configs.errors import UserError
 from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import draw, generate, guidance_scales, guided, uniform_codes, uniforms, warp
@@ -111,3 +115,19 @@ def test_the_uniform_prior_is_uniform_within_each_level() -> None:
 def test_uniforms_depend_on_seed_and_number_alone() -> None:
     assert torch.equal(uniforms(1, torch.tensor([5, 2]), 6), uniforms(1, torch.arange(6), 6)[[5, 2]])
     assert uniforms(1, torch.arange(0), 6).shape == (0, 6)
+
+
+@pytest.mark.parametrize("number", [0, 1, -1, 2**40, 2**80])
+def test_equal_seeds_draw_equal_codes_whatever_type_holds_them(number: int) -> None:
+    holders: list[Any] = [Fraction(number), np.array(number), np.float64(number)]
+    holders += [bool(number)] if number in (0, 1) else []
+    holders += [np.int64(number), torch.tensor(number), torch.tensor(float(number), dtype=torch.float64)] if abs(number) < 2**63 else []
+    expected = uniforms(number, torch.arange(2), 3)
+    assert all(torch.equal(uniforms(holder, torch.arange(2), 3), expected) for holder in holders)
+    assert not torch.equal(uniforms(number + 1, torch.arange(2), 3), expected)
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None, math.nan, math.inf, torch.tensor([1, 2]), [1]])
+def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+    with pytest.raises(UserError, match="seed: expected a whole number, found"):
+        uniforms(seed, torch.arange(2), 3)

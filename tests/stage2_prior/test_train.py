@@ -41,8 +41,12 @@ def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
 
 
 def test_the_reported_likelihood_is_that_of_the_saved_prior(finished_run: Path) -> None:
-    run = RunDir(finished_run)
-    folder = run.prior("transformer")
+    check_likelihood(finished_run, "transformer")
+
+
+def check_likelihood(path: Path, name: str) -> None:
+    run = RunDir(path)
+    folder = run.prior(name)
     prior, header = load_prior(folder / "prior.safetensors", fingerprint(run.tokenizer))
     store = CodeStore(run.codes / "validation")
     assert store.labels is not None
@@ -81,13 +85,14 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(
 
 
 def test_a_training_goes_on_in_another_precision(run_copy: Path) -> None:
-    """Weights and moments are float32 in any, so that a checkpoint does not tell."""
+    """Weights and moments are float32 in any, so that a checkpoint does not tell; and likelihoods are those of float32."""
     typed = ["--run", str(run_copy), "--name", "mixed", "--stage2.steps", "3"]
     with pytest.raises(SystemExit):
-        main([*typed, "--compute.mixed_precision", "bf16", "--stop-after", "1e-9"])
+        main([*typed, "--compute.mixed_precision", "no", "--stop-after", "1e-9"])
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
-    main([*typed, "--compute.mixed_precision", "no", "--resume"])
+    main([*typed, "--compute.mixed_precision", "bf16", "--resume"])
     assert read_json(run_copy / "priors" / "mixed" / "report.json")["steps"] == 3
+    check_likelihood(run_copy, "mixed")
 
 
 def test_a_finished_prior_says_so_and_another_name_is_another_prior(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial, partialmethod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,13 @@ import torch
 from constriction import stream
 
 from configs.errors import UserError
+from configs.parts import part_from
+from configs.schema import Tokenizer
 from pipelines.codec.coder import MARGIN, batch_images, clear_offset, decode, encode, weights
+from pipelines.codec.pixels import decode_pixels, encode_pixels
+from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.devices import float64_copy
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.contract import AutoregressivePrior, Logits
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
@@ -46,6 +53,50 @@ def test_threads_change_nothing(kind: str, threads: int) -> None:
     for others in (1, 2):
         torch.set_num_threads(others)
         assert all(torch.equal(*level) for level in zip(decode(prior, coded, None, 7), codes, strict=True))
+
+
+# Of the functions that tables are made by, in float32: what another machine's library may give.
+_IN_FLOAT32 = ("cos", "sin", "exp", "pow", "__rpow__", "__pow__", "atanh", "tanh")
+
+
+def by_another_library(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> None:
+    """From here on these functions give the next number upwards, in that precision."""
+
+    def nudged(function: Any, *given: Any, **named: Any) -> torch.Tensor:
+        result: torch.Tensor = function(*given, **named)
+        return torch.nextafter(result, torch.full_like(result, torch.inf)) if result.dtype == dtype else result
+
+    for name in _IN_FLOAT32:
+        monkeypatch.setattr(torch.Tensor, name, partialmethod(partial(nudged, getattr(torch.Tensor, name))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["transformer", "pixelcnn, attention", "levelwise"])
+def test_a_file_decodes_by_another_machines_cosines(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of positions are made where a prior is loaded; in float32 one of them may differ by a rounding."""
+    layout = LAYOUTS["top and bottom"]
+    prior, codes = prior_of(kind, layout), random_codes(layout, 11)
+    coded, logits = encode(prior, codes, None, 11).coded, torch.cat([level.flatten() for level in prior(codes, None)]).detach()
+    by_another_library(monkeypatch, dtype)
+    for there in (prior_of(kind, layout), float64_copy(build(kind, layout))):
+        assert all(torch.equal(*level) for level in zip(decode(there, coded, None), codes, strict=True))
+        assert float((torch.cat([level.flatten() for level in there(codes, None)]).detach() - logits).abs().max()) < MARGIN
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "fsq", "lfq"])
+def test_so_do_pixels(quantizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a tokenizer that knows positions, with any quantizer's table of codes."""
+    chosen = {
+        "network": part_from("tokenizer.network", {"kind": "vit", "downsampling": 2, "layers": 1, "width": 16, "heads": 2}),
+        "quantizer": part_from("tokenizer.quantizer", {"kind": quantizer, **({} if quantizer == "fsq" else {"num_codes": 16})}),
+        "objective": part_from("tokenizer.objective", {"kind": "logistic"}),
+    }
+    tokenizer = VQVAE(Tokenizer(code_dim=4, **chosen), 4, 6, 1).eval()
+    codes = (torch.randint(tokenizer.quantizer.num_codes[0], (3, 2, 3)),)
+    pixels = torch.randint(256, (3, 4, 6, 1), dtype=torch.uint8)
+    coded, _ = encode_pixels(float64_copy(tokenizer), codes, pixels, 3)
+    by_another_library(monkeypatch)
+    assert torch.equal(decode_pixels(float64_copy(tokenizer), codes, coded), pixels)
 
 
 class Disturbed(AutoregressivePrior):

@@ -202,6 +202,30 @@ def test_on_a_cpu_it_is_torchs_own_bit_for_bit(silu: bool) -> None:
     assert torch.equal(*gradients)
 
 
+class Copies(TorchDispatchMode):
+    """The operators that copied a map, or activated one in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        name = function._schema.name.split("::")[1]
+        self.seen += [name] if name in ("clone", "silu_") else []
+        return function(*arguments, **(keywords or {}))
+
+
+def test_in_training_no_map_is_copied_for_an_activation() -> None:
+    """SiLU in place makes autograd keep a copy of its input; where nothing is trained it saves a map."""
+    block, x = vqgan.ResidualBlock(32, 64), torch.randn(2, 32, 5, 3)
+    with Copies() as copies:
+        block(x).square().sum().backward()
+    assert copies.seen == []
+    with torch.no_grad(), Copies() as copies:
+        block(x)
+    assert copies.seen == ["silu_", "silu_"]
+
+
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_convolution_after_it_has_torchs_gradients_and_keeps_its_input_alone() -> None:
     norm, convolution = GroupNorm(32, 64, silu=True), nn.Conv2d(64, 32, 3, stride=2, padding=1)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from scipy.stats import logistic
 from torch import Tensor
 
+from configs.data import Data
 from configs.errors import UserError
 from configs.parts import part_from
+from configs.schema import Stage1
+from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.objectives.context import CausalContext
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.objectives.likelihoods import Bernoulli, Categorical, LogisticMixture
@@ -260,7 +266,7 @@ def test_a_context_teaches_the_decoder_nothing(kind: str) -> None:
     gradients = []
     for judge in (objective, alone):
         output = output_for(judge).requires_grad_()
-        losses = judge.losses(output, images)
+        losses = judge.losses(output, images, torch.tensor([0.1, 0.9]))
         sum(losses.values(), torch.zeros(())).backward()
         gradients.append(output.grad)
     assert torch.equal(gradients[0], gradients[1])  # type: ignore[arg-type]
@@ -270,11 +276,38 @@ def test_a_context_teaches_the_decoder_nothing(kind: str) -> None:
 
 @each_context
 def test_what_the_context_learns_from_is_right_in_the_mean(kind: str) -> None:
-    """Bands of rows in training, of unequal heights here, and all rows in validation."""
-    objective = objective_of(kind, 3, height=5)
-    output, values = output_for(objective), values_for(objective)
-    expected = float(objective.nats(output, values).sum()) / values.numel()
-    found = {float(objective.losses(output, objective.images(values))["context"]) for _ in range(60)}
-    assert len(found) == 3
-    assert sum(found) / 3 == pytest.approx(expected, rel=1e-9)
-    assert float(objective.eval().losses(output, objective.images(values))["context"]) == pytest.approx(expected, rel=1e-12)
+    """A band of rows of each image where it is drawn, as many bands as divide the height, and all rows where nothing is."""
+    for height, bands in ((8, 4), (6, 6), (5, 5), (3, 3)):
+        objective = objective_of(kind, 3, height=height)
+        output, values = output_for(objective), values_for(objective)
+        expected = float(objective.nats(output, values).sum()) / values.numel()
+        uniforms = (torch.stack([torch.arange(bands), torch.arange(bands).flip(0)], 1) + 0.999) / bands
+        found = [float(objective.losses(output, objective.images(values), uniform)["context"]) for uniform in uniforms]
+        assert len(set(found)) == bands
+        assert sum(found) / bands == pytest.approx(expected, rel=1e-9)
+        assert float(objective.losses(output, objective.images(values))["context"]) == pytest.approx(expected, rel=1e-12)
+
+
+@each_context
+def test_what_the_context_learns_from_is_the_same_however_a_step_is_shared_out(kind: str) -> None:
+    """Over processes, and in parts: rows are drawn for an image's place in the batch, and another way in each step."""
+    values = torch.arange(8 * 4 * 6 * 3).view(8, 4, 6, 3) * 7 % 256
+    pixels = (values if kind != "bernoulli in context" else values // 128 * 255).to(torch.uint8)
+    objective = objective_of(kind, 3, height=4, width=6)
+    output = output_for(objective, batch=8)
+
+    def loss(processes: int, parts: int, step: int) -> float:
+        found = []
+        for rank in range(processes):
+            accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
+            loader = Loader(ImageSplit(pixels, None), Data(), Stage1(batch_size=8, accumulation=parts), accelerator)
+            for part in range(parts):
+                rows = loader.share(part)
+                images = to_model(pixels[rows])
+                found.append(float(objective.losses(output[rows], images, loader.uniforms(step, part))["context"]))
+        return sum(found) / len(found)
+
+    whole = [loss(1, 1, step) for step in range(3)]
+    assert len(set(whole)) == 3
+    for processes, parts in ((2, 1), (1, 2), (2, 2), (8, 1)):
+        assert [loss(processes, parts, step) for step in range(3)] == pytest.approx(whole, rel=1e-6)

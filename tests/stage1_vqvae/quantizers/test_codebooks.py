@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, MovingAverageCodebook
-from stage1_vqvae.quantizers.contract import level_counts
+from stage1_vqvae.quantizers.contract import added, level_counts
 from stage1_vqvae.quantizers.initialisation import kmeans
-from stage1_vqvae.quantizers.restart import candidate_rows
+from stage1_vqvae.quantizers.restart import Restart, candidate_rows
 from stage1_vqvae.training.optimizer import adamw, forget_rows_
-from tests.stage1_vqvae.quantizers.quantizer_kinds import D, build
+from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, build
 
 K, DECAY, BETA = 16, 0.9, 0.25
 RULES = [MovingAverageCodebook, GradientCodebook, LinearCodebook]
@@ -53,6 +55,47 @@ def test_a_code_that_is_not_chosen_stays_where_it_is() -> None:
     # Chosen again, it goes there at once: nothing is remembered of so long ago.
     codebook.update_(torch.ones(4), torch.ones(4, D))
     assert torch.allclose(codebook.vectors()[3], torch.ones(D), atol=1e-2)
+
+
+@pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("kind", [kind for kind, fields in KINDS.items() if fields["kind"] == "ema"])
+def test_a_latent_that_overflowed_moves_no_code(kind: str, broken: float) -> None:
+    """In one of two micro-steps: the codes that it chose stay, whatever else chose them; the others learn as without it."""
+    quantizer, without = build(kind), build(kind)
+    z = torch.randn(2, 50, D)
+    sound = [quantizer(part).statistics for part in z]
+    z[1, 7, 2] = broken
+    overflowed = [sound[0], quantizer(z[1]).statistics]
+    before = [copy.deepcopy(codebook.state_dict()) for codebook in without.codebooks()]
+    quantizer.update_(added(overflowed))
+    without.update_(added(sound))
+    for codebook, reference, start in zip(quantizer.codebooks(), without.codebooks(), before, strict=True):
+        found, expected = codebook.state_dict(), reference.state_dict()
+        assert all(bool(value.isfinite().all()) for value in found.values())
+        stays = torch.isclose(found["moving_sum"], start["moving_sum"]).all(1)
+        assert int(stays.sum()) < K
+        assert torch.equal(found["weight"][stays], start["weight"][stays])
+        assert torch.equal(found["cluster_size"][stays], start["cluster_size"][stays])
+        if kind in ("ema", "ema_rotation", "ema_cosine_projected"):  # elsewhere later depths see other remainders
+            same = torch.isclose(found["moving_sum"], expected["moving_sum"]).all(1)
+            assert int((~same).sum()) <= 2  # the code that the latent chose, and the one that it would have chosen
+
+
+def test_no_code_restarts_where_a_latent_overflowed() -> None:
+    quantizer = build("gradient", restart_below=0.5)
+    (codebook,) = quantizer.codebooks()
+    restart = Restart(quantizer, seed=0, step=0, batch_size=K)
+    counts = torch.zeros(K)
+    counts[0] = 1000
+    for _ in range(40):
+        codebook.update_(counts, None)
+    assert int(codebook.dead_codes().sum()) == K - 1
+    latents = torch.randn(K, D)
+    latents[::2] = torch.inf
+    before, optimizer = codebook.vectors().detach().clone(), adamw(quantizer, 1e-3, 0.0, 0.99)
+    assert int(restart.apply_(restart.candidates((latents,), 0, K), optimizer)) in (K // 2 - 1, K // 2)
+    moved = (codebook.vectors() != before).any(1)
+    assert set(map(tuple, codebook.vectors()[moved].tolist())) <= set(map(tuple, latents[1::2].tolist()))
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])

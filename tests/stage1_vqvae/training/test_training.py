@@ -22,6 +22,7 @@ from torch import nn
 
 from configs.errors import UserError, run_entry
 from configs.schema import Compute
+from stage1_vqvae.features.weights import weights_in
 from stage1_vqvae.training import checkpoint
 from stage1_vqvae.training.batching import check_divides, share_of_step
 from stage1_vqvae.training.checkpoint import Checkpoints
@@ -333,6 +334,17 @@ def test_weights_of_which_a_bit_was_flipped_are_refused(place: int, tmp_path: Pa
     path.write_bytes(content)
     with pytest.raises(UserError, match="expected the weights of a tokenizer"):
         load_weights(path, "tokenizer")
+
+
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str, tmp_path: Path) -> None:
+    """Of our own files, and of those that others have trained."""
+    weights = {"good": torch.ones(3), "steps": torch.ones(2, dtype=torch.int64), "bad": torch.tensor([1.0, value]).bfloat16()}
+    save_weights(tmp_path / "own.safetensors", weights, {"kind": "prior"})
+    torch.save(weights, tmp_path / "theirs.pth")
+    for read in (lambda: load_weights(tmp_path / "own.safetensors", "prior"), lambda: weights_in(tmp_path / "theirs.pth")):
+        with pytest.raises(UserError, match=rf"\.\w+: expected finite weights, found {name} in bad$"):
+            read()
 
 
 def test_no_memory_is_one_line_with_what_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
