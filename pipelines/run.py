@@ -36,7 +36,7 @@ from configs.data import AT_HAND
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from configs.schema import Stage1, Stage2
-from pipelines.images.provenance import agrees, identity, outputs, seen
+from pipelines.images.provenance import agrees, described_weights, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.batching import most_processes
 from stage1_vqvae.training.stopping import STOPPED_IN_TIME, available_signals
@@ -228,7 +228,8 @@ def asked_evaluation(command: Command) -> dict[str, Any]:
     """The run's section `evaluation`, with what was typed."""
     typed = [option.partition("=")[0].removeprefix("--evaluation.") for option in options_of(command, "evaluation")]
     own = dataclasses.asdict(load_recipe(command.run.recipe).evaluation)
-    return own | {key: getattr(command.recipe.evaluation, key) for key in typed}
+    asked = own | {key: getattr(command.recipe.evaluation, key) for key in typed}
+    return {**asked, "weights": described_weights(asked["weights"])}
 
 
 def samples_of(run: RunDir, prior: str) -> Path | None:

@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, say
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSource, Pixels
@@ -154,7 +154,10 @@ def feature_network(
         except UserError as error:
             if weights is not None:
                 raise
-            missing = f"{error}; until then images are compared by --features {ROTATION}, whose distances are no FID"
+            until_then = f"until then images are compared by --features {ROTATION}, whose distances are no FID"
+            say(f"{error}; {until_then}")
+            # Without the error's words: they name places of this machine, and the evaluation may be published.
+            missing = f"features {INCEPTION}: expected its weights in torch's cache, or a connection, found neither; {until_then}"
             return replace(feature_network(ROTATION, None, folder, source, device, seed, may_train=may_train), instead_of=missing)
     if name in (CLASSIFIER, ROTATION):
         if weights is not None:
