@@ -29,6 +29,7 @@ _PLACE_AT_FAULT = {
 _SECONDS_FOR_THE_FIRST = 3.0
 _LONGEST_MESSAGE, _LONGEST_REASON = 1000, 200  # characters
 _MOST_LISTED, _LONGEST_NAME = 10, 60
+_CUT = " [...] "
 
 EXPLANATIONS: list[Callable[[Exception], tuple[str, int] | None]] = []
 """What packages that know more know of exceptions that are nobody's mistake: the line to say and the exit code; or None."""
@@ -47,8 +48,8 @@ def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
     if len(text) <= longest:
         return text
     head = longest * 2 // 3
-    mark = f" [{len(text) - longest:,} characters] "
-    return f"{text[:head]}{mark}{text[head + len(mark) - longest :]}"
+    tail = longest - head - len(_CUT)
+    return f"{text[:head]}{_CUT}{text[-tail:]}"
 
 
 def brief(error: BaseException) -> str:
@@ -122,7 +123,7 @@ def run_entry(main: Callable[[], None]) -> None:
         if isinstance(error, OSError) and error.errno in _PLACE_AT_FAULT:
             fail(f"{error.filename or 'the output'}: {error.strerror}")
         if isinstance(error, RuntimeError) and str(error).startswith("Could not determine home directory"):  # of Path.expanduser
-            fail("~: expected a home folder (the variable HOME), found none; write the path in full")
+            fail("~ in a path: expected a home folder (HOME, or of the user that it names), found none; write the path in full")
         for explain in EXPLANATIONS:
             if (explained := explain(error)) is not None:
                 fail(*explained)
