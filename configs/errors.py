@@ -53,8 +53,8 @@ def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """The reason that another library gives, in one short line; the name of its class if it gives none."""
-    return shortened(str(error), _LONGEST_REASON) or type(error).__name__
+    """The reason that another library gives (its first paragraph) in one short line; the name of its class if it gives none."""
+    return shortened(str(error).strip().split("\n\n")[0], _LONGEST_REASON) or type(error).__name__
 
 
 def listed(names: Iterable[object], most: int = _MOST_LISTED) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, RECIPES, Command, parse, recipe_dict
 from configs.data import Data
-from configs.errors import UserError, run_entry, say
+from configs.errors import UserError, brief, run_entry, say
 from configs.run_dir import program, read_json, write_yaml
 from configs.schema import Recipe, Tokenizer
 from stage1_vqvae.data.sources import load_images
@@ -174,8 +174,7 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Inert, name) for name in strangers]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever reading foreign bytes as a pickle may end in
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: expected safetensors or torch's weights, found something else ({reason})") from None
+        raise UserError(f"{path}: expected safetensors or torch's weights, found something else ({brief(error)})") from None
 
 
 def tokenizer_of(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Recipe) -> tuple[VQVAE, list[str]]:

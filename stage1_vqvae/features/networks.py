@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from configs.errors import UserError, say
+from configs.errors import UserError, brief, say
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSource, Pixels
@@ -209,7 +209,7 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
         try:
             network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy))
         except RuntimeError as error:
-            raise UserError(f"{path}: expected the weights of FID's Inception, found another network's ({error})") from None
+            raise UserError(f"{path}: expected the weights of FID's Inception, found another network's ({brief(error)})") from None
     network.to(device)
 
     def forward(pixels: Tensor) -> Features:
@@ -255,7 +255,7 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
     try:
         network.load_state_dict(weights_in(path))
     except RuntimeError as error:
-        raise UserError(f"{path}: expected the weights of {name}, found another network's ({error})") from None
+        raise UserError(f"{path}: expected the weights of {name}, found another network's ({brief(error)})") from None
     network.to(device).eval()
     prepare = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.parts import as_dict
 from configs.run_dir import RunDir
 from configs.schema import PriorPart, prior_from
@@ -101,7 +101,7 @@ def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
     if name is None:
         raise UserError(f"{run}: it has no finished prior; run first: {command}")
     if name not in finished:
-        raise UserError(f"--prior {name}: expected one of {', '.join([*finished, UNIFORM])}, found no such finished prior in {run}")
+        raise UserError(f"--prior {name}: expected one of {listed([*finished, UNIFORM])}, found no such finished prior in {run}")
     return run.prior(name) / "prior.safetensors"
 
 

@@ -63,6 +63,7 @@ def test_who_has_no_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", "")  # so that it is put back
     monkeypatch.delenv("XDG_CACHE_HOME")
     run_entry(lambda: None)
+    assert not cache_folder(Data()).is_relative_to(tmp_path)
     assert cache_folder(Data()).is_relative_to(tempfile.gettempdir())
 
 
