@@ -70,12 +70,12 @@ def without_machine(recipe: Recipe) -> Recipe:
 
 
 def without_places(argument: str) -> str:
-    """A word of a command, its path (absolute, below a home, or by way of a folder above) cut to its name, one of a script to where that
-    lies in a checkout.
+    """A word of a command, its path (absolute, below a home, or by way of a folder above) as from the folder that it lies in, one of a
+    script as from the checkout.
     """
     option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
     script = next((script for script in COMMANDS if value.endswith(f"/{script}")), None)
-    return f"{option}{equals}{script or (base_name(value) if _is_local(value) else value)}"
+    return f"{option}{equals}{script or (f'./{base_name(value)}' if _is_local(value) else value)}"
 
 
 def _is_local(text: str) -> bool:

@@ -367,7 +367,7 @@ def test_weights_of_an_evaluation_are_known_by_name_and_content(tmp_path: Path) 
     assert described[0] != described[1]
     assert all((text or "").startswith("w.pth, sha256 ") for text in described)
     assert described_weights(None) is None
-    assert without_places(f"--samples={tmp_path}/here") == "--samples=here"
-    assert without_places("../bob/pictures") == without_places("~/pictures") == "pictures"
+    assert without_places(f"--samples={tmp_path}/here") == "--samples=./here"
+    assert without_places("../bob/pictures") == without_places("~/pictures") == "./pictures"
     assert without_places("uoft-cs/cifar10") == "uoft-cs/cifar10"
     assert without_places(str(REPOSITORY / "pipelines/sample.py")) == "pipelines/sample.py"
