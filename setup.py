@@ -28,7 +28,7 @@ class UnderOneName(build_py):
             shutil.rmtree(built / ROOT / package, ignore_errors=True)  # of an earlier build
             shutil.move(built / package, built / ROOT / package)
         for path in (built / ROOT).rglob("*.py"):
-            path.write_text(IMPORT.sub(rf"\g<1>{ROOT}.", path.read_text()))
+            path.write_text(IMPORT.sub(rf"\g<1>{ROOT}.", path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 setup(cmdclass={"build_py": UnderOneName})

@@ -200,7 +200,7 @@ def reading(rows: int, tokens: int, folder: Path) -> None:
 
 
 def _own_mib() -> float:
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 
 

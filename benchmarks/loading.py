@@ -208,7 +208,7 @@ def _read_all(data: Data, pipe: Connection) -> None:
 def _mib() -> float:
     """Of memory of the process's own, and its share of the pages of decoded images."""
     found, of_images = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if "-" in name.split()[0]:  # a range of addresses, and the file that it maps
             of_images = line.endswith(".pixels")

@@ -84,12 +84,12 @@ def peak_mib(function: Callable[[], object]) -> float:
         return float("nan")
 
     def field(name: str) -> float:
-        return float(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1]) / 1024
+        return float(next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name)).split()[1]) / 1024
 
     # Once before, so that what is kept from call to call is there; and what the allocator only keeps is given back.
     function()
     ctypes.CDLL(None).malloc_trim(0)
-    clear.write_text("5")
+    clear.write_text("5", encoding="utf-8")
     before = field("VmRSS")
     function()
     return field("VmHWM") - before

@@ -49,7 +49,7 @@ _PRIOR_STEPS = {"digits": 150, "cifar10": 150}
 
 def command(script: str, *arguments: str) -> None:
     """Run one of the project's scripts."""
-    done = subprocess.run([sys.executable, script, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, *arguments], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise SystemExit(f"{script} {' '.join(arguments)}\n{done.stderr}")
 

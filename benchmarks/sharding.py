@@ -64,7 +64,7 @@ def measured(options: argparse.Namespace, of: str, folder: str) -> dict[str, flo
     # What has been given back is the system's at once, instead of the allocator's: what is measured is what is held.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
     command = [*torchrun, __file__, *typed, f"--of={of}", f"--folder={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -143,13 +143,13 @@ class _Highest:
 
 
 def _own_mib() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
 
 
 def _sent() -> int:
     """Bytes that the loopback device has carried."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    line = next(line for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 

@@ -91,7 +91,7 @@ def main() -> None:
     seconds = {name: statistics.median(values) for name, values in times.items()}
     for name, found in seconds.items():
         arguments = ["--only", name, "--size", str(options.size), "--batch", str(options.batch)]
-        memory = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True).stdout
+        memory = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, encoding="utf-8", check=True).stdout
         ratio = found / seconds["diffusers.VQModel"]
         print(f"| {name} | {sizes[0] / 1e6:.1f} M | {found:.2f} | {ratio:.2f} | {float(memory.split()[-1]):.0f} |", flush=True)
 

@@ -130,7 +130,7 @@ def _built(name: str, values: Any) -> Any:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file. Errors: UserError for a missing file, unknown key, wrong type or impossible value."""
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError:
         raise UserError(f"{path}: expected a recipe (a YAML file), found no readable file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

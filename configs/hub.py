@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 
-from configs.errors import UserError
+from configs.errors import UserError, brief
 from configs.run_dir import BUNDLE, RunDir, read_json, runs_folder
 
 PREFIX = "hf:"
@@ -49,8 +49,7 @@ def _fetch(name: str, repository: str, revision: str | None, run: RunDir) -> Non
         if not unreachable and not isinstance(error, HfHubHTTPError | HFValidationError):
             raise
         if not unreachable or new:
-            why = str(error).strip().splitlines()[0]
-            raise UserError(f"{name}: expected a repository of the Hub that can be read, found none ({why})") from None
+            raise UserError(f"{name}: expected a repository of the Hub that can be read, found none ({brief(error)})") from None
     content = read_json(run.path / BUNDLE) if (run.path / BUNDLE).exists() else None
     priors = content.get("priors") if isinstance(content, dict) else None
     if not isinstance(priors, dict) or not run.tokenizer.exists():

@@ -131,20 +131,31 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
         file.write(content)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically; bytes of names that are no UTF-8 are escaped, as in `\\udce4`."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, atomically."""
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def append_json_line(path: Path, content: Any) -> None:
+    """Append one line of JSON to a file, which ends in the same byte on every system."""
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(content) + "\n")
 
 
 def write_yaml(path: Path, content: Any) -> None:
     """Write YAML, atomically, keys in the order given."""
-    write_bytes(path, yaml.safe_dump(content, sort_keys=False).encode())
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 def read_json(path: Path) -> Any:
     """Read JSON. Errors: UserError naming the file, if it is missing or not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file, found nothing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -236,12 +247,12 @@ class RunDir:
             return str(path)
         shown = str(resolved.relative_to(Path.cwd()))
         # A bare name would be read as a run's in `runs/`.
-        return shown if os.sep in shown else os.path.join(".", shown)
+        return shown if _has_separator(shown) else os.path.join(".", shown)
 
     @classmethod
     def named(cls, run: str) -> RunDir:
         """A bare name lies in `runs_folder`; anything with a separator is a path."""
-        is_path = os.sep in run or run in (".", "..") or run.startswith("~")
+        is_path = _has_separator(run) or run in (".", "..") or run.startswith("~")
         return cls(Path(run).expanduser() if is_path else runs_folder() / run)
 
     @classmethod
@@ -329,8 +340,7 @@ class RunDir:
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.history, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_json_line(self.history, entry)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -352,6 +362,10 @@ class RunDir:
             lock.release()
 
 
+def _has_separator(path: str) -> bool:
+    return any(separator in path for separator in (os.sep, os.altsep) if separator is not None)
+
+
 def _commit() -> str | None:
     """The checkout's commit, with a mark if files differ from it; None outside git."""
     root = checkout()
@@ -359,7 +373,7 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -368,7 +382,7 @@ def program() -> str:
     """The script being run, as the history names it: its path in the checkout, or among the packages."""
     script = Path(sys.argv[0]).resolve()
     root = next((root for root in (checkout(), REPOSITORY) if root is not None and script.is_relative_to(root)), script.parent)
-    return str(script.relative_to(root))
+    return script.relative_to(root).as_posix()
 
 
 def typed(script: str, launched: bool = False) -> str:

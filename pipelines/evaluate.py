@@ -30,13 +30,13 @@ from torch import Tensor
 
 from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import RunDir, program, read_json, write_bytes, write_json
+from configs.run_dir import RunDir, program, read_json, write_json, write_text
 from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
 from pipelines.evaluation.reference_batch import ReferenceBatch, load_reference_batch
 from pipelines.evaluation.tables import markdown, notes, tables
 from pipelines.images.npz import array_in
-from pipelines.images.provenance import agrees, identity
+from pipelines.images.provenance import agrees, base_name, described_weights, identity
 from pipelines.images.scoring import ScoringPrior, scoring_prior
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.files import load_files
@@ -92,14 +92,12 @@ def main(argv: list[str] | None = None) -> None:
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None:
             network = network or feature_network(*network_arguments)
-            if network.instead_of is not None:
-                print(network.instead_of)
             assessor = Assessor(tokenizer, network, source, config, batch)
             found = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))
             write_json(folder / "evaluation.json", found)
-            write_bytes(folder / "evaluation.md", markdown(found).encode())
+            write_text(folder / "evaluation.md", markdown(found))
             run.record(program(), command.arguments, dataclasses.asdict(config))
             print(markdown(found))
             print(f"wrote {run.show(folder / 'evaluation.json')}, .md and pictures")
@@ -157,7 +155,7 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
     Errors: UserError for what is missing, no image, or an npz of another size.
     """
     data, where = command.recipe.data, Path(path).expanduser()
-    details: dict[str, Any] = {"source": f"images in {path}"}
+    details: dict[str, Any] = {"source": f"images in {base_name(path)}"}
     details |= dict.fromkeys(("prior", "prior_sha256", "sampling", "tokenizer_sha256"))
     codes, labels = None, None
     if where.suffix == ".npz":
@@ -218,16 +216,15 @@ def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrio
 
 
 def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> dict[str, Any]:
-    """All figures, tables and notes, as evaluation.json has them."""
+    """All figures, tables and notes, as evaluation.json has them. It may be published: files and folders are named without their places."""
     run, config, split = command.run, command.recipe.evaluation, command.options.split
     network, source, batch = assessor.network, assessor.source, assessor.batch
-    # Only a file's name, no path: the report may be shared.
     reference = command.options.reference if batch is None else batch.path.name
     held_out = source.splits[split]
     n, height, width, channels = held_out.pixels.shape
     found: dict[str, Any] = {
-        "run": str(run),
-        "evaluation": dataclasses.asdict(config),
+        "run": run.path.resolve().name,
+        "evaluation": {**dataclasses.asdict(config), "weights": described_weights(config.weights)},
         "tokenizer_sha256": fingerprint(run.tokenizer),
         **({} if samples is None else {key: samples.details[key] for key in ("prior", "prior_sha256", "sampling")}),
         "samples_tokenizer_sha256": None if samples is None else samples.details["tokenizer_sha256"],
@@ -238,7 +235,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
             "features": f"{network.name}, {assessor.features(split).vectors.shape[1]} of them, weights {network.sha256[:16]}",
             "seed": config.seed,
         },
-        "drawn": samples is not None and command.options.samples is None,
+        "drawn": None if samples is None else command.options.samples is None,
         "distance": network.distance,
         "instead_of": network.instead_of,
         "trained_by": sorted(trained_by(command.recipe.stage1)),

@@ -21,7 +21,7 @@ from typing import Any
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import RunDir, new_folder, not_there_yet, program, typed, write_json
+from configs.run_dir import COMMANDS, RunDir, new_folder, not_there_yet, program, write_json
 from pipelines.exporting.folder import drift, exact_generator, excess_bits, export_graphs, need_packages, other_codes
 from pipelines.generator import Generator
 from stage2_prior.priors.prior_file import learned_prior
@@ -81,7 +81,7 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
     loaded = [*_GRAPHS, "vendor/onnxruntime-web/ort.wasm"]
     shown = {
         "run": generator.run.path.resolve().name,
-        "command": typed("pipelines/sample.py"),
+        "command": f"two-stage-{COMMANDS['pipelines/sample.py']}",  # not as it is typed here, with this machine's paths
         "prior": generator.prior_name,
         "bits": bits,
         "background": generator.data.background,

@@ -25,7 +25,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from configs.cli import TRAIN_PRIOR, parse
-from configs.errors import UserError, run_entry
+from configs.errors import UserError, brief, run_entry
 from configs.hub import PREFIX, is_of_connection
 from configs.run_dir import RunDir, new_folder, not_there_yet, program, typed
 from pipelines.publishing.bundle import write_bundle
@@ -86,8 +86,7 @@ def _refused(repository: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) and not is_of_connection(error):
             raise
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"--to {repository}: expected a Hub that takes it (hf auth login), found: {why}") from None
+        raise UserError(f"--to {repository}: expected a Hub that takes it (hf auth login), found: {brief(error)}") from None
 
 
 if __name__ == "__main__":

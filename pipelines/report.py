@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.cli import parse
 from configs.errors import run_entry
-from configs.run_dir import write_bytes
+from configs.run_dir import write_text
 from pipelines.reporting.content import report_content
 
 _TEMPLATE = "report.html.jinja"
@@ -29,10 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     command = parse(__doc__, (), argv)
     run = command.run
     command.need_tokenizer()
-    page = rendered(report_content(command)).encode()
     path = run.path / "report.html"
-    write_bytes(path, page)
-    print(f"wrote {run.show(path)} ({len(page) / 1e6:.1f} MB)")
+    write_text(path, rendered(report_content(command)))
+    print(f"wrote {run.show(path)} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def rendered(content: dict[str, Any]) -> str:

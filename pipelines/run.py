@@ -38,16 +38,18 @@ from configs.data import AT_HAND
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from configs.schema import Stage1, Stage2
-from pipelines.images.provenance import agrees, identity, outputs, seen
+from pipelines.images.provenance import agrees, described_weights, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.batching import most_processes
-from stage1_vqvae.training.stopping import STOPPED_IN_TIME
+from stage1_vqvae.training.stopping import STOPPED_IN_TIME, available_signals
 from stage2_prior.priors.prior_file import UNIFORM
 
 _SAMPLES = 64
 # Of a budget of minutes. The rest is for extraction, samples, evaluation and report.
 _SHARES = {"stage1": 0.4, "stage2": 0.45}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Windows has the first two alone, and no Ctrl-Z.
+_SIGNALS = available_signals("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+_SLEEP = available_signals("SIGTSTP")
 _INTERRUPTED = (*(128 + number for number in _SIGNALS), STOPPED_IN_TIME)
 
 
@@ -228,7 +230,8 @@ def asked_evaluation(command: Command) -> dict[str, Any]:
     """The run's section `evaluation`, with what was typed."""
     typed = [option.partition("=")[0].removeprefix("--evaluation.") for option in options_of(command, "evaluation")]
     own = dataclasses.asdict(load_recipe(command.run.recipe).evaluation)
-    return own | {key: getattr(command.recipe.evaluation, key) for key in typed}
+    asked = own | {key: getattr(command.recipe.evaluation, key) for key in typed}
+    return {**asked, "weights": described_weights(asked["weights"])}
 
 
 def samples_of(run: RunDir, prior: str) -> Path | None:
@@ -264,14 +267,15 @@ def run_to_its_end(arguments: list[str], run: RunDir) -> int:
 
     It runs in a process group of its own, to which Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are passed on, as SIGINT: so they reach the
     training processes too, which Accelerate's launcher does not wait for. They finish their step and save; then we end with
-    128 + the signal's number. Ctrl-Z stops them all, and whoever wakes us (fg, bg) wakes them.
+    128 + the signal's number. Ctrl-Z stops them all, and whoever wakes us (fg, bg) wakes them. On Windows there are no such groups:
+    a console's Ctrl-C reaches all of its processes by itself.
     """
     asked: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _: FrameType | None = None) -> None:
         asked.append(number)
-        if child is not None:
+        if child is not None and hasattr(os, "killpg"):
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGINT)
 
@@ -289,10 +293,11 @@ def run_to_its_end(arguments: list[str], run: RunDir) -> int:
                 process.resume()
 
     former = {number: signal.signal(number, pass_on) for number in _SIGNALS}
-    former[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, sleep)
+    former |= {number: signal.signal(number, sleep) for number in _SLEEP}
     try:
         # A group in the terminal's background may write, but would be stopped for reading.
-        child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, process_group=0)
+        group: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
+        child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, **group)
         if asked:
             pass_on(asked[0])
         code = child.wait()

@@ -5,8 +5,9 @@
 
 FILE is safetensors, or what torch.save wrote, of which nothing but tensors is read. Sizes follow from the weights' shapes; what else is in
 the file (discriminator, losses, weights beside their average) is named and left aside. The recipe says which images the run is about,
-at any size that the tokenizer's downsampling divides; how well it does on their validation split is measured. Stage 1 is finished with
-that: extract the codes, train a prior.
+at any size that the tokenizer's downsampling divides; without one, the rest of the recipe is that of configs/imagefolder.yaml. Channels
+that neither says follow from the weights, a size from diffusers' config.json, or else it is 256 x 256. How well the tokenizer does on the
+validation split is measured. Stage 1 is finished with that: extract the codes, train a prior.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +23,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, parse, recipe_dict
-from configs.errors import UserError, run_entry
+from configs.cli import EXTRACT_CODES, RECIPES, Command, parse, recipe_dict
+from configs.data import Data
+from configs.errors import UserError, brief, run_entry, say
 from configs.run_dir import program, read_json, write_yaml
 from configs.schema import Recipe, Tokenizer
 from stage1_vqvae.data.sources import load_images
@@ -38,12 +42,21 @@ from stage1_vqvae.quantizers.learned import GradientPart
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import check_finite_weights
 
+_USUAL_SIZE = 256
+"""Pixels a side for which the projects' public tokenizers were trained."""
+
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    own_recipe = any(argument.partition("=")[0] == "--config" for argument in argv)
+    if not own_recipe:
+        argv = [*argv, "--config", str(RECIPES / "imagefolder.yaml")]
     sections = ("data", "extraction", "prior", "stage2", "sampling", "compute")
     command = parse(__doc__, sections, argv, starts_run=True, options=_options, whole=False)
     run, recipe, project = command.run, command.recipe, getattr(command.options, "from")
+    if not own_recipe and command.options.run is None:
+        raise UserError("--run: expected a name for the new run (--run NAME), found none, and no recipe (--config FILE) either")
     if project not in SPELLINGS:
         raise UserError(f"--from: expected one of {', '.join(SPELLINGS)}, found {project}")
     if run.exists():
@@ -52,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     path = _file(Path(command.options.file).expanduser(), spelling)
     weights, aside = read(path, spelling)
     try:
+        recipe = dataclasses.replace(recipe, data=_completed(recipe.data, _stated(command, own_recipe), weights, path, spelling))
         tokenizer, unused = tokenizer_of(weights, spelling, recipe)
         check_finite_weights({name: weight for name, weight in weights.items() if name not in unused and not name.startswith("loss.")})
         recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
@@ -81,6 +95,32 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     parser.add_argument("--from", required=True, help=f"whose tokenizer it is: {', '.join(SPELLINGS)}")
     parser.add_argument("file", help="its weights")
+
+
+def _stated(command: Command, own_recipe: bool) -> set[str]:
+    """The keys of the images' size and channels that the user's own recipe or the command line states."""
+    keys = [argument.partition("=")[0].removeprefix("--data.") for argument in command.arguments if argument.startswith("--data.")]
+    if own_recipe:
+        typed = Path(command.options.config)
+        content = yaml.safe_load((typed if typed.exists() else RECIPES / typed.name).read_text(encoding="utf-8")) or {}
+        keys += content.get("data", {})
+    return set(keys)
+
+
+def _completed(data: Data, stated: set[str], weights: Mapping[str, Tensor], path: Path, spelling: Spelling) -> Data:
+    """The images' section, with what it does not state: channels as the weights have them; the size as the settings beside them have it,
+    or else the usual one.
+    """
+    values: dict[str, Any] = {"channels": needed(weights, "encoder.conv_in.weight").shape[1]}
+    settings = path.with_name("config.json")
+    found = read_json(settings).get("sample_size") if path.name == spelling.file and settings.is_file() else None
+    usual = found if isinstance(found, int) and found > 0 else _USUAL_SIZE
+    values["height"] = data.width if "width" in stated else usual
+    values["width"] = data.height if "height" in stated else usual
+    values = {key: value for key, value in values.items() if key not in stated}
+    if values:
+        say(f"not stated, so as the weights have it, or by custom: {' '.join(f'--data.{key} {value}' for key, value in values.items())}")
+    return dataclasses.replace(data, **values)
 
 
 def _file(path: Path, spelling: Spelling) -> Path:
@@ -138,8 +178,7 @@ def _unpickled(path: Path) -> Any:
         with torch.serialization.safe_globals([(_Inert, name) for name in strangers]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever reading foreign bytes as a pickle may end in
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: expected safetensors or torch's weights, found something else ({reason})") from None
+        raise UserError(f"{path}: expected safetensors or torch's weights, found something else ({brief(error)})") from None
 
 
 def tokenizer_of(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Recipe) -> tuple[VQVAE, list[str]]:

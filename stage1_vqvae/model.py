@@ -16,7 +16,7 @@ from configs.schema import Tokenizer, tokenizer_from
 from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
 from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer, Statistics
 from stage1_vqvae.quantizers.grids import GridQuantizers
-from stage1_vqvae.training.weights_file import load_weights, save_weights
+from stage1_vqvae.training.weights_file import built_from, load_weights, save_weights
 
 # Format of a tokenizer's file: 2 since quantizers are composed, 3 since a recipe's parts have fields of their own.
 _FORMAT = 3
@@ -167,7 +167,8 @@ def load_tokenizer(run: RunDir, device: torch.device | str = "cpu") -> VQVAE:
     weights, header = load_weights(run.tokenizer, "tokenizer")
     if header.get("format") not in (2, _FORMAT):
         raise UserError(f"{run.tokenizer}: expected a tokenizer of format {_FORMAT}, found {header.get('format', 1)}; train it anew")
-    channels, height, width = header["image_shape"]
-    model = VQVAE(tokenizer_from(header["config"]), height, width, channels)
-    model.load_state_dict(weights)
+    with built_from(run.tokenizer, "tokenizer"):
+        channels, height, width = map(int, header["image_shape"])
+        model = VQVAE(tokenizer_from(header["config"]), height, width, channels)
+        model.load_state_dict(weights)
     return model.to(device).eval().requires_grad_(False)

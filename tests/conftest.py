@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (12, 8
             ramp = np.linspace(0, 1, size[label])[:, None] * (colours[1] - colours[0]) + colours[0]
             pixels = np.broadcast_to(ramp[None] if label == 0 else ramp[:, None], (size[1], size[0], 3))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number:03d}.png")
+
+
+def check_names_no_place(*roots: Path) -> None:
+    """No file of these folders, whatever its format, may hold a path of this machine: of the tests' files, the code, Python, a home."""
+    files = [path for root in roots for path in (root.rglob("*") if root.is_dir() else [root]) if path.is_file()]
+    assert files
+    places = [str(Path(tempfile.gettempdir(), "pytest-of")), str(REPOSITORY), sys.prefix, str(Path.home())]
+    for file in files:
+        content = file.read_bytes()
+        assert not [place for place in places if len(place) > 5 and place.encode() in content], file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
+from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import REPOSITORY
 
 README = REPOSITORY / "README.md"
@@ -78,6 +80,29 @@ def test_files_named_are_there(page: Path) -> None:
 def test_every_recipe_is_described() -> None:
     text = (DOCS / "recipes.md").read_text()
     assert not {path.name for path in (REPOSITORY / "configs").glob("*.yaml") if f"`configs/{path.name}`" not in text}
+
+
+# Of which kinds a page's tables state fields with their values; and whether all of these are defaults, or only what is called so.
+STATED: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "quantizers.md": ("tokenizer.quantizer", ("ema",), False),
+    "tokenizers.md": ("tokenizer.network", ("vqgan", "vit"), True),
+    "photographs.md": ("stage1.adversarial", ("patch",), True),
+    "priors.md": ("prior", ("pixelcnn", "transformer"), False),
+}
+
+
+@pytest.mark.parametrize("page", STATED)
+def test_defaults_are_those_of_the_code(page: str) -> None:
+    family, kinds, whole = STATED[page]
+    found = 0
+    for row in (line for line in (DOCS / page).read_text().splitlines() if line.startswith("| `")):
+        for name, value, called in re.findall(r"`(\w+) ([^`]+)`( \(default)?", row.split(" | ")[0] if whole else row):
+            defaults = [as_dict(part_class(family, kind)()) for kind in (kinds if name != "kind" else FAMILIES[family])]
+            default = next((fields[name] for fields in defaults if name in fields), None)
+            if default is not None and (whole or called):
+                assert yaml.safe_load(value) == default, f"{page}: {row}"
+                found += 1
+    assert found >= 2
 
 
 def test_the_tree_is_as_it_is_drawn() -> None:

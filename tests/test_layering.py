@@ -165,6 +165,23 @@ def test_only_tables_of_images_and_of_codes_import_datasets() -> None:
     assert owners == {"tables.py", "streams.py", "exchange.py"}
 
 
+def test_text_has_an_encoding() -> None:
+    """Otherwise it is the system's: no UTF-8 on Windows, nor where a locale says so."""
+    for path in [*FILES, REPOSITORY / "setup.py", *(REPOSITORY / "benchmarks").rglob("*.py")]:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]
+            opens = isinstance(call.func, ast.Name) and name == "open" and not any("b" in mode for mode in [*modes, said.get("mode", "")])
+            is_text = (
+                opens
+                or (isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text"))
+                or said.get("text") == "True"
+                or "universal_newlines" in said
+            )
+            assert not is_text or "encoding" in said, f"{path}:{call.lineno}: {ast.unparse(call)}"
+
+
 def test_no_catch_all_module() -> None:
     assert not {path.stem for path in FILES} & {"utils", "util", "common", "helpers", "misc"}
 

@@ -162,7 +162,7 @@ def chain() -> Iterator[Row]:
                     cwd=REPOSITORY,
                     env={**os.environ, **environment},
                     capture_output=True,
-                    text=True,
+                    encoding="utf-8",
                     timeout=_COMMAND_TIMEOUT,
                 )
             except subprocess.TimeoutExpired:

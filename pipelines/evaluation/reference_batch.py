@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from pipelines.evaluation.distances import Gaussian, Moments, Reference, ordered_inception_score
 from pipelines.images.npz import array_in, names_in
 from stage1_vqvae.features.networks import POOLED, SPATIAL, Features
@@ -74,8 +74,8 @@ def load_reference_batch(path: Path, image_shape: tuple[int, int, int], widths: 
     if _SPATIAL_MEAN in names and _MEAN not in names:
         raise UserError(f"{OPTION} {path}: expected {_MEAN} and {_COVARIANCE} beside {_SPATIAL_MEAN}, found none")
     if IMAGES not in names and _MEAN not in names:
-        found = ", ".join(sorted(names)) or "nothing"
-        raise UserError(f"{OPTION} {path}: expected {IMAGES} (images), or {_MEAN} and {_COVARIANCE} (statistics), found {found}")
+        expected = f"{IMAGES} (images), or {_MEAN} and {_COVARIANCE} (statistics)"
+        raise UserError(f"{OPTION} {path}: expected {expected}, found {listed(sorted(names))}")
     digest = hashlib.sha256()
     pooled = _gaussian(path, _MEAN, _COVARIANCE, widths[0], digest) if _MEAN in names else None
     spatial = _gaussian(path, _SPATIAL_MEAN, _SPATIAL_COVARIANCE, widths[1], digest) if _SPATIAL_MEAN in names else None

@@ -128,4 +128,14 @@ def _export(module: nn.Module, given: tuple[Any, ...], inputs: Sequence[str], ou
             verbose=False,
         )
     assert program is not None
+    _strip(program.model)
     program.save(path)
+
+
+def _strip(model: Any) -> None:
+    """Remove what the exporter notes of each node: where in which file of this machine it was traced."""
+    for graph in (model.graph, *model.functions.values()):
+        nodes = list(graph.all_nodes())
+        for noted in (model, graph, *graph.inputs, *nodes, *(value for node in nodes for value in node.outputs)):
+            noted.metadata_props.clear()
+            noted.doc_string = None

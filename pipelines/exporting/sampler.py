@@ -69,7 +69,7 @@ class Sampler:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.model: dict[str, Any] = json.loads((self.folder / "model.json").read_text())
+        self.model: dict[str, Any] = json.loads((self.folder / "model.json").read_text(encoding="utf-8"))
         self.prior, self.decoder = (onnxruntime.InferenceSession(self.folder / f"{name}.onnx") for name in ("prior", "decoder"))
         sizes = [h * w for h, w in self.model["grids"]]
         self.levels = [level for level, size in enumerate(sizes) for _ in range(size)]

@@ -82,7 +82,7 @@ def _packed(npm: str, package: Package, folder: Path) -> Path:
     wanted = f"{package.name}@{package.version}"
     # What is in npm's cache serves without a network; without either, the failure is to be told before the user has gone.
     command = [npm, "pack", wanted, "--prefer-offline", "--fetch-retries", "1", "--pack-destination", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder, check=False)
     tarballs = list(folder.glob("*.tgz"))
     if done.returncode != 0 or len(tarballs) != 1:
         said = [line.split(" ", 2)[-1] for line in done.stderr.splitlines() if line.lower().startswith("npm err")]

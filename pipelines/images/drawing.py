@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.errors import UserError, say
+from configs.errors import UserError, listed, say
 from configs.schema import Sampling
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
@@ -58,9 +58,7 @@ def _number(asked: Label, names: list[str]) -> int:
         return names.index(str(asked))
     if str(asked).isdecimal() and int(asked) < len(names):
         return int(asked)
-    raise UserError(
-        f"label: expected 0 to {len(names) - 1} or a name ({', '.join(names[:10])}{', ...' * (len(names) > 10)}), found {asked}"
-    )
+    raise UserError(f"label: expected 0 to {len(names) - 1} or a name ({listed(names)}), found {asked}")
 
 
 def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.data import Data
-from configs.errors import UserError, say
+from configs.errors import UserError, listed, say
 from pipelines.images.drawing import labels_of
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
@@ -111,7 +111,7 @@ def labels_for(asked: str | None, images: Images, header: PriorHeader | None) ->
         # By name: the numbers are those of the prior's data, in which a label more or less may have moved them.
         unknown = sorted(set(images.labels) - set(header.label_names))
         if unknown:
-            known = ", ".join(header.label_names[:10])
+            known = listed(header.label_names)
             raise UserError(f"label: expected images with labels that the prior knows ({known}), or one for all, found {unknown[0]}")
         return torch.tensor([header.label_names.index(name) for name in images.labels])
     if not header.knows_no_label:

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from configs.run_dir import write_bytes
+from configs.run_dir import write_text
 from pipelines.images.inputs import unique_names
 from stage1_vqvae.pictures import grid_scale, image_grid
 from stage1_vqvae.plots import save_figure
@@ -30,7 +30,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({key: "" if value is None or value != value else value for key, value in row.items()})
-    write_bytes(path, buffer.getvalue().encode())
+    write_text(path, buffer.getvalue())
 
 
 class Panel(NamedTuple):

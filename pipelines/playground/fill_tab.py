@@ -83,7 +83,10 @@ def _bound(editor: gr.ImageEditor) -> None:
         layer = stored.layers[0] if stored is not None and stored.layers else None
         if layer is None:
             return None
-        image = Image.open(io.BytesIO(layer) if isinstance(layer, bytes) else layer.path, formats=("PNG", "WEBP"))
+        try:
+            image = Image.open(io.BytesIO(layer) if isinstance(layer, bytes) else layer.path, formats=("PNG", "WEBP"))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise gr.Error(f"paint: expected a picture, found: {error}", print_exception=False) from None
         if max(image.size) > _LARGEST:
             raise gr.Error(f"paint: expected at most {_LARGEST} pixels a side, found {image.width} x {image.height}", print_exception=False)
         return image.convert("RGBA")

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.cli import load_recipe, recipe_dict
-from configs.run_dir import BUNDLE, RunDir, read_json, write_bytes, write_json, write_yaml
-from configs.schema import Recipe
+from configs.run_dir import BUNDLE, RunDir, read_json, write_json, write_text, write_yaml
 from pipelines.generator import Generator
-from pipelines.images.provenance import agrees, identity, outputs
+from pipelines.images.provenance import agrees, identity, outputs, without_machine
 from pipelines.publishing.card import card, grid_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage1_vqvae.training.weights_file import read_header
@@ -54,10 +53,9 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     evaluation = _evaluation(run, priors[0] if priors else None)
     if evaluation is not None:
         target = folder / "evaluations" / "000"
-        found = read_json(evaluation / "evaluation.json")
-        write_json(target / "evaluation.json", {**found, "run": name, "evaluation": {**found["evaluation"], "weights": None}})
-        text = (evaluation / "evaluation.md").read_text().split("\n", 1)[1]
-        write_bytes(target / "evaluation.md", f"# Evaluation of {name}\n{text}".encode())
+        write_json(target / "evaluation.json", {**read_json(evaluation / "evaluation.json"), "run": name})
+        text = (evaluation / "evaluation.md").read_text(encoding="utf-8").split("\n", 1)[1]
+        write_text(target / "evaluation.md", f"# Evaluation of {name}\n{text}")
     config: dict[str, Any] = {
         "tokenizer": read_header(run.tokenizer, "tokenizer"),
         "priors": {prior: read_prior_header(finished_prior(run, prior, "")) for prior in priors},
@@ -69,21 +67,7 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
         columns, count = grid_of(generator.label_names)
         pictures = generator.sample(count, output="tensor")
         save_png(folder / "samples.png", image_grid(pictures, columns), grid_scale(pictures.shape[1]))
-    write_bytes(folder / "README.md", card(bundle, name, licence, recipe).encode())
-
-
-def without_machine(recipe: Recipe) -> Recipe:
-    """A recipe without what is true of one machine alone: paths, and how images are read there."""
-    data = dataclasses.replace(recipe.data, path=None, cache=None, workers=None)
-
-    def without_weights(part: Any) -> Any:
-        return dataclasses.replace(part, weights=None) if hasattr(part, "weights") else part
-
-    began = recipe.stage1.init_from
-    terms = {name: without_weights(getattr(recipe.stage1, name)) for name in ("perceptual", "adversarial")}
-    stage1 = dataclasses.replace(recipe.stage1, init_from=None if began is None else Path(began).name, **terms)
-    evaluation = dataclasses.replace(recipe.evaluation, weights=None)
-    return dataclasses.replace(recipe, data=data, stage1=stage1, evaluation=evaluation, compute=type(recipe.compute)())
+    write_text(folder / "README.md", card(bundle, name, licence, recipe))
 
 
 def _copied(source: Path, target: Path, names: Sequence[str]) -> None:
@@ -94,9 +78,10 @@ def _copied(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def _evaluation(run: RunDir, prior: str | None) -> Path | None:
-    """The folder of the last evaluation of a run's tokenizer, and of samples that this prior drew, if it has one."""
-    wanted = identity(run, prior) | {"drawn": prior is not None}
-    if prior is None:
-        wanted = {key: wanted[key] for key in ("tokenizer_sha256", "drawn")}
+    """The folder of the last evaluation of a run's tokenizer, and of samples that this prior drew; without a prior, of no samples at all:
+    those that were handed in are somebody's own.
+    """
+    wanted = identity(run, prior) if prior is not None else {"tokenizer_sha256": identity(run, None)["tokenizer_sha256"]}
+    wanted["drawn"] = None if prior is None else True
     found = [path for path in outputs(run, "evaluations", "evaluation.json") if agrees(read_json(path), wanted)]
     return found[-1].parent if found else None

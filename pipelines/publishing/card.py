@@ -69,7 +69,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         "licence": licence,
         "figures": [*_of_tokenizer(bundle), *(row for prior_name in priors for row in _of_prior(bundle, prior_name))],
         # Its headings stand one level lower here.
-        "evaluation": re.sub(r"(?m)^#", "##", evaluation.read_text()) if evaluation.exists() else None,
+        "evaluation": re.sub(r"(?m)^#", "##", evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
     }
 
 

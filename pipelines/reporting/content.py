@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, f
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, read_json, typed
 from configs.schema import Recipe, Sampling, prior_from
-from pipelines.images.provenance import identity, outputs, seen
+from pipelines.images.provenance import base_name, identity, outputs, seen, without_machine, without_places
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import Manifest, read_manifest
@@ -50,6 +51,11 @@ class Missing(NamedTuple):
 
     what: str
     command: str
+
+    @classmethod
+    def of(cls, what: str, command: str) -> Missing:
+        """With the command as one would type it in a checkout: as it is typed here it may have this machine's paths."""
+        return cls(what, shlex.join(map(without_places, shlex.split(command))))
 
 
 class Picture(NamedTuple):
@@ -117,20 +123,23 @@ class Evaluation(NamedTuple):
 
 
 def report_content(command: Command) -> dict[str, Any]:
-    """Everything the template shows. Errors: UserError for a file of the run that cannot be read."""
-    run = command.run
-    recipe = load_recipe(run.recipe)
+    """Everything the template shows, and nothing of this machine: the page may be mailed. Errors: UserError for a file of the run that
+    cannot be read.
+    """
+    run, whole = command.run, load_recipe(command.run.recipe)
+    recipe = without_machine(whole)
+    source = str(recipe.data.name) if whole.data.path is None else base_name(whole.data.path)
     priors = prior_reports(run)
     evaluations = [evaluation(run, path.parent) for path in outputs(run, "evaluations", "evaluation.json")]
     return {
         "name": run.path.resolve().name,
-        "lead": f"{recipe.data.path or recipe.data.name}: {image_size(recipe)}",
+        "lead": f"{source}: {image_size(recipe)}",
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "key_figures": key_figures(run, priors, evaluations),
         "recipe": Table(["key", "value", "default"], changed_keys(recipe)),
         "recipe_text": yaml.safe_dump(recipe_dict(recipe), sort_keys=False),
-        "data": data_table(run, recipe),
-        "codes": codes_table(run) or Missing("The codes have not been extracted.", command.next(EXTRACT_CODES)),
+        "data": data_table(run, recipe, source),
+        "codes": codes_table(run) or Missing.of("The codes have not been extracted.", command.next(EXTRACT_CODES)),
         "curves": charts(read_metrics(run.stage1 / "metrics.jsonl"), _STAGE1_CURVES, {}),
         "stage1": stage1_text(run),
         "reconstructions": newest_reconstructions(run),
@@ -145,9 +154,9 @@ def report_content(command: Command) -> dict[str, Any]:
         "no_prior": missing_prior(command),
         "colour_scale": colour_scale(),
         "samples": newest_samples(run),
-        "no_samples": Missing("No samples have been drawn.", command.next(SAMPLE)),
+        "no_samples": Missing.of("No samples have been drawn.", command.next(SAMPLE)),
         "evaluations": evaluations[::-1],
-        "no_evaluation": Missing("The run has not been evaluated.", command.next(EVALUATE)),
+        "no_evaluation": Missing.of("The run has not been evaluated.", command.next(EVALUATE)),
         "environment": environment(read_metrics(run.history)),
         "commands": commands(read_metrics(run.history)),
     }
@@ -196,9 +205,9 @@ def image_size(recipe: Recipe) -> str:
     return f"{data.height} x {data.width} pixels, {'grey' if data.channels == 1 else 'colour'}"
 
 
-def data_table(run: RunDir, recipe: Recipe) -> Table:
+def data_table(run: RunDir, recipe: Recipe, source: str) -> Table:
     """Where the images are from, their size, their labels."""
-    rows = [["source", str(recipe.data.path or recipe.data.name)], ["images", image_size(recipe)]]
+    rows = [["source", source], ["images", image_size(recipe)]]
     for manifest in manifests(run):
         variants = f" x {manifest.variants} variants ({manifest.augmentation})" if manifest.variants > 1 else ""
         rows.append([f"split {manifest.split}", f"{manifest.rows:,} images{variants}"])
@@ -267,8 +276,8 @@ def codebook_table(run: RunDir) -> Table | None:
 def missing_prior(command: Command) -> Missing:
     """What the report says where it has no prior to show: which command to run."""
     for name in unmeasured_priors(command.run):
-        return Missing(f"Prior {name} has no likelihood report.", command.next(f"{_MEASURE_PRIOR} --prior {name}"))
-    return Missing("No prior has been trained.", command.next(TRAIN_PRIOR))
+        return Missing.of(f"Prior {name} has no likelihood report.", command.next(f"{_MEASURE_PRIOR} --prior {name}"))
+    return Missing.of("No prior has been trained.", command.next(TRAIN_PRIOR))
 
 
 def unmeasured_priors(run: RunDir) -> list[str]:
@@ -400,6 +409,7 @@ def environment(history: Sequence[dict[str, Any]]) -> Table:
 def commands(history: Sequence[dict[str, Any]]) -> Table:
     """The run's commands in the order they were given."""
     rows = [
-        [entry["time"].replace("T", " ").removesuffix("+00:00"), " ".join([entry["command"], *entry["arguments"]])] for entry in history
+        [entry["time"].replace("T", " ").removesuffix("+00:00"), " ".join([entry["command"], *map(without_places, entry["arguments"])])]
+        for entry in history
     ]
     return Table(["began (UTC)", "command"], rows)

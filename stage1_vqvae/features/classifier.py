@@ -25,7 +25,7 @@ from stage1_vqvae.training.precision import ieee_float32
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import generator
 from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
-from stage1_vqvae.training.weights_file import load_weights, save_weights
+from stage1_vqvae.training.weights_file import built_from, load_weights, save_weights
 
 CLASSIFIER, ROTATION = "classifier", "rotation"
 _BATCH, _RATE = 128, 2e-3
@@ -134,7 +134,8 @@ def _kept(
             raise UserError(
                 f"{RunDir.show(path)}: expected a {kind} network of this run's labels and images, found another; remove the file"
             )
-        classifier.load_state_dict(weights)
+        with built_from(path, kind):
+            classifier.load_state_dict(weights)
     elif not may_train:
         raise NotMadeYetError(kind)
     else:

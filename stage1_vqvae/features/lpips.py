@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, brief
 from stage1_vqvae.features.weights import weights_in
 from stage1_vqvae.training.devices import channels_last_on_accelerator
 
@@ -40,7 +40,7 @@ class LPIPS(nn.Module):
         try:
             self.distance.net.load_state_dict({own: content[name] for own, name in names.items()})
         except RuntimeError as error:
-            raise UserError(f"LPIPS: {weights}: expected torchvision's weights of {trunk}, found others ({error})") from None
+            raise UserError(f"LPIPS: {weights}: expected torchvision's weights of {trunk}, found others ({brief(error)})") from None
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:

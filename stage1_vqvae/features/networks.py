@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, brief, say
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSource, Pixels
@@ -154,7 +154,10 @@ def feature_network(
         except UserError as error:
             if weights is not None:
                 raise
-            missing = f"{error}; until then images are compared by --features {ROTATION}, whose distances are no FID"
+            until_then = f"until then images are compared by --features {ROTATION}, whose distances are no FID"
+            say(f"{error}; {until_then}")
+            # Without the error's words: they name places of this machine, and the evaluation may be published.
+            missing = f"features {INCEPTION}: expected its weights in torch's cache, or a connection, found neither; {until_then}"
             return replace(feature_network(ROTATION, None, folder, source, device, seed, may_train=may_train), instead_of=missing)
     if name in (CLASSIFIER, ROTATION):
         if weights is not None:
@@ -206,7 +209,7 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
         try:
             network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy))
         except RuntimeError as error:
-            raise UserError(f"{path}: expected the weights of FID's Inception, found another network's ({error})") from None
+            raise UserError(f"{path}: expected the weights of FID's Inception, found another network's ({brief(error)})") from None
     network.to(device)
 
     def forward(pixels: Tensor) -> Features:
@@ -252,7 +255,7 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
     try:
         network.load_state_dict(weights_in(path))
     except RuntimeError as error:
-        raise UserError(f"{path}: expected the weights of {name}, found another network's ({error})") from None
+        raise UserError(f"{path}: expected the weights of {name}, found another network's ({brief(error)})") from None
     network.to(device).eval()
     prepare = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]

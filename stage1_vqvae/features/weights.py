@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, brief
 from stage1_vqvae.training.weights_file import check_finite_weights
 
 
@@ -22,7 +22,7 @@ def weights_in(path: Path) -> dict[str, Tensor]:
         is_safetensors = path.suffix == ".safetensors"
         found = safetensors.torch.load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds: pickle's own, zip's, safetensors'
-        raise UserError(f"{wanted}, found: {error}") from None
+        raise UserError(f"{wanted}, found: {brief(error)}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
         raise UserError(f"{wanted}, found a {type(found).__name__}")
     check_finite_weights(found, f"{path}: ")

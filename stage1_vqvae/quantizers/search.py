@@ -125,6 +125,6 @@ def rows_a_block(codebook: Tensor) -> int:
 def cache_bytes() -> int:
     """The size of a core's second-level cache on this machine."""
     try:
-        return int(_CACHE_SIZE.read_text().strip().removesuffix("K")) * 2**10
+        return int(_CACHE_SIZE.read_text(encoding="utf-8").strip().removesuffix("K")) * 2**10
     except (OSError, ValueError):
         return _USUAL_CACHE_BYTES

@@ -7,6 +7,7 @@ modules of the kernels import Triton at the top, so they are themselves imported
 from __future__ import annotations
 
 import importlib.util
+import random
 from collections.abc import Callable
 from functools import wraps
 from textwrap import shorten
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch._subclasses import FakeTensor
 
-from configs.errors import say
+from configs.errors import UserError, brief, say
 
 # Part of torch's CUDA builds.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -52,6 +53,22 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a small function, before anything is written that a compiler's failure would leave behind.
+
+    Errors: UserError if torch.compile does not work on this machine: it takes a C++ compiler and Python's headers, on a GPU Triton too.
+    """
+    try:
+        # Of another size each time: what lies compiled in torch's cache would need no compiler.
+        values = torch.zeros(random.SystemRandom().randrange(2, 1 << 20), device=device)
+        torch.compile(lambda tensor: tensor + 1, dynamic=False)(values)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of dynamo, inductor, Triton, or the compiler's own exit code
+        needs = "expected a C++ compiler and Python's headers (g++, python3-dev), without which torch.compile makes nothing"
+        raise UserError(f"compute.compile: {needs}, found: {brief(error)}; leave it away, or --compute.compile false") from None
 
 
 class Kernel:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from configs.run_dir import write_bytes
+from configs.run_dir import append_json_line, write_text
 
 
 class MetricsLog:
@@ -21,13 +20,12 @@ class MetricsLog:
         self.path = path
         if accelerator.is_main_process:
             kept = [record for record in read_metrics(path) if record["step"] <= first_step]
-            write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, step: int, split: str, values: Mapping[str, float | str]) -> None:
         """Note `values` of `split` after `step` steps."""
         if self._accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            append_json_line(self.path, {"step": step, "split": split, **values})
         if self._accelerator.trackers:
             self._accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
 
@@ -37,7 +35,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().split(os.linesep):
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs.errors import EXPLANATIONS, UserError, say
 from configs.schema import Compute
 from stage1_vqvae.training.devices import numbered, widest_float
+from stage1_vqvae.training.kernels import check_compiler
 from stage1_vqvae.training.launcher import check_launcher
 from stage1_vqvae.training.precision import resolve_precision, set_float32
 from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
@@ -97,6 +98,8 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMAL
                 f"WORLD_SIZE: expected processes that find each other, found {launched} launched, {accelerator.num_processes} joined"
             )
         accelerator.state.device = numbered(accelerator.device)  # a single process has plain `cuda`; threads and comparisons need an index
+        if compute.compile and logging_dir is not None:  # only trainings compile, and log
+            check_compiler(accelerator.device)
         if precision.float32 is not None:
             set_float32(precision.float32)  # after Accelerate, which allows TF32 where it compiles
         if precision.line is not None and precision.line != _Command.precision:

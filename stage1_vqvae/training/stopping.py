@@ -21,7 +21,14 @@ from stage1_vqvae.training.watch import progressed
 
 STOPPED_IN_TIME = 75
 """Exit code of a training that `--stop_after` ended: EX_TEMPFAIL of sysexits.h, try again later."""
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def available_signals(*names: str) -> tuple[signal.Signals, ...]:
+    """Those of the named signals that this system has: Windows lacks most."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
+_SIGNALS = available_signals("SIGINT", "SIGTERM", "SIGUSR1")
 # Timeout of the gloo group: longer than any validation or checkpoint. watch.py reports ranks that hang.
 _TIMEOUT = timedelta(days=1)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, brief
 from configs.run_dir import write_bytes
 
 _HEADER = "header"
 _SUM = "sha256"
+
+
+class Header(dict[str, Any]):
+    """A file's header. Errors: UserError that names the file, for a key that it lacks."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path}: expected a header with {key}, found {', '.join(self) or 'an empty one'}")
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -47,12 +59,13 @@ def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) ->
     """
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            content = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            header = Header(path, content if isinstance(content, dict) else {})
             weights = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except FileNotFoundError:
         raise UserError(f"{path}: expected the weights of a {kind}, found nothing") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: expected the weights of a {kind}, found a truncated or foreign file ({error})") from None
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected the weights of a {kind}, found a truncated or foreign file ({brief(error)})") from None
     if header.get("kind") != kind:
         raise UserError(f"{path}: expected the weights of a {kind}, found {header.get('kind', 'no kind')} in its header")
     written = header.pop(_SUM, None)  # none in files of before
@@ -60,6 +73,20 @@ def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) ->
         raise UserError(f"{path}: expected the weights of a {kind} as they were written, found others than their sha256 is of")
     check_finite_weights(weights, f"{path}: ")
     return weights, header
+
+
+@contextmanager
+def built_from(path: Path, kind: str) -> Iterator[None]:
+    """While a file's header and weights become a model. Errors: UserError that names the file, if they do not fit one another."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise
+        found = f"a header that does not describe them ({type(error).__name__}: {brief(error)})"
+        raise UserError(f"{path}: expected the weights of a {kind}, found {found}") from None
 
 
 def _sum_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.data import StoredAugmentation
-from configs.errors import UserError
+from configs.errors import UserError, brief
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.progress import progress_bar
@@ -115,9 +115,9 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.nda
             made_by = (file.metadata() or {}).get(_MADE_BY, manifest.tokenizer_sha256)  # format 1 does not say
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
-    except SafetensorError as error:
+    except (SafetensorError, TypeError) as error:  # or of numbers that numpy does not know
         raise UserError(
-            f"{path}: expected a file of codes, found a truncated or foreign one ({error}); extract the codes anew, with --overwrite"
+            f"{path}: expected a file of codes, found a truncated or foreign one ({brief(error)}); extract the codes anew, with --overwrite"
         ) from None
     shapes = {name: array.shape for name, array in found.items()}
     if shapes != expected or made_by != manifest.tokenizer_sha256:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
-from configs.run_dir import write_bytes, write_json
+from configs.run_dir import write_json, write_text
 from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.plots import save_figure
 from stage1_vqvae.training.randomness import generator
@@ -77,7 +77,7 @@ def turned_at(validations: Sequence[dict[str, Any]]) -> int | None:
 def write_report(folder: Path, name: str, report: dict[str, Any]) -> None:
     """likelihood.json, likelihood.md and likelihood.png into the prior's folder."""
     write_json(folder / "likelihood.json", report)
-    write_bytes(folder / "likelihood.md", markdown(name, report).encode())
+    write_text(folder / "likelihood.md", markdown(name, report))
     picture(folder / "likelihood.png", report)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.parts import as_dict
 from configs.run_dir import RunDir
 from configs.schema import PriorPart, prior_from
-from stage1_vqvae.training.weights_file import load_weights, read_header, save_weights
+from stage1_vqvae.training.weights_file import built_from, load_weights, read_header, save_weights
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.priors.contract import AutoregressivePrior
@@ -101,7 +101,7 @@ def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
     if name is None:
         raise UserError(f"{run}: it has no finished prior; run first: {command}")
     if name not in finished:
-        raise UserError(f"--prior {name}: expected one of {', '.join([*finished, UNIFORM])}, found no such finished prior in {run}")
+        raise UserError(f"--prior {name}: expected one of {listed([*finished, UNIFORM])}, found no such finished prior in {run}")
     return run.prior(name) / "prior.safetensors"
 
 
@@ -129,11 +129,13 @@ def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "
     """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
     weights, content = load_weights(path, "prior")
     _check_format(path, content)
-    fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader) if field.name in content}
-    header = PriorHeader(**{**fields, "config": prior_from(fields["config"]), "grids": [tuple(grid) for grid in fields["grids"]]})
+    with built_from(path, "prior"):
+        fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader) if field.name in content}
+        header = PriorHeader(**{**fields, "config": prior_from(content["config"]), "grids": [tuple(grid) for grid in content["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
-    layout = SequenceLayout(header.grids, header.num_codes)
-    prior = _built(header.config, layout, header.level, len(header.label_names or ()), header.num_variants)
-    # Until format 2 a PixelCNN's embeddings of positions were called places.
-    prior.load_state_dict({name.replace(".places", ".positions"): tensor for name, tensor in weights.items()})
+    with built_from(path, "prior"):
+        layout = SequenceLayout(header.grids, header.num_codes)
+        prior = _built(header.config, layout, header.level, len(header.label_names or ()), header.num_variants)
+        # Until format 2 a PixelCNN's embeddings of positions were called places.
+        prior.load_state_dict({name.replace(".places", ".positions"): tensor for name, tensor in weights.items()})
     return prior.to(device).eval().requires_grad_(False), header

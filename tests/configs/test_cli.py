@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from configs.cli import SECTIONS, differences, flattened, load_recipe, parse, recipe_dict
+from configs.data import AT_HAND
 from configs.errors import UserError
 from configs.parts import FAMILIES, as_dict, part_class
-from configs.run_dir import REPOSITORY, RunDir
+from configs.run_dir import COMMANDS, REPOSITORY, RunDir
 from configs.schema import Recipe, Stage1
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -259,3 +263,73 @@ def test_help_shows_only_what_a_kind_has(capsys: pytest.CaptureFixture[str]) -> 
     assert "--tokenizer.quantizer.levels" in text
     assert "--tokenizer.quantizer.num_codes" not in text
     assert "ema, gradient, simvq, fsq, lfq" in text
+
+
+class Recorder:
+    """A parser that only remembers its options."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def add_argument(self, *names: str, **_: object) -> None:
+        self.names |= {name.removeprefix("--") for name in names}
+
+
+class Parsed(Exception):
+    """What a script asks `parse` for."""
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, set[str]]:
+    """The options of each script, of all kinds of its parts."""
+    found: dict[str, set[str]] = {}
+
+    def record(_: str, sections: tuple[str, ...], __: object = None, **asked: Any) -> None:
+        raise Parsed(sections, asked)
+
+    for script in COMMANDS:
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(module, "parse", record)
+            with pytest.raises(Parsed) as parsed:
+                module.main([])
+        sections, asked = parsed.value.args
+        recorder = Recorder()
+        asked.get("options", lambda _: None)(recorder)
+        names = {"config", "run", "print_recipe", "help", *recorder.names, *(f"data.{key}" for key in AT_HAND if asked.get("reads_images"))}
+        for section in sections:
+            families = {family: kinds for family, kinds in FAMILIES.items() if family.partition(".")[0] == section}
+            classes = [(family, part_class(family, kind)) for family, kinds in families.items() for kind in kinds]
+            classes += [(section, SECTIONS[section])] if section not in FAMILIES else []
+            keys = {f"{where}.{field.name}" for where, fields in classes for field in dataclasses.fields(fields)}
+            names |= {key.removeprefix(f"{section}.") for key in keys} if section == asked.get("flat") else keys
+            names |= {key for family in families for key in (family, f"{family}.kind")}
+        found[script] = names | ({"init_from"} if asked.get("starts_run") else set())
+    return found
+
+
+# Of accelerate, git, npm and Python's own server; and what stands for an option.
+THEIRS = {"num_processes", "num_machines", "mixed_precision", "dynamo_backend", "multi_gpu", "always", "dirty", "abbrev", "directory"}
+THEIRS |= {"prefer_offline", "fetch_retries", "pack_destination", "option", "section.key"}
+
+
+def test_every_option_that_a_message_names_exists(options: dict[str, set[str]]) -> None:
+    known = THEIRS.union(*options.values())
+    for package in ("configs", "stage1_vqvae", "stage2_prior", "pipelines"):
+        for path in (REPOSITORY / package).rglob("*.py"):
+            named = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)(?![\w{]|\.[{\"'])", path.read_text())
+            assert {name.replace("-", "_") for name in named} <= known, path
+
+
+@pytest.mark.parametrize("pages", ["README.md", "docs/*.md", "configs/**/*.yaml", "Makefile", "*/*.py"])
+def test_every_option_of_a_documented_command_exists(pages: str, options: dict[str, set[str]]) -> None:
+    checked = 0
+    for page in REPOSITORY.glob(pages):
+        text = page.read_text().replace("\\\n", " ")
+        for script, rest in re.findall(
+            r"(?:python|launch|torchrun)\b[^\n`]*? ((?:stage\d_\w+|pipelines)/\w+\.py)((?: [^`\n&|;(]*)?)", text
+        ):
+            named = {name.replace("-", "_") for name in re.findall(r"(?<!\S)--([A-Za-z][\w.-]*)", rest)}
+            assert named <= options[script], f"{page}: {script}{rest}"
+            checked += 1
+    assert checked

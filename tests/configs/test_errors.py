@@ -1,14 +1,20 @@
-"""A mistake is told in one line, whoever of the processes finds it."""
+"""A mistake is told in one line, whoever of the processes finds it; a console, or a user without a home, is none."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from configs.run_dir import REPOSITORY
+from configs.data import Data
+from configs.errors import UserError, listed, run_entry
+from configs.run_dir import REPOSITORY, write_text
+from stage1_vqvae.data.cache import cache_folder
 
 _SCRIPT = """
 import os, sys, time
@@ -31,3 +37,51 @@ def test_it_is_said_once_by_any_number_of_processes(ranks: str, tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: steps: expected more, found less") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_every_console_takes_every_name(encoding: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run, say: Chinese, and with a byte that is no UTF-8; so do files."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding, errors=errors))
+    run_entry(lambda: print("wrote runs/\u4e2d\udce4 \u00e9", flush=True))
+    text = printed.getvalue().decode(encoding)
+    assert text.startswith("wrote runs/" + ("\u4e2d" if encoding == "utf-8" else "\\u4e2d"))
+    assert ("\u00e9" if encoding != "ascii" else "\\xe9") in text
+    write_text(tmp_path / "report.md", "runs/\u4e2d\udce4\n")
+    assert (tmp_path / "report.md").read_bytes() == "runs/\u4e2d\\udce4\n".encode()
+
+
+def test_who_has_no_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run_entry(lambda: None)
+    assert cache_folder(Data()).is_relative_to(tmp_path / "home/.cache")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # so that it is put back
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    run_entry(lambda: None)
+    assert not cache_folder(Data()).is_relative_to(tmp_path)
+    assert cache_folder(Data()).is_relative_to(tempfile.gettempdir())
+
+
+def test_a_home_that_is_not_known_is_one_line(one_line_error: Callable[..., str]) -> None:
+    assert "expected a home folder" in one_line_error(lambda argv: print(Path(argv[0]).expanduser()), "~nobody-of-that-name/pictures")
+
+
+def test_messages_are_short_however_much_was_found(one_line_error: Callable[..., str]) -> None:
+    """What was expected stands first, and what helps last."""
+
+    def fail(_: list[str]) -> None:
+        raise UserError(f"column: expected one of {'name, ' * 20_000} found none; name it by --data.image_column")
+
+    line = one_line_error(fail)
+    assert len(line) < 1100
+    assert line.startswith("error: column: expected one of name, name")
+    assert line.endswith("found none; name it by --data.image_column")
+    assert listed(range(12)) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([]) == "none"
+    assert len(listed(["x" * 5000] * 5000)) < 1000

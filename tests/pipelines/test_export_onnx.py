@@ -25,6 +25,7 @@ from pipelines.exporting.graphs import export_prior, export_tokenizer
 from stage1_vqvae.model import VQVAE
 from stage2_prior import generate
 from stage2_prior.train import main as train_prior
+from tests.conftest import check_names_no_place
 from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
 
@@ -45,6 +46,7 @@ def session(path: Path) -> Callable[..., list[np.ndarray]]:
 
 def test_codes_and_images_are_torchs_for_any_batch_size(graphs: tuple[Path, Generator]) -> None:
     folder, generator = graphs
+    check_names_no_place(folder)
     images = torch.rand(5, 3, 8, 12) * 2 - 1
     codes = generator.tokenizer.encode(images)
     assert np.array_equal(session(folder / "encoder.onnx")(images=images.numpy())[0], codes[0].numpy())

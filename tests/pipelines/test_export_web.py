@@ -32,6 +32,7 @@ from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
 from pipelines.images.drawing import kept_codes
 from stage2_prior.train import main as train_prior
 from tests.browser import PHONE, chromium, visit
+from tests.conftest import check_names_no_place
 from tests.pipelines.exported_page import (
     continued,
     fill,
@@ -87,6 +88,7 @@ def site(fetched: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFac
         patched.setattr(vendored, "vendor", lambda path: shutil.copytree(fetched, path))
         for bits in ("16", "8"):
             main(["--run", str(run), "--output", str(folder / bits), "--bits", bits])
+    check_names_no_place(folder)
     model = read_json(folder / "8" / "model.json")
     model["sampling"].update(guidance=1.5, guidance_schedule="cosine")  # as other recipes may say
     write_json(folder / "8" / "model.json", model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +17,10 @@ from pipelines import Generator
 from pipelines.evaluate import main as evaluate
 from pipelines.publish import main, repository_of
 from pipelines.publishing.bundle import write_bundle
+from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.training.weights_file import fingerprint
-from tests.conftest import Script
+from tests.conftest import Script, check_names_no_place
 from tests.pipelines.fake_hub import Repositories, fake_hub
 
 TOKEN = "hf_of_tests"
@@ -30,12 +30,16 @@ SAMPLE = "from configs.errors import run_entry; from pipelines.sample import mai
 
 @pytest.fixture(scope="module")
 def judged_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of whose paths are of this machine: of images, their cache, weights, and the run that it began from."""
     run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("judged") / "run"))
+    recipe, place = yaml.safe_load((run / "recipe.yaml").read_text()), run.parent
+    recipe["data"] |= {"name": str(place / "named"), "cache": str(place / "cache")}
+    recipe["stage1"] |= {"init_from": str(place / "first"), "perceptual": {"kind": "lpips", "weights": str(place / "vgg.pth")}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     evaluate(["--run", str(run), "--features", "classifier", "--n", "12"])
-    # As if its features were another network's, from somewhere on this machine.
-    for path in (run / "recipe.yaml", run / "evaluations/000/evaluation.json"):
-        path.write_text(re.sub(r'("?weights"?): null', r'\1: "/tmp/weights.pth"', path.read_text()))
-        assert "/tmp/weights.pth" in path.read_text()
+    recipe["evaluation"]["weights"] = str(place / "inception.pth")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    report(["--run", str(run)])
     return run
 
 
@@ -72,10 +76,8 @@ def test_a_bundle_says_nothing_of_the_machine(bundle: Path, judged_run: Path, pi
     others = {"README.md", "config.json", "recipe.yaml", "tokenizer.safetensors", "stage1/report.json", "samples.png"}
     assert found == of_prior | others | {"evaluations/000/evaluation.json", "evaluations/000/evaluation.md"}
     assert str(pictures) in (judged_run / "recipe.yaml").read_text()
-    for path in bundle.rglob("*"):
-        if path.suffix in (".json", ".yaml", ".md"):
-            assert "/tmp" not in path.read_text(), path
-            assert str(judged_run.parent) not in path.read_text(), path
+    check_names_no_place(bundle, judged_run / "evaluations", judged_run / "report.html")
+    assert "named" in (bundle / "README.md").read_text()
 
 
 def test_the_card_has_each_figure_and_how_it_was_obtained(bundle: Path, judged_run: Path) -> None:
@@ -165,10 +167,18 @@ def test_the_prior_that_was_named_first_is_the_one_that_draws(judged_run: Path, 
 
 
 def test_a_run_without_a_prior_is_a_tokenizer(judged_run: Path, tmp_path: Path) -> None:
+    """Its evaluation is one of no samples: not of the prior that it had, nor of what somebody handed in."""
     run = Path(shutil.copytree(judged_run, tmp_path / "run"))
+    judge = ["--run", str(run), "--features", "classifier", "--weights", "null"]
+    evaluate([*judge, "--samples", str(run / "stage1/reconstructions")])
     shutil.rmtree(run / "priors")
+    main(["--run", str(run), "--to", str(tmp_path / "none")])
+    assert not (tmp_path / "none/evaluations").exists()
+    evaluate(judge)
     main(["--run", str(run), "--to", str(tmp_path / "bundle")])
     assert not (tmp_path / "bundle/samples.png").exists()
+    assert "| samples | none |" in (tmp_path / "bundle/README.md").read_text()
+    check_names_no_place(tmp_path / "bundle", run / "evaluations")
     assert "two-stage-reconstruct" in (tmp_path / "bundle/README.md").read_text()
     assert yaml.safe_load((tmp_path / "bundle/recipe.yaml").read_text())["data"]["path"] is None
     assert len(Generator.from_pretrained(tmp_path / "bundle", device="cpu").encode(str(next(tmp_path.rglob("*.png"))))) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -24,9 +25,10 @@ import pipelines.run as run_script
 from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
 from configs.run_dir import REPOSITORY, RunDir, read_json, write_json
 from configs.schema import Stage2
-from pipelines.images.provenance import identity
+from pipelines.images.provenance import described_weights, identity, without_places
 from pipelines.run import Launch, evaluation_of, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
+from stage1_vqvae.training.processes import share_of_cores
 from tests.conftest import Script
 from tests.stage2_prior.test_train import change_bytes
 
@@ -341,3 +343,31 @@ def test_one_command_leaves_a_report_and_knows_what_is_done(tiny_recipe: Path, t
     assert {name for name, folder in found.items() if folder is not None} == {"samples", "uniform samples", "evaluation"}
     again = steps(chain("--run", path, "--evaluation.n", "25"))
     assert {step.name for step in again if step.found() is not None} == {"samples", "uniform samples"}
+
+
+def test_it_runs_where_there_are_few_signals_and_no_process_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    for module, names in (
+        (signal, ("SIGHUP", "SIGUSR1", "SIGTSTP", "SIGSTOP", "SIGKILL")),
+        (os, ("killpg", "getuid", "sched_getaffinity")),
+    ):
+        for name in names:
+            monkeypatch.delattr(module, name)
+    fresh = runpy.run_path(str(REPOSITORY / "pipelines/run.py"))
+    assert fresh["run_to_its_end"]([sys.executable, "-c", "raise SystemExit(3)"], RunDir(tmp_path / "run")) == 3
+    assert share_of_cores() >= 1
+
+
+def test_weights_of_an_evaluation_are_known_by_name_and_content(tmp_path: Path) -> None:
+    """Not by a place, which is of this machine alone; and another file of that name is another evaluation."""
+    described = []
+    for content in (b"one", b"two"):
+        (tmp_path / "w.pth").write_bytes(content)
+        described.append(described_weights(str(tmp_path / "w.pth")))
+    assert described[0] != described[1]
+    assert all((text or "").startswith("w.pth, sha256 ") for text in described)
+    assert described_weights(None) is None
+    assert without_places(f"--samples={tmp_path}/here") == "--samples=./here"
+    assert without_places("../bob/pictures") == without_places("~/pictures") == "./pictures"
+    assert without_places("uoft-cs/cifar10") == "uoft-cs/cifar10"
+    assert without_places(str(REPOSITORY / "pipelines/sample.py")) == "pipelines/sample.py"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.cli import load_recipe
+from configs.data import Data
 from configs.errors import UserError
 from configs.parts import part_from
 from configs.run_dir import REPOSITORY, RunDir
@@ -194,6 +195,43 @@ def test_what_is_no_such_file_is_refused(tiny_recipe: Path, tmp_path: Path, one_
     line = one_line_error(import_tokenizer, "--from", "llamagen", tmp_path / "llamagen.safetensors", *begin, *grey)
     assert "found them for 3" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ([], (3, 256, 256)),
+        (["--data.height", "16"], (3, 16, 16)),
+        (["--config", "partial.yaml"], (3, 8, 12)),
+        (["--config", "partial.yaml", "--data.width=6", "--data.height", "10"], (3, 10, 6)),
+    ],
+)
+def test_what_nobody_states_of_the_images_follows_from_the_weights(
+    options: list[str], shape: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not from the default recipe, which is of grey digits."""
+    weights, _ = reference("taming")
+    save_file(weights, tmp_path / "theirs.safetensors")
+    (tmp_path / "partial.yaml").write_text("{data: {height: 8, width: 12}, stage2: {steps: 7}}")
+    monkeypatch.chdir(tmp_path)
+    found: list[Data] = []
+
+    def stop(data: Data, *_: object, **__: object) -> None:
+        found.append(data)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("stage1_vqvae.import_tokenizer.load_images", stop)
+    with pytest.raises(UserError, match="far enough"):
+        import_tokenizer(["--from", "taming", "theirs.safetensors", "--run", "./run", "--data.path", ".", *options])
+    (data,) = found
+    assert (data.channels, data.height, data.width) == shape
+    assert "--data.channels 3" in capsys.readouterr().out
+    assert data.name is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_no_recipe_needs_a_name(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    assert "--run: expected a name for the new run" in one_line_error(import_tokenizer, "--from", "taming", tmp_path / "file")
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

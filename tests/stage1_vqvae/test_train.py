@@ -234,3 +234,16 @@ def test_many_levels_go_through_all_commands(tiny_recipe: Path, tmp_path: Path, 
     summary(["--run", str(run.path)])
     doctor(["--run", str(run.path)])
     assert f"level {len(encoded)} of {len(encoded)}: K = 16" in capsys.readouterr().out
+
+
+def test_without_a_compiler_nothing_is_begun(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nmore")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    line = one_line_error(main, "--config", tiny_recipe, "--run", tmp_path / "run", "--compute.compile", "true")
+    assert "compute.compile: expected a C++ compiler" in line
+    assert "No working C++ compiler found" in line
+    assert not (tmp_path / "run").exists()

@@ -107,7 +107,9 @@ def test_inception_is_the_librarys_and_is_not_called_fid_under_other_weights(inc
     assert "FID" not in network.distance
 
 
-def test_without_weights_and_connection_it_says_where_they_belong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_weights_and_connection_it_says_where_they_belong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def no_connection(*_: object, **__: object) -> None:
         raise URLError("no connection")
 
@@ -120,7 +122,9 @@ def test_without_weights_and_connection_it_says_where_they_belong(monkeypatch: p
     source = ImageSource({TRAIN: ImageSplit(pixels, None)}, None)
     network = feature_network(AUTO, None, tmp_path, source, CPU)
     assert network.name == "rotation"
-    assert "no connection" in (network.instead_of or "")
+    assert "no connection" in capsys.readouterr().out
+    assert "expected its weights in torch's cache" in (network.instead_of or "")
+    assert str(tmp_path) not in (network.instead_of or "")
     assert "FID" not in network.distance
     found = network(pixels, batch_size=5, what="some", progress=False)
     assert found.vectors.shape == (12, 128)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from configs.errors import UserError
-from configs.parts import part_from
+from configs.parts import as_dict, part_from
 from configs.run_dir import RunDir
 from configs.schema import Tokenizer
 from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
@@ -118,6 +120,26 @@ def test_the_tokenizer_file_needs_nothing_beside_it(tmp_path: Path) -> None:
         model.quantizer.codebook.weight[0] += 1
     save_tokenizer(run.tokenizer, model, 7)
     assert fingerprint(run.tokenizer) != first
+
+
+MALFORMED: dict[str, Any] = {
+    "a list": [1],
+    "nested without end": None,
+    "without config": {"kind": "tokenizer", "format": 3, "image_shape": [3, 8, 12]},
+    "of half a config": {"kind": "tokenizer", "format": 3, "image_shape": [3, 8, 12], "config": {"code_dim": 4}},
+    "of no shape": {"kind": "tokenizer", "format": 3, "image_shape": "large", "config": as_dict(vqvae().config)},
+    "of other weights": {"kind": "tokenizer", "format": 3, "image_shape": [3, 8, 12], "config": as_dict(vqvae().config)},
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED)
+def test_headers_that_are_malformed_are_one_line(content: str, tmp_path: Path) -> None:
+    header = "[" * 100_000 if MALFORMED[content] is None else json.dumps(MALFORMED[content])
+    run = RunDir(tmp_path)
+    save_file({"encoder.0.weight": torch.zeros(2)}, run.tokenizer, {"header": header})
+    with pytest.raises(UserError, match=r"^\S*tokenizer\.safetensors: expected ") as error:
+        load_tokenizer(run)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "another kind"])

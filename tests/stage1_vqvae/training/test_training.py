@@ -225,7 +225,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(damage: str, tmp_path: Path) ->
     assert "\n" not in str(error.value)
 
 
-def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("linesep", ["\n", "\r\n"])  # Unix's, Windows'
+def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(linesep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "linesep", linesep)
     path = tmp_path / "metrics.jsonl"
     accelerator = Accelerator(cpu=True)
     log = MetricsLog(path, accelerator, 0)
