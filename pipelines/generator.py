@@ -326,15 +326,19 @@ class Generator:
 
         Errors: UserError if they do not give what was encoded.
         """
-        prior, name = self.exact_prior, str(self.prior_name)
+        prior = self.exact_prior
         if lossless:
             self.tokenizer.likelihood().check(pixels)
-        assert self.header is not None
-        made_by = run_fingerprint(self.header.tokenizer_sha256, str(self._prior_sha256)), name
-        encoded = encode_images(self.tokenizer, prior, pixels, labels, names, made_by, batch_size, lossless, progress)
+        encoded = encode_images(self.tokenizer, prior, pixels, labels, names, self._made_by, batch_size, lossless, progress)
         data, sizes = pack(encoded.content)
         verify(data, encoded, self.tokenizer, prior, pixels, progress)
         return Compressed(data, sizes, encoded)
+
+    @property
+    def _made_by(self) -> tuple[bytes, str]:
+        """Fingerprint of the tokenizer and prior that were loaded, whatever has taken their place on the disk since, and the prior's name."""
+        assert self.header is not None
+        return run_fingerprint(self.header.tokenizer_sha256, str(self._prior_sha256)), str(self.prior_name)
 
     @overload
     def decompress(self, data: bytes, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...
@@ -354,7 +358,7 @@ class Generator:
         `where`: of what messages speak.
         """
         prior = self.exact_prior
-        check_made_by(content, self.run, str(self.prior_name), where)
+        check_made_by(content, self._made_by, str(self.run), where)
         known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
         if content.image_shape != self.image_shape or not known:
             raise UserError(f"{where}: expected images and labels of run {self.run}, found a header that contradicts its fingerprint")
