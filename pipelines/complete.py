@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.numbered("completions", accelerator.is_main_process) as folder:
         codes, reconstructions = encode_and_decode(tokenizer, pixels, config.batch_size)
         given = tuple(level.repeat_interleave(options.continuations, 0) for level in codes)
-        pictures = generator.continuations(given, kept, repeated, options.seed)
+        pictures = generator.continuations(given, kept, repeated, options.seed, progress=True)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             continuations = pictures.view(count, options.continuations, *pictures.shape[1:])

@@ -133,7 +133,7 @@ def drawn(command: Command, accelerator: Accelerator) -> Samples:
     """Samples of a prior of the run; complete on the main process alone."""
     config = command.recipe.evaluation
     generator = generator_of(command, accelerator, command.options.prior)
-    codes, pixels, labels = generator.draw(config.n, seed=config.seed)
+    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True)
     shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
     balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"
     own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": fingerprint(command.run.tokenizer)}
@@ -248,6 +248,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
     }
     if isinstance(assessor.tokenizer.objective, PixelLikelihood):
         found["bound"] = assessor.bound(split, *priors_of_codes(command, torch.device(network.device)))
+        found["bound"]["prior_sha256"] = identity(run, found["bound"]["prior"])["prior_sha256"]
     labelled = samples is not None and samples.labels is not None and held_out.labels is not None
     classifier = run_classifier(run.path, source, network.device) if labelled else None
     if batch is not None:

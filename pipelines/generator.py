@@ -203,14 +203,16 @@ class Generator:
         """
         return pictures_out(self.draw(n, label, seed, **settings).pixels, output)
 
-    def draw(self, n: int = 1, label: Label | Sequence[Label] | None = None, seed: int = 0, **settings: Any) -> Drawn:
-        """As `sample`: codes, pixels and labels, complete on the main process alone."""
+    def draw(
+        self, n: int = 1, label: Label | Sequence[Label] | None = None, seed: int = 0, *, progress: bool = False, **settings: Any
+    ) -> Drawn:
+        """As `sample`: codes, pixels and labels, complete on the main process alone. `progress`: show a bar."""
         if n < 1:
             raise UserError(f"n: expected at least 1 image, found {n}")
         sampler, labels = self._drawing_sampler(), labels_of(label, n, self.header)
         config = self._sampling(settings)
         check_guidance(config, labels, self.header)
-        return Drawn(*draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config), labels)
+        return Drawn(*draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config, progress=progress), labels)
 
     # --- out of images, and back
 
@@ -282,11 +284,13 @@ class Generator:
         codes = encode_and_decode(self.tokenizer, pixels, self.sampling.batch_size)[0]
         return pictures_out(self.continuations(codes, mask_in(keep, self.data), labels, seed, **settings), output)
 
-    def continuations(self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, **settings: Any) -> Tensor:
+    def continuations(
+        self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, *, progress: bool = False, **settings: Any
+    ) -> Tensor:
         """`complete` for codes, a mask (H, W), and labels in the prior's numbering: uint8 (N, H, W, C), whole on the main process alone."""
         sampler, config, kept = self._drawing_sampler(), self._sampling(settings), kept_codes(self.tokenizer, keep)
         check_guidance(config, labels, self.header)
-        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, codes, kept)[1]
+        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, codes, kept, progress)[1]
 
     # --- what images are worth
 
@@ -336,7 +340,7 @@ class Generator:
 
     @property
     def _made_by(self) -> tuple[bytes, str]:
-        """Fingerprint of the tokenizer and prior that were loaded, whatever has taken their place on the disk since, and the prior's name."""
+        """Fingerprint of the tokenizer and prior that were loaded, whatever lies on the disk by now, and the prior's name."""
         assert self.header is not None
         return run_fingerprint(self.header.tokenizer_sha256, str(self._prior_sha256)), str(self.prior_name)
 

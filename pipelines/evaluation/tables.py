@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from configs.markdown import markdown_table
 from pipelines.evaluation.distances import PARTS
 from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
 
@@ -175,10 +176,5 @@ def markdown(found: dict[str, Any]) -> str:
     """The evaluation as Markdown; `found` has its tables and notes."""
     lines = [f"# Evaluation of {found['run']}"]
     for shown in found["tables"]:
-        lines += ["", f"## {shown['title']}", "", _row(shown["columns"]), _row(["---"] * len(shown["columns"]))]
-        lines += [_row(row) for row in shown["rows"]]
+        lines += ["", f"## {shown['title']}", "", *markdown_table(shown["columns"], shown["rows"])]
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -234,7 +234,14 @@ def _well_formed(content: dict[str, Any]) -> bool:
     """Whether a manifest's sizes are whole numbers that fit together: nothing is allocated or divided by what it merely claims."""
     try:
         sides = [side for h, w in content["grids"] for side in (h, w)]
-        sizes = [*sides, *content["num_codes"], *content["image_shape"], content["variants"], content["rows_per_shard"], content["rows"] + 1]
+        sizes = [
+            *sides,
+            *content["num_codes"],
+            *content["image_shape"],
+            content["variants"],
+            content["rows_per_shard"],
+            content["rows"] + 1,
+        ]
         lengths_fit = len(content["grids"]) == len(content["num_codes"]) > 0 and len(content["image_shape"]) == 3
     except (TypeError, ValueError):
         return False

@@ -163,7 +163,7 @@ def test_sizes_that_a_manifest_merely_claims_are_refused(name: str, value: objec
     """Under a right sum of its own."""
     folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))
     write_summed_json(folder / "manifest.json", {**read_summed_json(folder / "manifest.json"), name: value})
-    with pytest.raises(UserError, match="manifest of format 2|expected a file of codes|expected {"):
+    with pytest.raises(UserError, match=r"manifest of format 2|expected a file of codes|expected \{"):
         CodeStore(folder)
 
 
