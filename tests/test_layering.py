@@ -19,6 +19,7 @@ ORDER = ["configs", "stage1_vqvae", "stage2_prior", "pipelines"]
 ROOMS: dict[str, dict[str, set[str]]] = {
     "configs": {
         "errors": set(),
+        "markdown": set(),
         "run_dir": {"errors"},
         "hub": {"errors", "run_dir"},
         "parts": {"errors", "run_dir"},

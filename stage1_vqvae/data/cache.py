@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
 from stage1_vqvae.data.splits import Readable
+from stage1_vqvae.training.weights_file import load_weights, save_weights
 
 _FORMAT = 2
 _HEAD_START = 1.0  # second
+_TENSORS = "kept finding"
 
 
 def cache_folder(data: Data) -> Path:
@@ -103,6 +106,24 @@ def cached_findings(folder: Path, identity: dict[str, Any], find: Callable[[], d
     path = folder / f"{_key(identity)}.json"
     _by_one(path, path.exists, lambda: write_json(path, {**identity, **find()}))
     return dict(read_json(path))
+
+
+def cached_tensors(
+    folder: Path, identity: dict[str, Any], find: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `cached_findings`, of tensors, and of what JSON knows beside them; not kept where nothing can be written."""
+    path, found = folder / f"{_key(identity)}.safetensors", list[tuple[dict[str, Tensor], dict[str, Any]]]()
+
+    def make() -> None:
+        found.append(find())
+        save_weights(path, found[0][0], {"kind": _TENSORS, **identity, **found[0][1]})
+
+    try:
+        _by_one(path, path.exists, make)
+    except OSError as error:
+        say(f"{error.filename or path}: found out anew by each command ({error.strerror})")
+        return found[0] if found else find()
+    return load_weights(path, _TENSORS)
 
 
 def _key(identity: dict[str, Any]) -> str:
