@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from configs.schema import Sampling
+from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import draw, generate, guidance_scales, guided, uniform_codes, uniforms, warp
-from tests.stage2_prior.priors.prior_kinds import KINDS, build
+from stage2_prior.generate import draw, draw_position, generate, guidance_scales, guided, uniform_codes, uniforms, warp
+from stage2_prior.priors.contract import AutoregressivePrior
+from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
 
 
 def reference_warp(logits: list[float], config: Sampling) -> list[float]:
@@ -111,3 +114,51 @@ def test_the_uniform_prior_is_uniform_within_each_level() -> None:
 def test_uniforms_depend_on_seed_and_number_alone() -> None:
     assert torch.equal(uniforms(1, torch.tensor([5, 2]), 6), uniforms(1, torch.arange(6), 6)[[5, 2]])
     assert uniforms(1, torch.arange(0), 6).shape == (0, 6)
+
+
+def stepped(prior: AutoregressivePrior, labels: torch.Tensor, uniform: torch.Tensor, config: Sampling, given: Codes, kept: Codes) -> Codes:
+    """Completion by its definition: a step at every position, kept or drawn."""
+    layout, both = prior.layout, torch.cat([labels, torch.full_like(labels, prior.num_classes)])
+    cache, sequences, keeps = prior.new_cache(len(both)), layout.flat(given).clone(), layout.flat(kept)[0]
+    with torch.no_grad():
+        for position, scale in enumerate(guidance_scales(config, layout.length)):
+            logits = prior.step(sequences[:, position - 1].repeat(2) if position else None, both, cache)
+            drawn = draw_position(logits, uniform[:, position], config, scale)[0]
+            sequences[:, position] = sequences[:, position] if keeps[position] else drawn
+    return layout.grids_of(sequences)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "levelwise"])
+def test_completing_computes_logits_where_codes_are_drawn_and_nowhere_else(kind: str) -> None:
+    """The codes are those of a step at every position, whatever is kept."""
+    layout = LAYOUTS["top and bottom"]
+    prior, labels, config = build(kind, layout).double(), torch.tensor([1, 4, 0]), Sampling(guidance=2.0, guidance_schedule="cosine")
+    given, uniform, positions = random_codes(layout, 3), uniforms(5, torch.arange(3), layout.length), torch.arange(layout.length)
+    steps = count_steps(prior)
+    for kept in (
+        positions < 5,
+        positions >= 5,
+        (positions - 5).abs() > 1,
+        positions % 3 == 1,
+        positions < layout.lengths[0],
+        positions >= 0,
+    ):
+        mask = layout.grids_of(kept[None])
+        expected = stepped(prior, labels, uniform, config, given, mask)
+        steps.clear()
+        found = generate(prior, labels, uniform, config, given, mask)
+        assert len(steps) == int((~kept).sum())
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def count_steps(prior: AutoregressivePrior) -> list[int]:
+    """A list that gets longer with every eager step of a prior or of its parts: where logits are computed."""
+    steps: list[int] = []
+    for part in getattr(prior, "parts", [prior]):
+
+        def counted(*given: Any, step: Any = part.step) -> torch.Tensor:
+            steps.append(1)
+            return step(*given)
+
+        part.step = counted
+    return steps
