@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     _, *size = tokenizer.image_shape
     rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
     kept = rows_of_pixels(rows, *size) if rows is not None else mask_in(options, *size)
-    images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process).spread(options.n)
+    images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process, count=options.n)
     pixels, count = images.pixels, len(images.pixels)
     if count < options.n:
         say(f"--n {options.n}: there are {count} images")

@@ -65,17 +65,14 @@ def cached_images(
         what: they are, for messages.
     Errors: UserError if the disk has no room for them; OSError with the file's name.
     """
-    path, size = folder / f"{_key({**identity, 'shape': shape})}.pixels", math.prod(shape[1:])
+    path = _pixels_path(folder, identity, shape)
     noted = path.with_suffix(".json")
 
-    def there() -> bool:
-        return noted.exists() and path.exists() and path.stat().st_size == size * (shape[0] - len(_skipped(noted)))
-
     def make() -> None:
-        skipped = _write(path, size * shape[0], decode(), what)
+        skipped = _write(path, math.prod(shape), decode(), what)
         write_json(noted, {"what": what, "shape": shape, **identity, "skipped": skipped})
 
-    _by_one(path, there, make)
+    _by_one(path, lambda: are_cached(folder, identity, shape), make)
     left_out = _skipped(noted)
     count = shape[0] - len(left_out)
     # Read-only: a private map that could be written into would need as much memory, promised if not taken, as the file is long.
@@ -83,6 +80,17 @@ def cached_images(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return Readable(torch.from_numpy(mapped), left_out)
+
+
+def are_cached(folder: Path, identity: dict[str, Any], shape: tuple[int, ...]) -> bool:
+    """Whether `cached_images` would find them there."""
+    path = _pixels_path(folder, identity, shape)
+    noted = path.with_suffix(".json")
+    return noted.exists() and path.exists() and path.stat().st_size == math.prod(shape[1:]) * (shape[0] - len(_skipped(noted)))
+
+
+def _pixels_path(folder: Path, identity: dict[str, Any], shape: tuple[int, ...]) -> Path:
+    return folder / f"{_key({**identity, 'shape': shape})}.pixels"
 
 
 def cached_reasons(folder: Path, identity: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], what: str) -> dict[int, str]:
