@@ -130,7 +130,7 @@ def main() -> None:
         importlib.import_module("pillow_jxl")
     for run in map(RunDir.named, options.runs):
         split = argparse.Namespace(images=None, split=options.split)
-        images = chosen_images(split, load_recipe(run.recipe).data, progress=True).spread(options.images)
+        images = chosen_images(split, load_recipe(run.recipe).data, progress=True, count=options.images)
         rows = [ours(run, images, options.prior)]
         for kind in _FORMATS:
             rows += of_format(kind, images.pixels)

@@ -181,7 +181,7 @@ def main() -> None:
     split = argparse.Namespace(images=None, split=None)
     own, weights, images = [], [], None
     for run in map(RunDir.named, options.runs):
-        found = chosen_images(split, load_recipe(run.recipe).data, progress=True).spread(options.images)
+        found = chosen_images(split, load_recipe(run.recipe).data, progress=True, count=options.images)
         if images is not None and not torch.equal(images.pixels, found.pixels):
             raise UserError(f"{run}: expected the images of {options.runs[0]}, found others")
         images = found

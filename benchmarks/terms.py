@@ -65,7 +65,7 @@ def main() -> None:
         tokenizer = load_tokenizer(run)
         with torch.no_grad():
             made[name] = torch.cat([to_uint8(tokenizer(to_model(part)).reconstruction) for part in pixels.split(250)])
-    distances = [f"{what} ({name})" for name in judges for what in ("Fréchet distance", "KID x 1000")]
+    distances = [f"{what} ({name})" for name in judges for what in ("Fréchet distance", "kernel distance x 1000")]
     print(f"| {len(pixels)} images | steps | PSNR | SSIM | {' | '.join(distances)} |\n|{' --- |' * (4 + len(distances))}")
     for name, pictures in made.items():
         steps = f"{read_header(runs[name].tokenizer, 'tokenizer')['steps']:,}" if name in runs else "-"

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -180,6 +181,11 @@ def _sum_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def natural(name: str | Path) -> list[tuple[int, str]]:
+    """A sorting key by which `run2` comes before `run10`: numbers in names and paths count as numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(name))]
+
+
 def not_there_yet(option: str, typed: str) -> Path:
     """The folder that an option names, for `new_folder`. Errors: UserError if there is something of that name."""
     path = Path(typed).expanduser()
@@ -290,6 +296,10 @@ class RunDir:
     def prior(self, name: str) -> Path:
         """The folder of the prior of that name."""
         return self.priors / name
+
+    def finished_priors(self) -> list[str]:
+        """Names of the finished priors."""
+        return sorted((path.parent.name for path in self.priors.glob("*/prior.safetensors")), key=natural)
 
     def last_prior(self) -> str | None:
         """The name of the prior last finished; None if there is none."""

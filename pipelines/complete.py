@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     _, *size = tokenizer.image_shape
     rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
     kept = rows_of_pixels(rows, *size) if rows is not None else mask_in(options, *size)
-    images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process).spread(options.n)
+    images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process, count=options.n)
     pixels, count = images.pixels, len(images.pixels)
     if count < options.n:
         say(f"--n {options.n}: there are {count} images")
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.numbered("completions", accelerator.is_main_process) as folder:
         codes, reconstructions = encode_and_decode(tokenizer, pixels, config.batch_size)
         given = tuple(level.repeat_interleave(options.continuations, 0) for level in codes)
-        pictures = generator.continuations(given, kept, repeated, options.seed)
+        pictures = generator.continuations(given, kept, repeated, options.seed, progress=True)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             continuations = pictures.view(count, options.continuations, *pictures.shape[1:])

@@ -22,12 +22,13 @@ import torch
 from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.codec.code_file import check_made_by, unpack
+from pipelines.codec.code_file import check_made_by, run_fingerprint, unpack
 from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import save_png
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.progress import progress_bar
+from stage1_vqvae.training.weights_file import fingerprint
 
 
 @torch.no_grad()
@@ -44,7 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are decoded one after another")
     content = unpack(read(file), str(file))
-    check_made_by(content, run, content.prior, str(file))
+    prior = run.prior(content.prior) / "prior.safetensors"
+    if not prior.exists():
+        raise UserError(f"{file}: expected a file of run {run}, found one of a prior {content.prior} that it does not have")
+    check_made_by(content, (run_fingerprint(fingerprint(run.tokenizer), fingerprint(prior)), content.prior), str(run), str(file))
     generator = generator_of(command, accelerator, content.prior)
     codes, exact = generator.decompressed(content, str(file), progress=True)
 

@@ -33,7 +33,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
 from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
-from pipelines.evaluation.reference_batch import ReferenceBatch, load_reference_batch
+from pipelines.evaluation.reference_batch import load_reference_batch
 from pipelines.evaluation.tables import markdown, notes, tables
 from pipelines.images.npz import array_in
 from pipelines.images.provenance import agrees, base_name, described_weights, identity
@@ -49,7 +49,7 @@ from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
 from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
-from stage2_prior.codes.store import CodeStore
+from stage2_prior.codes.store import CodeStore, read_manifest
 from stage2_prior.priors.prior_file import UNIFORM
 
 
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None:
             network = network or feature_network(*network_arguments)
-            assessor = Assessor(tokenizer, network, source, config, batch)
+            if network.instead_of is not None:
+                print(network.instead_of)
+            assessor = Assessor(tokenizer, network, source, data, config, batch, training_codes(run, source))
             found = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))
@@ -133,7 +135,7 @@ def drawn(command: Command, accelerator: Accelerator) -> Samples:
     """Samples of a prior of the run; complete on the main process alone."""
     config = command.recipe.evaluation
     generator = generator_of(command, accelerator, command.options.prior)
-    codes, pixels, labels = generator.draw(config.n, seed=config.seed)
+    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True)
     shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
     balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"
     own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": fingerprint(command.run.tokenizer)}
@@ -205,6 +207,15 @@ def trained_by(config: Stage1) -> set[str]:
             return found
 
 
+def training_codes(run: RunDir, source: ImageSource) -> CodeStore | None:
+    """The codes of the training images that the run has, if they are of its tokenizer and of as many images; None otherwise."""
+    folder, sha256 = run.codes / TRAIN, fingerprint(run.tokenizer)
+    if not folder.is_dir():
+        return None
+    manifest = read_manifest(folder)
+    return CodeStore(folder, sha256) if (manifest.tokenizer_sha256, manifest.rows) == (sha256, len(source.splits[TRAIN])) else None
+
+
 def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:
     """What the run knows of its codes: the prior that `--prior` names, or the one last finished, and the training codes; None where it
     has none of them.
@@ -230,13 +241,15 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "samples_tokenizer_sha256": None if samples is None else samples.details["tokenizer_sha256"],
         "compared": {
             "held-out images": f"{n} of {split}, {height} x {width} x {channels}, sha256 {pixels_hash(held_out.pixels)[:16]}",
-            "reference": described_reference(source, reference, batch),
+            "reference": described_reference(assessor, reference, samples),
             "samples": "none" if samples is None else f"{len(samples.pixels)} {samples.details['source']}",
             "features": f"{network.name}, {assessor.features(split).vectors.shape[1]} of them, weights {network.sha256[:16]}",
             "seed": config.seed,
         },
         "drawn": None if samples is None else command.options.samples is None,
         "distance": network.distance,
+        "kernel_distance": network.named("KID", "kernel distance"),
+        "class_score": network.named("inception score", "score of classes"),
         "instead_of": network.instead_of,
         "trained_by": sorted(trained_by(command.recipe.stage1)),
         "features": network.name,
@@ -247,13 +260,14 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
     }
     if isinstance(assessor.tokenizer.objective, PixelLikelihood):
         found["bound"] = assessor.bound(split, *priors_of_codes(command, torch.device(network.device)))
+        found["bound"]["prior_sha256"] = identity(run, found["bound"]["prior"])["prior_sha256"]
     labelled = samples is not None and samples.labels is not None and held_out.labels is not None
     classifier = run_classifier(run.path, source, network.device) if labelled else None
     if batch is not None:
         found["beside_batch"], found["batch_missing"] = assessor.beside_batch(samples, split, classifier), batch.missing()
     if samples is not None:
         if batch is None:
-            found["distances"] = assessor.beside_real(samples, split, reference, classifier)
+            found["distances"], found["coverage"] = assessor.beside_real(samples, split, reference, classifier)
         found["memorisation"] = assessor.memorisation(samples, split)
         own = run.prior(samples.details["prior"]) / "likelihood.json" if samples.details["prior_sha256"] is not None else None
         # Only of the very prior that drew them: another run may have one of that name.
@@ -263,10 +277,13 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
     return found | {"tables": tables(found), "notes": notes(found)}
 
 
-def described_reference(source: ImageSource, name: str, batch: ReferenceBatch | None) -> str:
+def described_reference(assessor: Assessor, name: str, samples: Samples | None) -> str:
     """Description of the reference, a split or a file, for the report."""
+    batch = assessor.batch
+    if batch is None and samples is None:
+        return f"none, since nothing is compared with {name}"
     if batch is None:
-        return f"{len(source.splits[name])} of {name}, sha256 {pixels_hash(source.splits[name].pixels)[:16]}"
+        return f"{len(assessor.source.splits[name])} of {name}, sha256 {assessor.reference(name).pixels_sha256[:16]}"
     images = "" if batch.images is None else f"; images sha256 {pixels_hash(batch.images)[:16]}"
     return f"{name}: {batch.contents()}{images}"
 

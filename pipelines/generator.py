@@ -204,14 +204,16 @@ class Generator:
         """
         return pictures_out(self.draw(n, label, seed, **settings).pixels, output)
 
-    def draw(self, n: int = 1, label: Label | Sequence[Label] | None = None, seed: int = 0, **settings: Any) -> Drawn:
-        """As `sample`: codes, pixels and labels, complete on the main process alone."""
+    def draw(
+        self, n: int = 1, label: Label | Sequence[Label] | None = None, seed: int = 0, *, progress: bool = False, **settings: Any
+    ) -> Drawn:
+        """As `sample`: codes, pixels and labels, complete on the main process alone. `progress`: show a bar."""
         if n < 1:
             raise UserError(f"n: expected at least 1 image, found {n}")
         sampler, labels = self._drawing_sampler(), labels_of(label, n, self.header)
         config = self._sampling(settings)
         check_guidance(config, labels, self.header)
-        return Drawn(*draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config), labels)
+        return Drawn(*draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config, progress=progress), labels)
 
     # --- out of images, and back
 
@@ -283,11 +285,13 @@ class Generator:
         codes = encode_and_decode(self.tokenizer, pixels, self.sampling.batch_size)[0]
         return pictures_out(self.continuations(codes, mask_in(keep, self.data), labels, seed, **settings), output)
 
-    def continuations(self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, **settings: Any) -> Tensor:
+    def continuations(
+        self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, *, progress: bool = False, **settings: Any
+    ) -> Tensor:
         """`complete` for codes, a mask (H, W), and labels in the prior's numbering: uint8 (N, H, W, C), whole on the main process alone."""
         sampler, config, kept = self._drawing_sampler(), self._sampling(settings), kept_codes(self.tokenizer, keep)
         check_guidance(config, labels, self.header)
-        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, codes, kept)[1]
+        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, codes, kept, progress)[1]
 
     # --- what images are worth
 
@@ -327,15 +331,19 @@ class Generator:
 
         Errors: UserError if they do not give what was encoded.
         """
-        prior, name = self.exact_prior, str(self.prior_name)
+        prior = self.exact_prior
         if lossless:
             self.tokenizer.likelihood().check(pixels)
-        assert self.header is not None
-        made_by = run_fingerprint(self.header.tokenizer_sha256, str(self._prior_sha256)), name
-        encoded = encode_images(self.tokenizer, prior, pixels, labels, names, made_by, batch_size, lossless, progress)
+        encoded = encode_images(self.tokenizer, prior, pixels, labels, names, self._made_by, batch_size, lossless, progress)
         data, sizes = pack(encoded.content)
         verify(data, encoded, self.tokenizer, prior, pixels, progress)
         return Compressed(data, sizes, encoded)
+
+    @property
+    def _made_by(self) -> tuple[bytes, str]:
+        """Fingerprint of the tokenizer and prior that were loaded, whatever lies on the disk by now, and the prior's name."""
+        assert self.header is not None
+        return run_fingerprint(self.header.tokenizer_sha256, str(self._prior_sha256)), str(self.prior_name)
 
     @overload
     def decompress(self, data: bytes, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...
@@ -355,7 +363,7 @@ class Generator:
         `where`: of what messages speak.
         """
         prior = self.exact_prior
-        check_made_by(content, self.run, str(self.prior_name), where)
+        check_made_by(content, self._made_by, str(self.run), where)
         known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
         if content.image_shape != self.image_shape or not known:
             raise UserError(f"{where}: expected images and labels of run {self.run}, found a header that contradicts its fingerprint")

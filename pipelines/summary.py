@@ -12,9 +12,9 @@ from pathlib import Path
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
 from configs.errors import run_entry
-from configs.run_dir import RunDir, read_json, typed
+from configs.run_dir import RunDir, natural, read_json, typed
+from pipelines.images.provenance import identity, outputs
 from stage1_vqvae.metrics import compression_ratio
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import read_manifest
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if not run.codes.exists():
         rows.append(("codes", f"none yet; {command.next(EXTRACT_CODES)}"))
     else:
-        rows += [(f"codes, {path.name}", codes_row(path)) for path in sorted(run.codes.iterdir())]
+        rows += [(f"codes, {path.name}", codes_row(path)) for path in sorted(run.codes.iterdir(), key=natural)]
     name = run.last_prior()
     rows += prior_rows(run, name) if name is not None else [("prior", f"none yet; {command.next(TRAIN_PRIOR)}")]
     rows += bound_rows(run)
@@ -73,21 +73,31 @@ def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
 
 
 def bound_rows(run: RunDir) -> list[tuple[str, str]]:
-    """The bound on bits a dimension, as the last evaluation that has one found it."""
-    for path in sorted(run.path.glob("evaluations/*/evaluation.json"), reverse=True):
+    """The bound on bits a dimension, as the newest evaluation of this tokenizer found it under the prior last finished; without such a one,
+    under what takes no prior.
+    """
+    held, without_prior = identity(run, run.last_prior()), list[tuple[str, str]]()
+    for path in reversed(outputs(run, "evaluations", "evaluation.json")):
         found = read_json(path)
-        if "bound" in found and found["tokenizer_sha256"] == fingerprint(run.tokenizer):
-            bits = found["bound"]["bits_per_dimension"]
-            names = [name for name in bits if name != "pixels"]
-            return [(f"bits a dimension, {found['split']}: p(z) {name}", f"at most {bits[name]['mean']:.4f}") for name in names]
-    return []
+        if "bound" not in found or found["tokenizer_sha256"] != held["tokenizer_sha256"]:
+            continue
+        bits = {name: values["mean"] for name, values in found["bound"]["bits_per_dimension"].items() if name != "pixels"}
+        rows = {name: (f"bits a dimension, {found['split']}: p(z) {name}", f"at most {mean:.4f}") for name, mean in bits.items()}
+        if all(found["bound"].get(key) == held[key] for key in ("prior", "prior_sha256")):
+            return list(rows.values())
+        without_prior = without_prior or [row for name, row in rows.items() if not name.startswith("learned")]
+    return without_prior
 
 
 def pictures(run: RunDir, prior: str | None) -> list[Path]:
     """The pictures there are: training graphs, codebook, newest reconstructions, samples."""
-    found = [run.stage1 / "training.png", run.stage1 / "codebook.png", *sorted((run.stage1 / "reconstructions").glob("*.png"))[-1:]]
+    found = [
+        run.stage1 / "training.png",
+        run.stage1 / "codebook.png",
+        *sorted((run.stage1 / "reconstructions").glob("*.png"), key=natural)[-1:],
+    ]
     found += [run.prior(prior) / file for file in ("training.png", "likelihood.png")] if prior is not None else []
-    return [path for path in [*found, *sorted(run.samples.glob("*/grid.png"))] if path.exists()]
+    return [path for path in [*found, *outputs(run, "samples", "grid.png")] if path.exists()]
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> str:

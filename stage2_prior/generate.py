@@ -121,6 +121,11 @@ def draw_position(logits: Tensor, uniform: Tensor, config: Sampling, scale: floa
     return draw(probabilities, uniform), probabilities[:, 0].isfinite()
 
 
+def drawn_positions(layout: SequenceLayout, kept: Codes | None) -> list[int]:
+    """The positions to draw, ascending: all that the masks (h, w) per level, where there are such, do not keep."""
+    return list(range(layout.length)) if kept is None else (~layout.flat(kept)[0]).nonzero()[:, 0].tolist()
+
+
 def check_finite(finite: bool, config: Sampling) -> None:
     """Errors: UserError unless all probabilities were finite."""
     if not finite:
@@ -160,18 +165,21 @@ def generate(
         # Conditional and unconditional sequences run in one batch and share every code.
         labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
     scales = guidance_scales(config, layout.length)
-    cache = prior.new_cache(batch * 2 if guides else batch)
     sequences = layout.flat(given).to(device) if given is not None else torch.empty(batch, layout.length, dtype=torch.int64, device=device)
-    to_draw = [True] * layout.length if kept is None else (~layout.flat(kept)[0]).tolist()
-    code = None
     finite = torch.ones((), dtype=torch.bool, device=uniform.device)
-    for position, scale in enumerate(scales):
-        logits = full_precision(prior.step(code, labels, cache))
-        if to_draw[position]:
-            sequences[:, position], rows_finite = draw_position(logits, uniform[:, position], config, scale if guides else None)
-            # Read on the host once, at the end, so that a GPU is never waited for.
-            finite &= rows_finite.all()
-        code = sequences[:, position].repeat(2) if guides else sequences[:, position]
+    cache, reached = prior.new_cache(batch * 2 if guides else batch), 0
+    # Kept codes are taken in at once where they lie before a drawn one, and behind the last of those not at all.
+    for position in drawn_positions(layout, kept):
+        if reached < position:
+            prior.prefill(sequences.repeat(2, 1) if guides else sequences, reached, position, labels, cache)
+        before = sequences[:, position - 1] if position else None
+        before = before.repeat(2) if before is not None and guides else before
+        logits = full_precision(prior.step(before, labels, cache))
+        scale = scales[position] if guides else None
+        sequences[:, position], rows_finite = draw_position(logits, uniform[:, position], config, scale)
+        # Read on the host once, at the end, so that a GPU is never waited for.
+        finite &= rows_finite.all()
+        reached = position + 1
     check_finite(bool(finite), config)
     return layout.grids_of(sequences)
 

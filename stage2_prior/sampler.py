@@ -18,7 +18,7 @@ from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.kernels import Kernel
 from stage1_vqvae.training.precision import full_precision, ieee_float32
-from stage2_prior.generate import check_finite, draw_position, generate, guidance_scales
+from stage2_prior.generate import check_finite, draw_position, drawn_positions, generate, guidance_scales
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
 from stage2_prior.priors.cuda_graphs import CaptureError, Graphs
 
@@ -110,9 +110,12 @@ class _GraphedSteps:
         if given is not None and kept is not None:
             self._to_draw.copy_(~layout.flat(kept)[0])
             self._sequences.copy_(layout.flat(given))
-        self._position.zero_()
         self._failed.zero_()
-        for position in range(layout.length):
+        drawn = drawn_positions(layout, kept)
+        # Kept codes before the first drawn one go in at once where the prior can; between drawn ones a replay is as fast.
+        first = self._steps.prefill(drawn[0]) if drawn else 0
+        self._position.fill_(first)
+        for position in range(first, drawn[-1] + 1 if drawn else 0):
             self._steps.prepare(position)
             phase = self._steps.phase(position)
             self._graphs.run(phase, partial(self._advance, phase))

@@ -25,6 +25,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     "configs": {
         "errors": set(),
         "spinning": set(),
+        "markdown": set(),
         "run_dir": {"errors"},
         "hub": {"errors", "run_dir"},
         "parts": {"errors", "run_dir"},

@@ -5,10 +5,10 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | bytes | what |
 | --- | --- |
 | 8 | magic: 89 "VQC" 0D 0A 1A 0A, which (as PNG's) a transfer as text would break |
-| 2 | version, 5; up to 4 priors knew positions by cosines in float32 |
+| 2 | version of this layout, 5 |
 | 16 | fingerprint of the run: sha256 over the sha256 of tokenizer and prior, cut short |
 | 3 x 2 | height, width, channels of the images |
-| 4, 4 | images that have codes; images a batch |
+| 4, 4 | images that have codes; images a batch, at most 256 |
 | 4 | CRC-32 of the codes |
 | 2, 4, 4, 8, 8 | bytes of the prior's name, the labels, the names, the payload, the pixels |
 | 2 a batch | the batch's rounding offset (coder.py) |
@@ -18,6 +18,10 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | | payload |
 | | pixels; nothing: the file is lossy, and all images have codes |
 | 4 | CRC-32 of all before it |
+
+A reader believes no count that the file's own length does not bear out: 2 bytes of offsets stand for at most 256 images, what is deflated
+inflates to at most 4 bytes a label and 4,096 a name, and a PNG's size is looked at before its pixels are. So a file of n bytes announces at
+most 128 n images, and memory grows with what has been decoded, not with what was announced (coder.py).
 
 Pixels of a lossless file:
 
@@ -46,11 +50,9 @@ from PIL import Image
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.run_dir import RunDir
-from pipelines.codec.coder import Coded
+from pipelines.codec.coder import MOST_IMAGES, Coded
 from pipelines.codec.pixels import CodedPixels, num_offsets
 from pipelines.images.inputs import unique_names
-from stage1_vqvae.training.weights_file import fingerprint
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"
@@ -61,6 +63,7 @@ _PIXELS = struct.Struct("<IIIQI")
 _STORED = struct.Struct("<II")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHECKSUM = struct.Struct("<I")
+_LABEL_BYTES, _NAME_BYTES = 4, 4096  # at most; the second is the longest path that Linux takes
 
 
 class Lossless(NamedTuple):
@@ -107,15 +110,12 @@ class Sizes(NamedTuple):
     """Of a lossless file: the pixels' payload and offsets, and the PNGs."""
 
 
-def check_made_by(content: CodeFile, run: RunDir, prior: str, where: str) -> None:
-    """Errors: UserError if a file was not made by a run and its prior of that name."""
-    path = run.prior(prior) / "prior.safetensors"
-    if not path.exists():
-        raise UserError(f"{where}: expected a file of run {run}, found one of a prior {prior} that it does not have")
-    expected = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path))
-    if content.fingerprint != expected:
-        wanted = f"expected the fingerprint of run {run} with its prior {prior}, {expected.hex()[:12]}"
-        raise UserError(f"{where}: {wanted}, found {content.fingerprint.hex()[:12]}: another run's, or one trained anew since")
+def check_made_by(content: CodeFile, made_by: tuple[bytes, str], run: str, where: str) -> None:
+    """Errors: UserError if a file was not made by the tokenizer and prior of that fingerprint and name, which `run` holds."""
+    fingerprint, prior = made_by
+    if content.fingerprint != fingerprint:
+        expected = f"expected the fingerprint of run {run} with its prior {prior}, {fingerprint.hex()[:12]}"
+        raise UserError(f"{where}: {expected}, found {content.fingerprint.hex()[:12]}: another run's, or one trained anew since")
 
 
 def run_fingerprint(tokenizer_sha256: str, prior_sha256: str) -> bytes:
@@ -168,10 +168,30 @@ def with_stored(pixels: Tensor, stored: dict[int, bytes]) -> Tensor:
     """All images of a lossless file, uint8 (N, H, W, C): `pixels` of those that were coded, and between them those stored as PNG."""
     others = iter(pixels)
     pictures = [
-        torch.from_numpy(np.array(Image.open(io.BytesIO(stored[number])))).view(pixels.shape[1:]) if number in stored else next(others)
+        _stored_picture(stored[number], number).view(pixels.shape[1:]) if number in stored else next(others)
         for number in range(len(pixels) + len(stored))
     ]
     return torch.stack(pictures) if pictures else pixels
+
+
+def _stored_picture(png: bytes, number: int) -> Tensor:
+    try:
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as opened:
+            return torch.from_numpy(np.array(opened))
+    except Exception as error:  # decoders of damaged files raise anything
+        raise UserError(f"decoding: expected a whole PNG of image {number}, found: {error}") from None
+
+
+def _check_png(png: bytes, image_shape: tuple[int, int, int]) -> None:
+    """Errors: ValueError for what is no PNG of that shape, by its header alone."""
+    height, width, channels = image_shape
+    try:
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as opened:
+            found = opened.size, opened.mode
+    except Exception as error:  # no PNG, or one of more pixels than Pillow trusts
+        raise ValueError(f"an image stored as PNG that is none: {error}") from None
+    if found != ((width, height), "L" if channels == 1 else "RGB"):
+        raise ValueError(f"an image stored as PNG of {found[0][0]} x {found[0][1]} pixels in {found[1]}")
 
 
 def _deflated_labels(labels: Tensor) -> bytes:
@@ -200,8 +220,8 @@ def unpack(data: bytes, where: str) -> CodeFile:
 
 def _parsed(body: bytes) -> CodeFile:
     found, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
-    if not batch:
-        raise ValueError("batches of no image")
+    if not 0 < batch <= MOST_IMAGES:
+        raise ValueError(f"batches of {batch} images, where 1 to {MOST_IMAGES} can be")
     num_batches = -(-images // batch)
     end, sections = _BEGINNING.size + _HEADER.size, []
     for length in (2 * num_batches, *lengths):
@@ -221,19 +241,30 @@ def _parsed(body: bytes) -> CodeFile:
         expected = num_offsets(images, lossless.pixels.batch, (height, width, channels))
         if len(lossless.pixels.offsets) != expected or any(number >= count for number in lossless.stored):
             raise ValueError(f"pixels of other images than {count}")
+        for png in lossless.stored.values():
+            _check_png(png, (height, width, channels))
     return CodeFile(
         fingerprint=found,
         prior=prior.decode("utf-8", "surrogateescape"),
         image_shape=(height, width, channels),
         coded=coded,
         labels=_inflated_labels(labels, images) if labels else None,
-        names=_checked_names(zlib.decompress(names).decode("utf-8", "surrogateescape"), count) if names else None,
+        names=_checked_names(_inflated(names, _NAME_BYTES * count).decode("utf-8", "surrogateescape"), count) if names else None,
         lossless=lossless,
     )
 
 
+def _inflated(deflated: bytes, most: int) -> bytes:
+    """Inflate a section that must give at most so many bytes. Errors: ValueError for more, or less than a whole stream."""
+    inflater = zlib.decompressobj()
+    raw = inflater.decompress(deflated, most + 1)  # 0 would stand for any number
+    if len(raw) > most or not inflater.eof or inflater.unused_data:
+        raise ValueError(f"{len(deflated)} deflated bytes that are not at most {most}")
+    return raw
+
+
 def _inflated_labels(deflated: bytes, images: int) -> Tensor:
-    raw = zlib.decompress(deflated)
+    raw = _inflated(deflated, _LABEL_BYTES * images)
     width = len(raw) // max(1, images)
     if width * images != len(raw) or (images and width not in (1, 2, 4)):
         raise ValueError(f"{len(raw)} bytes of labels for {images} images")

@@ -44,12 +44,16 @@ MARGIN = 1e-11
 OFFSETS = 2**16
 """How many offsets of a rounding there are to choose from, in one step of it."""
 
+MOST_IMAGES = 2**8
+"""Images of a batch at most, whatever its codes: a file pays 2 bytes for each batch that it announces."""
+
 _STEPS = 2**10  # of a logit, in one nat
 _WEIGHT_BITS = 32
 # From here on float64 logits are too coarse for the margin.
 _LARGEST_LOGIT = 2.0**14
 # Of one batch, kept while it is coded: 128 MiB. More would also leave no offset that keeps clear of all of them.
 _LOGITS_AT_ONCE = 2**24
+_LOOK_AHEAD = 64  # bits of the range coder's state
 
 
 class Coded(NamedTuple):
@@ -78,7 +82,7 @@ class Encoding(NamedTuple):
 def batch_images(layout: SequenceLayout, wanted: int) -> int:
     """Images a batch: as many as wanted, or as memory and offsets allow."""
     logits = sum(length * k for length, k in zip(layout.lengths, layout.num_codes, strict=True))
-    return max(1, min(wanted, _LOGITS_AT_ONCE // logits))
+    return max(1, min(wanted, MOST_IMAGES, _LOGITS_AT_ONCE // logits))
 
 
 @torch.no_grad()
@@ -124,27 +128,39 @@ def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_o
         prior, labels: as given to `encode`.
         coded: what it made.
         at_once: images in one step of the prior; None: a batch. Of no influence on the codes.
+    Memory grows with the codes that were decoded, and decoding ends as soon as they are more than the payload can hold.
+
     Errors: UserError if they are not those that were encoded.
     """
     layout = prior.layout
+    most = batch_images(layout, MOST_IMAGES)
+    if coded.batch > most:
+        raise UserError(f"decoding: expected batches of at most {most} images of this prior's codes, found {coded.batch}")
     sizes = [layout.num_codes[layout.level_of(position)] for position in range(layout.length)]
     decoder, family = (
         stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32)),
         stream.model.Categorical(perfect=False),
     )
-    sequences = torch.zeros(coded.images, layout.length, dtype=torch.int64)
+    decoded, bits = [torch.zeros(0, layout.length, dtype=torch.int64)], 0.0
     with progress_bar(coded.images, "decode", "img", shown=progress) as bar:
         for part, offset in zip(batches(coded.images, coded.batch), coded.offsets, strict=True):
-            of_batch = sequences[part]
+            of_batch = torch.zeros(part.stop - part.start, layout.length, dtype=torch.int64)
             step = _steps(prior, None if labels is None else labels[part], len(of_batch), at_once or len(of_batch))
             for position, k in enumerate(sizes):
                 logits = step(of_batch[:, position - 1] if position else None)
                 if k > 1:
                     try:
-                        of_batch[:, position] = torch.from_numpy(decoder.decode(family, weights(logits, offset)))
+                        found = decoder.decode(family, chances := weights(logits, offset))
                     except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
                         raise out_of_step("codes") from None
+                    of_batch[:, position] = torch.from_numpy(found)
+                    bits += _least_bits(chances, found)
+            # Behind its end a payload reads as zeros, for ever.
+            if bits > 8 * len(coded.payload) + _LOOK_AHEAD:
+                raise out_of_step("codes")
+            decoded.append(of_batch)
             bar.update(len(of_batch))
+    sequences = torch.cat(decoded)
     if _crc(sequences) != coded.codes_crc or not decoder.maybe_exhausted():
         raise out_of_step("codes")
     return layout.grids_of(sequences)
@@ -220,6 +236,12 @@ def _table() -> np.ndarray:
     last = math.ceil(_STEPS * _WEIGHT_BITS * math.log(2))
     exponentials = (context.exp(context.divide(Decimal(-n), Decimal(_STEPS))) for n in range(last + 1))
     return np.array([int(context.multiply(Decimal(2**_WEIGHT_BITS), value)) for value in exponentials], np.float64)
+
+
+def _least_bits(chances: np.ndarray, codes: np.ndarray) -> float:
+    """Bits (at least) that codes (B,) take in a payload under weights (B, K), which the coder rounds to multiples of 2^-24 of their sum."""
+    chosen = np.take_along_axis(chances, codes[:, None].astype(np.int64), 1)[:, 0] / chances.sum(1)
+    return float(-np.log2(chosen + 2.0**-22).sum())
 
 
 def _crc(sequences: Tensor) -> int:

@@ -147,7 +147,8 @@ def batch_of_pixels(tokenizer: VQVAE, wanted: int) -> int:
 
 def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> int:
     """How many offsets images (height, width, channels) have in batches of that size."""
-    return sum(-(-(part.stop - part.start) * math.prod(image_shape) // _SHARING) for part in batches(images, batch))
+    whole, rest = divmod(images, batch)
+    return sum(times * -(-size * math.prod(image_shape) // _SHARING) for times, size in ((whole, batch), (1, rest)))
 
 
 def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int, bar: Any) -> Iterator[tuple[Index, Tensor]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from configs.data import Data
 from configs.errors import UserError
 from configs.schema import Evaluation
 from pipelines.evaluation.distances import (
@@ -20,13 +23,16 @@ from pipelines.evaluation.distances import (
     mean_with_interval,
     nearest,
     nearest_codes,
+    neighbourhoods,
+    some,
 )
+from pipelines.evaluation.reference import ReferenceFeatures, reference_features
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
 from pipelines.images.bound import image_bits
 from pipelines.images.inputs import encode, encode_and_decode
 from pipelines.images.scoring import ScoringPrior
 from stage1_vqvae.data.device_batches import device_batches
-from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import TRAIN, ImageSource, Pixels
 from stage1_vqvae.features.classifier import Classifier, labels_found
 from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, cached_weights
@@ -38,7 +44,6 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.devices import float64_device
 from stage1_vqvae.training.precision import ieee_float32
-from stage1_vqvae.training.randomness import generator
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
 
@@ -47,6 +52,7 @@ _LOOKED_UP = 1000
 # In the picture of them: so many that are nearest, the first so many, and so many training images of each.
 _NEAREST, _FIRST, _NEIGHBOURS = 4, 10, 3
 _HASHED_AT_ONCE = 1024
+_CODES_AT_ONCE = 2**16  # images, of which all codes are compared at once
 
 
 class Samples(NamedTuple):
@@ -74,15 +80,28 @@ class Assessor:
     """Computes a run's figures; every set of images goes through the networks once."""
 
     def __init__(
-        self, tokenizer: VQVAE, network: FeatureNetwork, source: ImageSource, config: Evaluation, batch: ReferenceBatch | None = None
+        self,
+        tokenizer: VQVAE,
+        network: FeatureNetwork,
+        source: ImageSource,
+        data: Data,
+        config: Evaluation,
+        batch: ReferenceBatch | None = None,
+        training: CodeStore | None = None,
     ) -> None:
-        """`batch`: reference for the samples, which needs a network with sFID's features; None: the reference is a split."""
-        self.batch = batch
-        self.tokenizer, self.network, self.source, self.config = tokenizer, network, source, config
+        """
+        Args:
+            data: the recipe's, of which `source` is.
+            batch: reference for the samples, which needs a network with sFID's features; None: the reference is a split.
+            training: this tokenizer's codes of the training images; None: they are encoded for it.
+        """
+        self.tokenizer, self.network, self.source, self.data, self.config = tokenizer, network, source, data, config
+        self.batch, self._training = batch, training
         self.layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
         self._extracted: dict[str, ExtractedFeatures] = {}
+        self._references: dict[str, ReferenceFeatures] = {}
         self._coded: dict[str, tuple[Tensor, Tensor]] = {}
-        self._training: Tensor | None = None
+        self._encoded: Tensor | None = None
 
     def features(self, name: str, pixels: Pixels | None = None) -> Features:
         """Features of a split by its name, or of other `pixels` under a name of their own."""
@@ -105,11 +124,39 @@ class Assessor:
             self._coded[split] = (self.layout.flat(codes), pictures)
         return self._coded[split]
 
-    def training_sequences(self) -> Tensor:
-        """(N, T): the codes of all training images, which are many and need not be decoded for it."""
+    def reference(self, split: str) -> ReferenceFeatures:
+        """Features of a split that images are compared with: computed once for all evaluations, since it may be of millions."""
+        if split not in self._references:
+            self._references[split] = reference_features(self.network, self.source, split, self.data, self.config.batch_size)
+        return self._references[split]
+
+    def training_sequences(self, rows: Tensor) -> Tensor:
+        """Codes (B, T) of those training images."""
+        return self._encoded_training()[rows].long() if self._training is None else self.layout.flat(self._training.codes(rows))
+
+    def _training_blocks(self) -> Iterator[Tensor]:
+        """Codes (M, T) of all training images in order, some at a time."""
         if self._training is None:
-            self._training = self.layout.flat(encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size))
-        return self._training
+            yield from self._encoded_training().split(_CODES_AT_ONCE)
+            return
+        for shard in range(self._training.manifest.num_shards):
+            levels = [level[:, 0].reshape(len(level), -1) for level in self._training.shard(shard)]
+            for part in batches(len(levels[0]), _CODES_AT_ONCE):
+                yield torch.from_numpy(np.concatenate([level[part].astype(np.int32) for level in levels], 1))
+
+    def _encoded_training(self) -> Tensor:
+        """Codes (N, T) of all training images, which the run does not have yet, of 4 bytes each."""
+        if self._encoded is None:
+            codes = encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size)
+            self._encoded = self.layout.flat(tuple(level.int() for level in codes))
+        return self._encoded
+
+    @torch.no_grad()
+    def _decoded(self, sequences: Tensor) -> Tensor:
+        """The pictures of codes (N, T), uint8 (N, H, W, C), on the CPU."""
+        device = next(self.tokenizer.parameters()).device
+        parts = device_batches(device, self.config.batch_size, *self.layout.grids_of(sequences))
+        return torch.cat([to_uint8(self.tokenizer.decode(codes)).cpu() for _, codes in parts])
 
     def sequences(self, samples: Samples) -> Tensor:
         """(N, T): the codes samples were decoded from, or else what the tokenizer makes of them."""
@@ -119,8 +166,7 @@ class Assessor:
 
     def some(self, count: int, wanted: int, purpose: str) -> Tensor:
         """Rows of `wanted` of `count` images, or of all if they are fewer, drawn once and for all."""
-        order = torch.randperm(count, generator=generator(self.config.seed, purpose))
-        return order[:wanted].sort().values
+        return some(count, wanted, self.config.seed, purpose)
 
     def reconstruction(self, split: str) -> dict[str, Any]:
         """Means over a split's images, each with its 95 % interval, on 8-bit pixels taken as [0, 1]; null where a figure is not
@@ -176,38 +222,43 @@ class Assessor:
         """How a set of images lies to the reference; null where there are too few for a figure."""
         seed = self.config.seed
         parts = reference.frechet_of_parts(images.vectors, seed)
-        precision, recall = reference.precision_recall(images.vectors) or (None, None)
-        density, coverage = reference.density_coverage(images.vectors) or (None, None)
         return {
             "n": len(images.vectors),
             "frechet": reference.frechet(images.vectors),
             "frechet_of_parts": None if parts is None else {"n": len(images.vectors) // PARTS, **parts._asdict()},
             "kernel": _dictionary(reference.kernel(images.vectors, seed)),
-            "precision": precision,
-            "recall": recall,
-            "density": density,
-            "coverage": coverage,
-            "inception_score": _dictionary(inception_score(images.logits, seed) if images.logits.shape[1] else None),
+            "class_score": _dictionary(inception_score(images.logits, seed) if images.logits.shape[1] else None),
         }
 
-    def beside_real(self, samples: Samples, split: str, reference: str, classifier: Classifier | None) -> dict[str, Any]:
+    def beside_real(
+        self, samples: Samples, split: str, reference: str, classifier: Classifier | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """`distances` to the reference: of samples, of held-out images, and of their reconstructions, which no sample can be
         expected to surpass; of the more numerous of the first two also as many as there are of the other, so that Fréchet
         distances can be compared. And the shares that the classifier puts in their class.
+
+        Beside them `coverage`: precision, recall, density and coverage of as many images of each of these sets and of the reference.
         """
         sets = {"samples": self.features("samples", samples.pixels), f"{split}, real": self.features(split)}
         sets[f"{split}, reconstructed"] = self.features("reconstructions", self.coded(split)[1])
-        fewest = min(len(samples.pixels), len(self.source.splits[split]))
-        for name, images in list(sets.items()):
+        of_reference = self.reference(reference)
+        known = Reference(of_reference.vectors, self.network.device, of_reference.gaussian)
+        found = {name: self.distances(images, known) for name, images in self._with_equal_numbers(sets).items()}
+        if classifier is not None:
+            self._add_classes(found, samples, split, classifier)
+        vectors = {name: images.vectors for name, images in sets.items()}
+        return found, neighbourhoods(vectors, of_reference.vectors, self.config.seed, self.network.device)
+
+    def _with_equal_numbers(self, sets: dict[str, Features]) -> dict[str, Features]:
+        """The sets, and of each that has more images than another as many as that has."""
+        fewest = min(len(images.vectors) for images in sets.values())
+        result = dict(sets)
+        for name, images in sets.items():
             if len(images.vectors) > fewest:
                 # At random: labels take turns, so that every second would have some labels alone, or stand in order.
                 rows = self.some(len(images.vectors), fewest, "equal numbers")
-                sets[f"{name}, {fewest} of them"] = Features(*(tensor[rows] for tensor in images))
-        known = Reference(self.features(reference).vectors, self.network.device)
-        found = {name: self.distances(images, known) for name, images in sets.items()}
-        if classifier is not None:
-            self._add_classes(found, samples, split, classifier)
-        return found
+                result[f"{name}, {fewest} of them"] = Features(*(tensor[rows] for tensor in images))
+        return result
 
     def beside_batch(self, samples: Samples | None, split: str, classifier: Classifier | None) -> dict[str, Any]:
         """Metrics of ADM's evaluation against the reference batch: of samples, if any, held-out images and their reconstructions; also the
@@ -222,6 +273,8 @@ class Assessor:
         sets[f"{split}, real"] = self.extracted(split)
         sets[f"{split}, reconstructed"] = self.extracted("reconstructions", self.coded(split)[1])
         figures = {name: comparison.figures(*extracted) for name, extracted in sets.items()}
+        equal = self._with_equal_numbers({name: extracted.features for name, extracted in sets.items()})
+        figures |= {name: comparison.figures(features, None) for name, features in equal.items() if name not in sets}
         if classifier is not None and samples is not None:
             self._add_classes(figures, samples, split, classifier)
         return figures
@@ -246,24 +299,26 @@ class Assessor:
         """
         sets = {"samples": (self.features("samples", samples.pixels).vectors, self.sequences(samples))}
         sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
-        known = self.training_sequences()
-        rows = self.some(len(known), _LOOKED_UP, "copies")
-        pictures = encode_and_decode(self.tokenizer, self.source.splits[TRAIN].pixels[rows], self.config.batch_size)[1]
-        sets["copies"] = (self.features("copies of training images", pictures).vectors, known[rows])
+        known = self.reference(TRAIN)
+        own = self.training_sequences(known.rows[self.some(len(known.rows), _LOOKED_UP, "copies")])
+        sets["copies"] = (self.features("copies of training images", self._decoded(own)).vectors, own)
+        rows = {name: self.some(len(vectors), _LOOKED_UP, "neighbours") for name, (vectors, _) in sets.items()}
+        # All sets in one pass over the training codes.
+        sequences = torch.cat([of_set[rows[name]] for name, (_, of_set) in sets.items()])
+        others = nearest_codes(sequences, self._training_blocks(), 1, self.network.device).distances
         found: dict[str, Any] = {}
-        for name, (vectors, sequences) in sets.items():
-            rows = self.some(len(vectors), _LOOKED_UP, "neighbours")
-            distances = nearest(vectors[rows], self.features(TRAIN).vectors, 1, self.network.device).distances
-            others = nearest_codes(sequences[rows], known, 1, self.network.device).distances
+        for (name, (vectors, _)), other in zip(sets.items(), others.split([len(rows[name]) for name in sets]), strict=True):
+            distances = nearest(vectors[rows[name]], known.vectors, 1, self.network.device).distances
             found[name] = {
                 "n": len(distances),
                 "median_distance": float(distances.median()),
-                "median_share_of_other_codes": float(others.median()),
-                "with_all_codes_of_a_training_image": int((others == 0).sum()),
+                "median_share_of_other_codes": float(other.median()),
+                "with_all_codes_of_a_training_image": int((other == 0).sum()),
             }
         real = found["held_out"]["median_distance"]
         ratios = {name: found[name]["median_distance"] / real if real > 0 else None for name in ("samples", "copies")}
-        return found | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
+        searched = {"training_images": len(self.source.splits[TRAIN]), "training_images_by_features": len(known.rows)}
+        return found | searched | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
 
     def neighbours(self, samples: Samples) -> Tensor:
         """A row a sample: the sample, its nearest training images by features, and by codes. On top the samples that are nearest
@@ -272,13 +327,14 @@ class Assessor:
         training = self.source.splits[TRAIN].pixels
         rows = self.some(len(samples.pixels), _LOOKED_UP, "neighbours")
         vectors, sequences = self.features("samples", samples.pixels).vectors[rows], self.sequences(samples)[rows]
-        k = min(_NEIGHBOURS, len(training))
-        by_features = nearest(vectors, self.features(TRAIN).vectors, k, self.network.device)
+        known = self.reference(TRAIN)
+        k = min(_NEIGHBOURS, len(known.rows))
+        by_features = nearest(vectors, known.vectors, k, self.network.device)
         shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
-        by_codes = nearest_codes(sequences[shown], self.training_sequences(), k, self.network.device)
+        by_codes = nearest_codes(sequences[shown], self._training_blocks(), k, self.network.device)
         own = samples.pixels[rows[shown]][:, None]
         gap = torch.full_like(own, 255)
-        found = [training[rows.flatten()].unflatten(0, rows.shape) for rows in (by_features.rows[shown], by_codes.rows)]
+        found = [training[rows.flatten()].unflatten(0, rows.shape) for rows in (known.rows[by_features.rows[shown]], by_codes.rows)]
         pictures = torch.cat([own, gap, found[0], gap, found[1]], 1)
         return image_grid(pictures.flatten(0, 1), pictures.shape[1])
 

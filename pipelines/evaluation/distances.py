@@ -1,11 +1,11 @@
-"""How far sets of feature vectors lie from a reference set, and neighbours: by torch-fidelity where it has the formula.
+"""How far sets of feature vectors lie from a reference set, and neighbours.
 
 Vectors are float tensors (N, D) on the CPU; what takes long is computed on the device given, products of float32 in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,12 +23,12 @@ _PRECISION_K, _DENSITY_K = 3, 5
 _SUBSETS, _SUBSET_SIZE = 100, 1000
 # Splits of the inception score, as published.
 _SPLITS = 10
+# Vectors of each set at most, for precision, recall, density and coverage: distances between all of them are taken.
+_NEIGHBOURHOODS = 10_000
 PARTS = 5
 """Disjoint parts of the images for the spread of a Fréchet distance."""
-# Vectors whose distances to all others are held at once.
-_BLOCK = 1024
-# Most distances held at once on an accelerator.
-_DISTANCES = 2**28
+# Vectors whose distances to all others are held at once, and the most distances: 256 MiB.
+_BLOCK, _DISTANCES = 1024, 2**26
 
 
 class Spread(NamedTuple):
@@ -110,16 +110,13 @@ class Reference:
     A figure is None where there are too few vectors on either side for it.
     """
 
-    def __init__(self, vectors: Tensor, device: torch.device | str = "cpu") -> None:
-        self.vectors, self.device = vectors, torch.device(device)
-
-    @cached_property
-    def _statistics(self) -> dict[str, Any]:
-        return _statistics(self.vectors)
+    def __init__(self, vectors: Tensor, device: torch.device | str = "cpu", gaussian: Gaussian | None = None) -> None:
+        """`gaussian`: of more images than these `vectors` are of; None: of these."""
+        self.vectors, self.device, self._whole = vectors, torch.device(device), gaussian
 
     @cached_property
     def _gaussian(self) -> Gaussian | None:
-        return Moments.of(self.vectors, self.device).gaussian()
+        return self._whole or Moments.of(self.vectors, self.device).gaussian()
 
     @cached_property
     def _radii(self) -> Tensor:
@@ -128,14 +125,8 @@ class Reference:
 
     def frechet(self, images: Tensor) -> float | None:
         """Between Gaussians with the sets' means and covariances (Heusel et al. 2017, equation 6)."""
-        if float64_device(self.device).type != "cpu":
-            gaussian = Moments.of(images, self.device).gaussian()
-            return None if self._gaussian is None or gaussian is None else self._gaussian.frechet(gaussian)
-        if min(len(images), len(self.vectors)) < 2:
-            return None
-        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
-        return max(0.0, fid_statistics_to_metric(_statistics(images), self._statistics, verbose=False)[KEY_METRIC_FID])
+        gaussian = Moments.of(images, self.device).gaussian()
+        return None if self._gaussian is None or gaussian is None else self._gaussian.frechet(gaussian)
 
     def frechet_of_parts(self, images: Tensor, seed: int) -> Spread | None:
         """`frechet` of disjoint random parts of the images, each to the whole reference.
@@ -151,14 +142,17 @@ class Reference:
 
     def kernel(self, images: Tensor, seed: int) -> Spread | None:
         """The squared maximum mean discrepancy under a cubic kernel (Binkowski et al. 2018), over random subsets."""
-        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+        from torch_fidelity.metric_kid import kernel_mmd
 
         size = min(_SUBSET_SIZE, len(images), len(self.vectors))
         if size < 2:
             return None
-        settings = {"kid_subsets": _SUBSETS, "kid_subset_size": size, "rng_seed": seed, "verbose": False}
-        found = kid_features_to_metric(images.double(), self.vectors.double(), **settings)
-        return Spread(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])
+        draws, found = np.random.RandomState(seed), []
+        for _ in range(_SUBSETS):
+            # In float64 subset by subset: all vectors would take twice their memory again, for each set that is compared.
+            pair = [vectors[draws.choice(len(vectors), size, replace=False)] for vectors in (images, self.vectors)]
+            found.append(kernel_mmd(*(subset.double().numpy() for subset in pair)))
+        return Spread(float(np.mean(found)), float(np.std(found)))
 
     def precision_recall(self, images: Tensor) -> tuple[float, float] | None:
         """Precision, the share of images that lie in a ball around some vector of the reference, and recall, the reverse; a ball reaches
@@ -180,6 +174,25 @@ class Reference:
         density = _within(images, self.vectors, radii, self.device).double().mean() / _DENSITY_K
         covered = nearest(self.vectors, images, 1, self.device).distances[:, 0] < radii
         return float(density), float(covered.double().mean())
+
+
+def neighbourhoods(sets: dict[str, Tensor], reference: Tensor, seed: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Precision, recall, density and coverage of sets of vectors, all at one number `n` of each set and of the reference, since they rise
+    and fall with both: that of the smallest of them, at most 10,000. Null where these are too few.
+    """
+    count = min(_NEIGHBOURHOODS, *(len(vectors) for vectors in (*sets.values(), reference)))
+    known, found = Reference(reference[some(len(reference), count, seed, "neighbourhoods of the reference")], device), {}
+    for name, vectors in sets.items():
+        chosen = vectors[some(len(vectors), count, seed, "neighbourhoods")]
+        precision, recall = known.precision_recall(chosen) or (None, None)
+        density, coverage = known.density_coverage(chosen) or (None, None)
+        found[name] = {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
+    return {"n": count, "sets": found}
+
+
+def some(count: int, wanted: int, seed: int, purpose: str) -> Tensor:
+    """Ascending rows of `wanted` of `count` images, or of all if they are fewer, drawn at random, the same for a seed and purpose."""
+    return torch.randperm(count, generator=generator(seed, purpose))[:wanted].sort().values
 
 
 def inception_score(logits: Tensor, seed: int) -> Spread:
@@ -213,16 +226,22 @@ def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | s
     return Neighbours(distances, rows.gather(1, order))
 
 
-def nearest_codes(queries: Tensor, reference: Tensor, k: int, device: torch.device | str = "cpu") -> Neighbours:
-    """The same for codes (N, T), by the share of positions with another code."""
-    known = reference.to(device)
-    numbers, rows = [], []
-    # One block of comparisons takes B x N x T bytes.
-    for block in queries.split(max(1, 2**28 // max(1, reference.numel()))):
-        closest = (block.to(device)[:, None] != known).sum(-1).topk(k, largest=False)
-        numbers.append(closest.values.cpu())
-        rows.append(closest.indices.cpu())
-    return Neighbours(torch.cat(numbers).double() / reference.shape[1], torch.cat(rows))
+def nearest_codes(queries: Tensor, reference: Iterable[Tensor], k: int, device: torch.device | str = "cpu") -> Neighbours:
+    """The same for codes (N, T), by the share of positions with another code; the reference in blocks (M, T), one after another."""
+    found: list[tuple[Tensor, Tensor]] = []
+    first = 0
+    for known in reference:
+        block = known.to(device)
+        # One comparison takes B x M x T bytes.
+        parts = queries.split(max(1, 2**28 // max(1, block.numel())))
+        closest = [(part.to(device)[:, None] != block).sum(-1).topk(min(k, len(block)), largest=False) for part in parts]
+        found.append((torch.cat([near.values.cpu() for near in closest]), torch.cat([near.indices.cpu() for near in closest]) + first))
+        first += len(block)
+        numbers, rows = (torch.cat(tensors, 1) for tensors in zip(*found, strict=True))
+        numbers, order = numbers.sort(dim=1, stable=True)
+        found = [(numbers[:, :k], rows.gather(1, order)[:, :k])]
+    ((numbers, rows),) = found
+    return Neighbours(numbers.double() / queries.shape[1], rows)
 
 
 def mean_with_interval(values: Tensor, seed: int, resamples: int = 1000) -> tuple[float, float, float]:
@@ -250,15 +269,8 @@ def _blocks(points: Tensor, others: Tensor, device: torch.device | str) -> Itera
     # About their centre, where rounding is least.
     centre, device = others.mean(0), torch.device(device)
     moved = (others - centre).to(device)
-    # With a million reference vectors, a full block would take 5 GB.
-    size = _BLOCK if device.type == "cpu" else max(1, min(_BLOCK, _DISTANCES // max(1, len(others))))
+    size = max(1, min(_BLOCK, _DISTANCES // max(1, len(others))))
     for block in points.split(size):
         with ieee_float32(device):
             distances = torch.cdist((block - centre).to(device), moved)
         yield distances
-
-
-def _statistics(vectors: Tensor) -> dict[str, Any]:
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    return fid_features_to_statistics(vectors.double())

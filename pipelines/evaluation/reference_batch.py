@@ -126,15 +126,15 @@ class BatchComparison:
         self._pooled, self._spatial = (None if gaussian is None else _moved(gaussian, device) for gaussian in (pooled, spatial))
         self._reference = None if features is None else Reference(features.vectors, device)
 
-    def figures(self, images: Features, moments: Moments) -> dict[str, Any]:
-        """All metrics of one image set, from its features and its spatial moments."""
+    def figures(self, images: Features, moments: Moments | None) -> dict[str, Any]:
+        """All metrics of one image set, from its features and its spatial moments, if these are known."""
         pooled = Moments.of(images.vectors, self._device).gaussian()
         precision, recall = (None if self._reference is None else self._reference.precision_recall(images.vectors)) or (None, None)
         return {
             "n": len(images.vectors),
             "frechet": _frechet(self._pooled, pooled),
-            "spatial_frechet": _frechet(self._spatial, moments.gaussian()),
-            "inception_score": ordered_inception_score(images.logits),
+            "spatial_frechet": _frechet(self._spatial, None if moments is None else moments.gaussian()),
+            "class_score": ordered_inception_score(images.logits),
             "precision": precision,
             "recall": recall,
         }

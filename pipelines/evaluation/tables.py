@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from configs.markdown import markdown_table
 from pipelines.evaluation.distances import PARTS
 from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
+from stage1_vqvae.features.networks import FID
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -38,7 +40,7 @@ def tables(found: dict[str, Any]) -> list[dict[str, Any]]:
     if "bound" in found:
         result.append(_bound(found))
     if "distances" in found:
-        result.append(_distances(found))
+        result += [_distances(found), _coverage(found)]
     if "beside_batch" in found:
         result.append(_beside_batch(found))
     if "memorisation" in found:
@@ -86,8 +88,9 @@ def _bound(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _distances(found: dict[str, Any]) -> dict[str, Any]:
-    columns = ["images", "N", found["distance"], f"its {PARTS} parts", "KID x 1000", "precision", "recall", "density", "coverage"]
-    columns += ["inception score", "in their class"]
+    scored = any(values["class_score"] is not None for values in found["distances"].values())
+    columns = ["images", "N", found["distance"], f"its {PARTS} parts", f"{found['kernel_distance']} x 1000"]
+    columns += [*([found["class_score"]] if scored else []), "in their class"]
     rows = []
     for name, values in found["distances"].items():
         parts = values["frechet_of_parts"]
@@ -98,20 +101,26 @@ def _distances(found: dict[str, Any]) -> dict[str, Any]:
                 number(values["frechet"]),
                 "-" if parts is None else f"{spread(parts)} (N = {parts['n']})",
                 spread(values["kernel"], 1000),
-                *("-" if values[key] is None else f"{values[key]:.3f}" for key in ("precision", "recall", "density", "coverage")),
-                spread(values["inception_score"]),
+                *([spread(values["class_score"])] if scored else []),
                 share(values.get("in_their_class")),
             ]
         )
     return table(f"Distances to the {found['reference']} images", columns, rows)
 
 
+def _coverage(found: dict[str, Any]) -> dict[str, Any]:
+    keys, coverage = ("precision", "recall", "density", "coverage"), found["coverage"]
+    rows = [[name, *("-" if values[key] is None else f"{values[key]:.3f}" for key in keys)] for name, values in coverage["sets"].items()]
+    title = f"Neighbourhoods by {found['features']} features: N = {coverage['n']} of each set and of the {found['reference']} images"
+    return table(title, ["images", *keys], rows)
+
+
 def _beside_batch(found: dict[str, Any]) -> dict[str, Any]:
-    spatial = "sFID" if found["distance"] == "FID" else "spatial Fréchet distance"
-    columns = ["images", "N", found["distance"], spatial, "inception score", "precision", "recall", "in their class"]
+    spatial = "sFID" if found["distance"] == FID else "spatial Fréchet distance"
+    columns = ["images", "N", found["distance"], spatial, found["class_score"], "precision", "recall", "in their class"]
     rows = []
     for name, values in found["beside_batch"].items():
-        figures = [number(values[key]) for key in ("frechet", "spatial_frechet", "inception_score")]
+        figures = [number(values[key]) for key in ("frechet", "spatial_frechet", "class_score")]
         shares = ["-" if values[key] is None else f"{values[key]:.4f}" for key in ("precision", "recall")]
         rows.append([name, str(values["n"]), *figures, *shares, share(values.get("in_their_class"))])
     return table(f"Beside {found['reference']}, by the definitions of ADM's evaluation", columns, rows)
@@ -124,7 +133,9 @@ def _memorisation(found: dict[str, Any]) -> dict[str, Any]:
         figures = [number(values["median_distance"]), share(values["median_share_of_other_codes"])]
         rows.append([name, str(values["n"]), *figures, str(values["with_all_codes_of_a_training_image"])])
     columns = ["images", "N", "median feature distance", "median share of other codes", "with all its codes"]
-    return table("The nearest training image of each", columns, rows)
+    kept, count = found["training_images_by_features"], found["training_images"]
+    among = "" if kept == count else f" (by features, of {kept:,} drawn at random of {count:,})"
+    return table(f"The nearest training image of each{among}", columns, rows)
 
 
 def notes(found: dict[str, Any]) -> list[str]:
@@ -144,17 +155,20 @@ def notes(found: dict[str, Any]) -> list[str]:
             "Fréchet distances fall with the number of images N: compare rows of equal N only. The parts are disjoint; their spread "
             "says how sure the distance is, their mean is that of a smaller N."
         )
+        said.append(
+            "Precision, recall, density and coverage rise and fall with the number of images: they compare with figures of the same N."
+        )
         if found.get("instead_of") is not None:
             said.append(f"{found['instead_of']}.")
     if "beside_batch" in found:
         said.append(
             "FID and sFID are usually published for 50,000 samples, equally many per class; with fewer they are higher. The inception "
             "score is the mean over consecutive parts of 5,000 images. Precision and recall: balls to the third neighbour (Kynkaanniemi et "
-            "al. 2019) among all of these images, and among all images of the file."
+            "al. 2019) among all of these images, and among all images of the file: recall rises with N, compare rows of equal N only."
         )
         said += found["batch_missing"]
     if "distances" in found or "beside_batch" in found:
-        if found["distance"] != "FID":
+        if found["distance"] != FID:
             said.append(f"{found['distance']} is not FID and compares with figures of the same features alone.")
         if found["features"] in found["trained_by"]:
             made_here = found["features"] in (CLASSIFIER, ROTATION)
@@ -175,10 +189,5 @@ def markdown(found: dict[str, Any]) -> str:
     """The evaluation as Markdown; `found` has its tables and notes."""
     lines = [f"# Evaluation of {found['run']}"]
     for shown in found["tables"]:
-        lines += ["", f"## {shown['title']}", "", _row(shown["columns"]), _row(["---"] * len(shown["columns"]))]
-        lines += [_row(row) for row in shown["rows"]]
+        lines += ["", f"## {shown['title']}", "", *markdown_table(shown["columns"], shown["rows"])]
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -92,7 +92,7 @@ def drift(exact: Generator, folder: Path) -> Drift:
     from pipelines.exporting.sampler import Sampler
 
     count, sampler = _count(exact), Sampler(folder)
-    expected, (codes, _) = exact.draw(count), sampler.sample(count)
+    expected, (codes, _) = exact.draw(count, progress=True), sampler.sample(count)
     differ = [(level.numpy() != other).reshape(count, -1) for level, other in zip(expected.codes, codes, strict=True)]
     of_images = np.concatenate(differ, 1)
     pixels = np.abs(sampler.decode([level.numpy() for level in expected.codes]).astype(int) - expected.pixels.numpy())
@@ -133,7 +133,7 @@ def excess_bits(exact: Generator, folder: Path) -> Excess:
 
     tokens = sum(h * w for h, w in exact.tokenizer.grids)
     count, sampler = _count(exact), Sampler(folder)
-    drawn = exact.draw(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
+    drawn = exact.draw(count, progress=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
     labels = np.zeros(count, np.int64) if drawn.labels is None else drawn.labels.numpy()
     exactly = _of_sequences(exact.surprisals(drawn.codes, None if drawn.labels is None else labels.tolist()))
     codes = np.concatenate([level.flatten(1).numpy() for level in drawn.codes], 1)

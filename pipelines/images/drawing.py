@@ -78,6 +78,7 @@ def draw_images(
     config: Sampling,
     given: Codes | None = None,
     kept: Codes | None = None,
+    progress: bool = False,
 ) -> tuple[Codes, Tensor]:
     """Draw and decode `count` samples.
 
@@ -88,6 +89,7 @@ def draw_images(
         accelerator: None: this process draws alone.
         sampler: None: the uniform prior.
         given: codes (N, h, w) per level, of which those that `kept`, masks (h, w) per level, marks are kept.
+        progress: show a bar.
     Returns: codes, int64 (N, h, w) per level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
     layout = sampler.layout if sampler is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
@@ -98,7 +100,7 @@ def draw_images(
     whole = count if main else 0
     sequences = torch.empty(whole, layout.length, dtype=torch.int64)
     pictures = torch.empty(whole, height, width, channels, dtype=torch.uint8)
-    with progress_bar(count, "sample", "img", shown=main) as bar:
+    with progress_bar(count, "sample", "img", shown=main and progress) as bar:
         for first in range(0, count, processes * size):
             # Numbers from `count` on are drawn, as the first sample again, and thrown away.
             numbers = torch.arange(first + rank * size, first + (rank + 1) * size)

@@ -15,7 +15,7 @@ from pipelines.images.drawing import labels_of
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
-from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.sources import load_images, load_spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
@@ -37,14 +37,6 @@ class Images(NamedTuple):
     below: list[str] | None = None
     """The path of each below the folder that the user named, with `/` and without ending; None: of a split."""
 
-    def spread(self, count: int) -> Images:
-        """`count` of them, or all if they are fewer, spread evenly: sources are often sorted by label."""
-        count = min(count, len(self.pixels))
-        rows = torch.arange(count) * len(self.pixels) // max(1, count)
-        labels = None if self.labels is None else [self.labels[row] for row in rows]
-        below = None if self.below is None else [self.below[row] for row in rows]
-        return Images(self.pixels[rows], [self.names[row] for row in rows], labels, below)
-
 
 def image_options(parser: Any) -> None:
     """The options by which a user names images."""
@@ -52,25 +44,32 @@ def image_options(parser: Any) -> None:
     parser.add_argument("--split", type=str | None, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
 
 
-def chosen_images(options: Any, data: Data, progress: bool) -> Images:
-    """The images that `image_options` name. Errors: UserError for what is missing or cannot be read."""
+def chosen_images(options: Any, data: Data, progress: bool, count: int | None = None) -> Images:
+    """The images that `image_options` name, or `count` of them spread evenly, and then no others are decoded.
+
+    Errors: UserError for what is missing or cannot be read.
+    """
     split_name = options.split or VALIDATION
     if options.images is not None:
         if options.split is not None:
             raise UserError(f"--images: expected no --split beside it, found {options.split}")
-        files = load_files(options.images, data, progress)
+        files = load_files(options.images, data, progress, count)
         return Images(files.pixels, files.paths, files.labels, files.below)
     if split_name not in (TRAIN, VALIDATION, TEST):
         raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {split_name}")
-    # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
-    source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress)
+    if count is None:
+        # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
+        source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress)
+    else:
+        source, numbers = load_spread(data, split_name, count, progress)
     if split_name not in source.splits:
         raise UserError(f"--split {split_name}: the run's data has no such split; name another, or images with --images")
     split = source.splits[split_name]
     labels = None
     if split.labels is not None and source.label_names is not None:
         labels = [source.label_names[label] for label in split.labels.tolist()]
-    return Images(split.pixels[:], [f"{split_name}/{row}" for row in range(len(split))], labels)
+    rows = range(len(split)) if count is None else numbers.tolist()
+    return Images(split.pixels[:], [f"{split_name}/{row}" for row in rows], labels)
 
 
 @torch.no_grad()

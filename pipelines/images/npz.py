@@ -60,6 +60,8 @@ def _mapped(path: Path, name: str) -> np.ndarray:
             order: Literal["F", "C"] = "F" if fortran else "C"
             # Both branches read to the member's end, where zipfile verifies the checksum.
             if info.compress_type != ZIP_STORED:
+                if size > (free := shutil.disk_usage(tempfile.gettempdir()).free):
+                    raise ValueError(f"{size:,} bytes of {name} when unpacked, with {free:,} free in {tempfile.gettempdir()}")
                 with tempfile.TemporaryFile() as unpacked:
                     shutil.copyfileobj(member, unpacked, _CHUNK)
                     return np.memmap(unpacked, dtype, "c", 0, shape, order)  # the mapping outlives the closed file

@@ -65,7 +65,7 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     if priors:
         generator = Generator.from_pretrained(folder, prior=priors[0], device=device)
         columns, count = grid_of(generator.label_names)
-        pictures = generator.sample(count, output="tensor")
+        pictures = generator.draw(count, progress=True).pixels
         save_png(folder / "samples.png", image_grid(pictures, columns), grid_scale(pictures.shape[1]))
     write_text(folder / "README.md", card(bundle, name, licence, recipe))
 

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.hub import PREFIX
+from configs.markdown import markdown_table
 from configs.run_dir import BUNDLE, RunDir, read_json
 from configs.schema import Recipe
 
@@ -51,6 +52,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         pipeline_tag="unconditional-image-generation",
         datasets=[on_hub] if on_hub else None,
     )
+    figures = [*_of_tokenizer(bundle), *(row for prior_name in priors for row in _of_prior(bundle, prior_name))]
     evaluation = bundle.path / "evaluations" / "000" / "evaluation.md"
     return {
         "front": front.to_yaml().strip(),
@@ -67,7 +69,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         "data": f"Data set `{recipe.data.name}`." if recipe.data.name else "Images of its author's own.",
         "labels": ", ".join(labels[:_MOST_LABELS]) + (f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""),
         "licence": licence,
-        "figures": [*_of_tokenizer(bundle), *(row for prior_name in priors for row in _of_prior(bundle, prior_name))],
+        "figures": "\n".join(markdown_table(["what", "figure", "how it was obtained"], figures)),
         # Its headings stand one level lower here.
         "evaluation": re.sub(r"(?m)^#", "##", evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
     }

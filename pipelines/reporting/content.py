@@ -12,10 +12,11 @@ import yaml
 
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
-from configs.run_dir import RunDir, read_json, typed
+from configs.run_dir import RunDir, natural, read_json, typed
 from configs.schema import Recipe, Sampling, prior_from
 from pipelines.images.provenance import base_name, identity, outputs, seen, without_machine, without_places
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
+from stage1_vqvae.data.splits import TRAIN
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import Manifest, read_manifest
 from stage2_prior.priors.prior_file import UNIFORM, read_prior_header
@@ -219,8 +220,11 @@ def data_table(run: RunDir, recipe: Recipe, source: str) -> Table:
 
 
 def manifests(run: RunDir) -> list[Manifest]:
-    """Manifests of the splits whose codes are extracted; an extraction that was killed may have left an empty folder."""
-    return [read_manifest(path.parent) for path in sorted(run.codes.glob("*/manifest.json"))]
+    """Manifests of the splits whose codes are extracted, that of the training codes first, from which priors have learned their labels; an
+    extraction that was killed may have left an empty folder.
+    """
+    found = [read_manifest(path.parent) for path in run.codes.glob("*/manifest.json")]
+    return sorted(found, key=lambda manifest: (manifest.split != TRAIN, manifest.split))
 
 
 def codes_table(run: RunDir) -> Table | None:
@@ -282,12 +286,12 @@ def missing_prior(command: Command) -> Missing:
 
 def unmeasured_priors(run: RunDir) -> list[str]:
     """Finished priors without a likelihood report."""
-    return sorted(path.parent.name for path in run.priors.glob("*/prior.safetensors") if not (path.parent / "likelihood.json").exists())
+    return [name for name in run.finished_priors() if not (run.prior(name) / "likelihood.json").exists()]
 
 
 def prior_reports(run: RunDir) -> list[PriorReport]:
     """The measured priors, the one last finished first."""
-    names = sorted(path.parent.name for path in run.priors.glob("*/prior.safetensors") if (path.parent / "likelihood.json").exists())
+    names = [name for name in run.finished_priors() if (run.prior(name) / "likelihood.json").exists()]
     return [prior_report(run, name) for name in sorted(names, key=lambda name: name != run.last_prior())]
 
 
@@ -337,14 +341,14 @@ def newest_samples(run: RunDir) -> list[Samples]:
     newest: dict[str, Path] = {}
     for path in outputs(run, "samples", "samples.json"):
         newest[read_json(path)["prior"]] = path.parent
-    names = sorted(newest, key=lambda name: (name == UNIFORM, name != run.last_prior(), name))
+    names = sorted(newest, key=lambda name: (name == UNIFORM, name != run.last_prior(), natural(name)))
     return [samples(run, newest[name]) for name in names]
 
 
 def samples(run: RunDir, folder: Path) -> Samples:
     """One call's samples, by class: the first of each."""
     details = read_json(folder / "samples.json")
-    files = sorted((folder / "images").glob("*.png"))
+    files = sorted((folder / "images").glob("*.png"), key=natural)
     labels, names = details["labels"], details["label_names"]
     remarks = remarks_on_age(run, details)
     if labels is None or names is None:
@@ -367,12 +371,13 @@ def samples(run: RunDir, folder: Path) -> Samples:
 
 
 def remarks_on_age(run: RunDir, details: dict[str, Any]) -> list[str]:
-    """What to know if the tokenizer or the prior is no longer the one that an output is of."""
-    held = identity(run, details.get("prior"))
-    for key, model in (("tokenizer_sha256", "tokenizer"), ("prior_sha256", "prior")):
-        # Of a prior, none where images made elsewhere were judged.
-        if details.get(key) is not None and details[key] != held[key]:
-            return [f"Made with an earlier {model}: no longer what the run would give."]
+    """What to know if the tokenizer or a prior is no longer the one that an output is of."""
+    # An evaluation's bound may be by another prior than drew its samples; of images made elsewhere there is none.
+    for of in (details, details.get("bound") or {}):
+        held = identity(run, of.get("prior"))
+        for key, model in (("tokenizer_sha256", "tokenizer"), ("prior_sha256", "prior")):
+            if of.get(key) is not None and of[key] != held[key]:
+                return [f"Made with an earlier {model}: no longer what the run would give."]
     return []
 
 
@@ -380,7 +385,7 @@ def evaluation(run: RunDir, folder: Path) -> Evaluation:
     """One call of the evaluation, as it says itself."""
     found = read_json(folder / "evaluation.json")
     tables = [Table(table["columns"], table["rows"], table["title"]) for table in found["tables"]]
-    pictures = [Picture(embedded(path), path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"))]
+    pictures = [Picture(embedded(path), path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"), key=natural)]
     distance = None
     if "samples" in found.get("distances", {}):
         figures, of_prior = found["distances"]["samples"], f" of prior {found['prior']}" if found["prior"] else ""

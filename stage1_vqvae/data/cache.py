@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
 from stage1_vqvae.data.splits import Readable
+from stage1_vqvae.training.weights_file import load_weights, save_weights
 
 _FORMAT = 2
 _HEAD_START = 1.0  # second
+_TENSORS = "kept finding"
 
 
 def cache_folder(data: Data) -> Path:
@@ -62,17 +65,14 @@ def cached_images(
         what: they are, for messages.
     Errors: UserError if the disk has no room for them; OSError with the file's name.
     """
-    path, size = folder / f"{_key({**identity, 'shape': shape})}.pixels", math.prod(shape[1:])
+    path = _pixels_path(folder, identity, shape)
     noted = path.with_suffix(".json")
 
-    def there() -> bool:
-        return noted.exists() and path.exists() and path.stat().st_size == size * (shape[0] - len(_skipped(noted)))
-
     def make() -> None:
-        skipped = _write(path, size * shape[0], decode(), what)
+        skipped = _write(path, math.prod(shape), decode(), what)
         write_json(noted, {"what": what, "shape": shape, **identity, "skipped": skipped})
 
-    _by_one(path, there, make)
+    _by_one(path, lambda: are_cached(folder, identity, shape), make)
     left_out = _skipped(noted)
     count = shape[0] - len(left_out)
     # Read-only: a private map that could be written into would need as much memory, promised if not taken, as the file is long.
@@ -80,6 +80,17 @@ def cached_images(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return Readable(torch.from_numpy(mapped), left_out)
+
+
+def are_cached(folder: Path, identity: dict[str, Any], shape: tuple[int, ...]) -> bool:
+    """Whether `cached_images` would find them there."""
+    path = _pixels_path(folder, identity, shape)
+    noted = path.with_suffix(".json")
+    return noted.exists() and path.exists() and path.stat().st_size == math.prod(shape[1:]) * (shape[0] - len(_skipped(noted)))
+
+
+def _pixels_path(folder: Path, identity: dict[str, Any], shape: tuple[int, ...]) -> Path:
+    return folder / f"{_key({**identity, 'shape': shape})}.pixels"
 
 
 def cached_reasons(folder: Path, identity: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], what: str) -> dict[int, str]:
@@ -103,6 +114,24 @@ def cached_findings(folder: Path, identity: dict[str, Any], find: Callable[[], d
     path = folder / f"{_key(identity)}.json"
     _by_one(path, path.exists, lambda: write_json(path, {**identity, **find()}))
     return dict(read_json(path))
+
+
+def cached_tensors(
+    folder: Path, identity: dict[str, Any], find: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `cached_findings`, of tensors, and of what JSON knows beside them; not kept where nothing can be written."""
+    path, found = folder / f"{_key(identity)}.safetensors", list[tuple[dict[str, Tensor], dict[str, Any]]]()
+
+    def make() -> None:
+        found.append(find())
+        save_weights(path, found[0][0], {"kind": _TENSORS, **identity, **found[0][1]})
+
+    try:
+        _by_one(path, path.exists, make)
+    except OSError as error:
+        say(f"{error.filename or path}: found out anew by each command ({error.strerror})")
+        return found[0] if found else find()
+    return load_weights(path, _TENSORS)
 
 
 def _key(identity: dict[str, Any]) -> str:

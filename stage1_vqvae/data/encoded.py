@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from configs.data import Data
 from configs.errors import UserError
-from stage1_vqvae.data.cache import cache_folder, cached_images, cached_reasons
+from stage1_vqvae.data.cache import are_cached, cache_folder, cached_images, cached_reasons
 from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import UnreadableImage, decode_crops, decode_image
 from stage1_vqvae.data.splits import CroppablePixels, Readable, SourceSplit
@@ -88,10 +88,17 @@ class EncodedSplit(SourceSplit):
         return len(self.images)
 
     @override
+    def is_kept(self, rows: np.ndarray, data: Data) -> bool:
+        identity = {**self._identity(rows), **_of_pixels(data)}
+        return data.decode == "once" and are_cached(cache_folder(data), identity, _shape(rows, data))
+
+    def _identity(self, rows: np.ndarray) -> dict[str, str]:
+        return {"source": self.identity, "split": self.name, "rows": hashlib.sha256(rows.tobytes()).hexdigest()}
+
+    @override
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
         wanted, what = np.arange(len(self)) if rows is None else rows, f"{data.path or data.name}, {self.name}"
-        identity = {"source": self.identity, "split": self.name, "rows": hashlib.sha256(wanted.tobytes()).hexdigest()}
-        folder = cache_folder(data)
+        identity, folder = self._identity(wanted), cache_folder(data)
 
         def each() -> Iterator[np.ndarray | str]:
             return self._each(wanted, data, what, progress)
@@ -101,9 +108,7 @@ class EncodedSplit(SourceSplit):
             skipped = cached_reasons(folder, identity, each, what) if data.on_error == "skip" else {}
             found = Readable(EncodedPixels(self.images, np.delete(wanted, list(skipped)), data, what), skipped)
         else:
-            shape = (len(wanted), data.height, data.width, data.channels)
-            asked = {"background": data.background, "on_error": data.on_error, "crop_area": data.crop_area}
-            found = cached_images(folder, {**identity, **asked}, shape, each, what)
+            found = cached_images(folder, {**identity, **_of_pixels(data)}, _shape(wanted, data), each, what)
         _check_skipped(found.skipped.values(), len(wanted), data, what)
         return found
 
@@ -126,6 +131,15 @@ class EncodedSplit(SourceSplit):
                 yield from pool.map(decode, part.tolist(), self.images[part.tolist()])
                 _check_skipped(skipped, len(rows), data, what)
                 bar.update(len(part))
+
+
+def _of_pixels(data: Data) -> dict[str, object]:
+    """What of a recipe decides on pixels, but their shape."""
+    return {"background": data.background, "on_error": data.on_error, "crop_area": data.crop_area}
+
+
+def _shape(rows: np.ndarray, data: Data) -> tuple[int, int, int, int]:
+    return (len(rows), data.height, data.width, data.channels)
 
 
 def _check_skipped(skipped: Collection[str], count: int, data: Data, what: str) -> None:

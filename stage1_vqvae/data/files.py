@@ -15,6 +15,7 @@ from configs.data import Data
 from configs.errors import UserError
 from stage1_vqvae.data.decoding import decode_image
 from stage1_vqvae.data.folders import is_image
+from stage1_vqvae.data.sources import spread
 from stage1_vqvae.training.progress import progress_bar
 
 
@@ -30,8 +31,9 @@ class ImageFiles(NamedTuple):
     """The folder in which each lies, below the one that was named; None unless all lie in one."""
 
 
-def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> ImageFiles:
-    """Decode image files, and those in folders (of any depth, by name, hidden ones aside), to `data`'s size.
+def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: int | None = None) -> ImageFiles:
+    """Decode image files, and those in folders (of any depth, by name, hidden ones aside), to `data`'s size; `count`: only so many of them,
+    spread evenly.
 
     Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
     """
@@ -46,6 +48,8 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
         if not files:
             raise UserError(f"{path}: expected an image or a folder of images, found {'no image in it' if path.is_dir() else 'nothing'}")
         found += [(file, path, file.parent.name if file.parent != path else None) for file in files]
+    all_labelled = all(label is not None for _, _, label in found)
+    found = found if count is None else [found[row] for row in spread(len(found), count)]
     pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
 
     def decode(number: int) -> None:
@@ -58,4 +62,4 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
     # A name that is not UTF-8 could not be printed, or written into a table.
     names = [str(path).encode(errors="backslashreplace").decode() for path, _, _ in found]
     below = [path.relative_to(root).with_suffix("").as_posix() for path, root, _ in found]
-    return ImageFiles(torch.from_numpy(pixels), names, below, labels if len(labels) == len(found) else None)
+    return ImageFiles(torch.from_numpy(pixels), names, below, labels if all_labelled else None)

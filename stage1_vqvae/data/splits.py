@@ -68,6 +68,10 @@ class SourceSplit(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def is_kept(self, rows: np.ndarray, data: Data) -> bool:
+        """Whether those rows are decoded already, so that reading them costs nothing."""
+        return False
+
     @abstractmethod
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
         """Those rows (all, if None) at the recipe's size."""

@@ -27,6 +27,7 @@ from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.weights_file import fingerprint
 
 AUTO, INCEPTION = "auto", "inception"
+FID, FRECHET = "FID", "Fréchet distance"
 POOLED, SPATIAL = 2048, 7 * 17 * 17
 """Widths of Inception's pooled features and of sFID's spatial features."""
 _SIDE = 299  # pixels that Inception sees
@@ -93,6 +94,10 @@ class FeatureNetwork:
     """Names of the classes of its logits, if they are the run's own."""
     spatial: Callable[[Tensor], tuple[Features, Tensor]] | None = None
     """`forward` plus sFID's spatial features (B, D'); None: not Inception."""
+
+    def named(self, standard: str, general: str) -> str:
+        """What a figure of its features is called: `standard` is what only Inception's may be called, `general` names the features."""
+        return standard if self.distance == FID else self.distance.replace(FRECHET, general)
 
     @torch.no_grad()
     def __call__(
@@ -183,7 +188,7 @@ def _made_here(name: str, network: Classifier, path: Path, device: torch.device)
 
     labels = network.label_names if knows_classes else None
     layers = Layers(network, network.features)
-    return FeatureNetwork(name, f"Fréchet distance ({name} features)", fingerprint(path), forward, layers, device, label_names=labels)
+    return FeatureNetwork(name, f"{FRECHET} ({name} features)", fingerprint(path), forward, layers, device, label_names=labels)
 
 
 def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
@@ -237,7 +242,7 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
             hook.remove()
 
     standard = sha256.startswith(_hash_in(file_name))
-    distance = "FID" if standard else "Fréchet distance (Inception, other weights)"
+    distance = FID if standard else f"{FRECHET} (Inception, other weights)"
     # Whole blocks only: among all modules, the last 35 x 35 or 17 x 17 output is a branch inside the block that downsamples.
     layers = Layers(network, run, network.children())
     return FeatureNetwork(INCEPTION, distance, sha256, forward, layers, device, spatial=with_spatial)
@@ -276,7 +281,7 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
         network(prepare((images.expand(-1, 3, -1, -1) + 1) / 2))
         return seen.pop()  # or its graph would be held until the next one
 
-    return FeatureNetwork(name, f"Fréchet distance ({name} features)", sha256, forward, Layers(network, run), device)
+    return FeatureNetwork(name, f"{FRECHET} ({name} features)", sha256, forward, Layers(network, run), device)
 
 
 def _checked(path: Path) -> str:

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -106,9 +107,12 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.nda
     Errors: UserError if it is missing, truncated, another tokenizer's, or does not fit the manifest.
     """
     path, rows = folder / manifest.shard_name(shard), len(manifest.shard_rows(shard))
-    expected: dict[str, tuple[int, ...]] = {f"level{level}": (rows, manifest.variants, *grid) for level, grid in enumerate(manifest.grids)}
+    expected = {
+        f"level{level}": f"{smallest_dtype(number)} {(rows, manifest.variants, *grid)}"
+        for level, (grid, number) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True))
+    }
     if manifest.label_names is not None:
-        expected["labels"] = (rows,)
+        expected["labels"] = f"{smallest_dtype(len(manifest.label_names))} {(rows,)}"
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -119,7 +123,7 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.nda
         raise UserError(
             f"{path}: expected a file of codes, found a truncated or foreign one ({brief(error)}); extract the codes anew, with --overwrite"
         ) from None
-    shapes = {name: array.shape for name, array in found.items()}
+    shapes = {name: f"{array.dtype} {array.shape}" for name, array in found.items()}
     if shapes != expected or made_by != manifest.tokenizer_sha256:
         wanted, there = (f"{what} of tokenizer {sha[:12]}" for what, sha in ((expected, manifest.tokenizer_sha256), (shapes, made_by)))
         raise UserError(f"{path}: expected {wanted}, found {there}; extract the codes anew, with --overwrite")
@@ -219,8 +223,26 @@ def read_manifest(folder: Path) -> Manifest:
     fields = {field.name for field in dataclasses.fields(Manifest)}
     if content.get("format") == 1:
         content = {**_SINCE_1, **content, "format": _FORMAT}
-    if set(content) != fields or content["format"] != _FORMAT:
+    if set(content) != fields or content["format"] != _FORMAT or not _well_formed(content):
         raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]
     content["image_shape"] = tuple(content["image_shape"])
     return Manifest(**content)
+
+
+def _well_formed(content: dict[str, Any]) -> bool:
+    """Whether a manifest's sizes are whole numbers that fit together: nothing is allocated or divided by what it merely claims."""
+    try:
+        sides = [side for h, w in content["grids"] for side in (h, w)]
+        sizes = [
+            *sides,
+            *content["num_codes"],
+            *content["image_shape"],
+            content["variants"],
+            content["rows_per_shard"],
+            content["rows"] + 1,
+        ]
+        lengths_fit = len(content["grids"]) == len(content["num_codes"]) > 0 and len(content["image_shape"]) == 3
+    except (TypeError, ValueError):
+        return False
+    return lengths_fit and all(type(size) is int and 0 < size < 2**48 for size in sizes)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
+from configs.markdown import escaped, markdown_table
 from configs.run_dir import write_json, write_text
 from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.plots import save_figure
@@ -84,15 +85,16 @@ def write_report(folder: Path, name: str, report: dict[str, Any]) -> None:
 def markdown(name: str, report: dict[str, Any]) -> str:
     """The report as Markdown tables."""
     saved, images, per_image = report["saved_percent"], report["images"], report["bits_per_image"]
+    rows = [
+        ["uniform (log2 K)", f"{report['uniform']:.3f}", f"{saved['uniform']:.1f} %"],
+        ["unigram (training frequencies)", f"{report['unigram']:.3f}", f"{saved['unigram']:.1f} %"],
+        [f"prior, {images['validation']} validation images", f"{report['validation']:.3f}", ""],
+        [f"prior, {images['train']} training images", f"{report['train']:.3f}", ""],
+    ]
     lines = [
-        f"# Likelihood of prior {name}",
+        f"# Likelihood of prior {escaped(name)}",
         "",
-        "| bits a token | | saved by the prior |",
-        "| --- | --- | --- |",
-        f"| uniform (log2 K) | {report['uniform']:.3f} | {saved['uniform']:.1f} % |",
-        f"| unigram (training frequencies) | {report['unigram']:.3f} | {saved['unigram']:.1f} % |",
-        f"| prior, {images['validation']} validation images | **{report['validation']:.3f}** | |",
-        f"| prior, {images['train']} training images | {report['train']:.3f} | |",
+        *markdown_table(["bits a token", "", "saved by the prior"], rows),
         "",
         f"An image: {per_image['raw']} bits raw, {per_image['indices']:.0f} as indices, {per_image['prior']:.0f} under the prior; "
         f"the codes are {report['codes_bits_per_dim']:.4f} bits a dimension (the codes alone: the pixels they leave open are not counted).",
@@ -102,14 +104,14 @@ def markdown(name: str, report: dict[str, Any]) -> str:
     lines += (
         [f"Validation turned after step {turned}: from there on the prior learned its images by heart.", ""] if turned is not None else []
     )
-    lines += ["| level | grid | K | uniform | unigram | prior |", "| --- | --- | --- | --- | --- | --- |"]
-    for number, level in enumerate(report["levels"]):
-        h, w = level["grid"]
-        figures = " | ".join(f"{level[key]:.3f}" for key in ("uniform", "unigram", "validation"))
-        lines.append(f"| {number + 1} | {h} x {w} | {level['num_codes']} | {figures} |")
+    figures = ("uniform", "unigram", "validation")
+    levels = [
+        [str(number), " x ".join(map(str, level["grid"])), str(level["num_codes"]), *(f"{level[key]:.3f}" for key in figures)]
+        for number, level in enumerate(report["levels"], 1)
+    ]
+    lines += markdown_table(["level", "grid", "K", "uniform", "unigram", "prior"], levels)
     if report["labels"]:
-        lines += ["", "| label | bits a token |", "| --- | --- |"]
-        lines += [f"| {label} | {value:.3f} |" for label, value in report["labels"].items()]
+        lines += ["", *markdown_table(["label", "bits a token"], [[label, f"{value:.3f}"] for label, value in report["labels"].items()])]
     return "\n".join([*lines, ""])
 
 

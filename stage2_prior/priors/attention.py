@@ -68,6 +68,19 @@ class CachedAttention(Attention):
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return attended.flatten(1)
 
+    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int) -> Tensor:
+        """Apply the whole layer to some rows' positions from `start` on, (B, n, C) to the same shape; caches their keys and values.
+
+        `rotation`: (n, d / 2, 2) of these positions.
+        """
+        query, key, value = self._separated(self.qkv(x), rotation)
+        count, stop = x.shape[1], start + x.shape[1]
+        keys, values = cache.keys[rows, :, :stop], cache.values[rows, :, :stop]
+        keys[:, :, start:], values[:, :, start:] = key, value
+        mask = None if start == 0 else torch.ones(count, stop, dtype=torch.bool, device=x.device).tril(start)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=start == 0)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
     def fixed_attend(self, projected: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
         """Attend with static shapes, for CUDA graphs; `rotations` (T, d / 2, 2) are of all positions.
 
@@ -102,6 +115,10 @@ class GridAttention(nn.Module):
     def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int) -> Tensor:
         """(B, C) of one position to the same shape."""
         return x + self.attention.step(self.norm(x), rotation, cache, position)
+
+    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, start: int) -> Tensor:
+        """(B, n, C) of the positions from `start` on to the same shape; their keys and values are cached."""
+        return x + self.attention.prefill(self.norm(x), rotation, cache, slice(None), start)
 
     def fixed_step(self, x: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
         """Static-shape `step`, for CUDA graphs; `rotations` (T, d / 2, 2) are of all positions."""

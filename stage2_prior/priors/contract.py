@@ -1,8 +1,8 @@
 """What every prior is: an autoregressive model of codes, p(level 1) p(level 2 | level 1) ..., each level in raster order.
 
 It sees integers only, never images or files. Training asks for all positions at once (`forward`); sampling asks for one
-position after another (`step`), and a cache holds what the positions before it have left. Both give the same logits, and so do
-`FixedSteps`: the same steps with static shapes, for CUDA graphs.
+position after another (`step`), and a cache holds what the positions before it have left; codes that are known go into it at once
+(`prefill`). Both give the same logits, and so do `FixedSteps`: the same steps with static shapes, for CUDA graphs.
 """
 
 from __future__ import annotations
@@ -103,6 +103,13 @@ class FixedSteps(ABC):
         `above`: codes (R, h, w) per level above that the prior is conditioned on.
         """
 
+    def prefill(self, stop: int, above: Codes = ()) -> int:
+        """Take in the batch's first codes, which are known, up to position `stop`, as far as that can be done at once.
+
+        `above`: as in `prepare`. Returns: the position to go on from, at most `stop`.
+        """
+        return 0
+
     @abstractmethod
     def phase(self, position: int) -> Hashable:
         """Key of the graph for this position; positions with equal keys run the same kernels on the same tensors."""
@@ -152,6 +159,19 @@ class AutoregressivePrior(nn.Module, ABC):
         """Logits (B, K) of the next position over the codes of its level, from the code (B,) of the position before (None at
         the first) and the cache, which moves on by one position.
         """
+
+    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: Any) -> None:
+        """Take in positions whose codes are known: the cache is then as after a step through each, as it is where a kind of prior has no
+        way of taking them in at once, without logits.
+
+        Args:
+            sequences: (B, T) int64, of which the codes before `stop` are read.
+            start: the position that the cache is at.
+            stop: a later one, from which `step` goes on.
+            labels, cache: as in `step`.
+        """
+        for position in range(start, stop):
+            self.step(sequences[:, position - 1] if position else None, labels, cache)
 
     def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
         """Static-shape steps for CUDA graphs; None if this kind has only `step`."""

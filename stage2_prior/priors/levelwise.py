@@ -103,6 +103,19 @@ class Levelwise(AutoregressivePrior):
         return part.step(code, labels, cache.of_level)
 
     @override
+    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: LevelwiseCache) -> None:
+        cache.codes.copy_(sequences)
+        cache.position = stop
+        level, index = self.layout.level_and_index(stop)
+        if index == 0:  # its prior is given all levels above when it begins
+            return
+        first = self.layout.first_position(level)
+        if start <= first:
+            cache.of_level = self.parts[level].new_cache(len(sequences), self.layout.grids_of(sequences)[:level])
+        own = sequences[:, first : first + self.layout.lengths[level]]
+        self.parts[level].prefill(own, max(0, start - first), index, labels, cache.of_level)
+
+    @override
     def fixed_steps(self, batch: FixedBatch) -> LevelwiseSteps | None:
         parts = []
         for level, (part, length) in enumerate(zip(self.parts, self.layout.lengths, strict=True)):
@@ -125,6 +138,12 @@ class LevelwiseSteps(FixedSteps):
         level, index = self._layout.level_and_index(position)
         codes = self._layout.grids_of(self.batch.shared(self.batch.sequences))[:level] if index == 0 else ()
         self._parts[level].prepare(index, codes)
+
+    @override
+    def prefill(self, stop: int, above: Codes = ()) -> int:
+        level, index = self._layout.level_and_index(stop)
+        codes = self._layout.grids_of(self.batch.shared(self.batch.sequences))[:level]
+        return self._layout.first_position(level) + self._parts[level].prefill(index, codes)
 
     @override
     def phase(self, position: int) -> tuple[int, Hashable]:

@@ -126,6 +126,10 @@ class PixelCNN(AutoregressivePrior):
         return cache.step(code, labels)
 
     @override
+    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: PixelCNNCache) -> None:
+        cache.prefill(sequences, start, stop, labels)
+
+    @override
     def fixed_steps(self, batch: FixedBatch) -> PixelCNNSteps:
         return PixelCNNSteps(self, batch)
 
@@ -252,13 +256,38 @@ class PixelCNNCache:
         network = self._prior.networks[level]
         if row == column == 0:
             code = None
-            context = network.context((*self._above, *self._codes[:level]), self._prior.labels_or_null(labels, self._batch))
-            self._rows = RowState(network, context)
+            self._begin_level(level, labels)
         if column == 0:
             self._rows.begin_row(row, None if row == 0 else self._codes[level][:, row - 1])
         logits = self._rows.next_position(column, code if column or network.wraps else None)
         self._position += 1
         return logits
+
+    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None) -> None:
+        """Take in the positions from `start` to `stop`, of known codes (B, T): row by row, those of `stop`'s level."""
+        for codes, known in zip(self._codes, self._prior.layout.grids_of(sequences), strict=True):
+            codes.copy_(known)
+        self._position = stop
+        level, stop = self._prior.layout.level_and_index(stop)
+        start -= self._prior.layout.first_position(level)
+        if stop > 0 and start <= 0:
+            self._begin_level(level, labels)
+        network, codes = self._prior.networks[level], self._codes[level]
+        width = network.grid[1]
+        for row in range(max(0, start) // width, -(-stop // width)):
+            first, last = max(0, start - row * width), min(width, stop - row * width)
+            if first == 0:
+                self._rows.begin_row(row, codes[:, row - 1] if row else None)
+            # Without attention nobody looks at the horizontal stack of a row above.
+            if last < width or network.wraps:
+                before = row * width + first - 1
+                begins = before < 0 or (first == 0 and not network.wraps)
+                self._rows.next_positions(first, last, codes.flatten(1)[:, before + begins : before + last - first])
+
+    def _begin_level(self, level: int, labels: Tensor | None) -> None:
+        network = self._prior.networks[level]
+        context = network.context((*self._above, *self._codes[:level]), self._prior.labels_or_null(labels, self._batch))
+        self._rows = RowState(network, context)
 
     def _coordinates(self, position: int) -> tuple[int, int, int]:
         level, index = self._prior.layout.level_and_index(position)
@@ -325,6 +354,22 @@ class RowState:
                 x = layer.attention.step(x, network.rotations[position : position + 1], attended, position)
         return network.head(x)
 
+    def next_positions(self, first: int, last: int, codes_left: Tensor) -> None:
+        """Advance over the columns from `first` to `last` of the row last begun without their logits, from the codes (B, n) to the left of
+        the last n of them.
+        """
+        network, row, count = self._network, self._row, last - first
+        assert isinstance(row, int)
+        x = network.positions[1, row, first:last] + F.pad(network.token(codes_left), (0, 0, count - codes_left.shape[1], 0))
+        position = row * network.grid[1] + first
+        states = zip(network.layers, self._left, self._kernels, self._down, self._attended, strict=True)
+        for layer, left, kernel, down, attended in states:
+            left[:, layer.reach - 1 + first : layer.reach - 1 + last] = x
+            windows = left[:, first : layer.reach - 1 + last].unfold(1, layer.reach, 1).transpose(2, 3).flatten(2)  # (B, n, reach C)
+            x = x + layer.out(gated(down[:, first:last] + windows @ kernel))
+            if layer.attention is not None and attended is not None:
+                x = layer.attention.prefill(x, network.rotations[position : position + count], attended, position)
+
     def restart(self, context: Tensor) -> None:
         """Clear the row state for a new batch and set its context, of the same shape as before."""
         self._context.copy_(context)
@@ -360,6 +405,11 @@ class PixelCNNSteps(FixedSteps):
         if index == 0:
             codes = self._prior.layout.grids_of(self.batch.shared(self.batch.sequences))[:level]
             self._states[level].restart(self._prior.networks[level].context((*above, *codes), self.batch.labels))
+
+    @override
+    def prefill(self, stop: int, above: Codes = ()) -> int:
+        # A level's network is given all codes of the levels above when it begins.
+        return self._prior.layout.first_position(self._prior.layout.level_of(stop))
 
     @override
     def phase(self, position: int) -> tuple[int, int, bool]:

@@ -96,7 +96,7 @@ def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
 
     Errors: UserError if there is none; it names the `command` that trains one.
     """
-    finished = sorted(path.parent.name for path in run.priors.glob("*/prior.safetensors"))
+    finished = run.finished_priors()
     name = name or run.last_prior()
     if name is None:
         raise UserError(f"{run}: it has no finished prior; run first: {command}")

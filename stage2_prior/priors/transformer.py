@@ -21,6 +21,7 @@ from typing_extensions import override
 from configs.schema import PriorPart
 from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.training.batching import batches
 from stage1_vqvae.training.kernels import Kernel
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import CachedAttention, KeyValueCache, of_few_rows
@@ -31,6 +32,8 @@ from stage2_prior.priors.upper_levels import UpperLevels
 _INITIAL_STD = 0.02
 # Of that variance, how much is the codes' vectors' where they are known.
 _SHARE_OF_VECTORS = 0.7
+# Positions of all rows whose known codes are taken in at once: in float64 some 100 MB of activations at 1,024 channels.
+_FILLED_AT_ONCE = 2**12
 
 
 def _load_embed() -> Callable[..., Any]:
@@ -208,6 +211,33 @@ class Transformer(AutoregressivePrior):
         return self._logits(self.last_features(x, cache, position), self.layout.level_of(position))
 
     @override
+    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: TransformerCache) -> None:
+        self.fill(sequences, start, stop, self.labels_or_null(labels, len(sequences)), cache.layers, cache.embedded_positions, cache.above)
+        cache.position = stop
+
+    def fill(
+        self,
+        sequences: Tensor,
+        start: int,
+        stop: int,
+        labels: Tensor,
+        layers: Sequence[KeyValueCache],
+        embedded_positions: Tensor,
+        above: Tensor | None,
+    ) -> None:
+        """Put keys and values of the positions from `start` to `stop` into the caches, of known `sequences` (B, T) and `labels` (B,)."""
+        offsets = [self.layout.offset_before(position) for position in range(max(1, start), stop)]
+        tokens = sequences[:, max(0, start - 1) : stop - 1] + torch.tensor(offsets, dtype=torch.int64, device=sequences.device)
+        for rows in batches(len(sequences), max(1, _FILLED_AT_ONCE // (stop - start))):
+            x = self.token(tokens[rows])
+            if start == 0:
+                x = torch.cat([self.start.expand(len(x), 1, -1), x], 1)
+            x = x + self.label(labels[rows])[:, None] + embedded_positions[start:stop]
+            x = x if above is None else x + above[rows, start:stop]
+            for block, cache in zip(self.blocks, layers, strict=True):
+                x = block.prefill(x, self.rotations[start:stop], cache, rows, start)
+
+    @override
     def fixed_steps(self, batch: FixedBatch) -> TransformerSteps:
         return TransformerSteps(self, batch)
 
@@ -247,6 +277,14 @@ class TransformerSteps(FixedSteps):
         features = self._prior._upper_level_features(above)
         if self._above is not None and features is not None:
             self._above.copy_(features)
+
+    @override
+    def prefill(self, stop: int, above: Codes = ()) -> int:
+        if stop > 0:
+            self.prepare(0, above)
+            sequences = self.batch.shared(self.batch.sequences)
+            self._prior.fill(sequences, 0, stop, self.batch.labels, self._layers, self._positions, self._above)
+        return stop
 
     @override
     def phase(self, position: int) -> int:
@@ -293,6 +331,11 @@ class Block(nn.Module):
         """(B, T, C) to the same shape; causal."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int) -> Tensor:
+        """(B, n, C), the positions from `start` on of some rows; their keys and values are added to the cache."""
+        x = x + self.attention.prefill(self.attention_norm(x), rotation, cache, rows, start)
+        return x + self.mlp(self.mlp_norm(x))
 
     def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
         """(B, C), one position alone; its key and value are added to the cache."""

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import struct
+import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +24,9 @@ from configs.run_dir import RunDir
 from pipelines import compress, decompress
 from pipelines.codec import coder as codec
 from pipelines.codec import image_coder
-from pipelines.codec.code_file import CodeFile, pack, unpack
+from pipelines.codec.code_file import CodeFile, Lossless, pack, unpack
 from pipelines.codec.coder import Coded
+from pipelines.codec.pixels import CodedPixels
 from pipelines.compress import main as compress_main
 from pipelines.decompress import main as decompress_main
 from pipelines.images.inputs import unique_names
@@ -250,6 +253,64 @@ def test_a_folder_tree_comes_back_as_it_was(run_copy: Path, tmp_path: Path) -> N
     decompress.main(["--run", str(run_copy), "--file", str(tmp_path / "photos.vqc"), "--output", str(back)])
     found = {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()}
     assert found == {str(Path(path).with_suffix(".png")) for path in paths}
+
+
+def announced(content: CodeFile, images: int, batch: int, offsets: int = 1) -> bytes:
+    """A file of that content whose header announces other numbers, under right checksums."""
+    data = pack(content._replace(coded=content.coded._replace(images=0, batch=1, offsets=[])))[0]
+    counts = struct.pack("<II", images, batch)
+    return resealed(data[:32] + counts + data[40:70] + b"\0\0" * offsets + data[70:-4])
+
+
+def bomb(content: CodeFile, deflated: bytes, names: bool) -> bytes:
+    """A file of that content whose labels or names are those deflated bytes."""
+    data, sizes = pack(content)
+    at = len(data) - 4 - sizes.payload - sizes.names - (0 if names else sizes.labels)
+    length = struct.pack("<I", len(deflated))
+    header = bytearray(data[:at])
+    header[50 if names else 46 : 54 if names else 50] = length
+    return resealed(bytes(header) + deflated + data[at + (sizes.names if names else sizes.labels) : -4])
+
+
+@pytest.fixture(scope="module")
+def zeros() -> bytes:
+    """64 MB of zeros, deflated to 64 kB."""
+    return zlib.compress(bytes(2**26), 9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda content, zeros: announced(content, 2**32 - 1, 2**32 - 1),
+        lambda content, zeros: announced(content, 2**32 - 1, 1),
+        lambda content, zeros: announced(content, 257, 257),
+        lambda content, zeros: announced(content, 256 * 40_000, 256, 40_000),  # believed, until the first batch takes more than there is
+        lambda content, zeros: bomb(content, zeros, names=True),
+        lambda content, zeros: bomb(content._replace(labels=torch.zeros(5, dtype=torch.int64)), zeros, names=False),
+        lambda content, zeros: pack(content._replace(lossless=Lossless(CodedPixels(b"", 1, [], 0), {0: png_of(20_000, 20_000)})))[0],
+        lambda content, zeros: announced(content._replace(lossless=Lossless(CodedPixels(b"", 1, [], 0), {})), 2**24, 256, 2**16),
+    ],
+    ids=["images", "batches", "batch", "offsets", "names", "labels", "png", "pixels"],
+)
+def test_what_a_file_cannot_hold_is_not_believed(
+    make: Callable[[CodeFile, bytes], bytes], run_copy: Path, compressed: Path, zeros: bytes, one_line_error: Callable[..., str]
+) -> None:
+    """A line at once, whatever a header announces or a block inflates to, and little memory."""
+    compressed.write_bytes(make(unpack(compressed.read_bytes(), ""), zeros))
+    tracemalloc.start()
+    started = time.monotonic()
+    line = one_line_error(decompress_main, "--run", run_copy, "--file", compressed, "--output", run_copy / "back")
+    assert time.monotonic() - started < 5
+    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    tracemalloc.stop()
+    assert "expected" in line
+    assert not (run_copy / "back").exists()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The beginning of a PNG of that size."""
+    chunk = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
 
 
 def test_a_failure_leaves_no_folder_behind(run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ from configs.errors import UserError
 from configs.run_dir import RunDir, write_yaml
 from pipelines import evaluate as evaluation
 from pipelines.evaluate import main, numbers_of_each, trained_by
+from pipelines.evaluation.assessment import pixels_hash
+from pipelines.evaluation.reference import one_pass
 from pipelines.evaluation.reference_batch import load_reference_batch
 from pipelines.images.inputs import encode_and_decode
 from pipelines.sample import main as sample
@@ -86,7 +88,12 @@ def test_it_says_what_was_compared_with_what(judged_run: Path, source: ImageSour
     assert found["sampling"]["temperature"] == 1.0
     assert found["prior_sha256"]
     assert found["distance"] == "Fréchet distance (classifier features)"
-    assert "FID" not in found["tables"][3]["columns"][2]
+    columns = [column for table in found["tables"] for column in table["columns"]]
+    assert not any(name in column for name in ("FID", "KID", "inception") for column in columns), columns
+    assert "score of classes (classifier features)" in columns
+    assert next(table["title"] for table in found["tables"] if "recall" in table["columns"]) == (
+        "Neighbourhoods by classifier features: N = 12 of each set and of the train images"
+    )
     assert {"samples", "validation, real", "validation, reconstructed", "samples, 12 of them"} == set(found["distances"])
     assert found["reconstruction"]["ssim"] is None  # 8 pixels are fewer than its window
     assert found["codes"]["usage"] <= 1
@@ -99,7 +106,6 @@ def test_training_images_handed_in_as_samples_are_found_out(run_copy: Path, sour
     found = evaluated(run_copy, *OWN, "--samples", tmp_path / "copied.npz")
     distances, remembered = found["distances"]["samples"], found["memorisation"]
     assert distances["frechet"] == pytest.approx(0, abs=1e-3)
-    assert (distances["precision"], distances["recall"]) == (1, 1)
     assert remembered["ratio_of_median_distances"] < 0.01
     assert remembered["samples"]["with_all_codes_of_a_training_image"] == len(training)
     assert found["prior"] is None
@@ -122,11 +128,80 @@ def test_a_prior_that_knows_its_images_by_heart_is_found_out(run_copy: Path, sou
     assert remembered["ratio_of_median_distances"] == pytest.approx(remembered["ratio_of_copies"], rel=0.3)
 
 
+def test_a_second_evaluation_reads_no_image_of_the_reference(run_copy: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the few that its picture shows; another cache, or other weights of the features, are looked at again."""
+    read: list[int] = []
+    whole = ImageSplit.__init__
+
+    def counted(self: ImageSplit, pixels: torch.Tensor, labels: np.ndarray | None) -> None:
+        whole(self, _Counted(pixels, read) if len(pixels) == 36 else pixels, labels)
+
+    monkeypatch.setattr(ImageSplit, "__init__", counted)
+    cache = ["--data.cache", run_copy / "cache"]
+    first = evaluated(run_copy, *OWN, "--n", 4, *cache)
+    assert 36 <= sum(read) <= 36 + 48  # features and sum in one pass; codes are in the store
+    read.clear()
+    again = evaluated(run_copy, *OWN, "--n", 4, *cache)
+    assert sum(read) <= 48
+    assert again == first
+    read.clear()
+    shutil.rmtree(run_copy / "codes")
+    assert evaluated(run_copy, *OWN, "--n", 4, *cache)["memorisation"] == first["memorisation"]
+    assert sum(read) <= 36 + 48
+    read.clear()
+    assert evaluated(run_copy, "--features", "rotation", "--n", 4, *cache)["features"] == "rotation"
+    assert sum(read) >= 36
+
+
+class _Counted:
+    """Images that note how many of them are read at a time."""
+
+    def __init__(self, pixels: torch.Tensor, read: list[int]) -> None:
+        self._pixels, self._read, self.shape = pixels, read, pixels.shape
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        found = self._pixels[rows]
+        self._read.append(len(found) if found.dim() == 4 else 1)
+        return found
+
+
+def test_a_million_images_are_read_once_in_little_memory() -> None:
+    """Of a network whose features are the pixels: moments of all, the vectors of 50,000."""
+    read: list[int] = []
+
+    class Many:
+        shape = torch.Size((10**6, 1, 1, 1))
+
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, rows: slice) -> torch.Tensor:
+            read.append(rows.stop - rows.start)
+            return (torch.arange(rows.start, rows.stop) % 251).to(torch.uint8)[:, None, None, None]
+
+    layers = Layers(torch.nn.Identity(), lambda images: images)
+    network = FeatureNetwork("pixel", "FID", "", lambda pixels: Features(pixels.flatten(1).float(), pixels), layers, torch.device("cpu"))
+    found = one_pass(network, Many(), "many", 5000)  # type: ignore[arg-type]
+    assert sum(read) == 10**6
+    assert found.vectors.shape == (50_000, 1)
+    assert torch.equal(found.vectors[:, 0], (found.rows % 251).float())
+    assert found.gaussian is not None
+    values = np.arange(10**6) % 251
+    assert found.gaussian.mean.item() == pytest.approx(values.mean(), rel=1e-9)
+    assert found.gaussian.covariance.item() == pytest.approx(values.var(ddof=1), rel=1e-9)
+    assert found.pixels_sha256 == pixels_hash(torch.from_numpy(values.astype(np.uint8))[:, None, None, None])
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_few_samples_are_judged_as_far_as_they_go(count: int, run_copy: Path) -> None:
-    found = evaluated(run_copy, *OWN, "--n", count)["distances"]
+    figures = evaluated(run_copy, *OWN, "--n", count)
+    found = figures["distances"]
     assert found["samples"]["frechet"] is not None
-    assert (found["samples"]["precision"] is None) == (count < 4)
+    assert figures["coverage"]["n"] == count
+    assert (figures["coverage"]["sets"]["samples"]["precision"] is None) == (count < 4)
     assert found["samples"]["frechet_of_parts"] is None
     assert found[f"validation, real, {count} of them"]["n"] == count
 
@@ -164,9 +239,10 @@ def test_noise_lies_farther_from_the_images_than_they_do(run_copy: Path, tmp_pat
 
 def test_samples_in_a_folder_are_judged_as_those_drawn(run_copy: Path) -> None:
     sample(["--run", str(run_copy), "--n", "40", "--seed", "3"])
-    from_folder = evaluated(run_copy, *OWN, "--samples", run_copy / "samples/000")
+    from_folder = evaluated(run_copy, *OWN, "--samples", run_copy / "samples/000", "--seed", 3)
     drawn = evaluated(run_copy, *OWN, "--n", 40, "--seed", 3)
-    for name in ("frechet", "precision", "in_their_class"):
+    assert from_folder["coverage"]["sets"]["samples"] == pytest.approx(drawn["coverage"]["sets"]["samples"])
+    for name in ("frechet", "in_their_class"):
         assert from_folder["distances"]["samples"][name] == pytest.approx(drawn["distances"]["samples"][name])
     assert from_folder["prior_sha256"] == drawn["prior_sha256"]
 
@@ -271,14 +347,15 @@ def test_a_reference_file_gives_adms_figures(run_copy: Path, tmp_path: Path) -> 
     assert figures["n"] == 30
     assert figures["frechet"] == pytest.approx(frechet(pooled, vectors), rel=1e-4)
     assert figures["spatial_frechet"] == pytest.approx(frechet(spatial, of_positions), rel=1e-4)
-    assert figures["inception_score"] == pytest.approx(np.exp((shares * np.log(shares / shares.mean(0))).sum(1).mean()), rel=1e-4)
+    assert figures["class_score"] == pytest.approx(np.exp((shares * np.log(shares / shares.mean(0))).sum(1).mean()), rel=1e-4)
     assert figures["precision"] == pytest.approx(inside(vectors, all_of(whole[:20])[0]))
     assert figures["recall"] == pytest.approx(inside(all_of(whole[:20])[0], vectors))
-    assert set(found["beside_batch"]) == {"samples", "validation, real", "validation, reconstructed"}
+    assert set(found["beside_batch"]) == {"samples", "validation, real", "validation, reconstructed", "samples, 12 of them"}
+    assert found["beside_batch"]["samples, 12 of them"]["n"] == found["beside_batch"]["validation, real"]["n"]
     assert "distances" not in found
     assert found["memorisation"]["samples"]["n"] == 30
     shown = next(table for table in found["tables"] if "reference.npz" in table["title"])
-    assert shown["columns"][2:4] == ["FID", "sFID"]
+    assert shown["columns"][2:5] == ["FID", "sFID", "inception score"]
     assert found["compared"]["reference"].startswith("reference.npz: 20 images and statistics mu, sigma, mu_s, sigma_s, sha256 ")
     assert str(tmp_path) not in found["compared"]["reference"]
 
@@ -289,7 +366,7 @@ def test_a_file_of_statistics_alone_says_what_is_missing(run_copy: Path, tmp_pat
     found = evaluated(run_copy, "--reference", tmp_path / "statistics.npz", "--n", 13)
     figures = found["beside_batch"]["samples"]
     assert figures["frechet"] > 0
-    assert figures["inception_score"] >= 1
+    assert figures["class_score"] >= 1
     assert [figures[key] for key in ("spatial_frechet", "precision", "recall")] == [None] * 3
     assert 0 <= figures["in_their_class"] <= 1
     for name in ("Precision and recall", "sFID"):

@@ -95,11 +95,13 @@ def test_a_path_is_a_folder_and_a_bare_name_a_run(run_copy: Path, monkeypatch: p
         Generator.from_pretrained(run_copy.name)
 
 
-def test_what_it_says_of_its_prior_is_of_the_one_it_loaded(run_copy: Path) -> None:
+def test_what_it_says_of_its_prior_is_of_the_one_it_loaded(run_copy: Path, real: torch.Tensor) -> None:
     generator = Generator.from_pretrained(run_copy, device="cpu", precision="float32")
     before, path = generator.origin, run_copy / "priors/transformer/prior.safetensors"
+    data = generator.compress(real)
     path.write_bytes(b"another")
     assert generator.origin == before
+    assert torch.equal(generator.decompress(data, output="tensor"), generator.decode(generator.encode(real), output="tensor"))
     assert generator.log_prob(torch.zeros(1, 8, 12, 3, dtype=torch.uint8)).dtype == torch.float64
     assert generator.prior is not None
     assert next(generator.prior.parameters()).dtype == torch.float32
@@ -135,6 +137,19 @@ def test_bits_are_the_priors_and_what_compressing_takes(generator: Generator, re
     (tmp_path / "images.vqc").write_bytes(data)
     decompress(["--run", str(run_copy), "--file", str(tmp_path / "images.vqc"), "--output", str(tmp_path / "back/images")])
     assert torch.equal(written(tmp_path / "back"), generator.decode(codes, output="tensor"))
+
+
+def test_nobody_is_shown_what_was_not_asked_for(generator: Generator, real: torch.Tensor, capfd: pytest.CaptureFixture[str]) -> None:
+    """No method prints, or draws a bar, unasked."""
+    codes = generator.encode(real)
+    generator.decode(codes)
+    generator.sample(2)
+    generator.complete(real[:2], torch.arange(8)[:, None].expand(8, 12) < 4)
+    generator.surprisals(codes)
+    generator.decompress(generator.compress(real))
+    assert capfd.readouterr() == ("", "")
+    generator.draw(2, progress=True)
+    assert "sample" in capfd.readouterr().err
 
 
 def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tensor) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.run_dir import REPOSITORY, RunDir, read_json
+from configs.cli import load_recipe
+from configs.run_dir import REPOSITORY, RunDir, read_json, read_summed_json, write_summed_json
 from pipelines.report import main
-from pipelines.reporting.content import newest_samples, samples
+from pipelines.reporting.content import data_table, newest_samples, samples
 from pipelines.reporting.pictures import embedded, heat_map, line_chart, tile
 from pipelines.sample import main as sample
 from stage1_vqvae.training.weights_file import fingerprint
@@ -108,6 +109,15 @@ def test_an_extraction_that_left_nothing(full_run: Path, tmp_path: Path) -> None
     shutil.rmtree(run / "codes")
     (run / "codes").mkdir()
     assert "extract_codes.py" in reported(run).text
+
+
+def test_labels_are_those_of_the_training_codes(run_copy: Path) -> None:
+    """Test images of a contest have none, and come first by the alphabet."""
+    content = read_summed_json(run_copy / "codes" / "validation" / "manifest.json")
+    write_summed_json(run_copy / "codes" / "test" / "manifest.json", {**content, "split": "test", "label_names": None})
+    rows = data_table(RunDir(run_copy), load_recipe(run_copy / "recipe.yaml")).rows
+    assert [name for name, _ in rows] == ["source", "images", "split train", "split test", "split validation", "labels"]
+    assert dict(rows)["labels"] == "2: across, down"  # type: ignore[arg-type]
 
 
 def reported(run: Path) -> Page:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.run_dir import read_json
+from configs.run_dir import RunDir, natural, read_json, write_json
+from pipelines.images.provenance import identity
 from pipelines.summary import main
 
 
@@ -37,3 +38,31 @@ def test_it_says_what_is_missing(run_copy: Path, capsys: pytest.CaptureFixture[s
     assert "accelerate launch stage2_prior/train.py" in out
     (run_copy / "tokenizer.safetensors").unlink()
     assert "stage 1 has not finished" in one_line_error(main, "--run", run_copy)
+
+
+def test_a_bound_is_of_the_prior_last_finished_and_the_newest_evaluation(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The thousandth comes after the 999th; what another prior gave is not shown, what takes no prior is."""
+    held = identity(RunDir(run_copy), "transformer")
+
+    def noted(number: str, mean: float, prior_sha256: str | None) -> None:
+        bits = {name: {"mean": mean} for name in ("pixels", "uniform", "learned")}
+        bound = {"prior": "transformer", "prior_sha256": prior_sha256, "bits_per_dimension": bits}
+        content = {"split": "validation", "tokenizer_sha256": held["tokenizer_sha256"], "bound": bound}
+        write_json(run_copy / "evaluations" / number / "evaluation.json", content)
+
+    def shown() -> list[str]:
+        main(["--run", str(run_copy)])
+        return [line.rsplit(" ", 1)[1] for line in capsys.readouterr().out.splitlines() if "p(z)" in line]
+
+    noted("998", 1.0, "an earlier one's")
+    assert shown() == ["1.0000"]
+    noted("999", 2.0, held["prior_sha256"])
+    noted("1000", 3.0, held["prior_sha256"])
+    assert shown() == ["3.0000", "3.0000"]
+    noted("1001", 4.0, "an earlier one's")
+    assert shown() == ["3.0000", "3.0000"]
+
+
+def test_names_with_numbers_are_in_the_order_of_the_numbers() -> None:
+    names = ["run10", "run2", "run", "2", "run2-b", "10", "a/level12", "a/level3", "Ä1"]
+    assert sorted(names, key=natural) == ["2", "10", "a/level3", "a/level12", "run", "run2", "run2-b", "run10", "Ä1"]

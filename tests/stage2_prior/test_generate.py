@@ -14,9 +14,11 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Sampling
+from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import draw, generate, guidance_scales, guided, uniform_codes, uniforms, warp
-from tests.stage2_prior.priors.prior_kinds import KINDS, build
+from stage2_prior.generate import draw, draw_position, generate, guidance_scales, guided, uniform_codes, uniforms, warp
+from stage2_prior.priors.contract import AutoregressivePrior
+from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
 
 
 def reference_warp(logits: list[float], config: Sampling) -> list[float]:
@@ -131,3 +133,51 @@ def test_equal_seeds_draw_equal_codes_whatever_type_holds_them(number: int) -> N
 def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
     with pytest.raises(UserError, match="seed: expected a whole number, found"):
         uniforms(seed, torch.arange(2), 3)
+
+
+def stepped(prior: AutoregressivePrior, labels: torch.Tensor, uniform: torch.Tensor, config: Sampling, given: Codes, kept: Codes) -> Codes:
+    """Completion by its definition: a step at every position, kept or drawn."""
+    layout, both = prior.layout, torch.cat([labels, torch.full_like(labels, prior.num_classes)])
+    cache, sequences, keeps = prior.new_cache(len(both)), layout.flat(given).clone(), layout.flat(kept)[0]
+    with torch.no_grad():
+        for position, scale in enumerate(guidance_scales(config, layout.length)):
+            logits = prior.step(sequences[:, position - 1].repeat(2) if position else None, both, cache)
+            drawn = draw_position(logits, uniform[:, position], config, scale)[0]
+            sequences[:, position] = sequences[:, position] if keeps[position] else drawn
+    return layout.grids_of(sequences)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "levelwise"])
+def test_completing_computes_logits_where_codes_are_drawn_and_nowhere_else(kind: str) -> None:
+    """The codes are those of a step at every position, whatever is kept."""
+    layout = LAYOUTS["top and bottom"]
+    prior, labels, config = build(kind, layout).double(), torch.tensor([1, 4, 0]), Sampling(guidance=2.0, guidance_schedule="cosine")
+    given, uniform, positions = random_codes(layout, 3), uniforms(5, torch.arange(3), layout.length), torch.arange(layout.length)
+    steps = count_steps(prior)
+    for kept in (
+        positions < 5,
+        positions >= 5,
+        (positions - 5).abs() > 1,
+        positions % 3 == 1,
+        positions < layout.lengths[0],
+        positions >= 0,
+    ):
+        mask = layout.grids_of(kept[None])
+        expected = stepped(prior, labels, uniform, config, given, mask)
+        steps.clear()
+        found = generate(prior, labels, uniform, config, given, mask)
+        assert len(steps) == int((~kept).sum())
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def count_steps(prior: AutoregressivePrior) -> list[int]:
+    """A list that gets longer with every eager step of a prior or of its parts: where logits are computed."""
+    steps: list[int] = []
+    for part in getattr(prior, "parts", [prior]):
+
+        def counted(*given: Any, step: Any = part.step) -> torch.Tensor:
+            steps.append(1)
+            return step(*given)
+
+        part.step = counted
+    return steps

@@ -47,11 +47,14 @@ def spoil(state: Any) -> int:
 @kinds
 @layouts
 def test_graphs_draw_the_codes_of_eager_steps(kind: str, layout: SequenceLayout, simulated_cuda: SimulatedCuda) -> None:
-    """With scheduled guidance, kept codes, labels or none, changing batch sizes, and NaN left by the batch before."""
+    """With scheduled guidance, kept codes before and between drawn ones, labels or none, changing batch sizes, and NaN left by the batch
+    before.
+    """
     prior = build(kind, layout).double()
     sampler = Sampler(prior, graphs=True)
     rising = Sampling(guidance=2.5, guidance_schedule="cosine", temperature=0.8)
-    kept = layout.grids_of(torch.arange(layout.length)[None] % 4 == 1)
+    positions = torch.arange(layout.length)[None]
+    kept = layout.grids_of((positions < 3) | (positions % 4 == 1))
     for number, (batch, config, keeps, labelled) in enumerate(
         [
             *((3, Sampling(guidance=2.0), False, True), (3, Sampling(guidance=-1.0), True, True), (3, Sampling(guidance=3.0), False, True)),
@@ -97,6 +100,11 @@ def test_a_position_is_one_replay(kind: str, simulated_cuda: SimulatedCuda) -> N
     assert sum(graph.replays for graph in simulated_cuda.graphs) - before == layout.length
     if kind == "transformer":
         assert captured == len(layout.grids)
+    # Of kept codes none behind the last drawn one; of those before the first a transformer takes all in at once, others whole levels.
+    given, kept = random_codes(layout, 2), layout.grids_of(torch.tensor([[True] * 4 + [False] * 2 + [True] * 4]))
+    before = sum(graph.replays for graph in simulated_cuda.graphs)
+    sampler(torch.arange(2), uniforms(0, torch.arange(2), layout.length), Sampling(guidance=2.0), given, kept)
+    assert sum(graph.replays for graph in simulated_cuda.graphs) - before == (2 if kind == "transformer" else 4)
 
 
 @kinds

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 
-from pipelines.evaluation.distances import Reference, inception_score, mean_with_interval, nearest, nearest_codes
+from pipelines.evaluation.distances import Reference, inception_score, mean_with_interval, nearest, nearest_codes, neighbourhoods
 
 
 def two_sets(first: int = 60, second: int = 80, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,23 @@ def test_precision_recall_density_and_coverage_count_balls() -> None:
     assert Reference(reference).density_coverage(samples) == pytest.approx((inside.sum() / (5 * len(generated)), inside.any(0).mean()))
 
 
+def test_sets_of_one_distribution_are_covered_alike_however_many_they_are() -> None:
+    """At their own numbers their coverage would be 0.2 to 0.9."""
+    draws = torch.Generator().manual_seed(0)
+    sets = {str(count): torch.randn(count, 8, generator=draws) for count in (100, 500, 2000)}
+    reference = torch.randn(2000, 8, generator=draws)
+    own = [(Reference(reference).density_coverage(vectors) or (0, 0))[1] for vectors in sets.values()]
+    assert own[0] < 0.3 < 0.8 < own[2]
+    found = neighbourhoods(sets, reference, 0)
+    assert found["n"] == 100
+    for key, margin in (("coverage", 0.05), ("recall", 0.2), ("precision", 0.2)):
+        figures = [found["sets"][name][key] for name in sets]
+        assert max(figures) - min(figures) < margin, (key, figures)
+    plain = (Reference(sets["500"]).precision_recall(reference[:500]), Reference(sets["500"]).density_coverage(reference[:500]))
+    alone = neighbourhoods({"": reference[:500]}, sets["500"], 0)["sets"][""]
+    assert ((alone["precision"], alone["recall"]), (alone["density"], alone["coverage"])) == plain
+
+
 def test_a_set_against_itself_and_against_another_place() -> None:
     first, _ = two_sets()
     reference = Reference(first)
@@ -130,13 +147,15 @@ def test_neighbours_are_the_nearest(count: int) -> None:
     assert np.allclose(np.take_along_axis(distances, found.rows.numpy(), 1), found.distances.numpy(), atol=1e-4)
 
 
-def test_neighbours_by_codes_count_positions() -> None:
+@pytest.mark.parametrize("blocks", [1, 7, 30])
+def test_neighbours_by_codes_count_positions(blocks: int) -> None:
     draws = torch.Generator().manual_seed(0)
     queries, reference = torch.randint(4, (7, 10), generator=draws), torch.randint(4, (30, 10), generator=draws)
-    found = nearest_codes(queries, reference, 2)
+    found = nearest_codes(queries, reference.split(blocks), 2)
     other = np.array([[np.mean(a != b) for b in reference.numpy()] for a in queries.numpy()])
     assert np.allclose(found.distances.numpy(), np.sort(other)[:, :2])
-    assert nearest_codes(reference[3:4], reference, 1).distances.item() == 0
+    assert np.allclose(np.take_along_axis(other, found.rows.numpy(), 1), found.distances.numpy())
+    assert nearest_codes(reference[3:4], [reference], 1).distances.item() == 0
 
 
 def test_intervals_are_those_of_scipy() -> None:

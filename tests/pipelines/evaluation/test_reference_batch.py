@@ -82,7 +82,7 @@ def test_metrics_at_inceptions_shapes_agree_with_their_definitions() -> None:
     assert found["n"] == 50
     assert found["frechet"] == pytest.approx(frechet_by_definition(reference[0], samples[0]), rel=1e-4)
     assert found["spatial_frechet"] == pytest.approx(frechet_by_definition(reference[1], samples[1]), rel=1e-4)
-    assert found["inception_score"] == pytest.approx(inception_score_by_definition(samples[2], 5000), rel=1e-6)
+    assert found["class_score"] == pytest.approx(inception_score_by_definition(samples[2], 5000), rel=1e-6)
     assert found["precision"] == share_inside(samples[0], reference[0])
     assert found["recall"] == share_inside(reference[0], samples[0])
     assert 0 < found["precision"] != found["recall"] > 0
@@ -101,7 +101,7 @@ def test_statistics_of_the_file_take_precedence_over_those_of_its_images() -> No
     found = comparison.figures(features(samples, logits), moments_of(samples))
     assert found["frechet"] == found["spatial_frechet"] == pytest.approx(frechet_by_definition(whole, samples), rel=1e-6)
     assert (found["precision"], found["recall"]) == (share_inside(samples, part), share_inside(part, samples))
-    assert found["inception_score"] == pytest.approx(1)
+    assert found["class_score"] == pytest.approx(1)
 
 
 def test_missing_images_or_spatial_statistics_leave_metrics_out_with_a_note() -> None:

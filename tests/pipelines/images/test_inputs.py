@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -19,9 +20,10 @@ from configs.errors import UserError
 from configs.parts import default_part
 from configs.run_dir import RunDir
 from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
+from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
-from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.data.sources import load_images, spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior.codes.store import CodeStore
@@ -163,11 +165,42 @@ def test_wrong_splits_get_one_line(pictures: Path) -> None:
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [0]), (3, [0, 3, 6]), (9, list(range(9))), (20, list(range(9)))])
 def test_spread_takes_images_at_equal_distances(count: int, rows: list[int]) -> None:
-    all_of_them = Images(torch.arange(9, dtype=torch.uint8).view(9, 1, 1, 1), [str(row) for row in range(9)], list("abcdefghi"))
-    found = all_of_them.spread(count)
-    assert found.pixels.flatten().tolist() == rows
-    assert found.names == [str(row) for row in rows]
-    assert found.labels == ["abcdefghi"[row] for row in rows]
+    assert spread(9, count).tolist() == rows
+
+
+@pytest.mark.parametrize("split", [TRAIN, VALIDATION, "files"])
+def test_few_images_are_taken_without_the_others(split: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the whole split, by number, label and pixels; nothing else is decoded, and nothing where all of it is kept."""
+    decoded: list[str | None] = []
+    for module, name in ((files, "decode_image"), (encoded, "decode_crops"), (encoded, "decode_image")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, plain=plain: decoded.append(given[1]) or plain(*given))
+    asked = options([pictures]) if split == "files" else options(split=split)
+    data = Data(path=str(pictures), height=8, width=12, cache=str(tmp_path / "cache"), validation_share=0.25)
+    few = chosen_images(asked, data, progress=False, count=5)
+    assert len(decoded) == 5
+    assert not (tmp_path / "cache").exists()
+    whole = chosen_images(asked, data, progress=False)
+    rows = spread(len(whole.pixels), 5).tolist()
+    assert torch.equal(few.pixels, whole.pixels[rows])
+    assert few.labels is not None
+    assert whole.labels is not None
+    assert (few.names, few.labels) == ([whole.names[row] for row in rows], [whole.labels[row] for row in rows])
+    decoded.clear()
+    again = chosen_images(asked, data, progress=False, count=5)
+    assert torch.equal(again.pixels, few.pixels)
+    assert again._replace(pixels=few.pixels) == few
+    assert len(decoded) == (5 if split == "files" else 0)
+
+
+def test_of_few_images_those_that_cannot_be_read_are_left_out(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "images")
+    (tmp_path / "images" / "down" / "000.png").write_bytes(b"none")
+    data = Data(path=str(tmp_path / "images"), height=8, width=12, cache=str(tmp_path / "cache"), on_error="skip", validation_share=0.25)
+    found = chosen_images(options(split=TRAIN), data, progress=False, count=36)
+    assert len(found.pixels) == len(found.names) == len(found.labels or ()) == 35
+    with pytest.raises(UserError, match=r"000\.png.*expected a readable image"):
+        chosen_images(options(split=TRAIN), dataclasses.replace(data, on_error="raise"), progress=False, count=36)
 
 
 def test_codes_are_the_store_s_and_pictures_their_decoding(finished_run: Path) -> None:

@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 
 from configs.errors import UserError
-from configs.run_dir import read_summed_json, write_json
+from configs.run_dir import read_summed_json, write_json, write_summed_json
 from stage2_prior.codes.store import CodeStore, Manifest, smallest_dtype, write_manifest, write_shard
 
 ROWS, VARIANTS = 25, 2
@@ -150,6 +150,21 @@ def test_what_does_not_fit_is_refused(damage: str, message: str, tmp_path: Path)
         safetensors.numpy.save_file({**content, "level1": content["level1"][1:]}, codes)
     with pytest.raises(UserError, match=message):
         CodeStore(folder, "0" * 64 if damage == "another tokenizer" else "f" * 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("rows", 2**40), ("rows", "25"), ("rows", -25), ("rows_per_shard", 0), ("rows_per_shard", 1e9), ("variants", 2**60)),
+        *(("num_codes", [300, 2**40]), ("num_codes", [300]), ("grids", [[2, 3], 4]), ("grids", []), ("image_shape", [3, 8])),
+    ],
+)
+def test_sizes_that_a_manifest_merely_claims_are_refused(name: str, value: object, tmp_path: Path) -> None:
+    """Under a right sum of its own."""
+    folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))
+    write_summed_json(folder / "manifest.json", {**read_summed_json(folder / "manifest.json"), name: value})
+    with pytest.raises(UserError, match=r"manifest of format 2|expected a file of codes|expected \{"):
+        CodeStore(folder)
 
 
 @pytest.mark.parametrize("known", [True, False])
