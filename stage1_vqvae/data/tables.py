@@ -141,13 +141,20 @@ def of_files(
         metadata: tables of each split, which name those of its files that count.
     Errors: as `of_the_hub`.
     """
-    what, named = f"data.path {path}", {split: [str(file) for file in found] for split, found in (metadata or files).items()}
+    what, named = f"data.path {path}", {split: _literally(found) for split, found in (metadata or files).items()}
     if data.stream:
         return _found(_streams(kind, what, data, files, data_files=named), data, wanted)
     found = _mapped(_open(kind, what, data_files=named), files)
     if metadata is not None:
         found = {split: rows.by_path(_image_column(rows, data)) for split, rows in found.items()}
     return _found(found, data, wanted)
+
+
+def _literally(files: Sequence[Path]) -> list[str]:
+    """Files as `datasets` takes them without looking for patterns in their paths; with what tells whether they have changed."""
+    from datasets.data_files import DataFilesList
+
+    return DataFilesList([str(file.absolute()) for file in files], [(files_identity([file]),) for file in files])
 
 
 def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:

@@ -194,8 +194,9 @@ def test_what_tells_no_split_where_others_do_is_left_out_aloud(pictures: Path, t
     assert "1 files whose names tell no split, as others do, are left out; one is more.parquet" in capsys.readouterr().out
     for name in ("train", "val", "preview"):
         shutil.copytree(pictures / "down", tmp_path / "folders" / name)
-    assert {name: len(split) for name, split in load_images(data(tmp_path / "folders")).splits.items()} == {TRAIN: 24, VALIDATION: 24}
-    assert "24 images beside the splits' folders (train, val) are left out; one is" in capsys.readouterr().out
+    splits = load_images(data(tmp_path / "folders"), announce=True).splits
+    assert {name: len(split) for name, split in splits.items()} == {TRAIN: 24, VALIDATION: 24}
+    assert "left out beside the splits' folders (train, val): 24 images, such as" in capsys.readouterr().out
 
 
 def test_a_class_that_is_called_as_a_split_is_asked_about(tmp_path: Path, pictures: Path) -> None:
@@ -275,12 +276,12 @@ def test_metadata_says_what_counts(pictures: Path, tmp_path: Path, capsys: pytes
     listed(tmp_path / "some", rows_of(pictures))
     lines = (tmp_path / "some/metadata.csv").read_text().splitlines()
     (tmp_path / "some/metadata.csv").write_text("\n".join(lines[:-3]) + "\n")
-    assert sum(map(len, load_images(data(tmp_path / "some")).splits.values())) == 45
+    assert sum(map(len, load_images(data(tmp_path / "some"), announce=True).splits.values())) == 45
     assert "train: 3 images that the metadata does not name are left out" in capsys.readouterr().out
     folders(tmp_path / "folders", rows_of(pictures))
     names = sorted(path.relative_to(tmp_path / "folders").as_posix() for path in (tmp_path / "folders").rglob("*.png"))
     (tmp_path / "folders/metadata.csv").write_text("\n".join(["file_name,text", *(f"{name},hello" for name in names)]) + "\n")
-    source = load_images(data(tmp_path / "folders"))
+    source = load_images(data(tmp_path / "folders"), announce=True)
     assert source.label_names is None
     assert "no labels: the metadata, which stands for the folders' names, has no column of them" in capsys.readouterr().out
 
