@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError, say
 from configs.schema import Sampling
+from stage1_vqvae.data.names import class_numbers, listed
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
@@ -54,13 +55,12 @@ def labels_of(asked: Label | Sequence[Label] | None, count: int, header: PriorHe
 
 
 def _number(asked: Label, names: list[str]) -> int:
-    if asked in names:
-        return names.index(str(asked))
+    (number,) = class_numbers([str(asked)], names).tolist()
+    if number >= 0:
+        return int(number)
     if str(asked).isdecimal() and int(asked) < len(names):
         return int(asked)
-    raise UserError(
-        f"label: expected 0 to {len(names) - 1} or a name ({', '.join(names[:10])}{', ...' * (len(names) > 10)}), found {asked}"
-    )
+    raise UserError(f"label: expected 0 to {len(names) - 1} or a name ({listed(names)}), found {asked}")
 
 
 def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:

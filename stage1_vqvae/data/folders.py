@@ -29,6 +29,7 @@ _OF_SYSTEMS = frozenset(
     )
 )
 _KINDS_LISTED = 5
+_MERGED = "folders of one name are one class"
 
 Parts = tuple[str, ...]
 """A folder's path below the one that was named, part by part."""
@@ -175,8 +176,7 @@ def image_folder(path: Path, listing: Listing, data: Data) -> Opened:
             raise UserError(f"data.path {listing.path(roots[split])}: expected images of split {split}, found none")
     called = {split: "/".join(roots[split]) for split in names.values()}
     if tables_at:
-        splits, label_names = _with_metadata(path, listing, roots, of_splits, tables_at, data, notes)
-        return Opened(splits, label_names, called, omitted, notes)
+        return Opened(*_with_metadata(path, listing, roots, of_splits, tables_at, data, notes), called, omitted, notes)
     refuse_keys(data, ("image_column",), f"{path}, a folder of images, which has no columns")
     classes: dict[str, dict[Parts, str]] = {}
     if data.label_column is None:
@@ -208,41 +208,42 @@ def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: s
         notes: gets a line for each thing that might have been meant otherwise.
     Errors: UserError for images at several depths, of which it is not plain whose class they are of.
     """
-    classes = {split: {folder: outermost(folder, folders) for folder in folders if folder} for split, folders in splits.items()}
-    for of_split in classes.values():
+    outer = {split: {folder: outermost(folder, folders) for folder in folders if folder} for split, folders in splits.items()}
+    for of_split in outer.values():
         depths = {len(folder): folder for folder in of_split.values()}
         if len(depths) > 1:
             shallow, deep = ("/".join(depths[depth]) for depth in (min(depths), max(depths)))
             expected = "expected images of all classes in folders of one depth, or images without classes (--data.label_column none)"
             raise UserError(f"{what}: {expected}, found some in {shallow} and some in {deep}")
-        inside = [folder for folder, outer in of_split.items() if folder != outer]
-        if inside:
+        if inside := sorted(folder for folder, above in of_split.items() if folder != above):
             notes.append(f"folders inside that of a class are part of it, as {'/'.join(inside[0])} of {of_split[inside[0]][-1]}")
-    shared = shared_tail({folder for of_split in classes.values() for folder in of_split.values()})
-    classes = {
-        split: {folder: outer[: len(outer) - shared] for folder, outer in of_split.items() if len(outer) > shared}
-        for split, of_split in classes.items()
-    }
-    named = {split: {folder: normalised(outer[-1]) for folder, outer in of_split.items()} for split, of_split in classes.items()}
-    several = len({name for of_split in named.values() for name in of_split.values()}) > 1
-    for split, of_split in named.items():
-        alone = splits[split].get(())
-        if several and of_split and alone:
-            counts: Counter[str] = Counter()
-            for folder, name in of_split.items():
-                counts[name] += len(splits[split][folder])
-            name, fewest = min(alone), min(counts.values())
-            if len(alone) >= fewest:
-                expected = "expected images in folders of classes, or images without classes (--data.label_column none)"
-                raise UserError(f"{what}: {expected}, found {len(alone):,} beside the folders; one is {name}")
-            notes.append(f"left out beside the folders of classes: {len(alone):,}, such as {name}")
+    shared = shared_tail({folder for of_split in outer.values() for folder in of_split.values()})
+    classes: dict[str, dict[Parts, str]] = {}
+    for split, of_split in outer.items():
         first: dict[str, Parts] = {}
-        for folder, name in of_split.items():
-            one = first.setdefault(name, outer := classes[split][folder])
-            if one != outer:
-                notes.append(f"folders of one name are one class, as {'/'.join(one)} and {'/'.join(outer)}")
-                break
-    return named
+        classes[split] = {}
+        for folder, above in sorted(of_split.items()):
+            if len(above) > shared:
+                classes[split][folder] = name = normalised(above[-1 - shared])
+                if first.setdefault(name, above) != above and not any(note.startswith(_MERGED) for note in notes):
+                    notes.append(f"{_MERGED}, as {'/'.join(first[name])} and {'/'.join(above)}")
+    if len({name for of_split in classes.values() for name in of_split.values()}) > 1:
+        for split, folders in splits.items():
+            if classes[split] and () in folders:
+                notes.append(_left_alone(folders, classes[split], what))
+    return classes
+
+
+def _left_alone(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts, str], what: str) -> str:
+    """What to say of images beside the folders of classes. Errors: UserError if they are as many as those of a class."""
+    alone = folders[()]
+    counts: Counter[str] = Counter()
+    for folder, name in classes.items():
+        counts[name] += len(folders[folder])
+    if len(alone) >= min(counts.values()):
+        expected = "expected images in folders of classes, or images without classes (--data.label_column none)"
+        raise UserError(f"{what}: {expected}, found {len(alone):,} beside the folders; one is {min(alone)}")
+    return f"left out beside the folders of classes: {len(alone):,}, such as {min(alone)}"
 
 
 def outermost(folder: Parts, folders: Collection[Parts]) -> Parts:

