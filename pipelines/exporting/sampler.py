@@ -85,7 +85,10 @@ class Sampler:
         turns = [number % len(names) for number in range(n)]
         each = [label] * n if isinstance(label, str | int) else turns if label is None else list(label)
         numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
-        found = [numbers.get(unicodedata.normalize("NFC", str(one)), int(one) if str(one).isdecimal() else -1) for one in each]
+        named = [numbers.get(unicodedata.normalize("NFC", one)) if isinstance(one, str) else None for one in each]
+        found = [
+            number if number is not None else int(one) if str(one).isdecimal() else -1 for number, one in zip(named, each, strict=True)
+        ]
         if len(found) != n or not all(0 <= one < len(names) for one in found):
             raise ValueError(f"label: expected names ({', '.join(names[:10])}) or numbers below {len(names)}, found {label}")
         return np.array(found, np.int64)

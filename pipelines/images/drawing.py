@@ -55,9 +55,9 @@ def labels_of(asked: Label | Sequence[Label] | None, count: int, header: PriorHe
 
 
 def _number(asked: Label, names: list[str]) -> int:
-    (number,) = class_numbers([str(asked)], names).tolist()
+    number = int(class_numbers([asked], names)[0]) if isinstance(asked, str) else -1
     if number >= 0:
-        return int(number)
+        return number
     if str(asked).isdecimal() and int(asked) < len(names):
         return int(asked)
     raise UserError(f"label: expected 0 to {len(names) - 1} or a name ({listed(names)}), found {asked}")

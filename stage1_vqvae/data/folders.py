@@ -275,7 +275,12 @@ def _root(folders: Sequence[Parts], listing: Listing, data: Data) -> Parts:
 
 def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> None:
     """Errors: UserError if folders that are named as splits lie inside others: test images would be trained on."""
-    told = {split: folder[: depth + 1] for folder in images for depth, name in enumerate(folder) if (split := usual_split(name))}
+    told = {
+        split: folder[: depth + 1]
+        for folder in sorted(images, reverse=True)
+        for depth, name in enumerate(folder)
+        if (split := usual_split(name))
+    }
     if len(told) > 1:
         found = " and ".join("/".join(folder) for folder in told.values())
         raise UserError(f"data.path {path}: expected the folders of splits at the top, found {found}; name the folder above, or move them")

@@ -154,6 +154,9 @@ def _literally(files: Sequence[Path]) -> list[str]:
     """Files as `datasets` takes them without looking for patterns in their paths; with what tells whether they have changed."""
     from datasets.data_files import DataFilesList
 
+    for file in files:
+        if "::" in str(file):  # to `datasets`, a file inside an archive
+            raise UserError(f"{file}: expected a path without '::', which `datasets` cannot open, found one; rename it")
     return DataFilesList([str(file.absolute()) for file in files], [(files_identity([file]),) for file in files])
 
 
