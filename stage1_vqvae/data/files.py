@@ -47,12 +47,10 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
                 raise UserError(f"{path}: expected an image or a folder of images, found nothing")
             found.append((path, path.parent, None))
             continue
-        listing = files_below(path)
-        endings = image_endings(listing.endings())
-        images = {
-            folder: kept for folder, names in listing.files.items() if (kept := [name for name in names if ending_of(name) in endings])
-        }
-        omitted = left_out(listing, lambda name, endings=endings: ending_of(name) in endings)  # type: ignore[misc]
+        tree = files_below(path)
+        endings = image_endings(tree.endings())
+        images = {folder: kept for folder, names in tree.files.items() if (kept := [name for name in names if ending_of(name) in endings])}
+        omitted = left_out(tree, lambda name, endings=endings: ending_of(name) in endings)  # type: ignore[misc]
         if not images:
             told = f": {omitted}" if omitted else ""
             raise UserError(f"{path}: expected an image or a folder of images, found no image in it{told}")
@@ -63,7 +61,7 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
         classes = {folder: outermost(folder, images) for folder in images if folder}
         shared = shared_tail(set(classes.values()))
         labels = {folder: normalised(classes[folder][-1 - shared]) if len(classes.get(folder, ())) > shared else None for folder in images}
-        files = sorted((Path(listing.path(folder, name)), labels[folder]) for folder, names in images.items() for name in names)
+        files = sorted((Path(tree.path(folder, name)), labels[folder]) for folder, names in images.items() for name in names)
         found += [(file, path, label) for file, label in files]
     pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
 

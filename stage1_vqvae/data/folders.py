@@ -35,7 +35,7 @@ Parts = tuple[str, ...]
 """A folder's path below the one that was named, part by part."""
 
 
-class Listing(NamedTuple):
+class FileTree(NamedTuple):
     """The files of a folder and of those below it."""
 
     root: str
@@ -57,7 +57,7 @@ class Listing(NamedTuple):
         return Counter(ending_of(name) for names in self.files.values() for name in names)
 
 
-def files_below(folder: str | Path) -> Listing:
+def files_below(folder: str | Path) -> FileTree:
     """List the files of a folder and of those below it, through links to folders too; without hidden files and what systems leave.
 
     Errors: UserError for a folder that cannot be read, or that is a link to one above it: images would be missing, and nobody would know.
@@ -92,28 +92,28 @@ def files_below(folder: str | Path) -> Listing:
                         names.append(entry.name)
         except OSError as error:
             raise UserError(f"{error.filename or parent}: expected a folder that can be read, found: {error.strerror}") from None
-    return Listing(os.fspath(folder), files, broken)
+    return FileTree(os.fspath(folder), files, broken)
 
 
-def check_utf8(listing: Listing) -> None:
+def check_utf8(tree: FileTree) -> None:
     """Errors: UserError for a name that is not UTF-8, which no table can hold."""
-    for folder, names in listing.files.items():
-        for path in (listing.path(folder), *(listing.path(folder, name) for name in names if not name.isascii())):
+    for folder, names in tree.files.items():
+        for path in (tree.path(folder), *(tree.path(folder, name) for name in names if not name.isascii())):
             if path != path.encode(errors="ignore").decode():  # what is not UTF-8 is surrogates here
                 raise UserError(f"{os.fsencode(path)!r}: expected a name in UTF-8, found another encoding; rename it")
 
 
-def left_out(listing: Listing, used: Callable[[str], bool]) -> str:
+def left_out(tree: FileTree, used: Callable[[str], bool]) -> str:
     """How many files of which kind are not used, as `20 .HEIC (install pillow-heif), 3 .svg`; empty if all are."""
-    kinds = Counter(os.path.splitext(name)[1] for names in listing.files.values() for name in names if not used(name))
+    kinds = Counter(os.path.splitext(name)[1] for names in tree.files.values() for name in names if not used(name))
     described = []
     for ending, count in kinds.most_common(_KINDS_LISTED):
         package = package_for(ending.lower())
         described.append(f"{count:,} {ending or 'without ending'}" + (f" (install {package})" if package else ""))
     if more := kinds.total() - sum(count for _, count in kinds.most_common(_KINDS_LISTED)):
         described.append(f"{more:,} of other kinds")
-    if listing.broken:
-        described.append(f"{len(listing.broken):,} leading nowhere, as the link {os.path.relpath(listing.broken[0], listing.root)}")
+    if tree.broken:
+        described.append(f"{len(tree.broken):,} broken link{'s' if len(tree.broken) > 1 else ''}")
     return ", ".join(described)
 
 
@@ -132,7 +132,7 @@ class _Files:
         return [EncodedImage(None, self._paths[row]) for row in rows]
 
 
-def image_folder(path: Path, listing: Listing, data: Data) -> Opened:
+def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
     """Splits and label names of a folder's images.
 
     Folders that are named as splits are splits, at the top or below folders without anything beside them; file names never are, whatever
@@ -141,15 +141,15 @@ def image_folder(path: Path, listing: Listing, data: Data) -> Opened:
 
     Errors: UserError for a folder without images, or with some of which it is not plain what split or class they are of.
     """
-    endings = image_endings(listing.endings())
-    images = {folder: found for folder, names in listing.files.items() if (found := [name for name in names if ending_of(name) in endings])}
-    tables_at = [folder for folder, names in listing.files.items() if not set(METADATA).isdisjoint(names)]
-    omitted = left_out(listing, lambda name: ending_of(name) in endings or name in METADATA)
+    endings = image_endings(tree.endings())
+    images = {folder: found for folder, names in tree.files.items() if (found := [name for name in names if ending_of(name) in endings])}
+    tables_at = [folder for folder, names in tree.files.items() if not set(METADATA).isdisjoint(names)]
+    omitted = left_out(tree, lambda name: ending_of(name) in endings or name in METADATA)
     if not images:
         raise UserError(f"data.path {path}: expected images, found none" + (f" among its files: {omitted}" if omitted else ""))
-    root = _root([*images, *tables_at], listing, data)
+    root = _root([*images, *tables_at], tree, data)
     depth = len(root)
-    beside_one_another = [folder[depth] for folder in listing.files if len(folder) == depth + 1 and folder[:depth] == root]
+    beside_one_another = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
     holding = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
     names = our_splits(data, sorted(beside_one_another), only=False) or splits_by_words(data, holding)
     if not names:
@@ -165,7 +165,7 @@ def image_folder(path: Path, listing: Listing, data: Data) -> Opened:
             beside[folder] = found
     notes = []
     if beside:
-        one = next(listing.path(folder, found[0]) for folder, found in beside.items())
+        one = next(tree.path(folder, found[0]) for folder, found in beside.items())
         if len(names) == 1 and data.train_split is None and any(folder != root for folder in beside):  # a class called `train`?
             told = f"found some in {next(iter(names))} and others beside it; if those are classes, rename that one, else --data.train_split"
             raise UserError(f"{one}: expected all images in the folders of their splits, {told}")
@@ -173,10 +173,10 @@ def image_folder(path: Path, listing: Listing, data: Data) -> Opened:
         notes.append(f"left out beside the splits' folders ({', '.join(names)}): {count:,} images, such as {one}")
     for split, found_in in of_splits.items():
         if not found_in:
-            raise UserError(f"data.path {listing.path(roots[split])}: expected images of split {split}, found none")
+            raise UserError(f"data.path {tree.path(roots[split])}: expected images of split {split}, found none")
     called = {split: "/".join(roots[split]) for split in names.values()}
     if tables_at:
-        return Opened(*_with_metadata(path, listing, roots, of_splits, tables_at, data, notes), called, omitted, notes)
+        return Opened(*_with_metadata(path, tree, roots, of_splits, tables_at, data, notes), called, omitted, notes)
     refuse_keys(data, ("image_column",), f"{path}, a folder of images, which has no columns")
     classes: dict[str, dict[Parts, str]] = {}
     if data.label_column is None:
@@ -187,10 +187,10 @@ def image_folder(path: Path, listing: Listing, data: Data) -> Opened:
     numbers = {name: number for number, name in enumerate(label_names)}
     splits: dict[str, SourceSplit] = {}
     for split, found_in in of_splits.items():
-        of_class = {listing.path((*roots[split], *folder)): numbers[name] for folder, name in classes.get(split, {}).items()}
+        of_class = {tree.path((*roots[split], *folder)): numbers[name] for folder, name in classes.get(split, {}).items()}
         labelled = len(label_names) > 1 and bool(of_class)
         kept = {folder: found for folder, found in found_in.items() if not labelled or folder in classes[split]}
-        paths = sorted(path for folder, found in kept.items() for path in _joined(listing.path((*roots[split], *folder)), found))
+        paths = sorted(path for folder, found in kept.items() for path in _joined(tree.path((*roots[split], *folder)), found))
         labels = np.asarray([of_class[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
         splits[split] = EncodedSplit(split, _Files(paths), labels, files_identity(map(Path, paths)))
     return Opened(splits, label_names if len(label_names) > 1 else None, called, omitted, notes)
@@ -259,14 +259,14 @@ def shared_tail(folders: Collection[Parts]) -> int:
     return shared
 
 
-def _root(folders: Sequence[Parts], listing: Listing, data: Data) -> Parts:
+def _root(folders: Sequence[Parts], tree: FileTree, data: Data) -> Parts:
     """The folder nearest to the images that is above all of them, and above every one that is named as a split."""
     named = {normalised(name) for name in (data.train_split, data.validation_split, data.test_split) if name is not None}
     root: Parts = ()
     for part, other in zip(min(folders), max(folders), strict=False):
         if part != other:
             break
-        inside = [folder[-1] for folder in listing.files if len(folder) == len(root) + 1 and folder[:-1] == root]
+        inside = [folder[-1] for folder in tree.files if len(folder) == len(root) + 1 and folder[:-1] == root]
         if any(usual_split(name) or normalised(name) in named for name in inside):
             break
         root = (*root, part)
@@ -288,7 +288,7 @@ def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> Non
 
 def _with_metadata(
     path: Path,
-    listing: Listing,
+    tree: FileTree,
     roots: Mapping[str, Parts],
     of_splits: Mapping[str, Mapping[Parts, list[str]]],
     tables_at: Sequence[Parts],
@@ -297,15 +297,13 @@ def _with_metadata(
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """As `image_folder`, of images that tables of metadata name; what they do not name is left out, and said so."""
     tables_of = {
-        split: [
-            Path(listing.path(at, name)) for at in tables_at if at[: len(root)] == root for name in METADATA if name in listing.files[at]
-        ]
+        split: [Path(tree.path(at, name)) for at in tables_at if at[: len(root)] == root for name in METADATA if name in tree.files[at]]
         for split, root in roots.items()
     }
     if not any(tables_of.values()):
         raise UserError(f"data.path {path}: expected metadata in the folder of each split, found it above them")
     images = {
-        split: [Path(file) for folder, names in found.items() for file in _joined(listing.path((*roots[split], *folder)), names)]
+        split: [Path(file) for folder, names in found.items() for file in _joined(tree.path((*roots[split], *folder)), names)]
         for split, found in of_splits.items()
     }
     read_from = {split: sorted([*found, *tables_of[split]], key=str) for split, found in images.items()}

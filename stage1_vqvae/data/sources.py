@@ -131,9 +131,9 @@ def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
     if tables.is_saved(path):
         refuse_keys(data, ("stream",), f"{path}, which is read where it is")
         return tables.of_disk(path, data, wanted)
-    listing = files_below(path)
-    check_utf8(listing)
-    endings = listing.endings()
+    tree = files_below(path)
+    check_utf8(tree)
+    endings = tree.endings()
     for ending, kind in _ROWS.items():
         # An archive among images is what they were unpacked from.
         if ending not in endings or (ending == ".tar" and image_endings(endings)):
@@ -142,9 +142,9 @@ def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
         def of_rows(name: str, ending: str = ending) -> bool:
             return ending_of(name) == ending and name not in METADATA
 
-        if rows := [Path(file) for file in listing.paths(of_rows)]:
+        if rows := [Path(file) for file in tree.paths(of_rows)]:
             files = splits_of_files(rows, path, data)
             called = {split: _few([file.relative_to(path).as_posix() for file in found]) for split, found in files.items()}
-            return Opened(*tables.of_files(kind, files, path, data, wanted), called, left_out(listing, of_rows))
+            return Opened(*tables.of_files(kind, files, path, data, wanted), called, left_out(tree, of_rows))
     refuse_keys(data, ("stream",), f"{path}, images that are read where they are")
-    return image_folder(path, listing, data)
+    return image_folder(path, tree, data)
