@@ -37,7 +37,7 @@ class Data:
     train_split: str | None = None
     """What the source calls the split to train on. Null: train, training or trn, in any case; or the only one, of whatever name."""
     validation_split: str | None = None
-    """What the source calls the validation split. Null: validation, valid, val, dev or eval; without one, a share of the training images."""
+    """What the source calls the validation split. Null: validation, valid, val, dev or eval; if there is none, a share of training."""
     test_split: str | None = None
     """What the source calls the test split. Null: test, testing or tst."""
     height: int = 32
