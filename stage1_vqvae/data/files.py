@@ -14,9 +14,7 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data.decoding import decode_image
-from stage1_vqvae.data.folders import files_below, left_out, outermost, shared_tail
-from stage1_vqvae.data.formats import ending_of, image_endings
-from stage1_vqvae.data.names import normalised
+from stage1_vqvae.data.folders import files_below, images_in, labels_of_folders
 from stage1_vqvae.training.progress import progress_bar
 
 
@@ -48,20 +46,18 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False) -> Imag
             found.append((path, path.parent, None))
             continue
         tree = files_below(path)
-        endings = image_endings(tree.endings())
-        images = {folder: kept for folder, names in tree.files.items() if (kept := [name for name in names if ending_of(name) in endings])}
-        omitted = left_out(tree, lambda name, endings=endings: ending_of(name) in endings)  # type: ignore[misc]
+        images, omitted = images_in(tree)
         if not images:
             told = f": {omitted}" if omitted else ""
             raise UserError(f"{path}: expected an image or a folder of images, found no image in it{told}")
         if omitted:
             say(f"{path}: {sum(map(len, images.values())):,} images; left out: {omitted}")
-        if () in images and len(images) > 1:
-            say(f"{path}: its images have no labels, since some lie beside the folders; one is {images[()][0]}")
-        classes = {folder: outermost(folder, images) for folder in images if folder}
-        shared = shared_tail(set(classes.values()))
-        labels = {folder: normalised(classes[folder][-1 - shared]) if len(classes.get(folder, ())) > shared else None for folder in images}
-        files = sorted((Path(tree.path(folder, name)), labels[folder]) for folder, names in images.items() for name in names)
+        labels = labels_of_folders(images)
+        unlabelled = [folder for folder in images if folder not in labels]
+        if labels and unlabelled:
+            one = tree.path(unlabelled[0], images[unlabelled[0]][0])
+            say(f"{path}: its images have no labels, since some lie beside the folders of classes; one is {one}")
+        files = sorted((Path(tree.path(folder, name)), labels.get(folder)) for folder, names in images.items() for name in names)
         found += [(file, path, label) for file, label in files]
     pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
 

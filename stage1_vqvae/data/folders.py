@@ -117,6 +117,13 @@ def left_out(tree: FileTree, used: Callable[[str], bool]) -> str:
     return ", ".join(described)
 
 
+def images_in(tree: FileTree, beside: Collection[str] = ()) -> tuple[dict[Parts, list[str]], str]:
+    """Names of images by folder, of folders that hold some; and what is `left_out`, but for files of the names `beside`."""
+    endings = image_endings(tree.endings())
+    images = {folder: found for folder, names in tree.files.items() if (found := [name for name in names if ending_of(name) in endings])}
+    return images, left_out(tree, lambda name: ending_of(name) in endings or name in beside)
+
+
 class _Files:
     """Image files, as `EncodedImages`."""
 
@@ -141,24 +148,23 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
 
     Errors: UserError for a folder without images, or with some of which it is not plain what split or class they are of.
     """
-    endings = image_endings(tree.endings())
-    images = {folder: found for folder, names in tree.files.items() if (found := [name for name in names if ending_of(name) in endings])}
+    images, omitted = images_in(tree, METADATA)
     tables_at = [folder for folder, names in tree.files.items() if not set(METADATA).isdisjoint(names)]
-    omitted = left_out(tree, lambda name: ending_of(name) in endings or name in METADATA)
     if not images:
         raise UserError(f"data.path {path}: expected images, found none" + (f" among its files: {omitted}" if omitted else ""))
-    root = _root([*images, *tables_at], tree, data)
+    read = [*images, *tables_at]
+    root = _root(read, tree, data)
     depth = len(root)
     beside_one_another = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
     holding = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
     names = our_splits(data, sorted(beside_one_another), only=False) or splits_by_words(data, holding)
     if not names:
         _check_no_splits_below(path, images)
-    roots = {split: (*root, name) for name, split in names.items()} or {TRAIN: root}
+    roots = {split: _inside((*root, name), split, read) for name, split in names.items()} or {TRAIN: root}
     of_splits: dict[str, dict[Parts, list[str]]] = {split: {} for split in roots}
     beside: dict[Parts, list[str]] = {}
     for folder, found in images.items():
-        split = TRAIN if not names else names.get(folder[depth], "") if len(folder) > depth else ""
+        split = next((split for split, root in roots.items() if folder[: len(root)] == root), "")
         if split:
             of_splits[split][folder[len(roots[split]) :]] = found
         else:
@@ -246,6 +252,19 @@ def _left_alone(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts
     return f"left out beside the folders of classes: {len(alone):,}, such as {min(alone)}"
 
 
+def labels_of_folders(images: Mapping[Parts, Collection[str]]) -> dict[Parts, str]:
+    """The class of each folder of images, as `class_folders` has it, of folders that need not be of a whole data set: whatever their depth,
+    and those of splits aside. Without folders whose images are of no class.
+    """
+    splits: dict[Parts, set[Parts]] = {}
+    for folder in images:
+        split = folder[:1] if folder and usual_split(folder[0]) else ()
+        splits.setdefault(split, set()).add(folder[len(split) :])
+    outer = {(*split, *folder): outermost(folder, folders) for split, folders in splits.items() for folder in folders if folder}
+    shared = shared_tail(set(outer.values()))
+    return {folder: normalised(above[-1 - shared]) for folder, above in outer.items() if len(above) > shared}
+
+
 def outermost(folder: Parts, folders: Collection[Parts]) -> Parts:
     """The first of a folder and those above it (but for the one that was named) that holds images itself."""
     return next(folder[:depth] for depth in range(1, len(folder) + 1) if folder[:depth] in folders)
@@ -271,6 +290,14 @@ def _root(folders: Sequence[Parts], tree: FileTree, data: Data) -> Parts:
             break
         root = (*root, part)
     return root
+
+
+def _inside(root: Parts, split: str, folders: Collection[Parts]) -> Parts:
+    """The folder of a split: of `test/test`, which archives are unpacked to, the inner one, if it has all images of the outer."""
+    inside = {folder[: len(root) + 1] for folder in folders if folder[: len(root)] == root}
+    (inner,) = inside if len(inside) == 1 else (root,)
+    is_named = inner != root and (inner[-1] == root[-1] or usual_split(inner[-1]) == split)
+    return _inside(inner, split, folders) if is_named else root
 
 
 def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> None:

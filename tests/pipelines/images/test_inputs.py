@@ -87,6 +87,9 @@ def test_labels_are_the_folders_in_which_images_lie_however_deep(tmp_path: Path,
     shutil.copytree(pictures / "down", tmp_path / "train" / "down")
     assert set(load_files([str(tmp_path)], DATA).labels or ()) == {"down"}
     assert load_files([str(tmp_path / "train" / "down")], DATA).labels is None
+    picture(tmp_path / "test" / "down" / "images" / "a.png", 10)
+    picture(tmp_path / "test" / "up" / "images" / "a.png", 10)
+    assert load_files([str(tmp_path / "test")], DATA).labels == ["down", "up"]
 
 
 def test_other_sizes_are_scaled_to_cover_and_cropped(tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_a_folder_is_listed_as_training_lists_it(tmp_path: Path, pictures: Path,
     assert capsys.readouterr().out == ""
     picture(tmp_path / "data" / "c.png", 30)
     assert load_files([str(tmp_path / "data")], DATA).labels is None
-    assert "data: its images have no labels, since some lie beside the folders; one is c.png" in capsys.readouterr().out
+    assert "data: its images have no labels, since some lie beside the folders of classes; one is" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

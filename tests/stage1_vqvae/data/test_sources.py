@@ -402,6 +402,7 @@ FOLDERS: dict[str, tuple[list[str], object, str]] = {
     "other usual names": (["Training/a", "Training/b", "Eval/a", "Eval/b"], {"train": "aabb", "validation": "aabb"}, "validation 4 (Eval)"),
     "names with a year": (["train2017/a", "train2017/b", "val2017/b"], {"train": "aabb", "validation": "bb"}, "validation 2 (val2017)"),
     "splits further down": (["x/y/train/a", "x/y/train/b", "x/y/tst/b"], {"train": "aabb", "test": "bb"}, "(x/y/train), test 2 (x/y/tst)"),
+    "splits in themselves": (["train/train/a", "train/train/b", "Test/test"], {"train": "aabb", "test": ""}, "test 2 (Test/test)"),
     "classes that sound like splits": (
         ["bullet_train", "test_tube", "cat"],
         {"train": ["bullet_train", "cat", "test_tube"] * 2},
@@ -464,14 +465,17 @@ def test_what_folders_are_is_decided_and_said_or_asked_for(
     assert len(lines) == 1
     assert said in lines[0]
     assert source.label_names is not None
-    found = {name: [source.label_names[label] for label in split.labels.tolist()] for name, split in source.splits.items()}  # type: ignore[union-attr]
+    found = {
+        name: [] if split.labels is None else [source.label_names[label] for label in split.labels.tolist()]
+        for name, split in source.splits.items()
+    }
     assert {name: sorted(labels) for name, labels in found.items()} == {name: sorted(labels) for name, labels in outcome.items()}
 
 
 def test_a_format_of_a_plugin_is_read_where_it_is_there(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     laid_out(tmp_path, ["a", "b", "a/i.heic"], (row for row, _ in rows_of(pictures)))
-    for registry in ("EXTENSION", "OPEN"):
-        monkeypatch.setattr(Image, registry, dict(getattr(Image, registry)))
+    for registry in ("ID", "EXTENSION", "OPEN"):
+        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
 
     def register() -> None:
         Image.register_open("HEIF", Image.OPEN["PNG"][0])
