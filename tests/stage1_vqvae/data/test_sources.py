@@ -474,6 +474,7 @@ def test_what_folders_are_is_decided_and_said_or_asked_for(
 
 def test_a_format_of_a_plugin_is_read_where_it_is_there(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     laid_out(tmp_path, ["a", "b", "a/i.heic"], (row for row, _ in rows_of(pictures)))
+    Image.init()
     for registry in ("ID", "EXTENSION", "OPEN"):
         monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
 
