@@ -12,6 +12,7 @@ codes is three tokens, so it is bits an image that compare.
 from __future__ import annotations
 
 import argparse
+import glob
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def row(name: str, run: RunDir) -> str:
 
 def ten_thousand(data: str | None, folder: Path) -> Path:
     """A parquet file of CIFAR-10's first 10,000 training images."""
-    files = {"train": f"{data}/**/train*.parquet"}
+    files = {"train": f"{glob.escape(str(data))}/**/train*.parquet"}
     source = load_dataset("parquet", data_files=files, split="train") if data else load_dataset("uoft-cs/cifar10", split="train")
     path = folder / "cifar10-10000.parquet"
     source.select(range(10_000)).to_parquet(path)

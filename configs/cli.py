@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
 from configs.data import AT_HAND, Data
 from configs.errors import UserError, fail
@@ -68,6 +68,15 @@ class Command:
         return f"{command} --run {shlex.quote(name)}"
 
 
+def _typed_value(text: str) -> Any:
+    """A value of the command line: `null` alone, which never comes here, is none; all else that is nothing in YAML (`~`, `#1`) is text."""
+    value = get_loader("yaml")(text)
+    return text if value is None else value
+
+
+set_loader("typed", _typed_value, exceptions=(yaml.YAMLError,))
+
+
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(_plainly(str(message)))
@@ -89,7 +98,7 @@ def _parts_of(sections: Sequence[str]) -> list[str]:
 
 def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = None, reads_images: bool = False, **kwargs: Any) -> _Parser:
     """A parser of the sections' keys; of each part, of those that its kind has; and of those of `data` that are the machine's."""
-    parser = _Parser(allow_abbrev=False, print_config=None, add_help=bool(kwargs), **kwargs)
+    parser = _Parser(parser_mode="typed", allow_abbrev=False, print_config=None, add_help=bool(kwargs), **kwargs)
     for name in sections:
         if name not in FAMILIES:
             inside = {family.partition(".")[2] for family in FAMILIES if family.startswith(f"{name}.")}
@@ -326,7 +335,7 @@ def _spelled(argument: str) -> str:
 
 def _recipe_path(typed: str) -> Path:
     """The recipe file meant: as typed, or the one of that name that comes with the code, where nothing stands at the path."""
-    path = Path(typed)
+    path = Path(typed).expanduser()
     shipped = RECIPES / path.name
     return shipped if not path.exists() and str(path.parent) in (".", RECIPES.name) and shipped.exists() else path
 

@@ -35,11 +35,11 @@ class Data:
     """Column of the labels: classes, whole numbers or text; `none`: there are to be no labels, of folders either. Null: the only column of
     classes, or else one that is named `label`, `labels`, `class` or `cls`, if there is any."""
     train_split: str | None = None
-    """What the source calls the split to train on. Null: train; or the only one, where that is of no name known."""
+    """What the source calls the split to train on. Null: train, training or trn, in any case; or the only one, of whatever name."""
     validation_split: str | None = None
-    """What the source calls the validation split. Null: validation, valid, val or dev; a share of the training images, if there is none."""
+    """What the source calls the validation split. Null: validation, valid, val, dev or eval; if there is none, a share of training."""
     test_split: str | None = None
-    """What the source calls the test split. Null: test."""
+    """What the source calls the test split. Null: test, testing or tst."""
     height: int = 32
     """Pixels. Other sizes are scaled to cover height x width and cropped at the centre."""
     width: int = 32

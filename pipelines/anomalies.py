@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, Command, parse
-from configs.errors import UserError, run_entry
+from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, read_json
 from pipelines.images.heat import colour_scale, heat_maps, overlaid
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     image_options(parser)
     parser.add_argument("--top", type=int, default=16, help="images of most bits in anomalies.png, and half as many of each other kind")
-    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
-    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")
+    parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
 
 
 def _find(command: Command, device: torch.device) -> None:
@@ -76,7 +76,7 @@ def _find(command: Command, device: torch.device) -> None:
     mean_error = read_json(run.stage1 / "report.json")["validation"]["mse"]
     usual = reference(command, scorer, labelled=labels is not None)
     if usual is None:
-        print(f"no comparison with the validation images: their codes have not been extracted; {command.next(EXTRACT_CODES)}")
+        print(f"no comparison with the validation images: there are no codes of any that the prior knows; {command.next(EXTRACT_CODES)}")
 
     with run.numbered("anomalies") as folder:
         assert folder is not None
@@ -128,8 +128,14 @@ def reference(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor 
     if not folder.is_dir():
         return None
     store = CodeStore(folder, fingerprint(command.run.tokenizer))
-    labels = store.labels if labelled else None
-    return surprisals(scorer.prior, store.codes(torch.arange(len(store))), labels, "bits of validation", progress=True).sum(1)
+    labels, rows = None, torch.arange(len(store))
+    if labelled and scorer.header.label_names is not None:
+        numbers = store.labels_among(scorer.header.label_names)
+        rows = rows[:0] if numbers is None else torch.nonzero(numbers >= 0)[:, 0]
+        labels = None if numbers is None else numbers[rows]
+        if len(rows) < len(store):
+            say(f"compared with {len(rows):,} of {len(store):,} validation images: the others' labels the prior does not know")
+    return surprisals(scorer.prior, store.codes(rows), labels, "bits of validation", progress=True).sum(1) if len(rows) else None
 
 
 def percent_below(values: Tensor, usual: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _prepare_gradio(host: str, folder: str) -> None:
 def _options(parser: Any) -> None:
     parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
     parser.add_argument("--port", type=int | None, help="port to listen at (default: the first free one from 7860)")
-    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
 
 
 def _check_free(host: str, port: int | None) -> None:

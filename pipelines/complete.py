@@ -17,6 +17,7 @@ from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,12 @@ def _options(parser: Any) -> None:
     parser.add_argument("--n", type=int, default=8, help="images to complete")
     parser.add_argument("--continuations", type=int, default=5, help="draws for each of them")
     parser.add_argument("--prefix_rows", type=int, help="rows of codes to keep, from the top (default: half of them)")
-    parser.add_argument("--keep_rows", type=str | None, help="the rows to keep instead, from 0, for instance 0,1,2,6")
-    parser.add_argument("--mask", type=str | None, help="a picture of the images' size instead: white is kept, black is drawn")
+    parser.add_argument("--keep_rows", type=str, help="the rows to keep instead, from 0, for instance 0,1,2,6")
+    parser.add_argument("--mask", type=str, help="a picture of the images' size instead: white is kept, black is drawn")
     image_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")
-    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished), or `uniform`")
+    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
+    parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished), or `uniform`")
 
 
 def kept_rows(prefix: int | None, listed: str | None, rows: int) -> list[bool]:
@@ -123,7 +124,7 @@ def mask_in(options: Any, height: int, width: int) -> Tensor:
         if getattr(options, name) is not None:
             raise UserError(f"--mask: expected no --{name.replace('_', '-')} beside it, found {getattr(options, name)}")
     try:
-        with Image.open(options.mask) as opened:
+        with Image.open(Path(options.mask).expanduser()) as opened:
             mask = torch.from_numpy(np.array(opened.convert("L")))
     except OSError as error:
         raise UserError(f"--mask {options.mask}: expected a readable picture, found: {error}") from None

@@ -75,9 +75,9 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     image_options(parser)
     parser.add_argument("--lossless", action="store_true", help="code the pixels too, so that every one comes back")
-    parser.add_argument("--output", type=str | None, help="the file to write; must not exist (default: compressed/NNN in the run)")
-    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
-    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, where known)")
+    parser.add_argument("--output", type=str, help="the file to write; must not exist (default: compressed/NNN in the run)")
+    parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, where known)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at once, while encoding and decoding")
 
 

@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--file", type=str | None, help="what compress.py wrote")
-    parser.add_argument("--output", type=str | None, help="a folder, new or empty (default: decompressed/NNN in the run)")
+    parser.add_argument("--file", type=str, help="what compress.py wrote")
+    parser.add_argument("--output", type=str, help="a folder, new or empty (default: decompressed/NNN in the run)")
 
 
 def read(file: Path) -> bytes:

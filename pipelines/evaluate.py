@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
-from configs.errors import UserError, run_entry
+from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
 from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
@@ -40,6 +40,7 @@ from pipelines.images.provenance import agrees, base_name, described_weights, id
 from pipelines.images.scoring import ScoringPrior, scoring_prior
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.files import load_files
+from stage1_vqvae.data.names import normalised
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
@@ -107,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--samples", type=str | None, help="images made elsewhere to judge: a folder, or an npz with uint8 (N, H, W, C)")
-    parser.add_argument("--prior", type=str | None, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
+    parser.add_argument("--samples", type=str, help="images made elsewhere to judge: a folder, or an npz with uint8 (N, H, W, C)")
+    parser.add_argument("--prior", type=str, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
     parser.add_argument("--split", type=str, default=VALIDATION, help="held-out images: reconstructed, and compared as samples are")
     parser.add_argument("--reference", type=str, default=TRAIN, help="reference for the samples: a split, or an npz file in ADM's layout")
 
@@ -183,8 +184,11 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
         pixels, labels = files.pixels, files.labels
     if len(pixels) < 2:
         raise UserError(f"--samples {path}: expected at least 2 images, found {len(pixels)}")
-    known = labels is not None and set(labels) <= set(label_names or ())
-    return Samples(pixels, codes, labels if known else None, details)
+    labels = None if labels is None else [normalised(label) for label in labels]
+    unknown = sorted(set(labels or ()) - set(label_names or ()))
+    if unknown:
+        say(f"--samples {path}: taken without labels, since the run's data has no class {unknown[0]}")
+    return Samples(pixels, codes, None if unknown else labels, details)
 
 
 def trained_by(config: Stage1) -> set[str]:

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; must not exist")
-    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--precision", type=str, default="float32", help="of the prior: float32 or float64")
 
 

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; must not exist")
-    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--bits", type=int, default=16, help="of the weights in the files: 16 or 8")
 
 

@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     image_options(parser)
     parser.add_argument("--n", type=int | None, help="how many of them, spread evenly (default: all)")
-    parser.add_argument("--prior", type=str | None, help=f"prior for the bits (default: the last finished, if any), or `{UNIFORM}`")
-    parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")
+    parser.add_argument("--prior", type=str, help=f"prior for the bits (default: the last finished, if any), or `{UNIFORM}`")
+    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
 
 
 def _reconstruct(command: Command, device: torch.device) -> None:

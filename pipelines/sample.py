@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     parser.add_argument("--n", type=int, default=64, help="images to sample")
     parser.add_argument("--seed", type=int, default=0, help="seed; sample i of a seed always has the same codes")
-    parser.add_argument("--label", type=str | None, help="label of all samples, by name or number (default: labels take turns)")
-    parser.add_argument("--prior", type=str | None, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
+    parser.add_argument("--label", type=str, help="label of all samples, by name or number (default: labels take turns)")
+    parser.add_argument("--prior", type=str, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: uint8 arr_0 of (N, H, W, C)")
 
 

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
     # Before the run's folder is made: images that cannot be read should leave no trace.
-    images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process)
+    images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process, announce=True)
     objective = recipe.tokenizer.objective.build((recipe.data.channels, recipe.data.height, recipe.data.width))
     for split in images.splits.values():
         objective.check(split.pixels)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
     with run.lock():
         tokenizer = load_tokenizer(run, accelerator.device)
-        source = load_images(read_as(recipe), progress=accelerator.is_main_process)
+        source = load_images(read_as(recipe), progress=accelerator.is_main_process, announce=True)
         if accelerator.is_main_process:
             run.record(program(), command.arguments, dataclasses.asdict(recipe.extraction))
         extract(accelerator, run, tokenizer, source, recipe)

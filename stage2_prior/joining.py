@@ -7,20 +7,40 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from configs.parts import as_dict
 from configs.run_dir import RunDir, read_json, write_json
+from stage1_vqvae.data.names import listed
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, write_report
 from stage2_prior.priors.levelwise import LevelwisePart
-from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior, save_prior
+from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior, read_prior_header, save_prior
 
 # Images at once for the likelihood.
 _BATCH_SIZE = 64
+
+
+def check_levels(run: RunDir, name: str, label_names: list[str] | None) -> None:
+    """Check that those levels of a prior that are finished, but for the one of that name, are conditioned on the same classes.
+
+    Args:
+        run: the prior's.
+        name: of one level's prior, `NAME/levelN`.
+        label_names: the classes; None: no classes.
+    Errors: UserError if some are conditioned on others.
+    """
+    for path in sorted(run.prior(name).parent.glob("level*/prior.safetensors")):
+        found = read_prior_header(path)["label_names"]
+        if path.parent == run.prior(name) or found == label_names:
+            continue
+        where, ways = run.show(path.parent), "train all levels under another --name"
+        if found is None or label_names is None:
+            raise UserError(f"{where}: expected all levels with prior.conditional, or none, found both; {ways}")
+        raise UserError(f"{where}: expected all levels trained on the same classes, {listed(label_names)}, found {listed(found)}; {ways}")
 
 
 def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: CodeStore, validation: CodeStore) -> int | None:
     """Once all levels have a prior under that name, write a prior of all of them beside, with its likelihood, to which theirs add up.
     Returns the first level, from 1 on, that has none yet; None: the prior is written.
 
-    Errors: UserError if some are told of classes and others are not.
+    Errors: UserError as `check_levels`, and for codes of classes that the levels do not know.
     """
     whole, sha256 = run.prior(name).parent, training.manifest.tokenizer_sha256
     accelerator.wait_for_everyone()
@@ -29,10 +49,11 @@ def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: Code
         if not (folder / "prior.safetensors").exists():
             return number
     parts, headers = zip(*(load_prior(folder / "prior.safetensors", sha256, accelerator.device) for folder in folders), strict=True)
-    if len({header.config.conditional for header in headers}) > 1:
-        raise UserError(
-            f"{run.show(whole)}: expected all levels with prior.conditional, or none, found both; train one under another --name"
-        )
+    names = headers[0].label_names
+    check_levels(run, name, names)
+    if names is not None:
+        for store in (training, validation):
+            store.number_by(names)
     config = LevelwisePart(conditional=headers[0].config.conditional, levels=[as_dict(header.config) for header in headers])
     prior = build_prior(config, training.manifest).to(accelerator.device)
     weights = {f"parts.{number}.{key}": value for number, part in enumerate(parts) for key, value in part.state_dict().items()}

@@ -37,8 +37,11 @@ def main(argv: list[str] | None = None) -> None:
     path = finished_prior(run, command.options.prior, command.next(TRAIN_PRIOR))
     folder, name, sha256 = path.parent, path.parent.name, fingerprint(run.tokenizer)
     accelerator = start(command.recipe.compute)
-    prior, _ = load_prior(path, sha256, accelerator.device)
+    prior, header = load_prior(path, sha256, accelerator.device)
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
+    if header.label_names is not None:
+        for store in (training, validation):
+            store.number_by(header.label_names)
     validations = [record for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
     report = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, validations)
     if accelerator.is_main_process:
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
+    parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
 
 
 if __name__ == "__main__":

@@ -50,13 +50,14 @@ from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.joining import join_levels
+from stage2_prior.joining import check_levels, join_levels
 from stage2_prior.likelihood.bits import bits, measure
 from stage2_prior.likelihood.tables import likelihood_report, turned_at, write_report
 from stage2_prior.priors.prior_file import (
     UNIFORM,
     PriorHeader,
     build_prior,
+    check_classes,
     check_tokenizer,
     read_prior_header,
     save_prior,
@@ -95,6 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
     if level is not None and not 1 <= level <= len(training.manifest.grids):
         raise UserError(f"--level: expected 1 to {len(training.manifest.grids)}, the levels of codes from the coarsest on, found {level}")
+    label_names = training.manifest.label_names if recipe.prior.conditional else None
+    if level is not None and not done:
+        check_levels(run, name, label_names)  # joining, which takes all of one numbering, comes at the end
     accelerator = start(recipe.compute, str(folder / "tensorboard"), _LIGHTER)
     stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
@@ -121,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--name", type=str | None, help=f"name of the prior in the run (default: its kind; with --level, {_LEVELWISE})")
+    parser.add_argument("--name", type=str, help=f"name of the prior in the run (default: its kind; with --level, {_LEVELWISE})")
     parser.add_argument("--level", type=int | None, help="train a prior of this level alone, 1 for the coarsest, given those above")
     add_resume_options(parser)
 
@@ -190,6 +194,7 @@ def train(
     Errors: UserError for a foreign checkpoint, or a loss that is not finite.
     """
     config, folder = recipe.stage2, run.prior(name)
+    label_names = training.manifest.label_names if recipe.prior.conditional else None
     began = time.monotonic()
     processes = accelerator.num_processes
 
@@ -211,7 +216,9 @@ def train(
 
     state = checkpoints.load_latest({**weights(), "best": {"weights": best_weights(average.model)}}) if resume else None
     if state is not None:
-        check_tokenizer(run.show(checkpoints.paths()[-1]), state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
+        where = run.show(checkpoints.paths()[-1])
+        check_tokenizer(where, state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
+        check_classes(where, state.get("label_names"), label_names)
         prior.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         load_moments_(prior, optimizer.optimizer, state["optimizer"])
@@ -229,7 +236,7 @@ def train(
 
     def save(step: int, score: float | None) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        noted = {"best": best, "minutes": minutes(), "tokenizer_sha256": training.manifest.tokenizer_sha256}
+        noted = {"best": best, "minutes": minutes(), "tokenizer_sha256": training.manifest.tokenizer_sha256, "label_names": label_names}
         checkpoints.save(step, {**weights(), "scaler": scaler, **noted}, score)
 
     if recipe.compute.tracker:

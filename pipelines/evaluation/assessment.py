@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.data import Data
-from configs.errors import UserError
+from configs.errors import UserError, say
 from configs.schema import Evaluation
 from pipelines.evaluation.distances import (
     PARTS,
@@ -32,6 +32,7 @@ from pipelines.images.bound import image_bits
 from pipelines.images.inputs import encode, encode_and_decode
 from pipelines.images.scoring import ScoringPrior
 from stage1_vqvae.data.device_batches import device_batches
+from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import TRAIN, ImageSource, Pixels
 from stage1_vqvae.features.classifier import Classifier, labels_found
@@ -196,8 +197,11 @@ class Assessor:
         self.tokenizer.likelihood().check(images.pixels)
         labels = None
         if prior is not None and prior.header.label_names is not None and images.labels is not None and self.source.label_names is not None:
-            known, names = prior.header.label_names, [self.source.label_names[label] for label in images.labels.tolist()]
-            labels = torch.tensor([known.index(name) for name in names]) if set(names) <= set(known) else None
+            labels = torch.from_numpy(class_numbers(self.source.label_names, prior.header.label_names))[images.labels]
+            if bool((labels < 0).any()):
+                unknown = self.source.label_names[int(images.labels[labels < 0][0])]
+                say(f"the prior does not know the label {unknown}: no bound, given the class")
+                labels = None
         counts = None if training is None else training.counts()
         learned, alone = (None, True) if prior is None else (prior.prior, prior.header.knows_no_label)
         bits = image_bits(self.tokenizer, codes, images.pixels, counts, learned, labels, alone, progress=True)

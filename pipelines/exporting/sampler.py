@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,11 @@ class Sampler:
             return np.zeros(n, np.int64)
         turns = [number % len(names) for number in range(n)]
         each = [label] * n if isinstance(label, str | int) else turns if label is None else list(label)
-        found = [names.index(one) if one in names else int(one) if str(one).isdecimal() else -1 for one in each]
+        numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
+        named = [numbers.get(unicodedata.normalize("NFC", one)) if isinstance(one, str) else None for one in each]
+        found = [
+            number if number is not None else int(one) if str(one).isdecimal() else -1 for number, one in zip(named, each, strict=True)
+        ]
         if len(found) != n or not all(0 <= one < len(names) for one in found):
             raise ValueError(f"label: expected names ({', '.join(names[:10])}) or numbers below {len(names)}, found {label}")
         return np.array(found, np.int64)
@@ -177,6 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("samples"), help="folder")
     options = vars(parser.parse_args())
     n, seed, label, output = (options.pop(name) for name in ("n", "seed", "label", "output"))
+    output = output.expanduser()
     settings = {name: value for name, value in options.items() if value is not None}
     try:
         images = Sampler(Path(__file__).parent).sample(n, label, seed, **settings)[1]

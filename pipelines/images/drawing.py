@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError, listed, say
 from configs.schema import Sampling
+from stage1_vqvae.data.names import class_numbers, listed
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
@@ -54,8 +55,9 @@ def labels_of(asked: Label | Sequence[Label] | None, count: int, header: PriorHe
 
 
 def _number(asked: Label, names: list[str]) -> int:
-    if asked in names:
-        return names.index(str(asked))
+    number = int(class_numbers([asked], names)[0]) if isinstance(asked, str) else -1
+    if number >= 0:
+        return number
     if str(asked).isdecimal() and int(asked) < len(names):
         return int(asked)
     raise UserError(f"label: expected 0 to {len(names) - 1} or a name ({listed(names)}), found {asked}")

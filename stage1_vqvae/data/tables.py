@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +16,7 @@ from configs.errors import UserError
 from stage1_vqvae.data.cache import files_identity
 from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit
 from stage1_vqvae.data.names import NO_LABELS, check_labels, our_splits
-from stage1_vqvae.data.splits import TRAIN, VALIDATION, SourceSplit
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, Opened, SourceSplit
 from stage1_vqvae.data.streams import Stream
 from stage1_vqvae.training.watch import at_work
 
@@ -95,16 +96,18 @@ class _Mapped:
         return _Mapped(self._rows.select(sorted(range(len(paths)), key=paths.__getitem__)), self._files)
 
 
-def of_the_hub(data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """Splits and label names of a data set of the Hub.
+def of_the_hub(data: Data, wanted: set[str]) -> Opened:
+    """Open a data set of the Hub.
 
     Errors: UserError for one that cannot be loaded, or whose columns leave open which is meant.
     """
     assert data.name is not None
+    if has_magic(data.name):  # `datasets` would take it for a folder of this machine, and for a pattern
+        raise UserError(f"data.name {data.name}: expected a data set of the Hub, USER/NAME, found a folder's name; use --data.path")
     what = f"data.name {data.name} (a local copy can be given with --data.path)"
     asked: dict[str, Any] = {"name": data.config, "revision": data.revision}
     found = _streams(data.name, what, data, **asked) if data.stream else _mapped(_open(data.name, what, **asked))
-    return _found({split: found[name] for name, split in our_splits(data, found).items()}, data, wanted)
+    return _ours(found, data, wanted)
 
 
 def is_saved(path: Path) -> bool:
@@ -112,14 +115,21 @@ def is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or all((path / name).exists() for name in ("state.json", "dataset_info.json"))
 
 
-def of_disk(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """Splits and label names of what `save_to_disk` wrote. Errors: as `of_the_hub`."""
+def of_disk(path: Path, data: Data, wanted: set[str]) -> Opened:
+    """Open what `save_to_disk` wrote. Errors: as `of_the_hub`."""
     import datasets
 
     with _failing_as(f"data.path {path}, which `save_to_disk` wrote"):
         source = datasets.load_from_disk(str(path))
     found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
-    return _found({split: found[name] for name, split in our_splits(data, found).items()}, data, wanted)
+    return _ours(found, data, wanted)
+
+
+def _ours(found: Mapping[str, Table], data: Data, wanted: set[str]) -> Opened:
+    """The data set of splits that go by the source's names."""
+    names = our_splits(data, found)
+    splits, label_names = _found({split: found[name] for name, split in names.items()}, data, wanted)
+    return Opened(splits, label_names, {split: str(name) for name, split in names.items()})
 
 
 def of_files(
@@ -141,13 +151,23 @@ def of_files(
         metadata: tables of each split, which name those of its files that count.
     Errors: as `of_the_hub`.
     """
-    what, named = f"data.path {path}", {split: [str(file) for file in found] for split, found in (metadata or files).items()}
+    what, named = f"data.path {path}", {split: _literally(found) for split, found in (metadata or files).items()}
     if data.stream:
         return _found(_streams(kind, what, data, files, data_files=named), data, wanted)
     found = _mapped(_open(kind, what, data_files=named), files)
     if metadata is not None:
         found = {split: rows.by_path(_image_column(rows, data)) for split, rows in found.items()}
     return _found(found, data, wanted)
+
+
+def _literally(files: Sequence[Path]) -> list[str]:
+    """Files as `datasets` takes them without looking for patterns in their paths; with what tells whether they have changed."""
+    from datasets.data_files import DataFilesList
+
+    for file in files:
+        if "::" in str(file):  # to `datasets`, a file inside an archive
+            raise UserError(f"{file}: expected a path without '::', which `datasets` cannot open, found one; rename it")
+    return DataFilesList([str(file.absolute()) for file in files], [(files_identity([file]),) for file in files])
 
 
 def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:

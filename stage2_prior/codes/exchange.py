@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from stage1_vqvae.data.names import composed_names, normalised
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.store import MANIFEST, CodeStore, Manifest, read_manifest, smallest_dtype, write_manifest, write_shard
@@ -205,11 +206,14 @@ def labels_of(splits: Mapping[str, Foreign], where: Path) -> tuple[list[str] | N
         if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or labels.size == 0 or int(labels.min()) < 0:
             found = f"{list(labels.shape)} of {labels.dtype}" + (", some below 0" if labels.dtype.kind == "i" and labels.size else "")
             raise UserError(f"{where / name}: expected labels that are whole numbers from 0 on, one an image, found {found}")
-    said = [names for name in labelled if (names := splits[name].label_names) is not None]
+    said = [[*map(normalised, names)] for name in labelled if (names := splits[name].label_names) is not None]
     if any(names != said[0] for names in said):
         raise UserError(f"{where}: expected the same names of labels of all splits, found {said[0]} and others")
     if said:
-        return said[0], {name: _checked(labels, len(said[0]), "labels", where / name) for name, labels in labelled.items()}
+        names, numbers = composed_names(said[0])
+        return names, {
+            name: torch.from_numpy(numbers)[_checked(labels, len(said[0]), "labels", where / name)] for name, labels in labelled.items()
+        }
     if not labelled:
         return None, {}
     occurring = np.unique(np.concatenate(list(labelled.values())))

@@ -26,6 +26,7 @@ from torch import Tensor
 from configs.data import StoredAugmentation
 from configs.errors import UserError, brief
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
+from stage1_vqvae.data.names import class_numbers, listed
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.progress import progress_bar
 
@@ -163,6 +164,26 @@ class CodeStore:
 
     def __len__(self) -> int:
         return self.manifest.rows
+
+    def labels_among(self, names: Sequence[str]) -> Tensor | None:
+        """The labels (rows,) as numbers of those classes, by name: the store may have been extracted with a class more. -1 where they are
+        none of them; None: there are no labels.
+        """
+        if self.labels is None:
+            return None
+        return torch.from_numpy(class_numbers(self.manifest.label_names or (), names))[self.labels]
+
+    def number_by(self, names: Sequence[str]) -> None:
+        """Number the labels by those classes, which a prior was trained on. Errors: UserError if some are none of them, or missing."""
+        labels = self.labels_among(names)
+        if labels is None or bool((labels < 0).any()):
+            expected = f"expected codes of classes that the prior knows ({listed(names)})"
+            found = "no labels" if self.labels is None or labels is None else self._name_of(int(self.labels[labels < 0][0]))
+            raise UserError(f"{self.folder}: {expected}, found {found}; train another prior on them with --name NAME")
+        self.labels, self.manifest = labels, dataclasses.replace(self.manifest, label_names=list(names))
+
+    def _name_of(self, label: int) -> str:
+        return (self.manifest.label_names or [])[label]
 
     def codes(self, rows: Tensor, variants: Tensor | None = None) -> Codes:
         """Codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) a level.

@@ -14,6 +14,7 @@ from configs.errors import UserError, listed
 from configs.parts import as_dict
 from configs.run_dir import RunDir
 from configs.schema import PriorPart, prior_from
+from stage1_vqvae.data.names import listed
 from stage1_vqvae.training.weights_file import built_from, load_weights, read_header, save_weights
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
@@ -84,6 +85,14 @@ def check_tokenizer(where: str, found: str, expected: str) -> None:
     if found != expected:
         wanted = f"expected a prior over codes of the run's tokenizer {expected[:12]}"
         raise UserError(f"{where}: {wanted}, found one over codes of {found[:12]}; train another with --name NAME")
+
+
+def check_classes(where: str, found: list[str] | None, expected: list[str] | None) -> None:
+    """Errors: UserError if a checkpoint was trained on codes of other classes, whose numbers mean other things."""
+    if found != expected:
+        ours, theirs = ("none" if names is None else listed(names) for names in (expected, found))
+        wanted = f"expected a prior of the classes that the codes have now ({ours})"
+        raise UserError(f"{where}: {wanted}, found {theirs}; train another with --name NAME")
 
 
 def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> None:

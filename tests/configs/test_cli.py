@@ -99,6 +99,23 @@ def test_hyphens_are_underscores(tmp_path: Path) -> None:
     assert resolved("--stage1.batch-size", "32", "--run", str(tmp_path / "new")).stage1.batch_size == 32
 
 
+def test_only_null_is_nothing_on_the_command_line(tmp_path: Path) -> None:
+    """YAML has other words for it, each of which may be the name of a column, a class or a folder."""
+
+    values = {
+        "label_column": "~",
+        "image_column": "#1",
+        "train_split": "NULL",
+        "validation_split": "no",
+        "test_split": "1e3",
+        "name": "null",
+    }
+    options = [f"--data.{key}={value}" for key, value in values.items()]
+    data = resolved(*options, "--data.path=~", "--run", str(tmp_path / "new")).data
+    assert {key: getattr(data, key) for key in values} == {**values, "name": None}
+    assert data.path == str(Path.home().resolve())
+
+
 def test_recipe_survives_writing_and_reading(tmp_path: Path) -> None:
     recipe = resolved("--stage1.lr", "1e-5", "--data.path", "/some/where", "--run", str(tmp_path / "new"))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_dict(recipe)))

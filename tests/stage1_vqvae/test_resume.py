@@ -50,8 +50,11 @@ def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
     kill_after_checkpoint(command, run / "stage1/checkpoints/step-000000040.pt", run / "stage1/metrics.jsonl", 50)
     assert not (run / "tokenizer.safetensors").exists()
     assert "--resume" in one_line_error(main, *settings, "--run", run)
+    capsys.readouterr()
     main([*settings, "--run", str(run), "--resume"])
-    assert re.search(r"going on after step (40|80)", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"going on after step (40|80)", out)
+    assert out.count("48 images in 2 classes; train 36, validation 12 (held out)") == 1
     assert (run / "tokenizer.safetensors").read_bytes() == (tmp_path / "whole" / "tokenizer.safetensors").read_bytes()
     timeless = [
         [

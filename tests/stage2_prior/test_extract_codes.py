@@ -114,7 +114,9 @@ def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pyt
     with pytest.raises(ValueError, match="expected codes of the run's tokenizer"):
         train_prior(["--run", str(run_copy), "--name", "second"])
     main(["--run", str(run_copy)])
-    assert "extracting anew" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "extracting anew" in out
+    assert out.count("48 images in 2 classes; train 36, validation 12 (held out)") == 2  # of the training, and of this
     assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,16 +14,21 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
+from configs.errors import UserError
 from configs.run_dir import RunDir, read_json
 from configs.schema import prior_from
+from pipelines.anomalies import reference
+from pipelines.images.scoring import ScoringPrior
 from pipelines.sample import main as sample
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.weights_file import fingerprint, load_weights, save_weights
-from stage2_prior.codes.store import CodeStore
+from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.extract_codes import main as extract
+from stage2_prior.joining import check_levels
 from stage2_prior.likelihood.bits import mean_over_tokens, turning_point, uniform_bits, unigram_bits
 from stage2_prior.priors.pixelcnn import PixelCNN
 from stage2_prior.priors.prior_file import load_prior
+from stage2_prior.report import main as report
 from stage2_prior.train import main
 
 
@@ -57,6 +64,50 @@ def check_likelihood(path: Path, name: str) -> None:
     assert report["bits_per_image"]["prior"] == pytest.approx(6 * bits, rel=1e-5)
     validations = [record["bits_per_token"] for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
     assert min(validations) == report["validation"]
+
+
+def test_codes_stored_with_a_class_more_are_scored_by_name(
+    run_copy: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after images of a new class were added, between the others in the alphabet: the numbers of those behind it move by one."""
+    run, arguments = RunDir(run_copy), ["--run", str(run_copy)]
+    names = ["across", "aside", "down"]
+    before = read_json(run.prior("transformer") / "likelihood.json")
+    path, command = run.prior("transformer") / "prior.safetensors", Namespace(run=run)
+    scorer = ScoringPrior(*load_prior(path, fingerprint(run.tokenizer)), "transformer")
+    usual = reference(command, scorer, labelled=True)
+
+    def store_again(first: int | None) -> None:
+        for split in ("train", "validation"):
+            store = CodeStore(run.codes / split)
+            labels = store.labels_among(names)
+            assert labels is not None
+            labels[:1] = labels[:1] if first is None else first
+            manifest = dataclasses.replace(store.manifest, label_names=names)
+            for shard in range(manifest.num_shards):
+                codes = [torch.from_numpy(level.copy()) for level in store.shard(shard)]
+                write_shard(run.codes / split, manifest, shard, codes, labels[torch.tensor(manifest.shard_rows(shard))])
+            write_manifest(run.codes / split, manifest)
+
+    store_again(None)
+    report(arguments)
+    after = read_json(run.prior("transformer") / "likelihood.json")
+    assert [after[key] for key in ("validation", "train", "labels")] == [before[key] for key in ("validation", "train", "labels")]
+    assert torch.equal(reference(command, scorer, labelled=True), usual)
+
+    store_again(1)
+    line = one_line_error(report, *arguments)
+    assert "codes/train: expected codes of classes that the prior knows (across, down), found aside; train another prior" in line
+    assert torch.equal(reference(command, scorer, labelled=True), usual[1:])
+    assert "compared with 11 of 12 validation images: the others' labels the prior does not know" in capsys.readouterr().out
+    line = one_line_error(main, *arguments, "--resume", "--stage2.steps", "12")
+    assert "expected a prior of the classes that the codes have now (across, aside, down), found across, down" in line
+    shutil.copytree(run.prior("transformer"), run.prior("joined/level1"))
+    check_levels(run, "joined/level2", ["across", "down"])
+    check_levels(run, "joined/level1", names)  # which is to be trained again
+    for classes, found in ((names, "expected all levels trained on the same classes, across, aside, down"), (None, "or none, found both")):
+        with pytest.raises(UserError, match=found):
+            check_levels(run, "joined/level2", classes)
 
 
 def test_references_by_hand(finished_run: Path) -> None:

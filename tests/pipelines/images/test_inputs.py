@@ -19,6 +19,7 @@ from configs.data import Data
 from configs.errors import UserError
 from configs.parts import default_part
 from configs.run_dir import RunDir
+from pipelines.images.drawing import labels_of
 from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
@@ -88,6 +89,9 @@ def test_labels_are_the_folders_in_which_images_lie_however_deep(tmp_path: Path,
     shutil.copytree(pictures / "down", tmp_path / "train" / "down")
     assert set(load_files([str(tmp_path)], DATA).labels or ()) == {"down"}
     assert load_files([str(tmp_path / "train" / "down")], DATA).labels is None
+    picture(tmp_path / "test" / "down" / "images" / "a.png", 10)
+    picture(tmp_path / "test" / "up" / "images" / "a.png", 10)
+    assert load_files([str(tmp_path / "test")], DATA).labels == ["down", "up"]
 
 
 def test_other_sizes_are_scaled_to_cover_and_cropped(tmp_path: Path) -> None:
@@ -99,13 +103,29 @@ def test_other_sizes_are_scaled_to_cover_and_cropped(tmp_path: Path) -> None:
     assert (found[0, 1:-1].double() - 200).abs().max() <= 8  # but for the ringing at the edges
 
 
-def test_hidden_and_foreign_files_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_and_foreign_files_of_a_folder_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = picture(tmp_path / "a.png", 10)
     picture(tmp_path / ".cache" / "a.png", 20)
     (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside a file")
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "scan.pdf").write_bytes(b"%PDF-1.4")  # Pillow writes them, but reads none
+    for folder in ("__MACOSX", "lost+found", "@eaDir/a.png", "$RECYCLE.BIN"):
+        picture(tmp_path / folder / "b.png", 30)
     assert load_files([str(tmp_path)], DATA).paths == [str(wanted)]
+    assert "left out: 1 .txt, 1 .pdf" in capsys.readouterr().out.replace("1 .pdf, 1 .txt", "1 .txt, 1 .pdf")
+
+
+def test_a_folder_is_listed_as_training_lists_it(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through links; a folder inside that of a class is part of it; and a picture beside classes takes their labels, aloud."""
+    (tmp_path / "data").mkdir()
+    os.symlink(pictures / "down", tmp_path / "data" / "down")
+    picture(tmp_path / "data" / "up" / "a.png", 10)
+    picture(tmp_path / "data" / "up" / "inside" / "b.png", 20)
+    assert load_files([str(tmp_path / "data")], DATA).labels == ["down"] * 24 + ["up"] * 2
+    assert capsys.readouterr().out == ""
+    picture(tmp_path / "data" / "c.png", 30)
+    assert load_files([str(tmp_path / "data")], DATA).labels is None
+    assert "data: its images have no labels, since some lie beside the folders of classes; one is" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -224,6 +244,13 @@ def test_labels_count_by_name_in_the_prior_s_numbering() -> None:
     assert labels_for(None, images(None), known) is None
     assert labels_for(None, images(["up"] * 3), header(None)) is None
     assert labels_for(None, images(["up"] * 3), None) is None
+
+
+def test_labels_are_asked_for_by_name_in_either_form_before_number() -> None:
+    known = header(["2", "cafe\u0301", "~"])
+    for asked, number in (("2", 0), (2, 2), ("caf\u00e9", 1), ("cafe\u0301", 1), ("~", 2), ("1", 1)):
+        assert labels_of(asked, 1, known).tolist() == [number]  # type: ignore[union-attr]
+    assert labels_for(None, images(["caf\u00e9"] * 3), known).tolist() == [1, 1, 1]  # type: ignore[union-attr]
 
 
 def test_labels_that_do_not_fit_get_one_line() -> None:

@@ -6,7 +6,11 @@ import gc
 import io
 import os
 import shutil
+import sys
 import tarfile
+import types
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,17 +163,19 @@ def test_the_hub_is_asked_for_a_configuration_and_a_revision(pictures: Path, tmp
         load_images(data(None, name=str(tmp_path)))
 
 
-def test_splits_can_be_named(pictures: Path, tmp_path: Path) -> None:
+def test_splits_can_be_named(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(pictures)
     parts = {"unlabeled": rows[:20], "train": rows[20:30], "held": rows[30:]}
     datasets.DatasetDict({name: classes(part) for name, part in parts.items()}).save_to_disk(str(tmp_path / "d"))
 
-    def sizes(**settings: object) -> dict[str, int]:
-        return {name: len(split) for name, split in load_images(data(tmp_path / "d", **settings)).splits.items()}
+    def sizes(announce: bool = False, **settings: object) -> dict[str, int]:
+        return {name: len(split) for name, split in load_images(data(tmp_path / "d", **settings), announce=announce).splits.items()}
 
     assert sizes(train_split="unlabeled", validation_split="held") == {TRAIN: 20, VALIDATION: 18}
     assert sizes(validation_split="held") == {TRAIN: 10, VALIDATION: 18}
     assert sizes(train_split="held", test_split="train") == {TRAIN: 14, VALIDATION: 4, TEST: 10}
+    assert sizes(train_split="unlabeled", test_split="train", announce=True) == {TRAIN: 15, VALIDATION: 5, TEST: 10}
+    assert "30 images in 2 classes; train 15 (unlabeled), validation 5 (held out), test 10 (train)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.train_split: expected a split of .*, unlabeled, train, held, found all"):
         sizes(train_split="all")
 
@@ -194,8 +200,9 @@ def test_what_tells_no_split_where_others_do_is_left_out_aloud(pictures: Path, t
     assert "1 files whose names tell no split, as others do, are left out; one is more.parquet" in capsys.readouterr().out
     for name in ("train", "val", "preview"):
         shutil.copytree(pictures / "down", tmp_path / "folders" / name)
-    assert {name: len(split) for name, split in load_images(data(tmp_path / "folders")).splits.items()} == {TRAIN: 24, VALIDATION: 24}
-    assert "24 images beside the splits' folders (train, val) are left out; one is" in capsys.readouterr().out
+    splits = load_images(data(tmp_path / "folders"), announce=True).splits
+    assert {name: len(split) for name, split in splits.items()} == {TRAIN: 24, VALIDATION: 24}
+    assert "left out beside the splits' folders (train, val): 24 images, such as" in capsys.readouterr().out
 
 
 def test_a_class_that_is_called_as_a_split_is_asked_about(tmp_path: Path, pictures: Path) -> None:
@@ -275,12 +282,12 @@ def test_metadata_says_what_counts(pictures: Path, tmp_path: Path, capsys: pytes
     listed(tmp_path / "some", rows_of(pictures))
     lines = (tmp_path / "some/metadata.csv").read_text().splitlines()
     (tmp_path / "some/metadata.csv").write_text("\n".join(lines[:-3]) + "\n")
-    assert sum(map(len, load_images(data(tmp_path / "some")).splits.values())) == 45
+    assert sum(map(len, load_images(data(tmp_path / "some"), announce=True).splits.values())) == 45
     assert "train: 3 images that the metadata does not name are left out" in capsys.readouterr().out
     folders(tmp_path / "folders", rows_of(pictures))
     names = sorted(path.relative_to(tmp_path / "folders").as_posix() for path in (tmp_path / "folders").rglob("*.png"))
     (tmp_path / "folders/metadata.csv").write_text("\n".join(["file_name,text", *(f"{name},hello" for name in names)]) + "\n")
-    source = load_images(data(tmp_path / "folders"))
+    source = load_images(data(tmp_path / "folders"), announce=True)
     assert source.label_names is None
     assert "no labels: the metadata, which stands for the folders' names, has no column of them" in capsys.readouterr().out
 
@@ -322,6 +329,11 @@ def test_an_archive_among_images_is_what_they_were_unpacked_from(pictures: Path,
         ("validation/0.parquet", VALIDATION),
         ("a/test/b/0.parquet", TEST),
         ("trainer-0.parquet", TRAIN),  # nothing tells, so that all are
+        ("Testing/0.parquet", TEST),
+        ("Train-0000.parquet", TRAIN),
+        ("testing.tar", TEST),
+        ("val2017-0.tar", VALIDATION),
+        ("x_TEST_0001.parquet", TEST),
         ("pictures-train-test-0.parquet", None),
     ],
 )
@@ -381,3 +393,124 @@ def test_rows_of_several_tables_of_metadata_are_in_the_order_of_their_paths(pict
     assert np.array_equal(split.pixels[:].numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content, _ in rows]))
     assert split.labels is not None
     assert split.labels.tolist() == [int(name == "down") for _, name in rows]
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+FOLDERS: dict[str, tuple[list[str], object, str]] = {
+    # what: folders or files (two images a folder); images of each split and class, or words of the line; words of what is announced
+    "splits in any case": (["TRAIN/a", "TRAIN/b", "Test/a", "Test/b"], {"train": "aabb", "test": "aabb"}, "train 4 (TRAIN), test 4 (Test)"),
+    "other usual names": (["Training/a", "Training/b", "Eval/a", "Eval/b"], {"train": "aabb", "validation": "aabb"}, "validation 4 (Eval)"),
+    "names with a year": (["train2017/a", "train2017/b", "val2017/b"], {"train": "aabb", "validation": "bb"}, "validation 2 (val2017)"),
+    "splits further down": (["x/y/train/a", "x/y/train/b", "x/y/tst/b"], {"train": "aabb", "test": "bb"}, "(x/y/train), test 2 (x/y/tst)"),
+    "splits in themselves": (["train/train/a", "train/train/b", "Test/test"], {"train": "aabb", "test": ""}, "test 2 (Test/test)"),
+    "classes that sound like splits": (
+        ["bullet_train", "test_tube", "cat"],
+        {"train": ["bullet_train", "cat", "test_tube"] * 2},
+        "3 classes",
+    ),
+    "two of one split": (["train", "Train", "test"], ["expected one train split (--data.train_split NAME), found Train, train"], ""),
+    "splits inside classes": (
+        ["a/train", "a/test", "b/train", "b/test"],
+        ["expected the folders of splits at the top, found a/train and a/test"],
+        "",
+    ),
+    "an empty split": (["train/a", "train/b", "val/a/notes.txt"], ["val: expected images of split validation, found none"], ""),
+    "a picture beside classes": (["a", "b", "p.png"], {"train": "aabb"}, "left out beside the folders of classes: 1, such as p.png"),
+    "pictures and classes": (["a", "b", "p.png", "q.png"], ["or images without classes (--data.label_column none), found 2 beside"], ""),
+    "a folder in a class": (["a", "a/c", "b"], {"train": "aaaabb"}, "folders inside that of a class are part of it, as a/c of a"),
+    "classes at two depths": (["a/x", "b/x/y"], ["expected images of all classes in folders of one depth", "a/x", "b/x/y"], ""),
+    "a folder in every class": (["n1/images", "n2/images"], {"train": ["n1", "n1", "n2", "n2"]}, "4 images in 2 classes"),
+    "dunder": (["__background__", "a", "__MACOSX/a"], {"train": ["__background__"] * 2 + ["a"] * 2}, "4 images in 2 classes"),
+    "thumbnails": (
+        ["a", "b", "a/@eaDir/0.png", "b/.thumbnails", "#recycle/a", "a/Thumbs.db"],
+        {"train": "aabb"},
+        "data: 4 images in 2 classes; train 4",
+    ),
+    "names in two forms": (
+        [f"train/{COMPOSED}", "train/t", f"val/{DECOMPOSED}"],
+        {"train": [COMPOSED] * 2 + ["t"] * 2, "validation": [COMPOSED] * 2},
+        "",
+    ),
+    "other files": (
+        ["a", "b", "a/i.HEIC", "a/j.HEIC", "b/k.svg", "b/l"],
+        {"train": "aabb"},
+        "2 .HEIC (install pillow-heif), 1 .svg, 1 without ending",
+    ),
+    "no images": (["a/i.heic"], ["expected images, found none among its files: 1 .heic (install pillow-heif)"], ""),
+}
+
+
+def laid_out(root: Path, entries: list[str], content: Iterator[bytes]) -> None:
+    """Files, and folders of two images each."""
+    for entry in entries:
+        for path in [root / entry] if "." in entry[1:] or entry.endswith("/l") else [root / entry / "0.png", root / entry / "1.png"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(next(content))
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_what_folders_are_is_decided_and_said_or_asked_for(
+    what: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries, outcome, said = FOLDERS[what]
+    laid_out(tmp_path / "data", entries, (row for row, _ in rows_of(pictures)))
+    if isinstance(outcome, list):
+        with pytest.raises(UserError) as error:
+            load_images(data(tmp_path / "data"), hold_out=False)
+        assert all(words in str(error.value) for words in outcome), error.value
+        return
+    assert isinstance(outcome, dict)
+    source = load_images(data(tmp_path / "data"), hold_out=False, announce=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data.path ")]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert source.label_names is not None
+    found = {
+        name: [] if split.labels is None else [source.label_names[label] for label in split.labels.tolist()]
+        for name, split in source.splits.items()
+    }
+    assert {name: sorted(labels) for name, labels in found.items()} == {name: sorted(labels) for name, labels in outcome.items()}
+
+
+def test_a_format_of_a_plugin_is_read_where_it_is_there(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid_out(tmp_path, ["a", "b", "a/i.heic"], (row for row, _ in rows_of(pictures)))
+    Image.init()
+    for registry in ("ID", "EXTENSION", "OPEN"):
+        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
+
+    def register() -> None:
+        Image.register_open("HEIF", Image.OPEN["PNG"][0])
+        Image.register_extension("HEIF", ".heic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
+    assert len(load_images(data(tmp_path), hold_out=False).splits[TRAIN]) == 5
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_in_a_path_is_a_pattern(stream: bool, pictures: Path, tmp_path: Path) -> None:
+    rows = rows_of(pictures)
+    for name, count in (("set[1]", 8), ("set1", 4), ("*", 12), ("{a,b}?", 16)):
+        (tmp_path / name).mkdir()
+        tar(tmp_path / name / "[0]-1.tar", rows[:count])
+        classes(rows[:count]).to_parquet(io_path := tmp_path / "rows.parquet")
+        (tmp_path / name / "p").mkdir()
+        io_path.rename(tmp_path / name / "p" / "[0]-1.parquet")
+        for path in (tmp_path / name / "[0]-1.tar", tmp_path / name / "p"):
+            assert len(load_images(data(path, stream=stream, cache=str(tmp_path / "cache")), hold_out=False).splits[TRAIN]) == count
+    with pytest.raises(UserError, match=r"set\[1\]: expected a data set of the Hub, .* use --data\.path"):
+        load_images(data(None, name=str(tmp_path / "set[1]"), stream=stream))
+    if not stream:
+        listed(tmp_path / "listed[1]", rows[:5])
+        assert len(load_images(data(tmp_path / "listed[1]"), hold_out=False).splits[TRAIN]) == 5
+
+
+def test_names_of_classes_in_a_table_are_composed(pictures: Path, tmp_path: Path) -> None:
+    rows = [(row, (COMPOSED, DECOMPOSED, "t")[number % 3]) for number, (row, _) in enumerate(rows_of(pictures)[:12])]
+    for name, feature in (("text", datasets.Value("string")), ("classes", datasets.ClassLabel(names=[DECOMPOSED, "t", COMPOSED]))):
+        numbered = [(row, feature.str2int(label)) for row, label in rows] if name == "classes" else rows
+        table(numbered, feature).save_to_disk(str(tmp_path / name))
+        source = load_images(data(tmp_path / name), hold_out=False)
+        assert source.label_names == [COMPOSED, "t"]
+        assert Counter(source.splits[TRAIN].labels.tolist()) == {0: 8, 1: 4}  # type: ignore[union-attr]

@@ -44,6 +44,25 @@ def written(folder: Path, codes: list[torch.Tensor], labels: torch.Tensor | None
     return folder
 
 
+def test_labels_are_numbered_by_the_names_of_other_classes(tmp_path: Path) -> None:
+    """A prior's, which was trained before there was a class `b`, or whose names another system wrote."""
+    labels = torch.randint(3, (ROWS,))
+    manifest = dataclasses.replace(MANIFEST, label_names=["a", "b", "caf\u00e9"])
+    store = CodeStore(written(tmp_path / "train", levels(), labels, manifest))
+    assert torch.equal(store.labels_among(["cafe\u0301", "x", "a"]), torch.tensor([2, -1, 0])[labels])  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"train: expected codes of classes that the prior knows \(a, cafe.\), found b; train another prior"
+    ):
+        store.number_by(["a", "cafe\u0301"])
+    store.number_by(["x", "caf\u00e9", "b", "a"])
+    assert torch.equal(store.labels, torch.tensor([3, 2, 1])[labels])  # type: ignore[arg-type]
+    assert store.manifest.label_names == ["x", "caf\u00e9", "b", "a"]
+    store = CodeStore(written(tmp_path / "without", levels(), None, dataclasses.replace(MANIFEST, label_names=None)))
+    assert store.labels_among(["a"]) is None
+    with pytest.raises(UserError, match="found no labels"):
+        store.number_by(["a"])
+
+
 @pytest.mark.parametrize(("rows_per_shard", "files"), [(10, 3), (25, 1), (1000, 1)])
 def test_what_is_written_is_read(rows_per_shard: int, files: int, tmp_path: Path) -> None:
     codes, labels = levels(), torch.randint(3, (ROWS,))
