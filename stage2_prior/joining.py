@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from accelerate import Accelerator
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from configs.parts import as_dict
 from configs.run_dir import RunDir, read_json, write_json
-from stage1_vqvae.data.names import listed
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, write_report
 from stage2_prior.priors.levelwise import LevelwisePart

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError, listed, say
 from configs.schema import Sampling
-from stage1_vqvae.data.names import class_numbers, listed
+from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes

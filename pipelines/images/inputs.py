@@ -15,7 +15,7 @@ from configs.errors import UserError, listed, say
 from pipelines.images.drawing import labels_of
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
-from stage1_vqvae.data.names import class_numbers, listed
+from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images, load_spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels

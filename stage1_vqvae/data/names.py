@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.data import Data
-from configs.errors import UserError, say
+from configs.errors import UserError, listed, say
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 
 NO_LABELS = "none"
@@ -42,11 +42,6 @@ def composed_names(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Names of classes in composed form, each once, and the number (len(names),) that each of the given ones has among those."""
     composed = list(dict.fromkeys(map(normalised, names)))
     return composed, class_numbers(names, composed)
-
-
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """Names with commas between them, the first few."""
-    return ", ".join(names[:most]) + (f", and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def usual_split(name: str) -> str | None:

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.data import StoredAugmentation
-from configs.errors import UserError, brief
+from configs.errors import UserError, brief, listed
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
-from stage1_vqvae.data.names import class_numbers, listed
+from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.progress import progress_bar
 

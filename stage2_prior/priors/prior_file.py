@@ -14,7 +14,6 @@ from configs.errors import UserError, listed
 from configs.parts import as_dict
 from configs.run_dir import RunDir
 from configs.schema import PriorPart, prior_from
-from stage1_vqvae.data.names import listed
 from stage1_vqvae.training.weights_file import built_from, load_weights, read_header, save_weights
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
