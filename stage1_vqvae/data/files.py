@@ -50,15 +50,15 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: 
         tree = files_below(path)
         images, omitted = images_in(tree)
         if not images:
-            told = f": {omitted}" if omitted else ""
-            raise UserError(f"{path}: expected an image or a folder of images, found no image in it{told}")
+            others = f" among its files: {omitted}" if omitted else ""
+            raise UserError(f"{path}: expected an image or a folder of images, found no image in it{others}")
         if omitted:
             say(f"{path}: {sum(map(len, images.values())):,} images; left out: {omitted}")
         labels = labels_of_folders(images)
         unlabelled = [folder for folder in images if folder not in labels]
         if labels and unlabelled:
-            one = tree.path(unlabelled[0], images[unlabelled[0]][0])
-            say(f"{path}: its images have no labels, since some lie beside the folders of classes; one is {one}")
+            example = tree.path(unlabelled[0], images[unlabelled[0]][0])
+            say(f"{path}: its images have no labels, since some lie beside the folders of classes; one is {example}")
         files = sorted((Path(tree.path(folder, name)), labels.get(folder)) for folder, names in images.items() for name in names)
         found += [(file, path, label) for file, label in files]
     all_labelled = all(label is not None for _, _, label in found)

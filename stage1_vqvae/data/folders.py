@@ -22,7 +22,7 @@ from stage1_vqvae.data.splits import TRAIN, Opened, SourceSplit
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables that name images (`file_name`) and what is known of them, as `datasets` has it."""
 # What systems and their programs leave beside files: thumbnails, recycle bins, snapshots. (Hidden ones begin with a dot.)
-_OF_SYSTEMS = frozenset(
+_SYSTEM_NAMES = frozenset(
     (
         *("__macosx", "lost+found", "@eadir", "@__thumb", "@recycle", "#recycle", "$recycle.bin", "@recently-snapshot", "#snapshot"),
         *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
@@ -72,7 +72,7 @@ def files_below(folder: str | Path) -> FileTree:
         try:
             with os.scandir(parent) as entries:
                 for entry in entries:
-                    if entry.name.startswith(".") or entry.name.casefold() in _OF_SYSTEMS:
+                    if entry.name.startswith(".") or entry.name.casefold() in _SYSTEM_NAMES:
                         continue
                     if entry.is_symlink():
                         # A link to itself is none to a file or a folder, but an error of `entry`.
@@ -149,55 +149,55 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
     Errors: UserError for a folder without images, or with some of which it is not plain what split or class they are of.
     """
     images, omitted = images_in(tree, METADATA)
-    tables_at = [folder for folder, names in tree.files.items() if not set(METADATA).isdisjoint(names)]
+    table_folders = [folder for folder, names in tree.files.items() if not set(METADATA).isdisjoint(names)]
     if not images:
         raise UserError(f"data.path {path}: expected images, found none" + (f" among its files: {omitted}" if omitted else ""))
-    read = [*images, *tables_at]
+    read = [*images, *table_folders]
     root = _root(read, tree, data)
     depth = len(root)
-    beside_one_another = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
-    holding = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
-    names = our_splits(data, sorted(beside_one_another), only=False) or splits_by_words(data, holding)
+    candidates = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
+    top_folders = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
+    names = our_splits(data, sorted(candidates), only=False) or splits_by_words(data, top_folders)
     if not names:
         _check_no_splits_below(path, images)
-    roots = {split: _inside((*root, name), split, read) for name, split in names.items()} or {TRAIN: root}
-    of_splits: dict[str, dict[Parts, list[str]]] = {split: {} for split in roots}
+    roots = {split: _unwrapped((*root, name), split, read) for name, split in names.items()} or {TRAIN: root}
+    split_images: dict[str, dict[Parts, list[str]]] = {split: {} for split in roots}
     beside: dict[Parts, list[str]] = {}
-    for folder, found in images.items():
+    for folder, files in images.items():
         split = next((split for split, root in roots.items() if folder[: len(root)] == root), "")
         if split:
-            of_splits[split][folder[len(roots[split]) :]] = found
+            split_images[split][folder[len(roots[split]) :]] = files
         else:
-            beside[folder] = found
+            beside[folder] = files
     notes = []
     if beside:
-        one = next(tree.path(folder, found[0]) for folder, found in beside.items())
+        example, count = next(tree.path(folder, files[0]) for folder, files in beside.items()), sum(map(len, beside.values()))
         if len(names) == 1 and data.train_split is None and any(folder != root for folder in beside):  # a class called `train`?
-            told = f"found some in {next(iter(names))} and others beside it; if those are classes, rename that one, else --data.train_split"
-            raise UserError(f"{one}: expected all images in the folders of their splits, {told}")
-        count = sum(map(len, beside.values()))
-        notes.append(f"left out beside the splits' folders ({', '.join(names)}): {count:,} images, such as {one}")
-    for split, found_in in of_splits.items():
-        if not found_in:
+            ways = "if those are classes, rename that one, else --data.train_split NAME"
+            expected = "expected all images in the folders of their splits"
+            raise UserError(f"{example}: {expected}, found some in {next(iter(names))} and others beside it; {ways}")
+        notes.append(f"left out beside the splits' folders ({', '.join(names)}): {count:,} images, such as {example}")
+    for split, folders in split_images.items():
+        if not folders:
             raise UserError(f"data.path {tree.path(roots[split])}: expected images of split {split}, found none")
     called = {split: "/".join(roots[split]) for split in names.values()}
-    if tables_at:
-        return Opened(*_with_metadata(path, tree, roots, of_splits, tables_at, data, notes), called, omitted, notes)
+    if table_folders:
+        return Opened(*_with_metadata(path, tree, roots, split_images, table_folders, data, notes), called, omitted, notes)
     refuse_keys(data, ("image_column",), f"{path}, a folder of images, which has no columns")
     classes: dict[str, dict[Parts, str]] = {}
     if data.label_column is None:
-        classes = class_folders(of_splits, f"data.path {path}", notes)
+        classes = class_folders(split_images, f"data.path {path}", notes)
     elif data.label_column != NO_LABELS:
         raise UserError(f"data.label_column: expected {NO_LABELS}, or nothing, for a folder of images, found {data.label_column}")
     label_names = sorted({name for of_split in classes.values() for name in of_split.values()})
     numbers = {name: number for number, name in enumerate(label_names)}
     splits: dict[str, SourceSplit] = {}
-    for split, found_in in of_splits.items():
-        of_class = {tree.path((*roots[split], *folder)): numbers[name] for folder, name in classes.get(split, {}).items()}
-        labelled = len(label_names) > 1 and bool(of_class)
-        kept = {folder: found for folder, found in found_in.items() if not labelled or folder in classes[split]}
-        paths = sorted(path for folder, found in kept.items() for path in _joined(tree.path((*roots[split], *folder)), found))
-        labels = np.asarray([of_class[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
+    for split, folders in split_images.items():
+        class_of = {tree.path((*roots[split], *folder)): numbers[name] for folder, name in classes.get(split, {}).items()}
+        labelled = len(label_names) > 1 and bool(class_of)
+        used = {folder: files for folder, files in folders.items() if not labelled or folder in classes[split]}
+        paths = sorted(path for folder, files in used.items() for path in _joined(tree.path((*roots[split], *folder)), files))
+        labels = np.asarray([class_of[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
         splits[split] = EncodedSplit(split, _Files(paths), labels, files_identity(map(Path, paths)))
     return Opened(splits, label_names if len(label_names) > 1 else None, called, omitted, notes)
 
@@ -236,20 +236,20 @@ def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: s
     if len({name for of_split in classes.values() for name in of_split.values()}) > 1:
         for split, folders in splits.items():
             if classes[split] and () in folders:
-                notes.append(_left_alone(folders, classes[split], what))
+                notes.append(_note_strays(folders, classes[split], what))
     return classes
 
 
-def _left_alone(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts, str], what: str) -> str:
-    """What to say of images beside the folders of classes. Errors: UserError if they are as many as those of a class."""
-    alone = folders[()]
+def _note_strays(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts, str], what: str) -> str:
+    """Describe the images beside the folders of classes. Errors: UserError if they are no fewer than those of some class."""
+    strays = folders[()]
     counts: Counter[str] = Counter()
     for folder, name in classes.items():
         counts[name] += len(folders[folder])
-    if len(alone) >= min(counts.values()):
+    if len(strays) >= min(counts.values()):
         expected = "expected images in folders of classes, or images without classes (--data.label_column none)"
-        raise UserError(f"{what}: {expected}, found {len(alone):,} beside the folders; one is {min(alone)}")
-    return f"left out beside the folders of classes: {len(alone):,}, such as {min(alone)}"
+        raise UserError(f"{what}: {expected}, found {len(strays):,} beside the folders; one is {min(strays)}")
+    return f"left out beside the folders of classes: {len(strays):,}, such as {min(strays)}"
 
 
 def labels_of_folders(images: Mapping[Parts, Collection[str]]) -> dict[Parts, str]:
@@ -292,24 +292,24 @@ def _root(folders: Sequence[Parts], tree: FileTree, data: Data) -> Parts:
     return root
 
 
-def _inside(root: Parts, split: str, folders: Collection[Parts]) -> Parts:
-    """The folder of a split: of `test/test`, which archives are unpacked to, the inner one, if it has all images of the outer."""
+def _unwrapped(root: Parts, split: str, folders: Collection[Parts]) -> Parts:
+    """A split's folder; of `test/test`, as some archives unpack, the inner one if it holds all images."""
     inside = {folder[: len(root) + 1] for folder in folders if folder[: len(root)] == root}
     (inner,) = inside if len(inside) == 1 else (root,)
     is_named = inner != root and (inner[-1] == root[-1] or usual_split(inner[-1]) == split)
-    return _inside(inner, split, folders) if is_named else root
+    return _unwrapped(inner, split, folders) if is_named else root
 
 
 def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> None:
     """Errors: UserError if folders that are named as splits lie inside others: test images would be trained on."""
-    told = {
+    nested = {
         split: folder[: depth + 1]
         for folder in sorted(images, reverse=True)
         for depth, name in enumerate(folder)
         if (split := usual_split(name))
     }
-    if len(told) > 1:
-        found = " and ".join("/".join(folder) for folder in told.values())
+    if len(nested) > 1:
+        found = " and ".join("/".join(folder) for folder in nested.values())
         raise UserError(f"data.path {path}: expected the folders of splits at the top, found {found}; name the folder above, or move them")
 
 
@@ -317,28 +317,28 @@ def _with_metadata(
     path: Path,
     tree: FileTree,
     roots: Mapping[str, Parts],
-    of_splits: Mapping[str, Mapping[Parts, list[str]]],
-    tables_at: Sequence[Parts],
+    split_images: Mapping[str, Mapping[Parts, list[str]]],
+    table_folders: Sequence[Parts],
     data: Data,
     notes: list[str],
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """As `image_folder`, of images that tables of metadata name; what they do not name is left out, and said so."""
-    tables_of = {
-        split: [Path(tree.path(at, name)) for at in tables_at if at[: len(root)] == root for name in METADATA if name in tree.files[at]]
+    """Splits and label names of images that tables of metadata name; `notes` gets a line for images that they do not."""
+    split_tables = {
+        split: [Path(tree.path(at, name)) for at in table_folders if at[: len(root)] == root for name in METADATA if name in tree.files[at]]
         for split, root in roots.items()
     }
-    if not any(tables_of.values()):
+    if not any(split_tables.values()):
         raise UserError(f"data.path {path}: expected metadata in the folder of each split, found it above them")
     images = {
         split: [Path(file) for folder, names in found.items() for file in _joined(tree.path((*roots[split], *folder)), names)]
-        for split, found in of_splits.items()
+        for split, found in split_images.items()
     }
-    read_from = {split: sorted([*found, *tables_of[split]], key=str) for split, found in images.items()}
-    splits, label_names = tables.of_files("imagefolder", read_from, path, data, set(images), tables_of)
+    read_from = {split: sorted([*found, *split_tables[split]], key=str) for split, found in images.items()}
+    splits, label_names = tables.of_files("imagefolder", read_from, path, data, set(images), split_tables)
     for split, of_split in splits.items():
         if len(of_split) < len(images[split]):
             notes.append(f"{split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")
-    if label_names is None and any(len(found) > 1 for found in of_splits.values()):
+    if label_names is None and any(len(found) > 1 for found in split_images.values()):
         notes.append("no labels: the metadata, which stands for the folders' names, has no column of them (--data.label_column)")
     return splits, label_names
 

@@ -83,14 +83,14 @@ def splits_by_words(data: Data, folders: Collection[str]) -> dict[str, str]:
 
     Errors: UserError for two of one split.
     """
-    found = {name: {split for word in words(name) if (split := usual_split(word))} for name in folders}
-    if any(len(splits) != 1 for splits in found.values()):
+    candidates = {name: {split for word in words(name) if (split := usual_split(word))} for name in folders}
+    if any(len(candidate) != 1 for candidate in candidates.values()):
         return {}
-    told = {name: splits.pop() for name, splits in found.items()}
-    if len(told) < 2 or TRAIN not in told.values() or set(told.values()) == {TRAIN}:
+    splits = {name: candidate.pop() for name, candidate in candidates.items()}
+    if TRAIN not in splits.values() or set(splits.values()) == {TRAIN}:
         return {}
-    _one_each(told, data.path or data.name)
-    return told
+    _one_each(splits, data.path or data.name)
+    return splits
 
 
 def _one_each(splits: dict[str, str], what: str | None) -> None:
