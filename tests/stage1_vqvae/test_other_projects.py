@@ -156,6 +156,7 @@ def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, t
         (lambda weights: weights.update({"decoder.conv_out.bias": torch.zeros(4)}), "decoder.conv_out.bias of shape (3,), found (4,)"),
         (lambda weights: weights.pop("quantize.embedding.weight"), "expected a weight quantize.embedding.weight, found none"),
         (lambda weights: weights.pop("encoder.conv_in.weight"), "expected a weight encoder.conv_in.weight, found none"),
+        (lambda weights: weights.update({"encoder.conv_in.weight": torch.zeros(32, 4, 3, 3)}), "of 1 or 3 channels, found them for 4"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_and_leaves_no_run(
