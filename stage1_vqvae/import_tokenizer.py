@@ -42,6 +42,7 @@ from stage1_vqvae.quantizers.learned import GradientPart
 from stage1_vqvae.training.processes import start
 from stage1_vqvae.training.weights_file import check_finite_weights
 
+_USUAL_RECIPE = RECIPES / "imagefolder.yaml"
 _USUAL_SIZE = 256
 """Pixels a side for which the projects' public tokenizers were trained."""
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     own_recipe = any(argument.partition("=")[0] == "--config" for argument in argv)
     if not own_recipe:
-        argv = [*argv, "--config", str(RECIPES / "imagefolder.yaml")]
+        argv = [*argv, "--config", str(_USUAL_RECIPE)]
     sections = ("data", "extraction", "prior", "stage2", "sampling", "compute")
     command = parse(__doc__, sections, argv, starts_run=True, options=_options, whole=False)
     run, recipe, project = command.run, command.recipe, getattr(command.options, "from")
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     spelling = SPELLINGS[project]
     path = _file(Path(command.options.file).expanduser(), spelling)
     weights, aside = read(path, spelling)
+    if not own_recipe:
+        say(f"no recipe named (--config FILE): all but images and tokenizer as in configs/{_USUAL_RECIPE.name}")
     try:
         recipe = dataclasses.replace(recipe, data=_completed(recipe.data, _stated(command, own_recipe), weights, path, spelling))
         tokenizer, unused = tokenizer_of(weights, spelling, recipe)
@@ -190,6 +193,8 @@ def tokenizer_of(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Reci
     quantizer = GradientPart(num_codes=codebook.shape[0], metric="cosine" if spelling.unit_length else "euclidean")
     config = Tokenizer(code_dim=codebook.shape[1], quantizer=quantizer, network=part)
     channels = needed(weights, "encoder.conv_in.weight").shape[1]
+    if channels not in (1, 3):
+        raise UserError(f"expected weights for grey or colour images, of 1 or 3 channels, found them for {channels}")
     if channels != data.channels:
         raise UserError(f"expected weights for images of {data.channels} channels (data.channels), found them for {channels}")
     tokenizer = VQVAE(config, data.height, data.width, channels)

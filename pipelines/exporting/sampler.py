@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import math
+import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -173,6 +175,8 @@ def main() -> None:
     """The command line: PNGs, and a grid of all."""
     from PIL import Image
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack characters of the folder's name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("n", 64), ("seed", 0), ("top_k", None)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)

@@ -159,6 +159,7 @@ def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, t
         (lambda weights: weights.pop("encoder.conv_in.weight"), "expected a weight encoder.conv_in.weight, found none"),
         (lambda weights: weights["quant_conv.bias"].fill_(torch.nan), "expected finite weights, found NaN in quant_conv.bias"),
         (lambda weights: weights["quantize.embedding.weight"][3, 0].fill_(-torch.inf), "found infinity in quantize.embedding.weight"),
+        (lambda weights: weights.update({"encoder.conv_in.weight": torch.zeros(32, 4, 3, 3)}), "of 1 or 3 channels, found them for 4"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_and_leaves_no_run(
