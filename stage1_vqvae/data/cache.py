@@ -23,7 +23,7 @@ from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
 from stage1_vqvae.data.splits import Readable
 
-_FORMAT = 2
+_FORMAT = 3
 _HEAD_START = 1.0  # second
 
 

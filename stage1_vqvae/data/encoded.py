@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,28 @@ class EncodedImages(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: list[int], /) -> list[EncodedImage]: ...
+
+
+def encoded_image(record: Any) -> EncodedImage:
+    """What a column holds of an image: a struct of bytes and perhaps a path, bytes alone or as a list of numbers, or None."""
+    if isinstance(record, dict):
+        return EncodedImage(record.get("bytes"), record.get("path"))
+    return EncodedImage(None if record is None else bytes(record), None)
+
+
+class FilePaths:
+    """Image files, as `EncodedImages`."""
+
+    file_lengths = None
+
+    def __init__(self, paths: Sequence[str | None]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
+        return [EncodedImage(None, self._paths[row]) for row in rows]
 
 
 def decoding_threads(data: Data) -> int:

@@ -13,7 +13,8 @@ from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data import tables
 from stage1_vqvae.data.cache import files_identity
-from stage1_vqvae.data.encoded import EncodedImage, EncodedSplit
+from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
+from stage1_vqvae.data.listings import Listing
 from stage1_vqvae.data.names import NO_LABELS, our_splits, refuse_keys
 from stage1_vqvae.data.splits import TRAIN, SourceSplit
 
@@ -21,21 +22,6 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables that name images (`file_name`) and what is known of them, as `datasets` has it."""
 _NOT_OURS = ("lost+found",)  # at the root of a file system, for nobody but its owner
 _NOT_ONE_IMAGE = ("HDF5", "MPEG", "PDF")  # formats that Pillow knows, of files that hold none or many
-
-
-class _Files:
-    """Image files, as `EncodedImages`."""
-
-    file_lengths = None
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
-        return [EncodedImage(None, self._paths[row]) for row in rows]
 
 
 def is_image(file: Path) -> bool:
@@ -90,7 +76,7 @@ def image_folder(path: Path, files: Sequence[Path], data: Data) -> tuple[dict[st
         labels = None
         if split in labelled and len(label_names) > 1:
             labels = np.asarray([numbers[os.path.basename(os.path.dirname(file))] for file in paths], np.int64)
-        splits[split] = EncodedSplit(split, _Files(paths), labels, files_identity(map(Path, paths)))
+        splits[split] = EncodedSplit(split, FilePaths(paths), labels, files_identity(map(Path, paths)))
     return splits, label_names if len(label_names) > 1 else None
 
 
@@ -98,8 +84,10 @@ def _with_metadata(
     path: Path, images: dict[str, list[Path]], tables_of: dict[str, list[Path]], data: Data
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """As `image_folder`, of images that tables of metadata name; what they do not name is left out, and said so."""
-    read_from = {split: sorted([*found, *tables_of[split]], key=str) for split, found in images.items()}
-    splits, label_names = tables.of_files("imagefolder", read_from, path, data, set(images), tables_of)
+    for split, found in tables_of.items():
+        if not found:
+            raise UserError(f"data.path {path}: expected metadata in the folder of each split, found none in that of {split}")
+    splits, label_names = tables.of_listings({split: Listing(tables_of[split], found) for split, found in images.items()}, data)
     for split, of_split in splits.items():
         if len(of_split) < len(images[split]):
             say(f"data.path {path}, {split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,16 +78,18 @@ def refuse_keys(data: Data, keys: Iterable[str], what: str) -> None:
             raise UserError(f"data.{key}: expected nothing for {what}, found {getattr(data, key)}")
 
 
-def check_labels(labels: np.ndarray | None, split: str, what: str) -> np.ndarray | None:
+def check_labels(labels: np.ndarray | None, split: str, what: str, row_name: Callable[[int], str] = "row {}".format) -> np.ndarray | None:
     """A split's labels (N,), of which -1 is none: None if it has none at all, or is a test split of which some are missing.
 
-    Errors: UserError if some are missing otherwise.
+    Errors: UserError if some are missing otherwise, with what `row_name` says of the first.
     """
     if labels is None or bool((labels < 0).all()):
         return None
-    missing = int((labels < 0).sum())
-    if missing and split == TEST:  # contests publish their test images so
+    missing = np.flatnonzero(labels < 0)
+    if len(missing) and split == TEST:  # contests publish their test images so
+        say(f"{what}: {len(missing):,} of {len(labels):,} images of {split} have no label: the others' are not used either")
         return None
-    if missing:
-        raise UserError(f"{what}: expected a label for every image of {split}, found {missing} without")
+    if len(missing):
+        first = f"found {len(missing)} without; the first is {row_name(int(missing[0]))}"
+        raise UserError(f"{what}: expected a label for every image of {split} (or --data.label_column {NO_LABELS}), {first}")
     return labels

@@ -1,0 +1,113 @@
+"""WebDataset archives: `datasets`' reader, by which one that is cut short or damaged never counts as whole."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import IO, Any
+
+import datasets
+import pyarrow as pa
+from datasets.builder import Key
+from datasets.features.features import cast_to_python_objects
+from datasets.packaged_modules.webdataset import webdataset
+from datasets.utils.file_utils import ArchiveIterable
+from typing_extensions import override
+
+from configs.errors import UserError
+
+_CHUNK = 2**20  # bytes
+# Fields that `datasets` reads as whole numbers, and that hold names as well.
+_NAMES_OR_NUMBERS = ("cls", "cls2", "index", "inx", "id")
+_FIRST = 5
+"""Samples by which fields and their types are known."""
+
+
+class _Member(tarfile.TarInfo):
+    """A member's header. Python's reader takes one that is cut or damaged, or none, for the archive's end."""
+
+    @classmethod
+    @override
+    def fromtarfile(cls, archive: Any) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.EmptyHeaderError:
+            raise tarfile.ReadError(f"no end marker behind byte {archive.offset:,}") from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"a damaged header at byte {archive.offset:,} ({error})") from None
+
+
+class _Members(ArchiveIterable):
+    """Names and contents of an archive's files, checked to its end as they are read."""
+
+    @staticmethod
+    @override
+    def _iter_tar(f: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
+        with tarfile.open(fileobj=f, mode="r|*", tarinfo=_Member) as archive:
+            for member in archive:
+                name = member.name.rsplit("/", 1)[-1]
+                if member.isreg() and not name.startswith((".", "__")):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    yield member.name, content
+                archive.members = []  # which would grow with the archive
+            rest = archive.fileobj
+            assert rest is not None
+            while block := rest.read(_CHUNK):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError("more behind its end marker (several archives in one file?)")
+
+
+class WebDataset(webdataset.WebDataset):
+    """Whole archives only; fields that may hold a class's name are text, and any of the first samples may lack a field."""
+
+    DECODERS = {**webdataset.WebDataset.DECODERS, **dict.fromkeys(_NAMES_OR_NUMBERS, bytes.decode)}
+
+    @classmethod
+    @override
+    def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """Errors: UserError for an archive that is cut short, damaged, or no WebDataset."""
+        try:
+            yield from super()._get_pipeline_from_tar(tar_path, tar_iterator)
+        except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+            raise UserError(f"{tar_path}: expected a whole archive, found {error}") from error
+
+    @override
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        if not self.info.features:
+            paths = [path for split in dl_manager.download(self.config.data_files).values() for path in split]
+            samples = chain.from_iterable(self._get_pipeline_from_tar(path, self._members(path, dl_manager)) for path in paths)
+            first = list(islice(samples, _FIRST))
+            if not first:
+                raise UserError(f"{paths[0]}: expected an archive of samples, found none in it")
+            fields = dict.fromkeys(field for sample in first for field in sample)
+            rows = cast_to_python_objects([{field: sample.get(field) for field in fields} for sample in first], only_1d_for_numpy=True)
+            columns = pa.Table.from_pylist(rows)
+            self.info.features = datasets.Features.from_arrow_schema(columns.schema)
+            for field in fields:
+                if _ending(field) in self.IMAGE_EXTENSIONS:
+                    self.info.features[field] = datasets.Image()
+        splits: list[datasets.SplitGenerator] = super()._split_generators(dl_manager)
+        for split in splits:
+            split.gen_kwargs["tar_iterators"] = [self._members(path, dl_manager) for path in split.gen_kwargs["tar_paths"]]
+        return splits
+
+    @staticmethod
+    def _members(path: str, dl_manager: Any) -> ArchiveIterable:
+        return _Members.from_urlpath(path, getattr(dl_manager, "download_config", None) if dl_manager.is_streaming else None)
+
+    @override
+    def _generate_examples(self, tar_paths: list[str], tar_iterators: list[Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+        for key, sample in super()._generate_examples(tar_paths, tar_iterators):
+            for field in sample.keys() - self.info.features.keys():
+                if field in _NAMES_OR_NUMBERS or _ending(field) in self.IMAGE_EXTENSIONS:
+                    raise UserError(f"{sample['__url__']}: expected no .{field}, which no sample at the beginning has, found {sample['__key__']}.{field}")
+            yield key, {field: sample[field] for field in self.info.features}
+
+
+def _ending(field: str) -> str:
+    return field.rsplit(".", 1)[-1].lower()
