@@ -105,7 +105,9 @@ class WebDataset(webdataset.WebDataset):
         for key, sample in super()._generate_examples(tar_paths, tar_iterators):
             for field in sample.keys() - self.info.features.keys():
                 if field in _NAMES_OR_NUMBERS or _ending(field) in self.IMAGE_EXTENSIONS:
-                    raise UserError(f"{sample['__url__']}: expected no .{field}, which no sample at the beginning has, found {sample['__key__']}.{field}")
+                    raise UserError(
+                        f"{sample['__url__']}: expected no .{field}, which no sample at the beginning has, found {sample['__key__']}.{field}"
+                    )
             yield key, {field: sample[field] for field in self.info.features}
 
 

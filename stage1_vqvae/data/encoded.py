@@ -5,6 +5,7 @@ asked for.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -15,15 +16,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from configs.data import Data
-from configs.errors import UserError
+from configs.errors import UserError, say
 from stage1_vqvae.data.cache import cache_folder, cached_images, cached_reasons
 from stage1_vqvae.data.crops import Crop
-from stage1_vqvae.data.decoding import UnreadableImage, decode_crops, decode_image
-from stage1_vqvae.data.splits import CroppablePixels, Readable, SourceSplit
+from stage1_vqvae.data.decoding import UnreadableImage, brightest, decode_crops, decode_image
+from stage1_vqvae.data.splits import TRAIN, CroppablePixels, Readable, SourceSplit
 from stage1_vqvae.training.processes import share_of_cores
 from stage1_vqvae.training.progress import progress_bar
 
 _DECODED_AT_ONCE = 1024
+_LOOKED_AT = 16
+"""Images by which the range of values is known, where they have more than 8 bits."""
+_SIXTEEN_BITS = 65535
+_FAR = 3.9
+"""Values that many times smaller than white use two bits less than there are, as those of 14-bit sensors in files of 16 bits."""
 
 
 class EncodedImage(NamedTuple):
@@ -124,10 +130,29 @@ class EncodedSplit(SourceSplit):
             found = Readable(EncodedPixels(self.images, np.delete(wanted, list(skipped)), data, what), skipped)
         else:
             shape = (len(wanted), data.height, data.width, data.channels)
-            asked = {"background": data.background, "on_error": data.on_error, "crop_area": data.crop_area}
+            asked = {"background": data.background, "white": data.white, "on_error": data.on_error, "crop_area": data.crop_area}
             found = cached_images(folder, {**identity, **asked}, shape, each, what)
         _check_skipped(found.skipped.values(), len(wanted), data, what)
+        if self.name == TRAIN:
+            self._say_range(wanted, data, what)
         return found
+
+    def _say_range(self, rows: np.ndarray, data: Data, what: str) -> None:
+        """Say it if images of more than 8 bits are far from using their range, or are cut off by `data.white`."""
+        apart = 1 if self.images.file_lengths is not None else max(1, len(rows) // _LOOKED_AT)  # files are read from their beginning
+        looked_at = [brightest(*image) for image in self.images[rows[::apart][:_LOOKED_AT].tolist()]]
+        found = [value for value in looked_at if value is not None]
+        if not found:
+            return
+        highest, grey = max(value for value, _ in found), all(grey for _, grey in found)
+        white = _SIXTEEN_BITS if data.white is None or not grey else data.white
+        seen = f"{what}: values up to {highest:,g}, where {white:,g} is white, in {len(found)} images of more than 8 bits"
+        if grey and data.white is not None and highest > white:
+            say(f"{seen}: all above are white too (data.white)")
+        elif highest * _FAR <= white:
+            fitting = 2 ** math.ceil(math.log2(highest + 1)) - 1 if highest >= 1 else highest
+            way = f"--data.white {fitting:g} makes them as bright as can be" if grey else "store them with 8 bits, scaled to 255"
+            say(f"{seen}: they are dark; {way}")
 
     def _each(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray | str]:
         skipped: list[str] = []

@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 # What a column of labels is called where its type does not tell, in any case: the last is WebDataset's.
 _LABEL_NAMES = ("label", "labels", "class", "cls")
 # What values of a type can be compared with, by the beginning of the type's name. A column of the type null has no value at all.
-_LABEL_KINDS = {"int": "numbers", "uint": "numbers", "float": "numbers", "string": "text", "large_string": "text", "bool": "booleans", "null": ""}
+_LABEL_KINDS = {
+    "int": "numbers",
+    "uint": "numbers",
+    "float": "numbers",
+    "string": "text",
+    "large_string": "text",
+    "bool": "booleans",
+    "null": "",
+}
 _BYTES = ("binary", "large_binary")
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -324,7 +332,9 @@ def _image_column(rows: Table, data: Data) -> str:
 
     # Parquet written without Hugging Face's metadata shows an image as what it is: bytes, or a struct of them and of a path.
     features = rows.features.items()
-    found = [name for name, feature in features if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)]
+    found = [
+        name for name, feature in features if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    ]
     found = found or [name for name, feature in features if isinstance(feature, datasets.Value) and feature.dtype in _BYTES]
     if data.image_column is not None:
         found = [name for name, feature in features if name == data.image_column and (name in found or _may_be_bytes(feature))]
@@ -351,7 +361,9 @@ def _label_column(rows: Table, data: Data) -> str | None:
         expected = f"one column of labels (--data.label_column NAME, or {NO_LABELS})"
         raise UserError(f"{data.path or data.name}: expected {expected}, found {', '.join(found)}")
     if called and not found:
-        say(f"{data.path or data.name}: no labels: the column {called[0]} holds no classes, whole numbers or text, but {rows.features[called[0]]}")
+        say(
+            f"{data.path or data.name}: no labels: the column {called[0]} holds no classes, whole numbers or text, but {rows.features[called[0]]}"
+        )
     return found[0] if found else None
 
 
