@@ -90,9 +90,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--continuations", type=int, default=5, help="draws for each of them")
     parser.add_argument("--prefix_rows", type=int, help="rows of codes to keep, from the top (default: half of them)")
     parser.add_argument("--keep_rows", type=str | None, help="the rows to keep instead, from 0, for instance 0,1,2,6")
-    parser.add_argument(
-        "--mask", type=str | None, help="a picture of the images' size instead: white is kept, black or transparent is drawn"
-    )
+    parser.add_argument("--mask", type=str | None, help="a picture of their size instead: white is kept, black or transparent drawn")
     image_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     parser.add_argument("--label", type=str | None, help="label of all images, by name or number (default: their own, if they have any)")

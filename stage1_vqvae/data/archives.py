@@ -6,11 +6,10 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Self
 
 import datasets
 import pyarrow as pa
-from datasets.builder import Key
 from datasets.features.features import cast_to_python_objects
 from datasets.packaged_modules.webdataset import webdataset
 from datasets.utils.file_utils import ArchiveIterable
@@ -30,13 +29,13 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     @override
-    def fromtarfile(cls, archive: Any) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: Any) -> Self:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
-        except tarfile.EmptyHeaderError:
-            raise tarfile.ReadError(f"no end marker behind byte {archive.offset:,}") from None
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"no end marker at byte {archive.offset:,}") from None
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"a damaged header at byte {archive.offset:,} ({error})") from None
 
@@ -54,7 +53,7 @@ class _Members(ArchiveIterable):
                     content = archive.extractfile(member)
                     assert content is not None
                     yield member.name, content
-                archive.members = []  # which would grow with the archive
+                archive.members = []  # type: ignore[attr-defined]  # which would grow with the archive
             rest = archive.fileobj
             assert rest is not None
             while block := rest.read(_CHUNK):
@@ -65,7 +64,7 @@ class _Members(ArchiveIterable):
 class WebDataset(webdataset.WebDataset):
     """Whole archives only; fields that may hold a class's name are text, and any of the first samples may lack a field."""
 
-    DECODERS = {**webdataset.WebDataset.DECODERS, **dict.fromkeys(_NAMES_OR_NUMBERS, bytes.decode)}
+    DECODERS: ClassVar[dict[str, Any]] = {**webdataset.WebDataset.DECODERS, **dict.fromkeys(_NAMES_OR_NUMBERS, bytes.decode)}
 
     @classmethod
     @override
@@ -101,13 +100,12 @@ class WebDataset(webdataset.WebDataset):
         return _Members.from_urlpath(path, getattr(dl_manager, "download_config", None) if dl_manager.is_streaming else None)
 
     @override
-    def _generate_examples(self, tar_paths: list[str], tar_iterators: list[Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    def _generate_examples(self, tar_paths: list[str], tar_iterators: list[Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
         for key, sample in super()._generate_examples(tar_paths, tar_iterators):
             for field in sample.keys() - self.info.features.keys():
                 if field in _NAMES_OR_NUMBERS or _ending(field) in self.IMAGE_EXTENSIONS:
-                    raise UserError(
-                        f"{sample['__url__']}: expected no .{field}, which no sample at the beginning has, found {sample['__key__']}.{field}"
-                    )
+                    found = f"{sample['__key__']}.{field}, which none of the first {_FIRST} has"
+                    raise UserError(f"{sample['__url__']}: expected the same fields in all samples, found {found}")
             yield key, {field: sample[field] for field in self.info.features}
 
 

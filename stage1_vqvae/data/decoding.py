@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
@@ -102,7 +103,7 @@ def _opened(source: io.BytesIO | str, side: int | None) -> Image.Image:
     with Image.open(source) as opened:
         if side is not None:
             opened.draft(None, (side, side))
-        tile = opened.tile[0].args if opened.tile else ()
+        tile: Any = opened.tile[0].args if opened.tile else ()
         inverted = opened.format == "TIFF" and opened.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO  # type: ignore[attr-defined]
         opened.load()
         image: Image.Image = opened

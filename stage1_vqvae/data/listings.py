@@ -126,7 +126,7 @@ def _csv(table: Path) -> dict[str, list[str]]:
                 raise ValueError(f"{len(row)} values in line {lines.line_num} under a header of {len(header)}")
             rows.append(row)
     columns = zip(*filter(None, rows), strict=True)
-    return {name: list(column) for name, column in zip(header, columns, strict=True)} if any(rows) else dict.fromkeys(header, [])
+    return {name: list(column) for name, column in zip(header, columns, strict=True)} if any(rows) else {name: [] for name in header}
 
 
 def _json_lines(table: Path) -> dict[str, list[Any]]:

@@ -90,6 +90,7 @@ def check_labels(labels: np.ndarray | None, split: str, what: str, row_name: Cal
         say(f"{what}: {len(missing):,} of {len(labels):,} images of {split} have no label: the others' are not used either")
         return None
     if len(missing):
-        first = f"found {len(missing)} without; the first is {row_name(int(missing[0]))}"
-        raise UserError(f"{what}: expected a label for every image of {split} (or --data.label_column {NO_LABELS}), {first}")
+        found = f"found {len(missing)} without, the first {row_name(int(missing[0]))}"
+        way = f"--data.label_column {NO_LABELS} leaves all labels away"
+        raise UserError(f"{what}: expected a label for every image of {split}, {found}; {way}")
     return labels

@@ -361,9 +361,8 @@ def _label_column(rows: Table, data: Data) -> str | None:
         expected = f"one column of labels (--data.label_column NAME, or {NO_LABELS})"
         raise UserError(f"{data.path or data.name}: expected {expected}, found {', '.join(found)}")
     if called and not found:
-        say(
-            f"{data.path or data.name}: no labels: the column {called[0]} holds no classes, whole numbers or text, but {rows.features[called[0]]}"
-        )
+        holds = f"holds no classes, whole numbers or text, but {rows.features[called[0]]}"
+        say(f"{data.path or data.name}: no labels: the column {called[0]} {holds}")
     return found[0] if found else None
 
 
@@ -452,7 +451,7 @@ def _numbered(
 
 
 def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence[Any]], column: str, what: str) -> None:
-    """Decide what -1 is where no list of classes tells: a class like any other, unless it is in the test split alone, as contests have it."""
+    """Decide what -1 is where no list of classes tells: a class, unless the test split alone has it, as contests publish theirs."""
     unlabelled = [value for value, name in name_of.items() if name == "-1"]
     if not unlabelled:
         return
