@@ -46,7 +46,7 @@ class Listing:
                 rows = rows.drop_columns(name)
             parts.append(rows)
         if not self._paths:
-            raise UserError(f"{tables[0]}: expected a column {_FILE_NAME}, found {', '.join(parts[0].column_names)}")
+            raise UserError(f"{tables[0]}: expected a column {_FILE_NAME}, found {', '.join(parts[0].column_names) or 'none'}")
         try:
             self._rows = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:
@@ -74,8 +74,10 @@ class Listing:
 
     def sort_by_path(self, column: str) -> None:
         """Put the rows in the order of the paths of their images in `column`."""
+        import pyarrow as pa
+
         order = sorted(range(len(self)), key=lambda row: self._paths[column][row] or "")
-        self._rows = self._rows.take(order)
+        self._rows = self._rows.take(pa.array(order, pa.int64()))
         self._paths = {name: [paths[row] for row in order] for name, paths in self._paths.items()}
 
 
@@ -100,9 +102,9 @@ def _read(table: Path) -> pa.Table:
 
     try:
         if table.suffix == ".csv":
-            return pa.table(_csv(table))
+            return pa.table({name: pa.array(values, pa.string()) for name, values in _csv(table).items()})
         if table.suffix == ".jsonl":
-            return pa.table(_json_lines(table))
+            return pa.table({name: _column(name, values) for name, values in _json_lines(table).items()})
         rows = pq.read_table(table, partitioning=None)
     except UserError:
         raise
@@ -112,6 +114,15 @@ def _read(table: Path) -> pa.Table:
         if pa.types.is_dictionary(field.type):  # pandas' categories
             rows = rows.set_column(number, field.name, rows[field.name].cast(field.type.value_type))
     return rows
+
+
+def _column(name: str, values: list[Any]) -> pa.Array:
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except pa.ArrowException as error:
+        raise ValueError(f"values of several kinds in {name} ({error})") from None
 
 
 def _csv(table: Path) -> dict[str, list[str]]:

@@ -271,4 +271,6 @@ class StreamedImages:
 
 def unreadable(name: str, error: BaseException) -> UserError:
     """What went wrong with a file, of many kinds: no connection, no such file any more, a broken one."""
+    if isinstance(error, UserError):
+        return error
     return UserError(f"{name}: expected to read it from end to end, found: {str(error) or type(error).__name__}")

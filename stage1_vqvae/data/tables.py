@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -42,7 +41,8 @@ _LABEL_KINDS = {
     "null": "",
 }
 _BYTES = ("binary", "large_binary")
-_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+# The last bytes of whole files.
+_ENDS = {".arrow": b"\xff\xff\xff\xff\0\0\0\0", ".parquet": b"PAR1"}
 
 
 class _Column:
@@ -176,9 +176,8 @@ def _files_builder(kind: str, files: Mapping[str, Sequence[Path]]) -> Builder:
 
     def build(**columns: Any) -> datasets.DatasetBuilder:
         from datasets.data_files import DataFilesDict, DataFilesList
-        from datasets.packaged_modules.parquet.parquet import Parquet
 
-        from stage1_vqvae.data.archives import WebDataset
+        from stage1_vqvae.data.readers import Parquet, WebDataset
 
         listed = {split: [(str(file.absolute()), file.stat()) for file in found] for split, found in files.items()}
         data_files = DataFilesDict(
@@ -200,7 +199,7 @@ def _hub_builder(name: str, arguments: Mapping[str, Any]) -> Builder:
         import datasets
         from datasets.packaged_modules.webdataset import webdataset
 
-        from stage1_vqvae.data.archives import WebDataset
+        from stage1_vqvae.data.readers import WebDataset
 
         found = datasets.load_dataset_builder(name, **pinned, **columns)
         listed = found.config.data_files or {}
@@ -253,11 +252,7 @@ def _streams(builder: Builder, what: str, data: Data, files: Mapping[str, Sequen
 @contextmanager
 def _failing_as(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
     """Whatever goes wrong as one line that begins with `what`, or with that of the files which is cut short."""
-    import datasets
-
-    spoken = datasets.logging.get_verbosity()
     try:
-        datasets.logging.set_verbosity(logging.CRITICAL)  # it logs lines of its own about files that cannot be read
         with at_work():  # it may fetch for hours, and shows that by bars of its own
             yield
     except UserError:
@@ -269,25 +264,15 @@ def _failing_as(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
             raise error.__cause__ from None
         cause = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
-    finally:
-        datasets.logging.set_verbosity(spoken)
 
 
 def _check_whole(file: Path) -> None:
-    """Errors: UserError for a Parquet or Arrow file without its end. Archives are checked while they are read through."""
-    if file.suffix == ".arrow":
+    """Errors: UserError for an Arrow or a Parquet file without its end. Archives are checked while they are read through."""
+    if file.suffix in _ENDS:
         with open(file, "rb") as content:
-            content.seek(-min(len(_ARROW_END), file.stat().st_size), os.SEEK_END)
-            if content.read() != _ARROW_END:
-                raise UserError(f"{file}: expected a whole Arrow file, found one without its end marker (cut short?)")
-    elif file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            pq.read_metadata(file)
-        except pa.ArrowException as error:
-            raise UserError(f"{file}: expected a whole Parquet file, found: {error}") from None
+            content.seek(-min(len(_ENDS[file.suffix]), file.stat().st_size), os.SEEK_END)
+            if content.read() != _ENDS[file.suffix]:
+                raise UserError(f"{file}: expected a whole file, found one without its end marker (cut short?)")
 
 
 def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:

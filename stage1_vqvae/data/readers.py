@@ -1,7 +1,8 @@
-"""WebDataset archives: `datasets`' reader, by which one that is cut short or damaged never counts as whole."""
+"""`datasets`' readers of WebDataset archives and Parquet files, by which none that is cut short or damaged counts as whole."""
 
 from __future__ import annotations
 
+import logging
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -11,11 +12,14 @@ from typing import IO, Any, ClassVar, Self
 import datasets
 import pyarrow as pa
 from datasets.features.features import cast_to_python_objects
+from datasets.packaged_modules.parquet import parquet
 from datasets.packaged_modules.webdataset import webdataset
 from datasets.utils.file_utils import ArchiveIterable
 from typing_extensions import override
 
 from configs.errors import UserError
+
+logging.getLogger(parquet.__name__).setLevel(logging.CRITICAL)  # its lines say what the errors after them say
 
 _CHUNK = 2**20  # bytes
 # Fields that `datasets` reads as whole numbers, and that hold names as well.
@@ -59,6 +63,27 @@ class _Members(ArchiveIterable):
             while block := rest.read(_CHUNK):
                 if block.strip(b"\0"):
                     raise tarfile.ReadError("more behind its end marker (several archives in one file?)")
+
+
+class Parquet(parquet.Parquet):
+    """Names the file that cannot be read."""
+
+    @override
+    def _generate_tables(self, files: Iterable[str], **more: Any) -> Iterator[tuple[Any, Any]]:
+        """Errors: UserError for a file that is cut short or damaged."""
+        place = ""
+
+        def tracked() -> Iterator[str]:
+            nonlocal place
+            for place in files:  # noqa: UP028, `yield from` would not keep it
+                yield place
+
+        try:
+            yield from super()._generate_tables(files=tracked(), **more)
+        except (ValueError, OSError) as error:  # Arrow's are of those kinds
+            if isinstance(error, OSError) and error.errno is not None:  # no file, no connection
+                raise
+            raise UserError(f"{place}: expected a whole Parquet file, found: {error}") from error
 
 
 class WebDataset(webdataset.WebDataset):
