@@ -137,7 +137,7 @@ def of_disk(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceS
         source = datasets.load_from_disk(str(path))
         found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
         for file in chain.from_iterable(rows.files() for rows in found.values()):
-            _check_whole(file)  # Arrow takes a file that was cut between two batches for a shorter one
+            check_whole(file)
     return _found({split: found[name] for name, split in our_splits(data, found).items()}, data, wanted)
 
 
@@ -259,15 +259,18 @@ def _failing_as(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
         raise
     except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
         for file in files:
-            _check_whole(file)
+            check_whole(file)
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         cause = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
 
 
-def _check_whole(file: Path) -> None:
-    """Errors: UserError for an Arrow or a Parquet file without its end. Archives are checked while they are read through."""
+def check_whole(file: Path) -> None:
+    """Errors: UserError for an Arrow or a Parquet file without its end.
+
+    Arrow takes a file that is cut between two batches for a shorter one.
+    """
     if file.suffix in _ENDS:
         with open(file, "rb") as content:
             content.seek(-min(len(_ENDS[file.suffix]), file.stat().st_size), os.SEEK_END)
