@@ -138,7 +138,7 @@ TABLE: dict[str, tuple[str, Callable[[], bytes], object]] = {
     "16-bit PGM": ("a.pgm", lambda: pgm(65535), (GREY, GREY)),
     "10-bit PGM": ("a.pgm", lambda: pgm(1023), (GREY, GREY)),
     "12-bit TIFF": ("a.tif", lambda: tiff(12, False, bytes((0x80, 0x18, 0x01)) * (WIDTH * HEIGHT // 2)), (GREY, GREY)),
-    "16-bit TIFF whose white is 0": ("a.tif", lambda: tiff(16, True, bytes((0xFF, 0x7F)) * WIDTH * HEIGHT), (GREY, GREY)),
+    "16-bit TIFF whose white is 0": ("a.tif", lambda: tiff(16, True, bytes((0xFF, 0x1F)) * WIDTH * HEIGHT), ((224,) * 3, (224,) * 3)),
     "floating point": ("a.tif", lambda: encoded(Image.new("F", (WIDTH, HEIGHT), 0.5), "TIFF"), ["from 0.5 to 0.5", "--data.white"]),
     "an animation's first picture": ("a.gif", animated, AS_IT_LOOKS),
     "one pixel": ("a.png", dot, (GREY, GREY)),
