@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from typing_extensions import override
 
 from configs.data import Data
 from configs.errors import UserError, say
-from stage1_vqvae.data.cache import cache_folder, cached_images, cached_reasons
+from stage1_vqvae.data.cache import cache_folder, cached_findings, cached_images, cached_reasons
 from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import UnreadableImage, brightest, decode_crops, decode_image
 from stage1_vqvae.data.splits import TRAIN, CroppablePixels, Readable, SourceSplit
@@ -110,6 +111,7 @@ class EncodedSplit(SourceSplit):
 
     def __init__(self, name: str, images: EncodedImages, labels: np.ndarray | None, identity: str) -> None:
         self.name, self.images, self.labels, self.identity = name, images, labels, identity
+        self._range_known = False
 
     @override
     def __len__(self) -> int:
@@ -133,15 +135,17 @@ class EncodedSplit(SourceSplit):
             asked = {"background": data.background, "white": data.white, "on_error": data.on_error, "crop_area": data.crop_area}
             found = cached_images(folder, {**identity, **asked}, shape, each, what)
         _check_skipped(found.skipped.values(), len(wanted), data, what)
-        if self.name == TRAIN:
-            self._say_range(wanted, data, what)
+        if self.name == TRAIN and not self._range_known:  # of which validation images may be drawn as well
+            self._say_range(wanted, folder, identity, data, what)
         return found
 
-    def _say_range(self, rows: np.ndarray, data: Data, what: str) -> None:
+    def _say_range(self, rows: np.ndarray, folder: Path, identity: dict[str, Any], data: Data, what: str) -> None:
         """Say it if images of more than 8 bits are far from using their range, or are cut off by `data.white`."""
-        apart = 1 if self.images.file_lengths is not None else max(1, len(rows) // _LOOKED_AT)  # files are read from their beginning
-        looked_at = [brightest(*image) for image in self.images[rows[::apart][:_LOOKED_AT].tolist()]]
-        found = [value for value in looked_at if value is not None]
+        self._range_known = True
+        if self.images.file_lengths is None:
+            found = self._brightest(rows[:: max(1, len(rows) // _LOOKED_AT)])
+        else:  # files that are read from their beginning, perhaps over a network: once for all commands
+            found = cached_findings(folder, {**identity, "kept": "range"}, lambda: {"brightest": self._brightest(rows)})["brightest"]
         if not found:
             return
         highest, grey = max(value for value, _ in found), all(grey for _, grey in found)
@@ -153,6 +157,11 @@ class EncodedSplit(SourceSplit):
             fitting = 2 ** math.ceil(math.log2(highest + 1)) - 1 if highest >= 1 else highest
             way = f"--data.white {fitting:g} makes them as bright as can be" if grey else "store them with 8 bits, scaled to 255"
             say(f"{seen}: they are dark; {way}")
+
+    def _brightest(self, rows: np.ndarray) -> list[tuple[float, bool]]:
+        """What `brightest` says of the first of those rows, without images of 8 bits."""
+        found = [brightest(*image) for image in self.images[rows[:_LOOKED_AT].tolist()]]
+        return [value for value in found if value is not None]
 
     def _each(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray | str]:
         skipped: list[str] = []

@@ -19,8 +19,6 @@ from typing_extensions import override
 
 from configs.errors import UserError
 
-logging.getLogger(parquet.__name__).setLevel(logging.CRITICAL)  # its lines say what the errors after them say
-
 _CHUNK = 2**20  # bytes
 # Fields that `datasets` reads as whole numbers, and that hold names as well.
 _NAMES_OR_NUMBERS = ("cls", "cls2", "index", "inx", "id")
@@ -66,7 +64,11 @@ class _Members(ArchiveIterable):
 
 
 class Parquet(parquet.Parquet):
-    """Names the file that cannot be read."""
+    """Names the file that cannot be read, once."""
+
+    def __init__(self, **arguments: Any) -> None:
+        logging.getLogger(parquet.__name__).setLevel(logging.CRITICAL)  # what it logs of such a file is what is raised
+        super().__init__(**arguments)
 
     @override
     def _generate_tables(self, files: Iterable[str], **more: Any) -> Iterator[tuple[Any, Any]]:
@@ -83,7 +85,7 @@ class Parquet(parquet.Parquet):
         except (ValueError, OSError) as error:  # Arrow's are of those kinds
             if isinstance(error, OSError) and error.errno is not None:  # no file, no connection
                 raise
-            raise UserError(f"{place}: expected a whole Parquet file, found: {error}") from error
+            raise UserError(f"{place}: expected a whole Parquet file with the columns of the others, found: {str(error).splitlines()[0]}") from error
 
 
 class WebDataset(webdataset.WebDataset):

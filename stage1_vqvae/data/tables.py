@@ -209,7 +209,7 @@ def _hub_builder(name: str, arguments: Mapping[str, Any]) -> Builder:
             pinned["revision"] = commit[1]
         if not isinstance(found, webdataset.WebDataset):
             return found
-        same = {key: getattr(found, key) for key in ("dataset_name", "base_path", "token", "repo_id", "storage_options")}
+        same = {key: getattr(found, key) for key in ("dataset_name", "base_path", "token", "repo_id", "storage_options", "info")}
         return WebDataset(config_name=found.config.name, hash=f"{found.hash}-whole", data_files=listed, **same)
 
     return build
