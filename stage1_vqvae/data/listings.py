@@ -36,13 +36,13 @@ class Listing:
         import datasets
         import pyarrow as pa
 
-        known = {_composed(str(image)): str(image) for image in images}
+        known = {_composed(path): path for path in map(str, images)}
         parts, self._paths = [], dict[str, list[str | None]]()
         for table in sorted(tables):
             rows = _read(table)
             for name in [name for name in rows.column_names if name == _FILE_NAME or name.endswith(f"_{_FILE_NAME}")]:
                 column = name.removesuffix(_FILE_NAME).rstrip("_") or "image"
-                self._paths.setdefault(column, []).extend(_located(value, table, known) for value in rows[name].to_pylist())
+                self._paths.setdefault(column, []).extend(_located(rows[name].to_pylist(), table, known))
                 rows = rows.drop_columns(name)
             parts.append(rows)
         if not self._paths:
@@ -85,15 +85,19 @@ def _composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _located(name: Any, table: Path, known: Mapping[str, str]) -> str | None:
-    """The path of the image that a table names; None for an empty name."""
-    if name is None or name == "":
-        return None
-    path = os.path.normpath(os.path.join(table.parent, str(name)))
-    found = known.get(_composed(path))
-    if found is None and (not Path(path).is_relative_to(table.parent) or not os.path.isfile(path)):
-        raise UserError(f"{table}: expected names of files in its folder, found {name!r}, which is none (a table cut short?)")
-    return found or path
+def _located(names: Sequence[Any], table: Path, known: Mapping[str, str]) -> list[str | None]:
+    """The paths of the images that a table names; None for an empty name."""
+    folder, found = str(table.parent), list[str | None]()
+    for name in names:
+        path = None
+        if name is not None and name != "":
+            path = known.get(_composed(f"{folder}/{name}")) or known.get(_composed(os.path.normpath(f"{folder}/{name}")))
+            if path is None:  # an image without the ending of one
+                path = os.path.normpath(os.path.join(folder, str(name)))
+                if not Path(path).is_relative_to(folder) or not os.path.isfile(path):
+                    raise UserError(f"{table}: expected names of files in its folder, found {name!r}, which is none (a table cut short?)")
+        found.append(path)
+    return found
 
 
 def _read(table: Path) -> pa.Table:

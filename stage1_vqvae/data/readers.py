@@ -85,7 +85,8 @@ class Parquet(parquet.Parquet):
         except (ValueError, OSError) as error:  # Arrow's are of those kinds
             if isinstance(error, OSError) and error.errno is not None:  # no file, no connection
                 raise
-            raise UserError(f"{place}: expected a whole Parquet file with the columns of the others, found: {str(error).splitlines()[0]}") from error
+            found = str(error).splitlines()[0]  # what follows are columns
+            raise UserError(f"{place}: expected a whole Parquet file with the columns of the others, found: {found}") from error
 
 
 class WebDataset(webdataset.WebDataset):

@@ -202,14 +202,15 @@ class StreamedImages:
                     missing.setdefault(file, []).append(block)
                 self._blocks.move_to_end((file, block))
             found = {block: self._blocks[block] for block in blocks}
-        for file, of_file in missing.items():
-            self._pool.submit(self._read, file, of_file, [found[file, block] for block in of_file])
+            for file, of_file in missing.items():  # under the lock, so that a task waits for none that is behind it in the queue
+                before = self._blocks.get((file, of_file[0] - 1))
+                self._pool.submit(self._read, file, of_file, [found[file, block] for block in of_file], before)
         return found
 
-    def _read(self, file: int, blocks: Sequence[int], futures: Sequence[Future[list[EncodedImage]]]) -> None:
+    def _read(
+        self, file: int, blocks: Sequence[int], futures: Sequence[Future[list[EncodedImage]]], before: Future[list[EncodedImage]] | None
+    ) -> None:
         """Read ascending blocks of a file, and keep those that lie between where it was left and them: they will be asked for soon."""
-        with self._lock:
-            before = self._blocks.get((file, blocks[0] - 1))
         if before is not None:  # who reads it, asked for earlier, leaves the file where it is wanted here
             before.exception()
         with self._lock:

@@ -6,7 +6,10 @@ import dataclasses
 import gzip
 import io
 import tarfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +173,24 @@ def test_any_rows_can_be_asked_for_and_a_file_is_read_forwards_for_them() -> Non
     assert files.opened == 5
     assert len(images) == sum(LENGTHS)
     assert contents(images, []) == []
+
+
+def test_blocks_asked_for_backwards_do_not_wait_for_one_another() -> None:
+    """By a pool whose one thread comes to the later block first."""
+    images = StreamedImages(Files([160]), "image", np.asarray([160]), 1, str)  # type: ignore[arg-type]
+    free, askers = threading.Event(), ThreadPoolExecutor(2)
+    images._pool.submit(free.wait)
+    asked_for = []
+    for block in (5, 4):
+        asked_for.append(askers.submit(contents, images, [16 * block]))
+        while (0, block) not in images._blocks:
+            time.sleep(0.001)
+    free.set()
+    try:
+        assert [future.result(timeout=20) for future in asked_for] == [[80], [64]]
+    finally:
+        for future in images._blocks.values():
+            future.set_exception(TimeoutError()) if not future.done() else None
 
 
 @pytest.mark.parametrize(("lengths", "batch_size"), [(LENGTHS, 8), ([1], 4), ([2000], 16), ([5, 5, 5, 5], 64), ([997, 1009, 1013], 7)])
