@@ -48,6 +48,9 @@ class Data:
     """1 = grey, 3 = RGB; images of another mode are converted."""
     background: str = "white"
     """Colour that transparent images are composed over: a name, or #rrggbb."""
+    white: float | None = None
+    """Value that is white in grey images of more than 8 bits, such as 4095 in those of 12 bits; larger ones are white too. Null: 65535 in
+    images of 16 bits, unless the file says otherwise; floating-point and 32-bit images need it."""
     validation_share: float = 0.1
     """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
     seed: int = 0
@@ -75,6 +78,7 @@ class Data:
         require(self.height >= 1, "data.height", "at least 1", self.height)
         require(self.width >= 1, "data.width", "at least 1", self.width)
         require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)
+        require(self.white is None or self.white > 0, "data.white", "a value above 0, or null", self.white)
         require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
         require(0 <= self.most_skipped < 1, "data.most_skipped", "a share of at least 0, below 1", self.most_skipped)
         require(0 < self.crop_area <= 1, "data.crop_area", "a share above 0, up to 1", self.crop_area)

@@ -5,8 +5,8 @@
     python pipelines/complete.py --mask MASK.png --images FOLDER --label 3
 
 The images are spread evenly over a split, with their labels, or over the files and folders of --images. Rows are those of the
-(coarsest) grid of codes, from the top. A mask is a picture of the images' size, white where they are kept and black where they are
-drawn anew; of each grid, codes are kept that span nothing black. A drawn code follows from those before it: kept ones further on
+(coarsest) grid of codes, from the top. A mask is a picture of the images' size, white where they are kept, black or transparent where they
+are drawn anew; of each grid, codes are kept that span nothing black. A drawn code follows from those before it: kept ones further on
 stay, but the prior has not seen them when it draws. Writes a new folder completions/NNN into the run: completions.png with an image
 a row (the image, its reconstruction, what is kept of it, its continuations), an image a continuation, completions.json.
 """
@@ -20,16 +20,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from configs.cli import parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, write_json
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, labels_for
+from pipelines.images.pictures import kept_by
 from pipelines.of_command import generator_of
+from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage1_vqvae.training.processes import finish, start
 
@@ -92,7 +92,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--continuations", type=int, default=5, help="draws for each of them")
     parser.add_argument("--prefix_rows", type=int, help="rows of codes to keep, from the top (default: half of them)")
     parser.add_argument("--keep_rows", type=str, help="the rows to keep instead, from 0, for instance 0,1,2,6")
-    parser.add_argument("--mask", type=str, help="a picture of the images' size instead: white is kept, black is drawn")
+    parser.add_argument("--mask", type=str, help="a picture of the images' size instead: white is kept, black or transparent drawn")
     image_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
@@ -124,13 +124,13 @@ def mask_in(options: Any, height: int, width: int) -> Tensor:
         if getattr(options, name) is not None:
             raise UserError(f"--mask: expected no --{name.replace('_', '-')} beside it, found {getattr(options, name)}")
     try:
-        with Image.open(Path(options.mask).expanduser()) as opened:
-            mask = torch.from_numpy(np.array(opened.convert("L")))
-    except OSError as error:
-        raise UserError(f"--mask {options.mask}: expected a readable picture, found: {error}") from None
+        picture = read_image(None, str(Path(options.mask).expanduser()))
+    except UserError as error:
+        raise UserError(f"--mask {error}") from None
+    mask = kept_by(picture, f"--mask {options.mask}")
     if mask.shape != (height, width):
         raise UserError(f"--mask {options.mask}: expected {width} x {height} pixels, found {mask.shape[1]} x {mask.shape[0]}")
-    return mask >= 128
+    return mask
 
 
 def kept_part(pictures: Tensor, kept: Tensor) -> Tensor:

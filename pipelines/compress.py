@@ -20,7 +20,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.cli import Command, parse
@@ -31,6 +30,7 @@ from pipelines.codec.code_file import SUFFIX, Sizes
 from pipelines.codec.image_coder import EncodedImages
 from pipelines.images.inputs import Images, chosen_images, image_options, known_labels_for, unique_names
 from pipelines.of_command import generator_of
+from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage1_vqvae.training.processes import finish, start
 from stage2_prior.priors.prior_file import UNIFORM
@@ -93,11 +93,10 @@ def check_exact(images: Images, data: Data) -> None:
     """
     modes = ("1", "L") if data.channels == 1 else ("1", "L", "P", "RGB")
     for path in images.names if images.below is not None else ():
-        with Image.open(path) as opened:
-            found = ImageOps.exif_transpose(opened)
-            if found.size != (data.width, data.height) or found.mode not in modes or found.has_transparency_data:
-                wanted = f"expected images of {data.width} x {data.height} in {' or '.join(modes)}, which come back as they are"
-                raise UserError(f"--lossless {path}: {wanted}, found {found.width} x {found.height} in {found.mode}")
+        found = read_image(None, path)
+        if found.size != (data.width, data.height) or found.mode not in modes or found.has_transparency_data:
+            wanted = f"expected images of {data.width} x {data.height} in {' or '.join(modes)}, which come back as they are"
+            raise UserError(f"--lossless {path}: {wanted}, found {found.width} x {found.height} in {found.mode}")
 
 
 def report(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded: EncodedImages) -> None:

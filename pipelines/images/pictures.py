@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from configs.data import Data
-from configs.errors import UserError
-from stage1_vqvae.data.decoding import decode_image, pixels_of
+from configs.errors import UserError, say
+from stage1_vqvae.data.decoding import decode_image, pixels_of, to_eight_bits, with_alpha
 from stage1_vqvae.pictures import to_pil
 
 Picture = Image.Image | np.ndarray | Tensor | str | Path
@@ -21,8 +21,10 @@ Picture = Image.Image | np.ndarray | Tensor | str | Path
 Pictures = Picture | Sequence[Picture]
 """One, several, or uint8 (N, H, W, C)."""
 Mask = Image.Image | np.ndarray | Tensor
-"""Which pixels (H, W): true, or white."""
+"""Which pixels (H, W): true, or white; a picture's transparent ones are not."""
 Output = Literal["pil", "tensor"]
+# Share of a mask's opaque pixels that are nearly black or white; others may be of blurred edges.
+_BLACK_AND_WHITE = 0.8
 
 
 def pixels_in(images: Pictures, data: Data) -> Tensor:
@@ -52,9 +54,9 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
 
 def mask_in(mask: Mask, data: Data) -> Tensor:
     """Which pixels (H, W) a mask keeps. Errors: UserError for one of another size than the recipe's."""
-    found = (
-        mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask.convert("L") if isinstance(mask, Image.Image) else mask))
-    )
+    if isinstance(mask, Image.Image):
+        mask = kept_by(mask, "mask")
+    found = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     if tuple(found.shape) != (data.height, data.width):
         raise UserError(f"mask: expected {data.width} x {data.height} pixels, found {' x '.join(map(str, reversed(found.shape)))}")
     if found.dtype == torch.bool:
@@ -62,6 +64,34 @@ def mask_in(mask: Mask, data: Data) -> Tensor:
     if found.dtype != torch.uint8 or (found.any() and int(found.max()) == 1):
         raise UserError(f"mask: expected true and false, or uint8 from black to white (0 to 255), found {found.dtype} up to {found.max()}")
     return found >= 128
+
+
+def kept_by(mask: Image.Image, what: str) -> Tensor:
+    """Which pixels (H, W) a picture keeps: those that are white and opaque; of a picture with transparent parts that is neither black nor
+    white, those that are opaque.
+
+    Args:
+        mask: the picture, of any mode.
+        what: it is, for messages.
+    Errors: UserError for black on transparent ground, of which either may be meant, and for pixels of unknown range.
+    """
+    try:
+        grey = torch.from_numpy(np.array(to_eight_bits(mask, "L")))
+    except ValueError:
+        raise UserError(f"{what}: expected a black and white picture of 8 or 16 bits, found one of mode {mask.mode}") from None
+    if not mask.has_transparency_data or mask.mode.startswith("I"):
+        return grey >= 128
+    opaque = torch.from_numpy(np.array(with_alpha(mask).getchannel("A"))) >= 128
+    if bool(opaque.all()):
+        return grey >= 128
+    shades = grey[opaque]
+    if len(shades) and float(((shades < 64) | (shades >= 192)).float().mean()) < _BLACK_AND_WHITE:
+        say(f"{what}: a picture with transparent parts: those are drawn anew, the others kept")
+        return opaque
+    if len(shades) and not bool((shades >= 128).any()):
+        expected = "expected white where images are kept, and black or nothing where they are drawn anew"
+        raise UserError(f"{what}: {expected}; found black and transparent parts alone")
+    return opaque & (grey >= 128)
 
 
 @overload

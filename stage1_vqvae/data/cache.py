@@ -25,7 +25,7 @@ from configs.run_dir import read_json, write_json
 from stage1_vqvae.data.splits import Readable
 from stage1_vqvae.training.weights_file import load_weights, save_weights
 
-_FORMAT = 2
+_FORMAT = 3
 _HEAD_START = 1.0  # second
 _TENSORS = "kept finding"
 

@@ -5,9 +5,11 @@ asked for.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,15 +17,20 @@ from torch import Tensor
 from typing_extensions import override
 
 from configs.data import Data
-from configs.errors import UserError
-from stage1_vqvae.data.cache import are_cached, cache_folder, cached_images, cached_reasons
+from configs.errors import UserError, say
+from stage1_vqvae.data.cache import are_cached, cache_folder, cached_findings, cached_images, cached_reasons
 from stage1_vqvae.data.crops import Crop
-from stage1_vqvae.data.decoding import UnreadableImage, decode_crops, decode_image
-from stage1_vqvae.data.splits import CroppablePixels, Readable, SourceSplit
+from stage1_vqvae.data.decoding import UnreadableImage, brightest, decode_crops, decode_image
+from stage1_vqvae.data.splits import TRAIN, CroppablePixels, Readable, SourceSplit
 from stage1_vqvae.training.processes import share_of_cores
 from stage1_vqvae.training.progress import progress_bar
 
 _DECODED_AT_ONCE = 1024
+_LOOKED_AT = 16
+"""Images by which the range of values is known, where they have more than 8 bits."""
+_SIXTEEN_BITS = 65535
+_FAR = 3.9
+"""Values that many times smaller than white use two bits less than there are, as those of 14-bit sensors in files of 16 bits."""
 
 
 class EncodedImage(NamedTuple):
@@ -44,6 +51,28 @@ class EncodedImages(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: list[int], /) -> list[EncodedImage]: ...
+
+
+def encoded_image(record: Any) -> EncodedImage:
+    """What a column holds of an image: a struct of bytes and perhaps a path, bytes alone or as a list of numbers, or None."""
+    if isinstance(record, dict):
+        return EncodedImage(record.get("bytes"), record.get("path"))
+    return EncodedImage(None if record is None else bytes(record), None)
+
+
+class FilePaths:
+    """Image files, as `EncodedImages`."""
+
+    file_lengths = None
+
+    def __init__(self, paths: Sequence[str | None]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
+        return [EncodedImage(None, self._paths[row]) for row in rows]
 
 
 def decoding_threads(data: Data) -> int:
@@ -82,6 +111,7 @@ class EncodedSplit(SourceSplit):
 
     def __init__(self, name: str, images: EncodedImages, labels: np.ndarray | None, identity: str) -> None:
         self.name, self.images, self.labels, self.identity = name, images, labels, identity
+        self._range_known = False
 
     @override
     def __len__(self) -> int:
@@ -110,7 +140,33 @@ class EncodedSplit(SourceSplit):
         else:
             found = cached_images(folder, {**identity, **_of_pixels(data)}, _shape(wanted, data), each, what)
         _check_skipped(found.skipped.values(), len(wanted), data, what)
+        if self.name == TRAIN and not self._range_known:  # of which validation images may be drawn as well
+            self._say_range(wanted, folder, identity, data, what)
         return found
+
+    def _say_range(self, rows: np.ndarray, folder: Path, identity: dict[str, Any], data: Data, what: str) -> None:
+        """Say it if images of more than 8 bits are far from using their range, or are cut off by `data.white`."""
+        self._range_known = True
+        if self.images.file_lengths is None:
+            found = self._brightest(rows[:: max(1, len(rows) // _LOOKED_AT)])
+        else:  # files that are read from their beginning, perhaps over a network: once for all commands
+            found = cached_findings(folder, {**identity, "kept": "range"}, lambda: {"brightest": self._brightest(rows)})["brightest"]
+        if not found:
+            return
+        highest, grey = max(value for value, _ in found), all(grey for _, grey in found)
+        white = _SIXTEEN_BITS if data.white is None or not grey else data.white
+        seen = f"{what}: values up to {highest:,g}, where {white:,g} is white, in {len(found)} images of more than 8 bits"
+        if grey and data.white is not None and highest > white:
+            say(f"{seen}: all above are white too (data.white)")
+        elif highest * _FAR <= white:
+            fitting = 2 ** math.ceil(math.log2(highest + 1)) - 1 if highest >= 1 else highest
+            way = f"--data.white {fitting:g} makes them as bright as can be" if grey else "store them with 8 bits, scaled to 255"
+            say(f"{seen}: they are dark; {way}")
+
+    def _brightest(self, rows: np.ndarray) -> list[tuple[float, bool]]:
+        """What `brightest` says of the first of those rows, without images of 8 bits."""
+        found = [brightest(*image) for image in self.images[rows[:_LOOKED_AT].tolist()]]
+        return [value for value in found if value is not None]
 
     def _each(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray | str]:
         skipped: list[str] = []
@@ -135,7 +191,7 @@ class EncodedSplit(SourceSplit):
 
 def _of_pixels(data: Data) -> dict[str, object]:
     """What of a recipe decides on pixels, but their shape."""
-    return {"background": data.background, "on_error": data.on_error, "crop_area": data.crop_area}
+    return {"background": data.background, "white": data.white, "on_error": data.on_error, "crop_area": data.crop_area}
 
 
 def _shape(rows: np.ndarray, data: Data) -> tuple[int, int, int, int]:

@@ -14,8 +14,9 @@ from configs.data import Data
 from configs.errors import UserError
 from stage1_vqvae.data import tables
 from stage1_vqvae.data.cache import files_identity
-from stage1_vqvae.data.encoded import EncodedImage, EncodedSplit
+from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
 from stage1_vqvae.data.formats import ending_of, image_endings, package_for
+from stage1_vqvae.data.listings import Listing
 from stage1_vqvae.data.names import NO_LABELS, normalised, our_splits, refuse_keys, splits_by_words, usual_split
 from stage1_vqvae.data.splits import TRAIN, Opened, SourceSplit
 
@@ -124,21 +125,6 @@ def images_in(tree: FileTree, beside: Collection[str] = ()) -> tuple[dict[Parts,
     return images, left_out(tree, lambda name: ending_of(name) in endings or name in beside)
 
 
-class _Files:
-    """Image files, as `EncodedImages`."""
-
-    file_lengths = None
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
-        return [EncodedImage(None, self._paths[row]) for row in rows]
-
-
 def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
     """Splits and label names of a folder's images.
 
@@ -198,7 +184,7 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
         used = {folder: files for folder, files in folders.items() if not labelled or folder in classes[split]}
         paths = sorted(path for folder, files in used.items() for path in _joined(tree.path((*roots[split], *folder)), files))
         labels = np.asarray([class_of[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
-        splits[split] = EncodedSplit(split, _Files(paths), labels, files_identity(map(Path, paths)))
+        splits[split] = EncodedSplit(split, FilePaths(paths), labels, files_identity(map(Path, paths)))
     return Opened(splits, label_names if len(label_names) > 1 else None, called, omitted, notes)
 
 
@@ -333,8 +319,10 @@ def _with_metadata(
         split: [Path(file) for folder, names in found.items() for file in _joined(tree.path((*roots[split], *folder)), names)]
         for split, found in split_images.items()
     }
-    read_from = {split: sorted([*found, *split_tables[split]], key=str) for split, found in images.items()}
-    splits, label_names = tables.of_files("imagefolder", read_from, path, data, set(images), split_tables)
+    for split, found in split_tables.items():
+        if not found:
+            raise UserError(f"data.path {path}: expected metadata in the folder of each split, found none in that of {split}")
+    splits, label_names = tables.of_listings({split: Listing(split_tables[split], found) for split, found in images.items()}, data)
     for split, of_split in splits.items():
         if len(of_split) < len(images[split]):
             notes.append(f"{split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")

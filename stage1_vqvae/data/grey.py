@@ -76,7 +76,7 @@ def idx_files(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
     splits: dict[str, SourceSplit] = {}
     highest = -1
     for split, stem in _STEMS.items():
-        images, labels = _read(path, f"{stem}-images-idx3-ubyte"), _read(path, f"{stem}-labels-idx1-ubyte")
+        images, labels = _read(path, f"{stem}-images-idx3-ubyte", 3), _read(path, f"{stem}-labels-idx1-ubyte", 1)
         if len(images) != len(labels):
             raise UserError(f"data.path {path}: expected a label an image in {split}, found {len(images)} images, {len(labels)} labels")
         splits[split] = GreySplit(images, labels, files_identity(sorted(path.glob(f"{stem}-*"))))
@@ -84,7 +84,7 @@ def idx_files(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
     return splits, [str(label) for label in range(highest + 1)]
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
+def _read(folder: Path, name: str, dimensions: int) -> np.ndarray:
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
     if path is None:
         raise UserError(f"data.path {folder}: expected {name} or {name}.gz, found neither")
@@ -93,9 +93,10 @@ def _read(folder: Path, name: str) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: expected a gzipped IDX file, found one that does not unpack ({error})") from None
     # Magic 0 0 8 n: unsigned bytes in n dimensions, then n big-endian 32-bit sizes, then the data.
-    dimensions = content[3] if content[:3] == b"\0\0\x08" else 0
+    magic = bytes((0, 0, 8, dimensions))
     shape = np.frombuffer(content, ">u4", dimensions, 4).astype(int) if len(content) >= 4 + 4 * dimensions else np.zeros(0, int)
     body = content[4 + 4 * dimensions :]
-    if dimensions == 0 or shape.size != dimensions or len(body) != shape.prod() or len(body) == 0:
-        raise UserError(f"{path}: expected an IDX file of bytes, found {len(content)} bytes that are not one (truncated?)")
+    if not content.startswith(magic) or shape.size != dimensions or len(body) != shape.prod() or len(body) == 0:
+        expected = f"an IDX file of bytes in {dimensions} dimension{'s' if dimensions > 1 else ''}"
+        raise UserError(f"{path}: expected {expected}, found {len(content)} bytes that are not one (truncated?)")
     return np.frombuffer(body, np.uint8).reshape(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,16 +140,19 @@ def refuse_keys(data: Data, keys: Iterable[str], what: str) -> None:
             raise UserError(f"data.{key}: expected nothing for {what}, found {getattr(data, key)}")
 
 
-def check_labels(labels: np.ndarray | None, split: str, what: str) -> np.ndarray | None:
+def check_labels(labels: np.ndarray | None, split: str, what: str, row_name: Callable[[int], str] = "row {}".format) -> np.ndarray | None:
     """A split's labels (N,), of which -1 is none: None if it has none at all, or is a test split of which some are missing.
 
-    Errors: UserError if some are missing otherwise.
+    Errors: UserError if some are missing otherwise, with what `row_name` says of the first.
     """
     if labels is None or bool((labels < 0).all()):
         return None
-    missing = int((labels < 0).sum())
-    if missing and split == TEST:  # contests publish their test images so
+    missing = np.flatnonzero(labels < 0)
+    if len(missing) and split == TEST:  # contests publish their test images so
+        say(f"{what}: {len(missing):,} of {len(labels):,} images of {split} have no label: the others' are not used either")
         return None
-    if missing:
-        raise UserError(f"{what}: expected a label for every image of {split}, found {missing} without")
+    if len(missing):
+        found = f"found {len(missing)} without, the first {row_name(int(missing[0]))}"
+        way = f"--data.label_column {NO_LABELS} leaves all labels away"
+        raise UserError(f"{what}: expected a label for every image of {split}, {found}; {way}")
     return labels

@@ -13,7 +13,7 @@ import numpy as np
 from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data.cache import cache_folder, cached_findings
-from stage1_vqvae.data.encoded import EncodedImage, decoding_threads
+from stage1_vqvae.data.encoded import EncodedImage, decoding_threads, encoded_image
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.watch import progressed
 
@@ -76,7 +76,7 @@ class Stream:
         return self._lengths
 
     def values(self, column: str, keep: bool = True) -> list[Any]:
-        """A column of whole numbers or text. All files are read through for it, once: what they hold is kept beside decoded images."""
+        """A column of numbers or text. All files are read through for it, once: what they hold is kept beside decoded images."""
         identity = {"stream": self._origin, "column": column, "kept": "values" if keep else "lengths"}
         found = cached_findings(cache_folder(self._data), identity, lambda: self._read_through(column, keep))
         self._lengths = np.asarray(found["lengths"], np.int64)
@@ -86,7 +86,9 @@ class Stream:
         """Its images."""
         import datasets
 
-        rows = self._open_rows([column] if self._columnar else None).cast_column(column, datasets.Image(decode=False))
+        rows = self._open_rows([column] if self._columnar else None)
+        if isinstance(self.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
         threads = max(1, decoding_threads(self._data))
         return StreamedImages(rows.select_columns([column]), column, self.lengths(), threads, self._named)
 
@@ -200,14 +202,15 @@ class StreamedImages:
                     missing.setdefault(file, []).append(block)
                 self._blocks.move_to_end((file, block))
             found = {block: self._blocks[block] for block in blocks}
-        for file, of_file in missing.items():
-            self._pool.submit(self._read, file, of_file, [found[file, block] for block in of_file])
+            for file, of_file in missing.items():  # under the lock, so that a task waits for none that is behind it in the queue
+                before = self._blocks.get((file, of_file[0] - 1))
+                self._pool.submit(self._read, file, of_file, [found[file, block] for block in of_file], before)
         return found
 
-    def _read(self, file: int, blocks: Sequence[int], futures: Sequence[Future[list[EncodedImage]]]) -> None:
+    def _read(
+        self, file: int, blocks: Sequence[int], futures: Sequence[Future[list[EncodedImage]]], before: Future[list[EncodedImage]] | None
+    ) -> None:
         """Read ascending blocks of a file, and keep those that lie between where it was left and them: they will be asked for soon."""
-        with self._lock:
-            before = self._blocks.get((file, blocks[0] - 1))
         if before is not None:  # who reads it, asked for earlier, leaves the file where it is wanted here
             before.exception()
         with self._lock:
@@ -252,7 +255,7 @@ class StreamedImages:
                 raise UserError(f"{self._named(file)}: expected {length} images, as when it was read first, found fewer")
             if block == blocks[-1] and place * _BLOCK < length:  # before anybody learns of the last, and asks for what follows
                 self._leave(file, place, rows)
-            yield block, {block * _BLOCK + within: _encoded(record) for within, record in enumerate(records)}
+            yield block, {block * _BLOCK + within: encoded_image(record) for within, record in enumerate(records)}
 
     def _taken(self, file: int, block: int) -> tuple[int, Iterator[dict[str, list[Any]]] | None]:
         """A file that is open nearest before a block, and where; or one to be opened there."""
@@ -269,8 +272,6 @@ class StreamedImages:
 
 def unreadable(name: str, error: BaseException) -> UserError:
     """What went wrong with a file, of many kinds: no connection, no such file any more, a broken one."""
+    if isinstance(error, UserError):
+        return error
     return UserError(f"{name}: expected to read it from end to end, found: {str(error) or type(error).__name__}")
-
-
-def _encoded(record: dict[str, Any] | None) -> EncodedImage:
-    return EncodedImage(None, None) if record is None else EncodedImage(record["bytes"], record["path"])

@@ -1,22 +1,27 @@
-"""Data sets that `datasets` opens: of the Hub, of parquet, WebDataset and Arrow files, of folders with metadata."""
+"""Data sets of rows: those that `datasets` opens, of the Hub, of Parquet, WebDataset and Arrow files; and tables beside images."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import has_magic
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from configs.data import Data
-from configs.errors import UserError
+from configs.errors import UserError, say
 from stage1_vqvae.data.cache import files_identity
-from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit
+from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, encoded_image
+from stage1_vqvae.data.listings import Listing
 from stage1_vqvae.data.names import NO_LABELS, check_labels, our_splits
-from stage1_vqvae.data.splits import TRAIN, VALIDATION, Opened, SourceSplit
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Opened, SourceSplit
 from stage1_vqvae.data.streams import Stream
 from stage1_vqvae.training.watch import at_work
 
@@ -24,8 +29,21 @@ from stage1_vqvae.training.watch import at_work
 if TYPE_CHECKING:
     import datasets
 
-# What a column of labels is called where its type does not tell: the last is WebDataset's.
+# What a column of labels is called where its type does not tell, in any case: the last is WebDataset's.
 _LABEL_NAMES = ("label", "labels", "class", "cls")
+# What values of a type can be compared with, by the beginning of the type's name. A column of the type null has no value at all.
+_LABEL_KINDS = {
+    "int": "numbers",
+    "uint": "numbers",
+    "float": "numbers",
+    "string": "text",
+    "large_string": "text",
+    "bool": "booleans",
+    "null": "",
+}
+_BYTES = ("binary", "large_binary")
+# The last bytes of whole files.
+_ENDS = {".arrow": b"\xff\xff\xff\xff\0\0\0\0", ".parquet": b"PAR1"}
 
 
 class _Column:
@@ -36,14 +54,15 @@ class _Column:
     def __init__(self, rows: datasets.Dataset, column: str) -> None:
         import datasets
 
-        self._rows, self._column = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column]), column
+        rows = rows.select_columns([column])
+        is_image = isinstance(rows.features[column], datasets.Image)
+        self._rows, self._column = rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows, column
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
-        found = self._rows[rows][self._column]
-        return [EncodedImage(None, None) if record is None else EncodedImage(record["bytes"], record["path"]) for record in found]
+        return [encoded_image(record) for record in self._rows[rows][self._column]]
 
 
 class Table(Protocol):
@@ -60,7 +79,7 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def values(self, column: str) -> list[Any]:
-        """A column of whole numbers or text."""
+        """A column of numbers or text."""
 
     def images(self, column: str) -> EncodedImages:
         """A column of images."""
@@ -86,14 +105,12 @@ class _Mapped:
     def images(self, column: str) -> EncodedImages:
         return _Column(self._rows, column)
 
-    def identity(self) -> str:
-        files = [Path(file["filename"]) for file in self._rows.cache_files] if self._files is None else self._files
-        return f"{len(self)} {files_identity(files)}"
+    def files(self) -> Sequence[Path]:
+        """Those that the rows lie in."""
+        return [Path(file["filename"]) for file in self._rows.cache_files] if self._files is None else self._files
 
-    def by_path(self, column: str) -> _Mapped:
-        """The rows in the order of their images' paths: several tables of metadata are read in the order of a Python set."""
-        paths = [image.path or "" for image in self.images(column)[list(range(len(self)))]]
-        return _Mapped(self._rows.select(sorted(range(len(paths)), key=paths.__getitem__)), self._files)
+    def identity(self) -> str:
+        return f"{len(self)} {files_identity(self.files())}"
 
 
 def of_the_hub(data: Data, wanted: set[str]) -> Opened:
@@ -105,8 +122,8 @@ def of_the_hub(data: Data, wanted: set[str]) -> Opened:
     if has_magic(data.name):  # `datasets` would take it for a folder of this machine, and for a pattern
         raise UserError(f"data.name {data.name}: expected a data set of the Hub, USER/NAME, found a folder's name; use --data.path")
     what = f"data.name {data.name} (a local copy can be given with --data.path)"
-    asked: dict[str, Any] = {"name": data.config, "revision": data.revision}
-    found = _streams(data.name, what, data, **asked) if data.stream else _mapped(_open(data.name, what, **asked))
+    builder = _hub_builder(data.name, {"name": data.config, "revision": data.revision})
+    found = _streams(builder, what, data) if data.stream else _mapped(_copied(builder, what))
     return _ours(found, data, wanted)
 
 
@@ -119,9 +136,11 @@ def of_disk(path: Path, data: Data, wanted: set[str]) -> Opened:
     """Open what `save_to_disk` wrote. Errors: as `of_the_hub`."""
     import datasets
 
-    with _failing_as(f"data.path {path}, which `save_to_disk` wrote"):
+    with _failing_as(f"data.path {path}, which `save_to_disk` wrote", sorted(path.glob("**/data-*.arrow"))):
         source = datasets.load_from_disk(str(path))
-    found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
+        found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
+        for file in chain.from_iterable(rows.files() for rows in found.values()):
+            check_whole(file)
     return _ours(found, data, wanted)
 
 
@@ -133,72 +152,106 @@ def _ours(found: Mapping[str, Table], data: Data, wanted: set[str]) -> Opened:
 
 
 def of_files(
-    kind: str,
-    files: Mapping[str, Sequence[Path]],
-    path: Path,
-    data: Data,
-    wanted: set[str],
-    metadata: Mapping[str, Sequence[Path]] | None = None,
+    kind: str, files: Mapping[str, Sequence[Path]], path: Path, data: Data, wanted: set[str]
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """Splits and label names of files on this machine.
 
     Args:
-        kind: what `datasets` calls them: parquet, webdataset, imagefolder.
+        kind: what `datasets` calls them: parquet, webdataset.
         files: of each of our splits.
         path: that the user named.
         data: the recipe's.
         wanted: names of splits.
-        metadata: tables of each split, which name those of its files that count.
     Errors: as `of_the_hub`.
     """
-    what, named = f"data.path {path}", {split: _literally(found) for split, found in (metadata or files).items()}
+    what, builder = f"data.path {path}", _files_builder(kind, files)
     if data.stream:
-        return _found(_streams(kind, what, data, files, data_files=named), data, wanted)
-    found = _mapped(_open(kind, what, data_files=named), files)
-    if metadata is not None:
-        found = {split: rows.by_path(_image_column(rows, data)) for split, rows in found.items()}
-    return _found(found, data, wanted)
+        return _found(_streams(builder, what, data, files), data, wanted)
+    return _found(_mapped(_copied(builder, what, list(chain(*files.values()))), files), data, wanted)
 
 
-def _literally(files: Sequence[Path]) -> list[str]:
-    """Files as `datasets` takes them without looking for patterns in their paths; with what tells whether they have changed."""
-    from datasets.data_files import DataFilesList
-
-    for file in files:
-        if "::" in str(file):  # to `datasets`, a file inside an archive
-            raise UserError(f"{file}: expected a path without '::', which `datasets` cannot open, found one; rename it")
-    return DataFilesList([str(file.absolute()) for file in files], [(files_identity([file]),) for file in files])
+def of_listings(listings: Mapping[str, Listing], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
+    """All splits, and label names, of tables beside images. Errors: as `of_the_hub`."""
+    for listing in listings.values():
+        listing.sort_by_path(_image_column(listing, data))
+    return _found(listings, data, set(listings))
 
 
-def _open(source: str, what: str, **arguments: Any) -> datasets.DatasetDict:
-    """`datasets.load_dataset`, its failures as one line that begins with `what`."""
-    import datasets
+Builder = Callable[..., "datasets.DatasetBuilder"]
+"""Makes what reads a data set: all of its columns, or those that the argument `columns` names."""
 
-    with _failing_as(what):
-        return datasets.load_dataset(source, **arguments)
+
+def _files_builder(kind: str, files: Mapping[str, Sequence[Path]]) -> Builder:
+    """Of files by split. Their names are no patterns, as `datasets.load_dataset` would take them."""
+
+    def build(**columns: Any) -> datasets.DatasetBuilder:
+        from datasets.data_files import DataFilesDict, DataFilesList
+
+        from stage1_vqvae.data.readers import Parquet, WebDataset
+
+        for file in chain.from_iterable(files.values()):
+            if "::" in str(file):  # to `datasets`, a file inside an archive
+                raise UserError(f"{file}: expected a path without '::', which `datasets` cannot open, found one; rename it")
+        listed = {split: [(str(file.absolute()), file.stat()) for file in found] for split, found in files.items()}
+        data_files = DataFilesDict(
+            {
+                split: DataFilesList([name for name, _ in found], [(str(status.st_mtime_ns), str(status.st_size)) for _, status in found])
+                for split, found in listed.items()
+            }
+        )
+        return {"parquet": Parquet, "webdataset": WebDataset}[kind](dataset_name=kind, data_files=data_files, **columns)
+
+    return build
+
+
+def _hub_builder(name: str, arguments: Mapping[str, Any]) -> Builder:
+    """Of a repository of the Hub, at one commit from the first time on."""
+    pinned = dict(arguments)
+
+    def build(**columns: Any) -> datasets.DatasetBuilder:
+        import datasets
+        from datasets.packaged_modules.webdataset import webdataset
+
+        from stage1_vqvae.data.readers import WebDataset
+
+        found = datasets.load_dataset_builder(name, **pinned, **columns)
+        listed = found.config.data_files or {}
+        # So that nothing read later is of a newer commit.
+        commit = re.search("@([0-9a-f]{40})/", str(next(iter(next(iter(listed.values()), [])), "")))
+        if commit:
+            pinned["revision"] = commit[1]
+        if not isinstance(found, webdataset.WebDataset):
+            return found
+        same = {key: getattr(found, key) for key in ("dataset_name", "base_path", "token", "repo_id", "storage_options", "info")}
+        return WebDataset(config_name=found.config.name, hash=f"{found.hash}-whole", data_files=listed, **same)
+
+    return build
+
+
+def _copied(builder: Builder, what: str, files: Sequence[Path] = ()) -> datasets.DatasetDict:
+    """The splits of a data set, of which `datasets` makes a copy; failures are one line that begins with `what`."""
+    with _failing_as(what, files):
+        reader = builder()
+        reader.download_and_prepare()
+        return reader.as_dataset()
 
 
 def _mapped(source: Mapping[str, datasets.Dataset], files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, _Mapped]:
     return {split: _Mapped(rows, None if files is None else files[split]) for split, rows in source.items()}
 
 
-def _streams(source: str, what: str, data: Data, files: Mapping[str, Sequence[Path]] | None = None, **arguments: Any) -> dict[str, Stream]:
+def _streams(builder: Builder, what: str, data: Data, files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, Stream]:
     """The splits of a data set as they are where they lie. `files`: of each split, where they are this machine's."""
-    import datasets
-
-    with _failing_as(what):
-        config = datasets.load_dataset_builder(source, **arguments).config
+    every = [] if files is None else list(chain(*files.values()))
+    with _failing_as(what, every):
+        config = builder().config
     if hasattr(config, "drop_labels"):
         raise UserError(f"{what}: expected Parquet or WebDataset files to stream, found a folder of images; leave data.stream away")
     listed = config.data_files or {}
-    # So that nothing read later is of a newer commit.
-    commit = re.search("@([0-9a-f]{40})/", str(next(iter(next(iter(listed.values()), [])), "")))
-    pinned = {**arguments, "revision": commit[1]} if commit and files is None else arguments
 
     def opened(columns: list[str] | None = None) -> datasets.IterableDatasetDict:
-        only = {} if columns is None else {"columns": columns}
-        with _failing_as(what):
-            return datasets.load_dataset(source, streaming=True, **pinned, **only)
+        with _failing_as(what, every):
+            return builder(**({} if columns is None else {"columns": columns})).as_streaming_dataset()
 
     def stream(name: str) -> Stream:
         own = listed.get(name, [])
@@ -210,16 +263,32 @@ def _streams(source: str, what: str, data: Data, files: Mapping[str, Sequence[Pa
 
 
 @contextmanager
-def _failing_as(what: str) -> Iterator[None]:
-    """Whatever goes wrong as one line that begins with `what`."""
+def _failing_as(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
+    """Whatever goes wrong as one line that begins with `what`, or with that of the files which is cut short."""
     try:
         with at_work():  # it may fetch for hours, and shows that by bars of its own
             yield
     except UserError:
         raise
     except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
+        for file in files:
+            check_whole(file)
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         cause = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
+
+
+def check_whole(file: Path) -> None:
+    """Errors: UserError for an Arrow or a Parquet file without its end.
+
+    Arrow takes a file that is cut between two batches for a shorter one.
+    """
+    if file.suffix in _ENDS:
+        with open(file, "rb") as content:
+            content.seek(-min(len(_ENDS[file.suffix]), file.stat().st_size), os.SEEK_END)
+            if content.read() != _ENDS[file.suffix]:
+                raise UserError(f"{file}: expected a whole file, found one without its end marker (cut short?)")
 
 
 def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
@@ -236,37 +305,40 @@ def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[d
     for split, rows in source.items():
         if image_column not in rows.column_names:
             raise UserError(f"{what}: expected a column {image_column} in {split} too, found {', '.join(rows.column_names)}")
-    kinds: dict[str, Any] = {}
-    values: dict[str, list[Any]] = {}
-    names = None
+    names, numbers = None, dict[str, np.ndarray]()
     if label_column is not None:
-        kinds = {split: rows.features[label_column] for split, rows in source.items() if label_column in rows.column_names}
-        values = {split: source[split].values(label_column) for split in kinds}
-        names = _label_names(list(kinds.values()), values, what)
+        labelled = {split: rows for split, rows in source.items() if label_column in rows.column_names}
+        kinds = {split: rows.features[label_column] for split, rows in labelled.items()}
+        names, numbers = _numbered(kinds, {split: rows.values(label_column) for split, rows in labelled.items()}, label_column, what)
     splits: dict[str, SourceSplit] = {}
     for split, rows in source.items():
         if split not in wanted and not (split == TRAIN and VALIDATION in wanted and VALIDATION not in source):
             continue
         if len(rows) == 0:
             raise UserError(f"{what}: expected images in split {split}, found none")
-        numbers = None if names is None or split not in kinds else _numbers(values[split], names, kinds[split])
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
-        identity = f"{origin} {image_column} {rows.identity()}"
-        splits[split] = EncodedSplit(split, rows.images(image_column), check_labels(numbers, split, what), identity)
+        identity, images = f"{origin} {image_column} {rows.identity()}", rows.images(image_column)
+        labels = check_labels(numbers.get(split), split, what, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
+        splits[split] = EncodedSplit(split, images, labels, identity)
     return splits, names
+
+
+def _row_name(images: EncodedImages, row: int) -> str:
+    path = images[[row]][0].path
+    return f"row {row}" if path is None else f"row {row} ({path})"
 
 
 def _image_column(rows: Table, data: Data) -> str:
     import datasets
 
+    # Parquet written without Hugging Face's metadata shows an image as what it is: bytes, or a struct of them and of a path.
+    features = rows.features.items()
     found = [
-        name
-        for name, feature in rows.features.items()
-        # Parquet written without Hugging Face's metadata shows an image as what it is: a struct of bytes and path.
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+        name for name, feature in features if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
     ]
+    found = found or [name for name, feature in features if isinstance(feature, datasets.Value) and feature.dtype in _BYTES]
     if data.image_column is not None:
-        found = [name for name in found if name == data.image_column]
+        found = [name for name, feature in features if name == data.image_column and (name in found or _may_be_bytes(feature))]
     if len(found) != 1:
         expected = f"one column of images (--data.image_column NAME), found {', '.join(found) or 'none'} of {', '.join(rows.column_names)}"
         raise UserError(f"{data.path or data.name}: expected {expected}")
@@ -284,43 +356,113 @@ def _label_column(rows: Table, data: Data) -> str | None:
             raise UserError(f"{data.path or data.name}: expected {expected}")
         return data.label_column
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    found = found or [name for name in _LABEL_NAMES if _tells_classes(rows.features.get(name))]
+    called = [name for name in rows.column_names if name.lower() in _LABEL_NAMES]
+    found = found or [name for name in called if _label_kind(rows.features[name]) is not None]
     if len(found) > 1:
         expected = f"one column of labels (--data.label_column NAME, or {NO_LABELS})"
         raise UserError(f"{data.path or data.name}: expected {expected}, found {', '.join(found)}")
+    if called and not found:
+        holds = f"holds no classes, whole numbers or text, but {rows.features[called[0]]}"
+        say(f"{data.path or data.name}: no labels: the column {called[0]} {holds}")
     return found[0] if found else None
 
 
-def _tells_classes(feature: Any) -> bool:
-    """Whether a column is of whole numbers or text."""
+def _may_be_bytes(feature: Any) -> bool:
+    """Whether a column that the user names can be one of encoded images."""
     import datasets
 
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
+    item = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+    return isinstance(item, datasets.Value) and item.dtype in (("uint8",) if item is not feature else _BYTES)
 
 
-def _label_names(features: Sequence[Any], values: Mapping[str, Sequence[Any]], what: str) -> list[str] | None:
-    """The names of classes; or of whole numbers and texts, all that occur, in their order."""
+def _label_kind(feature: Any) -> str | None:
+    """What a column's labels can be compared with: numbers, text, booleans; "": it has none; None: its values are no labels."""
     import datasets
 
-    if not isinstance(features[0], datasets.ClassLabel) and not _tells_classes(features[0]):
-        raise UserError(f"{what}: expected labels that are classes, whole numbers or text (data.label_column), found {features[0]}")
-    occurring = {value for of_split in values.values() for value in of_split if value not in (None, -1)}
-    if not occurring:
+    dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+    return next((kind for begin, kind in _LABEL_KINDS.items() if dtype.startswith(begin)), None)
+
+
+def _label_name(value: Any) -> str | None:
+    """A label as text; None where there is none. Errors: ValueError for a fraction."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(features[0], datasets.ClassLabel):
-        if any(getattr(feature, "names", None) != features[0].names for feature in features):
-            raise UserError(f"{what}: expected the same classes in all splits, found others")
-        return list(features[0].names)
-    if any(type(feature) is not type(features[0]) or feature.dtype != features[0].dtype for feature in features):
-        raise UserError(f"{what}: expected labels of one kind in all splits, found {', '.join(map(str, features))}")
-    return [str(value) for value in sorted(occurring)]
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError
+        value = int(value)
+    return unicodedata.normalize("NFC", str(value).strip()) or None
 
 
-def _numbers(values: Sequence[Any], names: Sequence[str], feature: Any) -> np.ndarray:
-    """Labels (N,) as numbers of `names`; -1 where there is none."""
+def _numbered(
+    kinds: Mapping[str, Any], values: Mapping[str, Sequence[Any]], column: str, what: str
+) -> tuple[list[str] | None, dict[str, np.ndarray]]:
+    """The names of labels, and of each split their numbers (N,), -1 for a missing one.
+
+    Names are those of the classes; or of all numbers and texts that occur, in their order, numbers by value.
+
+    Args:
+        kinds: the column's feature in each split.
+        values: its values there.
+        column: its name.
+        what: the data set is, for messages.
+    Errors: UserError for what is no label, and for splits whose labels cannot be compared.
+    """
     import datasets
 
-    if isinstance(feature, datasets.ClassLabel):
-        return np.asarray([-1 if value is None else value for value in values], np.int64)
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.asarray([-1 if value in (None, -1) else numbers[str(value)] for value in values], np.int64)
+    first = next(iter(kinds.values()))
+    classes = [getattr(kind, "names", None) for kind in kinds.values()]
+    name_of: dict[Any, str | None] = {None: None, -1: None}
+    if isinstance(first, datasets.ClassLabel):
+        if any(names != first.names for names in classes):
+            raise UserError(f"{what}: expected the same classes in all splits, found others")
+        name_of |= {number: _label_name(name) for number, name in enumerate(first.names)}
+        names = [name for name in dict.fromkeys(name_of.values()) if name is not None]
+    else:
+        comparable = {split: _label_kind(kind) for split, kind in kinds.items()}
+        for split, kind in comparable.items():
+            if kind is None:
+                expected = "labels that are classes, whole numbers or text (data.label_column)"
+                raise UserError(f"{what}: expected {expected}, found {kinds[split]} in {column} of {split}")
+        if len(set(comparable.values()) - {""}) > 1:
+            found = ", ".join(f"{kind} in {split}" for split, kind in comparable.items() if kind)
+            raise UserError(f"{what}: expected labels of one kind in all splits, found in {column} {found}")
+        name_of = {}
+        for split, of_split in values.items():
+            for value in set(of_split):
+                try:
+                    name_of[value] = _label_name(value)
+                except ValueError:
+                    expected = f"whole numbers or text in {column} (--data.label_column NAME, or {NO_LABELS})"
+                    raise UserError(f"{what}: expected {expected}, found {value} in row {of_split.index(value)} of {split}") from None
+        _set_minus_one(name_of, values, column, what)
+        names = _in_order({name for name in name_of.values() if name is not None})
+    number_of = {name: number for number, name in enumerate(names)}
+    numbers = {value: -1 if name is None else number_of[name] for value, name in name_of.items()}
+    result = {}
+    for split, of_split in values.items():
+        try:
+            result[split] = np.fromiter((numbers[value] for value in of_split), np.int64, len(of_split))
+        except KeyError as error:
+            raise UserError(f"{what}: expected numbers of {len(names)} classes in {column} of {split}, found {error}") from None
+    if not any((found >= 0).any() for found in result.values()):
+        say(f"{what}: no labels: the column {column} has none")
+        return None, {}
+    return names, result
+
+
+def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence[Any]], column: str, what: str) -> None:
+    """Decide what -1 is where no list of classes tells: a class, unless the test split alone has it, as contests publish theirs."""
+    unlabelled = [value for value, name in name_of.items() if name == "-1"]
+    if not unlabelled:
+        return
+    if not any(value in of_split for value in unlabelled for split, of_split in values.items() if split != TEST):
+        name_of |= dict.fromkeys(unlabelled)
+        say(f"{what}: -1 in {column} of {TEST} is taken for a missing label, since no other split has it")
+    elif len(set(name_of.values()) - {None}) > 2:
+        say(f"{what}: -1 in {column} is taken for a class like the others; --data.label_column {NO_LABELS} leaves all labels away")
+
+
+def _in_order(names: set[str]) -> list[str]:
+    """Names by their value, if all are whole numbers, or else by their text."""
+    return sorted(names, key=int if all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in names) else None)

@@ -21,6 +21,7 @@ from configs.parts import default_part
 from configs.run_dir import RunDir
 from pipelines.images.drawing import labels_of
 from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.images.pictures import kept_by
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
@@ -260,3 +261,30 @@ def test_labels_that_do_not_fit_get_one_line() -> None:
         labels_for(None, images(None), header(["across", "down"], knows_no_label=False))
     with pytest.raises(UserError, match="label 3: expected none"):
         labels_for("3", images(None), header(None))
+
+
+LEFT = np.repeat(np.asarray([[255, 255, 0, 0]], np.uint8), 2, 0)
+WHITE, BLACK = np.full_like(LEFT, 255), np.zeros_like(LEFT)
+
+
+def with_alpha(grey: np.ndarray, alpha: np.ndarray, mode: str) -> Image.Image:
+    return Image.fromarray(np.dstack([grey, grey, grey, alpha])).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_a_masks_transparent_parts_are_drawn_anew(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    left = torch.from_numpy(LEFT >= 128)
+    for grey, alpha in ((LEFT, WHITE), (WHITE, LEFT), (LEFT, LEFT)):
+        assert torch.equal(kept_by(with_alpha(grey, alpha, mode), "--mask"), left)
+    assert not capsys.readouterr().out
+    assert torch.equal(kept_by(with_alpha(np.full_like(LEFT, 100), LEFT, mode), "--mask"), left)
+    assert "--mask: a picture with transparent parts: those are drawn anew, the others kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--mask: expected white where .*; found black and transparent parts alone"):
+        kept_by(with_alpha(BLACK, LEFT, mode), "--mask")
+
+
+def test_masks_may_be_of_any_depth() -> None:
+    for mask in (Image.fromarray(LEFT), Image.fromarray(LEFT).convert("1"), Image.fromarray(LEFT.astype(np.uint16) * 257)):
+        assert torch.equal(kept_by(mask, "--mask"), torch.from_numpy(LEFT >= 128))
+    with pytest.raises(UserError, match="--mask: expected a black and white picture of 8 or 16 bits, found one of mode F"):
+        kept_by(Image.fromarray(LEFT.astype(np.float32)), "--mask")

@@ -210,7 +210,10 @@ def test_the_digits_are_real_and_stratified() -> None:
     assert mean[10:18, 10:18].mean() > 5 * mean[:, :4].mean()
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no images", "broken", "text file", "broken parquet", "no image column"])
+CUT = ("damaged parquet", "arrow cut between its batches")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no images", "broken", "text file", "broken parquet", *CUT, "no image column"])
 def test_bad_data_gets_one_line_with_its_path(kind: str, tmp_path: Path, pictures: Path) -> None:
     path, parts = tmp_path, ["data.path", str(tmp_path)]
     if kind == "missing":
@@ -229,7 +232,17 @@ def test_bad_data_gets_one_line_with_its_path(kind: str, tmp_path: Path, picture
         parts += [".parquet", ".txt"]
     elif kind == "broken parquet":
         (tmp_path / "train.parquet").write_bytes(b"PAR1 but not really")
-        parts += ["parquet"]
+        parts = [str(tmp_path / "train.parquet"), "expected a whole file", "cut short"]
+    elif kind == "damaged parquet":
+        file = tmp_path / "train.parquet"
+        datasets.Dataset.from_dict({"image": [b"x" * 999]}).to_parquet(file)
+        file.write_bytes(file.read_bytes()[:40] + bytes(30) + file.read_bytes()[70:])
+        parts = [str(file), "expected a whole Parquet file"]
+    elif kind == "arrow cut between its batches":
+        datasets.Dataset.from_dict({"image": [b"x"]}).save_to_disk(str(path))
+        file = path / "data-00000-of-00001.arrow"
+        file.write_bytes(file.read_bytes()[:-8])
+        parts = [str(file), "expected a whole file", "cut short"]
     elif kind == "no image column":
         datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "train.parquet")
         parts = [str(tmp_path), "column of images", "text"]

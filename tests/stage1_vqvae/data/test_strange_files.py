@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,52 @@ def turned() -> bytes:
     return encoded(half_red().rotate(90, expand=True), "JPEG", exif=exif, quality=95, subsampling=0)
 
 
+def chunk(kind: bytes, body: bytes, flipped: int = 0) -> bytes:
+    """A chunk of a PNG, with some bits of its checksum flipped."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ flipped)
+
+
+def on_its_side() -> Image.Image:
+    return half_red().rotate(90, expand=True)
+
+
+def png_with(*chunks: bytes, picture: Image.Image | None = None) -> bytes:
+    """A picture, stored on its side, and something beside it."""
+    content = encoded(picture or on_its_side(), "PNG")
+    return content[:33] + b"".join(chunks) + content[33:]
+
+
+def jpeg_with(marker: int, body: bytes) -> bytes:
+    content = turned()
+    return content[:2] + bytes((255, marker)) + struct.pack(">H", len(body) + 2) + body + content[2:]
+
+
+def exif(*more: bytes) -> bytes:
+    """EXIF of an orientation, 6, and of further entries."""
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", 1 + len(more)) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + b"".join(more) + bytes(4)
+
+
+def odd_exif() -> bytes:
+    """A resolution stored as text beside the orientation."""
+    content = encoded(on_its_side(), "JPEG", quality=95, subsampling=0)
+    body = b"Exif\0\0" + exif(struct.pack("<HHI4s", 0x11B, 2, 4, b"72\0\0"))
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + content[2:]
+
+
+def pgm(maxval: int) -> bytes:
+    """Half of the largest value."""
+    dtype = ">u2" if maxval > 255 else "u1"
+    return f"P5 {WIDTH} {HEIGHT} {maxval}\n".encode() + np.full((HEIGHT, WIDTH), round(maxval * 0.502), dtype).tobytes()
+
+
+def tiff(bits: int, white_is_zero: bool, content: bytes) -> bytes:
+    """A grey picture of few tags, without compression."""
+    size, rows = {256: WIDTH, 257: HEIGHT, 258: bits}, {273: 8, 277: 1, 278: HEIGHT, 279: len(content)}
+    tags = {**size, 259: 1, 262: int(not white_is_zero), **rows}
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + ifd
+
+
 def wide() -> bytes:
     """Red, but for its middle."""
     picture = Image.new("RGB", (20_000, HEIGHT), RED)
@@ -73,6 +121,7 @@ def animated() -> bytes:
     return encoded(half_red(), "GIF", save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT), GREY)])
 
 
+LONG_TEXT = b"parameters\0\0" + zlib.compress(b"a" * 3_000_000)
 AS_IT_LOOKS: tuple[tuple[int, int, int], tuple[int, int, int]] = (RED, WHITE)
 TABLE: dict[str, tuple[str, Callable[[], bytes], object]] = {
     # what: file name, content, colours of the left and the right half as they are learned from, or words of the line
@@ -80,6 +129,17 @@ TABLE: dict[str, tuple[str, Callable[[], bytes], object]] = {
     "CMYK": ("a.jpg", cmyk, AS_IT_LOOKS),
     "palette with transparency": ("a.gif", transparent_gif, AS_IT_LOOKS),
     "turned by EXIF": ("a.jpg", turned, AS_IT_LOOKS),
+    "turned by EXIF with an odd tag": ("a.jpg", odd_exif, AS_IT_LOOKS),
+    "turned, beside a broken segment": ("a.jpg", lambda: jpeg_with(0xE2, b"ICC_PROFILE\0"), AS_IT_LOOKS),
+    "turned, beside long text": ("a.png", lambda: png_with(chunk(b"eXIf", exif()), chunk(b"zTXt", LONG_TEXT)), AS_IT_LOOKS),
+    "turned, beside a wrong checksum": ("a.png", lambda: png_with(chunk(b"eXIf", exif()), chunk(b"tEXt", b"a\0b", 1)), AS_IT_LOOKS),
+    "broken EXIF": ("a.png", lambda: png_with(chunk(b"eXIf", b"MM"), picture=half_red()), AS_IT_LOOKS),
+    "a broken colour profile": ("a.png", lambda: png_with(chunk(b"iCCP", b"x"), picture=half_red()), AS_IT_LOOKS),
+    "16-bit PGM": ("a.pgm", lambda: pgm(65535), (GREY, GREY)),
+    "10-bit PGM": ("a.pgm", lambda: pgm(1023), (GREY, GREY)),
+    "12-bit TIFF": ("a.tif", lambda: tiff(12, False, bytes((0x80, 0x18, 0x01)) * (WIDTH * HEIGHT // 2)), (GREY, GREY)),
+    "16-bit TIFF whose white is 0": ("a.tif", lambda: tiff(16, True, bytes((0xFF, 0x1F)) * WIDTH * HEIGHT), ((224,) * 3, (224,) * 3)),
+    "floating point": ("a.tif", lambda: encoded(Image.new("F", (WIDTH, HEIGHT), 0.5), "TIFF"), ["from 0.5 to 0.5", "--data.white"]),
     "an animation's first picture": ("a.gif", animated, AS_IT_LOOKS),
     "one pixel": ("a.png", dot, (GREY, GREY)),
     "20,000 pixels wide": ("a.png", wide, AS_IT_LOOKS),

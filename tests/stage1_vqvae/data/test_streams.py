@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import tarfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,6 +175,24 @@ def test_any_rows_can_be_asked_for_and_a_file_is_read_forwards_for_them() -> Non
     assert contents(images, []) == []
 
 
+def test_blocks_asked_for_backwards_do_not_wait_for_one_another() -> None:
+    """By a pool whose one thread comes to the later block first."""
+    images = StreamedImages(Files([160]), "image", np.asarray([160]), 1, str)  # type: ignore[arg-type]
+    free, askers = threading.Event(), ThreadPoolExecutor(2)
+    images._pool.submit(free.wait)
+    asked_for = []
+    for block in (5, 4):
+        asked_for.append(askers.submit(contents, images, [16 * block]))
+        while (0, block) not in images._blocks:
+            time.sleep(0.001)
+    free.set()
+    try:
+        assert [future.result(timeout=20) for future in asked_for] == [[80], [64]]
+    finally:
+        for future in images._blocks.values():
+            future.set_exception(TimeoutError()) if not future.done() else None
+
+
 @pytest.mark.parametrize(("lengths", "batch_size"), [(LENGTHS, 8), ([1], 4), ([2000], 16), ([5, 5, 5, 5], 64), ([997, 1009, 1013], 7)])
 def test_every_row_comes_once_an_epoch(lengths: list[int], batch_size: int) -> None:
     order, count = FileOrder(lengths, batch_size, seed=3), sum(lengths)
@@ -251,6 +273,64 @@ def test_samples_without_a_label_are_no_broken_file(tmp_path: Path) -> None:
     assert load_images(asked(path, stream=True, label_column="none")).splits[TRAIN].labels is None
 
 
+def cut(content: bytes) -> dict[str, tuple[bytes, str]]:
+    """What becomes of an archive, and what is said of it. Member 30 is an image."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        members = archive.getmembers()
+    member, end = members[30].offset, members[-1].offset + 1024
+    return {
+        "at a member": (content[:member], "no end marker"),
+        "in a header": (content[: member + 200], "a damaged header"),
+        "in a body": (content[: member + 600], "unexpected end of data"),
+        "before its end marker": (content[:end], "no end marker"),
+        "in a damaged header": (content[:member] + b"\xff" * 512 + content[member + 512 :], "a damaged header"),
+        "in zeros": (content[:member] + bytes(1024) + content[member + 1024 :], "more behind its end marker"),
+        "in another archive": (content + content, "more behind its end marker"),
+        "to nothing": (b"", "no end marker"),
+        "while compressed": (gzip.compress(content)[:-100], "no end marker|a damaged header|unexpected end"),
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["copied", "streamed"])
+def test_an_archive_that_is_not_whole_is_named_until_it_is(stream: bool, copies: Path, tmp_path: Path) -> None:
+    path = tars(tmp_path / "rows [1]*", [20, 25])
+    archive = path / "train-0001.tar"
+    whole = archive.read_bytes()
+    for what, (content, found) in list(cut(whole).items())[:: 2 if stream else 1]:  # both read by the same code
+        archive.write_bytes(content)
+        with pytest.raises(UserError, match=rf"rows \[1\]\*/train-0001\.tar: expected a whole archive, found ({found})") as error:
+            load_images(asked(path, stream=stream))
+        assert "\n" not in str(error.value), what
+    assert not list(copies.rglob("*.arrow"))
+    archive.write_bytes(whole)
+    assert sum(map(len, load_images(asked(path, stream=stream)).splits.values())) == 45
+    archive.write_bytes(gzip.compress(whole))
+    assert sum(map(len, load_images(asked(path, stream=stream)).splits.values())) == 45
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["copied", "streamed"])
+def test_classes_of_archives_are_names_or_numbers(stream: bool, copies: Path, tmp_path: Path) -> None:
+    def of(*labels: str | None) -> list[str] | None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        with tarfile.open(folder / "train-0.tar", "w") as archive:
+            for number, label in enumerate(labels * 3):
+                for ending, body in (("png", picture(number)), ("cls", None if label is None else label.encode())):
+                    entry = tarfile.TarInfo(f"{number:05d}.{ending}")
+                    entry.size = len(body or b"")
+                    if body is not None:
+                        archive.addfile(entry, io.BytesIO(body))
+        return load_images(asked(folder, stream=stream)).label_names
+
+    assert of("cat", "dog") == ["cat", "dog"]
+    assert of("10\n", "9\n", "-1\n") == ["-1", "9", "10"]
+    assert of("1", "1", "1", "1", "1", "1", "cat") == ["1", "cat"]
+    with pytest.raises(UserError, match=r"expected a label for every image of train, found 3 without, the first row 2 \(00002\.png\)"):
+        of("a", "b", None)
+    with pytest.raises(UserError, match=r"train-0\.tar: expected the same fields in all samples, found 00006\.cls"):
+        of(None, None, None, None, None, None, "a")
+
+
 def test_a_file_that_is_shorter_than_it_was_or_broken_is_named(tmp_path: Path) -> None:
     files = Files([40, 40])
     images = StreamedImages(files, "image", np.asarray([40, 50]), 1, "rows/{:04d}.tar".format)  # type: ignore[arg-type]
@@ -262,5 +342,5 @@ def test_a_file_that_is_shorter_than_it_was_or_broken_is_named(tmp_path: Path) -
     broken = path / "train-00001-of-00002.parquet"
     content = bytearray(broken.read_bytes())
     broken.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"rows: expected a data set that can be loaded|00002\.parquet: expected to read it"):
+    with pytest.raises(UserError, match=r"00001-of-00002\.parquet: expected a whole (file|Parquet file)"):
         load_images(asked(path, stream=True)).splits[TRAIN].pixels[:]
