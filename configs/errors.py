@@ -22,6 +22,8 @@ _PLACE_AT_FAULT = {
     errno.ENAMETOOLONG,
 }
 
+_NO_HOME = "home directory"  # in what `Path.expanduser` says
+
 _SECONDS_FOR_THE_FIRST = 3.0
 
 EXPLANATIONS: list[Callable[[Exception], tuple[str, int] | None]] = []
@@ -65,6 +67,8 @@ def run_entry(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _PLACE_AT_FAULT:
             fail(f"{error.filename or 'the output'}: {error.strerror}")
+        if isinstance(error, RuntimeError) and _NO_HOME in str(error):
+            fail("expected paths with a home directory that is known for `~`, found none; write the path out")
         for explain in EXPLANATIONS:
             if (explained := explain(error)) is not None:
                 fail(*explained)

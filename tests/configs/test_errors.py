@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def main():
 
 run_entry(main)
 """
+
+
+def test_a_home_that_nobody_has_is_told_in_one_line(one_line_error: Callable[..., str]) -> None:
+    def main(arguments: list[str]) -> None:
+        Path(arguments[0]).expanduser()
+
+    assert "expected paths with a home directory that is known for `~`" in one_line_error(main, "~nobody-of-that-name/pictures")
 
 
 @pytest.mark.parametrize("ranks", ["01", "1"])
