@@ -30,6 +30,13 @@ run_entry(main)
 """
 
 
+def test_a_home_that_nobody_has_is_told_in_one_line(one_line_error: Callable[..., str]) -> None:
+    def main(arguments: list[str]) -> None:
+        Path(arguments[0]).expanduser()
+
+    assert "expected paths with a home directory that is known for `~`" in one_line_error(main, "~nobody-of-that-name/pictures")
+
+
 @pytest.mark.parametrize("ranks", ["01", "1"])
 def test_it_is_said_once_by_any_number_of_processes(ranks: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(_SCRIPT.format(repository=str(REPOSITORY)))
