@@ -71,7 +71,8 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 def float64_device(device: torch.device) -> torch.device:
     """Device for float64 work: this one if it has float64, otherwise the CPU."""
-    return device if widest_float(device) == torch.float64 else _CPU
+    # The first condition for torch.compile, which warns of cached functions.
+    return device if device.type in _WITH_FLOAT64 or widest_float(device) == torch.float64 else _CPU
 
 
 def as_float64(tensor: Tensor) -> Tensor:

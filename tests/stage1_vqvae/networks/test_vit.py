@@ -127,6 +127,13 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+def test_torch_compile_sees_it_whole() -> None:
+    """Without a break, or a warning of a function whose results are kept."""
+    encoder, _ = ViTPart(**SMALL, downsampling=4).build(3, 5, 3)
+    images = torch.randn(2, 3, 8, 12)
+    torch.testing.assert_close(torch.compile(encoder, backend="eager", fullgraph=True)(images), encoder(images))
+
+
 def test_mixed_precision_stays_near_full_precision() -> None:
     """Latents, and the gradient of each weight."""
     torch.manual_seed(0)
