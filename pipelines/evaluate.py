@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             network = network or feature_network(*network_arguments)
             if network.instead_of is not None:
                 print(network.instead_of)
-            assessor = Assessor(tokenizer, network, source, data, config, batch, training_codes(run, source))
+            assessor = Assessor(tokenizer, network, source, data, config, batch, training_codes(run, source), fingerprint(run.tokenizer))
             found = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))
@@ -139,7 +139,7 @@ def drawn(command: Command, accelerator: Accelerator) -> Samples:
     codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True)
     shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
     balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"
-    own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": fingerprint(command.run.tokenizer)}
+    own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": generator.tokenizer_sha256}
     return Samples(pixels, codes, shown, own | generator.origin)
 
 

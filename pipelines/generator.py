@@ -89,6 +89,7 @@ class Generator:
         self.data, self.sampling, self._accelerator = data, sampling, accelerator
         self.device = next(tokenizer.parameters()).device
         # Of what was loaded, whatever takes its place on the disk meanwhile.
+        self.tokenizer_sha256 = fingerprint(run.tokenizer)
         self._prior_sha256 = None if header is None else fingerprint(run.prior(str(prior_name)) / "prior.safetensors")
 
     @classmethod
@@ -342,8 +343,7 @@ class Generator:
     @property
     def _made_by(self) -> tuple[bytes, str]:
         """Fingerprint of the tokenizer and prior that were loaded, whatever lies on the disk by now, and the prior's name."""
-        assert self.header is not None
-        return run_fingerprint(self.header.tokenizer_sha256, str(self._prior_sha256)), str(self.prior_name)
+        return run_fingerprint(self.tokenizer_sha256, str(self._prior_sha256)), str(self.prior_name)
 
     @overload
     def decompress(self, data: bytes, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...

@@ -29,7 +29,6 @@ from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
 from stage2_prior.priors.prior_file import UNIFORM
 
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
                 **generator.origin,
                 "labels": None if labels is None else labels.tolist(),
                 "label_names": header.label_names if header is not None else None,
-                "tokenizer_sha256": fingerprint(run.tokenizer),
+                "tokenizer_sha256": generator.tokenizer_sha256,
                 "bits_per_token": header.bits_per_token if header is not None else uniform,
             }
             write(folder, codes, pictures, labels, details, options.npz)

@@ -92,6 +92,8 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
         at_once: images in one pass of the decoder; None: a batch. Of no influence on the pixels.
     Errors: UserError if they are not those that were encoded.
     """
+    if coded.batch != (most := batch_of_pixels(tokenizer, coded.batch)):
+        raise UserError(f"decoding: expected pixels in batches of at most {most} images, found {coded.batch}")
     channels, height, width = tokenizer.image_shape
     device, likelihood, values_in = next(tokenizer.parameters()).device, tokenizer.likelihood(), _Values(coded)
     pixels = torch.zeros(len(codes[0]), height, width, channels, dtype=torch.uint8)

@@ -26,11 +26,12 @@ from pipelines.evaluation.distances import (
     neighbourhoods,
     some,
 )
-from pipelines.evaluation.reference import ReferenceFeatures, reference_features
+from pipelines.evaluation.reference import ReferenceFeatures, pixels_identity, reference_features
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
 from pipelines.images.bound import image_bits
 from pipelines.images.inputs import encode, encode_and_decode
 from pipelines.images.scoring import ScoringPrior
+from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_model, to_uint8
@@ -89,15 +90,17 @@ class Assessor:
         config: Evaluation,
         batch: ReferenceBatch | None = None,
         training: CodeStore | None = None,
+        tokenizer_sha256: str = "",
     ) -> None:
         """
         Args:
             data: the recipe's, of which `source` is.
             batch: reference for the samples, which needs a network with sFID's features; None: the reference is a split.
-            training: this tokenizer's codes of the training images; None: they are encoded for it.
+            training: this tokenizer's codes of the training images; None: they are encoded, and kept as features are.
+            tokenizer_sha256: by which those are known again.
         """
         self.tokenizer, self.network, self.source, self.data, self.config = tokenizer, network, source, data, config
-        self.batch, self._training = batch, training
+        self.batch, self._training, self._tokenizer_sha256 = batch, training, tokenizer_sha256
         self.layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
         self._extracted: dict[str, ExtractedFeatures] = {}
         self._references: dict[str, ReferenceFeatures] = {}
@@ -146,10 +149,17 @@ class Assessor:
                 yield torch.from_numpy(np.concatenate([level[part].astype(np.int32) for level in levels], 1))
 
     def _encoded_training(self) -> Tensor:
-        """Codes (N, T) of all training images, which the run does not have yet, of 4 bytes each."""
+        """Codes (N, T) of all training images, of a run whose codes have not been extracted."""
         if self._encoded is None:
-            codes = encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size)
-            self._encoded = self.layout.flat(tuple(level.int() for level in codes))
+            most = max(self.layout.num_codes)
+            dtype = torch.uint8 if most <= 2**8 else torch.int16 if most <= 2**15 else torch.int32
+            identity = pixels_identity(self.data, self.source, TRAIN) | {"kept": "codes", "tokenizer": self._tokenizer_sha256}
+
+            def find() -> tuple[dict[str, Tensor], dict[str, Any]]:
+                codes = encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size)
+                return {"codes": self.layout.flat(tuple(level.to(dtype) for level in codes))}, {}
+
+            self._encoded = cached_tensors(cache_folder(self.data), identity, find)[0]["codes"]
         return self._encoded
 
     @torch.no_grad()

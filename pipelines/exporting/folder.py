@@ -13,7 +13,6 @@ import numpy as np
 from configs.errors import UserError
 from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.generator import Generator
-from stage1_vqvae.training.weights_file import fingerprint
 
 COMPARED = 10_000
 """Codes that are drawn to compare by, at least."""
@@ -49,7 +48,7 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         "cache": cache,
         "dtype": generator.sampling.precision,
         "sampling": {key: value for key, value in sampling.items() if key not in ("batch_size", "precision")},
-        "tokenizer_sha256": fingerprint(generator.run.tokenizer),
+        "tokenizer_sha256": generator.tokenizer_sha256,
         "prior_sha256": generator.origin["prior_sha256"],
     }
 

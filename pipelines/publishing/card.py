@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.hub import PREFIX
-from configs.markdown import markdown_table
+from configs.markdown import escaped, markdown_table
 from configs.run_dir import BUNDLE, RunDir, read_json
 from configs.schema import Recipe
 
@@ -67,7 +67,8 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         "parameters": f"{report['parameters'] / 1e6:.1f}" if report is not None else None,
         "first_label": repr(labels[0]) if labels else None,
         "data": f"Data set `{recipe.data.name}`." if recipe.data.name else "Images of its author's own.",
-        "labels": ", ".join(labels[:_MOST_LABELS]) + (f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""),
+        "labels": escaped(", ".join(labels[:_MOST_LABELS]))
+        + (f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""),
         "licence": licence,
         "figures": "\n".join(markdown_table(["what", "figure", "how it was obtained"], figures)),
         # Its headings stand one level lower here.

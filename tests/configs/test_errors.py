@@ -34,7 +34,7 @@ def test_a_home_that_nobody_has_is_told_in_one_line(one_line_error: Callable[...
     def main(arguments: list[str]) -> None:
         Path(arguments[0]).expanduser()
 
-    assert "expected paths with a home directory that is known for `~`" in one_line_error(main, "~nobody-of-that-name/pictures")
+    assert "~ in a path: expected a home folder" in one_line_error(main, "~nobody-of-that-name/pictures")
 
 
 @pytest.mark.parametrize("ranks", ["01", "1"])

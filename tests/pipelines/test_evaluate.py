@@ -146,9 +146,10 @@ def test_a_second_evaluation_reads_no_image_of_the_reference(run_copy: Path, tin
     assert again == first
     read.clear()
     shutil.rmtree(run_copy / "codes")
-    assert evaluated(run_copy, *OWN, "--n", 4, *cache)["memorisation"] == first["memorisation"]
-    assert sum(read) <= 36 + 48
-    read.clear()
+    for images in (36, 0):  # encoded once, as they are not in a store
+        assert evaluated(run_copy, *OWN, "--n", 4, *cache)["memorisation"] == first["memorisation"]
+        assert images <= sum(read) <= images + 48
+        read.clear()
     assert evaluated(run_copy, "--features", "rotation", "--n", 4, *cache)["features"] == "rotation"
     assert sum(read) >= 36
 
