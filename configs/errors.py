@@ -30,6 +30,7 @@ _SECONDS_FOR_THE_FIRST = 3.0
 _LONGEST_MESSAGE, _LONGEST_REASON = 1000, 200  # characters
 _MOST_LISTED, _LONGEST_NAME = 10, 60
 _CUT = " [...] "
+_CACHES = ("two-stage-image-generator", "huggingface", "torch")
 
 EXPLANATIONS: list[Callable[[Exception], tuple[str, int] | None]] = []
 """What packages that know more know of exceptions that are nobody's mistake: the line to say and the exit code; or None."""
@@ -97,15 +98,19 @@ def print_anything() -> None:
 
 def have_a_cache() -> None:
     """Name a folder for caches (ours, torch's, `datasets`') where the user has no home folder that can be written, as in many containers:
-    they would fail, or fill a folder called `~` in the working directory.
+    they would fail, or fill a folder called `~` in the working directory. One that was filled for a user who may only read it is left.
     """
-    home = os.path.expanduser("~/.cache")
-    if "XDG_CACHE_HOME" not in os.environ and not os.path.isdir(home):
-        try:
-            Path(home).expanduser().mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):
-            user = os.getuid() if hasattr(os, "getuid") else "user"
-            os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"two-stage-cache-{user}"))
+    if "XDG_CACHE_HOME" in os.environ:
+        return
+    usual = os.path.expanduser("~/.cache")
+    try:
+        Path(usual).expanduser().mkdir(parents=True, exist_ok=True)
+        usable = os.access(usual, os.W_OK) or any(os.path.isdir(os.path.join(usual, name)) for name in _CACHES)
+    except (OSError, RuntimeError):
+        usable = False
+    if not usable:
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"two-stage-cache-{user}"))
 
 
 def run_entry(main: Callable[[], None]) -> None:
