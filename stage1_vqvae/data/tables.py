@@ -231,7 +231,8 @@ def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[d
             raise UserError(f"{what}: expected images in split {split}, found none")
         numbers = None if names is None or split not in kinds else _numbers(values[split], names, kinds[split])
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
-        identity = f"{origin} {image_column} {rows.identity()}"
+        # Which files of the Hub's hold the rows depends on whether they are streamed.
+        identity = f"{origin} {image_column} {rows.identity()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
         splits[split] = EncodedSplit(split, rows.images(image_column), check_labels(numbers, split, what), identity)
     return splits, names
 
