@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, accept_option, parse
 from configs.errors import UserError, run_entry
+from stage1_vqvae.data.record import check_unchanged
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.record import CODES, codes_record
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, markdown, write_report
 from stage2_prior.priors.prior_file import finished_prior, load_prior
@@ -37,6 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute)
     prior, _ = load_prior(path, sha256, accelerator.device)
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
+    recorded = min(folder.rglob(CODES), default=folder / CODES)  # of a prior of levels, in the folder of each
+    stores = {TRAIN: training, VALIDATION: validation}
+    check_unchanged(recorded, codes_record(stores), run.show(folder), command.options.accept_changed_data, "another with --name NAME")
     validations = [record for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
     report = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, validations)
     if accelerator.is_main_process:
@@ -48,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
+    accept_option(parser)
     parser.add_argument("--prior", type=str | None, help="name of a prior of the run (default: the last finished)")
 
 
