@@ -15,17 +15,17 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
 from configs.data import AT_HAND, Data
-from configs.errors import UserError, fail
+from configs.errors import UserError, fail, require_text
 from configs.former import SPELLINGS, current_prior, current_tokenizer
 from configs.hub import run_of
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
-from configs.run_dir import RunDir, checkout, runs_folder, typed
+from configs.run_dir import RunDir, checkout, read_yaml, runs_folder, typed
 from configs.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parent
@@ -125,7 +125,10 @@ def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: R
             built[name] = _built(name, values[name])
         elif base is not None:
             built[name] = getattr(base, name)
-    return Recipe(**built)
+    recipe = Recipe(**built)
+    for key, value in flattened(recipe_dict(recipe)).items():
+        require_text(key, value)
+    return recipe
 
 
 def _built(name: str, values: Any) -> Any:
@@ -138,12 +141,7 @@ def _built(name: str, values: Any) -> Any:
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file. Errors: UserError for a missing file, unknown key, wrong type or impossible value."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError:
-        raise UserError(f"{path}: expected a recipe (a YAML file), found no readable file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected YAML, found {error}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise UserError(f"{path}: expected sections {', '.join(SECTIONS)} with keys, found {content!r}")
     try:
@@ -259,10 +257,11 @@ def parse(
     # The fields' docstrings are their help. Finding them takes longer than all else here, so nobody else waits for it.
     set_parsing_settings(docstring_parse_attribute_docstrings=help_wanted)
     try:
+        _refuse_empty(argv)
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
-        run, base, begun = _locate(known, starts_run, help_wanted, begun_in)
+        run, base, own, begun = _locate(known, starts_run, help_wanted, begun_in)
         if starts_run and not begun:
-            base = _with_tokenizer_of(known, base)
+            base = _with_tokenizer_of(known, base, own)
         base = _with_parts(base if begun else _with_counted_steps(base, argv), known)
         kinds = {family: _part(base, family).kind for family in families}
         usage = "%(prog)s [--option value ...]"
@@ -273,6 +272,8 @@ def parse(
         )
         parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
         options(parser)
+        if reads_images or begun_in is not None:
+            accept_option(parser)
         parser.set_defaults(_defaults(base, sections, flat))
         if reads_images:
             parser.set_defaults({f"data.{key}": getattr(base.data, key) for key in AT_HAND})
@@ -290,6 +291,12 @@ def parse(
         print(yaml.safe_dump(recipe_dict(recipe), sort_keys=False), end="")
         sys.exit(0)
     return Command(run, recipe, values, list(argv))
+
+
+def accept_option(parser: ArgumentParser) -> None:
+    """Add the option by which a command goes on with data that has changed."""
+    accepted = "go on although images, classes or codes have changed since training began with them (data.json)"
+    parser.add_argument("--accept_changed_data", action="store_true", help=accepted)
 
 
 def _as_typed(description: str | None) -> str | None:
@@ -313,6 +320,17 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
         stage1 = dataclasses.replace(stage1, init_from=str(run_of(stage1.init_from).path.resolve()))
     terms: dict[str, Any] = {name: whole(getattr(stage1, name), "weights") for name in ("perceptual", "adversarial")}
     return dataclasses.replace(recipe, data=whole(whole(recipe.data, "path"), "cache"), stage1=dataclasses.replace(stage1, **terms))
+
+
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """Errors: UserError that names the option, if its value is empty, as that of an unset shell variable."""
+    option = "the command line"
+    for argument in argv:
+        is_option = argument.startswith("--")
+        name, equals, value = argument.partition("=")
+        option = name if is_option else option
+        if equals or not is_option:
+            require_text(option, value if is_option else argument)
 
 
 def _spelled(argument: str) -> str:
@@ -353,10 +371,26 @@ def _defaults(base: Recipe, sections: Sequence[str], flat: str | None) -> dict[s
     return {key.removeprefix(f"{flat}."): value for key, value in values.items()}
 
 
+class _Base(NamedTuple):
+    """The run of a command line, and the recipe that its options override."""
+
+    run: RunDir
+    recipe: Recipe
+    own: bool = False
+    """Whether the recipe is the one that the run, or the prior, has already."""
+    begun: bool = False
+    """Whether training by it has left a checkpoint, or a result."""
+
+
 def _locate(
     known: argparse.Namespace, starts_run: bool, help_wanted: bool, begun_in: Callable[[RunDir, str | None, str | None], Path] | None
-) -> tuple[RunDir, Recipe, bool]:
-    """The run a command line means, the recipe its overrides start from, and whether that is what was begun there."""
+) -> _Base:
+    """The run a command line means, and the recipe its options override.
+
+    What a run or a prior has as recipe.yaml is its recipe, whether a checkpoint was ever written or not; only `--config` of a command that
+    starts runs takes another, until training has begun. From then on a changed recipe file must not pass unnoticed, unless the user says to
+    go on with what was begun.
+    """
     if known.run is not None:
         run = run_of(known.run)
     elif known.config is not None:
@@ -367,16 +401,15 @@ def _locate(
     exists = run.exists()
     if exists and begun_in is not None:
         folder = begun_in(run, known.name or (None if known.level else _prior_kind(known)), known.level)
-        own = run.recipe if starts_run else folder / "recipe.yaml"
-        # A changed recipe file must not pass unnoticed, unless the user says to go on with what was begun.
-        if RunDir.begun(folder) and own.exists() and (known.resume or known.config is None or not starts_run):
-            return run, load_recipe(own), True
+        path, begun = run.recipe if starts_run else folder / "recipe.yaml", RunDir.begun(folder)
+        if path.exists() and (known.config is None or not starts_run or (begun and known.resume)):
+            return _Base(run, load_recipe(path), True, begun)
     if starts_run:
-        return run, load_recipe(known.config or DEFAULT_RECIPE), False
+        return _Base(run, load_recipe(known.config or DEFAULT_RECIPE))
     if exists:
-        return run, load_recipe(run.recipe), False
+        return _Base(run, load_recipe(run.recipe))
     if help_wanted:
-        return run, load_recipe(known.config or DEFAULT_RECIPE), False
+        return _Base(run, load_recipe(known.config or DEFAULT_RECIPE))
     raise UserError(f"{run}: there is no such run; start it with: {TRAIN_TOKENIZER}")
 
 
@@ -396,13 +429,14 @@ def _with_counted_steps(recipe: Recipe, argv: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe) -> Recipe:
-    """The recipe with the tokenizer of the run that training is to begin from, if there is one; without a recipe of its own, that run's.
+def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe, own: bool) -> Recipe:
+    """The recipe with the tokenizer of the run that training is to begin from, if there is one, which a run's `own` recipe has already;
+    without a recipe, all of that run's.
 
     Errors: UserError if there is no such run, or the new one has no name.
     """
     source = known.init_from or recipe.stage1.init_from
-    if source is None:
+    if source is None or (own and known.init_from is None):
         return recipe
     if known.run is None and known.config is None:
         raise UserError("--init-from: expected a name for the new run beside it (--run NAME), found none")
@@ -410,7 +444,7 @@ def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe) -> Recipe:
     if not run.tokenizer.exists():
         raise UserError(f"--init-from {source}: expected a run with a finished tokenizer, found none at {run}")
     theirs = load_recipe(run.recipe)
-    return theirs if known.config is None else dataclasses.replace(recipe, tokenizer=theirs.tokenizer)
+    return theirs if known.config is None and not own else dataclasses.replace(recipe, tokenizer=theirs.tokenizer)
 
 
 def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:

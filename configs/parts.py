@@ -12,7 +12,7 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from configs.errors import UserError
 from configs.run_dir import ROOT
@@ -60,6 +60,9 @@ FAMILIES: dict[str, dict[str, str]] = {
 @dataclass(frozen=True, kw_only=True)
 class Part(ABC):
     """One kind's fields in a recipe. Values that cannot work are refused when it is made."""
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ()
+    """Fields that a resumed training may change; see `keys_that_may_change`."""
 
     @property
     def kind(self) -> str:

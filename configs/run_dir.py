@@ -2,11 +2,12 @@
 
 runs/NAME/
   recipe.yaml            what was resolved when stage 1 began; it fixes the run
+  data.json              the data that stage 1 began with: how many images of which classes a split, and a fingerprint
   history.jsonl          one line a command: what was asked, with which versions, when
   tokenizer.safetensors  stage 1's result, its config in the header
   stage1/                metrics.jsonl, report.json, codebook.json, checkpoints, pictures
   codes/SPLIT/           manifest.json and the codes; codes.unfinished/ while they are being extracted
-  priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, checkpoints, pictures
+  priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, data.json, checkpoints, pictures
   samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations, compressed and
                          what other pipelines leave
   classifier.safetensors, rotation.safetensors   what evaluations with their features compare images by
@@ -34,7 +35,7 @@ from typing import Any, BinaryIO
 import yaml
 from filelock import FileLock, Timeout
 
-from configs.errors import UserError
+from configs.errors import UserError, require_text
 
 ROOT = __name__.removesuffix("configs.run_dir")
 """What stands before the packages' names: nothing in a checkout; in a wheel, which holds them as one package, `two_stage.`."""
@@ -153,6 +154,40 @@ def write_yaml(path: Path, content: Any) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
+def read_yaml(path: Path) -> Any:
+    """Read YAML. Errors: UserError naming the file, if it is missing, empty or not YAML, or has a key twice, of which one would be lost."""
+    try:
+        loader = yaml.SafeLoader(path.read_bytes())
+        node = loader.get_single_node()
+        if node is None:
+            raise UserError(f"{path}: expected a recipe (a YAML file), found an empty file")
+        _refuse_repeated_keys(path, node, "", set())
+        return loader.construct_document(node)
+    except OSError:
+        raise UserError(f"{path}: expected a recipe (a YAML file), found no readable file") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"{path}: expected YAML, found {error}") from None
+
+
+def _refuse_repeated_keys(path: Path, node: yaml.Node, prefix: str, visited: set[int]) -> None:
+    """Errors: UserError for the first key, dotted, that a mapping of the document has twice, with both lines."""
+    if id(node) in visited or not isinstance(node, yaml.CollectionNode):  # an anchor's aliases are one node
+        return
+    visited.add(id(node))
+    if not isinstance(node, yaml.MappingNode):
+        for child in node.value:
+            _refuse_repeated_keys(path, child, prefix, visited)
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            where = f"twice in line {line}" if line == lines[name] else f"in lines {lines[name]} and {line}"
+            raise UserError(f"{path}: expected each key once, found {name} {where}")
+        lines[name] = line
+        _refuse_repeated_keys(path, value, f"{name}.", visited)
+
+
 def read_json(path: Path) -> Any:
     """Read JSON. Errors: UserError naming the file, if it is missing or not JSON."""
     try:
@@ -231,6 +266,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"
+        self.data = path / "data.json"
         self.history = path / "history.jsonl"
         self.tokenizer = path / "tokenizer.safetensors"
         self.stage1 = path / "stage1"
@@ -257,7 +293,8 @@ class RunDir:
 
     @classmethod
     def named(cls, run: str) -> RunDir:
-        """A bare name lies in `runs_folder`; anything with a separator is a path."""
+        """A bare name lies in `runs_folder`; anything with a separator is a path. Errors: UserError for an empty one."""
+        require_text("--run", run)
         is_path = _has_separator(run) or run in (".", "..") or run.startswith("~")
         return cls(Path(run).expanduser() if is_path else runs_folder() / run)
 

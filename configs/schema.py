@@ -10,7 +10,8 @@ section is built, with the key's name; what takes two sections to judge is refus
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
 from configs.data import Augmentation, Data, StoredAugmentation
@@ -49,6 +50,8 @@ class NetworkPart(Part):
     the vectors of all grids.
     """
 
+    MAY_CHANGE = ("gradient_checkpointing",)
+
     @property
     @abstractmethod
     def downsampling(self) -> int:
@@ -77,12 +80,16 @@ class PerceptualPart(Part):
     trains on the source's images in the folder.
     """
 
+    MAY_CHANGE = ("weights",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialPart(Part):
     """Who tells reconstructions from real images while the tokenizer learns to be taken for real; kinds with a discriminator are
     `DiscriminatorPart`s.
     """
+
+    MAY_CHANGE = ("weights",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,10 @@ class Tokenizer:
 class _Loop:
     """What the sections of both training loops have in common."""
 
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *("steps", "lr", "clip_norm"),  # to train longer, or to tame a loss that diverges
+        *("accumulation", "log_interval", "validation_interval", "checkpoint_interval", "keep_checkpoints"),
+    )
     seed: int = 0
     """Seed of initial weights, order, augmentation, dropout and restarts."""
     steps: int = 10_000
@@ -186,6 +197,7 @@ class _Loop:
 class Stage1(_Loop):
     """Training of the tokenizer."""
 
+    MAY_CHANGE = (*_Loop.MAY_CHANGE, "init_from")  # the run may have moved
     weight_average: float = 0.999
     """Decay a step of the moving average of encoder's and decoder's weights, which validation and extraction use; 0 = the
     last step's weights."""
@@ -212,6 +224,7 @@ class Stage1(_Loop):
 class Extraction:
     """Turning every image into its codes."""
 
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
     augmentation: StoredAugmentation = "none"
     """Store the codes of every variant of the training images: mirrored; shifted by one pixel (nine variants); as they are and the four
     corners of the image enlarged by a tenth (five), these mirrored too (ten); for crops, images are decoded each time."""
@@ -249,6 +262,7 @@ class PriorPart(Part):
 class Stage2(_Loop):
     """Training of the prior."""
 
+    MAY_CHANGE = (*_Loop.MAY_CHANGE, "gradient_checkpointing")
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the steps of the hidden matrices: far fewer steps, each a sixth dearer in a small transformer (Jordan et
     al. 2024); the rest stays with AdamW. Where a GPU trains in bf16, so are its matrix products; several processes share them out."""
@@ -271,6 +285,7 @@ class Stage2(_Loop):
 class Sampling:
     """How codes are drawn from the prior."""
 
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
     temperature: float = 1.0
     """Divides the logits; below 1 is safer, above 1 more varied; 0 takes the likeliest code."""
     top_k: int = 0
@@ -381,6 +396,25 @@ class Recipe:
         for name in ("height", "width"):
             pixels = getattr(self.data, name)
             require(pixels % step == 0, f"tokenizer.network.downsampling {step}", f"a divisor of data.{name}", pixels)
+
+
+_NO_PART_OF_TRAINING = ("evaluation", "compute")
+
+
+def keys_that_may_change(recipe: Recipe, sections: Sequence[str]) -> list[str]:
+    """Dotted keys of the sections, or a section as a whole, that a resumed training may change: what leaves its result as it is, how long
+    it takes, what tames a loss that diverges, and where this machine has files.
+    """
+
+    def keys(part: Any, prefix: str) -> Iterator[str]:
+        for entry in fields(part):
+            value = getattr(part, entry.name)
+            if entry.name in (_NO_PART_OF_TRAINING if part is recipe else getattr(part, "MAY_CHANGE", ())):
+                yield f"{prefix}{entry.name}"
+            elif is_dataclass(value):
+                yield from keys(value, f"{prefix}{entry.name}.")
+
+    return [key for key in keys(recipe, "") if key.partition(".")[0] in sections]
 
 
 def tokenizer_from(content: dict[str, Any]) -> Tokenizer:

@@ -71,7 +71,7 @@ def _find(command: Command, device: torch.device) -> None:
     run, options = command.run, command.options
     scorer = scoring_prior(command, device)
     tokenizer = load_tokenizer(run, device)
-    images = chosen_images(options, command.recipe.data, progress=True)
+    images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
     labels = known_labels_for(options.label, images, scorer.header)
     mean_error = read_json(run.stage1 / "report.json")["validation"]["mse"]
     usual = reference(command, scorer, labelled=labels is not None)

@@ -31,7 +31,7 @@ from pipelines.images.pictures import kept_by
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
-from stage1_vqvae.training.processes import finish, start
+from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
 
 _GREY = 128
 # Images in completions.png at most; all continuations lie beside it.
@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute)
+    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     generator = generator_of(command, accelerator, options.prior)
     tokenizer = generator.tokenizer
     _, *size = tokenizer.image_shape
     rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
     kept = rows_of_pixels(rows, *size) if rows is not None else mask_in(options, *size)
-    images = chosen_images(options, command.recipe.data, progress=accelerator.is_main_process, count=options.n)
+    images = chosen_images(options, command.recipe.data, accelerator.is_main_process, command.run, options.n)
     pixels, count = images.pixels, len(images.pixels)
     if count < options.n:
         say(f"--n {options.n}: there are {count} images")

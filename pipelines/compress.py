@@ -32,7 +32,7 @@ from pipelines.images.inputs import Images, chosen_images, image_options, known_
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
-from stage1_vqvae.training.processes import finish, start
+from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
 from stage2_prior.priors.prior_file import UNIFORM
 
 
@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.prior == UNIFORM:
         raise UserError(f"--prior: expected a trained one, found {UNIFORM}, under which codes cost what their indices do")
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute)
+    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
     generator = generator_of(command, accelerator, options.prior)
     if options.lossless:
         generator.tokenizer.likelihood()
-    images = chosen_images(options, command.recipe.data, progress=True)
+    images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
     if options.lossless:
         check_exact(images, command.recipe.data)
     labels = known_labels_for(options.label, images, generator.header)

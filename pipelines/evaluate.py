@@ -41,6 +41,7 @@ from pipelines.images.scoring import ScoringPrior, scoring_prior
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import normalised
+from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
@@ -48,7 +49,7 @@ from stage1_vqvae.features.networks import AUTO, INCEPTION, feature_network
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
-from stage1_vqvae.training.processes import finish, start
+from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore, read_manifest
 from stage2_prior.priors.prior_file import UNIFORM
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--reference {options.reference}: expected --features {INCEPTION}, found {config.features}")
     features = config.features if batch_path is None else INCEPTION
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute)
+    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     tokenizer = load_tokenizer(run, accelerator.device)
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
         # First what can be missing, then what takes its time.
@@ -125,7 +126,11 @@ def images(command: Command, progress: bool) -> ImageSource:
     """Load the splits to evaluate on. Errors: UserError for a split that the data does not have."""
     options = command.options
     named = {"split": options.split} | ({} if reference_file(options.reference) else {"reference": options.reference})
-    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *named.values()}, progress)
+
+    def check(record: Record) -> None:
+        check_unchanged(command.run.data, record, str(command.run), command.options.accept_changed_data)
+
+    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *named.values()}, progress, check=check)
     for name, split in named.items():
         if split not in source.splits:
             raise UserError(f"--{name} {split}: expected one of {', '.join(source.splits)}, the splits of the run's data")

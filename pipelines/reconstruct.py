@@ -63,7 +63,7 @@ def _reconstruct(command: Command, device: torch.device) -> None:
     tokenizer = load_tokenizer(run, device)
     without = options.prior == UNIFORM or (options.prior is None and run.last_prior() is None)
     scorer: ScoringPrior | None = None if without else scoring_prior(command, device)
-    images = chosen_images(options, command.recipe.data, progress=True, count=options.n)
+    images = chosen_images(options, command.recipe.data, progress=True, run=command.run, count=options.n)
     labels = known_labels_for(options.label, images, scorer.header if scorer is not None else None)
 
     with run.numbered("reconstructions") as folder:

@@ -7,8 +7,8 @@
 
 Each step is a command of its own, printed as one would type it. Typed again, what is finished is skipped and what was
 interrupted goes on: Ctrl-C saves. Dotted options are stage 1's, which fixes the run's recipe for all steps, and in a run that
-has begun refuses what can no longer change; those of compute and evaluation always may, and data.path, data.cache, data.decode and
-data.workers, and reach all steps that take them.
+has begun refuses what can no longer change; what still may (compute, evaluation, where images are, accumulation, intervals) reaches all
+steps that take it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recip
 from configs.data import AT_HAND
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
-from configs.schema import Stage1, Stage2
+from configs.schema import Stage1, Stage2, keys_that_may_change
 from pipelines.images.provenance import agrees, described_weights, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.batching import most_processes
@@ -45,6 +45,8 @@ from stage1_vqvae.training.stopping import STOPPED_IN_TIME, available_signals
 from stage2_prior.priors.prior_file import UNIFORM
 
 _SAMPLES = 64
+# Sections of the steps after stage 1.
+_LATER = ("extraction", "stage2", "sampling")
 # Of a budget of minutes. The rest is for extraction, samples, evaluation and report.
 _SHARES = {"stage1": 0.4, "stage2": 0.45}
 # Windows has the first two alone, and no Ctrl-Z.
@@ -171,15 +173,14 @@ def with_budgets(argv: Sequence[str]) -> list[str]:
 def check_options(command: Command) -> None:
     """Errors: UserError for an option that no step would heed: of a finished tokenizer's recipe, or not of one key."""
     run = command.run
-    typed = [argument.partition("=")[0].removeprefix("--") for argument in command.arguments if argument.startswith("--")]
-    for name in typed:
+    may_change = keys_that_may_change(command.recipe, ("data", "evaluation", "compute", *_LATER))
+    for name in (key_of(argument) for argument in command.arguments if argument.startswith("--")):
         section, _, key = name.partition(".")
         if section not in SECTIONS:
             continue
         if not key:
             raise UserError(f"--{name}: expected options of single keys, --{name}.KEY, found the whole section")
-        at_hand = section == "data" and key in AT_HAND
-        if section in ("compute", "evaluation") or at_hand or not run.tokenizer.exists():
+        if section in may_change or name in may_change or not run.tokenizer.exists():
             continue
         asked, there = (flattened(recipe_dict(recipe)).get(name) for recipe in (command.recipe, load_recipe(run.recipe)))
         if asked != there:
@@ -190,45 +191,79 @@ def check_options(command: Command) -> None:
 def steps(command: Command) -> list[Step]:
     """The chain. A step's `found` looks at the run when it is asked, since the steps before it change the run."""
     run = command.run
-    named = command.options.config or command.options.run
-    begins = [*([] if named else ["--config", RunDir.show(DEFAULT_RECIPE)]), *command.arguments]
     here = ["--run", run.path.name if run.path.parent == runs_folder() else str(run)]
+    named = command.options.config or command.options.run
+    default = here if run.exists() else ["--config", RunDir.show(DEFAULT_RECIPE)]
+    begun = run.begun(run.stage1)
+    # Of a recipe that is fixed, what a later step may change all the same is that step's.
+    may_change = keys_that_may_change(command.recipe, _LATER) if begun else []
+    later = [option for option in singles(command.arguments) if key_of(option) in may_change]
+    arguments = [option for option in singles(command.arguments) if option not in later] if later else command.arguments
+    begins = [*([] if named else default), *arguments]
     # Stage 1 takes these even where the run's recipe says otherwise, so that they have to be handed on.
     compute = options_of(command, "compute")
-    images = [option for option in options_of(command, "data") if option.partition("=")[0].removeprefix("--data.") in AT_HAND]
+    images = [option for option in options_of(command, "data") if key_of(option).removeprefix("data.") in AT_HAND]
+    data = ["--accept_changed_data"] if command.options.accept_changed_data else []
+    extraction, stage2, sampling = ([option for option in later if option.startswith(f"--{section}.")] for section in _LATER)
+    drawing = [f"--{option.removeprefix('--sampling.')}" for option in sampling]
     evaluation = [f"--{name.removeprefix('--evaluation.')}" for name in options_of(command, "evaluation")]
-    recipe = load_recipe(run.recipe) if run.begun(run.stage1) else command.recipe
+    recipe = load_recipe(run.recipe) if begun else command.recipe
     prior = recipe.prior.kind  # even if another one of the run was finished later
     drawn = ["--n", str(_SAMPLES), "--prior"]
+
+    def launch(stage: str, path: Path) -> Launch:
+        section = getattr(load_recipe(path) if begun and path.exists() else recipe, stage)
+        typed = any(key_of(option) == f"{stage}.accumulation" for option in options_of(command, stage))
+        return Launch.of(dataclasses.replace(section, accumulation=getattr(command.recipe, stage).accumulation) if typed else section)
+
     return [
-        Step("stage 1", "stage1_vqvae/train.py", [*begins, "--resume"], Launch.of(recipe.stage1)),
-        Step("extraction", "stage2_prior/extract_codes.py", [*here, *compute, *images]),
-        Step("stage 2", "stage2_prior/train.py", [*here, *compute, "--resume"], Launch.of(recipe.stage2)),
-        Step("samples", "pipelines/sample.py", [*here, *drawn, prior, *compute], found=lambda: samples_of(run, prior)),
+        Step("stage 1", "stage1_vqvae/train.py", [*begins, "--resume"], launch("stage1", run.recipe)),
+        Step("extraction", "stage2_prior/extract_codes.py", [*here, *extraction, *compute, *images, *data]),
+        Step(
+            "stage 2",
+            "stage2_prior/train.py",
+            [*here, *stage2, *compute, *data, "--resume"],
+            launch("stage2", run.prior(prior) / "recipe.yaml"),
+        ),
+        Step("samples", "pipelines/sample.py", [*here, *drawn, prior, *drawing, *compute], found=lambda: samples_of(run, prior)),
         # Beside the others, what they would be without a learned prior.
-        Step("uniform samples", "pipelines/sample.py", [*here, *drawn, UNIFORM, *compute], found=lambda: samples_of(run, UNIFORM)),
+        Step(
+            "uniform samples", "pipelines/sample.py", [*here, *drawn, UNIFORM, *drawing, *compute], found=lambda: samples_of(run, UNIFORM)
+        ),
         Step(
             "evaluation",
             "pipelines/evaluate.py",
-            [*here, "--prior", prior, *evaluation, *compute, *images],
+            [*here, "--prior", prior, *evaluation, *sampling, *compute, *images, *data],
             found=lambda: evaluation_of(run, prior, asked_evaluation(command)),
         ),
         Step("report", "pipelines/report.py", here),
     ]
 
 
+def singles(arguments: Sequence[str]) -> list[str]:
+    """Arguments, each option with its value as one --key=value."""
+    found: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--") or not found or "=" in found[-1]:
+            found.append(argument)
+        else:
+            found[-1] += f"={argument}"
+    return found
+
+
+def key_of(option: str) -> str:
+    """The key of an option --key=value."""
+    return option.partition("=")[0].removeprefix("--")
+
+
 def options_of(command: Command, section: str) -> list[str]:
     """The typed options of a section, each as one argument --section.key=value."""
-    found = []
-    for position, argument in enumerate(command.arguments):
-        if argument.startswith(f"--{section}."):
-            found.append(argument if "=" in argument else f"{argument}={command.arguments[position + 1]}")
-    return found
+    return [option for option in singles(command.arguments) if option.startswith(f"--{section}.")]
 
 
 def asked_evaluation(command: Command) -> dict[str, Any]:
     """The run's section `evaluation`, with what was typed."""
-    typed = [option.partition("=")[0].removeprefix("--evaluation.") for option in options_of(command, "evaluation")]
+    typed = [key_of(option).removeprefix("evaluation.") for option in options_of(command, "evaluation")]
     own = dataclasses.asdict(load_recipe(command.run.recipe).evaluation)
     asked = own | {key: getattr(command.recipe.evaluation, key) for key in typed}
     return {**asked, "weights": described_weights(asked["weights"])}

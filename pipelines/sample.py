@@ -28,7 +28,7 @@ from configs.run_dir import program, replacing, write_bytes, write_json
 from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.processes import finish, start
+from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
 from stage2_prior.priors.prior_file import UNIFORM
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.n < 1:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute)
+    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     generator = generator_of(command, accelerator, options.prior)
     header, tokenizer = generator.header, generator.tokenizer
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, RECIPES, Command, parse, recipe_dict
 from configs.data import Data
 from configs.errors import UserError, brief, run_entry, say
-from configs.run_dir import program, read_json, write_yaml
+from configs.run_dir import program, read_json, write_json, write_yaml
 from configs.schema import Recipe, Tokenizer
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION
@@ -75,14 +75,16 @@ def main(argv: list[str] | None = None) -> None:
         recipe.check()
     except ValueError as error:  # of sizes too
         raise UserError(f"{path}: {error}") from None
-    began, accelerator = time.monotonic(), start(recipe.compute)
+    began, accelerator = time.monotonic(), start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}")
-    validation = load_images(recipe.data, (VALIDATION,), progress=True).splits[VALIDATION]
+    images = load_images(recipe.data, (VALIDATION,), progress=True)
+    validation = images.splits[VALIDATION]
     tokenizer.to(accelerator.device)
     judgement = validate(accelerator, tokenizer, validation, recipe.extraction.batch_size)
     with run.lock():
         write_yaml(run.recipe, recipe_dict(recipe))
+        write_json(run.data, images.record)
         run.record(program(), command.arguments, recipe_dict(recipe))
         run.stage1.mkdir(parents=True, exist_ok=True)
         save_health(run, tokenizer, judgement.counts, 0, 1)

@@ -24,11 +24,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
-from configs.data import AT_HAND, in_file_order
+from configs.data import in_file_order
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
-from configs.schema import DiscriminatorPart, Recipe, Stage1
+from configs.schema import DiscriminatorPart, Recipe, Stage1, keys_that_may_change
 from stage1_vqvae.data.loader import Loader
+from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.model import VQVAE, load_tokenizer
@@ -51,7 +52,7 @@ from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
 from stage1_vqvae.quantizers.restart import Restart
 from stage1_vqvae.training.averaging import WeightAverage
 from stage1_vqvae.training.batching import check_divides
-from stage1_vqvae.training.budget import TimeLeft, fitting_steps
+from stage1_vqvae.training.budget import TimeLeft, fitting_steps, keeping_scale
 from stage1_vqvae.training.checkpoint import Checkpoints
 from stage1_vqvae.training.metrics_log import MetricsLog
 from stage1_vqvae.training.optimizer import adamw, clip_, fused_on, load_state_, trainable
@@ -59,19 +60,20 @@ from stage1_vqvae.training.precision import AutocastTarget
 from stage1_vqvae.training.processes import average_gradients_, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import derived_seed, seed_layers
-from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
+from stage1_vqvae.training.resumption import (
+    Stage,
+    accumulation_advice,
+    add_resume_options,
+    check_resumable,
+    memory_advice,
+    nothing_to_do,
+)
 from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
 from stage1_vqvae.training.stopping import GracefulStop
 from stage1_vqvae.training.weights_file import read_header
 
-# On resume these may differ from the run's recipe: how long to train, what tames a diverging loss, and the place at hand.
-_MAY_CHANGE = (
-    *("compute", "evaluation", "stage1.steps", "stage1.lr", "stage1.clip_norm"),
-    *("stage1.init_from", "stage1.perceptual.weights", "stage1.adversarial.weights"),
-    *(f"data.{key}" for key in AT_HAND),
-)
+_OWN_SECTIONS = ("data", "tokenizer", "stage1", "evaluation", "compute")
 _ADVICE = "lower --stage1.lr and go on with --resume"
-_LIGHTER = "--stage1.accumulation N takes a step in N parts, with the same result"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,16 +83,21 @@ def main(argv: list[str] | None = None) -> None:
     found = _found(run, recipe)
     if found.checkpointed and found.finished_after is None and in_file_order(found.recipe.data) != in_file_order(recipe.data):
         raise UserError(f"{run}: its recipe is fixed, but asked for was another order, by data.stream and data.decode; train another run")
-    if nothing_to_do(found, recipe, resume, _MAY_CHANGE):
+    if nothing_to_do(found, recipe, resume, keys_that_may_change(recipe, _OWN_SECTIONS)):
         say(f"next: {command.next(EXTRACT_CODES)}")
         return
     if recipe.data.crop == "random" and recipe.data.decode == "once":
         raise UserError("data.decode: expected each_time with data.crop random, which is made of whole images, found once")
-    accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"), _LIGHTER)
+    accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"), oom_hint(recipe))
     stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
     # Before the run's folder is made: images that cannot be read should leave no trace.
-    images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process, announce=True)
+
+    def check(record: Record) -> None:
+        if found.begun:
+            check_unchanged(run.data, record, str(run), command.options.accept_changed_data)
+
+    images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process, announce=True, check=check)
     objective = recipe.tokenizer.objective.build((recipe.data.channels, recipe.data.height, recipe.data.width))
     for split in images.splits.values():
         objective.check(split.pixels)
@@ -105,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
                 accelerator.free_memory()  # of the rehearsal
         if accelerator.is_main_process:
             write_yaml(run.recipe, recipe_dict(recipe))
+            write_json(run.data, images.record)
             run.record(program(), command.arguments, recipe_dict(recipe))
             if images.skipped:
                 write_json(run.stage1 / "skipped.json", images.skipped)
@@ -133,6 +141,18 @@ def _found(run: RunDir, recipe: Recipe) -> Stage:
     )
 
 
+def oom_hint(recipe: Recipe) -> str:
+    """Advice appended to an out-of-memory error: options that `--resume` takes."""
+    config, network = recipe.stage1, recipe.tokenizer.network
+    whole_batch = recipe.tokenizer.quantizer.needs_whole_batch
+    ways = [] if whole_batch else accumulation_advice("stage1", config.batch_size, config.accumulation)
+    if whole_batch:
+        ways.append("more processes (accelerate launch --num_processes N)")
+    if not getattr(network, "gradient_checkpointing", True):
+        ways.append("--tokenizer.network.gradient_checkpointing true, which keeps fewer activations")
+    return memory_advice(ways, "another with --run NAME")
+
+
 class Models(NamedTuple):
     """What stage 1 trains, and by what it judges images; all processes have the same."""
 
@@ -156,11 +176,14 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     validation = images.splits[VALIDATION]
 
     # --- models, optimisers, and where they left off
+    checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
+    state = checkpoints.load_latest() if resume else None
+    if discriminator_comes(config, state) and (config.minutes == 0 or state is not None):  # a time budget has been rehearsed already
+        rehearse(accelerator, run, recipe, images)
+        accelerator.free_memory()
     models = build(accelerator, run, recipe, images)
     tokenizer, model, optimizer, _, adversary, its_optimizer = models
     loader = Loader(images.splits[TRAIN], recipe.data, config, accelerator)
-    checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
-    state = checkpoints.load_latest() if resume else None
     if state is None:
         begin(accelerator, tokenizer, loader, config)
     average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)) if config.weight_average > 0 else None
@@ -376,13 +399,11 @@ def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, images:
         models.model.train()
         take_step(accelerator, models, loader, config, number)
 
-    def judged_step(number: int) -> None:
-        assert models.adversary is not None
-        models.adversary.begun.fill_(0)
-        step(models, number)
-
     start = config.adversarial.start if isinstance(config.adversarial, DiscriminatorPart) else 1.0
-    kinds = [(start, lambda number: step(models._replace(adversary=None), number)), (1 - start, judged_step)]
+    kinds = [
+        (start, lambda number: step(models._replace(adversary=None), number)),
+        (1 - start, lambda number: step(with_discriminator(models), number)),
+    ]
     found = fitting_steps(
         accelerator,
         "stage 1",
@@ -393,6 +414,35 @@ def within_budget(accelerator: Accelerator, run: RunDir, recipe: Recipe, images:
         lambda: validate(accelerator, models.tokenizer, validation, micro_batch),
     )
     return dataclasses.replace(recipe, stage1=found)
+
+
+def with_discriminator(models: Models) -> Models:
+    """The models of a rehearsal, whose discriminator takes part from the first step on."""
+    assert models.adversary is not None
+    models.adversary.begun.fill_(0)
+    return models
+
+
+def discriminator_comes(config: Stage1, state: dict[str, Any] | None) -> bool:
+    """Whether a discriminator begins after steps without it, of a training from its first step or from a checkpoint's state."""
+    if not isinstance(config.adversarial, DiscriminatorPart):
+        return False
+    first_step, begun = (0, False) if state is None else (state["step"], int(state["adversary"]["model"]["begun"]) >= 0)
+    return not begun and config.adversarial.start * config.steps > first_step
+
+
+def rehearse(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource) -> None:
+    """Take one step with the discriminator, and throw it away: if the memory is not enough for it, that shows at once and not when the
+    discriminator begins.
+    """
+    config = recipe.stage1
+    models = build(accelerator, run, recipe, images)
+    shared = codebook_names(models.tokenizer)
+    average = WeightAverage(models.tokenizer, config.weight_average, shared) if config.weight_average > 0 else None
+    models.model.train()
+    with keeping_scale(accelerator):
+        take_step(accelerator, with_discriminator(models), Loader(images.splits[TRAIN], recipe.data, config, accelerator), config, 0)
+    del average  # it only took the memory that it will take
 
 
 def begin_with(tokenizer: VQVAE, run: RunDir) -> None:

@@ -31,6 +31,7 @@ from configs.run_dir import RunDir, program, read_json, replace_folder, write_js
 from configs.schema import Extraction, Recipe
 from stage1_vqvae.data.loader import pixels_of
 from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.record import Record, check_unchanged, read_record
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, CroppablePixels, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.data.variants import crops_of, make_variants, num_variants
@@ -61,8 +62,14 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
     with run.lock():
         tokenizer = load_tokenizer(run, accelerator.device)
-        source = load_images(read_as(recipe), progress=accelerator.is_main_process, announce=True)
+
+        def check(record: Record) -> None:
+            check_unchanged(run.data, record, str(run), command.options.accept_changed_data)
+
+        source = load_images(read_as(recipe), progress=accelerator.is_main_process, announce=True, check=check)
+        accelerator.wait_for_everyone()  # before it is written
         if accelerator.is_main_process:
+            write_json(run.data, {**source.record, **read_record(run.data)})
             run.record(program(), command.arguments, dataclasses.asdict(recipe.extraction))
         extract(accelerator, run, tokenizer, source, recipe)
         accelerator.wait_for_everyone()
@@ -138,7 +145,7 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
             write_shard(folder / name, manifest, shard, codes, labels)
             if number in (0, len(mine) - 1):
                 try:
-                    check(tokenizer, folder / name, manifest, shard, split, config.batch_size, accelerator.device)
+                    check_decodes(tokenizer, folder / name, manifest, shard, split, config.batch_size, accelerator.device)
                 except UserError:
                     (folder / _PLAN).unlink(missing_ok=True)  # so that nothing goes on with these
                     raise
@@ -182,13 +189,13 @@ def begin(
     folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str, Manifest], shards: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
     """Make the folder of an extraction, or leave it if it is of this one: the same images, to be encoded by the same tokenizer in the
-    same batches. Returns which of the shards are still to be made.
+    same variants. Returns which of the shards are still to be made.
     """
     plan = {
         # Not how they are read, which changes none of them.
         "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None, workers=None, decode="each_time", stream=False)),
         "images": source.identities,
-        "extraction": dataclasses.asdict(recipe.extraction),
+        "augmentation": recipe.extraction.augmentation,
         "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
     }
     same = (folder / _PLAN).exists() and read_json(folder / _PLAN) == json.loads(json.dumps(plan))
@@ -239,7 +246,9 @@ def encode(tokenizer: VQVAE, pixels: Tensor, augmentation: StoredAugmentation) -
 
 
 @torch.no_grad()
-def check(tokenizer: VQVAE, folder: Path, manifest: Manifest, shard: int, split: ImageSplit, batch_size: int, device: torch.device) -> None:
+def check_decodes(
+    tokenizer: VQVAE, folder: Path, manifest: Manifest, shard: int, split: ImageSplit, batch_size: int, device: torch.device
+) -> None:
     """Decode the first batch of a shard that this process has just written, and compare with the tokenizer's own reconstructions.
 
     Errors: UserError if they differ by more than one step of 255.

@@ -18,6 +18,7 @@ from typing import Any
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, replace_folder
+from stage1_vqvae.data.record import check_unchanged, split_record
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.training.weights_file import fingerprint
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     source, tokenizer = Path(options.folder).expanduser(), load_tokenizer(run)
     splits = {name: read(source / name, form) for name in (TRAIN, VALIDATION, TEST) if name != TEST or (source / name).exists()}
     names, labels = labels_of(splits, source)
+    record = {}
     imported = run.codes.with_name("codes.imported")
     with run.lock():
         shutil.rmtree(imported, ignore_errors=True)  # of a command that was killed
@@ -57,10 +59,12 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 (imported / name).mkdir(parents=True)
                 manifest = import_split(found, labels.get(name), imported / name, source / name, like)
+                record[name] = split_record(manifest.rows, labels[name].numpy() if name in labels else None, names)
                 print(f"{name}: {manifest.rows:,} images" + (f" x {manifest.variants} variants" if manifest.variants > 1 else ""))
         except BaseException:
             shutil.rmtree(imported)
             raise
+        check_unchanged(run.data, record, str(run), accept=True)  # codes of a folder that the user names are meant, whatever they are of
         replace_folder(run.codes, imported)
         run.record(program(), command.arguments, {})
     print(f"wrote {run.show(run.codes)}")

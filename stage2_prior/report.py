@@ -13,12 +13,14 @@ from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 from typing import Any
 
-from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, parse
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, accept_option, parse
 from configs.errors import UserError, run_entry
+from stage1_vqvae.data.record import check_unchanged
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.processes import finish, start
 from stage1_vqvae.training.weights_file import fingerprint
+from stage2_prior.codes.record import CODES, codes_record
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, markdown, write_report
 from stage2_prior.priors.prior_file import finished_prior, load_prior
@@ -39,6 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute)
     prior, header = load_prior(path, sha256, accelerator.device)
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
+    recorded = min(folder.rglob(CODES), default=folder / CODES)  # of a prior of levels, in the folder of each
+    stores = {TRAIN: training, VALIDATION: validation}
+    check_unchanged(recorded, codes_record(stores), run.show(folder), command.options.accept_changed_data, "another with --name NAME")
     if header.label_names is not None:
         for store in (training, validation):
             store.number_by(header.label_names)
@@ -53,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
+    accept_option(parser)
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
 
 

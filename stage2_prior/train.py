@@ -17,9 +17,12 @@ from __future__ import annotations
 from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 import dataclasses
+import os
 import re
+import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, load_recipe, parse, recipe_dict
+from configs.cli import EXTRACT_CODES, SAMPLE, SECTIONS, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
-from configs.schema import Recipe
+from configs.schema import Recipe, keys_that_may_change
+from stage1_vqvae.data.record import changes, check_unchanged, read_record
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.metrics import compression_ratio
 from stage1_vqvae.model import load_tokenizer
@@ -43,12 +47,20 @@ from stage1_vqvae.training.optimizer import load_moments_, moments
 from stage1_vqvae.training.processes import asked_to_shard, finish, start, summed
 from stage1_vqvae.training.progress import progress_bar
 from stage1_vqvae.training.randomness import derived_seed
-from stage1_vqvae.training.resumption import Stage, add_resume_options, check_resumable, nothing_to_do
+from stage1_vqvae.training.resumption import (
+    Stage,
+    accumulation_advice,
+    add_resume_options,
+    check_resumable,
+    memory_advice,
+    nothing_to_do,
+)
 from stage1_vqvae.training.schedule import scheduled_rate
 from stage1_vqvae.training.sharding import whole
 from stage1_vqvae.training.stopping import GracefulStop, check_finite
 from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.loader import CodeLoader
+from stage2_prior.codes.record import CODES, codes_record
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.joining import check_levels, join_levels
 from stage2_prior.likelihood.bits import bits, measure
@@ -64,15 +76,8 @@ from stage2_prior.priors.prior_file import (
 )
 from stage2_prior.steps import Begun, begun, best_weights, take_step
 
-_MAY_CHANGE = (
-    *("stage2.steps", "stage2.lr", "stage2.clip_norm", "stage2.gradient_checkpointing"),
-    *("compute", "data", "tokenizer", "stage1", "extraction", "sampling", "evaluation"),
-)
+_OWN_SECTIONS = ("prior", "stage2")
 _ADVICE = "lower --stage2.lr and go on with --resume"
-_LIGHTER = (
-    "--stage2.accumulation N takes a step in N parts, --stage2.gradient_checkpointing true keeps fewer activations, --compute.sharded true "
-    "shares weights out over several processes: with the same result"
-)
 # The name of priors of single levels, if they are given none.
 _LEVELWISE = "levelwise"
 
@@ -89,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     sha256 = fingerprint(run.tokenizer)
     folder = _folder(run, name)
     joined = folder.parent / "prior.safetensors" if level is not None else None
-    done = nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, _MAY_CHANGE)
+    may_change = [*keys_that_may_change(recipe, _OWN_SECTIONS), *(section for section in SECTIONS if section not in _OWN_SECTIONS)]
+    done = nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, may_change)
     if done and (joined is None or joined.exists()):
         say(f"next: {command.next(SAMPLE)}")
         return
@@ -99,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     label_names = training.manifest.label_names if recipe.prior.conditional else None
     if level is not None and not done:
         check_levels(run, name, label_names)  # joining, which takes all of one numbering, comes at the end
-    accelerator = start(recipe.compute, str(folder / "tensorboard"), _LIGHTER)
+    stores = {TRAIN: training, VALIDATION: validation}
+    if run.begun(folder):
+        check_codes(run, name, recipe, stores, command.options.accept_changed_data)
+    accelerator = start(recipe.compute, str(folder / "tensorboard"), oom_hint(recipe))
     stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage2", recipe.stage2.batch_size, recipe.stage2.accumulation, accelerator.num_processes)
     missing = None
@@ -113,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
                 accelerator.free_memory()  # of the rehearsal
             if accelerator.is_main_process:
                 run.record(program(), command.arguments, recipe_dict(recipe))
+                write_json(folder / CODES, codes_record(stores))
                 if joined is not None:
                     joined.unlink(missing_ok=True)  # of this level's former weights
             accelerator.wait_for_everyone()
@@ -122,6 +132,39 @@ def main(argv: list[str] | None = None) -> None:
     following = command.next(SAMPLE) if missing is None else f"{command.next(TRAIN_PRIOR)} --level {missing}{_named(name)}"
     say(f"next: {following}")
     finish(accelerator)
+
+
+def check_codes(run: RunDir, name: str, recipe: Recipe, stores: Mapping[str, CodeStore], accept: bool) -> None:
+    """Errors: UserError if a prior that has begun cannot go on with the codes that are there, or they are of other data (see
+    `check_unchanged`).
+    """
+    where, current, recorded = run.show(run.prior(name)), codes_record(stores), read_record(run.prior(name) / CODES)
+    if not recorded:
+        return
+    was, now = recorded[TRAIN], current[TRAIN]
+    check_tokenizer(where, was["tokenizer_sha256"], now["tokenizer_sha256"])
+    another = "train another with --name NAME"
+    if was["augmentation"] != now["augmentation"]:
+        as_before = f"{EXTRACT_CODES} --overwrite --run {shlex.quote(str(run))} --extraction.augmentation {was['augmentation']}"
+        raise UserError(
+            f"{where}: expected codes of augmentation {was['augmentation']}, with which its training began, found {now['augmentation']}; "
+            f"extract them so again ({as_before}), or {another}"
+        )
+    if recipe.prior.conditional and list(was["classes"] or ()) != list(now["classes"] or ()):
+        what = "; ".join(changes(recorded, current))
+        raise UserError(f"{where}: expected codes of the classes that its training began with, found {what}; {another}")
+    check_unchanged(run.prior(name) / CODES, current, where, accept, "another with --name NAME")
+
+
+def oom_hint(recipe: Recipe) -> str:
+    """Advice appended to an out-of-memory error: options that `--resume` takes."""
+    config = recipe.stage2
+    ways = accumulation_advice("stage2", config.batch_size, config.accumulation)
+    if not config.gradient_checkpointing:
+        ways.append("--stage2.gradient_checkpointing true, which keeps fewer activations")
+    if not recipe.compute.sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        ways.append("--compute.sharded true, which shares weights out over the processes")
+    return memory_advice(ways, "another with --name NAME")
 
 
 def _options(parser: Any) -> None:
@@ -343,6 +386,8 @@ def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Reci
     """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
     config, began = recipe.stage2, time.monotonic()
     prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
+    if accelerator.is_main_process:
+        write_yaml(run.prior(name) / "recipe.yaml", recipe_dict(recipe))  # a rehearsal may be interrupted
     loader, every = CodeLoader(training, prior.num_classes, config, accelerator), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 

@@ -80,6 +80,19 @@ TINY = {
 }
 
 
+class Killed(BaseException):
+    """As SIGKILL: nothing that a command would still do is done."""
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    """A function that raises that, whatever it is given."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
 def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (12, 8)) -> None:
     """Two labels, `count` pictures each: colour gradients along one axis or the other, from fixed seeds."""
     for label, name in enumerate(("across", "down")):

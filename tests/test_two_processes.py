@@ -12,13 +12,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs.cli import load_recipe
-from configs.run_dir import read_json
+from configs.run_dir import RunDir, read_json
 from pipelines.complete import main as complete
 from pipelines.evaluate import main as evaluate
 from pipelines.sample import main as sample
+from stage1_vqvae.data.pixels import to_model
+from stage1_vqvae.data.sources import load_images
+from stage1_vqvae.metrics import perplexity
+from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.training.metrics_log import read_metrics
+from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
-from tests.conftest import Script
+from tests.conftest import Script, write_pictures
 from tests.launched.commands import NEXT
 
 
@@ -35,10 +40,30 @@ def trained_by_two(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, 
     begun = ["stage1_vqvae.train", "--config", tiny_recipe, "--run", run]
     codes, prior = (["stage2_prior.extract_codes", "--run", run], ["stage2_prior.train", "--run", run])
     budget = ["stage1_vqvae.train", "--config", tiny_recipe, "--run", run.with_name("budget"), "--stage1.minutes", "0.02"]
-    words = [*begun, NEXT, *codes, NEXT, *prior, NEXT, *budget]
+    few, of_few = run.with_name("few"), ["--run", run.with_name("run of few")]
+    write_pictures(few / "train", 1)
+    write_pictures(few / "val", 1)
+    shutil.rmtree(few / "val/down")
+    one = ["--config", tiny_recipe, *of_few, "--data.path", few, "--stage1.steps", "2"]
+    words = [
+        *begun,
+        NEXT,
+        *codes,
+        NEXT,
+        *prior,
+        NEXT,
+        *budget,
+        NEXT,
+        "stage1_vqvae.train",
+        *one,
+        NEXT,
+        "stage2_prior.extract_codes",
+        *of_few,
+    ]
+    words += [NEXT, "stage2_prior.train", *of_few, "--stage2.steps", "2"]
     done = script("tests/launched/commands.py", *words, processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("next: ") == 4  # one process speaks
+    assert done.stdout.count("next: ") == 7  # one process speaks
     return run, done.stdout
 
 
@@ -53,6 +78,19 @@ def test_processes_agree_on_the_steps_of_a_budget(trained_by_two: tuple[Path, st
     assert printed.count("steps in 0.02 minutes") == 1
     budget = run.with_name("budget")
     assert read_json(budget / "stage1/report.json")["steps"] == load_recipe(budget / "recipe.yaml").stage1.steps
+
+
+def test_a_process_may_have_no_image_to_validate(trained_by_two: tuple[Path, str], tmp_path: Path) -> None:
+    """Of one validation image, and two to train on, in batches of eight: as one process has it."""
+    run = trained_by_two[0].with_name("run of few")
+    codes = CodeStore(run / "codes/validation")
+    assert len(codes) == 1
+    report, likelihood = read_json(run / "stage1/report.json"), read_json(run / "priors/transformer/likelihood.json")
+    tokenizer, image = load_tokenizer(RunDir(run)), load_images(load_recipe(run / "recipe.yaml").data, ["validation"])
+    (own,) = tokenizer.encode(to_model(image.splits["validation"].pixels[:]))
+    assert torch.equal(codes.codes(torch.tensor([0]))[0], own)
+    assert report["validation"]["perplexity"] == pytest.approx(perplexity(own.flatten().bincount(minlength=16)))
+    assert likelihood["images"] == {"train": 1, "validation": 1}
 
 
 def test_two_processes_leave_the_same_files_as_one(two_process_run: Path, finished_run: Path) -> None:

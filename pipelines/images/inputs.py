@@ -12,11 +12,13 @@ from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError, listed, say
+from configs.run_dir import RunDir
 from pipelines.images.drawing import labels_of
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images, load_spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
 from stage1_vqvae.model import VQVAE
@@ -46,10 +48,10 @@ def image_options(parser: Any) -> None:
     parser.add_argument("--split", type=str, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
 
 
-def chosen_images(options: Any, data: Data, progress: bool, count: int | None = None) -> Images:
+def chosen_images(options: Any, data: Data, progress: bool, run: RunDir | None = None, count: int | None = None) -> Images:
     """The images that `image_options` name, or `count` of them spread evenly, and then no others are decoded.
 
-    Errors: UserError for what is missing or cannot be read.
+    Errors: UserError for what is missing or cannot be read, and for other data than the run's.
     """
     split_name = options.split or VALIDATION
     if options.images is not None:
@@ -59,11 +61,16 @@ def chosen_images(options: Any, data: Data, progress: bool, count: int | None = 
         return Images(files.pixels, files.paths, files.labels, files.below)
     if split_name not in (TRAIN, VALIDATION, TEST):
         raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {split_name}")
+
+    def check(record: Record) -> None:
+        if run is not None:
+            check_unchanged(run.data, record, str(run), options.accept_changed_data)
+
     if count is None:
         # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
-        source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress)
+        source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress, check=check)
     else:
-        source, numbers = load_spread(data, split_name, count, progress)
+        source, numbers = load_spread(data, split_name, count, progress, check)
     if split_name not in source.splits:
         raise UserError(f"--split {split_name}: the run's data has no such split; name another, or images with --images")
     split = source.splits[split_name]

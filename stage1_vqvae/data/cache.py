@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -38,12 +39,24 @@ def cache_folder(data: Data) -> Path:
 
 
 def files_identity(files: Iterable[Path]) -> str:
-    """What changes when a file is added, taken away, or written: the sha256 of all paths, sizes and times."""
-    found = hashlib.sha256()
-    for path in files:
+    """Two sha256, with a blank between: of all paths, sizes and times, which changes whenever a file is written; and of names, below the
+    folder that all files lie in, and sizes, which is the same for a copy of the files (`portable`).
+    """
+    paths = list(files)
+    names = [path.absolute().as_posix() for path in paths]
+    # What the first and the last in order have in common, all have.
+    above = os.path.commonpath([os.path.dirname(name) for name in (min(names, default=""), max(names, default=""))])
+    written, copied = hashlib.sha256(), hashlib.sha256()
+    for path, name in zip(paths, names, strict=True):
         status = path.stat()
-        found.update(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return found.hexdigest()
+        written.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        copied.update(f"{unicodedata.normalize('NFC', name[len(above) :])}\0{status.st_size}\0".encode(errors="surrogateescape"))
+    return f"{written.hexdigest()} {copied.hexdigest()}"
+
+
+def portable(identity: str) -> str:
+    """Return the last word of a split's identity, equal for a copy of its files: a sha256, or KIND:NAME of data from elsewhere."""
+    return identity.rpartition(" ")[2]
 
 
 def cached_images(

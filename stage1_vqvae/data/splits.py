@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class SourceSplit(ABC):
     labels: np.ndarray | None
     """(N,) int64."""
     identity: str
-    """What is another if the source's files are."""
+    """What is another if the source's files are; its last word is the same for a copy of them (cache.py)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -111,6 +111,7 @@ class ImageSource:
         label_names: list[str] | None,
         identities: Mapping[str, str] | None = None,
         skipped: Sequence[str] = (),
+        record: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         self.splits = splits
         self.label_names = label_names
@@ -118,6 +119,8 @@ class ImageSource:
         """Of each split, what is another if the files that it was read from are."""
         self.skipped = list(skipped)
         """A line for each image that could not be read and was left out."""
+        self.record = dict(record or {})
+        """What a run writes down of its data (record.py)."""
 
 
 def stratified_draw(labels: Tensor | None, count: int, share: float, seed: int) -> Tensor:

@@ -317,7 +317,9 @@ def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[d
         if len(rows) == 0:
             raise UserError(f"{what}: expected images in split {split}, found none")
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
-        identity, images = f"{origin} {image_column} {rows.identity()}", rows.images(image_column)
+        # Which files of the Hub's hold the rows depends on whether they are streamed.
+        identity = f"{origin} {image_column} {rows.identity()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
+        images = rows.images(image_column)
         labels = check_labels(numbers.get(split), split, what, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
         splits[split] = EncodedSplit(split, images, labels, identity)
     return splits, names

@@ -46,8 +46,7 @@ class Judgement:
 def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, batch_size: int) -> Judgement:
     """Metrics over the whole split, each image once, whatever the processes; `batch_size` images at once on each."""
     tokenizer.eval()
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    mine = torch.arange(rank, len(validation), processes)
+    mine = torch.arange(len(validation))[accelerator.process_index :: accelerator.num_processes]  # none, of fewer images than processes
     zero = torch.zeros((), device=accelerator.device)
     names = tokenizer.objective.loss_names
     totals = {"mse": zero.to(float64_device(accelerator.device)), "loss": zero, **dict.fromkeys(names, zero)}

@@ -27,6 +27,14 @@ def most_processes(batch_size: int, accumulation: int, devices: int) -> int:
     return max(processes for processes in range(1, devices + 1) if processes == 1 or batch_size % (accumulation * processes) == 0)
 
 
+def next_accumulation(batch_size: int, accumulation: int, processes: int) -> int | None:
+    """The least number of micro-steps above `accumulation` that divides every process's share of a step evenly; None: a micro-step is one
+    image already.
+    """
+    share = batch_size // processes
+    return next((parts for parts in range(accumulation + 1, share + 1) if share % parts == 0), None)
+
+
 def check_divides(section: str, batch_size: int, accumulation: int, processes: int) -> None:
     """Errors: UserError if a step's batch cannot be shared out evenly."""
     parts = accumulation * processes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -70,16 +71,22 @@ def fitting_steps(
         guess = median(_UNTIMED, 1)
         return median(_UNTIMED + 1, max(1, min(_TIMED, int(share * _SHARE_FOR_TIMING * 60 * config.minutes / guess))))
 
-    # Another optimiser and other steps of mixed precision must not show in the training that follows.
-    scale = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    pace, validation = sum(share * pace_of(take_step, share) for share, take_step in kinds), seconds(validate)
-    if accelerator.scaler is not None and scale is not None:
-        accelerator.scaler.load_state_dict(scale)
+    with keeping_scale(accelerator):
+        pace, validation = sum(share * pace_of(take_step, share) for share, take_step in kinds), seconds(validate)
     # The training that follows is set up as the rehearsal was.
     left = 60 * config.minutes - slowest(time.monotonic() - began + setup) - passes_at_end * validation
     steps = max(1, int(left / (pace + validation / config.validation_interval)))
     say(f"{stage}: {pace:.3g} s a step on this machine, so {steps:,} steps in {config.minutes:g} minutes")
     return dataclasses.replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps // 10))
+
+
+@contextmanager
+def keeping_scale(accelerator: Accelerator) -> Iterator[None]:
+    """Steps of a rehearsal, after which the loss scale of mixed precision is what it was before."""
+    scale = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    yield
+    if accelerator.scaler is not None and scale is not None:
+        accelerator.scaler.load_state_dict(scale)
 
 
 class TimeLeft:

@@ -27,7 +27,9 @@ _COMPILER = "inductor"
 _LETTING_GO = 0.5  # seconds; without, 5 of 34 small commands on a busy machine ended so, with it 0 of 30
 # With another process, in hours: one host may have its images decoded when another begins to. Who hangs is found out earlier (watch.py).
 _PATIENCE = 2.0
-_SMALLER_BATCHES = "take fewer images at once (--batch_size N)"
+SMALLER_BATCHES = "take fewer images at once (--batch_size N)"
+"""Advice on a full memory of commands that have this option."""
+_FEWER_IMAGES = "give it fewer images"
 _WORDS_OF_LOST_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
@@ -35,13 +37,13 @@ class _Command:
     """What this process's command has begun with."""
 
     watch: Watch | None = None
-    lighter = _SMALLER_BATCHES
+    lighter = _FEWER_IMAGES
     launched_sharded = False
     precision: str | None = None
     """Last precision line printed, so that it is printed once."""
 
 
-def start(compute: Compute, logging_dir: str | None = None, lighter: str = _SMALLER_BATCHES) -> Accelerator:
+def start(compute: Compute, logging_dir: str | None = None, lighter: str = _FEWER_IMAGES) -> Accelerator:
     """The Accelerator of a command, with this process's share of the cores. Several processes look after one another from here on, until
     `finish`.
 

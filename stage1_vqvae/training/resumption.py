@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from jsonargparse.typing import PositiveFloat
 from configs.cli import differences
 from configs.errors import UserError, say
 from configs.schema import Recipe
+from stage1_vqvae.training.batching import next_accumulation
 from stage1_vqvae.training.stopping import STOPPED_IN_TIME
 
 
@@ -44,6 +46,12 @@ def nothing_to_do(stage: Stage, asked: Recipe, resume: bool, may_change: Sequenc
     """
     done = stage.finished_after
     if not stage.begun and done is None:
+        budget = getattr(asked, stage.section).minutes > 0  # by which steps and warm-up are found anew
+        sections = [key for key in may_change if "." not in key]
+        replaced = differences(asked, stage.recipe, [*sections, *(f"{stage.section}.{key}" for key in ("steps", "warmup_steps") if budget)])
+        if replaced:
+            more = f" and {len(replaced) - 3} more" if len(replaced) > 3 else ""
+            say(f"{stage.where}: its recipe, by which nothing has been trained yet, is replaced: {'; '.join(replaced[:3])}{more}")
         return False
     changed = differences(asked, stage.recipe, may_change)
     if changed:
@@ -65,6 +73,19 @@ def nothing_to_do(stage: Stage, asked: Recipe, resume: bool, may_change: Sequenc
     if not stage.checkpointed:
         raise UserError(f"{stage.where}: expected a checkpoint to go on from after {done} steps, found none; train {stage.elsewhere}")
     return False
+
+
+def memory_advice(ways: Sequence[str], elsewhere: str) -> str:
+    """How to go on after running out of memory: options that leave the result as it is; or, if there are none, another training."""
+    if not ways:
+        return f"a smaller batch_size or model takes less; train {elsewhere}"
+    return f"go on with --resume and {', or '.join(ways)}: with the same result"
+
+
+def accumulation_advice(section: str, batch_size: int, accumulation: int) -> list[str]:
+    """The option that takes a step in more parts, on as many processes as were launched; none if it has no more."""
+    parts = next_accumulation(batch_size, accumulation, int(os.environ.get("WORLD_SIZE", "1")))
+    return [] if parts is None else [f"--{section}.accumulation {parts}, which takes a step in {parts} parts"]
 
 
 def add_resume_options(parser: Any) -> None:

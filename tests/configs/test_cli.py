@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib
 import inspect
 import operator
@@ -21,7 +22,7 @@ from configs.data import AT_HAND
 from configs.errors import UserError
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import COMMANDS, REPOSITORY, RunDir
-from configs.schema import Recipe, Stage1
+from configs.schema import Recipe, Stage1, keys_that_may_change
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
@@ -168,6 +169,12 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
         (["--prior.heads", "5"], ["prior.width", "multiple of 4 x 5 heads"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "expected a recipe"]),
         (["--run", str(REPOSITORY / "tests")], ["tests", "expected a run"]),
+        (["--data.path", ""], ["--data.path: expected a value, found ''"]),
+        (["--data.cache=\t"], ["--data.cache: expected a value"]),
+        (["--data", "{path: ' '}"], ["data.path: expected a value, found ' '"]),
+        (["--init-from", ""], ["--stage1.init_from: expected a value"]),
+        (["--config", " "], ["--config: expected a value"]),
+        (["--run", ""], ["--run: expected a value"]),
     ],
 )
 def test_mistakes_get_one_line(arguments: list[str], parts: list[str], tmp_path: Path, one_line_error: Callable[..., str]) -> None:
@@ -190,6 +197,11 @@ def test_mistakes_get_one_line(arguments: list[str], parts: list[str], tmp_path:
         ("{data: {path: x}, stage1: {lr: 0}}", ["stage1.lr", "above 0"]),
         ("stage1: 3", ["sections"]),
         ("a: [", ["YAML"]),
+        ("", ["empty file"]),
+        ("data: {path: x, cache: ''}", ["data.cache: expected a value, found ''"]),
+        ("stage1: {lr: 1}\ndata: {path: x}\nstage1: {steps: 3}", ["expected each key once, found stage1 in lines 1 and 3"]),
+        ("stage1:\n  lr: 1\n  steps: 2\n  lr: 3", ["found stage1.lr in lines 2 and 4"]),
+        ("tokenizer: {quantizer: {kind: fsq, levels: [8], levels: [5]}}", ["found tokenizer.quantizer.levels twice in line 1"]),
     ],
 )
 def test_bad_recipes_are_named(content: str, parts: list[str], tmp_path: Path) -> None:
@@ -198,6 +210,61 @@ def test_bad_recipes_are_named(content: str, parts: list[str], tmp_path: Path) -
     with pytest.raises(UserError) as error:
         load_recipe(path)
     assert all(part in str(error.value) for part in [str(path), *parts]), error.value
+
+
+def test_a_key_may_stand_in_for_that_of_an_anchor(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("stage1: &loop {steps: 7, lr: 0.1}\nstage2: {<<: *loop, steps: 8}")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.stage1.steps, recipe.stage2.steps, recipe.stage2.lr) == (7, 8, 0.1)
+
+
+MAY_CHANGE = {
+    "data": "path cache decode stream workers",
+    "tokenizer": "network.gradient_checkpointing",
+    "stage1": "steps lr clip_norm accumulation log_interval validation_interval checkpoint_interval keep_checkpoints init_from "
+    "perceptual.weights adversarial.weights",
+    "extraction": "batch_size",
+    "prior": "",
+    "stage2": "steps lr clip_norm accumulation log_interval validation_interval checkpoint_interval keep_checkpoints "
+    "gradient_checkpointing",
+    "sampling": "batch_size",
+    "evaluation": "features weights n seed batch_size",
+    "compute": "threads mixed_precision compile sharded patience tracker",
+}
+FIXED = {
+    "data": "name config revision image_column label_column train_split validation_split test_split height width channels background "
+    "validation_share seed crop crop_area on_error most_skipped",
+    "tokenizer": "code_dim quantizer.* network.* objective.*",
+    "stage1": "seed minutes batch_size warmup_steps final_lr_share weight_decay weight_average restart_interval augmentation trained "
+    "perceptual.* adversarial.*",
+    "extraction": "augmentation shard_rows",
+    "prior": "*",
+    "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer label_dropout weight_average",
+    "sampling": "temperature top_k top_p min_p guidance guidance_schedule precision",
+    "evaluation": "",
+    "compute": "",
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_is_known_to_change_a_result_or_not(section: str) -> None:
+    """Of all kinds: `keys_that_may_change` are those named, and a field that is new has to be put on one side."""
+    free = {f"{section}.{key}" for key in MAY_CHANGE[section].split()}
+    fixed = [f"{section}.{key}" for key in FIXED[section].split()]
+    seen = set()
+    for number in range(max(map(len, FAMILIES.values()))):
+        recipe = Recipe()
+        for family, kinds in FAMILIES.items():
+            part = part_class(family, list(kinds)[min(number, len(kinds) - 1)])()
+            name, _, key = family.partition(".")
+            changed: Any = {name: dataclasses.replace(getattr(recipe, name), **{key: part}) if key else part}
+            recipe = dataclasses.replace(recipe, **changed)
+        allowed = keys_that_may_change(recipe, (section,))
+        for key in flattened(as_dict(getattr(recipe, section)), f"{section}."):
+            seen.add(key)
+            assert (key in allowed or section in allowed) == (key in free), key
+            assert key in free or any(fnmatch.fnmatch(key, pattern) for pattern in fixed), key
+    assert free <= seen
 
 
 def test_wrong_values_are_refused_by_the_section_itself() -> None:

@@ -23,10 +23,11 @@ import yaml
 
 import pipelines.run as run_script
 from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
+from configs.errors import UserError
 from configs.run_dir import REPOSITORY, RunDir, read_json, write_json
 from configs.schema import Stage2
 from pipelines.images.provenance import described_weights, identity, without_places
-from pipelines.run import Launch, evaluation_of, main, run_to_its_end, samples_of, steps
+from pipelines.run import Launch, check_options, evaluation_of, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
 from stage1_vqvae.training.processes import share_of_cores
 from tests.conftest import Script
@@ -141,6 +142,27 @@ def test_options_go_to_the_steps_that_take_them(tmp_path: Path) -> None:
     assert uniform.endswith("--prior uniform --compute.threads=1")
     assert evaluate.endswith("--prior pixelcnn --n=9 --features=classifier --compute.threads=1 --data.workers=1")
     assert report.endswith(f"report.py --run '{path}'")
+
+
+def test_what_a_later_step_may_still_change_is_that_steps(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 1 would refuse it, and a finished run heed it nowhere."""
+    options = ["--stage2.accumulation", "2", "--extraction.batch_size=5", "--sampling.batch_size", "9", "--stage1.accumulation", "4"]
+    command = chain("--run", finished_run, *options[:-2], "--accept-changed-data")
+    check_options(command)
+    first, extract, second, draw, _, evaluate, _ = [step.typed() for step in steps(command)]
+    assert first.endswith(f"train.py --run={finished_run} --accept_changed_data --resume")
+    assert extract.endswith(f"--run {finished_run} --extraction.batch_size=5 --accept_changed_data")
+    assert second.endswith(f"--run {finished_run} --stage2.accumulation=2 --accept_changed_data --resume")
+    assert draw.endswith("--prior transformer --batch_size=9")
+    assert evaluate.endswith("--prior transformer --sampling.batch_size=9 --accept_changed_data")
+    with pytest.raises(UserError, match=r"--stage1\.accumulation: expected 1"):
+        check_options(chain("--run", finished_run, *options[-2:]))
+    # A run that is there has its recipe, the default one's too.
+    monkeypatch.setattr("configs.run_dir.runs_folder", lambda: tmp_path)
+    monkeypatch.setattr("pipelines.run.runs_folder", lambda: tmp_path)
+    (tmp_path / "digits").mkdir()
+    shutil.copy(finished_run / "recipe.yaml", tmp_path / "digits")
+    assert typed()[0] == "accelerate launch stage1_vqvae/train.py --run digits --resume"
 
 
 def test_the_runs_own_prior_counts_once_it_has_begun(run_copy: Path, tiny_recipe: Path) -> None:

@@ -16,10 +16,17 @@ import torch
 
 from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY, read_json
+from pipelines.evaluate import main as evaluate
+from pipelines.reconstruct import main as reconstruct
 from stage1_vqvae.model import VQVAE, save_tokenizer
 from stage1_vqvae.train import main
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.stopping import STOPPED_IN_TIME
+from stage2_prior.export_codes import main as export_codes
+from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.import_codes import main as import_codes
+from tests.conftest import Killed, failing
+from tests.pipelines.test_run import chain
 from tests.stage1_vqvae.test_train_with_terms import ADVERSARY
 
 
@@ -65,6 +72,70 @@ def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
     ]
     assert timeless[0] == timeless[1]
     assert [record["step"] for record in timeless[0] if record.get("adversarial", 0) != 0] == [40, 50, 60, 70, 80, 90, 100, 110, 120]
+
+
+def test_killed_before_its_first_checkpoint_a_run_keeps_its_recipe(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another is taken only with --config, or an option, and said; run.py has the same."""
+    run = ["--run", str(tmp_path / "run")]
+    typed = ["--config", str(tiny_recipe), *run, "--stage1.steps", "2", "--tokenizer.quantizer", "fsq"]
+    with monkeypatch.context() as patched:
+        patched.setattr("stage1_vqvae.train.take_step", failing(Killed()))
+        for lr in ("0.002", "0.004"):
+            with pytest.raises(Killed):
+                main([*typed, "--stage1.lr", lr])
+    assert "its recipe, by which nothing has been trained yet, is replaced: stage1.lr: 0.004, not 0.002\n" in capsys.readouterr().out
+    began = load_recipe(tmp_path / "run/recipe.yaml")
+    assert (began.stage1.lr, began.tokenizer.quantizer.kind) == (0.004, "fsq")
+    assert chain(*run).recipe == began
+    main([*run, "--resume"])
+    assert "replaced" not in capsys.readouterr().out
+    assert load_recipe(tmp_path / "run/recipe.yaml") == began
+    assert read_json(tmp_path / "run/stage1/report.json")["steps"] == 2
+
+
+def test_memory_for_a_discriminator_that_begins_later_is_tried_at_once(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    """And what the line advises is taken, before the first checkpoint and after it."""
+    run = ["--run", str(tmp_path / "run")]
+    settings = ["--config", str(tiny_recipe), *run, *ADVERSARY, "--stage1.steps", "4", "--stage1.checkpoint_interval", "1"]
+    full = failing(torch.OutOfMemoryError("no room"))
+    with monkeypatch.context() as patched:
+        patched.setattr("stage1_vqvae.objectives.adversarial.Adversary.discriminator_loss", full)
+        assert "--resume and --stage1.accumulation 2" in one_line_error(main, *settings)
+        assert not (tmp_path / "run/stage1/metrics.jsonl").exists()
+        patched.setattr("stage1_vqvae.train.rehearse", lambda *_: None)
+        line = one_line_error(main, *run, "--resume", "--stage1.accumulation", "2", "--stage1.keep_checkpoints", "1")
+    assert len(list((tmp_path / "run/stage1/checkpoints").glob("step-*.pt"))) == 1
+    advised = re.findall(r"--resume and (--stage1\.accumulation) (\d+)", line)[0]
+    assert advised[1] == "4"
+    main([*run, "--resume", *advised, "--stage1.log_interval", "1"])
+    assert read_json(tmp_path / "run/stage1/report.json")["steps"] == 4
+
+
+def test_data_that_has_changed_is_said_and_gone_on_with_only_if_asked(
+    run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By stage 1, extraction, evaluation, pictures of a split and codes from elsewhere."""
+    folder = shutil.copytree(pictures, tmp_path / "images")
+    (folder / "bird").mkdir()
+    for number in range(4):
+        shutil.copy(folder / "down/000.png", folder / "bird" / f"{number}.png")
+    before = files(run_copy)
+    here = ["--run", str(run_copy), "--data.path", str(folder)]
+    changed = 'train: 39 images, was 36; validation: 13 images, was 12; class "bird" is new'
+    for command, *options in ((main, "--resume", "--stage1.steps", "70"), (extract_codes, "--overwrite"), (evaluate,)):
+        assert f"expected the data that its training began with, found {changed}; put it back" in one_line_error(command, *here, *options)
+    assert 'found validation: 13 images, was 12; class "bird" is new' in one_line_error(reconstruct, *here)
+    assert files(run_copy) == before
+    extract_codes([*here, "--overwrite", "--accept-changed-data"])
+    assert f"going on with data that has changed: {changed}; images that it was trained on may be among" in capsys.readouterr().out
+    assert read_json(run_copy / "data.json")["train"]["images"] == 36
+    export_codes(["--run", str(run_copy), "--output", str(tmp_path / "codes")])
+    import_codes(["--run", str(run_copy), "--folder", str(tmp_path / "codes"), "--overwrite"])
+    assert f"going on with data that has changed: {changed}; images" in capsys.readouterr().out
 
 
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_run_says_what_images_it_has_and_a_machine_where_they_are(
     run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
     before = contents(run_copy / "codes")
-    moved = Path(shutil.copytree(pictures, tmp_path / "moved"))
+    moved = Path(shutil.copytree(pictures, tmp_path / "moved", copy_function=shutil.copyfile))  # at another time
     main(["--run", str(run_copy), "--overwrite", "--data.path", str(moved), "--data.cache", str(tmp_path / "cache")])
     assert contents(run_copy / "codes") == before
     assert list((tmp_path / "cache").glob("*.pixels"))
@@ -157,7 +157,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "write_shard", lambda *arguments: (written.append(arguments), write(*arguments)))
-        main(words)
+        main([*words[:-1], "2"])  # as one whose memory was full is advised to
     assert (f"going on, {good} of 11 files" in capsys.readouterr().out) == (good > 0)
     assert len(written) == 11 + (damaged is not None)
     assert contents(run_copy / "codes") == whole
@@ -183,10 +183,10 @@ def test_what_another_extraction_left_is_not_gone_on_with(
     if other == "images":
         for path in folder.rglob("*.png"):
             Image.open(path).rotate(180).save(path)
-    main(words)
+    main([*words, "--accept-changed-data"])
     assert read_manifest(run_copy / "codes/train").variants == 1
     after = contents(run_copy / "codes")
-    main(words)
+    main([*words, "--accept-changed-data"])
     assert contents(run_copy / "codes") == after
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,14 +15,16 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 
+from configs.cli import load_recipe
 from configs.errors import UserError
-from configs.run_dir import RunDir, read_json
+from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
 from pipelines.anomalies import reference
 from pipelines.images.scoring import ScoringPrior
 from pipelines.sample import main as sample
 from stage1_vqvae.training.metrics_log import read_metrics
 from stage1_vqvae.training.weights_file import fingerprint, load_weights, save_weights
+from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.extract_codes import main as extract
 from stage2_prior.joining import check_levels
@@ -29,7 +32,8 @@ from stage2_prior.likelihood.bits import mean_over_tokens, turning_point, unifor
 from stage2_prior.priors.pixelcnn import PixelCNN
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.report import main as report
-from stage2_prior.train import main
+from stage2_prior.train import check_codes, main, oom_hint
+from tests.conftest import Killed, failing
 
 
 def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
@@ -37,6 +41,7 @@ def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         "prior.safetensors",
         "recipe.yaml",
+        "data.json",
         "report.json",
         "metrics.jsonl",
         "training.png",
@@ -133,6 +138,43 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(
     assert "going on after step 1" in capsys.readouterr().out
     whole, stopped = (run_copy / "priors" / name for name in ("whole", "stopped"))
     assert (stopped / "prior.safetensors").read_bytes() == (whole / "prior.safetensors").read_bytes()
+
+
+def test_killed_before_its_first_checkpoint_a_prior_keeps_its_recipe(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on with what its line on a memory that is full advises."""
+    name = ["--run", str(run_copy), "--name", "small"]
+    with monkeypatch.context() as patched:
+        patched.setattr("stage2_prior.train.take_step", failing(Killed()))
+        with pytest.raises(Killed):
+            main([*name, "--prior.layers", "1", "--stage2.steps", "2", "--stage2.validation_interval", "1"])
+    began = load_recipe(run_copy / "priors/small/recipe.yaml")
+    advised = re.findall(r"--stage2\S+ (?:\d+|true)", oom_hint(began))
+    assert advised == ["--stage2.accumulation 2", "--stage2.gradient_checkpointing true"]
+    main([*name, "--resume", *" ".join(advised).split()])
+    steps, recipe = read_json(run_copy / "priors/small/report.json")["steps"], load_recipe(run_copy / "priors/small/recipe.yaml")
+    assert (steps, recipe.prior) == (2, began.prior)
+    assert (recipe.stage2.accumulation, recipe.stage2.gradient_checkpointing) == (2, True)
+
+
+def test_codes_that_have_changed_since_a_prior_began_are_said(
+    run_copy: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, path = RunDir(run_copy), run_copy / "priors/transformer/data.json"
+    stores = {split: CodeStore(run.codes / split) for split in ("train", "validation")}
+    known, recipe = read_json(path), load_recipe(run.recipe)
+    assert known == codes_record(stores)
+    write_json(path, {**known, "train": {**known["train"], "images": 30}})
+    assert "36 images, was 30" in one_line_error(report, "--run", run_copy)
+    resume = ["--run", run_copy, "--resume", "--stage2.steps", "12"]
+    assert "found train: 36 images, was 30; put it back, train another with --name NAME" in one_line_error(main, *resume)
+    check_codes(run, "transformer", recipe, stores, accept=True)
+    assert capsys.readouterr().out.endswith("going on with data that has changed: train: 36 images, was 30\n")
+    write_json(path, {**known, "train": {**known["train"], "classes": {"across": 18, "bird": 18}}})
+    with pytest.raises(UserError, match=r'expected codes of the classes .*, found .*class "bird" is gone'):
+        check_codes(run, "transformer", recipe, stores, accept=True)
+    write_json(path, known)
+    extract(["--run", str(run_copy), "--overwrite", "--extraction.augmentation", "horizontal_flip"])
+    assert "expected codes of augmentation none, with which its training began, found horizontal_flip" in one_line_error(main, *resume)
 
 
 def test_a_training_goes_on_in_another_precision(run_copy: Path) -> None:

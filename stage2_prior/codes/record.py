@@ -1,0 +1,23 @@
+"""The record of the codes that a prior is trained on, beside the prior (stage1_vqvae/data/record.py)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from stage1_vqvae.data.record import Record, split_record
+from stage2_prior.codes.store import CodeStore
+
+CODES = "data.json"
+"""Name of the file."""
+
+
+def codes_record(stores: Mapping[str, CodeStore]) -> Record:
+    """The record of splits of codes, with their augmentation and the tokenizer that made them."""
+    record: Record = {}
+    for name, store in stores.items():
+        manifest, labels = store.manifest, None if store.labels is None else store.labels.numpy()
+        sums = hashlib.sha256("".join(manifest.sha256).encode()).hexdigest()
+        own = {"augmentation": manifest.augmentation, "tokenizer_sha256": manifest.tokenizer_sha256}
+        record[name] = split_record(len(store), labels, manifest.label_names, sums) | own
+    return record
