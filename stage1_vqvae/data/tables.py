@@ -179,6 +179,9 @@ def _files_builder(kind: str, files: Mapping[str, Sequence[Path]]) -> Builder:
 
         from stage1_vqvae.data.readers import Parquet, WebDataset
 
+        for file in chain(*files.values()):
+            if "::" in str(file):  # to `datasets`, a file inside an archive
+                raise UserError(f"{file}: expected a path without '::', which `datasets` cannot open, found one; rename it")
         listed = {split: [(str(file.absolute()), file.stat()) for file in found] for split, found in files.items()}
         data_files = DataFilesDict(
             {
