@@ -193,7 +193,7 @@ def test_what_is_written_stays_when_the_pipe_is_closed(run_copy: Path, monkeypat
 
 
 def test_ctrl_c_leaves_nothing_half_written(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.generator.draw_images", interrupted)
