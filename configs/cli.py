@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import shlex
 import sys
@@ -114,6 +115,12 @@ def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = N
     return parser
 
 
+@functools.cache
+def _recipe_parser(kinds: tuple[tuple[str, str], ...]) -> _Parser:
+    """The parser of a whole recipe whose parts are of those kinds; building it takes longer than parsing."""
+    return _parser(tuple(SECTIONS), dict(kinds))
+
+
 def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: Recipe | None) -> Recipe:
     """`sections` from parsed values, the others from `base`."""
     built: dict[str, Any] = {}
@@ -147,7 +154,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         content, kinds = _spelled_out(content)
         _check_keys(content, kinds)
-        recipe = _build(_parser(tuple(SECTIONS), kinds).parse_object(content), tuple(SECTIONS), None, None)
+        recipe = _build(_recipe_parser(tuple(kinds.items())).parse_object(content), tuple(SECTIONS), None, None)
         recipe.check()
         return recipe
     except ValueError as error:

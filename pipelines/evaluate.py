@@ -94,8 +94,6 @@ def main(argv: list[str] | None = None) -> None:
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None:
             network = network or feature_network(*network_arguments)
-            if network.instead_of is not None:
-                print(network.instead_of)
             assessor = Assessor(tokenizer, network, source, data, config, batch, training_codes(run, source), fingerprint(run.tokenizer))
             found = evaluate(command, assessor, samples)
             if samples is not None:

@@ -69,7 +69,6 @@ from stage2_prior.priors.prior_file import (
     UNIFORM,
     PriorHeader,
     build_prior,
-    check_classes,
     check_tokenizer,
     read_prior_header,
     save_prior,
@@ -237,7 +236,6 @@ def train(
     Errors: UserError for a foreign checkpoint, or a loss that is not finite.
     """
     config, folder = recipe.stage2, run.prior(name)
-    label_names = training.manifest.label_names if recipe.prior.conditional else None
     began = time.monotonic()
     processes = accelerator.num_processes
 
@@ -261,7 +259,6 @@ def train(
     if state is not None:
         where = run.show(checkpoints.paths()[-1])
         check_tokenizer(where, state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
-        check_classes(where, state.get("label_names"), label_names)
         prior.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         load_moments_(prior, optimizer.optimizer, state["optimizer"])
@@ -279,7 +276,7 @@ def train(
 
     def save(step: int, score: float | None) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        noted = {"best": best, "minutes": minutes(), "tokenizer_sha256": training.manifest.tokenizer_sha256, "label_names": label_names}
+        noted = {"best": best, "minutes": minutes(), "tokenizer_sha256": training.manifest.tokenizer_sha256}
         checkpoints.save(step, {**weights(), "scaler": scaler, **noted}, score)
 
     if recipe.compute.tracker:

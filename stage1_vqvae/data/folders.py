@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.data import Data
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from stage1_vqvae.data import tables
 from stage1_vqvae.data.cache import files_identity
 from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
@@ -162,7 +162,7 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
             ways = "if those are classes, rename that one, else --data.train_split NAME"
             expected = "expected all images in the folders of their splits"
             raise UserError(f"{example}: {expected}, found some in {next(iter(names))} and others beside it; {ways}")
-        notes.append(f"left out beside the splits' folders ({', '.join(names)}): {count:,} images, such as {example}")
+        notes.append(f"left out beside the splits' folders ({listed(names)}): {count:,} images, such as {example}")
     for split, folders in split_images.items():
         if not folders:
             raise UserError(f"data.path {tree.path(roots[split])}: expected images of split {split}, found none")

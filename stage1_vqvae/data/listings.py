@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import UserError
+from configs.errors import UserError, listed
 from stage1_vqvae.data.cache import files_identity
 from stage1_vqvae.data.encoded import FilePaths
 
@@ -46,7 +46,7 @@ class Listing:
                 rows = rows.drop_columns(name)
             parts.append(rows)
         if not self._paths:
-            raise UserError(f"{tables[0]}: expected a column {_FILE_NAME}, found {', '.join(parts[0].column_names) or 'none'}")
+            raise UserError(f"{tables[0]}: expected a column {_FILE_NAME}, found {listed(parts[0].column_names)}")
         try:
             self._rows = pa.concat_tables(parts, promote_options="permissive")
         except pa.ArrowException as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from configs.data import Data
-from configs.errors import UserError, say
+from configs.errors import UserError, listed, say
 from stage1_vqvae.data.cache import files_identity
 from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, encoded_image
 from stage1_vqvae.data.listings import Listing
@@ -304,7 +304,7 @@ def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[d
     image_column, label_column = _image_column(first, data), _label_column(first, data)
     for split, rows in source.items():
         if image_column not in rows.column_names:
-            raise UserError(f"{what}: expected a column {image_column} in {split} too, found {', '.join(rows.column_names)}")
+            raise UserError(f"{what}: expected a column {image_column} in {split} too, found {listed(rows.column_names)}")
     names, numbers = None, dict[str, np.ndarray]()
     if label_column is not None:
         labelled = {split: rows for split, rows in source.items() if label_column in rows.column_names}
@@ -342,7 +342,7 @@ def _image_column(rows: Table, data: Data) -> str:
     if data.image_column is not None:
         found = [name for name, feature in features if name == data.image_column and (name in found or _may_be_bytes(feature))]
     if len(found) != 1:
-        expected = f"one column of images (--data.image_column NAME), found {', '.join(found) or 'none'} of {', '.join(rows.column_names)}"
+        expected = f"one column of images (--data.image_column NAME), found {listed(found)} of {listed(rows.column_names)}"
         raise UserError(f"{data.path or data.name}: expected {expected}")
     return found[0]
 
@@ -354,7 +354,7 @@ def _label_column(rows: Table, data: Data) -> str | None:
         return None
     if data.label_column is not None:
         if data.label_column not in rows.column_names:
-            expected = f"a column {data.label_column} (data.label_column), found {', '.join(rows.column_names)}"
+            expected = f"a column {data.label_column} (data.label_column), found {listed(rows.column_names)}"
             raise UserError(f"{data.path or data.name}: expected {expected}")
         return data.label_column
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -362,7 +362,7 @@ def _label_column(rows: Table, data: Data) -> str | None:
     found = found or [name for name in called if _label_kind(rows.features[name]) is not None]
     if len(found) > 1:
         expected = f"one column of labels (--data.label_column NAME, or {NO_LABELS})"
-        raise UserError(f"{data.path or data.name}: expected {expected}, found {', '.join(found)}")
+        raise UserError(f"{data.path or data.name}: expected {expected}, found {listed(found)}")
     if called and not found:
         holds = f"holds no classes, whole numbers or text, but {rows.features[called[0]]}"
         say(f"{data.path or data.name}: no labels: the column {called[0]} {holds}")

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.errors import UserError, brief
+from configs.errors import UserError, brief, listed
 from configs.run_dir import write_bytes
 
 _HEADER = "header"
@@ -29,7 +29,7 @@ class Header(dict[str, Any]):
         self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.path}: expected a header with {key}, found {', '.join(self) or 'an empty one'}")
+        raise UserError(f"{self.path}: expected a header with {key}, found {listed(self)}")
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], header: dict[str, Any]) -> None:

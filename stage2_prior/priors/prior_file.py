@@ -86,14 +86,6 @@ def check_tokenizer(where: str, found: str, expected: str) -> None:
         raise UserError(f"{where}: {wanted}, found one over codes of {found[:12]}; train another with --name NAME")
 
 
-def check_classes(where: str, found: list[str] | None, expected: list[str] | None) -> None:
-    """Errors: UserError if a checkpoint was trained on codes of other classes, whose numbers mean other things."""
-    if found != expected:
-        ours, theirs = ("none" if names is None else listed(names) for names in (expected, found))
-        wanted = f"expected a prior of the classes that the codes have now ({ours})"
-        raise UserError(f"{where}: {wanted}, found {theirs}; train another with --name NAME")
-
-
 def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> None:
     """Write a prior's weights and header, atomically."""
     save_weights(path, weights, {"kind": "prior", "format": _FORMAT, **as_dict(header)})
