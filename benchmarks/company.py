@@ -91,7 +91,7 @@ def main() -> None:
             for name, count in settings.items():
                 environment = bare if count is None else {**bare, "GOMP_SPINCOUNT": count}
                 with company(others):
-                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
                 found.setdefault((name, others), []).append(float(done.stdout))
     medians = {key: statistics.median(values) for key, values in found.items()}
     reference = medians["libgomp's own", 0]

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +19,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from configs.run_dir import REPOSITORY
+from tests.launched import plots
 from tests.launched.forked import run_script
 from tests.pretended import guard
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-_savefig = Figure.savefig
 Script = Callable[..., subprocess.CompletedProcess[str]]
 Pretended = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -181,22 +180,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def _save_blank(self: Figure, target: Any, **_: object) -> None:
-    Image.new("RGB", (8, 8)).save(target, "PNG")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _plots_are_not_rendered() -> Iterator[None]:
-    """Plots are built, but their files are blank: rendering takes longer than a tiny training does."""
+    """Plots are not rendered, but in tests that use `rendered`."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Figure, "savefig", _save_blank)
+        patched.setattr(Figure, "savefig", plots.save_blank)
         yield
 
 
 @pytest.fixture
 def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are rendered."""
-    monkeypatch.setattr(Figure, "savefig", _savefig)
+    monkeypatch.setattr(Figure, "savefig", plots.savefig)
 
 
 @pytest.fixture(autouse=True)

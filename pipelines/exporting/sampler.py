@@ -3,9 +3,8 @@
     python sample.py --n 64
     python sample.py --n 8 --label 7 --seed 1 --guidance 1.5 --output pictures
 
-Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed has the same codes whatever is drawn with it, and
-those of the run's own (with the prior exported in float64; in float32 a draw that falls within its rounding may be another code). They are
-decoded in float32: by other arithmetic, or beside other images, a pixel may come to the next of its 256 levels.
+Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed has the same codes whatever is drawn with it, those of the run
+itself (with the prior in float64; in float32 rounding may change one). They are decoded in float32: a pixel may be one of 256 levels off.
 
     from sample import Sampler
 
@@ -16,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import math
+import operator
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -85,13 +84,9 @@ class Sampler:
             if label is not None:
                 raise ValueError(f"label {label}: expected none, since this prior has no labels")
             return np.zeros(n, np.int64)
-        turns = [number % len(names) for number in range(n)]
-        each = [label] * n if isinstance(label, str | int) else turns if label is None else list(label)
-        numbers = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
-        named = [numbers.get(unicodedata.normalize("NFC", one)) if isinstance(one, str) else None for one in each]
-        found = [
-            number if number is not None else int(one) if str(one).isdecimal() else -1 for number, one in zip(named, each, strict=True)
-        ]
+        each = [label] * n if isinstance(label, str | int) else [k % len(names) for k in range(n)] if label is None else list(label)
+        composed = [unicodedata.normalize("NFC", one) if isinstance(one, str) else one for one in each]  # as the model's names are
+        found = [names.index(one) if one in names else int(one) if str(one).isdecimal() else -1 for one in composed]
         if len(found) != n or not all(0 <= one < len(names) for one in found):
             raise ValueError(f"label: expected names ({', '.join(names[:10])}) or numbers below {len(names)}, found {label}")
         return np.array(found, np.int64)
@@ -99,9 +94,7 @@ class Sampler:
     def sample(self, n: int, label: Any = None, seed: int = 0, **settings: Any) -> tuple[list[Array], Array]:
         """Codes, int64 (N, h, w) a level, and images, uint8 (N, H, W, C); `settings` in place of the model's."""
         settings, labels = self._checked({**self.model["sampling"], **settings}), self.labels_of(label, n)
-        if int(seed) != seed:
-            raise ValueError(f"seed: expected a whole number, found {seed}")
-        seed = int(seed)  # of whatever type: seeds are hashed by their text
+        seed = operator.index(seed)  # seeds are hashed by their text
         parts = [self._batch(range(start, min(n, start + 64)), labels, seed, settings) for start in range(0, n, 64)]
         sequences = np.concatenate(parts)
         splits = np.split(sequences, np.cumsum([h * w for h, w in self.model["grids"]])[:-1], 1)
@@ -175,18 +168,16 @@ def main() -> None:
     """The command line: PNGs, and a grid of all."""
     from PIL import Image
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack characters of the folder's name
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a console may lack characters of the folder's name
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("n", 64), ("seed", 0), ("top_k", None)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     for name in ("temperature", "top_p", "min_p", "guidance"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
     parser.add_argument("--label", help="of all images, by name or number (default: they take turns)")
-    parser.add_argument("--output", type=Path, default=Path("samples"), help="folder")
+    parser.add_argument("--output", type=lambda text: Path(text).expanduser(), default=Path("samples"), help="folder")
     options = vars(parser.parse_args())
     n, seed, label, output = (options.pop(name) for name in ("n", "seed", "label", "output"))
-    output = output.expanduser()
     settings = {name: value for name, value in options.items() if value is not None}
     try:
         images = Sampler(Path(__file__).parent).sample(n, label, seed, **settings)[1]
@@ -194,11 +185,10 @@ def main() -> None:
         parser.error(str(error))
     output.mkdir(parents=True, exist_ok=True)
     pictures = [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
-    for number, picture in enumerate(pictures):
-        picture.save(output / f"{number:05d}.png")
     side, (width, height) = math.ceil(math.sqrt(n)), pictures[0].size
     grid = Image.new("RGB", (side * (width + 2), -(-n // side) * (height + 2)), "white")
     for number, picture in enumerate(pictures):
+        picture.save(output / f"{number:05d}.png")
         grid.paste(picture, (number % side * (width + 2), number // side * (height + 2)))
     grid.save(output / "grid.png")
     print(f"wrote {n} images to {output}; look at {output / 'grid.png'}")

@@ -232,7 +232,7 @@ MAY_CHANGE = {
     "compute": "threads mixed_precision compile sharded patience tracker",
 }
 FIXED = {
-    "data": "name config revision image_column label_column train_split validation_split test_split height width channels background "
+    "data": "name config revision image_column label_column train_split validation_split test_split height width channels background white "
     "validation_share seed crop crop_area on_error most_skipped",
     "tokenizer": "code_dim quantizer.* network.* objective.*",
     "stage1": "seed minutes batch_size warmup_steps final_lr_share weight_decay weight_average restart_interval augmentation trained "
@@ -394,7 +394,7 @@ def options() -> dict[str, set[str]]:
 
 # Of accelerate, git, npm and Python's own server; and what stands for an option.
 THEIRS = {"num_processes", "num_machines", "mixed_precision", "dynamo_backend", "multi_gpu", "always", "dirty", "abbrev", "directory"}
-THEIRS |= {"prefer_offline", "fetch_retries", "pack_destination", "option", "section.key"}
+THEIRS |= {"gradient_accumulation_steps", "key", "prefer_offline", "fetch_retries", "pack_destination", "option", "section.key"}
 
 
 def test_every_option_that_a_message_names_exists(options: dict[str, set[str]]) -> None:

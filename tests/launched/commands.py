@@ -43,6 +43,9 @@ def staying_joined() -> Iterator[None]:
 
 
 def main() -> None:
+    from plots import leave_blank  # a script's folder is first on sys.path
+
+    leave_blank()
     with staying_joined():
         for module, *arguments in commands(sys.argv[1:]):
             importlib.import_module(module).main(arguments)

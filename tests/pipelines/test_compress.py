@@ -417,7 +417,7 @@ def test_threads_of_another_command_decode_the_same(run_copy: Path, compressed: 
 def test_several_processes_are_refused(
     run_copy: Path, compressed: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(script, "start", lambda compute: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+    monkeypatch.setattr(script, "start", lambda *_, **__: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
     arguments = ["--file", compressed] if script is decompress else []
     assert "expected one process, found 2" in one_line_error(script.main, "--run", run_copy, *arguments)
     assert not (run_copy / "compressed").exists()

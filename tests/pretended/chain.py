@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from configs.cli import load_recipe
 from configs.schema import Augmentation, Stage1, Stage2
 from tests.launched.commands import staying_joined
+from tests.launched.plots import leave_blank
 from tests.pretended import apple
 from tests.pretended.device import Pretended, Seen
 from tests.pretended.tiny import commands, in_short, run_command
@@ -119,6 +120,7 @@ def _forget_accelerate() -> None:
 
 def main(arguments: list[str]) -> None:
     recipe, run, result, *names = arguments
+    leave_blank()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     found: dict[str, Any] = {}
     with in_short(), staying_joined() if processes > 1 else nullcontext():

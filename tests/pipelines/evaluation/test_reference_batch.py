@@ -177,7 +177,7 @@ GOOD: dict[str, Any] = {"mu": np.zeros(6), "sigma": np.eye(6), "mu_s": np.zeros(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, r"expected arr_0 \(images\), or mu and sigma \(statistics\), found nothing"),
+        ({}, r"expected arr_0 \(images\), or mu and sigma \(statistics\), found none"),
         ({"images": np.zeros(3)}, "or mu and sigma .* found images"),
         ({"mu": np.zeros(6)}, "expected sigma beside mu, found none"),
         ({"sigma_s": np.eye(4)}, "expected mu_s beside sigma_s, found none"),

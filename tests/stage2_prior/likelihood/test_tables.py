@@ -80,6 +80,7 @@ def test_all_processes_ask_equally_often_and_each_image_counts_once(tmp_path: Pa
     assert sum(int(tensors["images"].sum()) for tensors in seen) == 11
 
 
+@pytest.mark.usefixtures("rendered")
 def test_on_its_own_it_finds_what_training_found(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_copy / "priors" / "transformer"
     before = read_json(folder / "likelihood.json")
