@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -115,6 +116,12 @@ def check_names_no_place(*roots: Path) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not look again and again at what the packages consist of."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

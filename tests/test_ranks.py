@@ -40,7 +40,7 @@ def settings_of(run: str) -> list[object]:
 
 # The ways of taking the same steps: how many processes, in how many parts each takes its share, and which way's checkpoint it goes on
 # from half way. `make faults` takes fifty steps, and all ways.
-STEPS = int(os.environ.get("STEPS", "12"))
+STEPS = int(os.environ.get("STEPS", "8"))
 HALF = STEPS // 2
 WAYS: dict[str, tuple[int, int, str | None]] = {"one": (1, 1, None), "two": (2, 1, None)}
 if STEPS == 50:

@@ -338,9 +338,10 @@ def test_what_is_no_picture_or_too_large_gets_a_line(browser: Browser, address: 
     text.write_text("no picture")
     Image.new("L", (8000, 8000)).save(bomb)
     large.write_bytes(picture.read_bytes() + bytes(10 * 2**20))
-    for path, message in ((text, "text.png: expected a picture (PNG,"), (bomb, "bomb.png: expected a picture (PNG,"), (large, "maximum")):
-        with visit(browser, address, "app-refused") as found:
-            panel = tab(found, "Codes")
+    cases = ((text, "text.png: expected a picture (PNG,"), (bomb, "bomb.png: expected a picture (PNG,"), (large, "maximum"))
+    with visit(browser, address, "app-refused") as found:
+        panel = tab(found, "Codes")
+        for path, message in cases:
             put(panel, picture)
             expect(panel.get_by_text("All its codes cost")).to_be_visible()
             put(panel, path)
