@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from configs.cli import DEFAULT_RECIPE, load_recipe
-from configs.spinning import SPIN_COUNT
 
 _BUSY = "while True: sum(range(10**5))"
 _VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
@@ -81,6 +80,8 @@ def main() -> None:
     if options.measure:
         measure(options.threads, options.seconds)
         return
+    from configs.spinning import SPIN_COUNT  # not before: it would set the count of processes that measure, too
+
     settings: dict[str, str | None] = {"libgomp's own": None, f"commands' ({SPIN_COUNT})": str(SPIN_COUNT)}
     settings |= {str(count): str(count) for count in options.counts}
     bare = {name: value for name, value in os.environ.items() if name not in _VARIABLES}

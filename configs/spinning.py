@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 
-SPIN_COUNT = 1000
-"""Turns of the waiting loop, 15 to 50 microseconds: enough for threads that work on equal parts, far less than a scheduler's slice."""
+SPIN_COUNT = 10_000
+"""Turns of the waiting loop. Fewer cost a training alone its speed (1,000: a sixth), more cost one in company its share of the cores:
+benchmarks/company.py measures both.
+"""
 
 if "OMP_WAIT_POLICY" not in os.environ:  # which says the same, and which this would override
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
