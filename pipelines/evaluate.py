@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -46,6 +45,7 @@ from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
 from stage1_vqvae.features.networks import AUTO, INCEPTION, feature_network
+from stage1_vqvae.features.weights import weights_in
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
@@ -180,7 +180,7 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
         labels = None if told["labels"] is None else [told["label_names"][label] for label in told["labels"]]
         details |= {key: told.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
-            tensors = safetensors.torch.load_file(where / "codes.safetensors")
+            tensors = weights_in(where / "codes.safetensors")
             codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
     else:
         files = load_files([path], data, progress=True)
