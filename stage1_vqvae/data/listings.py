@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import UserError, listed
 from stage1_vqvae.data.cache import files_identity
 from stage1_vqvae.data.encoded import FilePaths
+from stage1_vqvae.data.names import normalised
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +36,7 @@ class Listing:
         import datasets
         import pyarrow as pa
 
-        known = {_composed(path): path for path in map(str, images)}
+        known = {normalised(path): path for path in map(str, images)}
         parts, self._paths = [], dict[str, list[str | None]]()
         for table in sorted(tables):
             rows = _read(table)
@@ -81,17 +81,13 @@ class Listing:
         self._paths = {name: [paths[row] for row in order] for name, paths in self._paths.items()}
 
 
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
 def _located(names: Sequence[Any], table: Path, known: Mapping[str, str]) -> list[str | None]:
     """The paths of the images that a table names; None for an empty name."""
     folder, found = str(table.parent), list[str | None]()
     for name in names:
         path = None
         if name is not None and name != "":
-            path = known.get(_composed(f"{folder}/{name}")) or known.get(_composed(os.path.normpath(f"{folder}/{name}")))
+            path = known.get(normalised(f"{folder}/{name}")) or known.get(normalised(os.path.normpath(f"{folder}/{name}")))
             if path is None:  # an image without the ending of one
                 path = os.path.normpath(os.path.join(folder, str(name)))
                 if not Path(path).is_relative_to(folder) or not os.path.isfile(path):

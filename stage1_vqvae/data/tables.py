@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import has_magic
@@ -20,7 +19,7 @@ from configs.errors import UserError, listed, say
 from stage1_vqvae.data.cache import files_identity
 from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, encoded_image
 from stage1_vqvae.data.listings import Listing
-from stage1_vqvae.data.names import NO_LABELS, check_labels, our_splits
+from stage1_vqvae.data.names import NO_LABELS, check_labels, normalised, our_splits
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Opened, SourceSplit
 from stage1_vqvae.data.streams import Stream
 from stage1_vqvae.training.watch import at_work
@@ -393,7 +392,7 @@ def _label_name(value: Any) -> str | None:
         if not value.is_integer():
             raise ValueError
         value = int(value)
-    return unicodedata.normalize("NFC", str(value).strip()) or None
+    return normalised(str(value).strip()) or None
 
 
 def _numbered(
