@@ -33,6 +33,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # Check and benchmark this machine's GPU: correctness first, then speed, as one table; about ten minutes.
 gpu: install

@@ -11,7 +11,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = "two_stage"
-PACKAGES = ("configs", "stage1_vqvae", "stage2_prior", "pipelines")
+PACKAGES = ("configs", "training", "stage1_vqvae", "stage2_prior", "pipelines")
 IMPORT = re.compile(rf"^(\s*from )(?=({'|'.join(PACKAGES)})\b)", re.MULTILINE)
 
 

@@ -23,8 +23,8 @@ from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN
 from stage1_vqvae.train import begin, build, take_step
-from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.checkpoint import Checkpoints
+from training.averaging import WeightAverage
+from training.checkpoint import Checkpoints
 
 
 def main() -> None:

@@ -33,14 +33,14 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
 from stage1_vqvae.model import VQVAE, load_tokenizer
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.optimizer import adamw
-from stage1_vqvae.training.processes import start
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.extract_codes import extract
 from stage2_prior.priors.prior_file import build_prior
 from stage2_prior.steps import take_step
+from training.batching import batches
+from training.optimizer import adamw
+from training.processes import start
 
 _BATCH = 64
 

@@ -19,7 +19,7 @@ from typing import Any
 from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY
 from stage1_vqvae.monitoring.health import little_used
-from stage1_vqvae.training.metrics_log import read_metrics
+from training.metrics_log import read_metrics
 
 _CIFAR10 = ("cifar10", "cifar10_5min", "cifar10_16384", "cifar10_4x4", "cifar10_pixelcnn")
 _IMAGES = ("imagefolder", "imagefolder_cpu")

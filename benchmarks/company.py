@@ -30,7 +30,7 @@ def measure(threads: int, seconds: float) -> None:
     import torch
 
     from stage1_vqvae.model import VQVAE
-    from stage1_vqvae.training.optimizer import adamw
+    from training.optimizer import adamw
 
     torch.set_num_threads(threads)
     recipe = load_recipe(DEFAULT_RECIPE)

@@ -22,9 +22,9 @@ from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
 from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import finished_prior, load_prior
 from stage2_prior.sampler import Sampler
+from training.weights_file import fingerprint
 
 SETTINGS = {
     "samples as the recipe says": None,

@@ -34,7 +34,7 @@ from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import perplexity, squared_errors, usage
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.networks.convolutional import Decoder, Encoder
-from stage1_vqvae.training.batching import batches
+from training.batching import batches
 
 _RECIPE = REPOSITORY / "configs" / "cifar10_5min.yaml"
 _K, _D = 512, 64

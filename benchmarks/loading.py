@@ -37,7 +37,7 @@ from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.train import begin, build, take_step
-from stage1_vqvae.training.devices import wait_for
+from training.devices import wait_for
 
 _IN_MEMORY = "batches in memory"
 

@@ -33,8 +33,8 @@ from pipelines.codec.pixels import decode_pixels
 from pipelines.images.inputs import Images, chosen_images, labels_for
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import finished_prior, load_prior
+from training.weights_file import fingerprint
 
 _FORMATS: dict[str, dict[str, Any]] = {
     "PNG": {"optimize": True},

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import Sampling
-from stage1_vqvae.training.optimizer import adamw
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import draw, generate, uniforms, warp
 from stage2_prior.priors.contract import AutoregressivePrior, code_losses
 from stage2_prior.priors.pixelcnn import PixelCNNPart
 from stage2_prior.priors.transformer import Transformer, TransformerPart
+from training.optimizer import adamw
 
 _IMAGES, _K, _GRID = 64, 512, (8, 8)
 _SIZES = {"layers": 6, "width": 384, "heads": 6}

@@ -23,7 +23,7 @@ from datasets import load_dataset
 
 from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
-from stage1_vqvae.training.metrics_log import read_metrics
+from training.metrics_log import read_metrics
 
 _THREE_OF_8 = ["--tokenizer.quantizer.num_codes", "8"]
 KINDS: dict[str, list[str]] = {

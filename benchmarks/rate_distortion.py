@@ -38,8 +38,8 @@ from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage1_vqvae.plots import save_figure
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.prior_file import finished_prior, load_prior
+from training.weights_file import fingerprint
 
 _QUALITIES = (1, 5, 10, 15, 20, 30, 40, 55, 70, 85)
 _SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"speed": 4, "max_threads": 1}}

@@ -23,11 +23,11 @@ import torch
 
 from configs.parts import part_from
 from configs.schema import Compute, Stage2
-from stage1_vqvae.training.processes import finish, start
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.steps import begun, take_step
+from training.processes import finish, start
 
 _ROWS, _STEPS, _UNTIMED = 64, 6, 2
 

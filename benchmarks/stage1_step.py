@@ -21,9 +21,9 @@ import torch
 from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY, RunDir
 from stage1_vqvae.model import VQVAE
-from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.metrics_log import read_metrics
-from stage1_vqvae.training.optimizer import adamw
+from training.averaging import WeightAverage
+from training.metrics_log import read_metrics
+from training.optimizer import adamw
 
 _RECIPE = REPOSITORY / "configs" / "cifar10_5min.yaml"
 _ROUNDS, _STEPS = 3, 300

@@ -26,7 +26,7 @@ from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.metrics import psnr, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
-from stage1_vqvae.training.weights_file import read_header
+from training.weights_file import read_header
 
 _SHOWN = 20
 _NONE = ["--stage1.perceptual", "none"], ["--stage1.adversarial", "none"]

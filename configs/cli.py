@@ -23,7 +23,6 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 
 from configs.data import AT_HAND, Data
 from configs.errors import UserError, fail, require_text
-from configs.former import SPELLINGS, current_prior, current_tokenizer
 from configs.hub import run_of
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
 from configs.run_dir import RunDir, checkout, read_yaml, runs_folder, typed
@@ -162,10 +161,8 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _spelled_out(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A recipe's content in today's spelling, a part that is only named as `{kind: name}`; and the kind of every part."""
-    converters = {"tokenizer": current_tokenizer, "prior": current_prior}
-    content = {name: converters[name](section) if name in converters else section for name, section in content.items()}
-    kinds = {}
+    """Return a copy of a recipe's content with each bare kind expanded to `{kind: name}`, and the kind of every part."""
+    content, kinds = dict(content), {}
     for family in FAMILIES:
         section, _, key = family.partition(".")
         found = content.get(section, {})
@@ -341,16 +338,11 @@ def _refuse_empty(argv: Sequence[str]) -> None:
 
 
 def _spelled(argument: str) -> str:
-    """An argument as the parser spells it: underscores for hyphens, and the name of a part alone for its kind.
-
-    Errors: exits for a key of former recipes, naming today's.
-    """
+    """Normalise an argument for the parser: underscores for hyphens, `--part KIND` as `--part.kind KIND`."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")
     name = name.replace("-", "_")
-    if name in SPELLINGS:
-        fail(f"--{name}: expected its new spelling, --{SPELLINGS[name]}, found the old one")
     if name == "init_from":
         name = "stage1.init_from"
     if name in FAMILIES and "." in name:

@@ -204,12 +204,12 @@ def write_summed_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_summed_json(path: Path) -> dict[str, Any]:
-    """Read what `write_summed_json` wrote, or JSON of before, without a sum. Errors: as `read_json`; UserError for another sum."""
+    """Read what `write_summed_json` wrote. Errors: as `read_json`; UserError if its sum is missing or differs."""
     content = read_json(path)
     written = content.pop(_SUM, None) if isinstance(content, dict) else None
-    if written not in (None, _sum_of(content)):
+    if written != _sum_of(content):
         raise UserError(f"{path}: expected JSON as it was written, found other content than its sum is of")
-    return dict(content) if isinstance(content, dict) else {}
+    return dict(content)
 
 
 def _sum_of(content: Any) -> str:

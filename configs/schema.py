@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 
 from configs.data import Augmentation, Data, StoredAugmentation
 from configs.errors import require
-from configs.former import current_prior, current_tokenizer
 from configs.parts import Part, default_part, part_from
 
 
@@ -418,12 +417,11 @@ def keys_that_may_change(recipe: Recipe, sections: Sequence[str]) -> list[str]:
 
 
 def tokenizer_from(content: dict[str, Any]) -> Tokenizer:
-    """The inverse of `as_dict` for a tokenizer section, of any format there was."""
-    content = current_tokenizer(content)
+    """The inverse of `as_dict` for a tokenizer section."""
     parts = {name: part_from(f"tokenizer.{name}", content[name]) for name in ("quantizer", "network", "objective")}
     return Tokenizer(**{**content, **parts})
 
 
 def prior_from(content: dict[str, Any]) -> PriorPart:
-    """The inverse of `as_dict` for a prior section, of any format there was."""
-    return part_from("prior", current_prior(content))
+    """The inverse of `as_dict` for a prior section."""
+    return part_from("prior", content)

@@ -36,11 +36,11 @@ from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.metrics import squared_errors
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.prior_file import UNIFORM
+from training.batching import batches
+from training.processes import finish, start
+from training.weights_file import fingerprint
 
 # Bits by which an image's total may differ between batches: an image among the usual ones does not cost more than itself.
 _ROUNDING = 1e-3

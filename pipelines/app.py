@@ -24,8 +24,8 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.generator import Generator
 from pipelines.of_command import command_sampling
-from stage1_vqvae.training.processes import start
 from stage2_prior.priors.prior_file import UNIFORM
+from training.processes import start
 
 # Of a picture that is put in.
 _MOST_BYTES = 10 * 2**20

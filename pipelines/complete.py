@@ -31,7 +31,7 @@ from pipelines.images.pictures import kept_by
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
-from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
+from training.processes import SMALLER_BATCHES, finish, start
 
 _GREY = 128
 # Images in completions.png at most; all continuations lie beside it.

@@ -32,8 +32,8 @@ from pipelines.images.inputs import Images, chosen_images, image_options, known_
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
-from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
 from stage2_prior.priors.prior_file import UNIFORM
+from training.processes import SMALLER_BATCHES, finish, start
 
 
 def main(argv: list[str] | None = None) -> None:

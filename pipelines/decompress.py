@@ -25,10 +25,10 @@ from configs.run_dir import program
 from pipelines.codec.code_file import check_made_by, run_fingerprint, unpack
 from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import save_png
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.weights_file import fingerprint
+from training.batching import batches
+from training.processes import finish, start
+from training.progress import progress_bar
+from training.weights_file import fingerprint
 
 
 @torch.no_grad()

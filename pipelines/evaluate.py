@@ -49,10 +49,10 @@ from stage1_vqvae.features.weights import weights_in
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
-from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore, read_manifest
 from stage2_prior.priors.prior_file import UNIFORM
+from training.processes import SMALLER_BATCHES, finish, start
+from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:

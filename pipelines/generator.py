@@ -37,13 +37,13 @@ from pipelines.images.scoring import surprisals
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.devices import float64_copy, float64_device, numbered
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.generate import default_precision, in_bfloat16
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
 from stage2_prior.sampler import Sampler
+from training.batching import batches
+from training.devices import float64_copy, float64_device, numbered
+from training.weights_file import fingerprint
 
 
 class Drawn(NamedTuple):

@@ -29,10 +29,10 @@ from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, su
 from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.priors.prior_file import UNIFORM
+from training.batching import batches
+from training.processes import finish, start
+from training.progress import progress_bar
 
 # Pairs in reconstructions.png at most, of the worst and of the best.
 _SHOWN = 32

@@ -40,9 +40,9 @@ from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder
 from configs.schema import Stage1, Stage2, keys_that_may_change
 from pipelines.images.provenance import agrees, described_weights, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
-from stage1_vqvae.training.batching import most_processes
-from stage1_vqvae.training.stopping import STOPPED_IN_TIME, available_signals
 from stage2_prior.priors.prior_file import UNIFORM
+from training.batching import most_processes
+from training.stopping import STOPPED_IN_TIME, available_signals
 
 _SAMPLES = 64
 # Sections of the steps after stage 1.

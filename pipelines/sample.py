@@ -28,9 +28,9 @@ from configs.run_dir import program, replacing, write_bytes, write_json
 from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.processes import SMALLER_BATCHES, finish, start
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
 from stage2_prior.priors.prior_file import UNIFORM
+from training.processes import SMALLER_BATCHES, finish, start
 
 # Pictures in grid.png at most; all of them lie beside it.
 _SHOWN = 256

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stage1_vqvae.training.devices import as_float64
-from stage1_vqvae.training.precision import full_precision
+from training.devices import as_float64
+from training.precision import full_precision
 
 # Wavelengths of the rotary positions run from 2 pi to below 2 pi times this many rows: grids are tens of codes wide.
 _ROTARY_BASE = 100.0

@@ -39,8 +39,8 @@ from stage1_vqvae.monitoring.validation import save_health, save_reconstructions
 from stage1_vqvae.networks.vqgan import GROUPS, Stack
 from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, Spelling, names_of, needed, part_of_weights, translated
 from stage1_vqvae.quantizers.learned import GradientPart
-from stage1_vqvae.training.processes import start
-from stage1_vqvae.training.weights_file import check_finite_weights
+from training.processes import start
+from training.weights_file import check_finite_weights
 
 _USUAL_RECIPE = RECIPES / "imagefolder.yaml"
 _USUAL_SIZE = 256

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage1_vqvae.training.devices import as_float64, float64_device
+from training.devices import as_float64, float64_device
 
 _SSIM_WINDOW = 11
 # Values per batch on an accelerator, to bound memory. On a CPU one image at a time: the same bits, and up to twice as fast as 128 at once,

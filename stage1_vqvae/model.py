@@ -16,10 +16,10 @@ from configs.schema import Tokenizer, tokenizer_from
 from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
 from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer, Statistics
 from stage1_vqvae.quantizers.grids import GridQuantizers
-from stage1_vqvae.training.weights_file import built_from, load_weights, save_weights
+from training.weights_file import built_from, load_weights, save_weights
 
 # Format of a tokenizer's file: 2 since quantizers are composed, 3 since a recipe's parts have fields of their own.
-_FORMAT = 3
+_FORMAT = 1
 
 
 class TokenizerOutput(NamedTuple):
@@ -165,8 +165,8 @@ def save_tokenizer(path: Path, model: VQVAE, steps: int) -> None:
 def load_tokenizer(run: RunDir, device: torch.device | str = "cpu") -> VQVAE:
     """A run's finished tokenizer, in eval mode. Errors: UserError as `load_weights`."""
     weights, header = load_weights(run.tokenizer, "tokenizer")
-    if header.get("format") not in (2, _FORMAT):
-        raise UserError(f"{run.tokenizer}: expected a tokenizer of format {_FORMAT}, found {header.get('format', 1)}; train it anew")
+    if header.get("format") != _FORMAT:
+        raise UserError(f"{run.tokenizer}: expected a tokenizer of format {_FORMAT}, found {header.get('format')}; train it anew")
     with built_from(run.tokenizer, "tokenizer"):
         channels, height, width = map(int, header["image_shape"])
         model = VQVAE(tokenizer_from(header["config"]), height, width, channels)

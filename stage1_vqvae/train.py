@@ -50,17 +50,17 @@ from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.quantizers.contract import added, level_counts
 from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
 from stage1_vqvae.quantizers.restart import Restart
-from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.batching import check_divides
-from stage1_vqvae.training.budget import TimeLeft, fitting_steps, keeping_scale
-from stage1_vqvae.training.checkpoint import Checkpoints
-from stage1_vqvae.training.metrics_log import MetricsLog
-from stage1_vqvae.training.optimizer import adamw, clip_, fused_on, load_state_, trainable
-from stage1_vqvae.training.precision import AutocastTarget
-from stage1_vqvae.training.processes import average_gradients_, finish, start, summed
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import derived_seed, seed_layers
-from stage1_vqvae.training.resumption import (
+from training.averaging import WeightAverage
+from training.batching import check_divides
+from training.budget import TimeLeft, fitting_steps, keeping_scale
+from training.checkpoint import Checkpoints
+from training.metrics_log import MetricsLog
+from training.optimizer import adamw, clip_, fused_on, load_state_, trainable
+from training.precision import AutocastTarget
+from training.processes import average_gradients_, finish, start, summed
+from training.progress import progress_bar
+from training.randomness import derived_seed, seed_layers
+from training.resumption import (
     Stage,
     accumulation_advice,
     add_resume_options,
@@ -68,9 +68,9 @@ from stage1_vqvae.training.resumption import (
     memory_advice,
     nothing_to_do,
 )
-from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
-from stage1_vqvae.training.stopping import GracefulStop
-from stage1_vqvae.training.weights_file import read_header
+from training.schedule import scheduled_rate, set_learning_rate
+from training.stopping import GracefulStop
+from training.weights_file import read_header
 
 _OWN_SECTIONS = ("data", "tokenizer", "stage1", "evaluation", "compute")
 _ADVICE = "lower --stage1.lr and go on with --resume"

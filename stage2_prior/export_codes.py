@@ -16,9 +16,9 @@ from configs.cli import EXTRACT_CODES, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import new_folder, not_there_yet
 from stage1_vqvae.data.splits import TRAIN
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.exchange import FORMS, export
 from stage2_prior.codes.store import CodeStore
+from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,12 +37,12 @@ from stage1_vqvae.data.splits import TRAIN, CroppablePixels, ImageSource, ImageS
 from stage1_vqvae.data.variants import crops_of, make_variants, num_variants
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.model import VQVAE, load_tokenizer
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.prefetch import read_to
-from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore, Manifest, open_shard, read_manifest, write_manifest, write_shard
+from training.batching import batches
+from training.prefetch import read_to
+from training.processes import finish, start
+from training.progress import progress_bar
+from training.weights_file import fingerprint
 
 _PLAN = "plan.json"
 

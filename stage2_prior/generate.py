@@ -18,11 +18,11 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.devices import as_float64, float64_device
-from stage1_vqvae.training.precision import full_precision
-from stage1_vqvae.training.randomness import generator
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.contract import AutoregressivePrior
+from training.devices import as_float64, float64_device
+from training.precision import full_precision
+from training.randomness import generator
 
 
 def default_precision(device: torch.device) -> Literal["float64", "float32", "bfloat16"]:

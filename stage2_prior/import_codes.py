@@ -21,9 +21,9 @@ from configs.run_dir import program, replace_folder
 from stage1_vqvae.data.record import check_unchanged, split_record
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.exchange import FORMS, import_split, labels_of, read
 from stage2_prior.codes.store import Manifest
+from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,13 +17,13 @@ from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, TRAIN_TOKENIZER, accept_opti
 from configs.errors import UserError, run_entry
 from stage1_vqvae.data.record import check_unchanged
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
-from stage1_vqvae.training.metrics_log import read_metrics
-from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.record import CODES, codes_record
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, markdown, write_report
 from stage2_prior.priors.prior_file import finished_prior, load_prior
+from training.metrics_log import read_metrics
+from training.processes import finish, start
+from training.weights_file import fingerprint
 
 _BATCH_SIZE = 64
 

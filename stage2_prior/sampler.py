@@ -16,11 +16,11 @@ from torch import Tensor
 from configs.errors import say
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.kernels import Kernel
-from stage1_vqvae.training.precision import full_precision, ieee_float32
 from stage2_prior.generate import check_finite, draw_position, drawn_positions, generate, guidance_scales
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
 from stage2_prior.priors.cuda_graphs import CaptureError, Graphs
+from training.kernels import Kernel
+from training.precision import full_precision, ieee_float32
 
 
 def _load_draw() -> Callable[..., Any]:

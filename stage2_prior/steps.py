@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from configs.schema import Compute, Stage2
-from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.optimizer import adamw, clip_, fused_on, muon
-from stage1_vqvae.training.processes import asked_to_shard
-from stage1_vqvae.training.randomness import seed_layers
-from stage1_vqvae.training.schedule import scheduled_rate, set_learning_rate
-from stage1_vqvae.training.sharding import shard_, without_weights
 from stage2_prior.codes.loader import CodeLoader
+from stage2_prior.muon import muon
 from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from training.averaging import WeightAverage
+from training.optimizer import adamw, clip_, fused_on
+from training.processes import asked_to_shard
+from training.randomness import seed_layers
+from training.schedule import scheduled_rate, set_learning_rate
+from training.sharding import shard_, without_weights
 
 
 class Begun(NamedTuple):

@@ -39,26 +39,6 @@ from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.metrics import compression_ratio
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.plots import training_graph
-from stage1_vqvae.training.batching import check_divides
-from stage1_vqvae.training.budget import TimeLeft, fitting_steps
-from stage1_vqvae.training.checkpoint import Checkpoints
-from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import load_moments_, moments
-from stage1_vqvae.training.processes import asked_to_shard, finish, start, summed
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import derived_seed
-from stage1_vqvae.training.resumption import (
-    Stage,
-    accumulation_advice,
-    add_resume_options,
-    check_resumable,
-    memory_advice,
-    nothing_to_do,
-)
-from stage1_vqvae.training.schedule import scheduled_rate
-from stage1_vqvae.training.sharding import whole
-from stage1_vqvae.training.stopping import GracefulStop, check_finite
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.record import CODES, codes_record
 from stage2_prior.codes.store import CodeStore
@@ -74,6 +54,26 @@ from stage2_prior.priors.prior_file import (
     save_prior,
 )
 from stage2_prior.steps import Begun, begun, best_weights, take_step
+from training.batching import check_divides
+from training.budget import TimeLeft, fitting_steps
+from training.checkpoint import Checkpoints
+from training.metrics_log import MetricsLog, read_metrics
+from training.optimizer import load_moments_, moments
+from training.processes import asked_to_shard, finish, start, summed
+from training.progress import progress_bar
+from training.randomness import derived_seed
+from training.resumption import (
+    Stage,
+    accumulation_advice,
+    add_resume_options,
+    check_resumable,
+    memory_advice,
+    nothing_to_do,
+)
+from training.schedule import scheduled_rate
+from training.sharding import whole
+from training.stopping import GracefulStop, check_finite
+from training.weights_file import fingerprint
 
 _OWN_SECTIONS = ("prior", "stage2")
 _ADVICE = "lower --stage2.lr and go on with --resume"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import tomllib
 from pathlib import Path
@@ -114,18 +113,9 @@ def test_the_tree_has_every_package_and_script() -> None:
     packages = [settings["package-dir"].get(name, name) for name in settings["packages"]]
     scripts = [
         str(path.relative_to(REPOSITORY))
-        for package in ("stage1_vqvae", "stage2_prior", "pipelines", "benchmarks")
+        for package in ("training", "stage1_vqvae", "stage2_prior", "pipelines", "benchmarks")
         for path in (REPOSITORY / package).glob("*.py")
         if '__name__ == "__main__"' in path.read_text()
     ]
     assert not {package.replace(".", "/") + "/" for package in packages} - set(tree())
     assert not set(scripts) - set(tree())
-
-
-def test_the_table_of_rooms_is_the_rule() -> None:
-    """Against the rule that test_layering.py checks the code by."""
-    body = ast.parse((REPOSITORY / "tests" / "test_layering.py").read_text()).body
-    rules = next(node.value for node in body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "ROOMS")
-    wanted = {(package, room, frozenset(may)) for package, rooms in ast.literal_eval(rules).items() for room, may in rooms.items()}
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \|$", LAYOUT.read_text(), re.MULTILINE)
-    assert {(package, room, frozenset(re.findall(r"`(\w+)`", may))) for package, room, may in rows} == wanted

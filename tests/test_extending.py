@@ -18,9 +18,9 @@ from pipelines.evaluate import main as evaluate
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
+from training.metrics_log import read_metrics
 
 # A file's path, the family, and the table's line, as each block's first line says.
 _HEAD = re.compile(r'# (?P<path>[\w/]+)\.py; .*under "(?P<family>[\w.]+)": "(?P<kind>\w+)": "(?P<address>[\w.:]+)"')

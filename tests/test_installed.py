@@ -16,7 +16,7 @@ import pytest
 from configs.run_dir import COMMANDS, REPOSITORY, read_json
 from tests.test_layering import SCRIPTS
 
-PACKAGES = ("configs", "stage1_vqvae", "stage2_prior", "pipelines")
+PACKAGES = ("configs", "training", "stage1_vqvae", "stage2_prior", "pipelines")
 
 
 @pytest.fixture(scope="module")

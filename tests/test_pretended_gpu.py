@@ -17,9 +17,9 @@ from torch import Tensor
 from configs.run_dir import read_json
 from pipelines import Generator
 from pipelines.decompress import main as decompress
-from stage1_vqvae.training.metrics_log import read_metrics
 from tests.conftest import Pretended
 from tests.pretended.tiny import commands, in_short, run_command, write_recipe
+from training.metrics_log import read_metrics
 
 # Of the host, not of the run; and what train records say too.
 _NO_FIGURES = ("split", "warning", "images_per_second", "loading_share", "train_bits_per_token")

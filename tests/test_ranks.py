@@ -13,12 +13,12 @@ import yaml
 from configs.cli import load_recipe
 from configs.errors import UserError
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.extract_codes import main as extract_codes
 from tests.conftest import Script
 from tests.launched.commands import NEXT
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, part
 from tests.stage2_prior.priors.prior_kinds import KINDS as PRIOR_KINDS
+from training.metrics_log import read_metrics
 
 # Quantizers on one grid, those between which what processes must agree on differs; one of them on two: 2 x 3 and 4 x 6 codes; and one
 # whose tokenizer has an adversary.

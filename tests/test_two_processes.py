@@ -20,11 +20,11 @@ from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.metrics import perplexity
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
 from tests.conftest import Script, write_pictures
 from tests.launched.commands import NEXT
+from training.metrics_log import read_metrics
 
 
 def paths(run: Path) -> set[str]:

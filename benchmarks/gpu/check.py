@@ -38,13 +38,13 @@ from configs.run_dir import REPOSITORY
 from configs.schema import Compute, Sampling
 from stage1_vqvae.networks import group_norm as norm
 from stage1_vqvae.quantizers.search import nearest_codes
-from stage1_vqvae.training.kernels import Kernel
-from stage1_vqvae.training.precision import ieee_float32
-from stage1_vqvae.training.processes import start
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import in_bfloat16, uniforms
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
 from stage2_prior.sampler import Sampler
+from training.kernels import Kernel
+from training.precision import ieee_float32
+from training.processes import start
 
 _ROUNDS, _WARM_UP = 5, 3
 _COMMAND_TIMEOUT = 120

@@ -27,8 +27,8 @@ from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY
 from configs.schema import Compute, DiscriminatorPart, Recipe
 from stage1_vqvae.networks import group_norm, vqgan
-from stage1_vqvae.training.processes import start
 from stage2_prior import steps
+from training.processes import start
 
 RECIPES = ("cifar10", "imagefolder", "photos", "imagenet256", "imagenet256_vit")
 _GPUS = {"imagenet256": 8, "imagenet256_vit": 8}

@@ -25,14 +25,14 @@ from stage1_vqvae.objectives.perceptual import FeatureDistance, FeaturesPart, LP
 from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.train import Models
 from stage1_vqvae.train import take_step as take_tokenizer_step
-from stage1_vqvae.training.averaging import WeightAverage
-from stage1_vqvae.training.devices import channels_last_on_accelerator
-from stage1_vqvae.training.optimizer import adamw, trainable
-from stage1_vqvae.training.precision import AutocastTarget
 from stage2_prior.codes.loader import CodeBatch
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.steps import begun
 from stage2_prior.steps import take_step as take_prior_step
+from training.averaging import WeightAverage
+from training.devices import channels_last_on_accelerator
+from training.optimizer import adamw, trainable
+from training.precision import AutocastTarget
 
 NUM_CLASSES = {"cifar10": 10, "imagenet256": 1000, "imagenet256_vit": 1000}
 """Number of classes of each labelled recipe; a folder of images is counted without."""

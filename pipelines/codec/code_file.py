@@ -5,7 +5,7 @@ All numbers little-endian. Sections follow one another without gaps, as long as 
 | bytes | what |
 | --- | --- |
 | 8 | magic: 89 "VQC" 0D 0A 1A 0A, which (as PNG's) a transfer as text would break |
-| 2 | version of this layout, 5 |
+| 2 | version of this layout, 1 |
 | 16 | fingerprint of the run: sha256 over the sha256 of tokenizer and prior, cut short |
 | 3 x 2 | height, width, channels of the images |
 | 4, 4 | images that have codes; images a batch, at most 256 |
@@ -56,7 +56,7 @@ from pipelines.images.inputs import unique_names
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"
-_VERSION = 5
+_VERSION = 1
 _BEGINNING = struct.Struct("<8sH")
 _HEADER = struct.Struct("<16s3HIIIHIIQQ")
 _PIXELS = struct.Struct("<IIIQI")

@@ -33,10 +33,10 @@ from torch.nn import functional as F
 
 from configs.errors import UserError
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.contract import AutoregressivePrior
+from training.batching import batches
+from training.progress import progress_bar
 
 MARGIN = 1e-11
 """How near a logit may lie to a rounding boundary."""

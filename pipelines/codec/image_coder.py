@@ -17,8 +17,8 @@ from pipelines.images.scoring import surprisals
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import png
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.devices import float64_copy
 from stage2_prior.priors.contract import AutoregressivePrior
+from training.devices import float64_copy
 
 
 class EncodedImages(NamedTuple):

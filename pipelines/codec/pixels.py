@@ -26,8 +26,8 @@ from pipelines.codec.coder import OFFSETS, clearest, out_of_step
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.objectives.contract import Index
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.progress import progress_bar
+from training.batching import batches
+from training.progress import progress_bar
 
 MARGIN = 1e-12
 """How near a probability may lie to a rounding boundary: ninety times what batch size and threads were found to change

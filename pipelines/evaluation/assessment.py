@@ -43,11 +43,11 @@ from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors,
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import image_grid
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.devices import float64_device
-from stage1_vqvae.training.precision import ieee_float32
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
+from training.batching import batches
+from training.devices import float64_device
+from training.precision import ieee_float32
 
 # Images whose nearest training images are looked for, drawn at random: splits may stand in the order of their labels.
 _LOOKED_UP = 1000

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stage1_vqvae.training.devices import float64_device
-from stage1_vqvae.training.precision import ieee_float32
-from stage1_vqvae.training.randomness import generator
+from training.devices import float64_device
+from training.precision import ieee_float32
+from training.randomness import generator
 
 # The neighbour whose distance is a ball's radius: as in the papers, for precision and recall, and for density and coverage.
 _PRECISION_K, _DENSITY_K = 3, 5

@@ -15,10 +15,10 @@ from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.splits import ImageSource, Pixels
 from stage1_vqvae.features.networks import FeatureNetwork
-from stage1_vqvae.training.devices import float64_device
-from stage1_vqvae.training.precision import ieee_float32
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import generator
+from training.devices import float64_device
+from training.precision import ieee_float32
+from training.progress import progress_bar
+from training.randomness import generator
 
 ROWS = 50_000
 """Images of a reference at most, drawn at random, whose vectors are kept: 400 MB of Inception's. Its moments are of all images."""

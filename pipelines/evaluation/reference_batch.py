@@ -18,7 +18,7 @@ from configs.errors import UserError, listed
 from pipelines.evaluation.distances import Gaussian, Moments, Reference, ordered_inception_score
 from pipelines.images.npz import array_in, names_in
 from stage1_vqvae.features.networks import POOLED, SPATIAL, Features
-from stage1_vqvae.training.devices import float64_device
+from training.devices import float64_device
 
 OPTION = "--reference"
 IMAGES = "arr_0"

@@ -19,9 +19,9 @@ from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.metrics import index_bits
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.devices import float64_copy
-from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.priors.contract import AutoregressivePrior
+from training.devices import float64_copy
+from training.progress import progress_bar
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import uniform_codes, uniforms
 from stage2_prior.priors.prior_file import PriorHeader
 from stage2_prior.sampler import Sampler
+from training.progress import progress_bar
 
 Label = str | int
 """The name of a class, or its number, which may be written as text where no class has it for a name."""

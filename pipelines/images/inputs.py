@@ -23,8 +23,8 @@ from stage1_vqvae.data.sources import load_images, load_spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.priors.prior_file import PriorHeader
+from training.progress import progress_bar
 
 # Bytes of a name, so that a number and an ending have room in the 255 that file systems take.
 _LONGEST = 230

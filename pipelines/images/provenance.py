@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.run_dir import COMMANDS, RunDir
 from configs.schema import Recipe
-from stage1_vqvae.training.weights_file import fingerprint
+from training.weights_file import fingerprint
 
 _OF_ROUNDING = ("batch_size", "precision")
 

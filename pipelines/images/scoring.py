@@ -11,10 +11,10 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, Command
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import PriorHeader, finished_prior, load_prior
+from training.progress import progress_bar
+from training.weights_file import fingerprint
 
 BATCH_SIZE = 64
 """Images at once through the models; it changes no figure but by rounding."""

@@ -26,8 +26,8 @@ from pipelines.generator import Generator
 from pipelines.images.provenance import agrees, identity, outputs, without_machine
 from pipelines.publishing.card import card, grid_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
-from stage1_vqvae.training.weights_file import read_header
 from stage2_prior.priors.prior_file import finished_prior, read_prior_header
+from training.weights_file import read_header
 
 _OF_PRIORS = ("likelihood.json", "likelihood.md", "likelihood.png", "report.json")
 

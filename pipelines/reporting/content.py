@@ -17,9 +17,9 @@ from configs.schema import Recipe, Sampling, prior_from
 from pipelines.images.provenance import base_name, identity, outputs, seen, without_machine, without_places
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
-from stage1_vqvae.training.metrics_log import read_metrics
 from stage2_prior.codes.store import Manifest, read_manifest
 from stage2_prior.priors.prior_file import UNIFORM, read_prior_header
+from training.metrics_log import read_metrics
 
 _MEASURE_PRIOR = typed("stage2_prior/report.py")
 
@@ -314,8 +314,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
         [f"prior, {images['validation']:,} validation images", f"{measured['validation']:.3f}", ""],
         [f"prior, {images['train']:,} training images", f"{measured['train']:.3f}", ""],
     ]
-    # Reports written before format 3 call them places.
-    grids = measured["positions"] if "positions" in measured else measured["places"]
+    grids = measured["positions"]
     flat = [bits for grid in grids for row in grid for bits in row]
     # A prior that is sure of every code makes all classes free.
     dearest = max(measured["labels"].values(), default=0.0) or 1.0

@@ -24,9 +24,9 @@ from configs.data import Data
 from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
 from stage1_vqvae.data.splits import Readable
-from stage1_vqvae.training.weights_file import load_weights, save_weights
+from training.weights_file import load_weights, save_weights
 
-_FORMAT = 3
+_FORMAT = 1
 _HEAD_START = 1.0  # second
 _TENSORS = "kept finding"
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stage1_vqvae.data.splits import Pixels
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.prefetch import read_to
+from training.batching import batches
+from training.prefetch import read_to
 
 
 def device_batches(device: torch.device, size: int, *sources: Pixels) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:

@@ -22,8 +22,8 @@ from stage1_vqvae.data.cache import are_cached, cache_folder, cached_findings, c
 from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import UnreadableImage, brightest, decode_crops, decode_image
 from stage1_vqvae.data.splits import TRAIN, CroppablePixels, Readable, SourceSplit
-from stage1_vqvae.training.processes import share_of_cores
-from stage1_vqvae.training.progress import progress_bar
+from training.processes import share_of_cores
+from training.progress import progress_bar
 
 _DECODED_AT_ONCE = 1024
 _LOOKED_AT = 16

@@ -16,7 +16,7 @@ from configs.errors import UserError, say
 from stage1_vqvae.data.decoding import decode_image
 from stage1_vqvae.data.folders import files_below, images_in, labels_of_folders
 from stage1_vqvae.data.sources import spread
-from stage1_vqvae.training.progress import progress_bar
+from training.progress import progress_bar
 
 
 class ImageFiles(NamedTuple):

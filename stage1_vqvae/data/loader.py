@@ -13,10 +13,10 @@ from stage1_vqvae.data.order import order_of
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
-from stage1_vqvae.training.batching import share_of_step
-from stage1_vqvae.training.devices import pinned
-from stage1_vqvae.training.prefetch import StepReader
-from stage1_vqvae.training.randomness import generator
+from training.batching import share_of_step
+from training.devices import pinned
+from training.prefetch import StepReader
+from training.randomness import generator
 
 
 def pixels_of(pixels: Pixels, rows: Tensor) -> Tensor:

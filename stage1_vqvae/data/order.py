@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stage1_vqvae.data.encoded import EncodedPixels
 from stage1_vqvae.data.splits import Pixels
-from stage1_vqvae.training.randomness import DataOrder, generator
+from training.randomness import DataOrder, generator
 
 _MOST_LANES = 32
 _SHUFFLED = 512  # rows

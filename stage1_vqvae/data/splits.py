@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.data import Data
 from stage1_vqvae.data.crops import CENTRE, Crop
-from stage1_vqvae.training.randomness import generator
+from training.randomness import generator
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 

@@ -14,8 +14,8 @@ from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data.cache import cache_folder, cached_findings
 from stage1_vqvae.data.encoded import EncodedImage, decoding_threads, encoded_image
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.watch import progressed
+from training.progress import progress_bar
+from training.watch import progressed
 
 if TYPE_CHECKING:
     import datasets

@@ -22,7 +22,7 @@ from stage1_vqvae.data.listings import Listing
 from stage1_vqvae.data.names import NO_LABELS, check_labels, normalised, our_splits
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Opened, SourceSplit
 from stage1_vqvae.data.streams import Stream
-from stage1_vqvae.training.watch import at_work
+from training.watch import at_work
 
 # Where it is needed: it takes a second to import, and most commands read codes, or pixels that have their own decoder.
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from stage1_vqvae.data.order import Order, order_of
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.data.variants import make_variants, num_variants
-from stage1_vqvae.training.optimizer import adamw
-from stage1_vqvae.training.precision import ieee_float32
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.randomness import generator
-from stage1_vqvae.training.schedule import learning_rate, set_learning_rate
-from stage1_vqvae.training.weights_file import built_from, load_weights, save_weights
+from training.optimizer import adamw
+from training.precision import ieee_float32
+from training.progress import progress_bar
+from training.randomness import generator
+from training.schedule import learning_rate, set_learning_rate
+from training.weights_file import built_from, load_weights, save_weights
 
 CLASSIFIER, ROTATION = "classifier", "rotation"
 _BATCH, _RATE = 128, 2e-3

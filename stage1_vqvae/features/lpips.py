@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError, brief
 from stage1_vqvae.features.weights import weights_in
-from stage1_vqvae.training.devices import channels_last_on_accelerator
+from training.devices import channels_last_on_accelerator
 
 Trunk = Literal["alex", "vgg"]
 LEAST_PIXELS = 32

@@ -22,9 +22,9 @@ from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSource, Pixels
 from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, Classifier, kept_at, run_classifier, run_rotation
 from stage1_vqvae.features.weights import weights_in
-from stage1_vqvae.training.precision import full_precision, ieee_float32
-from stage1_vqvae.training.progress import progress_bar
-from stage1_vqvae.training.weights_file import fingerprint
+from training.precision import full_precision, ieee_float32
+from training.progress import progress_bar
+from training.weights_file import fingerprint
 
 AUTO, INCEPTION = "auto", "inception"
 FID, FRECHET = "FID", "Fréchet distance"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError, brief
-from stage1_vqvae.training.weights_file import check_finite_weights
+from training.weights_file import check_finite_weights
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from configs.schema import Tokenizer
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.quantizers.contract import Levels
-from stage1_vqvae.training.devices import as_float64
+from training.devices import as_float64
 
 # A window or split with fewer vectors a code than this says nothing of usage.
 _ENOUGH_PER_CODE = 4

@@ -20,12 +20,12 @@ from stage1_vqvae.monitoring.health import Health, checksum, collapse_warning, e
 from stage1_vqvae.pictures import grid_scale, image_grid, reconstruction_grid, save_png
 from stage1_vqvae.plots import codebook_picture, training_graph
 from stage1_vqvae.quantizers.contract import level_counts
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.devices import float64_device
-from stage1_vqvae.training.metrics_log import read_metrics
-from stage1_vqvae.training.prefetch import read_to
-from stage1_vqvae.training.processes import summed
-from stage1_vqvae.training.progress import progress_bar
+from training.batching import batches
+from training.devices import float64_device
+from training.metrics_log import read_metrics
+from training.prefetch import read_to
+from training.processes import summed
+from training.progress import progress_bar
 
 _SHOWN_IMAGES = 32
 

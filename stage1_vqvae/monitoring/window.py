@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stage1_vqvae.metrics import perplexity, psnr, usage
-from stage1_vqvae.training.stopping import check_finite
+from training.stopping import check_finite
 
 
 class Window:

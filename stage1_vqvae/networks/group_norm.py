@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stage1_vqvae.training.devices import on_accelerator
-from stage1_vqvae.training.kernels import Kernel
-from stage1_vqvae.training.precision import full_precision
+from training.devices import on_accelerator
+from training.kernels import Kernel
+from training.precision import full_precision
 
 
 class GroupNorm(nn.GroupNorm):

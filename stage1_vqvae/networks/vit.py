@@ -24,7 +24,7 @@ from typing_extensions import override
 from configs.errors import require
 from configs.schema import NetworkPart
 from stage1_vqvae.attention import Attention, Norm, rotations
-from stage1_vqvae.training.precision import full_precision
+from training.precision import full_precision
 
 # Of an MLP's hidden layer, and of the one with a tanh, in widths of a token.
 _EXPANSION = 4

@@ -19,7 +19,7 @@ from typing_extensions import override
 from configs.errors import require
 from configs.schema import NetworkPart
 from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution
-from stage1_vqvae.training.devices import on_accelerator
+from training.devices import on_accelerator
 
 GROUPS = 32
 """Groups of a normalisation."""

@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from configs.schema import AdversarialPart, DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
-from stage1_vqvae.training.devices import widest_float
-from stage1_vqvae.training.precision import full_precision
+from training.devices import widest_float
+from training.precision import full_precision
 
 # Decay a step of the gradients' norms and of LeCam's mean logits. Norms are averaged, not their ratio: in the few steps in which the
 # discriminator is fooled and has no gradient the ratio is a hundred times as large.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stage1_vqvae.training.precision import full_precision
+from training.precision import full_precision
 
 _REACH = 3  # pixels to each side and upwards
 

@@ -20,7 +20,7 @@ from configs.errors import UserError, require
 from configs.schema import DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.features.networks import AUTO, Layers, feature_network
-from stage1_vqvae.training.devices import channels_last_on_accelerator
+from training.devices import channels_last_on_accelerator
 
 _SLOPE = 0.2  # of a leaky ReLU below 0, as published
 _GROUPS = 32

@@ -14,7 +14,7 @@ from typing_extensions import override
 from configs.schema import PerceptualPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.objectives.adversarial import Adversary, gradients_at, last_layer
-from stage1_vqvae.training.randomness import generator
+from training.randomness import generator
 
 # Layers with a stride see some pixels more than others. A term that was asked at the same place in every step would teach the decoder
 # patterns of that stride: images are shifted round, by less than this, another way each step.

@@ -13,8 +13,8 @@ from configs.errors import UserError, require
 from configs.schema import ObjectivePart
 from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.precision import full_precision
+from training.batching import batches
+from training.precision import full_precision
 
 # A component narrower than e^-7 of half the range lies within one value (Salimans et al. 2017); one wider than e^7 is flat.
 _LARGEST_LOG_SCALE = 7.0

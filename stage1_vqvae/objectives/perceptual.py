@@ -15,7 +15,7 @@ from configs.schema import PerceptualPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, downloaded_weights
 from stage1_vqvae.features.networks import AUTO, FeatureNetwork, feature_network
-from stage1_vqvae.training.precision import full_precision
+from training.precision import full_precision
 
 # Of the length of a position's features, which are then divided by it.
 _EPSILON = 1e-6

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from configs.schema import ObjectivePart
 from stage1_vqvae.objectives.contract import Objective
-from stage1_vqvae.training.precision import full_precision
+from training.precision import full_precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stage1_vqvae.quantizers.search import rows_a_block
-from stage1_vqvae.training.kernels import operator
-from stage1_vqvae.training.precision import ieee_float32
+from training.kernels import operator
+from training.precision import ieee_float32
 
 
 def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.errors import UserError
 from stage1_vqvae.quantizers.contract import Quantizer
 from stage1_vqvae.quantizers.search import nearest_codes
-from stage1_vqvae.training.randomness import generator
+from training.randomness import generator
 
 _ROUNDS = 10
 # Latents that k-means sees: enough a code for a centroid to be a mean, few enough to take seconds, and the less of

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stage1_vqvae.quantizers.contract import Levels, Statistics
-from stage1_vqvae.training.devices import pinned
-from stage1_vqvae.training.optimizer import forget_rows_
-from stage1_vqvae.training.randomness import generator
+from training.devices import pinned
+from training.optimizer import forget_rows_
+from training.randomness import generator
 
 
 class Restart:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stage1_vqvae.training.kernels import Kernel, operator
-from stage1_vqvae.training.precision import ieee_float32
+from training.kernels import Kernel, operator
+from training.precision import ieee_float32
 
 # A CPU's second-level cache, a core, where the machine does not say.
 _USUAL_CACHE_BYTES = 2**20

@@ -24,8 +24,8 @@ from configs.errors import UserError
 from stage1_vqvae.data.names import composed_names, normalised
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.data.tables import check_whole
-from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.store import MANIFEST, CodeStore, Manifest, read_manifest, smallest_dtype, write_manifest, write_shard
+from training.progress import progress_bar
 
 FORMS = ("npy", "datasets")
 

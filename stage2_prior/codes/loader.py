@@ -10,10 +10,10 @@ from torch import Tensor
 
 from configs.schema import Stage2
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import share_of_step
-from stage1_vqvae.training.prefetch import StepReader
-from stage1_vqvae.training.randomness import DataOrder, generator
 from stage2_prior.codes.store import CodeStore
+from training.batching import share_of_step
+from training.prefetch import StepReader
+from training.randomness import DataOrder, generator
 
 
 class CodeBatch(NamedTuple):

@@ -28,14 +28,12 @@ from configs.errors import UserError, brief, listed
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
 from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.progress import progress_bar
+from training.progress import progress_bar
 
-_FORMAT = 2
+_FORMAT = 1
 MANIFEST = "manifest.json"
 """Name of the file that says what the others of a split are."""
 _MADE_BY = "tokenizer_sha256"
-# What manifests of format 1 do not say: all of their shards were of this size, and had no sum.
-_SINCE_1 = {"rows_per_shard": 2**16, "sha256": []}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +115,7 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.nda
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
-            made_by = (file.metadata() or {}).get(_MADE_BY, manifest.tokenizer_sha256)  # format 1 does not say
+            made_by = (file.metadata() or {}).get(_MADE_BY, "")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
     except (SafetensorError, TypeError) as error:  # or of numbers that numpy does not know
@@ -220,7 +218,7 @@ class CodeStore:
 
     def verify(self) -> None:
         """Read all shards through. Errors: UserError for the first that is not as it was written, or has a code too high."""
-        if self.manifest.sha256 and len(self.manifest.sha256) != self.manifest.num_shards:
+        if len(self.manifest.sha256) != self.manifest.num_shards:
             sums = f"{self.manifest.num_shards} sums, one a file"
             raise UserError(f"{self.folder / MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; extract the codes anew")
         with progress_bar(len(self.manifest.sha256), f"verify {self.manifest.split}", "file", within=True) as bar:
@@ -242,8 +240,6 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     content = read_summed_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
-    if content.get("format") == 1:
-        content = {**_SINCE_1, **content, "format": _FORMAT}
     if set(content) != fields or content["format"] != _FORMAT or not _well_formed(content):
         raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]

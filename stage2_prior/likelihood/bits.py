@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.devices import as_float64, float64_device
-from stage1_vqvae.training.prefetch import read_to
-from stage1_vqvae.training.processes import summed
-from stage1_vqvae.training.progress import progress_bar
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.contract import AutoregressivePrior
+from training.batching import batches
+from training.devices import as_float64, float64_device
+from training.prefetch import read_to
+from training.processes import summed
+from training.progress import progress_bar
 
 
 def bits(nats: float) -> float:

@@ -14,10 +14,10 @@ from configs.markdown import escaped, markdown_table
 from configs.run_dir import write_json, write_text
 from stage1_vqvae.metrics import index_bits, raw_bits
 from stage1_vqvae.plots import save_figure
-from stage1_vqvae.training.randomness import generator
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.bits import mean_over_tokens, measure, turning_point, uniform_bits, unigram_bits
 from stage2_prior.priors.contract import AutoregressivePrior
+from training.randomness import generator
 
 
 def likelihood_report(

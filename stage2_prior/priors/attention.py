@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage1_vqvae.attention import Attention, Norm
-from stage1_vqvae.training.kernels import Kernel
+from training.kernels import Kernel
 
 
 def _load_attend() -> Callable[..., Any]:

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from configs.errors import require
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.precision import full_precision, ieee_float32
 from stage2_prior.codes.sequence import SequenceLayout
+from training.precision import full_precision, ieee_float32
 
 Logits = tuple[Tensor, ...]
 """(B, h w, K) a level: position by position in raster order, over that level's own codes."""

@@ -14,14 +14,13 @@ from configs.errors import UserError, listed
 from configs.parts import as_dict
 from configs.run_dir import RunDir
 from configs.schema import PriorPart, prior_from
-from stage1_vqvae.training.weights_file import built_from, load_weights, read_header, save_weights
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.levelwise import build_level
+from training.weights_file import built_from, load_weights, read_header, save_weights
 
-# Format of a prior's file: 3 since each kind of prior has fields of its own.
-_FORMAT = 3
+_FORMAT = 1
 
 UNIFORM = "uniform"
 """The prior that needs no file: every code equally likely."""
@@ -120,8 +119,8 @@ def read_prior_header(path: Path) -> dict[str, Any]:
 
 
 def _check_format(path: Path, content: dict[str, Any]) -> None:
-    if content.get("format") not in (2, _FORMAT):
-        found = content.get("format", 1)
+    if content.get("format") != _FORMAT:
+        found = content.get("format")
         raise UserError(f"{RunDir.show(path)}: expected a prior of format {_FORMAT}, found {found}; train another with --name NAME")
 
 
@@ -136,6 +135,5 @@ def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "
     with built_from(path, "prior"):
         layout = SequenceLayout(header.grids, header.num_codes)
         prior = _built(header.config, layout, header.level, len(header.label_names or ()), header.num_variants)
-        # Until format 2 a PixelCNN's embeddings of positions were called places.
-        prior.load_state_dict({name.replace(".places", ".positions"): tensor for name, tensor in weights.items()})
+        prior.load_state_dict(weights)
     return prior.to(device).eval().requires_grad_(False), header

@@ -21,12 +21,12 @@ from typing_extensions import override
 from configs.schema import PriorPart
 from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.batching import batches
-from stage1_vqvae.training.kernels import Kernel
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.attention import CachedAttention, KeyValueCache, of_few_rows
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.upper_levels import UpperLevels
+from training.batching import batches
+from training.kernels import Kernel
 
 # Of embeddings and matrices (GPT-2's).
 _INITIAL_STD = 0.02

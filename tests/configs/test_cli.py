@@ -161,7 +161,6 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
         (["--tokenizer.quantizer.num_codes", "1"], ["tokenizer.quantizer.num_codes", "at least 2", "1"]),
         (["--tokenizer.network.downsampling", "3"], ["tokenizer.network.downsampling", "power of two", "3"]),
         (["--tokenizer.network.downsampling", "8"], ["tokenizer.network.downsampling 8", "divisor of data.height", "28"]),
-        (["--tokenizer.num_codes", "8"], ["--tokenizer.num_codes", "new spelling, --tokenizer.quantizer.num_codes"]),
         (["--tokenizer.ema-decay=0.9"], ["--tokenizer.ema_decay", "--tokenizer.quantizer.decay"]),
         (["--prior.kind", "transformer", "--prior.kernel_size", "5"], ["prior.kernel_size"]),
         (["--stage1.learning_rate", "1"], ["--stage1.learning_rate"]),
@@ -297,34 +296,6 @@ def test_config_selects_the_recipes_run_and_the_run_last_touched_is_the_default(
     assert parse("doc", (), ["--run", "digits"]).run.path.name == "digits"
 
 
-OLD = """
-tokenizer: {downsampling: 2, hidden_channels: 32, residual_blocks: 1, residual_channels: 8, num_codes: 64, code_dim: 6, codebook_dim: 0,
-  quantizer: QUANTIZER, depth: 1, shared_codebook: false, groups: 1, metric: euclidean, gradient_estimator: straight_through,
-  initialisation: kmeans, fsq_levels: [4, 4, 4], commitment: 0.5, entropy_weight: ENTROPY, entropy_temperature: 1.0, ema_decay: 0.9,
-  restart_below: 0.01, reconstruction: bce}
-prior: {kind: PRIOR, preset: S, layers: 2, width: 16, heads: 2, kernel_size: 3, attention_interval: 0, dropout: 0.2, conditional: false}
-"""
-
-
-@pytest.mark.parametrize("quantizer", FAMILIES["tokenizer.quantizer"])
-@pytest.mark.parametrize("prior", ["transformer", "pixelcnn"])
-def test_recipes_of_the_former_format_load(quantizer: str, prior: str, tmp_path: Path) -> None:
-    """As every run of then holds one, with all fields of all kinds written out."""
-    old = OLD.replace("QUANTIZER", quantizer).replace("PRIOR", prior).replace("ENTROPY", "0.1" if quantizer == "lfq" else "0.0")
-    (tmp_path / "recipe.yaml").write_text(old)
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    part = as_dict(recipe.tokenizer.quantizer)
-    then = {"ema_decay": 0.9, "restart_below": 0.01, "commitment": 0.5, "num_codes": 64, "levels": [4, 4, 4]}
-    assert part["kind"] == quantizer
-    assert all(value == then[key] for key, value in part.items() if key in then)
-    assert part.get("decay", 0.9) == 0.9
-    assert recipe.tokenizer.network.downsampling == 2
-    assert recipe.tokenizer.objective.kind == "bce"
-    assert as_dict(recipe.prior) | {"kind": prior, "layers": 2, "width": 16, "dropout": 0.2, "conditional": False} == as_dict(recipe.prior)
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe_dict(recipe)))
-    assert load_recipe(tmp_path / "again.yaml") == recipe
-
-
 def test_a_part_alone_is_its_kind(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("tokenizer: {quantizer: fsq}")
     named = load_recipe(tmp_path / "recipe.yaml").tokenizer.quantizer
@@ -399,7 +370,7 @@ THEIRS |= {"gradient_accumulation_steps", "key", "prefer_offline", "fetch_retrie
 
 def test_every_option_that_a_message_names_exists(options: dict[str, set[str]]) -> None:
     known = THEIRS.union(*options.values())
-    for package in ("configs", "stage1_vqvae", "stage2_prior", "pipelines"):
+    for package in ("configs", "training", "stage1_vqvae", "stage2_prior", "pipelines"):
         for path in (REPOSITORY / package).rglob("*.py"):
             named = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)(?![\w{]|\.[{\"'])", path.read_text())
             assert {name.replace("-", "_") for name in named} <= known, path

@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from configs.errors import run_entry
-from stage1_vqvae.training import watch
+from training import watch
 
 Command = list[str]
 """A module and its arguments."""

@@ -13,10 +13,10 @@ import yaml
 
 import stage2_prior.extract_codes
 import stage2_prior.train  # noqa: F401, forked from here, commands begin at once
-from stage1_vqvae.training.stopping import STOPPED_IN_TIME
-from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER
 from tests.conftest import TINY, write_pictures
 from tests.faults.harness import Blow, Command, Ended, contents, damage, run
+from training.stopping import STOPPED_IN_TIME
+from training.watch import ENDED_FOR_ANOTHER
 
 RESULTS = {
     "stage 1": ("tokenizer.safetensors", "stage1/report.json"),

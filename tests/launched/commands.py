@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from configs.errors import run_entry
-from stage1_vqvae.training.processes import let_go
+from training.processes import let_go
 
 NEXT = "NEXT"
 

@@ -16,8 +16,8 @@ import torch
 
 from configs.errors import run_entry
 from configs.schema import Compute
-from stage1_vqvae.training import watch
-from stage1_vqvae.training.processes import finish, start
+from training import watch
+from training.processes import finish, start
 
 FAULTS = {
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from configs.errors import run_entry
 from stage1_vqvae.data.pixels import to_model
-from stage1_vqvae.training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ from triton.runtime import interpreter
 
 from configs.schema import Sampling
 from stage1_vqvae.attention import rotations
-from stage1_vqvae.training.kernels import Kernel
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.draw_kernel import draw_code
 from stage2_prior.generate import draw, generate, guided, uniforms, warp
@@ -34,6 +33,7 @@ from stage2_prior.priors.levelwise import build_level
 from stage2_prior.priors.step_kernels import attend, gate
 from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
 from stage2_prior.sampler import _DRAW, Sampler
+from training.kernels import Kernel
 
 # Dispatched operators that launch nothing: views and allocations.
 _NO_LAUNCH = {"view", "t", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "expand", "split_with_sizes"} | {

@@ -16,10 +16,10 @@ from torch import nn
 
 from configs.errors import UserError, run_entry
 from configs.schema import Compute
-from stage1_vqvae.training.checkpoint import Checkpoints
-from stage1_vqvae.training.optimizer import adamw, moments
-from stage1_vqvae.training.processes import finish, start
-from stage1_vqvae.training.sharding import own_part, shard_, whole
+from training.checkpoint import Checkpoints
+from training.optimizer import adamw, moments
+from training.processes import finish, start
+from training.sharding import own_part, shard_, whole
 
 
 def net() -> nn.Sequential:

@@ -20,11 +20,11 @@ from pipelines.anomalies import main, percent_below, shown
 from pipelines.images.heat import colour_scale, heat_maps, overlaid
 from pipelines.images.scoring import surprisals
 from stage1_vqvae.data.splits import VALIDATION
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import load_prior
+from training.weights_file import fingerprint
 
 Row = dict[str, str]
 

@@ -33,10 +33,10 @@ from pipelines.images.inputs import unique_names
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main as train_prior
+from training.weights_file import fingerprint
 
 CODED = Coded(b"12345678", 3, 2, [7, 65_535], 0xDEADBEEF)
 CONTENT = CodeFile(bytes(range(16)), "transformer", (8, 12, 3), CODED, torch.tensor([1, 0, 300]), ["a", "b", "c-2"])
@@ -172,7 +172,7 @@ def resealed(body: bytes) -> bytes:
     ("change", "parts"),
     [
         (lambda data: b"\x89PNG" + data[4:], ["another kind"]),
-        (lambda data: data[:8] + b"\4\0" + data[10:], ["version 5", "found 4"]),
+        (lambda data: data[:8] + b"\4\0" + data[10:], ["version 1", "found 4"]),
         (lambda data: data[:-1], ["truncated"]),
         (lambda data: b"", ["another kind"]),
     ],

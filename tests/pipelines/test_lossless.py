@@ -30,11 +30,11 @@ from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main as train_prior
+from training.weights_file import fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from pipelines.publish import main, repository_of
 from pipelines.publishing.bundle import write_bundle
 from pipelines.report import main as report
 from pipelines.sample import main as sample
-from stage1_vqvae.training.weights_file import fingerprint
 from tests.conftest import Script, check_names_no_place
 from tests.pipelines.fake_hub import Repositories, fake_hub
+from training.weights_file import fingerprint
 
 TOKEN = "hf_of_tests"
 # As a command, with its named runs somewhere else than in this checkout.

@@ -22,9 +22,9 @@ from pipelines.images.panels import file_names
 from pipelines.reconstruct import main, pairs, quality
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.priors.prior_file import load_prior
+from training.weights_file import fingerprint
 
 Row = dict[str, str]
 

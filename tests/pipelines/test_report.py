@@ -22,8 +22,8 @@ from pipelines.report import main
 from pipelines.reporting.content import data_table, newest_samples, samples
 from pipelines.reporting.pictures import embedded, heat_map, line_chart, tile
 from pipelines.sample import main as sample
-from stage1_vqvae.training.weights_file import fingerprint
 from tests.stage2_prior.test_train import change_bytes
+from training.weights_file import fingerprint
 
 SECTIONS = ["samples", "evaluation", "curves", "reconstructions", "codebook", "likelihood", "data", "recipe", "environment"]
 VOID = {"meta", "img"}

@@ -29,9 +29,9 @@ from configs.schema import Stage2
 from pipelines.images.provenance import described_weights, identity, without_places
 from pipelines.run import Launch, check_options, evaluation_of, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
-from stage1_vqvae.training.processes import share_of_cores
 from tests.conftest import Script
 from tests.stage2_prior.test_train import change_bytes
+from training.processes import share_of_cores
 
 
 def chain(*arguments: object) -> Command:

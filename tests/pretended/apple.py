@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from stage1_vqvae.training.devices import (
+from tests.pretended.device import Pretended
+from tests.pretended.rules import refused
+from training.devices import (
     as_float64,
     float64_copy,
     float64_device,
@@ -14,8 +16,6 @@ from stage1_vqvae.training.devices import (
     wait_for,
     widest_float,
 )
-from tests.pretended.device import Pretended
-from tests.pretended.rules import refused
 
 
 def check() -> None:

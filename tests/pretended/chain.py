@@ -93,7 +93,7 @@ def waits_for_images(recipe: Path) -> dict[str, Waits]:
     from stage1_vqvae.data.loader import Loader
     from stage1_vqvae.data.sources import load_images
     from stage1_vqvae.data.splits import TRAIN
-    from stage1_vqvae.training.processes import start
+    from training.processes import start
 
     settings, found = load_recipe(recipe), {}
     for augmentation in get_args(Augmentation):

@@ -36,7 +36,7 @@ from torch.utils import _pytree as tree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 _ROOT = Path(__file__).parents[2]
-_PACKAGES = tuple(f"{_ROOT / name}/" for name in ("stage1_vqvae", "stage2_prior", "pipelines"))
+_PACKAGES = tuple(f"{_ROOT / name}/" for name in ("training", "stage1_vqvae", "stage2_prior", "pipelines"))
 _CPU = torch.device("cpu")
 
 # Operators by whose results' shapes the host has to know what the device has found.

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
-from stage1_vqvae.training.devices import float64_copy, numbered, pinned, set_current_device, widest_float
 from tests.pretended.device import Pretended, Seen
+from training.devices import float64_copy, numbered, pinned, set_current_device, widest_float
 
 
 @contextmanager

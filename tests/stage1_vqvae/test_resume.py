@@ -20,14 +20,14 @@ from pipelines.evaluate import main as evaluate
 from pipelines.reconstruct import main as reconstruct
 from stage1_vqvae.model import VQVAE, save_tokenizer
 from stage1_vqvae.train import main
-from stage1_vqvae.training.metrics_log import read_metrics
-from stage1_vqvae.training.stopping import STOPPED_IN_TIME
 from stage2_prior.export_codes import main as export_codes
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.import_codes import main as import_codes
 from tests.conftest import Killed, failing
 from tests.pipelines.test_run import chain
 from tests.stage1_vqvae.test_train_with_terms import ADVERSARY
+from training.metrics_log import read_metrics
+from training.stopping import STOPPED_IN_TIME
 
 
 def files(run: Path) -> set[str]:

@@ -28,14 +28,14 @@ from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.monitoring.health import checksum
 from stage1_vqvae.monitoring.validation import check_equal_codebooks
 from stage1_vqvae.train import main, train
-from stage1_vqvae.training.metrics_log import read_metrics
-from stage1_vqvae.training.processes import start
-from stage1_vqvae.training.stopping import GracefulStop
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D
 from tests.stage1_vqvae.test_train_with_terms import ADVERSARY
+from training.metrics_log import read_metrics
+from training.processes import start
+from training.stopping import GracefulStop
 
 
 def files(run: Path) -> set[str]:
@@ -91,7 +91,7 @@ def test_validation_metrics_are_those_of_the_saved_tokenizer(finished_run: Path)
 def test_the_tokenizer_is_the_same_however_images_are_read(
     finished_run: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage1_vqvae.training.prefetch._worth_prefetching", lambda _: True)  # as on a GPU
+    monkeypatch.setattr("training.prefetch._worth_prefetching", lambda _: True)  # as on a GPU
     main(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--data.decode", "each_time", "--data.workers", "2"])
     assert (tmp_path / "run/tokenizer.safetensors").read_bytes() == (finished_run / "tokenizer.safetensors").read_bytes()
 

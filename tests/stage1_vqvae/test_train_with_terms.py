@@ -20,7 +20,7 @@ from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.monitoring.validation import validate
 from stage1_vqvae.train import Models, build, main
-from stage1_vqvae.training.metrics_log import read_metrics
+from training.metrics_log import read_metrics
 
 # A discriminator that begins at step 30 of 120, learns alone for 6 and then pulls, with something to remember besides.
 ADVERSARY = ["--stage1.adversarial.kind", "patch", "--stage1.adversarial.layers", "1", "--stage1.adversarial.channels", "4"]

@@ -19,10 +19,10 @@ from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, CroppablePixels
 from stage1_vqvae.model import load_tokenizer
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior import extract_codes
 from stage2_prior.codes.store import CodeStore, read_manifest
 from stage2_prior.extract_codes import main
+from training.weights_file import fingerprint
 
 
 def test_codes_are_the_tokenizers_one_a_sample_in_order(finished_run: Path) -> None:
@@ -79,7 +79,7 @@ def test_crops_are_variants_made_of_whole_images(augmentation: str, run_copy: Pa
 @pytest.mark.parametrize("how", [["--data.decode", "each_time", "--data.workers", workers] for workers in "012"])
 def test_codes_do_not_depend_on_how_images_are_read(how: list[str], run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(run_copy / "codes")
-    monkeypatch.setattr("stage1_vqvae.training.prefetch._worth_prefetching", lambda _: True)  # as on a GPU
+    monkeypatch.setattr("training.prefetch._worth_prefetching", lambda _: True)  # as on a GPU
     main(["--run", str(run_copy), "--overwrite", *how])
     assert contents(run_copy / "codes") == before
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from configs.schema import Compute, Stage2, prior_from
-from stage1_vqvae.training.processes import start
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.steps import begun
+from training.processes import start
 
 LAYOUT = SequenceLayout([(2, 3)], [16])
 

@@ -22,8 +22,6 @@ from configs.schema import prior_from
 from pipelines.anomalies import reference
 from pipelines.images.scoring import ScoringPrior
 from pipelines.sample import main as sample
-from stage1_vqvae.training.metrics_log import read_metrics
-from stage1_vqvae.training.weights_file import fingerprint, load_weights, save_weights
 from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.extract_codes import main as extract
@@ -34,6 +32,8 @@ from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.report import main as report
 from stage2_prior.train import check_codes, main, oom_hint
 from tests.conftest import Killed, failing
+from training.metrics_log import read_metrics
+from training.weights_file import fingerprint, load_weights, save_weights
 
 
 def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
@@ -324,26 +324,26 @@ def test_priors_that_cannot_be_get_one_line(
 
 def test_it_trains_compiled(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the option, through Accelerate; torch's own tracer in place of a compiler, which a machine may lack."""
-    monkeypatch.setattr("stage1_vqvae.training.processes._COMPILER", "eager")
+    monkeypatch.setattr("training.processes._COMPILER", "eager")
     main(["--run", str(run_copy), "--name", "compiled", "--compute.compile", "true", "--prior.dropout", "0"])
     main(["--run", str(run_copy), "--name", "plain", "--prior.dropout", "0"])
     compiled, plain = (read_json(run_copy / "priors" / name / "likelihood.json")["validation"] for name in ("compiled", "plain"))
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
-def test_a_checkpoint_of_an_older_format_is_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_a_checkpoint_of_another_format_is_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     folder = run_copy / "priors" / "transformer" / "checkpoints"
     newest = max(folder.iterdir())
-    torch.save({**torch.load(newest, weights_only=True), "format": 2}, newest)
+    torch.save({**torch.load(newest, weights_only=True), "format": 0}, newest)
     line = one_line_error(main, "--run", run_copy, "--resume", "--stage2.steps", "12")
-    assert "expected a checkpoint of stage 2, format 5, found one of stage 2, format 2" in line
+    assert "expected a checkpoint of stage 2, format 1, found one of stage 2, format 0" in line
 
 
-def test_priors_of_an_older_format_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_priors_of_another_format_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     path = run_copy / "priors" / "transformer" / "prior.safetensors"
     weights, header = load_weights(path, "prior")
-    save_weights(path, weights, {**header, "format": 1})
-    assert "expected a prior of format 3, found 1" in one_line_error(sample, "--run", run_copy)
+    save_weights(path, weights, {**header, "format": 0})
+    assert "expected a prior of format 1, found 0" in one_line_error(sample, "--run", run_copy)
 
 
 def test_codes_of_another_tokenizer_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:

@@ -18,10 +18,10 @@ from pipelines.codec.coder import MARGIN, batch_images, clear_offset, decode, en
 from pipelines.codec.pixels import decode_pixels, encode_pixels
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage1_vqvae.training.devices import float64_copy
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.contract import AutoregressivePrior, Logits
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
+from training.devices import float64_copy
 
 _STEP = 2.0**-10
 _LONELY = SequenceLayout([(1, 2), (2, 2), (1, 3)], [1, 6, 300])

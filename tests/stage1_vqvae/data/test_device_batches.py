@@ -29,7 +29,7 @@ class Read:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_all_rows_come_once_and_in_order(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stage1_vqvae.training.prefetch._worth_prefetching", lambda _: ahead)
+    monkeypatch.setattr("training.prefetch._worth_prefetching", lambda _: ahead)
     pixels, labels = Read(torch.arange(7 * 12, dtype=torch.uint8).view(7, 2, 2, 3)), torch.arange(7)
     found = list(device_batches(CPU, 3, pixels, labels))
     assert [rows for rows, _ in found] == [slice(0, 3), slice(3, 6), slice(6, 7)]
@@ -39,7 +39,7 @@ def test_all_rows_come_once_and_in_order(ahead: bool, monkeypatch: pytest.Monkey
 
 
 def test_an_error_in_reading_is_raised_where_batches_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stage1_vqvae.training.prefetch._worth_prefetching", lambda _: True)
+    monkeypatch.setattr("training.prefetch._worth_prefetching", lambda _: True)
 
     class Broken(Read):
         def __getitem__(self, rows: Tensor | slice) -> Tensor:

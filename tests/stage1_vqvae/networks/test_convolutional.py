@@ -17,7 +17,7 @@ from configs.schema import Tokenizer
 from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
 from stage1_vqvae.networks.convolutional import ConvolutionalPart, Decoder, Encoder, ResidualBlock
 from stage1_vqvae.objectives.pixels import BinaryCrossEntropy, SquaredError
-from stage1_vqvae.training.weights_file import fingerprint, load_weights, save_weights
+from training.weights_file import fingerprint, load_weights, save_weights
 
 
 def vqvae(

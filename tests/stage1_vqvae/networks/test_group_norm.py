@@ -22,7 +22,7 @@ from stage1_vqvae.networks import group_norm as under_test
 from stage1_vqvae.networks import vqgan
 from stage1_vqvae.networks.group_norm import GroupNorm, group_norm, group_norm_backward, normed_convolution
 from stage1_vqvae.networks.vqgan import VQGANPart
-from stage1_vqvae.training.kernels import Kernel
+from training.kernels import Kernel
 
 CHANNELS_LAST = torch.channels_last
 

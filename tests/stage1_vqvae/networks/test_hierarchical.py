@@ -15,8 +15,8 @@ from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
 from stage1_vqvae.networks.hierarchical import HierarchicalPart
 from stage1_vqvae.quantizers.contract import level_counts
 from stage1_vqvae.quantizers.grids import GridQuantizers
-from stage1_vqvae.training.weights_file import fingerprint
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, part
+from training.weights_file import fingerprint
 
 GRIDS = {"two": ([2], [(2, 3), (4, 6)]), "three": ([2, 2], [(1, 1), (2, 2), (4, 4)]), "far apart": ([4], [(2, 1), (8, 4)])}
 

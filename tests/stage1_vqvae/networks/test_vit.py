@@ -17,7 +17,7 @@ from configs.schema import Tokenizer
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vit import Decoder, Encoder, ViTPart
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training.metrics_log import read_metrics
+from training.metrics_log import read_metrics
 
 SMALL: dict[str, Any] = {"layers": 2, "width": 24, "heads": 3}
 

@@ -14,7 +14,7 @@ from configs.schema import Tokenizer
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vqgan import AttentionBlock, VQGANPart
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training.metrics_log import read_metrics
+from training.metrics_log import read_metrics
 
 SMALL: dict[str, Any] = {"hidden_channels": 32, "residual_blocks": 1, "latent_channels": 8}
 

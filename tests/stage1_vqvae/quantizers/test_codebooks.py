@@ -11,8 +11,8 @@ from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearC
 from stage1_vqvae.quantizers.contract import added, level_counts
 from stage1_vqvae.quantizers.initialisation import kmeans
 from stage1_vqvae.quantizers.restart import Restart, candidate_rows
-from stage1_vqvae.training.optimizer import adamw, forget_rows_
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, build
+from training.optimizer import adamw, forget_rows_
 
 K, DECAY, BETA = 16, 0.9, 0.25
 RULES = [MovingAverageCodebook, GradientCodebook, LinearCodebook]

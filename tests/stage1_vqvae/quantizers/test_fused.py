@@ -20,7 +20,7 @@ import torch
 
 import stage1_vqvae.quantizers.search as search
 from stage1_vqvae.quantizers.search import nearest_codes
-from stage1_vqvae.training.kernels import Kernel
+from training.kernels import Kernel
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch's CUDA builds")
 EPS = torch.finfo(torch.float32).eps

@@ -11,9 +11,9 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Stage2
-from stage1_vqvae.training.randomness import DataOrder
 from stage2_prior.codes.loader import CodeBatch, CodeLoader
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
+from training.randomness import DataOrder
 
 CONFIG = Stage2(batch_size=8, accumulation=2, label_dropout=0.5)
 ROWS, CLASSES = 20, 3

@@ -124,18 +124,6 @@ def test_codes_take_no_memory_until_they_are_read(tmp_path: Path) -> None:
     assert torch.equal(store.codes(drawn[5:6], drawn[5:6] % 2)[0], found[0][5:6])
 
 
-def test_files_of_format_1_are_read(tmp_path: Path) -> None:
-    """As they were written before shards had a stated size: 65,536 rows a file, and no sums."""
-    codes, labels = levels(), torch.randint(3, (ROWS,))
-    folder = written(tmp_path / "train", codes, labels)
-    content = read_summed_json(folder / "manifest.json")
-    del content["rows_per_shard"], content["sha256"]
-    (folder / "manifest.json").write_text(json.dumps({**content, "format": 1}))
-    store = CodeStore(folder, "f" * 64)
-    assert all(torch.equal(mine[:, 0], theirs) for mine, theirs in zip(codes, store.codes(torch.arange(ROWS)), strict=True))
-    store.verify()
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -143,7 +131,7 @@ def test_files_of_format_1_are_read(tmp_path: Path) -> None:
         ("no manifest", r"manifest\.json: expected a JSON file, found nothing"),
         ("broken manifest", r"manifest\.json: expected JSON"),
         ("another bit", r"manifest\.json: expected JSON as it was written"),
-        ("foreign manifest", r"manifest\.json: expected a manifest of format 2"),
+        ("foreign manifest", r"manifest\.json: expected a manifest of format 1"),
         ("no codes", r"codes-00000-of-00001\.safetensors: expected a file of codes, found nothing"),
         ("truncated codes", r"codes-00000-of-00001\.safetensors: expected a file of codes, found a truncated"),
         ("other codes", r"codes-00000-of-00001\.safetensors: expected \{.*\(25, 2, 4, 6\).*found .*\(24, 2, 4, 6\)"),
@@ -182,7 +170,7 @@ def test_sizes_that_a_manifest_merely_claims_are_refused(name: str, value: objec
     """Under a right sum of its own."""
     folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))
     write_summed_json(folder / "manifest.json", {**read_summed_json(folder / "manifest.json"), name: value})
-    with pytest.raises(UserError, match=r"manifest of format 2|expected a file of codes|expected \{"):
+    with pytest.raises(UserError, match=r"manifest of format 1|expected a file of codes|expected \{"):
         CodeStore(folder)
 
 

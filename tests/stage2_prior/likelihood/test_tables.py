@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 
 from configs.run_dir import RunDir, read_json
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.likelihood.bits import mean_over_tokens, measure, unigram_bits
 from stage2_prior.likelihood.tables import likelihood_report, markdown
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.report import main
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, manifest, random_codes
+from training.weights_file import fingerprint
 
 
 def store(folder: Path, images: int, num_classes: int) -> CodeStore:

@@ -15,7 +15,6 @@ from configs.schema import Sampling
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training.weights_file import fingerprint
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.extract_codes import main as extract_codes
@@ -25,6 +24,7 @@ from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main as train_prior
 from tests.stage2_prior.priors import test_priors as of_all
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
+from training.weights_file import fingerprint
 
 KIND = "levelwise"
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_vqvae.training.kernels import Kernel, operator
+from training.kernels import Kernel, operator
 
 GPU = torch.device("cuda", 0)
 

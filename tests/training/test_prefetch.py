@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from stage1_vqvae.training.prefetch import StepReader, read_ahead
+from training.prefetch import StepReader, read_ahead
 
 
 def test_the_next_two_keys_are_read_before_they_are_asked_for() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stage1_vqvae.training.watch import progressed
+from training.watch import progressed
 
 _WORTH_SHOWING = 5.0  # seconds
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stage1_vqvae.training.sharding import own_part
+from training.optimizer import adamw
+from training.sharding import own_part
 
 # Momentum, and the learning rate as a multiple of AdamW's: Muon's updates have unit singular values, and so much smaller entries than
 # AdamW's, which are of order 1.
@@ -154,3 +155,27 @@ def _exchanged(given: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], mesh:
     taken = sent.new_empty(sum(sizes))
     dist.all_to_all_single(taken, sent, sizes, [tensor.numel() for tensor in given], mesh.get_group())
     return [piece.view(shape) for piece, shape in zip(taken.split(sizes), shapes, strict=True)]
+
+
+def muon(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    beta2: float,
+    fused: bool | None = None,
+    products: torch.dtype | None = None,
+    replicated: bool = False,
+) -> Muon:
+    """Muon for the linear maps of a model's layers, AdamW as in `adamw` for all else: embeddings, gains, and its `head`, the map to
+    logits, which Muon's authors leave to AdamW. `products`, `replicated`: see `Muon`.
+    """
+    stacked: dict[int, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "head" not in name.split("."):
+            # Of three maps in one, each is a matrix of its own.
+            stacked.setdefault(3 if name.endswith("qkv") else 1, []).append(module.weight)
+    hidden = {id(weight) for weights in stacked.values() for weight in weights}
+    others = adamw(model, lr, weight_decay, beta2).param_groups
+    groups = [{**group, "params": [weight for weight in group["params"] if id(weight) not in hidden]} for group in others]
+    groups += [{"params": weights, "weight_decay": weight_decay, "matrices": count} for count, weights in stacked.items()]
+    return Muon(groups, lr=lr, betas=(0.9, beta2), fused=fused, products=products, replicated=replicated)

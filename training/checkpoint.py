@@ -21,11 +21,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from configs.errors import UserError, say
 from configs.run_dir import RunDir, read_summed_json, write_summed_json
-from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, read_file, write_file
-from stage1_vqvae.training.checkpoint_shards import check_shards, read_shards, shards_group, write_shards
-from stage1_vqvae.training.devices import numbered, set_current_device
-from stage1_vqvae.training.sharding import own_part, shared_out_as
-from stage1_vqvae.training.watch import progressed
+from training.checkpoint_file import FORMAT, DamagedCheckpoint, read_file, write_file
+from training.checkpoint_shards import check_shards, read_shards, shards_group, write_shards
+from training.devices import numbered, set_current_device
+from training.sharding import own_part, shared_out_as
+from training.watch import progressed
 
 _TICK = 1.0  # second
 

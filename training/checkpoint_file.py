@@ -16,9 +16,7 @@ import torch
 from configs.errors import UserError
 from configs.run_dir import RunDir, replacing
 
-FORMAT = 5
-# Which had no sum at its end.
-_WITHOUT_SUM = 4
+FORMAT = 1
 _MARK = b"\nsha256 "
 _TRAILER = len(_MARK) + 64
 _READ_AT_ONCE = 1 << 24  # bytes
@@ -51,17 +49,17 @@ def read_file(path: Path, stage: str) -> dict[str, Any]:
             raise
         found = f"found a truncated or foreign file ({type(error).__name__})"
         raise DamagedCheckpoint(f"expected a checkpoint of {stage}, {found}") from error
-    check_kind(path, state, stage, (FORMAT, _WITHOUT_SUM))
-    if state["format"] == FORMAT and not summed:
+    check_kind(path, state, stage)
+    if not summed:
         raise DamagedCheckpoint(f"expected a checkpoint of {stage} with its sha256 at its end, found none")
     return state
 
 
-def check_kind(path: Path, content: Any, stage: str, formats: tuple[int, ...]) -> None:
+def check_kind(path: Path, content: Any, stage: str) -> None:
     """Errors: UserError if content is no checkpoint of a stage, or of another format."""
-    if not isinstance(content, dict) or content.get("stage") != stage or content.get("format") not in formats:
+    if not isinstance(content, dict) or content.get("stage") != stage or content.get("format") != FORMAT:
         found = f"one of {content.get('stage')}, format {content.get('format')}" if isinstance(content, dict) else type(content).__name__
-        wanted = f"expected a checkpoint of {stage}, format {formats[0]}"
+        wanted = f"expected a checkpoint of {stage}, format {FORMAT}"
         raise UserError(f"{RunDir.show(path)}: {wanted}, found {found}; delete it to go on from the one before")
 
 

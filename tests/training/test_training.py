@@ -23,16 +23,16 @@ from torch import nn
 from configs.errors import UserError, run_entry
 from configs.schema import Compute
 from stage1_vqvae.features.weights import weights_in
-from stage1_vqvae.training import checkpoint
-from stage1_vqvae.training.batching import check_divides, share_of_step
-from stage1_vqvae.training.checkpoint import Checkpoints
-from stage1_vqvae.training.metrics_log import MetricsLog, read_metrics
-from stage1_vqvae.training.optimizer import adamw, clip_, forget_rows_
-from stage1_vqvae.training.processes import start
-from stage1_vqvae.training.randomness import DataOrder, derived_seed, generator
-from stage1_vqvae.training.schedule import learning_rate
-from stage1_vqvae.training.stopping import GracefulStop, check_finite
-from stage1_vqvae.training.weights_file import load_weights, save_weights
+from training import checkpoint
+from training.batching import check_divides, share_of_step
+from training.checkpoint import Checkpoints
+from training.metrics_log import MetricsLog, read_metrics
+from training.optimizer import adamw, clip_, forget_rows_
+from training.processes import start
+from training.randomness import DataOrder, derived_seed, generator
+from training.schedule import learning_rate
+from training.stopping import GracefulStop, check_finite
+from training.weights_file import load_weights, save_weights
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (10, 10), (7, 20), (1, 4)])

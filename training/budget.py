@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from configs.errors import say
 from configs.schema import Stage1, Stage2
-from stage1_vqvae.training.devices import wait_for, widest_float
+from training.devices import wait_for, widest_float
 
 Section = TypeVar("Section", Stage1, Stage2)
 

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError
-from stage1_vqvae.training.devices import widest_float
-from stage1_vqvae.training.watch import progressed
+from training.devices import widest_float
+from training.watch import progressed
 
 STOPPED_IN_TIME = 75
 """Exit code of a training that `--stop_after` ended: EX_TEMPFAIL of sysexits.h, try again later."""

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices only, Muon for hidden matrices; gradient clipping and optimizer states."""
+"""AdamW with weight decay on matrices only; gradient clipping and optimizer states."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stage1_vqvae.training.muon import Muon
-from stage1_vqvae.training.sharding import shared_out_as
+from training.sharding import shared_out_as
 
 _WITH_KERNELS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 _FUSED_ON = ("cuda", "xpu", "mps")
@@ -38,30 +37,6 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float, fused:
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=fused)
-
-
-def muon(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    beta2: float,
-    fused: bool | None = None,
-    products: torch.dtype | None = None,
-    replicated: bool = False,
-) -> Muon:
-    """Muon for the linear maps of a model's layers, AdamW as in `adamw` for all else: embeddings, gains, and its `head`, the map to
-    logits, which Muon's authors leave to AdamW. `products`, `replicated`: see `Muon`.
-    """
-    stacked: dict[int, list[Tensor]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "head" not in name.split("."):
-            # Of three maps in one, each is a matrix of its own.
-            stacked.setdefault(3 if name.endswith("qkv") else 1, []).append(module.weight)
-    hidden = {id(weight) for weights in stacked.values() for weight in weights}
-    others = adamw(model, lr, weight_decay, beta2).param_groups
-    groups = [{**group, "params": [weight for weight in group["params"] if id(weight) not in hidden]} for group in others]
-    groups += [{"params": weights, "weight_decay": weight_decay, "matrices": count} for count, weights in stacked.items()]
-    return Muon(groups, lr=lr, betas=(0.9, beta2), fused=fused, products=products, replicated=replicated)
 
 
 def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor:
@@ -113,15 +88,9 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
 
 
 def load_moments_(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over what `moments` gave, of whole tensors or of such that are shared out like the parameters; or an optimiser's state
-    dictionary, as checkpoints of before have it, in which parameters are numbers.
-    """
+    """Load what `moments` returned, of whole tensors or of tensors sharded like the parameters."""
     parameters = dict(model.named_parameters())
-    if "param_groups" in state:
-        numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        kept = {numbered[number]: found for number, found in state["state"].items()}
-    else:
-        kept = {parameters[name]: found for name, found in state.items()}
+    kept = {parameters[name]: found for name, found in state.items()}
     fused = {id(parameter): group["fused"] for group in optimizer.param_groups for parameter in group["params"]}
     for parameter, found in kept.items():
         shaped = {key: moment for key, moment in found.items() if moment.shape == parameter.shape}

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 
 from configs.errors import UserError
 from configs.run_dir import read_summed_json, sync, write_summed_json
-from stage1_vqvae.training.checkpoint_file import FORMAT, DamagedCheckpoint, check_kind
-from stage1_vqvae.training.weights_file import fingerprint
+from training.checkpoint_file import DamagedCheckpoint, check_kind
+from training.weights_file import fingerprint
 
 _LIST = "checkpoint.json"
 _PATIENCE = timedelta(hours=2)
@@ -127,7 +127,7 @@ def _list(path: Path, stage: str) -> dict[str, Any]:
         content = read_summed_json(path / _LIST)
     except UserError as damage:
         raise DamagedCheckpoint(f"expected {_LIST} ({damage})") from damage
-    check_kind(path, content, stage, (FORMAT,))
+    check_kind(path, content, stage)
     return content
 
 

@@ -12,8 +12,8 @@ from jsonargparse.typing import PositiveFloat
 from configs.cli import differences
 from configs.errors import UserError, say
 from configs.schema import Recipe
-from stage1_vqvae.training.batching import next_accumulation
-from stage1_vqvae.training.stopping import STOPPED_IN_TIME
+from training.batching import next_accumulation
+from training.stopping import STOPPED_IN_TIME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stage1_vqvae.training.averaging import WeightAverage
+from training.averaging import WeightAverage
 
 
 class Parts(nn.Module):

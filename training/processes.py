@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from configs.errors import EXPLANATIONS, UserError, say
 from configs.schema import Compute
-from stage1_vqvae.training.devices import numbered, widest_float
-from stage1_vqvae.training.kernels import check_compiler
-from stage1_vqvae.training.launcher import check_launcher
-from stage1_vqvae.training.precision import resolve_precision, set_float32
-from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
+from training.devices import numbered, widest_float
+from training.kernels import check_compiler
+from training.launcher import check_launcher
+from training.precision import resolve_precision, set_float32
+from training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
 _COMPILER = "inductor"
 _LETTING_GO = 0.5  # seconds; without, 5 of 34 small commands on a busy machine ended so, with it 0 of 30

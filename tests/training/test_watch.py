@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from configs.run_dir import REPOSITORY
-from stage1_vqvae.training.watch import ENDED_FOR_ANOTHER
+from training.watch import ENDED_FOR_ANOTHER
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 

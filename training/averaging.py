@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from stage1_vqvae.training.sharding import own_part
+from training.sharding import own_part
 
 Model = TypeVar("Model", bound=nn.Module)
 

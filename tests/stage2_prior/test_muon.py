@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage1_vqvae.training import muon as muon_module
-from stage1_vqvae.training.muon import orthogonalised
-from stage1_vqvae.training.optimizer import adamw, load_moments_, load_state_, moments, muon
+from stage2_prior import muon as muon_module
+from stage2_prior.muon import muon, orthogonalised
+from training.optimizer import adamw, load_moments_, load_state_, moments
 
 
 class Net(nn.Module):

@@ -32,7 +32,7 @@ _JOINING = 600.0
 ENDED_FOR_ANOTHER = 70
 """Exit code of a process that ends because another one died or hangs: EX_SOFTWARE of sysexits.h."""
 
-_PACKAGES = ("stage1_vqvae", "stage2_prior", "pipelines")
+_PACKAGES = ("training", "stage1_vqvae", "stage2_prior", "pipelines")
 
 _progress = 0
 _together = 0

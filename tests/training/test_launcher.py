@@ -9,8 +9,8 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Compute
-from stage1_vqvae.training import launcher
-from stage1_vqvae.training.processes import _Command, start
+from training import launcher
+from training.processes import _Command, start
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from configs.cli import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from configs.schema import Stage1, Stage2
 from stage1_vqvae.train import main as train_tokenizer
-from stage1_vqvae.training.budget import TimeLeft, fitting_steps
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
+from training.budget import TimeLeft, fitting_steps
 
 
 class Clock:

@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from stage1_vqvae.training.devices import numbered, on_accelerator, pinned, set_current_device
-from stage1_vqvae.training.watch import progressed
+from training.devices import numbered, on_accelerator, pinned, set_current_device
+from training.watch import progressed
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

@@ -68,8 +68,8 @@ def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) ->
         raise UserError(f"{path}: expected the weights of a {kind}, found a truncated or foreign file ({brief(error)})") from None
     if header.get("kind") != kind:
         raise UserError(f"{path}: expected the weights of a {kind}, found {header.get('kind', 'no kind')} in its header")
-    written = header.pop(_SUM, None)  # none in files of before
-    if names is None and written is not None and written != _sum_of(weights, header):
+    written = header.pop(_SUM, None)
+    if names is None and written != _sum_of(weights, header):
         raise UserError(f"{path}: expected the weights of a {kind} as they were written, found others than their sha256 is of")
     check_finite_weights(weights, f"{path}: ")
     return weights, header

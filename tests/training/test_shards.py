@@ -16,11 +16,11 @@ from accelerate.utils import prepare_multi_gpu_env
 from configs.errors import UserError
 from configs.run_dir import REPOSITORY
 from configs.schema import Compute
-from stage1_vqvae.training.checkpoint import Checkpoints
-from stage1_vqvae.training.optimizer import adamw, load_moments_, moments
-from stage1_vqvae.training.processes import asked_to_shard, start
 from tests.conftest import Script
 from tests.launched.shards import net
+from training.checkpoint import Checkpoints
+from training.optimizer import adamw, load_moments_, moments
+from training.processes import asked_to_shard, start
 
 RANKS = range(3)
 
@@ -115,7 +115,7 @@ def test_a_launcher_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         if "FSDP" in name:
             monkeypatch.setenv(name, value)
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
-    monkeypatch.setattr("stage1_vqvae.training.processes._Command.launched_sharded", False)
+    monkeypatch.setattr("training.processes._Command.launched_sharded", False)
     accelerator = start(Compute(threads=1))
     assert "ACCELERATE_USE_FSDP" not in os.environ
     assert not asked_to_shard(accelerator, Compute())  # one process alone

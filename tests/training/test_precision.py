@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from stage1_vqvae.training.precision import ieee_float32, resolve_precision, set_float32
+from training.precision import ieee_float32, resolve_precision, set_float32
 
 GPU = torch.device("cuda", 0)
 
