@@ -338,7 +338,7 @@ def _refuse_empty(argv: Sequence[str]) -> None:
 
 
 def _spelled(argument: str) -> str:
-    """Normalise an argument for the parser: underscores for hyphens, `--part KIND` as `--part.kind KIND`."""
+    """Normalise an argument for the parser: underscores for hyphens, and a part named alone means its kind."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument[2:].partition("=")

@@ -161,7 +161,6 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
         (["--tokenizer.quantizer.num_codes", "1"], ["tokenizer.quantizer.num_codes", "at least 2", "1"]),
         (["--tokenizer.network.downsampling", "3"], ["tokenizer.network.downsampling", "power of two", "3"]),
         (["--tokenizer.network.downsampling", "8"], ["tokenizer.network.downsampling 8", "divisor of data.height", "28"]),
-        (["--tokenizer.ema-decay=0.9"], ["--tokenizer.ema_decay", "--tokenizer.quantizer.decay"]),
         (["--prior.kind", "transformer", "--prior.kernel_size", "5"], ["prior.kernel_size"]),
         (["--stage1.learning_rate", "1"], ["--stage1.learning_rate"]),
         (["--stage1.batch_size", "7", "--stage1.accumulation", "2"], ["stage1.batch_size", "multiple of accumulation 2", "7"]),

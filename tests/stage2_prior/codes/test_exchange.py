@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.run_dir import read_summed_json, write_json
+from configs.run_dir import read_summed_json, write_summed_json
 from stage2_prior.codes.exchange import Foreign, labels_of
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.export_codes import main as export_codes
@@ -137,7 +137,7 @@ def test_splits_agree_on_labels_and_on_the_tokenizer(run_copy: Path, tmp_path: P
     assert "expected labels of training and validation images, or of none, found them of train" in line
     export_codes(["--run", str(run_copy), "--output", str(tmp_path / "out")])
     manifest = tmp_path / "out/train/manifest.json"
-    write_json(manifest, {**read_summed_json(manifest), "tokenizer_sha256": "0" * 64})
+    write_summed_json(manifest, {**read_summed_json(manifest), "tokenizer_sha256": "0" * 64})
     line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path / "out", "--overwrite")
     assert re.search("expected codes of the run's tokenizer .*, found those of 0000", line)
 
