@@ -135,7 +135,7 @@ def check_finite(finite: bool, config: Sampling) -> None:
 @torch.no_grad()
 def generate(
     prior: AutoregressivePrior,
-    labels: Tensor | None,
+    condition: Tensor | None,
     uniform: Tensor,
     config: Sampling,
     given: Codes | None = None,
@@ -145,7 +145,7 @@ def generate(
 
     Args:
         prior: in eval mode.
-        labels: (B,), or None for no label.
+        condition: (B, ...), or None.
         uniform: (B, T) from `uniforms`.
         config: temperature, top_k, top_p, min_p, guidance.
         given: codes (B, h, w) per level, kept where `kept`, masks (h, w) per level, is true; the others are drawn, each
@@ -158,12 +158,12 @@ def generate(
     device, layout = prior.device, prior.layout
     uniform = uniform.to(float64_device(device))
     batch = len(uniform)
-    guides = labels is not None and config.guidance != 1
-    labels = None if labels is None else labels.to(device)
+    guides = condition is not None and config.guidance != 1
+    condition = None if condition is None else condition.to(device)
     if guides:
-        assert labels is not None
+        assert condition is not None
         # Conditional and unconditional sequences run in one batch and share every code.
-        labels = torch.cat([labels, torch.full_like(labels, prior.num_classes)])
+        condition = torch.cat([condition, prior.null_condition(batch)])
     scales = guidance_scales(config, layout.length)
     sequences = layout.flat(given).to(device) if given is not None else torch.empty(batch, layout.length, dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=uniform.device)
@@ -171,10 +171,10 @@ def generate(
     # Kept codes are taken in at once where they lie before a drawn one, and behind the last of those not at all.
     for position in drawn_positions(layout, kept):
         if reached < position:
-            prior.prefill(sequences.repeat(2, 1) if guides else sequences, reached, position, labels, cache)
+            prior.prefill(sequences.repeat(2, 1) if guides else sequences, reached, position, condition, cache)
         before = sequences[:, position - 1] if position else None
         before = before.repeat(2) if before is not None and guides else before
-        logits = full_precision(prior.step(before, labels, cache))
+        logits = full_precision(prior.step(before, condition, cache))
         scale = scales[position] if guides else None
         sequences[:, position], rows_finite = draw_position(logits, uniform[:, position], config, scale)
         # Read on the host once, at the end, so that a GPU is never waited for.

@@ -50,7 +50,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(
-        self, labels: Tensor | None, uniform: Tensor, config: Sampling, given: Codes | None = None, kept: Codes | None = None
+        self, condition: Tensor | None, uniform: Tensor, config: Sampling, given: Codes | None = None, kept: Codes | None = None
     ) -> Codes:
         """Draw one batch; arguments, result and errors as in `generate`."""
         # Weights in float32 were asked for, and a graph keeps the arithmetic it was captured in.
@@ -58,15 +58,15 @@ class Sampler:
             with self._lock:
                 try:
                     if self._graphs:
-                        return self._steps_for(labels, len(uniform), config).draw(labels, uniform, config, given, kept)
+                        return self._steps_for(condition, len(uniform), config).draw(condition, uniform, config, given, kept)
                 except CaptureError as error:
                     self._graphs, self._steps = False, None
                     say(f"warning: sampling without CUDA graphs ({error})")
-            return generate(self.prior, labels, uniform, config, given, kept)
+            return generate(self.prior, condition, uniform, config, given, kept)
 
-    def _steps_for(self, labels: Tensor | None, batch: int, config: Sampling) -> _GraphedSteps:
+    def _steps_for(self, condition: Tensor | None, batch: int, config: Sampling) -> _GraphedSteps:
         """Reuse the graphs of the last batch if its settings match, otherwise build new ones."""
-        guides = labels is not None and config.guidance != 1
+        guides = condition is not None and config.guidance != 1
         key = batch, guides, config.temperature, config.top_k, config.top_p, config.min_p
         if self._steps is None or key != self._key:
             self._steps = None  # free their memory before new ones are allocated
@@ -86,23 +86,23 @@ class _GraphedSteps:
 
         self._prior, self._config, self._guides = prior, config, guides
         self._sequences, self._uniform = zeros(batch, length, dtype=torch.int64), zeros(batch, length, dtype=torch.float64)
-        self._labels = zeros(2 * batch if guides else batch, dtype=torch.int64)
+        self._condition = zeros(2 * batch if guides else batch, dtype=torch.int64)
         self._scales, self._to_draw = zeros(length, dtype=torch.float64), zeros(length, dtype=torch.int32)
         self._temperature = torch.full((1,), config.temperature or 1.0, dtype=torch.float64, device=device)
         self._position, self._failed = zeros(1, dtype=torch.int64), zeros(batch, dtype=torch.int32)
-        steps = prior.fixed_steps(FixedBatch(self._sequences, self._labels, self._position))
+        steps = prior.fixed_steps(FixedBatch(self._sequences, self._condition, self._position))
         if steps is None:
             raise CaptureError("this kind of prior does not support them")
         self._steps, self._graphs = steps, Graphs(device)
 
-    def draw(self, labels: Tensor | None, uniform: Tensor, config: Sampling, given: Codes | None, kept: Codes | None) -> Codes:
+    def draw(self, condition: Tensor | None, uniform: Tensor, config: Sampling, given: Codes | None, kept: Codes | None) -> Codes:
         """Draw one batch of this size; see `generate`."""
         assert not self._prior.training
         assert (given is None) == (kept is None)
         layout, batch = self._prior.layout, len(self._sequences)
-        self._labels.fill_(self._prior.num_classes)
-        if labels is not None:
-            self._labels[:batch] = labels
+        self._condition.copy_(self._prior.null_condition(len(self._condition)))
+        if condition is not None:
+            self._condition[:batch] = condition
         self._uniform.copy_(uniform)
         self._scales.copy_(torch.tensor(guidance_scales(config, layout.length), dtype=torch.float64))
         self._to_draw.fill_(1)

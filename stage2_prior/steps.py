@@ -78,11 +78,11 @@ def take_step(accelerator: Accelerator, model: Any, optimizer: Any, loader: Code
     set_learning_rate(optimizer, scheduled_rate(config, step))
     step_loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(config.accumulation):
-        codes, labels, variants = loader.batch(step, micro_step)
+        codes, condition, variants = loader.batch(step, micro_step)
         seed_layers(config.seed, step, micro_step, accelerator.process_index)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = torch.cat(code_losses(model(codes, labels, variants), codes[prior.levels]), 1).mean() / config.accumulation
+            loss = torch.cat(code_losses(model(codes, condition, variants), codes[prior.levels]), 1).mean() / config.accumulation
             accelerator.backward(loss)
         step_loss += loss.detach()
     norm = clip_(accelerator, model, config.clip_norm)

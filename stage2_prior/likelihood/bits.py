@@ -83,11 +83,11 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
         parts = batches(len(mine), batch_size)
         for part, tensors in zip(parts, read_to(device, read, parts), strict=True):
-            codes, labels = (tensors, None) if known is None else (tensors[:-1], tensors[-1])
-            losses = as_float64(-prior.log_prob(codes, labels))
+            codes, condition = (tensors, None) if known is None else (tensors[:-1], tensors[-1])
+            losses = as_float64(-prior.log_prob(codes, condition))
             weights = row_weights[part]
             nats += weights @ losses
-            index = prior.labels_or_null(labels, len(losses)).to(exact)
+            index = prior.condition_or_null(condition, len(losses)).to(exact)
             label_nats.index_add_(0, index, weights * losses.mean(1))
             images.index_add_(0, index, weights)
             bar.update(len(losses))

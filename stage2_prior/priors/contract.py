@@ -73,7 +73,7 @@ class FixedBatch:
 
     sequences: Tensor
     """(B, T) int64 codes; only those before the current position are read."""
-    labels: Tensor
+    condition: Tensor
     """(R,) int64 class labels. R = B, or 2 B under guidance, where rows r and B + r share their codes."""
     position: Tensor
     """(1,) int64: current position, counted over all levels."""
@@ -86,7 +86,7 @@ class FixedBatch:
 
     def shared(self, codes: Tensor) -> Tensor:
         """Repeat codes (B, ...) for all rows, (R, ...)."""
-        copies = len(self.labels) // len(codes)
+        copies = len(self.condition) // len(codes)
         return codes if copies == 1 else torch.cat([codes] * copies)
 
 
@@ -141,12 +141,12 @@ class AutoregressivePrior(nn.Module, ABC):
         return slice(first, first + len(self.layout.grids))
 
     @abstractmethod
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
+    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
         """Logits of every position of its own levels given the codes before it, and the label.
 
         Args:
             codes: int64 (B, h, w) a level, all positions, of the levels above and its own.
-            labels: (B,) int64, `num_classes` where there is none; None: none anywhere.
+            condition: (B, ...), today class labels (B,) int64; the null condition where there is none; None: none anywhere.
             variants: (B,) int64, which variant of its image each row is of, in training; None: the images themselves.
         """
 
@@ -155,12 +155,12 @@ class AutoregressivePrior(nn.Module, ABC):
         """An empty cache for `batch` sequences, given the codes (B, h, w) of the levels above, if it has such."""
 
     @abstractmethod
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
+    def step(self, code: Tensor | None, condition: Tensor | None, cache: Any) -> Tensor:
         """Logits (B, K) of the next position over the codes of its level, from the code (B,) of the position before (None at
         the first) and the cache, which moves on by one position.
         """
 
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: Any) -> None:
+    def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: Any) -> None:
         """Take in positions whose codes are known: the cache is then as after a step through each, as it is where a kind of prior has no
         way of taking them in at once, without logits.
 
@@ -168,10 +168,10 @@ class AutoregressivePrior(nn.Module, ABC):
             sequences: (B, T) int64, of which the codes before `stop` are read.
             start: the position that the cache is at.
             stop: a later one, from which `step` goes on.
-            labels, cache: as in `step`.
+            condition, cache: as in `step`.
         """
         for position in range(start, stop):
-            self.step(sequences[:, position - 1] if position else None, labels, cache)
+            self.step(sequences[:, position - 1] if position else None, condition, cache)
 
     def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
         """Static-shape steps for CUDA graphs; None if this kind has only `step`."""
@@ -190,19 +190,23 @@ class AutoregressivePrior(nn.Module, ABC):
         """Lines that whoever trains it should read."""
         return []
 
-    def log_prob(self, codes: Codes, labels: Tensor | None) -> Tensor:
+    def log_prob(self, codes: Codes, condition: Tensor | None) -> Tensor:
         """log p of each code given those before it, (B, T), in nats, float32 or wider; without TF32."""
         with ieee_float32(codes[0].device):
-            return -torch.cat(code_losses(self(codes, labels), codes[self.levels]), 1)
+            return -torch.cat(code_losses(self(codes, condition), codes[self.levels]), 1)
 
     @property
     def device(self) -> torch.device:
         """The device that the weights are on."""
         return next(self.parameters()).device
 
-    def labels_or_null(self, labels: Tensor | None, batch: int) -> Tensor:
-        """Labels (B,) as given, or the index that means none."""
-        return torch.full((batch,), self.num_classes, device=self.device) if labels is None else labels
+    def null_condition(self, batch: int) -> Tensor:
+        """The condition (B,) of samples that have none: the label index `num_classes`."""
+        return torch.full((batch,), self.num_classes, device=self.device)
+
+    def condition_or_null(self, condition: Tensor | None, batch: int) -> Tensor:
+        """The condition (B, ...), or the null condition where it is None."""
+        return self.null_condition(batch) if condition is None else condition
 
 
 def code_losses(logits: Logits, codes: Codes) -> list[Tensor]:

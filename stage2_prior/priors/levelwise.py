@@ -84,15 +84,15 @@ class Levelwise(AutoregressivePrior):
         return [f"level {number}: {remark}" for number, part in enumerate(self.parts, 1) for remark in part.remarks()]
 
     @override
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        return tuple(part(codes[: level + 1], labels, variants)[0] for level, part in enumerate(self.parts))
+    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
+        return tuple(part(codes[: level + 1], condition, variants)[0] for level, part in enumerate(self.parts))
 
     @override
     def new_cache(self, batch: int, above: Codes = ()) -> LevelwiseCache:
         return LevelwiseCache(torch.zeros(batch, self.layout.length, dtype=torch.int64, device=self.device))
 
     @override
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: LevelwiseCache) -> Tensor:
+    def step(self, code: Tensor | None, condition: Tensor | None, cache: LevelwiseCache) -> Tensor:
         if code is not None:
             cache.codes[:, cache.position - 1] = code
         level, index = self.layout.level_and_index(cache.position)
@@ -100,10 +100,10 @@ class Levelwise(AutoregressivePrior):
         if index == 0:
             cache.of_level, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
         cache.position += 1
-        return part.step(code, labels, cache.of_level)
+        return part.step(code, condition, cache.of_level)
 
     @override
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: LevelwiseCache) -> None:
+    def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: LevelwiseCache) -> None:
         cache.codes.copy_(sequences)
         cache.position = stop
         level, index = self.layout.level_and_index(stop)
@@ -113,7 +113,7 @@ class Levelwise(AutoregressivePrior):
         if start <= first:
             cache.of_level = self.parts[level].new_cache(len(sequences), self.layout.grids_of(sequences)[:level])
         own = sequences[:, first : first + self.layout.lengths[level]]
-        self.parts[level].prefill(own, max(0, start - first), index, labels, cache.of_level)
+        self.parts[level].prefill(own, max(0, start - first), index, condition, cache.of_level)
 
     @override
     def fixed_steps(self, batch: FixedBatch) -> LevelwiseSteps | None:
@@ -121,7 +121,7 @@ class Levelwise(AutoregressivePrior):
         for level, (part, length) in enumerate(zip(self.parts, self.layout.lengths, strict=True)):
             first = self.layout.first_position(level)
             sequences = batch.sequences[:, first : first + length]
-            parts.append(part.fixed_steps(FixedBatch(sequences, batch.labels, batch.position, batch.first + first)))
+            parts.append(part.fixed_steps(FixedBatch(sequences, batch.condition, batch.position, batch.first + first)))
         steps = [part for part in parts if part is not None]
         return LevelwiseSteps(self.layout, batch, steps) if len(steps) == len(parts) else None
 

@@ -174,12 +174,12 @@ class Transformer(AutoregressivePrior):
         return None if self.above is None else self.above(above, self.rotations).flatten(1, 2)
 
     @override
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
+    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
         tokens = self.layout.to_tokens(codes[self.levels])
         batch = tokens.shape[0]  # len would fix the batch of an exported graph
         start = self.start.expand(batch, 1, -1)
         x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_positions()  # (B, T, C)
-        given = self.label(self.labels_or_null(labels, batch))
+        given = self.label(self.condition_or_null(condition, batch))
         if variants is not None and self.variant is not None:
             given = given + self.variant(variants)
         above = self._upper_level_features(codes[: self.levels.start])
@@ -202,17 +202,19 @@ class Transformer(AutoregressivePrior):
         return TransformerCache(layers, self._embedded_positions(), self._upper_level_features(above))
 
     @override
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: TransformerCache) -> Tensor:
+    def step(self, code: Tensor | None, condition: Tensor | None, cache: TransformerCache) -> Tensor:
         position = cache.position
         cache.position += 1
         batch = len(cache.layers[0].keys)
         x = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(position))
-        x = x + self.label(self.labels_or_null(labels, batch))
+        x = x + self.label(self.condition_or_null(condition, batch))
         return self._logits(self.last_features(x, cache, position), self.layout.level_of(position))
 
     @override
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: TransformerCache) -> None:
-        self.fill(sequences, start, stop, self.labels_or_null(labels, len(sequences)), cache.layers, cache.embedded_positions, cache.above)
+    def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: TransformerCache) -> None:
+        self.fill(
+            sequences, start, stop, self.condition_or_null(condition, len(sequences)), cache.layers, cache.embedded_positions, cache.above
+        )
         cache.position = stop
 
     def fill(
@@ -220,19 +222,19 @@ class Transformer(AutoregressivePrior):
         sequences: Tensor,
         start: int,
         stop: int,
-        labels: Tensor,
+        condition: Tensor,
         layers: Sequence[KeyValueCache],
         embedded_positions: Tensor,
         above: Tensor | None,
     ) -> None:
-        """Put keys and values of the positions from `start` to `stop` into the caches, of known `sequences` (B, T) and `labels` (B,)."""
+        """Put keys and values of the positions from `start` to `stop` into the caches, of known `sequences` (B, T) and `condition` (B,)."""
         offsets = [self.layout.offset_before(position) for position in range(max(1, start), stop)]
         tokens = sequences[:, max(0, start - 1) : stop - 1] + torch.tensor(offsets, dtype=torch.int64, device=sequences.device)
         for rows in batches(len(sequences), max(1, _FILLED_AT_ONCE // (stop - start))):
             x = self.token(tokens[rows])
             if start == 0:
                 x = torch.cat([self.start.expand(len(x), 1, -1), x], 1)
-            x = x + self.label(labels[rows])[:, None] + embedded_positions[start:stop]
+            x = x + self.label(condition[rows])[:, None] + embedded_positions[start:stop]
             x = x if above is None else x + above[rows, start:stop]
             for block, cache in zip(self.blocks, layers, strict=True):
                 x = block.prefill(x, self.rotations[start:stop], cache, rows, start)
@@ -261,7 +263,7 @@ class TransformerSteps(FixedSteps):
 
     def __init__(self, prior: Transformer, batch: FixedBatch) -> None:
         super().__init__(batch)
-        self._prior, layout, rows = prior, prior.layout, len(batch.labels)
+        self._prior, layout, rows = prior, prior.layout, len(batch.condition)
         self._layers = [block.attention.new_cache(rows, layout.length) for block in prior.blocks]
         self._positions = prior._embedded_positions()
         self._above = None if prior.above is None else self._positions.new_zeros(rows, *self._positions.shape)
@@ -283,7 +285,7 @@ class TransformerSteps(FixedSteps):
         if stop > 0:
             self.prepare(0, above)
             sequences = self.batch.shared(self.batch.sequences)
-            self._prior.fill(sequences, 0, stop, self.batch.labels, self._layers, self._positions, self._above)
+            self._prior.fill(sequences, 0, stop, self.batch.condition, self._layers, self._positions, self._above)
         return stop
 
     @override
@@ -305,13 +307,13 @@ class TransformerSteps(FixedSteps):
         """(R, C): sum of the previous code's, label, position and upper-level embeddings."""
         prior, batch = self._prior, self.batch
         if _EMBED.usable(position.device) and prior.start.dtype != torch.float64:
-            embeddings = prior.token.weight, prior.start, prior.label.weight, batch.labels, self._positions, self._above
+            embeddings = prior.token.weight, prior.start, prior.label.weight, batch.condition, self._positions, self._above
             embedded = _EMBED(batch.sequences, self._offsets, *embeddings, position)
             if embedded is not None:
                 return embedded
         before = (position - 1).clamp_(min=0)
         tokens = batch.sequences.index_select(1, before)[:, 0] + self._offsets.index_select(0, before)
-        x = torch.where(position == 0, prior.start, prior.token(batch.shared(tokens))) + prior.label(batch.labels)
+        x = torch.where(position == 0, prior.start, prior.token(batch.shared(tokens))) + prior.label(batch.condition)
         x = x + self._positions.index_select(0, position)
         return x if self._above is None else x + self._above.index_select(1, position)[:, 0]
 
