@@ -30,7 +30,7 @@ from pipelines.codec.code_file import pack, run_fingerprint, with_stored
 from pipelines.codec.coder import decode
 from pipelines.codec.image_coder import encode_images
 from pipelines.codec.pixels import decode_pixels
-from pipelines.images.inputs import Images, chosen_images, labels_for
+from pipelines.inputs.images import Images, chosen_images, labels_for
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage2_prior.priors.prior_file import finished_prior, load_prior

@@ -28,10 +28,10 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, Command, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, read_json
-from pipelines.images.heat import colour_scale, heat_maps, overlaid
-from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
-from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
+from pipelines.inputs.images import chosen_images, encode_and_decode, image_options, known_labels_for
+from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
+from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
+from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.metrics import squared_errors
 from stage1_vqvae.model import load_tokenizer

@@ -28,7 +28,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
 from pipelines.codec.code_file import SUFFIX, Sizes
 from pipelines.codec.image_coder import EncodedImages
-from pipelines.images.inputs import Images, chosen_images, image_options, known_labels_for, unique_names
+from pipelines.inputs.images import Images, chosen_images, image_options, known_labels_for, unique_names
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors

@@ -32,12 +32,12 @@ from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
 from configs.schema import Stage1
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
+from pipelines.evaluation.npz import array_in
 from pipelines.evaluation.reference_batch import load_reference_batch
 from pipelines.evaluation.tables import markdown, notes, tables
-from pipelines.images.npz import array_in
-from pipelines.images.provenance import agrees, base_name, described_weights, identity
-from pipelines.images.scoring import ScoringPrior, scoring_prior
 from pipelines.of_command import generator_of
+from pipelines.provenance import agrees, base_name, described_weights, identity
+from pipelines.scoring.surprisals import ScoringPrior, scoring_prior
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import normalised
 from stage1_vqvae.data.record import Record, check_unchanged

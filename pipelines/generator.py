@@ -30,10 +30,10 @@ from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, pack, run_
 from pipelines.codec.coder import decode as decode_codes
 from pipelines.codec.image_coder import EncodedImages, encode_images, verify
 from pipelines.codec.pixels import decode_pixels
-from pipelines.images.drawing import Label, check_guidance, draw_images, kept_codes, labels_of
-from pipelines.images.inputs import encode_and_decode
-from pipelines.images.pictures import Mask, Pictures, mask_in, pictures_out, pixels_in
-from pipelines.images.scoring import surprisals
+from pipelines.drawing import Label, check_guidance, draw_images, kept_codes, labels_of
+from pipelines.inputs.images import encode_and_decode
+from pipelines.inputs.pictures import Mask, Pictures, mask_in, pictures_out, pixels_in
+from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes

@@ -23,9 +23,9 @@ from torch import Tensor
 from configs.cli import Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
-from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
+from pipelines.inputs.images import chosen_images, encode_and_decode, image_options, known_labels_for
+from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
+from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
 from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png

@@ -38,7 +38,7 @@ from configs.data import AT_HAND
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from configs.schema import Stage1, Stage2, keys_that_may_change
-from pipelines.images.provenance import agrees, described_weights, identity, outputs, seen
+from pipelines.provenance import agrees, described_weights, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage2_prior.priors.prior_file import UNIFORM
 from training.batching import most_processes

@@ -13,7 +13,7 @@ from pathlib import Path
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir, natural, read_json, typed
-from pipelines.images.provenance import identity, outputs
+from pipelines.provenance import identity, outputs
 from stage1_vqvae.metrics import compression_ratio
 from stage2_prior.codes.store import read_manifest
 

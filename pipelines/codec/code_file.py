@@ -52,7 +52,7 @@ from torch import Tensor
 from configs.errors import UserError
 from pipelines.codec.coder import MOST_IMAGES, Coded
 from pipelines.codec.pixels import CodedPixels, num_offsets
-from pipelines.images.inputs import unique_names
+from pipelines.inputs.images import unique_names
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"

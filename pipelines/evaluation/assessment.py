@@ -28,9 +28,9 @@ from pipelines.evaluation.distances import (
 )
 from pipelines.evaluation.reference import ReferenceFeatures, pixels_identity, reference_features
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
-from pipelines.images.bound import image_bits
-from pipelines.images.inputs import encode, encode_and_decode
-from pipelines.images.scoring import ScoringPrior
+from pipelines.inputs.images import encode, encode_and_decode
+from pipelines.scoring.bound import image_bits
+from pipelines.scoring.surprisals import ScoringPrior
 from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.names import class_numbers

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configs.errors import UserError, listed
 from pipelines.evaluation.distances import Gaussian, Moments, Reference, ordered_inception_score
-from pipelines.images.npz import array_in, names_in
+from pipelines.evaluation.npz import array_in, names_in
 from stage1_vqvae.features.networks import POOLED, SPATIAL, Features
 from training.devices import float64_device
 

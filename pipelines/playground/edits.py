@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pipelines.drawing import Label
 from pipelines.generator import Generator
-from pipelines.images.drawing import Label
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes, Levels
 from stage1_vqvae.quantizers.search import nearest_codes as nearest_vectors

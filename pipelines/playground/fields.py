@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from configs.errors import EXPLANATIONS, UserError
+from pipelines.drawing import Label
 from pipelines.generator import Generator
-from pipelines.images.drawing import Label
 from stage1_vqvae.data.decoding import decode_image
 
 _SMALL = 128  # pixels a side: up to here they are shown as squares

@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipelines.images.heat import overlaid
+from pipelines.scoring.heat_maps import overlaid
 from stage1_vqvae.pictures import image_grid, to_pil
 
 # Of a map of codes, in pixels: its longer side at least, and the least that a cell takes for its code to be written into it.

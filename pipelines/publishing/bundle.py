@@ -23,7 +23,7 @@ from typing import Any
 from configs.cli import load_recipe, recipe_dict
 from configs.run_dir import BUNDLE, RunDir, read_json, write_json, write_text, write_yaml
 from pipelines.generator import Generator
-from pipelines.images.provenance import agrees, identity, outputs, without_machine
+from pipelines.provenance import agrees, identity, outputs, without_machine
 from pipelines.publishing.card import card, grid_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage2_prior.priors.prior_file import finished_prior, read_prior_header

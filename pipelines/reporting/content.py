@@ -14,7 +14,7 @@ from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, f
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
 from configs.schema import Recipe, Sampling, prior_from
-from pipelines.images.provenance import base_name, identity, outputs, seen, without_machine, without_places
+from pipelines.provenance import base_name, identity, outputs, seen, without_machine, without_places
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
 from stage2_prior.codes.store import Manifest, read_manifest

@@ -17,8 +17,8 @@ from PIL import Image
 
 from configs.run_dir import read_json, read_summed_json, write_json
 from pipelines.anomalies import main, percent_below, shown
-from pipelines.images.heat import colour_scale, heat_maps, overlaid
-from pipelines.images.scoring import surprisals
+from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
+from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore

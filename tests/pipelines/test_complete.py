@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs.run_dir import RunDir
 from pipelines.complete import kept_part, kept_rows, main, rows_of_pixels
-from pipelines.images.drawing import kept_codes
+from pipelines.drawing import kept_codes
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer

@@ -24,7 +24,7 @@ from pipelines.evaluate import main, numbers_of_each, trained_by
 from pipelines.evaluation.assessment import pixels_hash
 from pipelines.evaluation.reference import one_pass
 from pipelines.evaluation.reference_batch import load_reference_batch
-from pipelines.images.inputs import encode_and_decode
+from pipelines.inputs.images import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit

@@ -27,11 +27,11 @@ from playwright.sync_api import Browser
 from configs.errors import UserError
 from configs.run_dir import read_json, write_json
 from pipelines import Generator
+from pipelines.drawing import kept_codes
 from pipelines.export_web import PAGE, main
 from pipelines.exporting import vendored
 from pipelines.exporting.folder import export_graphs
 from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
-from pipelines.images.drawing import kept_codes
 from stage2_prior.train import main as train_prior
 from tests.browser import PHONE, chromium, visit
 from tests.conftest import check_names_no_place

@@ -26,7 +26,7 @@ from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
 from configs.errors import UserError
 from configs.run_dir import REPOSITORY, RunDir, read_json, write_json
 from configs.schema import Stage2
-from pipelines.images.provenance import described_weights, identity, without_places
+from pipelines.provenance import described_weights, identity, without_places
 from pipelines.run import Launch, check_options, evaluation_of, main, run_to_its_end, samples_of, steps
 from pipelines.sample import main as sample
 from tests.conftest import Script

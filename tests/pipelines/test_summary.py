@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.run_dir import RunDir, natural, read_json, write_json
-from pipelines.images.provenance import identity
+from pipelines.provenance import identity
 from pipelines.summary import main
 
 

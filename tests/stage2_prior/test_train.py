@@ -20,8 +20,8 @@ from configs.errors import UserError
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
 from pipelines.anomalies import reference
-from pipelines.images.scoring import ScoringPrior
 from pipelines.sample import main as sample
+from pipelines.scoring.surprisals import ScoringPrior
 from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.extract_codes import main as extract

@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, listed, say
 from configs.run_dir import RunDir
-from pipelines.images.drawing import labels_of
+from pipelines.drawing import labels_of
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import class_numbers

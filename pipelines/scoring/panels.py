@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from configs.run_dir import write_text
-from pipelines.images.inputs import unique_names
+from pipelines.inputs.images import unique_names
 from stage1_vqvae.pictures import grid_scale, image_grid
 from stage1_vqvae.plots import save_figure
 

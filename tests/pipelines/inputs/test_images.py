@@ -19,9 +19,9 @@ from configs.data import Data
 from configs.errors import UserError
 from configs.parts import default_part
 from configs.run_dir import RunDir
-from pipelines.images.drawing import labels_of
-from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
-from pipelines.images.pictures import kept_by
+from pipelines.drawing import labels_of
+from pipelines.inputs.images import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.inputs.pictures import kept_by
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
