@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from configs.parts import part_from
 from stage1_vqvae.attention import rotations
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.classes import Classes
 from stage2_prior.priors.transformer import Block
 
 _CODES, _SIDE, _CLASSES, _VARIANTS, _BATCH = 16384, 16, 1000, 10, 256  # those of configs/imagenet256.yaml
@@ -50,7 +51,7 @@ def pieces(size: dict[str, Any]) -> Pieces:
     """Of a transformer of that size, built without memory for it."""
     part = part_from("prior", {"kind": "transformer", **size})
     with torch.device("meta"):
-        prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), _CLASSES, _VARIANTS)
+        prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), Classes(names=[*map(str, range(_CLASSES))]), _VARIANTS)
     whole = sum(parameter.numel() for parameter in prior.parameters())
     inside = sum(parameter.numel() for unit in prior.units() for parameter in unit.parameters())
     return Pieces(len(prior.units()), part.sizes().width, inside, whole - inside)

@@ -30,7 +30,8 @@ from pipelines.codec.code_file import pack, run_fingerprint, with_stored
 from pipelines.codec.coder import decode
 from pipelines.codec.image_coder import encode_images
 from pipelines.codec.pixels import decode_pixels
-from pipelines.inputs.images import Images, chosen_images, labels_for
+from pipelines.conditioning import image_condition
+from pipelines.inputs.images import Images, chosen_images
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage2_prior.priors.prior_file import finished_prior, load_prior
@@ -56,7 +57,7 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
     prior, header = load_prior(path, fingerprint(run.tokenizer))
     prior.double()
-    pixels, labels = images.pixels, labels_for(None, images, header)
+    pixels, labels = images.pixels, image_condition(header, None, images)
     made_by = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path)), path.parent.name
 
     def again() -> Tensor:

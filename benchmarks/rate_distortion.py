@@ -33,7 +33,8 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir
 from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
 from pipelines.codec.coder import batch_images, encode
-from pipelines.inputs.images import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.conditioning import image_condition
+from pipelines.inputs.images import Images, chosen_images, encode_and_decode
 from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
@@ -72,7 +73,7 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Poin
     tokenizer = load_tokenizer(run)
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
     prior, header = load_prior(path, fingerprint(run.tokenizer))
-    labels = labels_for(None, images, header)
+    labels = image_condition(header, None, images)
     codes, decoded = encode_and_decode(tokenizer, images.pixels, _BATCH)
     coded = encode(prior.double(), codes, labels, batch_images(prior.layout, _BATCH), progress=True).coded
     height, width, channels = images.pixels.shape[1:]

@@ -238,16 +238,24 @@ class Extraction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionPart(Part):
+    """What the prior's codes are conditioned on, and what is stored with them. `build(source)` completes it with what a data set says."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Columns of the data set that it is read from, other than the images and their labels."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class PriorPart(Part):
-    """The autoregressive model of the codes. `build(layout, num_classes, num_variants)` makes it; a kind that may be given levels has
+    """The autoregressive model of the codes. `build(layout, condition, num_variants)` makes it; a kind that may be given levels has
     one more, `build(.., given)`: the layout of the levels above those of `layout`.
     """
 
     MAY_BE_GIVEN_LEVELS: ClassVar[bool] = False
     dropout: float = 0.1
     """Share of activations dropped in training, where the kind says."""
-    conditional: bool = True
-    """Condition on classes where the codes have them."""
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
@@ -374,6 +382,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     stage1: Stage1 = field(default_factory=Stage1)
+    condition: ConditionPart = field(default_factory=lambda: default_part("condition"))
     extraction: Extraction = Extraction()
     prior: PriorPart = field(default_factory=lambda: default_part("prior"))
     stage2: Stage2 = Stage2()
@@ -420,6 +429,11 @@ def tokenizer_from(content: dict[str, Any]) -> Tokenizer:
     """The inverse of `as_dict` for a tokenizer section."""
     parts = {name: part_from(f"tokenizer.{name}", content[name]) for name in ("quantizer", "network", "objective")}
     return Tokenizer(**{**content, **parts})
+
+
+def condition_from(content: dict[str, Any]) -> ConditionPart:
+    """The inverse of `as_dict` for a condition."""
+    return part_from("condition", content)
 
 
 def prior_from(content: dict[str, Any]) -> PriorPart:

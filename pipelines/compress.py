@@ -28,7 +28,8 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
 from pipelines.codec.code_file import SUFFIX, Sizes
 from pipelines.codec.image_coder import EncodedImages
-from pipelines.inputs.images import Images, chosen_images, image_options, known_labels_for, unique_names
+from pipelines.conditioning import image_condition, label_option
+from pipelines.inputs.images import Images, chosen_images, image_options, unique_names
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
@@ -55,11 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
     if options.lossless:
         check_exact(images, command.recipe.data)
-    labels = known_labels_for(options.label, images, generator.header)
+    condition = image_condition(generator.header, options.label, images, lenient=True)
 
     # Rows of a split are known by their number.
     names = None if images.below is None else unique_names(images.below)
-    data, sizes, encoded = generator.compressed(images.pixels, labels, names, options.batch_size, options.lossless, progress=True)
+    data, sizes, encoded = generator.compressed(images.pixels, condition, names, options.batch_size, options.lossless, progress=True)
 
     with run.numbered("compressed", output is None) as folder:
         output = output or (folder or run.path) / f"images{SUFFIX}"
@@ -77,7 +78,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--lossless", action="store_true", help="code the pixels too, so that every one comes back")
     parser.add_argument("--output", type=str, help="the file to write; must not exist (default: compressed/NNN in the run)")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
-    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, where known)")
+    label_option(parser, "all images", "their own, where known")
     parser.add_argument("--batch_size", type=int, default=64, help="images at once, while encoding and decoding")
 
 

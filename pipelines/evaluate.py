@@ -128,7 +128,8 @@ def images(command: Command, progress: bool) -> ImageSource:
     def check(record: Record) -> None:
         check_unchanged(command.run.data, record, str(command.run), command.options.accept_changed_data)
 
-    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *named.values()}, progress, check=check)
+    columns = command.recipe.condition.columns
+    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *named.values()}, progress, check=check, columns=columns)
     for name, split in named.items():
         if split not in source.splits:
             raise UserError(f"--{name} {split}: expected one of {', '.join(source.splits)}, the splits of the run's data")
@@ -139,9 +140,10 @@ def drawn(command: Command, accelerator: Accelerator) -> Samples:
     """Samples of a prior of the run; complete on the main process alone."""
     config = command.recipe.evaluation
     generator = generator_of(command, accelerator, command.options.prior)
-    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True)
-    shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
-    balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"
+    codes, pixels, condition = generator.draw(config.n, seed=config.seed, progress=True)
+    names = generator.label_names
+    shown = None if condition is None or not names else [names[label] for label in condition.tolist()]
+    balance = "no labels" if condition is None else f"labels in turns: {numbers_of_each(condition, len(names))}"
     own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": generator.tokenizer_sha256}
     return Samples(pixels, codes, shown, own | generator.origin)
 
@@ -177,11 +179,12 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
         pixels = load_files([str(where / "images")], data, progress=True).pixels
         if len(pixels) != told["n"]:
             raise UserError(f"--samples {path}: expected the {told['n']} images that its samples.json tells of, found {len(pixels)}")
-        labels = None if told["labels"] is None else [told["label_names"][label] for label in told["labels"]]
+        names = [] if told["condition"] is None else told["condition"].get("names", [])
+        labels = [names[label] for label in told["labels"]] if told["labels"] is not None and names else None
         details |= {key: told.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
             tensors = weights_in(where / "codes.safetensors")
-            codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
+            codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("condition" in tensors)))
     else:
         files = load_files([path], data, progress=True)
         pixels, labels = files.pixels, files.labels

@@ -278,7 +278,8 @@ def samples_of(run: RunDir, prior: str) -> Path | None:
         if not agrees(found, wanted) or (prior != UNIFORM and not agrees(found["sampling"], seen(sampling))):
             continue
         # Not of one label alone.
-        if found["labels"] is None or len(set(found["labels"])) == min(_SAMPLES, len(found["label_names"])):
+        names = (found["condition"] or {}).get("names")
+        if not names or len(set(found["labels"])) == min(_SAMPLES, len(names)):
             return path.parent
     return None
 

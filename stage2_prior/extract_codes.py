@@ -27,6 +27,7 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
 from configs.data import Data, StoredAugmentation
 from configs.errors import UserError, run_entry, say
+from configs.parts import as_dict
 from configs.run_dir import RunDir, program, read_json, replace_folder, write_json
 from configs.schema import Extraction, Recipe
 from stage1_vqvae.data.loader import pixels_of
@@ -38,6 +39,8 @@ from stage1_vqvae.data.variants import crops_of, make_variants, num_variants
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage2_prior.codes.store import CodeStore, Manifest, open_shard, read_manifest, write_manifest, write_shard
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.none import NoCondition
 from training.batching import batches
 from training.prefetch import read_to
 from training.processes import finish, start
@@ -49,13 +52,13 @@ _PLAN = "plan.json"
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("extraction", "compute"), argv, reads_images=True, options=_options)
+    command = parse(__doc__, ("condition", "extraction", "compute"), argv, reads_images=True, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if command.options.verify:
         verify(command)
         return
-    if run.codes.exists() and not command.options.overwrite and _is_done(run, recipe.extraction):
+    if run.codes.exists() and not command.options.overwrite and _is_done(run, recipe):
         say(f"{run}: the codes are already extracted")
         say(f"next: {command.next(TRAIN_PRIOR)}")
         return
@@ -66,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         def check(record: Record) -> None:
             check_unchanged(run.data, record, str(run), command.options.accept_changed_data)
 
-        source = load_images(read_as(recipe), progress=accelerator.is_main_process, announce=True, check=check)
+        columns = recipe.condition.columns
+        source = load_images(read_as(recipe), progress=accelerator.is_main_process, announce=True, check=check, columns=columns)
         accelerator.wait_for_everyone()  # before it is written
         if accelerator.is_main_process:
             write_json(run.data, {**source.record, **read_record(run.data)})
@@ -104,15 +108,16 @@ def _options(parser: Any) -> None:
     )
 
 
-def _is_done(run: RunDir, config: Extraction) -> bool:
-    """Whether the codes there are what is asked for. Errors: UserError if they are good codes of another kind."""
+def _is_done(run: RunDir, recipe: Recipe) -> bool:
+    """Whether the run has the recipe's codes. Errors: UserError if it has codes of the same tokenizer by other settings."""
     manifest = read_manifest(run.codes / TRAIN)
     if manifest.tokenizer_sha256 != fingerprint(run.tokenizer):
         say(f"{run}: the codes are another tokenizer's; extracting anew")
         return False
-    if manifest.augmentation != config.augmentation:
-        found = f"the codes there have augmentation {manifest.augmentation}, asked for was {config.augmentation}"
-        raise UserError(f"{run}: {found}; add --overwrite to replace them")
+    if manifest.augmentation != recipe.extraction.augmentation:
+        expected = f"expected codes of augmentation {recipe.extraction.augmentation}, found {manifest.augmentation}"
+        raise UserError(f"{run}: {expected}; add --overwrite to replace them")
+    manifest.condition_of_prior(recipe.condition)
     return True
 
 
@@ -122,7 +127,8 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
     Errors: UserError for codes that do not decode to the tokenizer's own reconstructions, and a disk that the processes do not share.
     """
     config, folder, main = recipe.extraction, run.unfinished_codes, accelerator.is_main_process
-    manifests = {name: manifest_of(name, source, tokenizer, config, fingerprint(run.tokenizer)) for name in source.splits}
+    condition, sha256 = recipe.condition.build(source), fingerprint(run.tokenizer)
+    manifests = {name: manifest_of(name, source, condition, tokenizer, config, sha256) for name in source.splits}
     shards = [(name, shard) for name, manifest in manifests.items() for shard in range(manifest.num_shards)]
     missing = [begin(folder, recipe, source, manifests, shards) if main else []]
     broadcast_object_list(missing)  # one process looks, since several might see different things
@@ -141,8 +147,7 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
                 found.append(encode(tokenizer, pixels, manifest.augmentation))
                 bar.update(len(pixels))
             codes = [torch.cat(level) for level in zip(*found, strict=True)]
-            labels = None if split.labels is None else split.labels[rows.start : rows.stop]
-            write_shard(folder / name, manifest, shard, codes, labels)
+            write_shard(folder / name, manifest, shard, codes, encode_condition(manifest.condition, split, rows))
             if number in (0, len(mine) - 1):
                 try:
                     check_decodes(tokenizer, folder / name, manifest, shard, split, config.batch_size, accelerator.device)
@@ -165,8 +170,17 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
         (run.codes / _PLAN).unlink()
 
 
-def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
-    """The manifest of a split's codes, which are still to be made."""
+def encode_condition(condition: Condition, split: ImageSplit, rows: range) -> Tensor | None:
+    """Encode the condition of consecutive rows. Errors: UserError for a class that the recipe's condition does not name."""
+    found = condition.encode(split, slice(rows.start, rows.stop))
+    if found is not None and not bool(condition.known(found).all()):
+        row = rows[int(condition.known(found).int().argmin())]
+        raise UserError(f"condition: expected {condition.describe()} of all images, found another one in row {row}")
+    return found
+
+
+def manifest_of(name: str, source: ImageSource, condition: Condition, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
+    """Describe a split's codes before they are made."""
     # Variants are for learning from; what measures stays as it is.
     augmentation: StoredAugmentation = config.augmentation if name == TRAIN else "none"
     split = source.splits[name]
@@ -175,7 +189,7 @@ def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extrac
         rows=len(split),
         grids=tokenizer.grids,
         num_codes=list(tokenizer.quantizer.num_codes),
-        label_names=source.label_names if split.labels is not None else None,
+        condition=NoCondition() if condition.encode(split, slice(0, 1)) is None else condition,
         augmentation=augmentation,
         variants=num_variants(augmentation),
         image_shape=tokenizer.image_shape,
@@ -196,7 +210,7 @@ def begin(
         "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None, workers=None, decode="each_time", stream=False)),
         "images": source.identities,
         "augmentation": recipe.extraction.augmentation,
-        "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
+        "splits": [as_dict(manifest) for manifest in manifests.values()],
     }
     same = (folder / _PLAN).exists() and read_json(folder / _PLAN) == json.loads(json.dumps(plan))
     if folder.exists() and not same:

@@ -23,6 +23,8 @@ from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior.codes.exchange import FORMS, import_split, labels_of, read
 from stage2_prior.codes.store import Manifest
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.none import NoCondition
 from training.weights_file import fingerprint
 
 
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
                     rows=0,
                     grids=tokenizer.grids,
                     num_codes=list(tokenizer.quantizer.num_codes),
-                    label_names=names if name in labels else None,
+                    condition=Classes(names=names) if names is not None and name in labels else NoCondition(),
                     augmentation="none",
                     variants=1,
                     image_shape=tokenizer.image_shape,

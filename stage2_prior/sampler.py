@@ -86,7 +86,7 @@ class _GraphedSteps:
 
         self._prior, self._config, self._guides = prior, config, guides
         self._sequences, self._uniform = zeros(batch, length, dtype=torch.int64), zeros(batch, length, dtype=torch.float64)
-        self._condition = zeros(2 * batch if guides else batch, dtype=torch.int64)
+        self._condition = prior.null_condition(2 * batch if guides else batch)
         self._scales, self._to_draw = zeros(length, dtype=torch.float64), zeros(length, dtype=torch.int32)
         self._temperature = torch.full((1,), config.temperature or 1.0, dtype=torch.float64, device=device)
         self._position, self._failed = zeros(1, dtype=torch.int64), zeros(batch, dtype=torch.int32)

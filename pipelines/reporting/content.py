@@ -213,9 +213,10 @@ def data_table(run: RunDir, recipe: Recipe, source: str) -> Table:
         variants = f" x {manifest.variants} variants ({manifest.augmentation})" if manifest.variants > 1 else ""
         rows.append([f"split {manifest.split}", f"{manifest.rows:,} images{variants}"])
     if manifests(run):
-        names = manifests(run)[0].label_names
-        more = f", and {len(names) - _MOST_LABELS_NAMED} more" if names and len(names) > _MOST_LABELS_NAMED else ""
-        rows.append(["labels", f"{len(names)}: {', '.join(names[:_MOST_LABELS_NAMED])}{more}" if names else "none"])
+        condition = manifests(run)[0].condition
+        names = condition.class_names
+        more = f", and {len(names) - _MOST_LABELS_NAMED} more" if len(names) > _MOST_LABELS_NAMED else ""
+        rows.append(["labels", f"{len(names)}: {', '.join(names[:_MOST_LABELS_NAMED])}{more}" if names else condition.describe()])
     return Table(["", ""], rows)
 
 
@@ -348,9 +349,9 @@ def samples(run: RunDir, folder: Path) -> Samples:
     """One call's samples, by class: the first of each."""
     details = read_json(folder / "samples.json")
     files = sorted((folder / "images").glob("*.png"), key=natural)
-    labels, names = details["labels"], details["label_names"]
+    labels, names = details["labels"], (details["condition"] or {}).get("names")
     remarks = remarks_on_age(run, details)
-    if labels is None or names is None:
+    if labels is None or not names:
         classes = [ClassOfSamples(None, [tile(path) for path in files[:64]])]
     else:
         drawn = sorted(set(labels))

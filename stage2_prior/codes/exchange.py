@@ -1,7 +1,7 @@
 """Codes for other tools, and from them: NumPy arrays, or a data set that `datasets.load_from_disk` opens; a folder a split.
 
     FOLDER/train/level0.npy        (rows, variants, h, w), the smallest unsigned dtype; level1.npy and so on of a hierarchy
-    FOLDER/train/labels.npy        (rows,), where there are labels
+    FOLDER/train/labels.npy        (rows,), of classes; condition.npy (rows, ...) of another condition
     FOLDER/train/manifest.json     the store's own
 
 A data set has the same as columns `level0` .. and `label`.
@@ -71,8 +71,13 @@ def _export_npy(store: CodeStore, folder: Path) -> None:
                 array[rows.start : rows.stop] = store.shard(shard)[level]
                 bar.update(len(rows))
         array.flush()
-    if store.labels is not None:
-        np.save(folder / "labels.npy", store.labels.numpy())
+    if store.condition is not None:
+        np.save(folder / f"{_condition_name(manifest, 's')}.npy", store.condition.numpy())
+
+
+def _condition_name(manifest: Manifest, plural: str = "") -> str:
+    """What other tools find the condition under: labels, or else the condition itself."""
+    return f"label{plural}" if manifest.condition.class_names else "condition"
 
 
 def _export_dataset(store: CodeStore, folder: Path) -> None:
@@ -82,8 +87,11 @@ def _export_dataset(store: CodeStore, folder: Path) -> None:
     features: dict[str, Any] = {}
     for level, (grid, number) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True)):
         features[f"level{level}"] = datasets.Array3D((manifest.variants, *grid), str(smallest_dtype(number)))
-    if store.labels is not None:
-        features["label"] = datasets.ClassLabel(names=manifest.label_names)
+    names = list(manifest.condition.class_names)
+    if store.condition is not None:
+        # Without classes, its rows are vectors of numbers.
+        stored = datasets.Value(str(store.condition.numpy().dtype))
+        features[_condition_name(manifest)] = datasets.ClassLabel(names=names) if names else datasets.List(stored)
 
     cache = folder / ".cache"
     # It is told where the store is, not given it: what it is given is hashed, as a whole.
@@ -97,8 +105,8 @@ def _rows(folder: str) -> Iterator[dict[str, Any]]:
     for shard in range(store.manifest.num_shards):
         levels, first = store.shard(shard), store.manifest.shard_rows(shard).start
         for row in range(len(levels[0])):
-            label = {} if store.labels is None else {"label": int(store.labels[first + row])}
-            yield {f"level{level}": codes[row] for level, codes in enumerate(levels)} | label
+            stored = {} if store.condition is None else {_condition_name(store.manifest): store.condition[first + row].tolist()}
+            yield {f"level{level}": codes[row] for level, codes in enumerate(levels)} | stored
 
 
 def read(folder: Path, form: str) -> Foreign:
@@ -116,7 +124,9 @@ def read(folder: Path, form: str) -> Foreign:
         levels, labels, names = _of_dataset(folder)
     if not levels:
         raise UserError(f"{folder}: expected codes of level 0 ({'level0.npy' if form == 'npy' else 'a column level0'}), found none")
-    return Foreign(levels, labels, manifest.label_names if manifest is not None else names, manifest)
+    if manifest is not None:
+        names = list(manifest.condition.class_names) or None
+    return Foreign(levels, labels, names, manifest)
 
 
 def _array(path: Path) -> np.ndarray:

@@ -11,18 +11,19 @@ from torch import Tensor
 from configs.schema import Stage2
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.conditions.contract import Condition
 from training.batching import share_of_step
 from training.prefetch import StepReader
 from training.randomness import DataOrder, generator
 
 
 class CodeBatch(NamedTuple):
-    """Codes, labels and variants of one micro-step."""
+    """Codes, condition and variants of one micro-step."""
 
     codes: Codes
     """int64 (b, h, w) per level."""
-    labels: Tensor | None
-    """(b,) int64, `num_classes` where label dropout hides the label; None: an unconditional prior."""
+    condition: Tensor | None
+    """(b, ...), the null where dropout hides it; None: an unconditional prior."""
     variants: Tensor
     """(b,) int64: augmentation variant of each row."""
 
@@ -30,15 +31,16 @@ class CodeBatch(NamedTuple):
 class CodeLoader:
     """Loads this rank's codes for every micro-step.
 
-    Row, variant and label dropout are a function of (seed, step, position in the step's batch): the same for any number of processes and
-    threads, and after a resume.
+    Row, variant and dropout of the condition are a function of (seed, step, position in the step's batch): the same for any number of
+    processes and threads, and after a resume.
     """
 
-    def __init__(self, training: CodeStore, num_classes: int, config: Stage2, accelerator: Accelerator, ahead: bool | None = None) -> None:
-        """`num_classes`: of the prior. `ahead`: prefetch in a thread; None: on accelerators."""
-        self._training, self._config = training, config
-        self._labels = training.labels if num_classes > 0 else None
-        self._num_classes = num_classes
+    def __init__(
+        self, training: CodeStore, condition: Condition, config: Stage2, accelerator: Accelerator, ahead: bool | None = None
+    ) -> None:
+        """`condition`: the prior's. `ahead`: prefetch in a thread; None: on accelerators. Errors: as `CodeStore.condition_for`."""
+        self._training, self._config, self._condition = training, config, condition
+        self._rows = training.condition_for(condition)
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
         self._order = DataOrder(len(training), config.batch_size, config.seed)
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
@@ -46,18 +48,18 @@ class CodeLoader:
     def batch(self, step: int, micro_step: int) -> CodeBatch:
         """Codes of a micro-step, on this rank's device. Errors: UserError for a code outside the codebook."""
         variants, *tensors = self._reader.at(step, micro_step)
-        labels = None if self._labels is None else tensors.pop()
-        return CodeBatch(tuple(tensors), labels, variants)
+        condition = None if self._rows is None else tensors.pop()
+        return CodeBatch(tuple(tensors), condition, variants)
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Read a micro-step: variants (b,), codes (b, h, w) per level, and labels (b,) of a conditional prior."""
+        """Read a micro-step: variants (b,), codes (b, h, w) per level, and the condition (b, ...) of a conditional prior."""
         (step, micro_step), config = key, self._config
         rows = self._order.batch(step)
         share = share_of_step(config.batch_size, config.accumulation, micro_step, self._processes, self._rank)
         draws = generator(config.seed, "variants", step)
         variants = torch.randint(self._training.manifest.variants, rows.shape, generator=draws)[share]
         codes = self._training.codes(rows[share], variants)
-        if self._labels is None:
+        if self._rows is None:
             return variants, *codes
         hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-        return variants, *codes, self._labels[rows[share]].masked_fill(hidden[share], self._num_classes)
+        return variants, *codes, self._condition.drop(self._rows[rows[share]], hidden[share])

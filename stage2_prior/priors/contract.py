@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from configs.errors import require
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Condition
 from training.precision import full_precision, ieee_float32
 
 Logits = tuple[Tensor, ...]
@@ -74,7 +75,7 @@ class FixedBatch:
     sequences: Tensor
     """(B, T) int64 codes; only those before the current position are read."""
     condition: Tensor
-    """(R,) int64 class labels. R = B, or 2 B under guidance, where rows r and B + r share their codes."""
+    """(R, ...) rows of the prior's condition. R = B, or 2 B under guidance, where rows r and B + r share their codes."""
     position: Tensor
     """(1,) int64: current position, counted over all levels."""
     first: int = 0
@@ -125,13 +126,16 @@ class AutoregressivePrior(nn.Module, ABC):
     checkpointing: bool
     """Whether training computes each layer's inside twice instead of keeping it (Chen et al. 2016)."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
-        """`layout`: the levels that it models. `num_classes` 0: unconditional. The label index `num_classes` means none, and always has
-        its embedding. `num_variants`: how many variants of each image the training codes hold, the image itself included. `given`: the
-        levels above, where it models p(levels | levels above).
+    def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
+        """
+        Args:
+            layout: of the levels that it models.
+            condition: embedded by `condition.embedding`, the null included.
+            num_variants: variants of each image that the training codes hold, the image itself included.
+            given: layout of the levels above, if it models p(levels | levels above).
         """
         super().__init__()
-        self.layout, self.num_classes, self.num_variants, self.given = layout, num_classes, num_variants, given
+        self.layout, self.condition, self.num_variants, self.given = layout, condition, num_variants, given
         self.checkpointing = False
 
     @property
@@ -146,7 +150,7 @@ class AutoregressivePrior(nn.Module, ABC):
 
         Args:
             codes: int64 (B, h, w) a level, all positions, of the levels above and its own.
-            condition: (B, ...), today class labels (B,) int64; the null condition where there is none; None: none anywhere.
+            condition: (B, ...) rows of the prior's condition, the null where there is none; None: none anywhere.
             variants: (B,) int64, which variant of its image each row is of, in training; None: the images themselves.
         """
 
@@ -201,8 +205,8 @@ class AutoregressivePrior(nn.Module, ABC):
         return next(self.parameters()).device
 
     def null_condition(self, batch: int) -> Tensor:
-        """The condition (B,) of samples that have none: the label index `num_classes`."""
-        return torch.full((batch,), self.num_classes, device=self.device)
+        """Return the condition (B, ...) of samples that have none."""
+        return self.condition.null(batch, self.device)
 
     def condition_or_null(self, condition: Tensor | None, batch: int) -> Tensor:
         """The condition (B, ...), or the null condition where it is None."""

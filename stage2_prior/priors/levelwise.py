@@ -15,6 +15,7 @@ from configs.parts import as_dict
 from configs.schema import PriorPart, prior_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Condition
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits
 
 
@@ -28,25 +29,25 @@ class LevelwisePart(PriorPart):
     @override
     def resolved(self) -> LevelwisePart:
         parts = [prior_from(level).resolved() for level in self.levels]
-        return LevelwisePart(dropout=self.dropout, conditional=self.conditional, levels=[as_dict(part) for part in parts])
+        return LevelwisePart(dropout=self.dropout, levels=[as_dict(part) for part in parts])
 
     @override
-    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1) -> Levelwise:
+    def build(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1) -> Levelwise:
         require(len(self.levels) == len(layout.grids), "prior.levels", f"{len(layout.grids)} priors, one a level", len(self.levels))
-        parts = [build_level(prior_from(level), layout, number, num_classes, num_variants) for number, level in enumerate(self.levels)]
-        return Levelwise(layout, num_classes, num_variants, parts)
+        parts = [build_level(prior_from(level), layout, number, condition, num_variants) for number, level in enumerate(self.levels)]
+        return Levelwise(layout, condition, num_variants, parts)
 
 
-def build_level(config: PriorPart, layout: SequenceLayout, level: int, num_classes: int, num_variants: int = 1) -> AutoregressivePrior:
+def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition: Condition, num_variants: int = 1) -> AutoregressivePrior:
     """A prior with fresh weights of one level, from 0 on, given those above.
 
     Errors: ValueError for a kind that cannot be given levels.
     """
     own = SequenceLayout([layout.grids[level]], [layout.num_codes[level]])
     if level == 0:
-        return config.build(own, num_classes, num_variants)
+        return config.build(own, condition, num_variants)
     require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)
-    return config.build(own, num_classes, num_variants, SequenceLayout(layout.grids[:level], layout.num_codes[:level]))
+    return config.build(own, condition, num_variants, SequenceLayout(layout.grids[:level], layout.num_codes[:level]))
 
 
 @dataclass
@@ -63,9 +64,9 @@ class LevelwiseCache:
 class Levelwise(AutoregressivePrior):
     """Priors of single levels as a prior of all of them."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int, parts: Sequence[AutoregressivePrior]) -> None:
+    def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int, parts: Sequence[AutoregressivePrior]) -> None:
         """`parts`: of each level, coarse to fine, given those above; the rest as in the contract."""
-        super().__init__(layout, num_classes, num_variants)
+        super().__init__(layout, condition, num_variants)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
     parts: Sequence[AutoregressivePrior]

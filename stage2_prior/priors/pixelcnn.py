@@ -28,6 +28,7 @@ from configs.schema import PriorPart
 from stage1_vqvae.attention import RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Condition
 from stage2_prior.priors.attention import GridAttention
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.upper_levels import UpperLevels
@@ -71,8 +72,8 @@ class PixelCNNPart(SizedByPreset, PriorPart):
         return replace(self, **self.sizes()._asdict())
 
     @override
-    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> PixelCNN:
-        return PixelCNN(self.resolved(), layout, num_classes, num_variants, given)
+    def build(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None) -> PixelCNN:
+        return PixelCNN(self.resolved(), layout, condition, num_variants, given)
 
 
 class PixelCNN(AutoregressivePrior):
@@ -82,16 +83,16 @@ class PixelCNN(AutoregressivePrior):
         self,
         config: PixelCNNPart,
         layout: SequenceLayout,
-        num_classes: int,
+        condition: Condition,
         num_variants: int = 1,
         given: SequenceLayout | None = None,
     ) -> None:
         """`config` has its sizes in it (`resolved`); the rest as in the contract."""
-        super().__init__(layout, num_classes, num_variants, given)
+        super().__init__(layout, condition, num_variants, given)
         self.config = config
         num_codes = [*(given.num_codes if given is not None else []), *layout.num_codes]
         self.networks = nn.ModuleList(  # type: ignore[assignment]
-            LevelNetwork(config, grid, num_codes[: self.levels.start + number + 1], num_classes, num_variants)
+            LevelNetwork(config, grid, num_codes[: self.levels.start + number + 1], condition, num_variants)
             for number, grid in enumerate(layout.grids)
         )
 
@@ -141,7 +142,7 @@ class LevelNetwork(nn.Module):
     """
 
     def __init__(
-        self, config: PixelCNNPart, grid: tuple[int, int], num_codes: Sequence[int], num_classes: int, num_variants: int = 1
+        self, config: PixelCNNPart, grid: tuple[int, int], num_codes: Sequence[int], condition: Condition, num_variants: int = 1
     ) -> None:
         """`num_codes`: K of the levels above, then of this one."""
         super().__init__()
@@ -151,7 +152,7 @@ class LevelNetwork(nn.Module):
         self.wraps = config.attention_interval > 0
         *above, own = num_codes
         self.token = nn.Embedding(own, width)
-        self.label = nn.Embedding(num_classes + 1, width)
+        self.label = condition.embedding(width)
         self.variant = VariantEmbedding(num_variants, width) if num_variants > 1 else None
         self.positions = nn.Parameter(torch.zeros(2, *grid, width))
         self.above = UpperLevels(above, width, config.heads, grid) if above else None

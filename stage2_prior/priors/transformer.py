@@ -22,6 +22,7 @@ from configs.schema import PriorPart
 from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Condition
 from stage2_prior.priors.attention import CachedAttention, KeyValueCache, of_few_rows
 from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.upper_levels import UpperLevels
@@ -82,8 +83,10 @@ class TransformerPart(SizedByPreset, PriorPart):
         return replace(self, **self.sizes()._asdict())
 
     @override
-    def build(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> Transformer:
-        return Transformer(layout, num_classes, num_variants, self.sizes(), self.dropout, given)
+    def build(
+        self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None
+    ) -> Transformer:
+        return Transformer(layout, condition, num_variants, self.sizes(), self.dropout, given)
 
 
 @dataclass
@@ -105,17 +108,17 @@ class Transformer(AutoregressivePrior):
     def __init__(
         self,
         layout: SequenceLayout,
-        num_classes: int,
+        condition: Condition,
         num_variants: int,
         sizes: Sizes,
         dropout: float,
         given: SequenceLayout | None = None,
     ) -> None:
-        """`layout`, `num_classes`, `num_variants` and `given` as in the contract; of levels that are given, one is modelled."""
-        super().__init__(layout, num_classes, num_variants, given)
+        """`layout`, `condition`, `num_variants` and `given` as in the contract; of levels that are given, one is modelled."""
+        super().__init__(layout, condition, num_variants, given)
         layers, width, heads = sizes
         self.token = nn.Embedding(layout.vocabulary, width)
-        self.label = nn.Embedding(num_classes + 1, width)
+        self.label = condition.embedding(width)
         self.variant = VariantEmbedding(num_variants, width) if num_variants > 1 else None
         self.start = nn.Parameter(torch.empty(width))
         heights, widths = zip(*layout.grids, strict=True)
@@ -306,7 +309,8 @@ class TransformerSteps(FixedSteps):
     def _embedded(self, position: Tensor) -> Tensor:
         """(R, C): sum of the previous code's, label, position and upper-level embeddings."""
         prior, batch = self._prior, self.batch
-        if _EMBED.usable(position.device) and prior.start.dtype != torch.float64:
+        is_table = isinstance(prior.label, nn.Embedding)  # the kernel reads one row per sample
+        if is_table and _EMBED.usable(position.device) and prior.start.dtype != torch.float64:
             embeddings = prior.token.weight, prior.start, prior.label.weight, batch.condition, self._positions, self._above
             embedded = _EMBED(batch.sequences, self._offsets, *embeddings, position)
             if embedded is not None:

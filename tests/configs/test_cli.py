@@ -221,6 +221,7 @@ MAY_CHANGE = {
     "tokenizer": "network.gradient_checkpointing",
     "stage1": "steps lr clip_norm accumulation log_interval validation_interval checkpoint_interval keep_checkpoints init_from "
     "perceptual.weights adversarial.weights",
+    "condition": "",
     "extraction": "batch_size",
     "prior": "",
     "stage2": "steps lr clip_norm accumulation log_interval validation_interval checkpoint_interval keep_checkpoints "
@@ -235,6 +236,7 @@ FIXED = {
     "tokenizer": "code_dim quantizer.* network.* objective.*",
     "stage1": "seed minutes batch_size warmup_steps final_lr_share weight_decay weight_average restart_interval augmentation trained "
     "perceptual.* adversarial.*",
+    "condition": "*",
     "extraction": "augmentation shard_rows",
     "prior": "*",
     "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer label_dropout weight_average",

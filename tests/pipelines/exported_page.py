@@ -137,7 +137,7 @@ def other_prior(folder: Path) -> None:
     export_tokenizer(tokenizer, folder)
     export_prior(build("pixelcnn", layout, num_classes=0).requires_grad_(False), folder)
     about = {"image_shape": [8, 12, 3], "grids": layout.grids, "num_codes": layout.num_codes, "cache": None}
-    model = {**read_json(folder / "model.json"), **about, "label_names": None, "knows_no_label": True}
+    model = {**read_json(folder / "model.json"), **about, "label_names": None, "supports_unconditional": True}
     model["sampling"].update(temperature=0.9, top_k=12, top_p=0.95, min_p=0.02)
     model["bytes"].update({f"{graph}.onnx": (folder / f"{graph}.onnx").stat().st_size for graph in GRAPHS})
     write_json(folder / "model.json", model)

@@ -137,7 +137,7 @@ def test_its_model_says_what_it_is_of(graphs: tuple[Path, Generator]) -> None:
         with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected"):
             exported.Sampler(folder).sample(1, **settings)
     unsure = exported.Sampler(folder)
-    unsure.model["knows_no_label"] = False
+    unsure.model["supports_unconditional"] = False
     with pytest.raises(ValueError, match="guidance: expected"):
         unsure.sample(1, guidance=2.0)
 

@@ -96,7 +96,7 @@ def test_the_card_has_each_figure_and_how_it_was_obtained(bundle: Path, judged_r
     assert "across, down" in card.text
     config = json.loads((bundle / "config.json").read_text())
     assert config["tokenizer"]["kind"] == "tokenizer"
-    assert config["priors"]["transformer"]["label_names"] == ["across", "down"]
+    assert config["priors"]["transformer"]["condition"] == {"kind": "classes", "names": ["across", "down"]}
 
 
 def test_a_bundle_goes_to_the_hub_and_comes_back(

@@ -114,7 +114,7 @@ def test_an_extraction_that_left_nothing(full_run: Path, tmp_path: Path) -> None
 def test_labels_are_those_of_the_training_codes(run_copy: Path) -> None:
     """Test images of a contest have none, and come first by the alphabet."""
     content = read_summed_json(run_copy / "codes" / "validation" / "manifest.json")
-    write_summed_json(run_copy / "codes" / "test" / "manifest.json", {**content, "split": "test", "label_names": None})
+    write_summed_json(run_copy / "codes" / "test" / "manifest.json", {**content, "split": "test", "condition": {"kind": "none"}})
     rows = data_table(RunDir(run_copy), load_recipe(run_copy / "recipe.yaml"), "pictures").rows
     assert [name for name, _ in rows] == ["source", "images", "split train", "split test", "split validation", "labels"]
     assert dict(rows)["labels"] == "2: across, down"  # type: ignore[arg-type]

@@ -36,11 +36,11 @@ def test_codes_are_the_tokenizers_one_a_sample_in_order(finished_run: Path) -> N
         (codes,) = store.codes(torch.arange(len(split)))
         (own,) = tokenizer.encode(to_model(split.pixels[:]))
         assert torch.equal(codes, own)
-        assert torch.equal(store.labels, split.labels)
+        assert torch.equal(store.condition, split.labels)
         pictures = to_uint8(tokenizer.decode((codes,))).int()
         assert int((pictures - to_uint8(tokenizer(to_model(split.pixels[:])).reconstruction).int()).abs().max()) <= 1
     manifest = read_manifest(run.codes / TRAIN)
-    assert (manifest.grids, manifest.num_codes, manifest.label_names) == ([(2, 3)], [16], ["across", "down"])
+    assert (manifest.grids, manifest.num_codes, manifest.condition.class_names) == ([(2, 3)], [16], ["across", "down"])
 
 
 def test_variants_are_an_axis_of_the_training_codes(run_copy: Path) -> None:

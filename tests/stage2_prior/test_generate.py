@@ -137,7 +137,7 @@ def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
 
 def stepped(prior: AutoregressivePrior, labels: torch.Tensor, uniform: torch.Tensor, config: Sampling, given: Codes, kept: Codes) -> Codes:
     """Completion by its definition: a step at every position, kept or drawn."""
-    layout, both = prior.layout, torch.cat([labels, torch.full_like(labels, prior.num_classes)])
+    layout, both = prior.layout, torch.cat([labels, prior.null_condition(len(labels))])
     cache, sequences, keeps = prior.new_cache(len(both)), layout.flat(given).clone(), layout.flat(kept)[0]
     with torch.no_grad():
         for position, scale in enumerate(guidance_scales(config, layout.length)):

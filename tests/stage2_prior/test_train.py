@@ -24,6 +24,8 @@ from pipelines.sample import main as sample
 from pipelines.scoring.surprisals import ScoringPrior
 from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.extract_codes import main as extract
 from stage2_prior.joining import check_levels
 from stage2_prior.likelihood.bits import mean_over_tokens, turning_point, uniform_bits, unigram_bits
@@ -61,8 +63,8 @@ def check_likelihood(path: Path, name: str) -> None:
     folder = run.prior(name)
     prior, header = load_prior(folder / "prior.safetensors", fingerprint(run.tokenizer))
     store = CodeStore(run.codes / "validation")
-    assert store.labels is not None
-    nats = [-prior.log_prob(store.codes(torch.tensor([row])), store.labels[row : row + 1]) for row in range(len(store))]
+    assert store.condition is not None
+    nats = [-prior.log_prob(store.codes(torch.tensor([row])), store.condition[row : row + 1]) for row in range(len(store))]
     bits = torch.cat(nats).mean().item() / math.log(2)
     report = read_json(folder / "likelihood.json")
     assert report["validation"] == header.bits_per_token == pytest.approx(bits, rel=1e-5)
@@ -80,15 +82,15 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     before = read_json(run.prior("transformer") / "likelihood.json")
     path, command = run.prior("transformer") / "prior.safetensors", Namespace(run=run)
     scorer = ScoringPrior(*load_prior(path, fingerprint(run.tokenizer)), "transformer")
-    usual = reference(command, scorer, labelled=True)
+    usual = reference(command, scorer, conditional=True)
 
     def store_again(first: int | None) -> None:
         for split in ("train", "validation"):
             store = CodeStore(run.codes / split)
-            labels = store.labels_among(names)
+            labels = store.translated(Classes(names=names))
             assert labels is not None
             labels[:1] = labels[:1] if first is None else first
-            manifest = dataclasses.replace(store.manifest, label_names=names)
+            manifest = dataclasses.replace(store.manifest, condition=Classes(names=names))
             for shard in range(manifest.num_shards):
                 codes = [torch.from_numpy(level.copy()) for level in store.shard(shard)]
                 write_shard(run.codes / split, manifest, shard, codes, labels[torch.tensor(manifest.shard_rows(shard))])
@@ -98,21 +100,21 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     report([*arguments, "--accept-changed-data"])
     after = read_json(run.prior("transformer") / "likelihood.json")
     assert [after[key] for key in ("validation", "train", "labels")] == [before[key] for key in ("validation", "train", "labels")]
-    assert torch.equal(reference(command, scorer, labelled=True), usual)
+    assert torch.equal(reference(command, scorer, conditional=True), usual)
 
     store_again(1)
     line = one_line_error(report, *arguments, "--accept-changed-data")
-    assert "codes/train: expected codes of classes that the prior knows (across, down), found aside; train another prior" in line
-    assert torch.equal(reference(command, scorer, labelled=True), usual[1:])
+    assert "train: expected codes of a condition that the prior knows (classes across, down), found aside; train another prior" in line
+    assert torch.equal(reference(command, scorer, conditional=True), usual[1:])
     assert "compared with 11 of 12 validation images: the others' labels the prior does not know" in capsys.readouterr().out
     line = one_line_error(main, *arguments, "--resume", "--stage2.steps", "12")
-    assert re.search(r'expected codes of the classes that its training began with, found .*class "aside" is new', line)
+    assert re.search(r'expected codes of the condition that its training began with, found .*class "aside" is new', line)
     shutil.copytree(run.prior("transformer"), run.prior("joined/level1"))
-    check_levels(run, "joined/level2", ["across", "down"])
-    check_levels(run, "joined/level1", names)  # which is to be trained again
-    for classes, found in ((names, "expected all levels trained on the same classes, across, aside, down"), (None, "or none, found both")):
-        with pytest.raises(UserError, match=found):
-            check_levels(run, "joined/level2", classes)
+    check_levels(run, "joined/level2", Classes(names=["across", "down"]))
+    check_levels(run, "joined/level1", Classes(names=names))  # which is to be trained again
+    for condition, text in ((Classes(names=names), "classes across, aside, down"), (NoCondition(), "none")):
+        with pytest.raises(UserError, match=f"expected all levels trained on the same condition, {text}, found classes across, down"):
+            check_levels(run, "joined/level2", condition)
 
 
 def test_references_by_hand(finished_run: Path) -> None:
@@ -169,8 +171,9 @@ def test_codes_that_have_changed_since_a_prior_began_are_said(
     assert "found train: 36 images, was 30; put it back, train another with --name NAME" in one_line_error(main, *resume)
     check_codes(run, "transformer", recipe, stores, accept=True)
     assert capsys.readouterr().out.endswith("going on with data that has changed: train: 36 images, was 30\n")
-    write_json(path, {**known, "train": {**known["train"], "classes": {"across": 18, "bird": 18}}})
-    with pytest.raises(UserError, match=r'expected codes of the classes .*, found .*class "bird" is gone'):
+    others = {"classes": {"across": 18, "bird": 18}, "condition": {"kind": "classes", "names": ["across", "bird"]}}
+    write_json(path, {**known, "train": {**known["train"], **others}})
+    with pytest.raises(UserError, match=r'expected codes of the condition .*, found .*class "bird" is gone'):
         check_codes(run, "transformer", recipe, stores, accept=True)
     write_json(path, known)
     extract(["--run", str(run_copy), "--overwrite", "--extraction.augmentation", "horizontal_flip"])
@@ -205,11 +208,10 @@ def test_a_finished_prior_says_so_and_another_name_is_another_prior(
 
 
 def test_unconditional_priors(run_copy: Path) -> None:
-    main(["--run", str(run_copy), "--prior.conditional", "false", "--name", "blind", "--stage2.steps", "2"])
+    main(["--run", str(run_copy), "--condition.kind", "none", "--name", "blind", "--stage2.steps", "2"])
     prior, header = load_prior(run_copy / "priors/blind/prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))
-    assert prior.num_classes == 0
-    assert header.label_names is None
-    assert header.knows_no_label
+    assert prior.condition == header.condition == NoCondition()
+    assert header.supports_unconditional
 
 
 def test_without_codes_it_names_the_missing_command(run_copy: Path, one_line_error: Callable[..., str]) -> None:

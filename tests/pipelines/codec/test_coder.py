@@ -103,7 +103,7 @@ class Disturbed(AutoregressivePrior):
     """A prior whose logits are off by up to `by`: a stand-in for another machine's arithmetic."""
 
     def __init__(self, prior: AutoregressivePrior, by: float) -> None:
-        super().__init__(prior.layout, prior.num_classes)
+        super().__init__(prior.layout, prior.condition)
         self.prior, self.by = prior, by
         self.generator = torch.Generator().manual_seed(0)
 

@@ -19,8 +19,8 @@ from configs.data import Data
 from configs.errors import UserError
 from configs.parts import default_part
 from configs.run_dir import RunDir
-from pipelines.drawing import labels_of
-from pipelines.inputs.images import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.conditioning import image_condition, sample_condition
+from pipelines.inputs.images import Images, chosen_images, encode_and_decode
 from pipelines.inputs.pictures import kept_by
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
@@ -29,6 +29,8 @@ from stage1_vqvae.data.sources import load_images, spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.prior_file import PriorHeader
 from tests.conftest import write_pictures
 
@@ -45,13 +47,13 @@ def options(images: list[Path] | None = None, split: str | None = None) -> Names
     return Namespace(images=None if images is None else [str(path) for path in images], split=split)
 
 
-def header(label_names: list[str] | None, knows_no_label: bool = True) -> PriorHeader:
+def header(names: list[str] | None, supports_unconditional: bool = True) -> PriorHeader:
     return PriorHeader(
         config=default_part("prior"),
         grids=[(2, 3)],
         num_codes=[16],
-        label_names=label_names,
-        knows_no_label=knows_no_label,
+        condition=NoCondition() if names is None else Classes(names=names),
+        supports_unconditional=supports_unconditional,
         tokenizer_sha256="",
         steps=1,
         bits_per_token=1.0,
@@ -238,29 +240,29 @@ def test_codes_are_the_store_s_and_pictures_their_decoding(finished_run: Path) -
 
 def test_labels_count_by_name_in_the_prior_s_numbering() -> None:
     known = header(["across", "down", "up"])
-    assert (labels := labels_for(None, images(["up", "across", "up"]), known)) is not None
+    assert (labels := image_condition(known, None, images(["up", "across", "up"]))) is not None
     assert labels.tolist() == [2, 0, 2]
-    assert (asked := labels_for("down", images(["up", "across", "up"]), known)) is not None
+    assert (asked := image_condition(known, "down", images(["up", "across", "up"]))) is not None
     assert asked.tolist() == [1, 1, 1]
-    assert labels_for(None, images(None), known) is None
-    assert labels_for(None, images(["up"] * 3), header(None)) is None
-    assert labels_for(None, images(["up"] * 3), None) is None
+    assert image_condition(known, None, images(None)) is None
+    assert image_condition(header(None), None, images(["up"] * 3)) is None
+    assert image_condition(None, None, images(["up"] * 3)) is None
 
 
 def test_labels_are_asked_for_by_name_in_either_form_before_number() -> None:
     known = header(["2", "cafe\u0301", "~"])
     for asked, number in (("2", 0), (2, 2), ("caf\u00e9", 1), ("cafe\u0301", 1), ("~", 2), ("1", 1)):
-        assert labels_of(asked, 1, known).tolist() == [number]  # type: ignore[union-attr]
-    assert labels_for(None, images(["caf\u00e9"] * 3), known).tolist() == [1, 1, 1]  # type: ignore[union-attr]
+        assert sample_condition(known, asked, 1).tolist() == [number]  # type: ignore[union-attr]
+    assert image_condition(known, None, images(["caf\u00e9"] * 3)).tolist() == [1, 1, 1]  # type: ignore[union-attr]
 
 
 def test_labels_that_do_not_fit_get_one_line() -> None:
     with pytest.raises(UserError, match=r"label: .*across, down.* found left"):
-        labels_for(None, images(["down", "left", "down"]), header(["across", "down"]))
+        image_condition(header(["across", "down"]), None, images(["down", "left", "down"]))
     with pytest.raises(UserError, match=r"label: expected one, .* found none"):
-        labels_for(None, images(None), header(["across", "down"], knows_no_label=False))
+        image_condition(header(["across", "down"], supports_unconditional=False), None, images(None))
     with pytest.raises(UserError, match="label 3: expected none"):
-        labels_for("3", images(None), header(None))
+        image_condition(header(None), "3", images(None))
 
 
 LEFT = np.repeat(np.asarray([[255, 255, 0, 0]], np.uint8), 2, 0)

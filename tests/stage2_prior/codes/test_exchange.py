@@ -15,6 +15,7 @@ import torch
 from configs.run_dir import read_summed_json, write_summed_json
 from stage2_prior.codes.exchange import Foreign, labels_of
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.export_codes import main as export_codes
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.import_codes import main as import_codes
@@ -42,8 +43,8 @@ def test_what_goes_out_comes_in_again(form: str, augmentation: str, run_copy: Pa
         names = rows.features["label"].names
     assert np.array_equal(codes[:, 0], store.codes(everything)[0].numpy())
     assert np.array_equal(codes[:, -1], store.codes(everything, mirrored)[0].numpy())
-    assert store.labels is not None
-    assert labels.tolist() == store.labels.tolist()
+    assert store.condition is not None
+    assert labels.tolist() == store.condition.tolist()
     assert names in (None, ["across", "down"])
     import_codes(["--run", str(run_copy), "--from", form, "--folder", str(tmp_path / "out"), "--overwrite"])
     assert contents(run_copy / "codes") == before
@@ -64,8 +65,8 @@ def test_arrays_of_other_tools_are_taken(shape: str, run_copy: Path, tmp_path: P
     for name, codes in kept.items():
         store = CodeStore(run_copy / "codes" / name)
         assert torch.equal(store.codes(torch.arange(len(store)))[0], codes)
-        assert store.labels is None
-        expected = dataclasses.replace(before[name].manifest, label_names=None, sha256=store.manifest.sha256)
+        assert store.condition is None
+        expected = dataclasses.replace(before[name].manifest, condition=NoCondition(), sha256=store.manifest.sha256)
         assert store.manifest == expected
         store.verify()
 
@@ -125,13 +126,13 @@ def test_splits_agree_on_labels_and_on_the_tokenizer(run_copy: Path, tmp_path: P
         np.save(tmp_path / split / "labels.npy", np.arange(12) % (highest + 1))
     import_codes(["--run", str(run_copy), "--folder", str(tmp_path), "--overwrite"])
     for split in ("train", "validation"):
-        assert CodeStore(run_copy / "codes" / split).manifest.label_names == [str(label) for label in range(10)]
+        assert CodeStore(run_copy / "codes" / split).manifest.condition.class_names == [str(label) for label in range(10)]
     np.save(tmp_path / "train/labels.npy", np.array([4_000_000_000, 7] * 6))  # ids, as other tools have
     import_codes(["--run", str(run_copy), "--folder", str(tmp_path), "--overwrite"])
     store = CodeStore(run_copy / "codes/train")
-    assert store.manifest.label_names == [*(str(label) for label in range(10)), "4000000000"]
-    assert store.labels is not None
-    assert store.labels[:2].tolist() == [10, 7]
+    assert store.manifest.condition.class_names == [*(str(label) for label in range(10)), "4000000000"]
+    assert store.condition is not None
+    assert store.condition[:2].tolist() == [10, 7]
     (tmp_path / "validation/labels.npy").unlink()
     line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path, "--overwrite")
     assert "expected labels of training and validation images, or of none, found them of train" in line
@@ -155,4 +156,4 @@ def test_a_test_split_need_not_have_labels(run_copy: Path, tmp_path: Path) -> No
         export_codes(["--run", str(run_copy), "--to", form, "--output", str(tmp_path / form)])
         import_codes(["--run", str(run_copy), "--from", form, "--folder", str(tmp_path / form), "--overwrite"])
         assert contents(run_copy / "codes") == before
-    assert CodeStore(run_copy / "codes/test").labels is None
+    assert CodeStore(run_copy / "codes/test").condition is None

@@ -13,10 +13,14 @@ from configs.errors import UserError
 from configs.schema import Stage2
 from stage2_prior.codes.loader import CodeBatch, CodeLoader
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.none import NoCondition
 from training.randomness import DataOrder
 
 CONFIG = Stage2(batch_size=8, accumulation=2, label_dropout=0.5)
 ROWS, CLASSES = 20, 3
+CONDITION = Classes(names=["a", "b", "c"])
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def store(tmp_path: Path) -> CodeStore:
         rows=ROWS,
         grids=[(1, 2), (2, 2)],
         num_codes=[40, 80],
-        label_names=["a", "b", "c"],
+        condition=CONDITION,
         augmentation="horizontal_flip",
         variants=2,
         image_shape=(3, 8, 8),
@@ -42,9 +46,9 @@ def store(tmp_path: Path) -> CodeStore:
     return CodeStore(tmp_path)
 
 
-def loader(store: CodeStore, rank: int = 0, processes: int = 1, ahead: bool | None = None, num_classes: int = CLASSES) -> CodeLoader:
+def loader(store: CodeStore, rank: int = 0, processes: int = 1, ahead: bool | None = None, condition: Condition = CONDITION) -> CodeLoader:
     accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-    return CodeLoader(store, num_classes, CONFIG, accelerator, ahead)
+    return CodeLoader(store, condition, CONFIG, accelerator, ahead)
 
 
 def steps(found: CodeLoader, first: int = 0) -> list[CodeBatch]:
@@ -53,7 +57,7 @@ def steps(found: CodeLoader, first: int = 0) -> list[CodeBatch]:
 
 
 def equal(one: CodeBatch, other: CodeBatch) -> bool:
-    pairs = zip((*one.codes, one.labels, one.variants), (*other.codes, other.labels, other.variants), strict=True)
+    pairs = zip((*one.codes, one.condition, one.variants), (*other.codes, other.condition, other.variants), strict=True)
     return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
@@ -65,7 +69,7 @@ def test_codes_labels_and_variants_belong_together(store: CodeStore) -> None:
         rows = torch.cat([batch.codes[0][:, 0, 0] // 2 for batch in found[2 * step : 2 * step + 2]])
         assert torch.equal(rows, order.batch(step))
     for batch in found:
-        rows, labels = batch.codes[0][:, 0, 0] // 2, batch.labels
+        rows, labels = batch.codes[0][:, 0, 0] // 2, batch.condition
         assert labels is not None
         assert torch.equal(batch.codes[0], (2 * rows + batch.variants)[:, None, None].expand(-1, 1, 2))
         assert torch.equal(batch.codes[1], (2 * rows + batch.variants + 40)[:, None, None].expand(-1, 2, 2))
@@ -93,7 +97,7 @@ def test_a_resumed_training_goes_on_with_the_codes_it_would_have_had(ahead: bool
 
 
 def test_a_prior_without_classes_is_given_no_labels(store: CodeStore) -> None:
-    assert all(batch.labels is None and len(batch.codes) == 2 for batch in steps(loader(store, num_classes=0, ahead=True)))
+    assert all(batch.condition is None and len(batch.codes) == 2 for batch in steps(loader(store, condition=NoCondition(), ahead=True)))
 
 
 def test_a_code_too_high_is_told_where_it_is_asked_for(store: CodeStore) -> None:

@@ -39,7 +39,7 @@ def test_every_figure_is_the_mean_it_says(tmp_path: Path, kind: str, num_classes
     prior = build(kind, LAYOUTS["top and bottom"], num_classes).double()
     training, validation = store(tmp_path / "train", 40, num_classes), store(tmp_path / "validation", 7, num_classes)
     report = likelihood_report(Accelerator(cpu=True), prior, training, validation, 3, [])
-    bits = -prior.log_prob(validation.codes(torch.arange(7)), validation.labels) / math.log(2)
+    bits = -prior.log_prob(validation.codes(torch.arange(7)), validation.condition) / math.log(2)
     assert report["validation"] == pytest.approx(bits.mean().item())
     assert report["bits_per_image"]["prior"] == pytest.approx(bits.sum(1).mean().item())
     assert report["codes_bits_per_dim"] == pytest.approx(bits.sum(1).mean().item() / (3 * 8 * 8))
@@ -61,7 +61,7 @@ def test_the_order_of_batches_does_not_matter(tmp_path: Path) -> None:
     codes = store(tmp_path / "codes", 11, 5)
     whole, parts = (measure(Accelerator(cpu=True), prior, codes, torch.arange(11), size) for size in (11, 2))
     assert torch.allclose(whole.positions, parts.positions)
-    assert whole.labels == pytest.approx(parts.labels)
+    assert whole.classes == pytest.approx(parts.classes)
 
 
 def test_all_processes_ask_equally_often_and_each_image_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,9 @@ import torch
 from configs.parts import part_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding
 from stage2_prior.priors.transformer import Transformer
 
@@ -27,6 +30,11 @@ LAYOUTS = {
 }
 
 
+def classes(number: int) -> Condition:
+    """Classes 0, 1, ..; none: unconditional."""
+    return Classes(names=[str(label) for label in range(number)]) if number else NoCondition()
+
+
 def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> AutoregressivePrior:
     """In eval mode, with weights large enough for a difference to show. `levelwise`: a transformer and a PixelCNN by turns."""
     torch.manual_seed(0)
@@ -36,7 +44,7 @@ def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants:
         config = part_from("prior", {"kind": kind, "levels": alternating})
     else:
         config = part_from("prior", {**sizes, **KINDS[kind], **settings})
-    prior = config.build(layout, num_classes, num_variants)
+    prior = config.build(layout, classes(num_classes), num_variants)
     for part in getattr(prior, "parts", [prior]):
         for parameter in part.parameters():
             torch.nn.init.normal_(parameter, std=0.3 if isinstance(part, Transformer) else 0.15)
@@ -57,7 +65,7 @@ def manifest(layout: SequenceLayout, num_classes: int = 0) -> Manifest:
         rows=1,
         grids=layout.grids,
         num_codes=layout.num_codes,
-        label_names=[str(label) for label in range(num_classes)] if num_classes else None,
+        condition=classes(num_classes),
         augmentation="none",
         variants=1,
         image_shape=(3, 8, 8),

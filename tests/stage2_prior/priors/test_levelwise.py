@@ -17,6 +17,7 @@ from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.generate import generate, uniforms
 from stage2_prior.priors.levelwise import Levelwise
@@ -79,7 +80,7 @@ def test_a_sample_is_the_same_whatever_it_is_batched_with(guidance: float) -> No
 def test_as_many_priors_as_levels_are_wanted() -> None:
     config = part_from("prior", {"kind": KIND, "levels": [{"kind": "pixelcnn"}]})
     with pytest.raises(ValueError, match="expected 2 priors, one a level, found 1"):
-        config.build(LAYOUTS["top and bottom"], 0)
+        config.build(LAYOUTS["top and bottom"], NoCondition())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_levels_trained_apart_are_joined_once_all_are_there(
     assert (own.config.kind, own.level) == ("pixelcnn", 1)
     store = CodeStore(run / "codes/validation")
     codes = store.codes(torch.arange(len(store)))
-    assert torch.equal(prior.log_prob(codes, store.labels)[:, 6:], part.log_prob(codes, store.labels))
+    assert torch.equal(prior.log_prob(codes, store.condition)[:, 6:], part.log_prob(codes, store.condition))
 
     sample(["--run", str(run), "--n", "3"])
     assert read_json(run / "samples/000/samples.json")["prior"] == "levelwise"

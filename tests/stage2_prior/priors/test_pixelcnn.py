@@ -9,13 +9,13 @@ from torch.nn import functional as F
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.priors.pixelcnn import GatedLayer, LevelNetwork, PixelCNN, PixelCNNPart, convolved
 from stage2_prior.priors.prior_file import build_prior
-from tests.stage2_prior.priors.prior_kinds import manifest
+from tests.stage2_prior.priors.prior_kinds import classes, manifest
 
 
 def network(grid: tuple[int, int], **settings: int) -> LevelNetwork:
     torch.manual_seed(0)
     config = PixelCNNPart(**{"layers": 3, "width": 16, "heads": 4, **settings}, dropout=0).resolved()  # type: ignore[arg-type]
-    return LevelNetwork(config, grid, [7], 0).double().eval()
+    return LevelNetwork(config, grid, [7], classes(0)).double().eval()
 
 
 def dependencies(network: LevelNetwork, grid: tuple[int, int]) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_shifted_convolutions_are_the_papers_masked_ones(first: bool) -> None:
 def test_a_stack_too_shallow_for_its_grid_says_so() -> None:
     layout = SequenceLayout([(16, 16)], [8])
     told = [
-        build_prior(PixelCNNPart(layers=layers, width=16, heads=4, attention_interval=attention), manifest(layout)).remarks()
+        build_prior(PixelCNNPart(layers=layers, width=16, heads=4, attention_interval=attention), classes(0), manifest(layout)).remarks()
         for layers, attention in ((5, 0), (13, 0), (5, 5))
     ]
     assert told[0] == ["a position sees 7 codes far, of 15; more --prior.layers or a larger --prior.kernel_size see further"]
@@ -92,6 +92,6 @@ def test_a_stack_too_shallow_for_its_grid_says_so() -> None:
 
 
 def test_the_small_preset_has_the_parameters_of_public_ones() -> None:
-    prior = build_prior(PixelCNNPart(), manifest(SequenceLayout([(8, 8)], [512]), 10))
+    prior = build_prior(PixelCNNPart(), classes(10), manifest(SequenceLayout([(8, 8)], [512])))
     assert isinstance(prior, PixelCNN)
     assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(1.8, rel=0.1)

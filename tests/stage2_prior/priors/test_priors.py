@@ -16,7 +16,7 @@ from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.generate import draw, generate, guidance_scales, guided, uniforms, warp
 from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding
 from stage2_prior.priors.prior_file import build_prior
-from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, manifest, random_codes
+from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, classes, manifest, random_codes
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -89,7 +89,7 @@ def test_it_begins_near_the_uniform_prior(kind: str) -> None:
     torch.manual_seed(0)
     config = part_from("prior", {"layers": 6, "width": 64, "heads": 4, **KINDS[kind]})
     layout = SequenceLayout([(4, 4)], [512])
-    prior = build_prior(config, manifest(layout, 10)).eval()
+    prior = build_prior(config, classes(10), manifest(layout)).eval()
     nats = -prior.log_prob(random_codes(layout, 32), torch.arange(32) % 10).mean().item()
     assert nats == pytest.approx(math.log(512), rel=0.02)
 

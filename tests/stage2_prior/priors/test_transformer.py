@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.prior_file import build_prior
 from stage2_prior.priors.transformer import SwiGLU, Transformer, TransformerPart
-from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, manifest
+from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, classes, manifest
 
 
 def test_start_labels_and_tokens_share_no_embedding() -> None:
@@ -39,15 +40,15 @@ def test_the_mlps_gradient_written_by_hand_is_that_of_small_differences() -> Non
 def test_presets_have_the_sizes_of_the_literature(preset: str, millions: int) -> None:
     """LlamaGen's B and L (Sun et al. 2024, table 1): 16,384 codes, 1,000 labels, 16 x 16 positions."""
     with torch.device("meta"):
-        prior = build_prior(TransformerPart(preset=preset), manifest(SequenceLayout([(16, 16)], [16_384]), 1000))  # type: ignore[arg-type]
+        prior = build_prior(TransformerPart(preset=preset), classes(1000), manifest(SequenceLayout([(16, 16)], [16_384])))  # type: ignore[arg-type]
     assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 def test_training_begins_with_codes_of_near_vectors_near_one_another() -> None:
     """Of each level by its own vectors, at the scale of an initialisation that knows none; without them, nothing of the kind."""
     layout = SequenceLayout([(1, 2), (2, 4)], [40, 60])
-    plain = TransformerPart(layers=1, width=64, heads=1).build(layout, 0).state_dict()
-    prior = TransformerPart(layers=1, width=64, heads=1).build(layout, 0)
+    plain = TransformerPart(layers=1, width=64, heads=1).build(layout, NoCondition()).state_dict()
+    prior = TransformerPart(layers=1, width=64, heads=1).build(layout, NoCondition())
     vectors = [torch.randn(k, 8) * scale for k, scale in zip(layout.num_codes, (0.01, 100), strict=True)]
     prior.begin_from(vectors)
     for name in ("token.weight", "head.weight"):
