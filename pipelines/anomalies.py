@@ -25,19 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, Command, parse
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, read_json
 from pipelines.images.heat import colour_scale, heat_maps, overlaid
 from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
 from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
-from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
+from pipelines.images.scoring import BATCH_SIZE, surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.metrics import squared_errors
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import LoadedPrior, load_finished
+from stage2_prior.priors.stepwise import stepwise
 from training.batching import batches
 from training.processes import finish, start
 from training.weights_file import fingerprint
@@ -51,8 +52,6 @@ def main(argv: list[str] | None = None) -> None:
     command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     if command.options.top < 1:
         raise UserError(f"--top: expected at least 1 image, found {command.options.top}")
-    if command.options.prior == UNIFORM:
-        raise UserError(f"--prior {UNIFORM}: expected a learned prior; under the uniform one all images cost the same")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
     finish(accelerator)  # who launches several has nothing for the others to do
@@ -69,7 +68,8 @@ def _options(parser: Any) -> None:
 
 def _find(command: Command, device: torch.device) -> None:
     run, options = command.run, command.options
-    scorer = scoring_prior(command, device)
+    scorer = load_finished(run, options.prior, command.next(TRAIN_PRIOR), device)
+    stepwise(scorer.prior, "anomalies", scorer.header.config.kind)  # bits of a code given those before it
     tokenizer = load_tokenizer(run, device)
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
     labels = known_labels_for(options.label, images, scorer.header)
@@ -122,7 +122,7 @@ def _find(command: Command, device: torch.device) -> None:
     print(f"ranked {len(rows)} images by their bits under the prior {scorer.name}: {where}")
 
 
-def reference(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor | None:
+def reference(command: Command, scorer: LoadedPrior, labelled: bool) -> Tensor | None:
     """Bits (N,) of the validation images, scored as the given ones are, with labels or without; None without their codes."""
     folder = command.run.codes / VALIDATION
     if not folder.is_dir():
