@@ -32,6 +32,7 @@ from pipelines.inputs.pictures import kept_by
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
+from stage2_prior.priors.prior_file import drawn_prior
 from training.processes import SMALLER_BATCHES, finish, start
 
 _GREY = 128
@@ -41,7 +42,7 @@ _SHOWN = 32
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", reads_images=True, options=_options)
+    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", drawn_prior=drawn_prior, reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.sampling, command.options
     for name in ("n", "continuations"):
         if getattr(options, name) < 1:

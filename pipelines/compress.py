@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.cli import Command, parse
+from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.data import Data
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
@@ -33,7 +33,7 @@ from pipelines.inputs.images import Images, chosen_images, image_options, unique
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import finished_prior
 from training.processes import SMALLER_BATCHES, finish, start
 
 
@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, found {options.batch_size}")
     output = None if options.output is None else _free(Path(options.output).expanduser())
-    if options.prior == UNIFORM:
-        raise UserError(f"--prior: expected a trained one, found {UNIFORM}, under which codes cost what their indices do")
     command.need_tokenizer()
+    prior = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
-    generator = generator_of(command, accelerator, options.prior)
+    generator = generator_of(command, accelerator, prior)
+    generator.exact_prior("compress")
     if options.lossless:
         generator.tokenizer.likelihood()
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)

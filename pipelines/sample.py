@@ -32,7 +32,7 @@ from pipelines.of_command import generator_of
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import UNIFORM, drawn_prior
 from training.processes import SMALLER_BATCHES, finish, start
 
 # Pictures in grid.png at most; all of them lie beside it.
@@ -41,7 +41,7 @@ _SHOWN = 256
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", options=_options)
+    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", drawn_prior=drawn_prior, options=_options)
     run, config, options = command.run, command.recipe.sampling, command.options
     if options.n < 1:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")

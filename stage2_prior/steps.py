@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from configs.schema import Compute, Stage2
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.muon import muon
-from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from stage2_prior.priors.contract import Prior
 from training.averaging import WeightAverage
 from training.optimizer import adamw, clip_, fused_on
 from training.processes import asked_to_shard
@@ -25,23 +26,24 @@ from training.sharding import shard_, without_weights
 class Begun(NamedTuple):
     """What is trained."""
 
-    prior: AutoregressivePrior
+    prior: Prior
     model: Any
     """The same as the processes train it together."""
     optimizer: Any
-    average: WeightAverage[AutoregressivePrior]
+    average: WeightAverage[Prior]
 
 
-def begun(accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, compute: Compute) -> Begun:
+def begun(accelerator: Accelerator, prior: Prior, config: Stage2, compute: Compute) -> Begun:
     """A prior and what is trained with it, shared out over the processes if they are asked to."""
     for module in prior.modules():
-        if isinstance(module, AutoregressivePrior):
+        if isinstance(module, Prior):
             module.checkpointing = config.gradient_checkpointing
     sharded = asked_to_shard(accelerator, compute)
     averaged = without_weights(prior) if sharded else None
     if averaged is not None:
-        shard_(accelerator, prior, prior.units())
-        shard_(accelerator, averaged, averaged.units(), learns=False)
+        shard_(accelerator, prior, prior.fsdp_modules())
+        shard_(accelerator, averaged, averaged.fsdp_modules(), learns=False)
+        register_fsdp_forward_method(averaged, "nats")  # it gathers, as a forward pass does
         averaged.load_state_dict({name: weight.clone() for name, weight in prior.state_dict().items()}, assign=True)
     else:
         prior.to(accelerator.device)
@@ -63,7 +65,7 @@ def products_on(accelerator: Accelerator) -> torch.dtype | None:
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" else None
 
 
-def best_weights(model: AutoregressivePrior) -> dict[str, Tensor]:
+def best_weights(model: Prior) -> dict[str, Tensor]:
     """A copy of a model's weights: on the CPU, but where they are shared out and small."""
     weights = {name: weight.detach() for name, weight in model.state_dict().items()}
     return {name: weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True) for name, weight in weights.items()}
@@ -74,15 +76,14 @@ def take_step(accelerator: Accelerator, model: Any, optimizer: Any, loader: Code
 
     Returns: this rank's loss (), nats per token, and the norm () of the gradient over all ranks before clipping.
     """
-    prior = accelerator.unwrap_model(model, keep_torch_compile=False)
     set_learning_rate(optimizer, scheduled_rate(config, step))
     step_loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(config.accumulation):
-        codes, condition, variants = loader.batch(step, micro_step)
+        batch = loader.batch(step, micro_step)
         seed_layers(config.seed, step, micro_step, accelerator.process_index)
         last = micro_step == config.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = torch.cat(code_losses(model(codes, condition, variants), codes[prior.levels]), 1).mean() / config.accumulation
+            loss = model(*batch) / config.accumulation
             accelerator.backward(loss)
         step_loss += loss.detach()
     norm = clip_(accelerator, model, config.clip_norm)

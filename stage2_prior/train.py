@@ -245,9 +245,9 @@ def train(
     names = prior.condition.class_names
     condition = f"{len(names)} classes" if names else f"condition {prior.condition.kind}"
     say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {condition}")
-    for remark in prior.remarks():
-        say(remark)
-    loader = CodeLoader(training, prior.condition, config, accelerator)
+    for line in prior.training_warnings():
+        say(line)
+    loader = CodeLoader(training, prior.condition, config, accelerator, prior.num_draws)
     sharded = asked_to_shard(accelerator, recipe.compute)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, sharded)
     first_step, minutes_before = 0, 0.0
@@ -377,7 +377,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
         prior = build_prior(recipe.prior, training.manifest.condition_of_prior(recipe.condition), training.manifest, level)
     except ValueError as error:  # of fields that do not fit the levels there are
         raise UserError(str(error)) from None
-    prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
+    prior.initialise_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
     return begun(accelerator, prior, config, recipe.compute)
 
 
@@ -387,7 +387,7 @@ def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Reci
     prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
     if accelerator.is_main_process:
         write_yaml(run.prior(name) / "recipe.yaml", recipe_dict(recipe))  # a rehearsal may be interrupted
-    loader, every = CodeLoader(training, prior.condition, config, accelerator), torch.arange(len(validation))
+    loader, every = CodeLoader(training, prior.condition, config, accelerator, prior.num_draws), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
     def step(number: int) -> None:

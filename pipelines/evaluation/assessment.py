@@ -30,7 +30,6 @@ from pipelines.evaluation.reference import ReferenceFeatures, pixels_identity, r
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
 from pipelines.inputs.images import encode, encode_and_decode
 from pipelines.scoring.bound import image_bits
-from pipelines.scoring.surprisals import ScoringPrior
 from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.pixels import to_model, to_uint8
@@ -44,6 +43,7 @@ from stage1_vqvae.pictures import image_grid
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.priors.prior_file import LoadedPrior
 from training.batching import batches
 from training.devices import float64_device
 from training.precision import ieee_float32
@@ -198,7 +198,7 @@ class Assessor:
         made, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
         return found | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
 
-    def bound(self, split: str, prior: ScoringPrior | None, training: CodeStore | None) -> dict[str, Any]:
+    def bound(self, split: str, prior: LoadedPrior | None, training: CodeStore | None) -> dict[str, Any]:
         """The bound on bits a dimension of a split's images by each p(z), their share of pixels first, with its 95 % interval, as bound.py
         has it; `learned` by that prior, and `unigram` by those training codes.
         """

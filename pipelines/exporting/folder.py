@@ -33,8 +33,7 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
 
     Returns what model.json is to say of them, of which the sampler reads all but the fingerprints.
     """
-    prior, header = generator.prior, generator.header
-    assert prior is not None
+    prior, header = generator.stepwise_prior("export"), generator.header
     assert header is not None
     if header.condition.kind != "none" and not header.condition.class_names:
         raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")

@@ -14,6 +14,7 @@ from pipelines.playground.fields import Fields, on
 from pipelines.playground.maps import code_at, code_map
 from stage1_vqvae.pictures import to_pil
 from stage1_vqvae.quantizers.contract import Codes
+from stage2_prior.priors.stepwise import StepwisePrior
 
 _OFFERED = 8  # codes of a kind
 
@@ -49,13 +50,13 @@ class CodesTab:
                 with gr.Row():
                     undo, over = gr.Button("Undo", size="sm", min_width=100), gr.Button("Start over", size="sm", min_width=100)
             with gr.Column(scale=2, min_width=320):
-                bright = ", the brighter the more bits they cost" if self._generator.prior is not None else ""
+                in_turn = isinstance(self._generator.prior, StepwisePrior)
+                bright = ", the brighter the more bits they cost" if in_turn else ""
                 gr.Markdown(f"Its codes{bright}: click one.")
                 of_codes = gr.Image(alt_text="codes", show_label=False, format="png", buttons=[])
                 said = gr.Markdown()
                 nearest = fields.gallery("Exchange it for one of the codes nearest to it")
-                has_prior = self._generator.prior is not None
-                likeliest = fields.gallery("Or for one of those likeliest after the codes before it", visible=has_prior)
+                likeliest = fields.gallery("Or for one of those likeliest after the codes before it", visible=in_turn)
         desk = gr.State(None)
         given, outputs = [desk, label, level], [desk, shown, of_codes, said, nearest, likeliest]
 
@@ -114,12 +115,13 @@ class CodesTab:
         place = desk.place if desk.place is not None and desk.place.level == level else None
         desk = desk._replace(place=place)
         asked = self._fields.label(label)
-        bits = None if generator.prior is None else generator.surprisals(codes, asked)
+        in_turn = isinstance(generator.prior, StepwisePrior)
+        bits = generator.surprisals(codes, asked) if in_turn else None
         picture = generator.decode(codes, output="tensor")[0]
         near, likely = [], []
         if place is not None:
             near = nearest_codes(generator.tokenizer, level, place.of(codes), _OFFERED)
-            likely = likeliest_codes(generator, codes, asked, place, _OFFERED) if generator.prior is not None else []
+            likely = likeliest_codes(generator, codes, asked, place, _OFFERED) if in_turn else []
             desk = desk._replace(nearest=tuple(near), likeliest=tuple(likely))
         mark = None if place is None else (place.row, place.column)
         of_level = None if bits is None else bits[level][0]

@@ -16,6 +16,7 @@ from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes, Levels
 from stage1_vqvae.quantizers.search import nearest_codes as nearest_vectors
 from stage2_prior.conditions.contract import Label
+from stage2_prior.priors.stepwise import StepwisePrior
 
 
 class Place(NamedTuple):
@@ -64,9 +65,9 @@ def nearest_codes(tokenizer: VQVAE, level: int, code: int, count: int) -> list[i
 @torch.no_grad()
 def likeliest_codes(generator: Generator, codes: Codes, label: Label | None, place: Place, count: int) -> list[int]:
     """The codes that the prior finds likeliest in a place of an image (1, h, w) a level, given those before it, likeliest first."""
-    prior, condition = generator.exact_prior, requested_condition(generator.header, label, 1)
+    prior, condition = generator.exact_prior("likeliest codes"), requested_condition(generator.header, label, 1)
     condition = None if condition is None else condition.to(prior.device)
-    logits = prior(tuple(level.to(prior.device) for level in codes), condition)[place.level]
+    logits = prior.logits(tuple(level.to(prior.device) for level in codes), condition)[place.level]
     here = logits[0, place.row * codes[place.level].shape[2] + place.column]
     return here.topk(min(count, len(here))).indices.tolist()
 
@@ -77,7 +78,7 @@ def candidates(generator: Generator, codes: Codes, label: Label | None, place: P
         return []
     changed = tuple(torch.cat(level) for level in zip(*(exchanged(codes, place, code) for code in found), strict=True))
     pictures = generator.decode(changed, output="tensor")
-    if generator.prior is None:
+    if not isinstance(generator.prior, StepwisePrior):
         return [Candidate(code, picture, None, None) for code, picture in zip(found, pictures, strict=True)]
     bits = generator.surprisals(changed, label)
     here = bits[place.level][:, place.row, place.column].tolist()

@@ -175,24 +175,24 @@ class Fields:
         """Seed, temperature, top-p, guidance: the recipe's at first, whatever that is. See `seed_and_settings`."""
         sampling = self.generator.sampling
         # A prior that has not learned p(codes) draws by no other, whatever the recipe says.
-        temperature, top_p, guidance = sampling.temperature, sampling.top_p, sampling.guidance if self.guides else 1.0
+        temperature, top_p, guidance = sampling.temperature, getattr(sampling, "top_p", 1.0), sampling.guidance if self.guides else 1.0
         about = "below 1 safer, above 1 more varied", "draw among the likeliest codes of this share", "insist on the label; 1 = off"
         return [
             gr.Number(0, label="Seed", precision=0),
             gr.Slider(0, max(2, temperature), temperature, step=0.01, label="Temperature", info=about[0]),
-            gr.Slider(min(0.01, top_p), 1, top_p, step=0.01, label="Top-p", info=about[1]),
+            gr.Slider(min(0.01, top_p), 1, top_p, step=0.01, label="Top-p", info=about[1], visible=hasattr(sampling, "top_p")),
             gr.Slider(min(0, guidance), max(5, guidance), guidance, step=0.01, label="Guidance", info=about[2], visible=self.guides),
         ]
 
-    @staticmethod
-    def seed_and_settings(values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
+    def seed_and_settings(self, values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
         """The seed, and the settings by name. Errors: UserError for a field that was left empty, or a seed below 0."""
         names = ("seed", "temperature", "top_p", "guidance")
         found: dict[str, Any] = {}
         for name, value in zip(names, values, strict=True):
             if value is None:
                 raise UserError(f"{name}: expected a number, found none")
-            found[name] = value
+            if name == "seed" or hasattr(self.generator.sampling, name):
+                found[name] = value
         seed = int(found.pop("seed"))
         if seed < 0:
             raise UserError(f"seed: expected a whole number of at least 0, found {seed}")

@@ -13,7 +13,7 @@ import yaml
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
-from configs.schema import Recipe, Sampling, prior_from
+from configs.schema import Recipe, prior_from
 from pipelines.provenance import base_name, identity, outputs, seen, without_machine, without_places
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
@@ -308,12 +308,14 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
     )
     if report["best_step"] is not None:  # of levels trained apart, each has its own
         description += f", best at step {report['best_step']:,}"
-    saved, images = measured["saved_percent"], measured["images"]
+    saved, images, at_most = measured["saved_percent"], measured["images"], "" if measured["exact"] else "at most "
     rows = [
         ["uniform (log2 K)", f"{measured['uniform']:.3f}", f"{saved['uniform']:.1f} %"],
         ["unigram (training frequencies)", f"{measured['unigram']:.3f}", f"{saved['unigram']:.1f} %"],
-        [f"prior, {images['validation']:,} validation images", f"{measured['validation']:.3f}", ""],
-        [f"prior, {images['train']:,} training images", f"{measured['train']:.3f}", ""],
+        *(
+            [f"prior, {images[split]:,} {name} images", f"{at_most}{measured[split]:.3f}", ""]
+            for split, name in (("validation", "validation"), ("train", "training"))
+        ),
     ]
     grids = measured["positions"]
     flat = [bits for grid in grids for row in grid for bits in row]
@@ -362,7 +364,7 @@ def samples(run: RunDir, folder: Path) -> Samples:
         # By its number, which is its name: some pictures may have been removed.
         of_label = {label: [path for path in files if labels[int(path.stem)] == label][:of_each] for label in shown}
         classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in of_label.items()]
-    neutral = vars(Sampling())
+    neutral = {key: value for kind in FAMILIES["prior"] for key, value in vars(part_class("prior", kind).SAMPLING()).items()}
     warped = [f"{key.replace('_', ' ')} {value}" for key, value in seen(details["sampling"]).items() if value != neutral.get(key)]
     drawn_as = "every code equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the prior as it is"
     description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"

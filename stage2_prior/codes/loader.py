@@ -18,7 +18,7 @@ from training.randomness import DataOrder, generator
 
 
 class CodeBatch(NamedTuple):
-    """Codes, condition and variants of one micro-step."""
+    """Arguments of the prior's loss for one micro-step."""
 
     codes: Codes
     """int64 (b, h, w) per level."""
@@ -26,20 +26,38 @@ class CodeBatch(NamedTuple):
     """(b, ...), the null where dropout hides it; None: an unconditional prior."""
     variants: Tensor
     """(b,) int64: augmentation variant of each row."""
+    draws: Tensor | None
+    """(b, num_draws) float32 in [0, 1) for the prior's loss; None if it takes none."""
 
 
 class CodeLoader:
     """Loads this rank's codes for every micro-step.
 
-    Row, variant and dropout of the condition are a function of (seed, step, position in the step's batch): the same for any number of
-    processes and threads, and after a resume.
+    Row, variant, dropout of the condition and draws are a function of (seed, step, position in the step's batch): the same for any number
+    of processes and threads, and after a resume.
     """
 
     def __init__(
-        self, training: CodeStore, condition: Condition, config: Stage2, accelerator: Accelerator, ahead: bool | None = None
+        self,
+        training: CodeStore,
+        condition: Condition,
+        config: Stage2,
+        accelerator: Accelerator,
+        num_draws: int = 0,
+        ahead: bool | None = None,
     ) -> None:
-        """`condition`: the prior's. `ahead`: prefetch in a thread; None: on accelerators. Errors: as `CodeStore.condition_for`."""
-        self._training, self._config, self._condition = training, config, condition
+        """Open the loader of a prior.
+
+        Args:
+            training: the codes to learn from.
+            condition: the prior's.
+            config: the recipe's section.
+            accelerator: whose ranks share the batches.
+            num_draws: the prior's; see `Prior.num_draws`.
+            ahead: prefetch in a thread; None: on accelerators.
+        Errors: as `CodeStore.condition_for`.
+        """
+        self._training, self._config, self._condition, self._num_draws = training, config, condition, num_draws
         self._rows = training.condition_for(condition)
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
         self._order = DataOrder(len(training), config.batch_size, config.seed)
@@ -48,18 +66,20 @@ class CodeLoader:
     def batch(self, step: int, micro_step: int) -> CodeBatch:
         """Codes of a micro-step, on this rank's device. Errors: UserError for a code outside the codebook."""
         variants, *tensors = self._reader.at(step, micro_step)
+        draws = tensors.pop() if self._num_draws else None
         condition = None if self._rows is None else tensors.pop()
-        return CodeBatch(tuple(tensors), condition, variants)
+        return CodeBatch(tuple(tensors), condition, variants, draws)
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Read a micro-step: variants (b,), codes (b, h, w) per level, and the condition (b, ...) of a conditional prior."""
+        """Read a micro-step: variants (b,), codes (b, h, w) per level, condition (b, ...) and draws (b, num_draws), if there are any."""
         (step, micro_step), config = key, self._config
         rows = self._order.batch(step)
         share = share_of_step(config.batch_size, config.accumulation, micro_step, self._processes, self._rank)
-        draws = generator(config.seed, "variants", step)
-        variants = torch.randint(self._training.manifest.variants, rows.shape, generator=draws)[share]
-        codes = self._training.codes(rows[share], variants)
-        if self._rows is None:
-            return variants, *codes
-        hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-        return variants, *codes, self._condition.drop(self._rows[rows[share]], hidden[share])
+        variants = torch.randint(self._training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
+        tensors = [variants, *self._training.codes(rows[share], variants)]
+        if self._rows is not None:
+            hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
+            tensors.append(self._condition.drop(self._rows[rows[share]], hidden[share]))
+        if self._num_draws:
+            tensors.append(torch.rand(len(rows), self._num_draws, generator=generator(config.seed, "loss", step))[share])
+        return tuple(tensors)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.contract import Prior
 from training.batching import batches
 from training.devices import as_float64, float64_device
 from training.prefetch import read_to
@@ -62,7 +62,7 @@ class Likelihood:
 
 
 @torch.no_grad()
-def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
+def measure(accelerator: Accelerator, prior: Prior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
     """Measure the likelihood of these rows, each counted once at any number of processes; `batch_size` per rank and batch."""
     prior.eval()
     device, stored, names = accelerator.device, store.condition_for(prior.condition), prior.condition.class_names
@@ -84,7 +84,7 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
         parts = batches(len(mine), batch_size)
         for part, tensors in zip(parts, read_to(device, read, parts), strict=True):
             codes, condition = (tensors, None) if stored is None else (tensors[:-1], tensors[-1])
-            losses = as_float64(-prior.log_prob(codes, condition))
+            losses = as_float64(prior.nats(codes, condition))
             weights = row_weights[part]
             nats += weights @ losses
             if names and condition is not None:

@@ -16,11 +16,11 @@ from configs.schema import PriorPart, prior_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits
+from stage2_prior.priors.stepwise import FixedBatch, FixedSteps, Logits, StepwisePart, StepwisePrior
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevelwisePart(PriorPart):
+class LevelwisePart(StepwisePart):
     """A prior of its own for each level of codes, given the levels above (Razavi et al. 2019, section 3.2)."""
 
     levels: list[dict[str, Any]] = field(default_factory=list)
@@ -38,12 +38,13 @@ class LevelwisePart(PriorPart):
         return Levelwise(layout, condition, num_variants, parts)
 
 
-def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition: Condition, num_variants: int = 1) -> AutoregressivePrior:
-    """A prior with fresh weights of one level, from 0 on, given those above.
+def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition: Condition, num_variants: int = 1) -> StepwisePrior:
+    """Build a prior with fresh weights of one level, from 0 on, given those above.
 
-    Errors: ValueError for a kind that cannot be given levels.
+    Errors: ValueError for a kind that cannot be given levels, or does not draw codes in turn.
     """
     own = SequenceLayout([layout.grids[level]], [layout.num_codes[level]])
+    require(isinstance(config, StepwisePart), "prior.kind", "one that draws codes in turn, for a prior per level", config.kind)
     if level == 0:
         return config.build(own, condition, num_variants)
     require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)
@@ -61,32 +62,32 @@ class LevelwiseCache:
     """The position whose logits come next."""
 
 
-class Levelwise(AutoregressivePrior):
+class Levelwise(StepwisePrior):
     """Priors of single levels as a prior of all of them."""
 
-    def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int, parts: Sequence[AutoregressivePrior]) -> None:
+    def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int, parts: Sequence[StepwisePrior]) -> None:
         """`parts`: of each level, coarse to fine, given those above; the rest as in the contract."""
         super().__init__(layout, condition, num_variants)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
-    parts: Sequence[AutoregressivePrior]
+    parts: Sequence[StepwisePrior]
 
     @override
-    def begin_from(self, vectors: Sequence[Tensor]) -> None:
+    def initialise_from(self, vectors: Sequence[Tensor]) -> None:
         for part, of_level in zip(self.parts, vectors, strict=True):
-            part.begin_from([of_level])
+            part.initialise_from([of_level])
 
     @override
-    def units(self) -> list[nn.Module]:
-        return [unit for part in self.parts for unit in part.units()]
+    def fsdp_modules(self) -> list[nn.Module]:
+        return [module for part in self.parts for module in part.fsdp_modules()]
 
     @override
-    def remarks(self) -> list[str]:
-        return [f"level {number}: {remark}" for number, part in enumerate(self.parts, 1) for remark in part.remarks()]
+    def training_warnings(self) -> list[str]:
+        return [f"level {number}: {line}" for number, part in enumerate(self.parts, 1) for line in part.training_warnings()]
 
     @override
-    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
-        return tuple(part(codes[: level + 1], condition, variants)[0] for level, part in enumerate(self.parts))
+    def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
+        return tuple(part.logits(codes[: level + 1], condition, variants)[0] for level, part in enumerate(self.parts))
 
     @override
     def new_cache(self, batch: int, above: Codes = ()) -> LevelwiseCache:

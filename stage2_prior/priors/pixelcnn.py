@@ -24,20 +24,20 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import PriorPart
 from stage1_vqvae.attention import RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
-from stage2_prior.priors.attention import GridAttention
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.attention import GridAttention, select
+from stage2_prior.priors.contract import SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.stepwise import FixedBatch, FixedSteps, Logits, StepwisePart, StepwisePrior
 from stage2_prior.priors.upper_levels import UpperLevels
 
 _FIRST_KERNEL = 7
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelCNNPart(SizedByPreset, PriorPart):
+class PixelCNNPart(SizedByPreset, StepwisePart):
     """The Gated PixelCNN, masked convolutions over the grid of codes. Dropout is of what gated layers add."""
 
     MAY_BE_GIVEN_LEVELS = True
@@ -76,7 +76,7 @@ class PixelCNNPart(SizedByPreset, PriorPart):
         return PixelCNN(self.resolved(), layout, condition, num_variants, given)
 
 
-class PixelCNN(AutoregressivePrior):
+class PixelCNN(StepwisePrior):
     """p(level 1 | label) p(level 2 | level 1, label) ..., a network a level."""
 
     def __init__(
@@ -99,7 +99,7 @@ class PixelCNN(AutoregressivePrior):
     networks: Sequence[LevelNetwork]
 
     @override
-    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
+    def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
         condition = self.condition_or_null(condition, codes[0].shape[0])
         return tuple(
             network(codes[level], network.context(codes[:level], condition, variants), self.checkpointing and self.training)
@@ -107,11 +107,11 @@ class PixelCNN(AutoregressivePrior):
         )
 
     @override
-    def units(self) -> list[nn.Module]:
+    def fsdp_modules(self) -> list[nn.Module]:
         return [layer for network in self.networks for layer in network.layers]
 
-    def remarks(self) -> list[str]:
-        """A stack too shallow for its grid is told of."""
+    @override
+    def training_warnings(self) -> list[str]:
         reach = _FIRST_KERNEL // 2 + (self.config.layers - 1) * (self.config.kernel_size // 2)
         furthest = max(max(grid) for grid in self.layout.grids) - 1
         if self.config.attention_interval or reach >= furthest:
@@ -323,10 +323,10 @@ class RowState:
         A `row` given as a tensor (1,), here and in `next_position`, makes every row run the same kernels, so that a CUDA graph can replay.
         """
         network, self._row = self._network, row
-        x = _selected(network.positions[0], row).expand(len(self._left[0]), -1, -1)
+        x = select(network.positions[0], row).expand(len(self._left[0]), -1, -1)
         if codes_above is not None:
             x = x + network.token(codes_above)  # (B, w, C)
-        context = self._context[:, 0] if self._context.shape[1] == 1 else _selected(self._context, row, 1)  # (B, 1 or w, C)
+        context = self._context[:, 0] if self._context.shape[1] == 1 else select(self._context, row, 1)  # (B, 1 or w, C)
         for layer, rows, down in zip(network.layers, self._above, self._down, strict=True):
             to_vertical, to_horizontal = layer.context(context).chunk(2, -1)
             rows.copy_(rows.roll(-1, 1))
@@ -338,7 +338,7 @@ class RowState:
     def next_position(self, column: int, code_left: Tensor | None, row: int | Tensor | None = None) -> Tensor:
         """Logits (B, K) of a position, from the code (B,) to its left, or None. `row`: None means the row last begun."""
         network, row = self._network, self._row if row is None else row
-        x = _selected(network.positions[1, :, column], row).expand(len(self._left[0]), -1)
+        x = select(network.positions[1, :, column], row).expand(len(self._left[0]), -1)
         if code_left is not None:
             x = x + network.token(code_left)  # (B, C)
         position = row * network.grid[1] + column
@@ -349,10 +349,7 @@ class RowState:
             x = x + layer.out(gated(torch.addmm(down[:, column], window, kernel)))
             if layer.attention is None or attended is None:
                 continue
-            if isinstance(position, Tensor):
-                x = layer.attention.fixed_step(x, network.rotations, attended, position)
-            else:
-                x = layer.attention.step(x, network.rotations[position : position + 1], attended, position)
+            x = layer.attention.step_(x, network.rotations, attended, position)
         return network.head(x)
 
     def next_positions(self, first: int, last: int, codes_left: Tensor) -> None:
@@ -379,11 +376,6 @@ class RowState:
         for cache in self._attended:
             if cache is not None:
                 cache.reset()
-
-
-def _selected(x: Tensor, index: int | Tensor, axis: int = 0) -> Tensor:
-    """`x.select(axis, index)`, also for a (1,) index tensor."""
-    return x.select(axis, index) if isinstance(index, int) else x.index_select(axis, index).squeeze(axis)
 
 
 class PixelCNNSteps(FixedSteps):

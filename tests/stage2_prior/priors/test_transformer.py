@@ -25,7 +25,7 @@ def test_a_position_knows_its_level_row_and_column() -> None:
     """With all codes alike, no two positions of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
     prior = build("transformer", LAYOUTS["top and bottom"])
     assert isinstance(prior, Transformer)
-    embedded = prior._embedded_positions()
+    embedded = prior.position_embeddings()
     assert len(embedded.unique(dim=0)) == prior.layout.length
     assert prior.layout.centres()[:2].tolist() == [[0.5, 0.5], [0.5, 2.5]]  # one row of two, over two rows of four
     assert prior.layout.centres()[2:4].tolist() == [[0, 0], [0, 1]]
