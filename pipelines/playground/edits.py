@@ -64,10 +64,9 @@ def nearest_codes(tokenizer: VQVAE, level: int, code: int, count: int) -> list[i
 @torch.no_grad()
 def likeliest_codes(generator: Generator, codes: Codes, label: Label | None, place: Place, count: int) -> list[int]:
     """The codes that the prior finds likeliest in a place of an image (1, h, w) a level, given those before it, likeliest first."""
-    prior, labels = generator.exact_prior("likeliest codes"), generator.labels_given(label, 1)
-    logits = prior.logits(tuple(level.to(prior.device) for level in codes), None if labels is None else labels.to(prior.device))[
-        place.level
-    ]
+    prior, condition = generator.exact_prior("likeliest codes"), generator.labels_given(label, 1)
+    condition = None if condition is None else condition.to(prior.device)
+    logits = prior.logits(tuple(level.to(prior.device) for level in codes), condition)[place.level]
     here = logits[0, place.row * codes[place.level].shape[2] + place.column]
     return here.topk(min(count, len(here))).indices.tolist()
 

@@ -32,8 +32,8 @@ class CodeBatch(NamedTuple):
 class CodeLoader:
     """Loads this rank's codes for every micro-step.
 
-    Row, variant, label dropout and draws are a function of (seed, step, position in the step's batch): the same for any number of processes and
-    threads, and after a resume.
+    Row, variant, label dropout and draws are a function of (seed, step, position in the step's batch): the same for any number of
+    processes and threads, and after a resume.
     """
 
     def __init__(
