@@ -34,7 +34,8 @@ from pipelines.conditioning import image_condition
 from pipelines.inputs.images import Images, chosen_images
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
-from stage2_prior.priors.prior_file import finished_prior, load_prior
+from stage2_prior.priors.prior_file import finished_prior, load_finished
+from stage2_prior.priors.stepwise import stepwise
 from training.weights_file import fingerprint
 
 _FORMATS: dict[str, dict[str, Any]] = {
@@ -55,7 +56,8 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     """A row of the table: our file, its parts, the bound."""
     tokenizer = load_tokenizer(run)
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
-    prior, header = load_prior(path, fingerprint(run.tokenizer))
+    loaded, header, _ = load_finished(run, prior_name, TRAIN_PRIOR)
+    prior = stepwise(loaded, "compress", header.config.kind)
     prior.double()
     pixels, labels = images.pixels, image_condition(header, None, images)
     made_by = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path)), path.parent.name

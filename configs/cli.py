@@ -99,9 +99,7 @@ def _parts_of(sections: Sequence[str]) -> list[str]:
 def _section_class(name: str, kinds: Mapping[str, str]) -> type:
     """Return the class of a section's fields under these kinds of parts."""
     if name == "sampling":
-        prior = part_class("prior", kinds["prior"])
-        assert issubclass(prior, PriorPart)
-        return prior.SAMPLING
+        return typing.cast(type[PriorPart], part_class("prior", kinds["prior"])).SAMPLING
     return part_class(name, kinds[name]) if name in FAMILIES else SECTIONS[name]
 
 

@@ -56,15 +56,8 @@ from training.weights_file import fingerprint
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(
-        __doc__,
-        ("evaluation", "sampling", "compute"),
-        argv,
-        flat="evaluation",
-        drawn_prior=drawn_prior,
-        reads_images=True,
-        options=_options,
-    )
+    sections = ("evaluation", "sampling", "compute")
+    command = parse(__doc__, sections, argv, flat="evaluation", drawn_prior=drawn_prior, reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.evaluation, command.options
     if options.samples is not None and options.prior is not None:
         raise UserError(f"--samples: expected no --prior beside it, found {options.prior}")

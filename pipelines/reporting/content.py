@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
-from configs.schema import Recipe, prior_from
+from configs.schema import PriorPart, Recipe, prior_from
 from pipelines.provenance import base_name, identity, outputs, seen, without_machine, without_places
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
@@ -364,12 +364,18 @@ def samples(run: RunDir, folder: Path) -> Samples:
         # By its number, which is its name: some pictures may have been removed.
         of_label = {label: [path for path in files if labels[int(path.stem)] == label][:of_each] for label in shown}
         classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in of_label.items()]
-    neutral = {key: value for kind in FAMILIES["prior"] for key, value in vars(part_class("prior", kind).SAMPLING()).items()}
+    neutral = neutral_sampling()
     warped = [f"{key.replace('_', ' ')} {value}" for key, value in seen(details["sampling"]).items() if value != neutral.get(key)]
     drawn_as = "every code equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the prior as it is"
     description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"
     columns = max(len(group.tiles) for group in classes)
     return Samples(folder.name, details["prior"], description, classes, columns, remarks)
+
+
+def neutral_sampling() -> dict[str, Any]:
+    """Return the default of every setting of drawing, of all kinds of prior."""
+    parts = (cast(type[PriorPart], part_class("prior", kind)) for kind in FAMILIES["prior"])
+    return {name: value for part in parts for name, value in vars(part.SAMPLING()).items()}
 
 
 def remarks_on_age(run: RunDir, details: dict[str, Any]) -> list[str]:

@@ -54,11 +54,11 @@ class CachedAttention(Attention):
             position: an int reads the cache up to it; a tensor (1,) makes shapes the same at every position, for CUDA graphs.
         """
         projected, keys, values = product(self.qkv, normed), cache.keys, cache.values
-        if isinstance(position, Tensor) and _ATTEND.usable(keys.device):
-            if keys.dtype == projected.dtype != torch.float64 and rotations.dtype == torch.float32:
-                attended = _ATTEND(projected, rotations, keys, values, position)
-                if attended is not None:
-                    return add_product_(x, attended, self.out)
+        kernel_types = keys.dtype == projected.dtype != torch.float64 and rotations.dtype == torch.float32
+        if isinstance(position, Tensor) and kernel_types and _ATTEND.usable(keys.device):
+            attended = _ATTEND(projected, rotations, keys, values, position)
+            if attended is not None:
+                return add_product_(x, attended, self.out)
         query, key, value = self._separated(projected[:, None], select(rotations, position)[None])
         if isinstance(position, int):
             keys[:, :, position : position + 1] = key
@@ -114,13 +114,17 @@ class GridAttention(nn.Module):
 
 def product(linear: nn.Linear, x: Tensor) -> Tensor:
     """Apply a linear map without bias to few rows (B, C), B much smaller than C, without gradient."""
-    # The same product; with its long side first, MKL takes a sixth less time.
-    return torch.mm(linear.weight, x.t()).t() if x.device.type == "cpu" else linear(x)
+    return torch.mm(linear.weight, x.t()).t() if _weight_first(x) else linear(x)
 
 
 def add_product_(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
     """Add `product(linear, y)` to x (B, C) in place; one kernel on a GPU."""
-    return x.add_(product(linear, y)) if x.device.type == "cpu" else x.addmm_(y, linear.weight.t())
+    return x.add_(product(linear, y)) if _weight_first(x) else x.addmm_(y, linear.weight.t())
+
+
+def _weight_first(x: Tensor) -> bool:
+    """Whether a product with few rows has the weight on its left: with the long side first, MKL takes a sixth less time."""
+    return x.device.type == "cpu"
 
 
 def select(x: Tensor, index: int | Tensor, axis: int = 0) -> Tensor:

@@ -98,7 +98,7 @@ def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> N
 
 
 def learned_name(run: RunDir, name: str | None) -> str | None:
-    """Return the name of the learned prior that an option `--prior NAME` means: by default the last finished; None for none or `uniform`."""
+    """Return the name of the learned prior that an option `--prior NAME` means, by default the last finished; None if there is none."""
     return None if name == UNIFORM else name or run.last_prior()
 
 

@@ -22,8 +22,8 @@ from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import load_prior
+from stage2_prior.priors.stepwise import StepwisePrior
 from training.weights_file import fingerprint
 
 Row = dict[str, str]
@@ -37,7 +37,7 @@ def found_in(run: Path, *arguments: object) -> tuple[Path, list[Row]]:
         return new, list(csv.DictReader(file))
 
 
-def loaded(run: Path, name: str = "transformer") -> tuple[AutoregressivePrior, CodeStore]:
+def loaded(run: Path, name: str = "transformer") -> tuple[StepwisePrior, CodeStore]:
     prior, _ = load_prior(run / "priors" / name / "prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
     return prior, CodeStore(run / "codes" / VALIDATION)
 
@@ -48,9 +48,9 @@ def test_a_split_is_ranked_by_its_bits_and_compared_with_itself(run_copy: Path) 
     assert {path.name for path in folder.iterdir()} == {"anomalies.png", "anomalies.csv", "maps"}
     prior, store = loaded(run_copy)
     (codes,) = store.codes(torch.arange(len(store)))
-    assert store.labels is not None
+    assert store.condition is not None
     expected = []
-    for grid, label in zip(codes, store.labels, strict=True):
+    for grid, label in zip(codes, store.condition, strict=True):
         cache, code, nats = prior.new_cache(1), None, 0.0
         for position in grid.flatten():
             nats -= float(prior.step(code, label[None], cache).double().log_softmax(-1)[0, position])
@@ -86,7 +86,7 @@ def test_noise_among_a_run_s_own_images_shows_in_its_error(run_copy: Path, pictu
     assert len(errors) == 9
     assert errors.pop("noise.png") > 2 * max(errors.values())
     prior, store = loaded(run_copy)
-    usual = -prior.log_prob(store.codes(torch.arange(len(store))), None).sum(1).double().numpy() / math.log(2)
+    usual = prior.nats(store.codes(torch.arange(len(store))), None).sum(1).double().numpy() / math.log(2)
     for row in rows:
         assert float(row["percent_of_validation_below"]) == pytest.approx(100 * np.mean(usual < float(row["bits"]) - 1e-3))
 
@@ -95,8 +95,8 @@ def test_surprisals_do_not_depend_on_the_batch(run_copy: Path) -> None:
     """More images than a batch holds; and labels matter."""
     prior, store = loaded(run_copy)
     rows = torch.arange(150) % 12
-    assert store.labels is not None
-    labels = store.labels[rows]
+    assert store.condition is not None
+    labels = store.condition[rows]
     many = surprisals(prior, store.codes(rows), labels, "bits")
     few = surprisals(prior, store.codes(rows[:12]), labels[:12], "bits")
     assert many.shape == (150, 6)

@@ -43,8 +43,8 @@ def test_kept_rows_are_the_images_own_and_the_others_vary(run_copy: Path) -> Non
     store = CodeStore(run_copy / "codes" / VALIDATION)
     rows = torch.tensor([0, 4, 8])  # of 12
     (originals,) = store.codes(rows)
-    assert store.labels is not None
-    assert details["labels"] == store.labels[rows].tolist() == [0, 0, 1]
+    assert store.condition is not None
+    assert details["labels"] == store.condition[rows].tolist() == [0, 0, 1]
     found = drawn(folder).reshape(3, 4, 8, 12, 3)
     for image in range(3):
         # Which codes of the second row give that picture with the image's first row: there must be some.

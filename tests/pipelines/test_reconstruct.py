@@ -47,10 +47,10 @@ def test_a_split_is_measured_image_by_image_worst_first(run_copy: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"reconstructions.png", "reconstructions.csv", "images"}
     originals = validation_pixels(run_copy)
     store = CodeStore(run_copy / "codes" / VALIDATION)
-    assert store.labels is not None
+    assert store.condition is not None
     codes = store.codes(torch.arange(len(store)))
     prior, _ = load_prior(run_copy / "priors" / "transformer" / "prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))
-    (logits,) = prior(codes, store.labels)
+    (logits,) = prior.logits(codes, store.condition)
     log_probabilities = logits.double().log_softmax(-1).gather(-1, codes[0].flatten(1)[..., None])[..., 0]
     assert sorted(row["name"] for row in rows) == sorted(f"validation/{number}" for number in range(12))
     assert {path.name for path in (folder / "images").iterdir()} == {Path(row["file"]).name for row in rows}
@@ -62,7 +62,7 @@ def test_a_split_is_measured_image_by_image_worst_first(run_copy: Path) -> None:
         assert row["ssim"] == ""  # 8 pixels high
         assert float(row["bits_as_indices"]) == 6 * 4
         assert float(row["bits_under_prior"]) == pytest.approx(-float(log_probabilities[number].sum()) / math.log(2), rel=1e-5)
-        assert row["label"] == ("across", "down")[store.labels[number]]
+        assert row["label"] == ("across", "down")[store.condition[number]]
     errors = [float(row["mse"]) for row in rows]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > errors[-1]

@@ -12,7 +12,8 @@ from stage2_prior.codes.store import Manifest
 from stage2_prior.conditions.classes import Classes
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.conditions.none import NoCondition
-from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding
+from stage2_prior.priors.contract import VariantEmbedding
+from stage2_prior.priors.stepwise import StepwisePrior
 from stage2_prior.priors.transformer import Transformer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,7 +36,7 @@ def classes(number: int) -> Condition:
     return Classes(names=[str(label) for label in range(number)]) if number else NoCondition()
 
 
-def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> AutoregressivePrior:
+def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> StepwisePrior:
     """In eval mode, with weights large enough for a difference to show. `levelwise`: a transformer and a PixelCNN by turns."""
     torch.manual_seed(0)
     sizes = {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0}

@@ -50,7 +50,7 @@ def test_training_begins_with_codes_of_near_vectors_near_one_another() -> None:
     plain = TransformerPart(layers=1, width=64, heads=1).build(layout, NoCondition()).state_dict()
     prior = TransformerPart(layers=1, width=64, heads=1).build(layout, NoCondition())
     vectors = [torch.randn(k, 8) * scale for k, scale in zip(layout.num_codes, (0.01, 100), strict=True)]
-    prior.begin_from(vectors)
+    prior.initialise_from(vectors)
     for name in ("token.weight", "head.weight"):
         found = prior.state_dict()[name]
         assert found.std().item() == pytest.approx(plain[name].std().item(), rel=0.1)
