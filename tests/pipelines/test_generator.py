@@ -51,7 +51,7 @@ def test_samples_are_those_of_the_command_line(generator: Generator, run_copy: P
 
 def test_labels_are_names_or_numbers_of_all_or_of_each(generator: Generator) -> None:
     assert generator.label_names == ["across", "down"]
-    assert generator.draw(3).labels.tolist() == [0, 1, 0]  # type: ignore[union-attr]
+    assert generator.draw(3).condition.tolist() == [0, 1, 0]  # type: ignore[union-attr]
     by_name, by_number = (generator.sample(4, label=label, output="tensor") for label in ("down", 1))
     assert torch.equal(by_name, by_number)
     each = generator.sample(4, label=["across", 1, 1, "across"], output="tensor")

@@ -45,7 +45,7 @@ def test_it_leaves_what_the_readme_says(run_copy: Path) -> None:
     tokenizer = load_tokenizer(RunDir(run_copy))
     assert np.array_equal(to_uint8(tokenizer.decode((codes["level0"],))).numpy(), pictures)
     details = json.loads((folder / "samples.json").read_text())
-    assert details["labels"] == codes["labels"].tolist() == [0, 1] * 5
+    assert details["labels"] == codes["condition"].tolist() == [0, 1] * 5
     assert details["prior"] == "transformer"
 
 
