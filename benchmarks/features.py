@@ -49,9 +49,8 @@ def main() -> None:
     sets: dict[str, Tensor] = {"real, validation": real, "the same, reconstructed": reconstructed}
     for name, sampling in SETTINGS.items():
         sets[name] = draw_images(accelerator, tokenizer, sampler, labels, count, 0, sampling or recipe.sampling)[1]
-    sets["samples of the uniform prior"] = draw_images(
-        accelerator, tokenizer, Sampler(UniformPrior(prior.layout)), None, count, 0, StepwiseSampling()
-    )[1]
+    uniform = Sampler(UniformPrior(prior.layout))
+    sets["samples of the uniform prior"] = draw_images(accelerator, tokenizer, uniform, None, count, 0, StepwiseSampling())[1]
     sets["noise"] = torch.randint(256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     kinds = [*([CLASSIFIER] if source.label_names else []), ROTATION]
     found: dict[str, list[float]] = {name: [] for name in sets}

@@ -246,6 +246,11 @@ class ConditionPart(Part):
         """Columns of the data set that it is read from, other than the images and their labels."""
         return ()
 
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, where stored rows are their numbers; empty for other kinds."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:

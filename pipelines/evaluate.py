@@ -30,7 +30,7 @@ from torch import Tensor
 from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
-from configs.schema import Stage1
+from configs.schema import Stage1, condition_from
 from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
 from pipelines.evaluation.npz import array_in
 from pipelines.evaluation.reference_batch import load_reference_batch
@@ -179,7 +179,7 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
         pixels = load_files([str(where / "images")], data, progress=True).pixels
         if len(pixels) != told["n"]:
             raise UserError(f"--samples {path}: expected the {told['n']} images that its samples.json tells of, found {len(pixels)}")
-        names = [] if told["condition"] is None else told["condition"].get("names", [])
+        names = () if told["condition"] is None else condition_from(told["condition"]).class_names
         labels = [names[label] for label in told["labels"]] if told["labels"] is not None and names else None
         details |= {key: told.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):

@@ -37,7 +37,7 @@ from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recip
 from configs.data import AT_HAND
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
-from configs.schema import Stage1, Stage2, keys_that_may_change
+from configs.schema import Stage1, Stage2, condition_from, keys_that_may_change
 from pipelines.provenance import agrees, described_weights, identity, outputs, seen
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage2_prior.priors.prior_file import UNIFORM
@@ -278,7 +278,7 @@ def samples_of(run: RunDir, prior: str) -> Path | None:
         if not agrees(found, wanted) or (prior != UNIFORM and not agrees(found["sampling"], seen(sampling))):
             continue
         # Not of one label alone.
-        names = (found["condition"] or {}).get("names")
+        names = condition_from(found["condition"] or {"kind": "none"}).class_names
         if not names or len(set(found["labels"])) == min(_SAMPLES, len(names)):
             return path.parent
     return None

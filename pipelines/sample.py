@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             write(folder, codes, pictures, condition, generator.label_names, details, options.npz)
     if folder is not None:
-        kind = f"{generator.prior_name} prior, {details['bits_per_token']:.3f} bits a token"
+        at_most = "" if generator.prior is None or generator.prior.exact else "at most "
+        kind = f"{generator.prior_name} prior, {at_most}{details['bits_per_token']:.3f} bits a token"
         print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
         print(f"next: {command.next(SUMMARY)}")
     finish(accelerator)

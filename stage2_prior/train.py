@@ -416,10 +416,14 @@ def write_results(
     references = {name: likelihood[name] for name in ("unigram", "uniform")}
     training_graph(folder / "training.png", read_metrics(folder / "metrics.jsonl"), ("bits_per_token",), references)
     save_prior(folder / "prior.safetensors", weights, header)
-    learned = f"learned prior {likelihood['validation']:.3f} (step {report['best_step']})"
+    at_most = "" if likelihood["exact"] else "at most "
+    learned = f"learned prior {at_most}{likelihood['validation']:.3f} (step {report['best_step']})"
     print(f"validation bits a token: {learned}, unigram {likelihood['unigram']:.3f}, uniform {likelihood['uniform']:.3f}")
     raw, indices, coded = likelihood["bits_per_image"].values()
-    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {compression_ratio(raw, coded):.1f}")
+    ratio = compression_ratio(raw, coded)
+    print(
+        f"an image: {raw} bits raw, {indices:.0f} as indices, {at_most}{coded:.0f} under the prior; ratio {compression_ratio(raw, coded):.1f}"
+    )
     print(f"wrote {run.show(folder / 'prior.safetensors')}; beside it likelihood.md, likelihood.png, training.png")
 
 

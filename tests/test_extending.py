@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from configs.cli import load_recipe
 from configs.parts import FAMILIES
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from pipelines.anomalies import main as anomalies
+from pipelines.complete import main as complete
 from pipelines.compress import main as compress
 from pipelines.evaluate import main as evaluate
+from pipelines.generator import Generator
+from pipelines.reconstruct import main as reconstruct
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
+from stage2_prior.codes.store import read_manifest
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 from training.metrics_log import read_metrics
@@ -25,33 +36,44 @@ from training.metrics_log import read_metrics
 # A file's path, the family, and the table's line, as each block's first line says.
 _HEAD = re.compile(r'# (?P<path>[\w/]+)\.py; .*under "(?P<family>[\w.]+)": "(?P<kind>\w+)": "(?P<address>[\w.:]+)"')
 BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
+MASKED = BLOCKS[-1]
+(NUMBERS,) = [block for block in BLOCKS if "conditions/numbers" in block.partition("\n")[0]]
 
 
 def test_every_family_has_its_block() -> None:
     heads = [_HEAD.match(block) for block in BLOCKS]
-    assert [head["family"] for head in heads if head] == list(FAMILIES)
+    assert list(dict.fromkeys(head["family"] for head in heads if head)) == list(FAMILIES)
     for head in heads:
         assert head is not None
         assert head["address"].startswith(head["path"].replace("/", ".") + ":")
         assert (REPOSITORY / head["path"]).parent.is_dir()
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1])
-def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(block: str, most_lines: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> re.Match[str]:
+    """Register a block's part as its file and its line in the table would; returns what its first line says."""
     code = block.partition("\n")[2].strip()
     # Without what any file has: imports and blank lines.
-    assert sum(bool(line.strip()) and not line.startswith(("from", "import")) for line in code.splitlines()) < 30
+    assert sum(bool(line.strip()) and not line.startswith(("from", "import")) for line in code.splitlines()) < most_lines
     head = _HEAD.match(block)
     assert head is not None
-    module, _, name = head["address"].partition(":")
+    module = head["address"].partition(":")[0]
     # The file is not in the package's folder, but it is imported by the address it would have.
-    (tmp_path / "part.py").write_text(code)
-    spec = importlib.util.spec_from_file_location(module, tmp_path / "part.py")
+    (folder / "part.py").write_text(code)
+    spec = importlib.util.spec_from_file_location(module, folder / "part.py")
     assert spec is not None
     assert spec.loader is not None
     monkeypatch.setitem(sys.modules, module, loaded := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(loaded)
     monkeypatch.setitem(FAMILIES[head["family"]], head["kind"], head["address"])
+    return head
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block not in (MASKED, NUMBERS)], ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1]
+)
+def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = registered(block, 30, tmp_path, monkeypatch)
+    name = head["address"].partition(":")[2]
 
     # The classifier need not be a good one here.
     monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
@@ -79,3 +101,71 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
         found = read_json(run.prior(head["kind"]) / "likelihood.json")
         assert found["validation"] < found["uniform"]
     assert f"kind: {head['kind']}" in (run.path / "report.html").read_text()
+
+
+def test_a_prior_that_draws_in_rounds_goes_through_all_that_needs_no_order(
+    run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    """Trained beside another kind, its likelihood said to be a bound, drawn from by settings of its own, evaluated; refused where a prior
+    has to draw codes in turn.
+    """
+    registered(MASKED, 80, tmp_path, monkeypatch)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    here = ["--run", str(run_copy)]
+    train_prior([*here, "--prior.kind", "masked", "--stage2.steps", "60", "--stage2.lr", "0.01"])
+    found = read_json(run_copy / "priors/masked/likelihood.json")
+    assert found["exact"] is False
+    assert found["validation"] < found["uniform"]
+    assert "at most" in (run_copy / "priors/masked/likelihood.md").read_text()
+    drawn = []
+    for number, options in enumerate([["--rounds", "3"], ["--rounds", "3", "--batch-size", "2"], ["--seed", "1"]]):
+        sample([*here, "--n", "5", "--guidance", "1.5", *options])
+        drawn.append(load_file(run_copy / f"samples/{number:03d}/codes.safetensors")["level0"])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert read_json(run_copy / "samples/000/samples.json")["sampling"]["rounds"] == 3
+    complete([*here, "--n", "2", "--continuations", "2", "--prefix-rows", "1"])
+    evaluate([*here, "--features", "classifier", "--n", "8"])
+    assert "at most" in (run_copy / "evaluations/000/evaluation.md").read_text()
+    report(here)
+    assert "rounds 3" in (run_copy / "report.html").read_text()
+    reconstruct(here)
+    sample([*here, "--n", "2", "--prior", "transformer", "--top-k", "3"])
+    assert "top_k" in one_line_error(sample, *here, "--top-k", "3")
+    for command, refused in (("compress", compress), ("anomalies", anomalies)):
+        assert f"{command}: expected a prior that draws codes in turn, found masked" in one_line_error(refused, *here)
+
+
+def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
+    pictures: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    """Two numbers of each image, how red and how blue it is: a prior that has learned finds images likelier beside their own."""
+    registered(NUMBERS, 40, tmp_path, monkeypatch)
+    folder, run = tmp_path / "pictures", RunDir(tmp_path / "run")
+    shutil.copytree(pictures, folder)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
+    numbers = [(np.asarray(Image.open(folder / file)).mean((0, 1)) / 64 - 2).round(2)[[0, 2]].tolist() for file in files]
+    pairs = zip(files, numbers, strict=True)
+    lines = [{"file_name": str(file), "label": file.parts[0], "red": red, "blue": blue} for file, (red, blue) in pairs]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    here, kind = ["--run", str(run.path)], ["--condition.kind", "numbers", "--condition.names", "[red,blue]"]
+    train_tokenizer(["--config", str(tiny_recipe), *here, "--data.path", str(folder), "--stage1.steps", "30"])
+    assert "expected a column lost in" in one_line_error(extract_codes, *here, *kind[:2], "--condition.names", "[lost]")
+    extract_codes([*here, *kind])
+    assert read_manifest(run.codes / "train").condition.kind == "numbers"
+    assert "condition: expected Numbers" in one_line_error(train_prior, *here)
+    train_prior([*here, *kind, "--stage2.steps", "60"])
+
+    generator = Generator.from_pretrained(run.path)
+    images = [folder / file for file in files]
+    own, other = ([f"{red} {blue}" for red, blue in rows] for rows in (numbers, numbers[::-1]))
+    assert generator.log_prob(images, own).mean() > generator.log_prob(images, other).mean()
+    sample([*here, "--n", "3", "--condition", "-1 0.5", "--guidance", "1.5"])
+    assert read_json(run.path / "samples/000/samples.json")["labels"] == [[-1.0, 0.5]] * 3
+    assert "label: expected 2 numbers (red, blue), found 1" in one_line_error(sample, *here, "--label", "1")
+    complete([*here, "--n", "2", "--prefix-rows", "1"])
+    anomalies(here)
+    assert "conditioned on classes" in one_line_error(compress, *here)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    evaluate([*here, "--features", "classifier", "--n", "8"])
+    report(here)

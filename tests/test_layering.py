@@ -16,7 +16,7 @@ import pytest
 from configs import spinning
 from configs.parts import FAMILIES, part_class
 from configs.run_dir import REPOSITORY
-from configs.schema import AdversarialPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
+from configs.schema import AdversarialPart, ConditionPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
 
 PACKAGES = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["root_packages"]
 SCRIPTS = [
@@ -51,6 +51,7 @@ def test_what_a_recipe_may_choose_is_there() -> None:
         "tokenizer.objective": ("objectives", ObjectivePart),
         "stage1.perceptual": ("objectives", PerceptualPart),
         "stage1.adversarial": ("objectives", AdversarialPart),
+        "condition": ("conditions", ConditionPart),
         "prior": ("priors", PriorPart),
     }
     for family, kinds in FAMILIES.items():

@@ -13,7 +13,7 @@ import yaml
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
-from configs.schema import PriorPart, Recipe, prior_from
+from configs.schema import PriorPart, Recipe, condition_from, prior_from
 from pipelines.provenance import base_name, identity, outputs, seen, without_machine, without_places
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
@@ -351,7 +351,7 @@ def samples(run: RunDir, folder: Path) -> Samples:
     """One call's samples, by class: the first of each."""
     details = read_json(folder / "samples.json")
     files = sorted((folder / "images").glob("*.png"), key=natural)
-    labels, names = details["labels"], (details["condition"] or {}).get("names")
+    labels, names = details["labels"], condition_from(details["condition"] or {"kind": "none"}).class_names
     remarks = remarks_on_age(run, details)
     if labels is None or not names:
         classes = [ClassOfSamples(None, [tile(path) for path in files[:64]])]

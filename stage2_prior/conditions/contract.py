@@ -7,7 +7,6 @@ of its classes. The manifest of the codes and the header of a prior hold it in t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,11 +65,6 @@ class Condition(ConditionPart):
     @abstractmethod
     def show(self, row: Tensor) -> str:
         """Convert one row to text that `parse` accepts."""
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """Names of the classes, where rows are their numbers; empty for other kinds."""
-        return ()
 
     def describe(self) -> str:
         """Describe the condition in an error message."""

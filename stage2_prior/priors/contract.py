@@ -78,6 +78,10 @@ class Prior(nn.Module, ABC):
 
     checkpointing: bool
     """Whether training recomputes each layer's activations in the backward pass (Chen et al. 2016)."""
+    num_draws: int
+    """Uniform random numbers per sample that the training loss takes."""
+    num_noise: int
+    """Uniform random numbers per sample that `sample` takes."""
 
     def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
         """Args:
@@ -88,23 +92,13 @@ class Prior(nn.Module, ABC):
         """
         super().__init__()
         self.layout, self.condition, self.num_variants, self.given = layout, condition, num_variants, given
-        self.checkpointing = False
+        self.checkpointing, self.num_draws, self.num_noise = False, 0, layout.length
 
     @property
     def levels(self) -> slice:
         """The modelled levels among an image's; those before them are given."""
         first = 0 if self.given is None else len(self.given.grids)
         return slice(first, first + len(self.layout.grids))
-
-    @property
-    def num_draws(self) -> int:
-        """Uniform random numbers per sample that the training loss takes."""
-        return 0
-
-    @property
-    def num_noise(self) -> int:
-        """Uniform random numbers per sample that `sample` takes."""
-        return self.layout.length
 
     @abstractmethod
     def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:

@@ -76,7 +76,7 @@ def independent_bits(run: Path, pixels: torch.Tensor, with_class: bool) -> dict[
     store = CodeStore(run / "codes" / "train")
     seen = store.counts()[0] + 1.0
     prior, _ = load_prior(run / "priors/transformer/prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
-    labels = CodeStore(run / "codes" / VALIDATION).labels if with_class else None
+    labels = CodeStore(run / "codes" / VALIDATION).condition if with_class else None
     logits = prior.double()(codes, labels)[0]
     chosen = logits.log_softmax(-1).gather(-1, codes[0].flatten(1)[..., None])[..., 0]
     return {
