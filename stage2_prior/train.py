@@ -420,10 +420,8 @@ def write_results(
     learned = f"learned prior {at_most}{likelihood['validation']:.3f} (step {report['best_step']})"
     print(f"validation bits a token: {learned}, unigram {likelihood['unigram']:.3f}, uniform {likelihood['uniform']:.3f}")
     raw, indices, coded = likelihood["bits_per_image"].values()
-    ratio = compression_ratio(raw, coded)
-    print(
-        f"an image: {raw} bits raw, {indices:.0f} as indices, {at_most}{coded:.0f} under the prior; ratio {compression_ratio(raw, coded):.1f}"
-    )
+    ratio = f"ratio {compression_ratio(raw, coded):.1f}"
+    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {at_most}{coded:.0f} under the prior; {ratio}")
     print(f"wrote {run.show(folder / 'prior.safetensors')}; beside it likelihood.md, likelihood.png, training.png")
 
 

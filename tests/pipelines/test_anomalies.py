@@ -180,7 +180,7 @@ def test_a_label_is_what_images_are_scored_as(run_copy: Path, pictures: Path) ->
     ("arguments", "parts"),
     [
         (["--top", "0"], ["--top", "at least 1"]),
-        (["--prior", "uniform"], ["--prior uniform", "learned"]),
+        (["--prior", "uniform"], ["--prior", "learned", "uniform"]),
         (["--prior", "best"], ["--prior best"]),
         (["--split", "dev"], ["--split", "dev"]),
         (["--images", "nowhere"], ["nowhere"]),

@@ -80,7 +80,7 @@ def test_a_file_decodes_by_another_machines_cosines(kind: str, dtype: torch.dtyp
     by_another_library(monkeypatch, dtype)
     for there in (prior_of(kind, layout), float64_copy(build(kind, layout))):
         assert all(torch.equal(*level) for level in zip(decode(there, coded, None), codes, strict=True))
-        assert float((torch.cat([level.flatten() for level in there(codes, None)]).detach() - logits).abs().max()) < MARGIN
+        assert float((torch.cat([level.flatten() for level in there.logits(codes, None)]).detach() - logits).abs().max()) < MARGIN
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "fsq", "lfq"])
