@@ -109,8 +109,7 @@ def test_the_tree_is_as_it_is_drawn() -> None:
 
 
 def test_the_tree_has_every_package_and_script() -> None:
-    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packages = [settings["package-dir"].get(name, name) for name in settings["packages"]]
+    packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     scripts = [
         str(path.relative_to(REPOSITORY))
         for package in ("training", "stage1_vqvae", "stage2_prior", "pipelines", "benchmarks")
