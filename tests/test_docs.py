@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from configs.parts import FAMILIES, as_dict, part_class
+from configs.reference import PAGE, page
 from configs.run_dir import REPOSITORY
 
 README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 LAYOUT = DOCS / "layout.md"
 
 
@@ -58,7 +59,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_index_links_every_page() -> None:
     index = DOCS / "README.md"
-    pages = {page.name for page in DOCS.glob("*.md")} - {index.name}
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {index.name}
     assert pages <= {link.partition("#")[0] for link in links(index)}
 
 
@@ -102,6 +103,10 @@ def test_defaults_are_those_of_the_code(page: str) -> None:
                 assert yaml.safe_load(value) == default, f"{page}: {row}"
                 found += 1
     assert found >= 2
+
+
+def test_the_reference_of_settings_is_generated() -> None:
+    assert PAGE.read_text() == page(), "write it anew: python -m configs.reference"
 
 
 def test_the_tree_is_as_it_is_drawn() -> None:
