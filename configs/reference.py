@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -95,6 +96,7 @@ def _values(hint: Any) -> str:
     return _WORDS[origin or hint]
 
 
+@functools.cache
 def _explanations(section: type) -> dict[str, str]:
     """Return the strings below the fields of a dataclass and its bases, on one line each."""
     found = {}

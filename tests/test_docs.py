@@ -7,9 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
-from configs.parts import FAMILIES, as_dict, part_class
 from configs.reference import PAGE, page
 from configs.run_dir import REPOSITORY
 
@@ -82,27 +80,14 @@ def test_every_recipe_is_described() -> None:
     assert not {path.name for path in (REPOSITORY / "configs").glob("*.yaml") if f"`configs/{path.name}`" not in text}
 
 
-# Of which kinds a page's tables state fields with their values; and whether all of these are defaults, or only what is called so.
-STATED: dict[str, tuple[str, tuple[str, ...], bool]] = {
-    "quantizers.md": ("tokenizer.quantizer", ("ema",), False),
-    "tokenizers.md": ("tokenizer.network", ("vqgan", "vit"), True),
-    "photographs.md": ("stage1.adversarial", ("patch",), True),
-    "priors.md": ("prior", ("pixelcnn", "transformer"), False),
-}
-
-
-@pytest.mark.parametrize("page", STATED)
-def test_defaults_are_those_of_the_code(page: str) -> None:
-    family, kinds, whole = STATED[page]
-    found = 0
-    for row in (line for line in (DOCS / page).read_text().splitlines() if line.startswith("| `")):
-        for name, value, called in re.findall(r"`(\w+) ([^`]+)`( \(default)?", row.split(" | ")[0] if whole else row):
-            defaults = [as_dict(part_class(family, kind)()) for kind in (kinds if name != "kind" else FAMILIES[family])]
-            default = next((fields[name] for fields in defaults if name in fields), None)
-            if default is not None and (whole or called):
-                assert yaml.safe_load(value) == default, f"{page}: {row}"
-                found += 1
-    assert found >= 2
+def test_figures_of_the_readme_stand_on_the_pages_that_it_links() -> None:
+    bullets = README.read_text().split("## Why this one")[1].split("```")[0].split("\n- ")[1:]
+    for bullet in bullets:
+        pages = "".join((REPOSITORY / page).read_text() for page in re.findall(r"\]\(([^)#]+)", bullet))
+        figures = re.findall(r"(?<![\w.-])\d[\d,.]*(?<=\d)(?![\w-])", re.sub(r"\]\([^)]*\)", "]", bullet))
+        assert figures or "computed" in bullet
+        for figure in figures:
+            assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d|[.,]\d)", pages), f"{figure}: {bullet}"
 
 
 def test_the_reference_of_settings_is_generated() -> None:
