@@ -1,4 +1,4 @@
-"""Write docs/settings.md, the reference of all settings, from the recipe's classes: python -m configs.reference"""
+"""The reference of all settings, docs/settings.md, generated from the recipe's classes: `make settings` writes it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ from configs.run_dir import REPOSITORY, write_text
 PAGE = REPOSITORY / "docs" / "settings.md"
 _HEAD = """# Settings
 
-All settings of a recipe, by section. `python -m configs.reference` writes this page from the classes that read recipes.
+All settings of a recipe, by section. `make settings` writes this page from the classes that read recipes.
 
 A recipe is a YAML file with these sections; [recipes.md](recipes.md) explains the format. On the command line a setting is an option of the
 same name: `--stage1.lr 1e-3`. `sample.py` and `complete.py` take the settings of `sampling` without the section's name, and `evaluate.py`
 those of `evaluation`. Where there is a `kind`, each kind has settings of its own.
 """
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping", NoneType: "null"}
+
+
+def write_page() -> None:
+    """Write the page."""
+    write_text(PAGE, page())
 
 
 def page() -> str:
@@ -108,7 +113,3 @@ def _explanations(section: type) -> dict[str, str]:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(explanation))):
                     found[name] = " ".join(explanation.split())
     return found
-
-
-if __name__ == "__main__":
-    write_text(PAGE, page())

@@ -91,7 +91,7 @@ def test_figures_of_the_readme_stand_on_the_pages_that_it_links() -> None:
 
 
 def test_the_reference_of_settings_is_generated() -> None:
-    assert PAGE.read_text() == page(), "write it anew: python -m configs.reference"
+    assert PAGE.read_text() == page(), "out of date: make settings"
 
 
 def test_the_tree_is_as_it_is_drawn() -> None:
