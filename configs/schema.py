@@ -311,8 +311,8 @@ class Stage2(_Loop):
     al. 2024); the rest stays with AdamW. Where a GPU trains in bf16, so are its matrix products; several processes share them out."""
     weight_decay: float = 0.05
     """Decay of matrices (not of gains and embeddings)."""
-    label_dropout: float = 0.1
-    """Share of labels hidden in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
+    condition_dropout: float = 0.1
+    """Share of conditions replaced by the null in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
     weight_average: float = 0.999
     """Decay a step of the moving average of the weights, which validation and sampling use; 0 = the last step's weights."""
     gradient_checkpointing: bool = False
@@ -321,7 +321,7 @@ class Stage2(_Loop):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.weight_average < 1, "stage2.weight_average", "0 <= decay < 1", self.weight_average)
-        require(0 <= self.label_dropout < 1, "stage2.label_dropout", "0 <= share < 1", self.label_dropout)
+        require(0 <= self.condition_dropout < 1, "stage2.condition_dropout", "0 <= share < 1", self.condition_dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

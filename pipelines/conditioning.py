@@ -46,7 +46,7 @@ def requested_condition(
         parsed = {text: condition.parse(text, "label") for text in dict.fromkeys(label)}
         return torch.stack([parsed[text] for text in label]) if label else condition.null(0)
     if default is None and header is not None and not header.supports_unconditional:
-        raise UserError("label: expected one, for a prior trained with stage2.label_dropout 0, found none")
+        raise UserError("label: expected one, for a prior trained with stage2.condition_dropout 0, found none")
     return default
 
 

@@ -25,7 +25,7 @@ def check_guidance(config: Sampling, condition: Tensor | None, header: PriorHead
     if condition is None:
         say("guidance has no effect: there are no labels to insist on")
     elif not header.supports_unconditional:
-        raise UserError(f"guidance: expected 1 for a prior trained with stage2.label_dropout 0, found {config.guidance}")
+        raise UserError(f"guidance: expected 1 for a prior trained with stage2.condition_dropout 0, found {config.guidance}")
 
 
 def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:

@@ -356,7 +356,7 @@ def train(
     likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, validations)
     result = whole(accelerator, best["weights"])
     if accelerator.is_main_process:
-        known = prior.condition.kind == "none" or config.label_dropout > 0
+        known = prior.condition.kind == "none" or config.condition_dropout > 0
         measured = config.steps, likelihood["validation"]
         header = PriorHeader.of(recipe.prior, prior.condition, training.manifest, known, *measured, _level_of(name))
         report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}

@@ -78,7 +78,7 @@ class CodeLoader:
         variants = torch.randint(self._training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
         tensors = [variants, *self._training.codes(rows[share], variants)]
         if self._rows is not None:
-            hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
+            hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.condition_dropout
             tensors.append(self._condition.drop(self._rows[rows[share]], hidden[share]))
         if self._num_draws:
             tensors.append(torch.rand(len(rows), self._num_draws, generator=generator(config.seed, "loss", step))[share])

@@ -244,7 +244,7 @@ FIXED = {
     "condition": "*",
     "extraction": "augmentation shard_rows",
     "prior": "*",
-    "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer label_dropout weight_average",
+    "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer condition_dropout weight_average",
     "sampling": "temperature top_k top_p min_p guidance guidance_schedule precision",
     "evaluation": "",
     "compute": "",

@@ -357,7 +357,7 @@ def test_what_the_recipe_asks_for_is_drawn_whatever_it_is(
     browser: Browser, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings beyond what the fields offer; and guidance, by a prior that has not learned p(codes)."""
-    train_prior(["--run", str(run_copy), "--name", "insisting", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    train_prior(["--run", str(run_copy), "--name", "insisting", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
     recipe = yaml.safe_load((run_copy / "recipe.yaml").read_text())
     recipe["sampling"] |= {"temperature": 2.5, "guidance": 7.5, "top_p": 0.005}
     (run_copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))

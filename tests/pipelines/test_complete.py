@@ -138,6 +138,6 @@ def test_mistakes_get_one_line_and_leave_nothing(
 
 
 def test_a_prior_that_knows_labels_only_needs_one(run_copy: Path, one_line_error: Callable[..., str], pictures_of_one_label: Path) -> None:
-    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
     assert "label: " in one_line_error(main, "--run", run_copy, "--images", pictures_of_one_label)
     assert completed(run_copy, "--images", pictures_of_one_label, "--label", "down", "--n", 2).exists()

@@ -116,7 +116,7 @@ def test_labels_that_the_prior_does_not_know_are_left_out_or_asked_for(
     known = unpack((tmp_path / "known.vqc").read_bytes(), "").labels
     assert known is not None
     assert known.tolist() == [0] * 24 + [1] * 24
-    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
     assert "label: " in one_line_error(compress_main, "--run", run_copy, "--images", folder)
     assert not (run_copy / "compressed").exists()
 

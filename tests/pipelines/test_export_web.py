@@ -480,7 +480,7 @@ def test_a_prior_that_has_not_learned_to_do_without_labels_is_not_guided(
 
     monkeypatch.setattr("pipelines.exporting.folder.export_tokenizer", take)
     monkeypatch.setattr("pipelines.exporting.folder.export_prior", take)
-    train_prior(["--run", str(run_copy), "--name", "insisting", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
+    train_prior(["--run", str(run_copy), "--name", "insisting", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
     recipe = (run_copy / "recipe.yaml").read_text()
     (run_copy / "recipe.yaml").write_text(recipe.replace("guidance: 1.0", "guidance: 1.3"))
     assert "guidance: 1.3" in (run_copy / "recipe.yaml").read_text()

@@ -147,8 +147,8 @@ def test_mistakes_get_one_line_and_leave_nothing(
 
 
 def test_guidance_needs_a_prior_that_knows_no_label(run_copy: Path, one_line_error: Callable[..., str]) -> None:
-    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
-    assert "label_dropout 0" in one_line_error(main, "--run", run_copy, "--guidance", "2")
+    train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
+    assert "condition_dropout 0" in one_line_error(main, "--run", run_copy, "--guidance", "2")
     assert sampled(run_copy, "--n", 2).exists()
 
 

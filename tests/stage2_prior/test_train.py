@@ -373,7 +373,7 @@ def test_learning_a_few_images_by_heart_is_warned_of_and_the_best_weights_kept(r
         "--prior.width",
         "64",
     ]
-    main(["--run", str(run_copy), "--name", "heart", *settings, "--stage2.weight_decay", "0", "--stage2.label_dropout", "0"])
+    main(["--run", str(run_copy), "--name", "heart", *settings, "--stage2.weight_decay", "0", "--stage2.condition_dropout", "0"])
     out = capsys.readouterr().out
     report, likelihood = (read_json(run_copy / "priors/heart" / name) for name in ("report.json", "likelihood.json"))
     assert f"warning: validation rises while training falls since step {report['best_step']} " in out

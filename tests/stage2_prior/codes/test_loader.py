@@ -18,7 +18,7 @@ from stage2_prior.conditions.contract import Condition
 from stage2_prior.conditions.none import NoCondition
 from training.randomness import DataOrder
 
-CONFIG = Stage2(batch_size=8, accumulation=2, label_dropout=0.5)
+CONFIG = Stage2(batch_size=8, accumulation=2, condition_dropout=0.5)
 ROWS, CLASSES = 20, 3
 CONDITION = Classes(names=["a", "b", "c"])
 
