@@ -4,8 +4,8 @@
     python stage2_prior/extract_codes.py --extraction.augmentation shift
     accelerate launch stage2_prior/extract_codes.py        (all GPUs)
 
-The codes lie in the run, a folder a split, and are read back and compared with the tokenizer's own reconstructions. Each process writes
-files of its own, and a command that was interrupted goes on, when it is given again, with those that are missing.
+The codes are written to the run, one folder per split, then read back and compared with the tokenizer's own reconstructions. Each process
+writes its own files; an interrupted command, run again, writes the missing ones.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_as(recipe: Recipe) -> Data:
-    """How images are read: variants that are crops are made of whole images, so that those kept decoded are none to make them from."""
+    """Return the settings by which images are read: variants that are crops need whole images, not the decoded ones of the cache."""
     augmentation = recipe.extraction.augmentation
     return dataclasses.replace(recipe.data, decode="each_time") if len(crops_of(augmentation)) > 1 else recipe.data
 
 
 def verify(command: Command) -> None:
-    """Read a run's codes through and say how many there are. Errors: UserError for the first file that is not as it was written."""
+    """Check a run's codes against their sha256 and report their number. Errors: UserError for the first damaged file."""
     run = command.run
     folders = sorted(path for path in run.codes.glob("*") if path.is_dir())
     if not folders:
@@ -122,19 +122,19 @@ def _is_done(run: RunDir, recipe: Recipe) -> bool:
 
 
 def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: ImageSource, recipe: Recipe) -> None:
-    """Encode all splits, a shard after another, each process its own; shards of the same extraction that are there already are kept.
+    """Encode all splits shard by shard, each process its own shards; finished shards of the same extraction are kept.
 
-    Errors: UserError for codes that do not decode to the tokenizer's own reconstructions, and a disk that the processes do not share.
+    Errors: UserError for codes that do not decode to the tokenizer's reconstructions, or processes without a shared disk.
     """
     config, folder, main = recipe.extraction, run.unfinished_codes, accelerator.is_main_process
     condition, sha256 = recipe.condition.build(source), fingerprint(run.tokenizer)
     manifests = {name: manifest_of(name, source, condition, tokenizer, config, sha256) for name in source.splits}
     shards = [(name, shard) for name, manifest in manifests.items() for shard in range(manifest.num_shards)]
     missing = [begin(folder, recipe, source, manifests, shards) if main else []]
-    broadcast_object_list(missing)  # one process looks, since several might see different things
+    broadcast_object_list(missing)  # one process looks: several might see different files
     if main and len(missing[0]) < len(shards):
         print(f"{run}: going on, {len(shards) - len(missing[0])} of {len(shards)} files of codes are there")
-    # Beside one another, so that of files that are streamed each is read by one process.
+    # Consecutive shards per process, so that each streamed file is read by one process.
     bounds = [len(missing[0]) * part // accelerator.num_processes for part in range(accelerator.num_processes + 1)]
     mine = missing[0][bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
     total = sum(len(manifests[name].shard_rows(shard)) for name, shard in mine)
@@ -152,7 +152,7 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
                 try:
                     check_decodes(tokenizer, folder / name, manifest, shard, split, config.batch_size, accelerator.device)
                 except UserError:
-                    (folder / _PLAN).unlink(missing_ok=True)  # so that nothing goes on with these
+                    (folder / _PLAN).unlink(missing_ok=True)  # so that these shards are not kept
                     raise
     accelerator.wait_for_everyone()
     if main:
@@ -181,7 +181,7 @@ def encode_condition(condition: Condition, split: ImageSplit, rows: range) -> Te
 
 def manifest_of(name: str, source: ImageSource, condition: Condition, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
     """Describe a split's codes before they are made."""
-    # Variants are for learning from; what measures stays as it is.
+    # Only training codes are augmented.
     augmentation: StoredAugmentation = config.augmentation if name == TRAIN else "none"
     split = source.splits[name]
     return Manifest(
@@ -202,11 +202,12 @@ def manifest_of(name: str, source: ImageSource, condition: Condition, tokenizer:
 def begin(
     folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str, Manifest], shards: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
-    """Make the folder of an extraction, or leave it if it is of this one: the same images, to be encoded by the same tokenizer in the
-    same variants. Returns which of the shards are still to be made.
+    """Make the folder of an extraction, unless it exists with the same images, tokenizer, condition and variants.
+
+    Returns: the missing shards.
     """
     plan = {
-        # Not how they are read, which changes none of them.
+        # Without the settings that change how images are read but not their pixels.
         "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None, workers=None, decode="each_time", stream=False)),
         "images": source.identities,
         "augmentation": recipe.extraction.augmentation,
@@ -218,7 +219,7 @@ def begin(
         shutil.rmtree(folder)
     for name in manifests:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for leftover in folder.rglob("*.tmp-*"):  # of a command that was killed while it wrote
+    for leftover in folder.rglob("*.tmp-*"):  # left by a killed command
         leftover.unlink()
     if not same:
         write_json(folder / _PLAN, plan)

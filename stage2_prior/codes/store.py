@@ -1,4 +1,4 @@
-"""Codes on disk, both ways: a folder with a manifest and shards of a stated number of images.
+"""The code store, written and read: a folder with a manifest and shards of a fixed number of images.
 
     codes/train/manifest.json
     codes/train/codes-00000-of-00011.safetensors    level0 (rows, variants, h, w), the smallest unsigned dtype; condition (rows, ...)
@@ -35,13 +35,13 @@ from training.progress import progress_bar
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
-"""Name of the file that says what the others of a split are."""
+"""Name of the file that describes a split's shards."""
 _MADE_BY = "tokenizer_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The manifest of a split: all there is to know of its codes but the codes."""
+    """Description of a split's codes."""
 
     split: str
     rows: int
@@ -51,7 +51,7 @@ class Manifest:
     num_codes: list[int]
     """K, the number of codes, of each level."""
     condition: Condition
-    """What the codes are stored with, such as the classes and their names."""
+    """Condition that is stored with the codes, such as the classes and their names."""
     augmentation: StoredAugmentation
     """What the variant axis enumerates."""
     variants: int
@@ -61,15 +61,15 @@ class Manifest:
     tokenizer_sha256: str
     """The sha256 of the tokenizer file that made the codes."""
     rows_per_shard: int
-    """Images a shard; the last one has what is left."""
+    """Images per shard; the last one may have fewer."""
     sha256: list[str]
-    """The sha256 of each shard; none before all are written."""
+    """The sha256 of each shard; empty until all are written."""
     format: int = _FORMAT
 
     def condition_of_prior(self, chosen: ConditionPart) -> Condition:
-        """The condition of a prior of these codes, by a recipe's choice: the stored one, or none.
+        """Return the condition of a prior of these codes, by a recipe's choice: the stored one, or none.
 
-        Errors: UserError if the codes are stored with another one than was chosen.
+        Errors: UserError if the codes are stored with another one.
         """
         assert isinstance(chosen, Condition)
         if isinstance(chosen, NoCondition):
@@ -111,13 +111,13 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, codes: Sequence[Te
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of shards that are all there, with the sha256 of each: nothing reads codes without one."""
+    """Write the manifest of complete shards, with the sha256 of each; codes without a manifest are not read."""
     sums = [_sha256(folder / manifest.shard_name(shard)) for shard in range(manifest.num_shards)]
     write_summed_json(folder / MANIFEST, as_dict(dataclasses.replace(manifest, sha256=sums)))
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.ndarray]:
-    """The arrays of a shard, mapped into memory.
+    """Open the arrays of a shard, mapped into memory.
 
     Errors: UserError if it is missing, truncated, another tokenizer's, or does not fit the manifest.
     """
@@ -134,7 +134,7 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.nda
             made_by = (file.metadata() or {}).get(_MADE_BY, "")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
-    except (SafetensorError, TypeError) as error:  # or of numbers that numpy does not know
+    except (SafetensorError, TypeError) as error:  # or of a dtype that numpy does not have
         raise UserError(
             f"{path}: expected a file of codes, found a truncated or foreign one ({brief(error)}); extract the codes anew, with --overwrite"
         ) from None
@@ -151,9 +151,7 @@ def _sha256(path: Path) -> str:
 
 
 class CodeStore:
-    """A split's codes, in the dtype they have on disk. Its files are mapped into memory: they take none but that of the pages that were
-    read last, which all processes of a machine share.
-    """
+    """A split's codes. Its files are mapped into memory: only pages that were read take any, shared by all processes of a machine."""
 
     def __init__(self, folder: Path, tokenizer_sha256: str | None = None) -> None:
         """Open a split's codes.
@@ -180,16 +178,16 @@ class CodeStore:
         return self.manifest.rows
 
     def translated(self, condition: Condition) -> Tensor | None:
-        """The condition (rows, ...) as a prior's condition encodes it; the store may have been extracted with a class more or less.
+        """Convert the condition to rows (rows, ...) of a prior's; the store may have been extracted with other classes.
 
         Returns: None if the two cannot be compared. `condition.known` tells which rows the prior's condition has.
         """
         return None if self.condition is None else condition.translate(self.condition, self.manifest.condition)
 
     def condition_for(self, condition: Condition) -> Tensor | None:
-        """The condition (rows, ...) as a prior's condition encodes it; None for an unconditional prior.
+        """Convert the condition to rows (rows, ...) of a prior's; None for an unconditional prior.
 
-        Errors: UserError if some rows are missing there.
+        Errors: UserError for rows that the prior's condition does not have.
         """
         if isinstance(condition, NoCondition):
             return None
@@ -205,7 +203,7 @@ class CodeStore:
         return self.manifest.condition.show(self.condition[~condition.known(rows)][0])
 
     def codes(self, rows: Tensor, variants: Tensor | None = None) -> Codes:
-        """Codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) a level.
+        """Read the codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) per level.
 
         Errors: UserError for a code that the codebook does not have.
         """
@@ -220,11 +218,11 @@ class CodeStore:
         return tuple(torch.from_numpy(found) for found in levels)
 
     def shard(self, number: int) -> list[np.ndarray]:
-        """The codes (rows, variants, h, w) a level of one shard, in the dtype they have on disk; read-only."""
+        """Return the codes (rows, variants, h, w) per level of one shard, in their dtype on disk; read-only."""
         return self._shards[number]
 
     def counts(self) -> list[np.ndarray]:
-        """How often each code of a level occurs over all rows and variants, (K,) a level.
+        """Count the occurrences of each code over all rows and variants, (K,) per level.
 
         Errors: UserError for a code that the codebook does not have.
         """
@@ -238,7 +236,7 @@ class CodeStore:
         return counted
 
     def verify(self) -> None:
-        """Read all shards through. Errors: UserError for the first that is not as it was written, or has a code too high."""
+        """Read all shards and check their sha256 and codes. Errors: UserError for the first damaged one."""
         if len(self.manifest.sha256) != self.manifest.num_shards:
             sums = f"{self.manifest.num_shards} sums, one a file"
             raise UserError(f"{self.folder / MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; extract the codes anew")
@@ -257,7 +255,7 @@ class CodeStore:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A split's manifest. Errors: UserError if there is none, one of another format, or one that is not as it was written."""
+    """Read a split's manifest. Errors: UserError for a missing or damaged one, or another format."""
     path = folder / MANIFEST
     content = read_summed_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
@@ -274,7 +272,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _well_formed(content: dict[str, Any]) -> bool:
-    """Whether a manifest's sizes are whole numbers that fit together: nothing is allocated or divided by what it merely claims."""
+    """Whether a manifest's sizes are positive integers that fit together; checked before anything is allocated by them."""
     try:
         sides = [side for h, w in content["grids"] for side in (h, w)]
         sizes = [

@@ -19,9 +19,10 @@ from stage2_prior.conditions.none import NoCondition
 
 @dataclass(frozen=True, kw_only=True)
 class Classes(Condition):
-    """The class of each image, by the labels of the data set. Rows are its number (B,) int64, the null is the number of classes.
+    """The class of each image, from the labels of the data set, if it has any.
 
-    Numbers count within one data set only: codes, priors and images of different sources are compared by the names.
+    Rows are class numbers (B,) int64, the null is the number of classes. Numbers count within one data set only: codes, priors and images
+    of different sources are compared by the names.
     """
 
     names: list[str] = field(default_factory=list)

@@ -16,7 +16,10 @@ from stage2_prior.conditions.contract import Condition, Label
 
 @dataclass(frozen=True, kw_only=True)
 class NoCondition(Condition):
-    """No condition. An embedding of the null alone keeps the form that conditional priors have."""
+    """No condition: unconditional priors.
+
+    The null alone is embedded, so that networks have the same form with a condition and without.
+    """
 
     @override
     def build(self, source: ImageSource) -> NoCondition:

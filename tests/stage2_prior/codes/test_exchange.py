@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from configs.run_dir import read_summed_json, write_summed_json
-from stage2_prior.codes.exchange import Foreign, labels_of
+from stage2_prior.codes.exchange import ExternalCodes, read_classes
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.conditions.none import NoCondition
 from stage2_prior.export_codes import main as export_codes
@@ -73,7 +73,7 @@ def test_arrays_of_other_tools_are_taken(shape: str, run_copy: Path, tmp_path: P
 
 def test_names_of_labels_that_differ_in_form_alone_are_one() -> None:
     names = {"train": ["caf\u00e9", "t", "cafe\u0301"], "validation": ["cafe\u0301", "t", "cafe\u0301"]}
-    found = labels_of({name: Foreign([], np.array([2, 0, 1]), of_split, None) for name, of_split in names.items()}, Path("codes"))
+    found = read_classes({name: ExternalCodes([], np.array([2, 0, 1]), of_split, None) for name, of_split in names.items()}, Path("codes"))
     assert found[0] == ["caf\u00e9", "t"]
     assert [labels.tolist() for labels in found[1].values()] == [[0, 0, 1]] * 2
 
