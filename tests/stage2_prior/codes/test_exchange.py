@@ -85,7 +85,7 @@ def bad(codes: np.ndarray) -> dict[str, tuple[dict[str, np.ndarray], str]]:
         "no numbers": ({"level0": codes / 2}, "found .* of float64"),
         "turned": ({"level0": codes.transpose(0, 2, 1)}, r"expected an array \(40, \[variants,\] 2, 3\) of level 0, or with 6 as its last"),
         "variants of what": ({"level0": np.stack([codes, codes], 1)}, "expected one variant an image where no manifest.json says"),
-        "a level too many": ({"level0": codes, "level1": codes}, "expected codes of 1 levels, as the run's tokenizer has, found 2"),
+        "a level too many": ({"level0": codes, "level1": codes}, "expected codes of 1 levels, the tokenizer's, found 2"),
         "none": ({}, r"expected codes of level 0 \(level0\.npy\), found none"),
         "labels of others": ({"level0": codes, "labels": np.arange(7)}, "expected 40 labels, as many as images, found"),
         "labels that are none": (
