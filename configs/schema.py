@@ -287,7 +287,8 @@ class PriorPart(Part):
     `build(.., given)`: the layout of the levels above those of `layout`.
     """
 
-    SAMPLING: ClassVar[type[Sampling]] = Sampling
+    # Without an annotation: jsonargparse resolves those in the module of a subclass, which need not know the name.
+    SAMPLING = Sampling
     """The class of the recipe's section `sampling` beside this kind."""
     MAY_BE_GIVEN_LEVELS: ClassVar[bool] = False
     dropout: float = 0.1
