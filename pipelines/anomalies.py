@@ -28,7 +28,8 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, Command, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, read_json
-from pipelines.inputs.images import chosen_images, encode_and_decode, image_options, known_labels_for
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import chosen_images, image_options, known_labels_for
 from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
 from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
 from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals

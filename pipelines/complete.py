@@ -26,7 +26,8 @@ from torch import Tensor
 from configs.cli import parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, write_json
-from pipelines.inputs.images import chosen_images, encode_and_decode, image_options, labels_for
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import chosen_images, image_options, labels_for
 from pipelines.inputs.pictures import kept_by
 from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image

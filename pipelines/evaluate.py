@@ -90,11 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         if options.samples is not None:
             samples = given(command, options.samples, source.label_names) if folder is not None else None
         elif options.prior is not None or run.last_prior() is not None:
-            samples = drawn(command, accelerator)
+            samples = drawn(command, accelerator, folder)
         finish(accelerator)  # the rest takes one process, for which nobody else has to wait
         if folder is not None:
             network = network or feature_network(*network_arguments)
-            assessor = Assessor(tokenizer, network, source, data, config, batch, training_codes(run, source), fingerprint(run.tokenizer))
+            training = training_codes(run, source)
+            assessor = Assessor(tokenizer, network, source, data, config, batch, training, fingerprint(run.tokenizer), folder)
             found = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))
@@ -135,11 +136,11 @@ def images(command: Command, progress: bool) -> ImageSource:
     return source
 
 
-def drawn(command: Command, accelerator: Accelerator) -> Samples:
-    """Samples of a prior of the run; complete on the main process alone."""
+def drawn(command: Command, accelerator: Accelerator, folder: Path | None) -> Samples:
+    """Draw samples of a prior of the run, their pixels in a temporary file in the folder; complete on the main process alone."""
     config = command.recipe.evaluation
     generator = generator_of(command, accelerator, command.options.prior)
-    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True)
+    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True, folder=folder)
     shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
     balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"
     own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": generator.tokenizer_sha256}

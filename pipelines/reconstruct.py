@@ -23,7 +23,8 @@ from torch import Tensor
 from configs.cli import Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.inputs.images import chosen_images, encode_and_decode, image_options, known_labels_for
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import chosen_images, image_options, known_labels_for
 from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
 from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
 from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each

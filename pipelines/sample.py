@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The folder comes first, so that a place that cannot be written is found before the drawing.
     with run.numbered("samples", accelerator.is_main_process) as folder:
-        codes, pictures, labels = generator.draw(options.n, options.label, options.seed, progress=True)
+        codes, pictures, labels = generator.draw(options.n, options.label, options.seed, progress=True, folder=folder)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             uniform = mean_over_tokens(uniform_bits(tokenizer.quantizer.num_codes), tokenizer.grids)

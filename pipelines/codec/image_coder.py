@@ -11,7 +11,7 @@ from configs.errors import UserError
 from pipelines.codec.code_file import CodeFile, Lossless, unpack, with_stored
 from pipelines.codec.coder import Encoding, batch_images, decode, encode
 from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
-from pipelines.inputs.images import encode_and_decode
+from pipelines.encoding import encode_and_decode
 from pipelines.scoring.bound import pixel_bits
 from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.model import VQVAE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.schema import Evaluation
+from pipelines.encoding import decode, encode, encode_and_decode
 from pipelines.evaluation.distances import (
     PARTS,
     Moments,
@@ -28,13 +30,12 @@ from pipelines.evaluation.distances import (
 )
 from pipelines.evaluation.reference import ReferenceFeatures, pixels_identity, reference_features
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
-from pipelines.inputs.images import encode, encode_and_decode
 from pipelines.scoring.bound import image_bits
 from pipelines.scoring.surprisals import ScoringPrior
 from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.names import class_numbers
-from stage1_vqvae.data.pixels import to_model, to_uint8
+from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, Pixels
 from stage1_vqvae.features.classifier import Classifier, labels_found
 from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, cached_weights
@@ -91,6 +92,7 @@ class Assessor:
         batch: ReferenceBatch | None = None,
         training: CodeStore | None = None,
         tokenizer_sha256: str = "",
+        folder: Path | None = None,
     ) -> None:
         """
         Args:
@@ -98,9 +100,10 @@ class Assessor:
             batch: reference for the samples, which needs a network with sFID's features; None: the reference is a split.
             training: this tokenizer's codes of the training images; None: they are encoded, and kept as features are.
             tokenizer_sha256: by which those are known again.
+            folder: where reconstructions lie in a temporary file; None: in memory.
         """
         self.tokenizer, self.network, self.source, self.data, self.config = tokenizer, network, source, data, config
-        self.batch, self._training, self._tokenizer_sha256 = batch, training, tokenizer_sha256
+        self.batch, self._training, self._tokenizer_sha256, self._folder = batch, training, tokenizer_sha256, folder
         self.layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
         self._extracted: dict[str, ExtractedFeatures] = {}
         self._references: dict[str, ReferenceFeatures] = {}
@@ -124,7 +127,8 @@ class Assessor:
     def coded(self, split: str) -> tuple[Tensor, Tensor]:
         """Code sequences (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
         if split not in self._coded:
-            codes, pictures = encode_and_decode(self.tokenizer, self.source.splits[split].pixels, self.config.batch_size, progress=True)
+            pixels = self.source.splits[split].pixels
+            codes, pictures = encode_and_decode(self.tokenizer, pixels, self.config.batch_size, True, self._folder)
             self._coded[split] = (self.layout.flat(codes), pictures)
         return self._coded[split]
 
@@ -156,24 +160,17 @@ class Assessor:
             identity = pixels_identity(self.data, self.source, TRAIN) | {"kept": "codes", "tokenizer": self._tokenizer_sha256}
 
             def find() -> tuple[dict[str, Tensor], dict[str, Any]]:
-                codes = encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size)
+                codes = encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size, progress=True)
                 return {"codes": self.layout.flat(tuple(level.to(dtype) for level in codes))}, {}
 
             self._encoded = cached_tensors(cache_folder(self.data), identity, find)[0]["codes"]
         return self._encoded
 
-    @torch.no_grad()
-    def _decoded(self, sequences: Tensor) -> Tensor:
-        """The pictures of codes (N, T), uint8 (N, H, W, C), on the CPU."""
-        device = next(self.tokenizer.parameters()).device
-        parts = device_batches(device, self.config.batch_size, *self.layout.grids_of(sequences))
-        return torch.cat([to_uint8(self.tokenizer.decode(codes)).cpu() for _, codes in parts])
-
     def sequences(self, samples: Samples) -> Tensor:
         """(N, T): the codes samples were decoded from, or else what the tokenizer makes of them."""
         if samples.codes is not None:
             return self.layout.flat(samples.codes)
-        return self.layout.flat(encode(self.tokenizer, samples.pixels, self.config.batch_size))
+        return self.layout.flat(encode(self.tokenizer, samples.pixels, self.config.batch_size, progress=True))
 
     def some(self, count: int, wanted: int, purpose: str) -> Tensor:
         """Rows of `wanted` of `count` images, or of all if they are fewer, drawn once and for all."""
@@ -315,7 +312,8 @@ class Assessor:
         sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
         known = self.reference(TRAIN)
         own = self.training_sequences(known.rows[self.some(len(known.rows), _LOOKED_UP, "copies")])
-        sets["copies"] = (self.features("copies of training images", self._decoded(own)).vectors, own)
+        copies = decode(self.tokenizer, self.layout.grids_of(own), self.config.batch_size)
+        sets["copies"] = (self.features("copies of training images", copies).vectors, own)
         rows = {name: self.some(len(vectors), _LOOKED_UP, "neighbours") for name, (vectors, _) in sets.items()}
         # All sets in one pass over the training codes.
         sequences = torch.cat([of_set[rows[name]] for name, (_, of_set) in sets.items()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from configs.cli import load_recipe
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_yaml
 from pipelines import evaluate as evaluation
+from pipelines.encoding import encode_and_decode
 from pipelines.evaluate import main, numbers_of_each, trained_by
 from pipelines.evaluation.assessment import pixels_hash
 from pipelines.evaluation.reference import one_pass
 from pipelines.evaluation.reference_batch import load_reference_batch
-from pipelines.inputs.images import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
@@ -77,6 +78,15 @@ def test_nobody_waits_for_a_network_that_is_made_on_the_spot(run_copy: Path, mon
     monkeypatch.setattr(evaluation, "drawn", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError, match="features resnet18: expected a file of its weights"):
         main(["--run", str(run_copy), "--features", "resnet18"])
+
+
+def test_its_samples_and_reconstructions_lie_on_the_disk(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50,000 of 256 x 256 pixels would take 10 GB of memory each."""
+    places: list[Path] = []
+    temporary_file = tempfile.TemporaryFile
+    monkeypatch.setattr("pipelines.encoding.tempfile.TemporaryFile", lambda dir: places.append(dir) or temporary_file(dir=dir))
+    evaluated(run_copy, *OWN, "--n", "4")
+    assert places == [run_copy / "evaluations/001"] * 2
 
 
 def test_it_says_what_was_compared_with_what(judged_run: Path, source: ImageSource) -> None:

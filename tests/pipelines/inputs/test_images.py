@@ -20,7 +20,8 @@ from configs.errors import UserError
 from configs.parts import default_part
 from configs.run_dir import RunDir
 from pipelines.drawing import labels_of
-from pipelines.inputs.images import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import Images, chosen_images, labels_for
 from pipelines.inputs.pictures import kept_by
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
