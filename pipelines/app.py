@@ -22,8 +22,7 @@ from PIL import Image
 from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.generator import Generator
-from pipelines.of_command import command_sampling
+from pipelines.generator import Generator, command_sampling
 from stage2_prior.priors.prior_file import UNIFORM
 from training.processes import start
 

@@ -27,9 +27,9 @@ from configs.cli import parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, write_json
 from pipelines.encoding import encode_and_decode
+from pipelines.generator import load_generator
 from pipelines.inputs.images import chosen_images, image_options, labels_for
 from pipelines.inputs.pictures import kept_by
-from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from training.processes import SMALLER_BATCHES, finish, start
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
-    generator = generator_of(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, options.prior)
     tokenizer = generator.tokenizer
     _, *size = tokenizer.image_shape
     rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])

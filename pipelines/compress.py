@@ -28,8 +28,8 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
 from pipelines.codec.code_file import SUFFIX, Sizes
 from pipelines.codec.image_coder import EncodedImages
+from pipelines.generator import load_generator
 from pipelines.inputs.images import Images, chosen_images, image_options, known_labels_for, unique_names
-from pipelines.of_command import generator_of
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage2_prior.priors.prior_file import UNIFORM
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
-    generator = generator_of(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, options.prior)
     if options.lossless:
         generator.tokenizer.likelihood()
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)

@@ -23,7 +23,7 @@ from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.codec.code_file import check_made_by, run_fingerprint, unpack
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
 from stage1_vqvae.pictures import save_png
 from training.batching import batches
 from training.processes import finish, start
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if not prior.exists():
         raise UserError(f"{file}: expected a file of run {run}, found one of a prior {content.prior} that it does not have")
     check_made_by(content, (run_fingerprint(fingerprint(run.tokenizer), fingerprint(prior)), content.prior), str(run), str(file))
-    generator = generator_of(command, accelerator, content.prior)
+    generator = load_generator(command, accelerator, content.prior)
     codes, exact = generator.decompressed(content, str(file), progress=True)
 
     count = content.images

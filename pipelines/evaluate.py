@@ -35,7 +35,7 @@ from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pi
 from pipelines.evaluation.npz import array_in
 from pipelines.evaluation.reference_batch import load_reference_batch
 from pipelines.evaluation.tables import markdown, notes, tables
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
 from pipelines.provenance import agrees, base_name, described_weights, identity
 from pipelines.scoring.surprisals import ScoringPrior, scoring_prior
 from stage1_vqvae.data.files import load_files
@@ -139,7 +139,7 @@ def images(command: Command, progress: bool) -> ImageSource:
 def drawn(command: Command, accelerator: Accelerator, folder: Path | None) -> Samples:
     """Draw samples of a prior of the run, their pixels in a temporary file in the folder; complete on the main process alone."""
     config = command.recipe.evaluation
-    generator = generator_of(command, accelerator, command.options.prior)
+    generator = load_generator(command, accelerator, command.options.prior)
     codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True, folder=folder)
     shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
     balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"

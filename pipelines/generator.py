@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, load_recipe
+from configs.cli import TRAIN_PRIOR, Command, load_recipe
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.hub import run_of
 from configs.run_dir import RunDir
-from configs.schema import Sampling
+from configs.schema import Recipe, Sampling
 from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, pack, run_fingerprint, unpack, with_stored
 from pipelines.codec.coder import decode as decode_codes
 from pipelines.codec.image_coder import EncodedImages, encode_images, verify
@@ -438,3 +438,20 @@ class Generator:
 def _are_codes(given: Pictures | Codes) -> TypeGuard[Codes]:
     """Codes are a tuple of whole numbers, wider than pixels."""
     return isinstance(given, tuple) and all(isinstance(level, Tensor) and level.dtype == torch.int64 for level in given)
+
+
+def load_generator(command: Command, accelerator: Accelerator, prior: str | None) -> Generator:
+    """Load the generator of a command's run and recipe, with the prior of that name or the one last finished.
+
+    Errors: UserError if there is no such prior; it names the command to run first.
+    """
+    if prior != UNIFORM:
+        prior = finished_prior(command.run, prior, command.next(TRAIN_PRIOR)).parent.name
+    sampling = command_sampling(command.recipe, accelerator.device)
+    return Generator.of_run(command.run, command.recipe.data, sampling, prior, accelerator=accelerator)
+
+
+def command_sampling(recipe: Recipe, device: torch.device) -> Sampling:
+    """Return the recipe's sampling section; on a GPU without mixed precision its default precision is float32 instead of bfloat16."""
+    exact = recipe.compute.mixed_precision == "no" and recipe.sampling.precision is None and device.type == "cuda"
+    return dataclasses.replace(recipe.sampling, precision="float32") if exact else recipe.sampling

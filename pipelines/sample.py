@@ -25,7 +25,7 @@ from torch import Tensor
 from configs.cli import SUMMARY, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, replacing, write_bytes, write_json
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
-    generator = generator_of(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, options.prior)
     header, tokenizer = generator.header, generator.tokenizer
 
     # The folder comes first, so that a place that cannot be written is found before the drawing.
