@@ -15,6 +15,8 @@ import os
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from PIL import Image
@@ -48,42 +50,52 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="two-stage-app-") as folder:
         _prepare_gradio(options.host, folder)
         try:
-            from pipelines.playground.page import CSS, page_of
+            import pipelines.playground.page  # noqa: F401
         except ModuleNotFoundError as error:
             raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
         device = start(recipe.compute).device
         generator = Generator.of_run(run, recipe.data, command_sampling(recipe, device), options.prior, device)
         run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
-        # Beyond twice as many Pillow decodes none.
+        # Pillow warns above this and refuses twice as many.
         Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
-        page = page_of(generator).queue(max_size=_MOST_WAITING)
-        try:
-            _, address, _ = page.launch(
-                server_name=f"[{options.host}]" if ":" in options.host else options.host,
-                server_port=options.port,
-                max_file_size=_MOST_BYTES,
-                css=CSS,
-                footer_links=[],
-                prevent_thread_lock=True,
-                quiet=True,
-                share=False,
-                run_history=False,
-                ssr_mode=False,
-            )
-        except OSError as error:
-            raise UserError(f"--port: expected one that is free, found: {error}") from None
-        print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            page.close(verbose=False)
+        with served(generator, options.host, options.port) as address:
+            print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
+
+
+@contextmanager
+def served(generator: Generator, host: str, port: int | None) -> Iterator[str]:
+    """Serve the app's page inside the block; yields its address. Errors: UserError for a port that is taken."""
+    from pipelines.playground.page import CSS, page_of
+
+    page = page_of(generator).queue(max_size=_MOST_WAITING)
+    try:
+        _, address, _ = page.launch(
+            server_name=f"[{host}]" if ":" in host else host,
+            server_port=port,
+            max_file_size=_MOST_BYTES,
+            css=CSS,
+            footer_links=[],
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            run_history=False,
+            ssr_mode=False,
+        )
+    except OSError as error:
+        raise UserError(f"--port: expected one that is free, found: {error}") from None
+    try:
+        yield address
+    finally:
+        page.close(verbose=False)
 
 
 def _prepare_gradio(host: str, folder: str) -> None:
-    """Say to gradio, before it is imported, where files lie that are put in, and whom it is not to ask."""
+    """Set gradio's upload folder and switch off its telemetry and proxies; must run before the import."""
     os.environ["GRADIO_TEMP_DIR"] = folder
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which asks for its newest version, too
-    for name in ("NO_PROXY", "no_proxy"):  # it asks itself whether it answers
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also the check for a newer version
+    for name in ("NO_PROXY", "no_proxy"):  # gradio sends a request to its own server
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
 
 
