@@ -1,10 +1,10 @@
-"""Play with a run in a browser: draw, look at codes and exchange them, fill parts, walk between pictures, look at the codebook.
+"""Explore a run in a browser: draw, inspect and replace codes, fill parts, interpolate between pictures, show the codebook.
 
     python pipelines/app.py --run NAME
     python pipelines/app.py --run hf:USER/NAME --port 8080
 
 Needs the extra `app` (pip install -e '.[app]'). Prints the address to open, on this machine alone (127.0.0.1); with `--host 0.0.0.0`
-whoever reaches this machine may use it too. The same seed gives the same pictures as pipelines/sample.py. Ctrl-C ends it.
+anyone who reaches this machine may use it. The same seed gives the same pictures as pipelines/sample.py. Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pipelines.generator import Generator, command_sampling
 from stage2_prior.priors.prior_file import UNIFORM
 from training.processes import start
 
-# Of a picture that is put in.
-_MOST_BYTES = 10 * 2**20
-_MOST_PIXELS = 40_000_000
-# Requests that wait for their turn; more are refused.
-_MOST_WAITING = 32
+# Limits of an uploaded picture.
+_MAX_BYTES = 10 * 2**20
+_MAX_PIXELS = 40_000_000
+# Requests in the queue; more are refused.
+_MAX_WAITING = 32
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         generator = Generator.of_run(run, recipe.data, command_sampling(recipe, device), options.prior, device)
         run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
         # Pillow warns above this and refuses twice as many.
-        Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
+        Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
         with served(generator, options.host, options.port) as address:
             print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
             with suppress(KeyboardInterrupt):
@@ -67,14 +67,14 @@ def main(argv: list[str] | None = None) -> None:
 @contextmanager
 def served(generator: Generator, host: str, port: int | None) -> Iterator[str]:
     """Serve the app's page inside the block; yields its address. Errors: UserError for a port that is taken."""
-    from pipelines.playground.page import CSS, page_of
+    from pipelines.playground.page import CSS, build_page
 
-    page = page_of(generator).queue(max_size=_MOST_WAITING)
+    page = build_page(generator).queue(max_size=_MAX_WAITING)
     try:
         _, address, _ = page.launch(
             server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
-            max_file_size=_MOST_BYTES,
+            max_file_size=_MAX_BYTES,
             css=CSS,
             footer_links=[],
             prevent_thread_lock=True,
@@ -106,7 +106,7 @@ def _options(parser: Any) -> None:
 
 
 def _check_free(host: str, port: int | None) -> None:
-    """Errors: UserError for an address that this machine does not have, or that somebody else listens at."""
+    """Check the address. Errors: UserError for one that this machine does not have or that is in use."""
     try:
         with socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass

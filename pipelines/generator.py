@@ -26,7 +26,7 @@ from configs.errors import UserError, say
 from configs.hub import run_of
 from configs.run_dir import RunDir
 from configs.schema import Recipe, Sampling
-from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, pack, run_fingerprint, unpack, with_stored
+from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, insert_stored, pack, run_fingerprint, unpack
 from pipelines.codec.coder import decode as decode_codes
 from pipelines.codec.image_coder import EncodedImages, encode_images, verify
 from pipelines.codec.pixels import decode_pixels
@@ -305,7 +305,7 @@ class Generator:
 
     def surprisals(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> tuple[Tensor, ...]:
         """-log2 p of each code given those before it, in bits: float64 (N, h, w) a level."""
-        prior, codes = self.exact_prior, images if _are_codes(images) else self.encode(images)
+        prior, codes = self.exact_prior, images if _is_codes(images) else self.encode(images)
         self._check(codes)
         return prior.layout.grids_of(surprisals(prior, codes, self.labels_given(label, len(codes[0])), "bits"))
 
@@ -374,7 +374,7 @@ class Generator:
         if content.lossless is None:
             return codes, None
         pixels = decode_pixels(float64_copy(self.tokenizer), codes, content.lossless.pixels, progress=progress)
-        return codes, with_stored(pixels, content.lossless.stored)
+        return codes, insert_stored(pixels, content.lossless.stored)
 
     # --- what goes in, and what comes out
 
@@ -435,7 +435,7 @@ class Generator:
                 raise UserError(f"codes: expected int64 from 0 to {number - 1} at level {level}, found others")
 
 
-def _are_codes(given: Pictures | Codes) -> TypeGuard[Codes]:
+def _is_codes(given: Pictures | Codes) -> TypeGuard[Codes]:
     """Codes are a tuple of whole numbers, wider than pixels."""
     return isinstance(given, tuple) and all(isinstance(level, Tensor) and level.dtype == torch.int64 for level in given)
 

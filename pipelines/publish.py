@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
-    repository = repository_of(options.to)
+    repository = hub_repository(options.to)
     folder = None if repository is not None else not_there_yet("to", options.to)
     command.need_tokenizer()
     names = options.prior if options.prior is not None else [run.last_prior()] if run.last_prior() is not None else []
@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     if repository is not None:
         with _refused(repository):  # before anything is drawn
             HfApi().create_repo(repository, private=options.private, exist_ok=True)
-    with tempfile.TemporaryDirectory() if folder is None else new_folder(folder) as made:
-        write_bundle(run, priors, Path(made), repository or Path(options.to).name, options.license)
+    with tempfile.TemporaryDirectory() if folder is None else new_folder(folder) as target:
+        write_bundle(run, priors, Path(target), repository or Path(options.to).name, options.license)
         if repository is not None:
             with _refused(repository):
-                done = HfApi().upload_folder(folder_path=made, repo_id=repository, delete_patterns=list(_OURS), commit_message=_MESSAGE)
+                done = HfApi().upload_folder(folder_path=target, repo_id=repository, delete_patterns=list(_OURS), commit_message=_MESSAGE)
     where, name = (done.repo_url, f"{PREFIX}{repository}") if folder is None else (RunDir.show(folder), RunDir.show(folder))
     run.record(program(), command.arguments, {"to": options.to, "priors": priors})
     print(f"wrote {where}: tokenizer{', prior ' if priors else ''}{', '.join(priors)}; look at its README.md")
@@ -66,7 +66,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
-def repository_of(to: str) -> str | None:
+def hub_repository(to: str) -> str | None:
     """USER/NAME, if a repository of the Hub is meant; None: a folder. Errors: UserError for what could be both."""
     name = to.removeprefix(PREFIX)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):

@@ -134,8 +134,8 @@ def pack(content: CodeFile) -> tuple[bytes, Sizes]:
     header = _BEGINNING.pack(_MAGIC, _VERSION) + _HEADER.pack(content.fingerprint, *content.image_shape, *counts)
     header += np.array(coded.offsets, "<u2").tobytes() + prior
     body = header + labels + names + coded.payload + pixels
-    whole = body + _CHECKSUM.pack(zlib.crc32(body))
-    return whole, Sizes(len(header) + _CHECKSUM.size, len(labels), len(names), len(coded.payload), len(pixels))
+    data = body + _CHECKSUM.pack(zlib.crc32(body))
+    return data, Sizes(len(header) + _CHECKSUM.size, len(labels), len(names), len(coded.payload), len(pixels))
 
 
 def _packed_pixels(lossless: Lossless) -> bytes:
@@ -155,20 +155,20 @@ def _unpacked_pixels(section: bytes) -> Lossless:
     pngs = end + count * _STORED.size
     if pngs > len(section) or length % 4 or not batch:
         raise ValueError(f"{len(section)} bytes of pixels, {pngs} or more announced")
-    found, stored = np.frombuffer(section, "<u2", offsets, _PIXELS.size).tolist(), {}
+    offset_values, stored = np.frombuffer(section, "<u2", offsets, _PIXELS.size).tolist(), {}
     for number, size in _STORED.iter_unpack(section[end:pngs]):
         stored[number] = _PNG + section[pngs : pngs + size]
         pngs += size
     if pngs != len(section) or len(stored) != count:
         raise ValueError(f"{len(section)} bytes of pixels, {pngs} announced")
-    return Lossless(CodedPixels(section[begin:end], batch, found, crc), stored)
+    return Lossless(CodedPixels(section[begin:end], batch, offset_values, crc), stored)
 
 
-def with_stored(pixels: Tensor, stored: dict[int, bytes]) -> Tensor:
+def insert_stored(pixels: Tensor, stored: dict[int, bytes]) -> Tensor:
     """All images of a lossless file, uint8 (N, H, W, C): `pixels` of those that were coded, and between them those stored as PNG."""
-    others = iter(pixels)
+    decoded = iter(pixels)
     pictures = [
-        _stored_picture(stored[number], number).view(pixels.shape[1:]) if number in stored else next(others)
+        _stored_picture(stored[number], number).view(pixels.shape[1:]) if number in stored else next(decoded)
         for number in range(len(pixels) + len(stored))
     ]
     return torch.stack(pictures) if pictures else pixels
@@ -187,11 +187,11 @@ def _check_png(png: bytes, image_shape: tuple[int, int, int]) -> None:
     height, width, channels = image_shape
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as opened:
-            found = opened.size, opened.mode
+            header = opened.size, opened.mode
     except Exception as error:  # no PNG, or one of more pixels than Pillow trusts
         raise ValueError(f"an image stored as PNG that is none: {error}") from None
-    if found != ((width, height), "L" if channels == 1 else "RGB"):
-        raise ValueError(f"an image stored as PNG of {found[0][0]} x {found[0][1]} pixels in {found[1]}")
+    if header != ((width, height), "L" if channels == 1 else "RGB"):
+        raise ValueError(f"an image stored as PNG of {header[0][0]} x {header[0][1]} pixels in {header[1]}")
 
 
 def _deflated_labels(labels: Tensor) -> bytes:
@@ -219,7 +219,7 @@ def unpack(data: bytes, where: str) -> CodeFile:
 
 
 def _parsed(body: bytes) -> CodeFile:
-    found, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
+    fingerprint, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
     if not 0 < batch <= MOST_IMAGES:
         raise ValueError(f"batches of {batch} images, where 1 to {MOST_IMAGES} can be")
     num_batches = -(-images // batch)
@@ -244,7 +244,7 @@ def _parsed(body: bytes) -> CodeFile:
         for png in lossless.stored.values():
             _check_png(png, (height, width, channels))
     return CodeFile(
-        fingerprint=found,
+        fingerprint=fingerprint,
         prior=prior.decode("utf-8", "surrogateescape"),
         image_shape=(height, width, channels),
         coded=coded,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.codec.code_file import CodeFile, Lossless, unpack, with_stored
+from pipelines.codec.code_file import CodeFile, Lossless, insert_stored, unpack
 from pipelines.codec.coder import Encoding, batch_images, decode, encode
-from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
+from pipelines.codec.pixels import decode_pixels, encode_pixels, pixel_batch_size
 from pipelines.encoding import encode_and_decode
 from pipelines.scoring.bound import pixel_bits
 from pipelines.scoring.surprisals import surprisals
@@ -66,8 +66,8 @@ def encode_images(
         stored = smaller_as_png(pixels, bound)
         coded = torch.tensor([number not in stored for number in range(len(pixels))], dtype=torch.bool)
         bound, codes, labels = bound[coded], tuple(level[coded] for level in codes), None if labels is None else labels[coded]
-        of_pixels, _ = encode_pixels(exact, codes, pixels[coded], batch_of_pixels(exact, batch), progress)
-        pixel_part = Lossless(of_pixels, stored)
+        coded_pixels, _ = encode_pixels(exact, codes, pixels[coded], pixel_batch_size(exact, batch), progress)
+        pixel_part = Lossless(coded_pixels, stored)
     encoding = encode(prior, codes, labels, batch_images(prior.layout, batch), progress)
     height, width, channels = pixels.shape[1:]
     content = CodeFile(*made_by, (height, width, channels), encoding.coded, labels, names, pixel_part)
@@ -77,7 +77,7 @@ def encode_images(
 def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
     """Which images, uint8 (N, H, W, C), take fewer bytes as optimised PNG than those bits (N,), and their PNGs."""
     pngs = [png(picture, optimize=True) for picture in pixels]
-    return {number: found for number, (found, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(found) <= cost}
+    return {number: data for number, (data, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(data) <= cost}
 
 
 def verify(
@@ -87,17 +87,17 @@ def verify(
 
     `pixels`: those that a lossless one has to give, uint8 (N, H, W, C). Errors: UserError if anything differs.
     """
-    found, content = unpack(data, "the new file"), encoded.content
-    again = decode(prior, found.coded, found.labels, at_once=-(-found.coded.batch // 2), progress=progress)
+    parsed, content = unpack(data, "the new file"), encoded.content
+    again = decode(prior, parsed.coded, parsed.labels, at_once=-(-parsed.coded.batch // 2), progress=progress)
     same = all(torch.equal(*level) for level in zip(again, encoded.codes, strict=True))
-    labels_same = (found.labels is None) == (content.labels is None)
-    if found.labels is not None and content.labels is not None:
-        labels_same = torch.equal(found.labels, content.labels)
-    if not (same and labels_same and found._replace(labels=None) == content._replace(labels=None)):
+    labels_same = (parsed.labels is None) == (content.labels is None)
+    if parsed.labels is not None and content.labels is not None:
+        labels_same = torch.equal(parsed.labels, content.labels)
+    if not (same and labels_same and parsed._replace(labels=None) == content._replace(labels=None)):
         raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
-    if found.lossless is not None:
+    if parsed.lossless is not None:
         exact = float64_copy(tokenizer)
-        of_pixels = found.lossless.pixels
-        decoded = decode_pixels(exact, encoded.codes, of_pixels, at_once=-(-of_pixels.batch // 2), progress=progress)
-        if not torch.equal(with_stored(decoded, found.lossless.stored), pixels):
+        coded_pixels = parsed.lossless.pixels
+        decoded = decode_pixels(exact, encoded.codes, coded_pixels, at_once=-(-coded_pixels.batch // 2), progress=progress)
+        if not torch.equal(insert_stored(decoded, parsed.lossless.stored), pixels):
             raise UserError("expected the new file to decode to the images, found something else; nothing was written")

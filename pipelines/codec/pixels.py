@@ -22,7 +22,7 @@ from constriction import stream
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.codec.coder import OFFSETS, clearest, out_of_step
+from pipelines.codec.coder import OFFSETS, clearest, decoding_error
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.objectives.contract import Index
 from stage1_vqvae.quantizers.contract import Codes
@@ -73,8 +73,8 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
             for scaled, symbols in _stretches(turns):
                 offset, distance = clearest([scaled]) if bool(scaled.isfinite().all()) else (0, math.nan)
                 if not distance / _STEPS >= MARGIN:
-                    wanted = f"expected probabilities of which a rounding keeps {MARGIN:g} clear"
-                    raise UserError(f"the tokenizer: {wanted}, found {distance / _STEPS:g}")
+                    expected = f"expected probabilities of which a rounding keeps {MARGIN:g} clear"
+                    raise UserError(f"the tokenizer: {expected}, found {distance / _STEPS:g}")
                 coder.encode(symbols.numpy().astype(np.int32), family, _weights(scaled, offset))
                 offsets.append(offset)
                 clearance = min(clearance, distance / _STEPS)
@@ -92,7 +92,7 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
         at_once: images in one pass of the decoder; None: a batch. Of no influence on the pixels.
     Errors: UserError if they are not those that were encoded.
     """
-    if coded.batch != (most := batch_of_pixels(tokenizer, coded.batch)):
+    if coded.batch != (most := pixel_batch_size(tokenizer, coded.batch)):
         raise UserError(f"decoding: expected pixels in batches of at most {most} images, found {coded.batch}")
     channels, height, width = tokenizer.image_shape
     device, likelihood, values_in = next(tokenizer.parameters()).device, tokenizer.likelihood(), _Values(coded)
@@ -105,7 +105,7 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
             values_in.end_stretch()
             pixels[part] = likelihood.pixels(values).cpu()
     if _crc(pixels) != coded.crc or not values_in.exhausted():
-        raise out_of_step("pixels")
+        raise decoding_error("pixels")
     return pixels
 
 
@@ -119,17 +119,17 @@ class _Values:
 
     def next(self, scaled: Tensor) -> Tensor:
         """A turn's values (N,), given their probabilities (N, V) in steps."""
-        found, family = [], stream.model.Categorical(perfect=False)
+        parts, family = [], stream.model.Categorical(perfect=False)
         while len(scaled):
             if self._left == 0:
                 self._offset, self._left = next(self._offsets), _SHARING
             piece, scaled = scaled[: self._left], scaled[self._left :]
             try:
-                found.append(torch.from_numpy(self._decoder.decode(family, _weights(piece, self._offset))))
+                parts.append(torch.from_numpy(self._decoder.decode(family, _weights(piece, self._offset))))
             except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
-                raise out_of_step("pixels") from None
+                raise decoding_error("pixels") from None
             self._left -= len(piece)
-        return torch.cat(found).long()
+        return torch.cat(parts).long()
 
     def end_stretch(self) -> None:
         """A batch ends, and with it its last stretch."""
@@ -140,17 +140,17 @@ class _Values:
         return bool(self._decoder.maybe_exhausted())
 
 
-def batch_of_pixels(tokenizer: VQVAE, wanted: int) -> int:
+def pixel_batch_size(tokenizer: VQVAE, requested: int) -> int:
     """Images a batch: as many as wanted, or as memory allows."""
     likelihood, (_, height, width) = tokenizer.likelihood(), tokenizer.image_shape
     numbers = max(likelihood.pixels_at_once * likelihood.num_values, likelihood.output_channels * height * width)
-    return max(1, min(wanted, _NUMBERS_AT_ONCE // numbers))
+    return max(1, min(requested, _NUMBERS_AT_ONCE // numbers))
 
 
 def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> int:
     """How many offsets images (height, width, channels) have in batches of that size."""
-    whole, rest = divmod(images, batch)
-    return sum(times * -(-size * math.prod(image_shape) // _SHARING) for times, size in ((whole, batch), (1, rest)))
+    full, rest = divmod(images, batch)
+    return sum(times * -(-size * math.prod(image_shape) // _SHARING) for times, size in ((full, batch), (1, rest)))
 
 
 def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int, bar: Any) -> Iterator[tuple[Index, Tensor]]:
@@ -176,19 +176,19 @@ def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once:
 
 def _stretches(turns: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """The same rows (N, V), (N,) in stretches of 2^13, of which the last may be shorter."""
-    kept: list[tuple[Tensor, Tensor]] = []
+    pending: list[tuple[Tensor, Tensor]] = []
     count = 0
     for rows in turns:
-        kept.append(rows)
+        pending.append(rows)
         count += len(rows[0])
         if count >= _SHARING:
-            scaled, symbols = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
-            whole = count - count % _SHARING
-            for stretch in batches(whole, _SHARING):
+            scaled, symbols = (torch.cat(tensors) for tensors in zip(*pending, strict=True))
+            complete = count - count % _SHARING
+            for stretch in batches(complete, _SHARING):
                 yield scaled[stretch], symbols[stretch]
-            kept, count = [(scaled[whole:], symbols[whole:])], count - whole
+            pending, count = [(scaled[complete:], symbols[complete:])], count - complete
     if count:
-        scaled, symbols = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
+        scaled, symbols = (torch.cat(tensors) for tensors in zip(*pending, strict=True))
         yield scaled, symbols
 
 

@@ -26,7 +26,7 @@ from pipelines.evaluation.distances import (
     nearest,
     nearest_codes,
     neighbourhoods,
-    some,
+    random_rows,
 )
 from pipelines.evaluation.reference import ReferenceFeatures, pixels_identity, reference_features
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
@@ -172,9 +172,9 @@ class Assessor:
             return self.layout.flat(samples.codes)
         return self.layout.flat(encode(self.tokenizer, samples.pixels, self.config.batch_size, progress=True))
 
-    def some(self, count: int, wanted: int, purpose: str) -> Tensor:
+    def some(self, count: int, size: int, purpose: str) -> Tensor:
         """Rows of `wanted` of `count` images, or of all if they are fewer, drawn once and for all."""
-        return some(count, wanted, self.config.seed, purpose)
+        return random_rows(count, size, self.config.seed, purpose)
 
     def reconstruction(self, split: str) -> dict[str, Any]:
         """Means over a split's images, each with its 95 % interval, on 8-bit pixels taken as [0, 1]; null where a figure is not
@@ -183,18 +183,18 @@ class Assessor:
         originals, pictures = self.source.splits[split].pixels, self.coded(split)[1]
         parts = device_batches(float64_device(self.network.device), self.config.batch_size, pictures, originals)
         errors, similarities = torch.cat([torch.stack([squared_errors(*pair), ssim_of_each(*pair)]).cpu() for _, pair in parts], 1)
-        of_each = {
+        values_by_metric = {
             "mse": errors,
             "psnr": psnr_of_each(errors),
             "ssim": None if similarities.isnan().any() else similarities,
             "lpips": perceptual_distances(pictures, originals, self.config.batch_size, self.network.device),
         }
-        found: dict[str, Any] = {
+        figures: dict[str, Any] = {
             name: None if values is None else dict(zip(("mean", "low", "high"), mean_with_interval(values, self.config.seed), strict=True))
-            for name, values in of_each.items()
+            for name, values in values_by_metric.items()
         }
         made, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
-        return found | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
+        return figures | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
 
     def bound(self, split: str, prior: ScoringPrior | None, training: CodeStore | None) -> dict[str, Any]:
         """The bound on bits a dimension of a split's images by each p(z), their share of pixels first, with its 95 % interval, as bound.py
@@ -252,13 +252,13 @@ class Assessor:
         """
         sets = {"samples": self.features("samples", samples.pixels), f"{split}, real": self.features(split)}
         sets[f"{split}, reconstructed"] = self.features("reconstructions", self.coded(split)[1])
-        of_reference = self.reference(reference)
-        known = Reference(of_reference.vectors, self.network.device, of_reference.gaussian)
-        found = {name: self.distances(images, known) for name, images in self._with_equal_numbers(sets).items()}
+        features = self.reference(reference)
+        real = Reference(features.vectors, self.network.device, features.gaussian)
+        figures = {name: self.distances(images, real) for name, images in self._with_equal_numbers(sets).items()}
         if classifier is not None:
-            self._add_classes(found, samples, split, classifier)
+            self._add_classes(figures, samples, split, classifier)
         vectors = {name: images.vectors for name, images in sets.items()}
-        return found, neighbourhoods(vectors, of_reference.vectors, self.config.seed, self.network.device)
+        return figures, neighbourhoods(vectors, features.vectors, self.config.seed, self.network.device)
 
     def _with_equal_numbers(self, sets: dict[str, Features]) -> dict[str, Features]:
         """The sets, and of each that has more images than another as many as that has."""
@@ -310,27 +310,27 @@ class Assessor:
         """
         sets = {"samples": (self.features("samples", samples.pixels).vectors, self.sequences(samples))}
         sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
-        known = self.reference(TRAIN)
-        own = self.training_sequences(known.rows[self.some(len(known.rows), _LOOKED_UP, "copies")])
-        copies = decode(self.tokenizer, self.layout.grids_of(own), self.config.batch_size)
-        sets["copies"] = (self.features("copies of training images", copies).vectors, own)
+        training = self.reference(TRAIN)
+        copied = self.training_sequences(training.rows[self.some(len(training.rows), _LOOKED_UP, "copies")])
+        copy_pixels = decode(self.tokenizer, self.layout.grids_of(copied), self.config.batch_size)
+        sets["copies"] = (self.features("copies of training images", copy_pixels).vectors, copied)
         rows = {name: self.some(len(vectors), _LOOKED_UP, "neighbours") for name, (vectors, _) in sets.items()}
         # All sets in one pass over the training codes.
-        sequences = torch.cat([of_set[rows[name]] for name, (_, of_set) in sets.items()])
-        others = nearest_codes(sequences, self._training_blocks(), 1, self.network.device).distances
-        found: dict[str, Any] = {}
-        for (name, (vectors, _)), other in zip(sets.items(), others.split([len(rows[name]) for name in sets]), strict=True):
-            distances = nearest(vectors[rows[name]], known.vectors, 1, self.network.device).distances
-            found[name] = {
+        sequences = torch.cat([codes[rows[name]] for name, (_, codes) in sets.items()])
+        shares = nearest_codes(sequences, self._training_blocks(), 1, self.network.device).distances
+        figures: dict[str, Any] = {}
+        for (name, (vectors, _)), share in zip(sets.items(), shares.split([len(rows[name]) for name in sets]), strict=True):
+            distances = nearest(vectors[rows[name]], training.vectors, 1, self.network.device).distances
+            figures[name] = {
                 "n": len(distances),
                 "median_distance": float(distances.median()),
-                "median_share_of_other_codes": float(other.median()),
-                "with_all_codes_of_a_training_image": int((other == 0).sum()),
+                "median_share_of_other_codes": float(share.median()),
+                "with_all_codes_of_a_training_image": int((share == 0).sum()),
             }
-        real = found["held_out"]["median_distance"]
-        ratios = {name: found[name]["median_distance"] / real if real > 0 else None for name in ("samples", "copies")}
-        searched = {"training_images": len(self.source.splits[TRAIN]), "training_images_by_features": len(known.rows)}
-        return found | searched | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
+        real = figures["held_out"]["median_distance"]
+        ratios = {name: figures[name]["median_distance"] / real if real > 0 else None for name in ("samples", "copies")}
+        searched = {"training_images": len(self.source.splits[TRAIN]), "training_images_by_features": len(training.rows)}
+        return figures | searched | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
 
     def neighbours(self, samples: Samples) -> Tensor:
         """A row a sample: the sample, its nearest training images by features, and by codes. On top the samples that are nearest
@@ -339,15 +339,17 @@ class Assessor:
         training = self.source.splits[TRAIN].pixels
         rows = self.some(len(samples.pixels), _LOOKED_UP, "neighbours")
         vectors, sequences = self.features("samples", samples.pixels).vectors[rows], self.sequences(samples)[rows]
-        known = self.reference(TRAIN)
-        k = min(_NEIGHBOURS, len(known.rows))
-        by_features = nearest(vectors, known.vectors, k, self.network.device)
-        shown = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
-        by_codes = nearest_codes(sequences[shown], self._training_blocks(), k, self.network.device)
-        own = samples.pixels[rows[shown]][:, None]
-        gap = torch.full_like(own, 255)
-        found = [training[rows.flatten()].unflatten(0, rows.shape) for rows in (known.rows[by_features.rows[shown]], by_codes.rows)]
-        pictures = torch.cat([own, gap, found[0], gap, found[1]], 1)
+        references = self.reference(TRAIN)
+        k = min(_NEIGHBOURS, len(references.rows))
+        by_features = nearest(vectors, references.vectors, k, self.network.device)
+        chosen = torch.cat([by_features.distances[:, 0].argsort()[:_NEAREST], torch.arange(min(_FIRST, len(vectors)))])
+        by_codes = nearest_codes(sequences[chosen], self._training_blocks(), k, self.network.device)
+        sample_pixels = samples.pixels[rows[chosen]][:, None]
+        gap = torch.full_like(sample_pixels, 255)
+        neighbour_pixels = [
+            training[rows.flatten()].unflatten(0, rows.shape) for rows in (references.rows[by_features.rows[chosen]], by_codes.rows)
+        ]
+        pictures = torch.cat([sample_pixels, gap, neighbour_pixels[0], gap, neighbour_pixels[1]], 1)
         return image_grid(pictures.flatten(0, 1), pictures.shape[1])
 
 
@@ -357,13 +359,13 @@ def _dictionary(spread: Spread | None) -> dict[str, float] | None:
 
 def pixels_hash(pixels: Pixels) -> str:
     """The sha256 of images, uint8 (N, H, W, C), and of their shape: which images a figure is of."""
-    found = hashlib.sha256(str(tuple(pixels.shape)).encode())
+    digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
     for part in batches(len(pixels), _HASHED_AT_ONCE):
-        found.update(pixels[part].contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(pixels[part].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def lpips_at_hand() -> LPIPS | None:
+def local_lpips() -> LPIPS | None:
     """LPIPS with AlexNet, if its weights are in torch's cache: nothing is downloaded for it.
 
     Errors: UserError for a file of other things than its weights.
@@ -376,7 +378,7 @@ def lpips_at_hand() -> LPIPS | None:
 
 def perceptual_distances(pictures: Tensor, originals: Pixels, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
     """LPIPS of each image (Zhang et al. 2018), (N,); None below 32 pixels a side, or if its weights are not at hand."""
-    network = lpips_at_hand() if min(pictures.shape[1:3]) >= LEAST_PIXELS else None
+    network = local_lpips() if min(pictures.shape[1:3]) >= LEAST_PIXELS else None
     if network is None:
         return None
     device = torch.device(device)

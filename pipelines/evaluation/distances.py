@@ -136,8 +136,8 @@ class Reference:
         """
         # Not every fifth: labels take turns, so a part would have some labels alone.
         order = torch.randperm(len(images), generator=generator(seed, "parts"))
-        found = [self.frechet(images[rows]) for rows in order.tensor_split(PARTS)]
-        values = [value for value in found if value is not None]
+        distances = [self.frechet(images[rows]) for rows in order.tensor_split(PARTS)]
+        values = [value for value in distances if value is not None]
         return Spread(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) == PARTS else None
 
     def kernel(self, images: Tensor, seed: int) -> Spread | None:
@@ -147,12 +147,12 @@ class Reference:
         size = min(_SUBSET_SIZE, len(images), len(self.vectors))
         if size < 2:
             return None
-        draws, found = np.random.RandomState(seed), []
+        draws, distances = np.random.RandomState(seed), []
         for _ in range(_SUBSETS):
             # In float64 subset by subset: all vectors would take twice their memory again, for each set that is compared.
             pair = [vectors[draws.choice(len(vectors), size, replace=False)] for vectors in (images, self.vectors)]
-            found.append(kernel_mmd(*(subset.double().numpy() for subset in pair)))
-        return Spread(float(np.mean(found)), float(np.std(found)))
+            distances.append(kernel_mmd(*(subset.double().numpy() for subset in pair)))
+        return Spread(float(np.mean(distances)), float(np.std(distances)))
 
     def precision_recall(self, images: Tensor) -> tuple[float, float] | None:
         """Precision, the share of images that lie in a ball around some vector of the reference, and recall, the reverse; a ball reaches
@@ -181,29 +181,29 @@ def neighbourhoods(sets: dict[str, Tensor], reference: Tensor, seed: int, device
     and fall with both: that of the smallest of them, at most 10,000. Null where these are too few.
     """
     count = min(_NEIGHBOURHOODS, *(len(vectors) for vectors in (*sets.values(), reference)))
-    known, found = Reference(reference[some(len(reference), count, seed, "neighbourhoods of the reference")], device), {}
+    real, figures = Reference(reference[random_rows(len(reference), count, seed, "neighbourhoods of the reference")], device), {}
     for name, vectors in sets.items():
-        chosen = vectors[some(len(vectors), count, seed, "neighbourhoods")]
-        precision, recall = known.precision_recall(chosen) or (None, None)
-        density, coverage = known.density_coverage(chosen) or (None, None)
-        found[name] = {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
-    return {"n": count, "sets": found}
+        chosen = vectors[random_rows(len(vectors), count, seed, "neighbourhoods")]
+        precision, recall = real.precision_recall(chosen) or (None, None)
+        density, coverage = real.density_coverage(chosen) or (None, None)
+        figures[name] = {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
+    return {"n": count, "sets": figures}
 
 
-def some(count: int, wanted: int, seed: int, purpose: str) -> Tensor:
+def random_rows(count: int, size: int, seed: int, purpose: str) -> Tensor:
     """Ascending rows of `wanted` of `count` images, or of all if they are fewer, drawn at random, the same for a seed and purpose."""
-    return torch.randperm(count, generator=generator(seed, purpose))[:wanted].sort().values
+    return torch.randperm(count, generator=generator(seed, purpose))[:size].sort().values
 
 
 def inception_score(logits: Tensor, seed: int) -> Spread:
     """exp of the mean divergence between an image's labels and all images' (Salimans et al. 2016), over splits; of logits (N, classes)."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    found = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
-    return Spread(found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD])
+    score = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
+    return Spread(score[KEY_METRIC_ISC_MEAN], score[KEY_METRIC_ISC_STD])
 
 
-def ordered_inception_score(logits: Tensor, part: int = 5000) -> float:
+def adm_inception_score(logits: Tensor, part: int = 5000) -> float:
     """ADM's inception score of logits (N, classes): the mean over consecutive parts of `part` images, the last one smaller."""
     scores = []
     for block in logits.split(part):
@@ -221,26 +221,26 @@ def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | s
     rows = torch.cat([block.topk(k, largest=False).indices.cpu() for block in _blocks(queries, reference, device)])
     # The search multiplies matrices, whose rounding is large beside a small distance: those found are measured again.
     pairs = zip(queries.split(_BLOCK), rows.split(_BLOCK), strict=True)
-    distances = torch.cat([torch.stack([(query - reference[row]).norm(dim=-1) for row in found.T], 1) for query, found in pairs])
+    distances = torch.cat([torch.stack([(query - reference[row]).norm(dim=-1) for row in chosen.T], 1) for query, chosen in pairs])
     distances, order = distances.sort(dim=1, stable=True)
     return Neighbours(distances, rows.gather(1, order))
 
 
 def nearest_codes(queries: Tensor, reference: Iterable[Tensor], k: int, device: torch.device | str = "cpu") -> Neighbours:
     """The same for codes (N, T), by the share of positions with another code; the reference in blocks (M, T), one after another."""
-    found: list[tuple[Tensor, Tensor]] = []
+    best: list[tuple[Tensor, Tensor]] = []
     first = 0
-    for known in reference:
-        block = known.to(device)
+    for codes in reference:
+        block = codes.to(device)
         # One comparison takes B x M x T bytes.
         parts = queries.split(max(1, 2**28 // max(1, block.numel())))
         closest = [(part.to(device)[:, None] != block).sum(-1).topk(min(k, len(block)), largest=False) for part in parts]
-        found.append((torch.cat([near.values.cpu() for near in closest]), torch.cat([near.indices.cpu() for near in closest]) + first))
+        best.append((torch.cat([near.values.cpu() for near in closest]), torch.cat([near.indices.cpu() for near in closest]) + first))
         first += len(block)
-        numbers, rows = (torch.cat(tensors, 1) for tensors in zip(*found, strict=True))
+        numbers, rows = (torch.cat(tensors, 1) for tensors in zip(*best, strict=True))
         numbers, order = numbers.sort(dim=1, stable=True)
-        found = [(numbers[:, :k], rows.gather(1, order)[:, :k])]
-    ((numbers, rows),) = found
+        best = [(numbers[:, :k], rows.gather(1, order)[:, :k])]
+    ((numbers, rows),) = best
     return Neighbours(numbers.double() / queries.shape[1], rows)
 
 

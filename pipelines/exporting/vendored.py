@@ -60,10 +60,10 @@ def vendor(folder: Path) -> None:
         raise UserError("expected npm (it comes with Node.js), found none")
     for package in PACKAGES:
         with tempfile.TemporaryDirectory() as temporary:
-            tarball = _packed(npm, package, Path(temporary))
-            found = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
-            if found != package.sha512:
-                raise UserError(f"npm package {package.name} {package.version}: expected sha512 {package.sha512}, found {found}")
+            tarball = _download(npm, package, Path(temporary))
+            sha512 = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
+            if sha512 != package.sha512:
+                raise UserError(f"npm package {package.name} {package.version}: expected sha512 {package.sha512}, found {sha512}")
             with tarfile.open(tarball) as opened:
                 for name, written in package.files.items():
                     member = opened.extractfile(f"package/{name}")
@@ -77,14 +77,14 @@ def vendor(folder: Path) -> None:
         shutil.copyfile(Path(spec.origin).parent / name, folder / "onnxruntime-web" / name)
 
 
-def _packed(npm: str, package: Package, folder: Path) -> Path:
+def _download(npm: str, package: Package, folder: Path) -> Path:
     """The package's tarball, in that folder. Errors: UserError with what npm says."""
-    wanted = f"{package.name}@{package.version}"
+    requested = f"{package.name}@{package.version}"
     # What is in npm's cache serves without a network; without either, the failure is to be told before the user has gone.
-    command = [npm, "pack", wanted, "--prefer-offline", "--fetch-retries", "1", "--pack-destination", str(folder)]
+    command = [npm, "pack", requested, "--prefer-offline", "--fetch-retries", "1", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder, check=False)
     tarballs = list(folder.glob("*.tgz"))
     if done.returncode != 0 or len(tarballs) != 1:
-        said = [line.split(" ", 2)[-1] for line in done.stderr.splitlines() if line.lower().startswith("npm err")]
-        raise UserError(f"npm pack {wanted}: expected a package, found: {'; '.join(said[:3]) or f'exit code {done.returncode}'}")
+        errors = [line.split(" ", 2)[-1] for line in done.stderr.splitlines() if line.lower().startswith("npm err")]
+        raise UserError(f"npm pack {requested}: expected a package, found: {'; '.join(errors[:3]) or f'exit code {done.returncode}'}")
     return tarballs[0]

@@ -29,58 +29,58 @@ def round_weights(path: Path, bits: int) -> None:
             not by themselves multiplied with, convolved with or looked up in, such as tables of positions.
     """
     model = onnx.load(path)
-    beside = path.with_name(f"{path.name}.data")  # where large graphs have their weights
-    size = path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+    data_file = path.with_name(f"{path.name}.data")  # where large graphs have their weights
+    size = path.stat().st_size + (data_file.stat().st_size if data_file.exists() else 0)
     if size * bits / 32 > _MOST_BYTES:
         raise UserError(
             f"{path.name}: expected at most {_MOST_BYTES / 1e9} GB in {bits} bits, which browsers load, found {size * bits / 32e9:.1f}"
         )
     onnx.save(rounded(model, bits), path)
-    beside.unlink(missing_ok=True)
+    data_file.unlink(missing_ok=True)
 
 
 def rounded(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
     """A copy of a model with rounded weights; `bits` as `round_weights` has it."""
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    graph = made.graph
-    kept, nodes = [], []
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    initializers, nodes = [], []
     for weight in graph.initializer:
         values = numpy_helper.to_array(weight)
         if values.dtype != np.float32 or values.size < _LARGE or values.ndim < 2 or np.abs(values).max() > np.finfo(np.float16).max:
-            kept.append(weight)
+            initializers.append(weight)
             continue
-        name, axis = weight.name, _axis_of_outputs(graph, weight.name) if bits == 8 else None
+        name, axis = weight.name, _output_axis(graph, weight.name) if bits == 8 else None
         if axis is None:
-            kept.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.rounded"))
+            initializers.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.rounded"))
             nodes.append(helper.make_node("Cast", [f"{name}.rounded"], [name], to=TensorProto.FLOAT))
         else:
-            whole, scale = quantized(values, axis)
-            kept += [numpy_helper.from_array(whole, f"{name}.rounded"), numpy_helper.from_array(scale, f"{name}.scale")]
+            integers, scale = quantized(values, axis)
+            initializers += [numpy_helper.from_array(integers, f"{name}.rounded"), numpy_helper.from_array(scale, f"{name}.scale")]
             nodes.append(helper.make_node("Cast", [f"{name}.rounded"], [f"{name}.whole"], to=TensorProto.FLOAT))
             nodes.append(helper.make_node("Mul", [f"{name}.whole", f"{name}.scale"], [name]))
     nodes += graph.node
-    for field, content in ((graph.initializer, kept), (graph.node, nodes)):
+    for field, content in ((graph.initializer, initializers), (graph.node, nodes)):
         content = list(content)
         del field[:]
         field.extend(content)
-    onnx.checker.check_model(made)
-    return made
+    onnx.checker.check_model(result)
+    return result
 
 
 def quantized(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """float32 values as int8 of the same shape and float32 scales, of length 1 but along `axis`; their product is within half a scale."""
-    others = tuple(other for other in range(values.ndim) if other != axis % values.ndim)
-    scale = (np.abs(values).max(others, keepdims=True) / 127).astype(np.float32)
+    axes = tuple(other for other in range(values.ndim) if other != axis % values.ndim)
+    scale = (np.abs(values).max(axes, keepdims=True) / 127).astype(np.float32)
     scale[scale == 0] = 1
     return np.round(values / scale).astype(np.int8), scale
 
 
-def _axis_of_outputs(graph: onnx.GraphProto, name: str) -> int | None:
+def _output_axis(graph: onnx.GraphProto, name: str) -> int | None:
     """Along which axis of a weight its outputs lie; None where that is not known."""
     for node in graph.node:
-        for place, taken in enumerate(node.input):
-            if taken == name:
+        for place, input_name in enumerate(node.input):
+            if input_name == name:
                 if node.op_type == "Gemm" and place == 1:
                     return 0 if any(attribute.name == "transB" and attribute.i for attribute in node.attribute) else 1
                 return _OUTPUTS.get((node.op_type, place))

@@ -9,7 +9,7 @@ import gradio as gr
 
 from configs.errors import UserError
 from configs.run_dir import typed
-from pipelines.playground.fields import Fields, PictureInput, on
+from pipelines.playground.fields import Fields, PictureInput, bind
 
 MOST = 64
 """Pictures at once: whoever may open the page may ask for them."""
@@ -20,7 +20,7 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
     generator = fields.generator
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            label = fields.label_of_samples()
+            label = fields.sample_label()
             number = gr.Slider(1, MOST, 16, step=1, label="Number")
             settings = fields.settings()
             button = gr.Button("Draw", variant="primary")
@@ -28,13 +28,13 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
             gallery, chosen = fields.gallery("Drawn: choose one to go on with it"), gr.State(None)
             line = gr.Textbox(label="The same on the command line", interactive=False, buttons=["copy"])
 
-    def draw(asked: int | None, n: int, *values: float | None) -> tuple[Any, str, None]:
+    def draw(chosen_label: int | None, n: int, *values: float | None) -> tuple[Any, str, None]:
         seed, settings = fields.seed_and_settings(values)
-        pictures = generator.sample(n, fields.label(asked), seed, **settings)
+        pictures = generator.sample(n, fields.label(chosen_label), seed, **settings)
         options: dict[str, Any] = {"run": generator.run, "prior": generator.prior_name, "n": n, "seed": seed}
-        if fields.label(asked) is not None:
-            name = generator.label_names[int(fields.label(asked) or 0)]
-            options["label"] = asked if name == "null" else name  # which the command line reads as none
+        if fields.label(chosen_label) is not None:
+            name = generator.label_names[int(fields.label(chosen_label) or 0)]
+            options["label"] = chosen_label if name == "null" else name  # which the command line reads as none
         options |= {key: value for key, value in settings.items() if value != getattr(generator.sampling, key)}
         words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
         # What was chosen of those before is chosen no longer.
@@ -43,8 +43,8 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
     def choose(event: gr.SelectData) -> int:
         return int(event.index)
 
-    on(button.click, draw, [label, number, *settings], [gallery, line, chosen])
-    on(gallery.select, choose, [], [chosen], computes=False)
+    bind(button.click, draw, [label, number, *settings], [gallery, line, chosen])
+    bind(gallery.select, choose, [], [chosen], computes=False)
     return gallery, chosen
 
 
@@ -58,4 +58,4 @@ def going_on(gallery: gr.Gallery, chosen: gr.State, text: str, place: PictureInp
         # The file itself: a copy would be written over it, while a browser reads it.
         return pictures[number][0], gr.Tabs(selected=tab)
 
-    place.given_by(on(button.click, send, [gallery, chosen], [place.image, tabs], computes=False))
+    place.fill_from(bind(button.click, send, [gallery, chosen], [place.image, tabs], computes=False))

@@ -65,23 +65,23 @@ def likeliest_codes(generator: Generator, codes: Codes, label: Label | None, pla
     """The codes that the prior finds likeliest in a place of an image (1, h, w) a level, given those before it, likeliest first."""
     prior, labels = generator.exact_prior, generator.labels_given(label, 1)
     logits = prior(tuple(level.to(prior.device) for level in codes), None if labels is None else labels.to(prior.device))[place.level]
-    here = logits[0, place.row * codes[place.level].shape[2] + place.column]
-    return here.topk(min(count, len(here))).indices.tolist()
+    logits_here = logits[0, place.row * codes[place.level].shape[2] + place.column]
+    return logits_here.topk(min(count, len(logits_here))).indices.tolist()
 
 
-def candidates(generator: Generator, codes: Codes, label: Label | None, place: Place, found: list[int]) -> list[Candidate]:
+def candidates(generator: Generator, codes: Codes, label: Label | None, place: Place, alternatives: list[int]) -> list[Candidate]:
     """What an image's codes (1, h, w) a level would be with each of the codes found in a place."""
-    if not found:
+    if not alternatives:
         return []
-    changed = tuple(torch.cat(level) for level in zip(*(exchanged(codes, place, code) for code in found), strict=True))
+    changed = tuple(torch.cat(level) for level in zip(*(exchanged(codes, place, code) for code in alternatives), strict=True))
     pictures = generator.decode(changed, output="tensor")
     if generator.prior is None:
-        return [Candidate(code, picture, None, None) for code, picture in zip(found, pictures, strict=True)]
+        return [Candidate(code, picture, None, None) for code, picture in zip(alternatives, pictures, strict=True)]
     bits = generator.surprisals(changed, label)
-    here = bits[place.level][:, place.row, place.column].tolist()
+    bits_here = bits[place.level][:, place.row, place.column].tolist()
     totals = sum(level.flatten(1).sum(1) for level in bits)
     assert isinstance(totals, Tensor)
-    return [Candidate(*each) for each in zip(found, pictures, here, totals.tolist(), strict=True)]
+    return [Candidate(*each) for each in zip(alternatives, pictures, bits_here, totals.tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
     levels of a grid the nearest of the first, then of the second to what is left, and so on.
     """
     share = torch.linspace(0, 1, count)[:, None, None, None]
-    found, level = [], 0
+    levels_codes, level = [], 0
     for quantizer in tokenizer.quantizers:
         # What codes add beside those of other levels: unlike the quantizer itself, it knows of no projection that is not undone.
         codebooks = [vectors.cpu() for vectors in quantizer.code_vectors()]
@@ -101,17 +101,17 @@ def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
             torch.stack([vectors[codes[number][0]] for vectors, number in zip(codebooks, levels, strict=True)]).sum(0)
             for codes in (first, last)
         )
-        left = torch.lerp(start, end, share)
+        residual = torch.lerp(start, end, share)
         same = torch.stack([first[number] == last[number] for number in levels]).all(0)
         at_an_end = torch.zeros(count, 1, 1, dtype=torch.bool).index_fill(0, torch.tensor([0, count - 1]), True)
         for vectors, number in zip(codebooks, levels, strict=True):
-            nearest = nearest_vectors(left.flatten(0, 2), vectors).view(left.shape[:3])
-            of_end = torch.where(share[..., 0] < 0.5, first[number], last[number])
-            nearest = torch.where(same | at_an_end, of_end, nearest)
-            found.append(nearest)
-            left = left - vectors[nearest]
+            nearest = nearest_vectors(residual.flatten(0, 2), vectors).view(residual.shape[:3])
+            endpoint = torch.where(share[..., 0] < 0.5, first[number], last[number])
+            nearest = torch.where(same | at_an_end, endpoint, nearest)
+            levels_codes.append(nearest)
+            residual = residual - vectors[nearest]
         level = levels.stop
-    return tuple(found)
+    return tuple(levels_codes)
 
 
 def code_patches(generator: Generator, level: int, numbers: list[int]) -> Tensor:

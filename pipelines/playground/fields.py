@@ -24,7 +24,7 @@ _NO_LABEL = -1
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any], computes: bool = True) -> Any:
+def bind(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any], computes: bool = True) -> Any:
     """Do something when something happens; a user's mistake is shown as its line.
 
     Args:
@@ -37,20 +37,20 @@ def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any],
     """
 
     @functools.wraps(action)
-    def told(*given: Any) -> Any:
+    def handler(*values: Any) -> Any:
         try:
-            return action(*given)
+            return action(*values)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Exception as error:
             # No memory, say: nobody's mistake, but known.
-            explained = next((found for explain in EXPLANATIONS if (found := explain(error)) is not None), None)
-            if explained is None:
+            explanation = next((found for explain in EXPLANATIONS if (found := explain(error)) is not None), None)
+            if explanation is None:
                 raise
-            raise gr.Error(explained[0], print_exception=False) from None
+            raise gr.Error(explanation[0], print_exception=False) from None
 
     lane: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1} if computes else {}
-    return event(told, inputs, outputs, api_visibility="private", **lane)
+    return event(handler, inputs, outputs, api_visibility="private", **lane)
 
 
 class PictureInput:
@@ -62,17 +62,17 @@ class PictureInput:
         self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         self._follows: tuple[Callable[..., Any], list[Any], list[Any]] | None = None
 
-    def whenever_given(self, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    def on_input(self, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
         """Do something with each picture that is put in, and when it is taken out."""
         # Not `change`, which is told twice of a picture that comes from elsewhere on the page.
         for event in (self.image.upload, self.image.clear):
-            on(event, action, inputs, outputs)
+            bind(event, action, inputs, outputs)
         self._follows = (action, inputs, outputs)
 
-    def given_by(self, event: Any) -> None:
+    def fill_from(self, event: Any) -> None:
         """The same with what an event puts in."""
         if self._follows is not None:
-            on(event.success, *self._follows)
+            bind(event.success, *self._follows)
 
 
 class Fields:
@@ -103,11 +103,11 @@ class Fields:
         except FileNotFoundError:
             raise UserError(f"{name}: expected a picture, found that it is gone; put it in again") from None
         except (OSError, Image.DecompressionBombError) as error:
-            found = "none" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f"{name}: expected a picture ({', '.join(_FORMATS)}), found {found}") from None
+            reason = "none" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"{name}: expected a picture ({', '.join(_FORMATS)}), found {reason}") from None
         return torch.from_numpy(decode_image(content, None, self.generator.data, name))[None]
 
-    def pixels_if_any(self, path: str | None) -> Tensor | None:
+    def pixels_or_warning(self, path: str | None) -> Tensor | None:
         """The same; None, which is said, for what is no picture."""
         try:
             return None if path is None else self.pixels(path)
@@ -130,7 +130,7 @@ class Fields:
             elem_classes=self.classes,
         )
 
-    def drawing_button(self, text: str) -> gr.Button:
+    def draw_button(self, text: str) -> gr.Button:
         """A button for those who have no pictures at hand; see `draw_into`."""
         return gr.Button(text, size="sm", visible=self.generator.prior is not None)
 
@@ -138,23 +138,23 @@ class Fields:
         """The button puts samples there."""
         names = self.generator.label_names
 
-        def drawn() -> Any:
+        def draw() -> Any:
             label = random.choice(range(len(names))) if names else None
             unguided: dict[str, Any] = {} if self.guides else {"guidance": 1.0}
-            found = [self.generator.sample(1, label, random.randrange(2**31), **unguided)[0] for _ in places]
-            return found if len(found) > 1 else found[0]
+            pictures = [self.generator.sample(1, label, random.randrange(2**31), **unguided)[0] for _ in places]
+            return pictures if len(pictures) > 1 else pictures[0]
 
-        event = on(button.click, drawn, [], [place.image for place in places])
+        event = bind(button.click, draw, [], [place.image for place in places])
         for place in places:
-            place.given_by(event)
+            place.fill_from(event)
 
     # --- labels
 
-    def label_of_samples(self) -> gr.Dropdown:
+    def sample_label(self) -> gr.Dropdown:
         """The label of pictures out of nothing; not shown where the prior knows none."""
         return self._label("all in turn")
 
-    def label_of_given(self) -> gr.Dropdown:
+    def image_label(self) -> gr.Dropdown:
         """The label of a picture that is given."""
         header = self.generator.header
         return self._label("none" if header is None or header.knows_no_label else None)
@@ -188,12 +188,12 @@ class Fields:
     def seed_and_settings(values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
         """The seed, and the settings by name. Errors: UserError for a field that was left empty, or a seed below 0."""
         names = ("seed", "temperature", "top_p", "guidance")
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for name, value in zip(names, values, strict=True):
             if value is None:
                 raise UserError(f"{name}: expected a number, found none")
-            found[name] = value
-        seed = int(found.pop("seed"))
+            settings[name] = value
+        seed = int(settings.pop("seed"))
         if seed < 0:
             raise UserError(f"seed: expected a whole number of at least 0, found {seed}")
-        return seed, found
+        return seed, settings

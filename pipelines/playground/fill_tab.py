@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.playground.fields import Fields, PictureInput, on
+from pipelines.playground.fields import Fields, PictureInput, bind
 from pipelines.playground.maps import enlarged
 
 _MOST = 16  # pictures at once
@@ -28,9 +28,9 @@ def fill_tab(fields: Fields) -> PictureInput:
     generator = fields.generator
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            given = fields.picture("Picture")
-            draw = fields.drawing_button("Draw one")
-            label = fields.label_of_given()
+            picture = fields.picture("Picture")
+            draw = fields.draw_button("Draw one")
+            label = fields.image_label()
             number = gr.Slider(1, _MOST, 8, step=1, label="Number")
             settings = fields.settings()
         with gr.Column(scale=2, min_width=320):
@@ -50,21 +50,21 @@ def fill_tab(fields: Fields) -> PictureInput:
             gallery = fields.gallery("Filled", preview=True)
 
     def prepare(path: str | None) -> Image.Image | None:
-        pixels = fields.pixels_if_any(path)
+        pixels = fields.pixels_or_warning(path)
         return None if pixels is None else enlarged(pixels[0], SIDE).convert("RGB")
 
-    def fill(path: str | None, layer: Image.Image | None, asked: int | None, n: int, *values: float | None) -> list[Image.Image]:
+    def fill(path: str | None, layer: Image.Image | None, chosen_label: int | None, n: int, *values: float | None) -> list[Image.Image]:
         pixels, (seed, settings) = fields.pixels(path), fields.seed_and_settings(values)
         paint = None if layer is None else painted(layer, *generator.image_shape[:2])
         if paint is None or not paint.any():
             raise UserError("paint: expected some over what is to be drawn anew, found none")
-        return generator.complete(pixels.expand(n, -1, -1, -1), ~paint, fields.label(asked), seed, **settings)
+        return generator.complete(pixels.expand(n, -1, -1, -1), ~paint, fields.label(chosen_label), seed, **settings)
 
-    given.whenever_given(prepare, [given.image], [editor])
-    fields.draw_into([given], draw)
-    on(editor.clear, prepare, [given.image], [editor])  # the paint is to go, not the picture
-    on(button.click, fill, [given.image, editor, label, number, *settings], [gallery])
-    return given
+    picture.on_input(prepare, [picture.image], [editor])
+    fields.draw_into([picture], draw)
+    bind(editor.clear, prepare, [picture.image], [editor])  # the paint is to go, not the picture
+    bind(button.click, fill, [picture.image, editor, label, number, *settings], [gallery])
+    return picture
 
 
 def _bound(editor: gr.ImageEditor) -> None:
@@ -98,8 +98,8 @@ def _bound(editor: gr.ImageEditor) -> None:
 
 def painted(layer: Image.Image, height: int, width: int) -> Tensor:
     """Which of an image's pixels (H, W) have any paint on them, of a layer of any size over it."""
-    found = torch.zeros(height, width, dtype=torch.bool)
+    mask = torch.zeros(height, width, dtype=torch.bool)
     opaque = np.asarray(layer.getchannel("A")) > 0
     rows, columns = opaque.nonzero()
-    found[rows * height // opaque.shape[0], columns * width // opaque.shape[1]] = True
-    return found
+    mask[rows * height // opaque.shape[0], columns * width // opaque.shape[1]] = True
+    return mask

@@ -25,7 +25,7 @@ CSS = """
 """For `launch`."""
 
 
-def page_of(generator: Generator) -> gr.Blocks:
+def build_page(generator: Generator) -> gr.Blocks:
     """The page of a run. Without a prior it has neither the tabs that draw nor bits."""
     tokenizer, draws = generator.tokenizer, generator.prior is not None
     grids = " + ".join(f"{height} x {width}" for height, width in tokenizer.grids)
@@ -39,21 +39,21 @@ def page_of(generator: Generator) -> gr.Blocks:
         with gr.Tabs() as tabs:
             if draws:
                 with gr.Tab("Draw", id="draw"):
-                    drawn = draw_tab(fields)
+                    draw_outputs = draw_tab(fields)
                     further = gr.Row()
             with gr.Tab("Codes", id="codes"):
-                of_codes = CodesTab(fields).picture
+                codes_input = CodesTab(fields).picture
             if draws:
                 with gr.Tab("Fill", id="fill"):
-                    to_fill = fill_tab(fields)
+                    fill_input = fill_tab(fields)
             with gr.Tab("Walk", id="walk"):
                 first, last = walk_tab(fields)
             with gr.Tab("Codebook", id="codebook"):
                 codebook_tab(fields)
         if draws:
             with further:
-                going_on(*drawn, "Its codes", of_codes, tabs, "codes")
-                going_on(*drawn, "Fill a part of it", to_fill, tabs, "fill")
-                going_on(*drawn, "Walk from it", first, tabs, "walk")
-                going_on(*drawn, "Walk to it", last, tabs, "walk")
+                going_on(*draw_outputs, "Its codes", codes_input, tabs, "codes")
+                going_on(*draw_outputs, "Fill a part of it", fill_input, tabs, "fill")
+                going_on(*draw_outputs, "Walk from it", first, tabs, "walk")
+                going_on(*draw_outputs, "Walk to it", last, tabs, "walk")
     return blocks

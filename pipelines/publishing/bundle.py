@@ -23,8 +23,8 @@ from typing import Any
 from configs.cli import load_recipe, recipe_dict
 from configs.run_dir import BUNDLE, RunDir, read_json, write_json, write_text, write_yaml
 from pipelines.generator import Generator
-from pipelines.provenance import agrees, identity, outputs, without_machine
-from pipelines.publishing.card import card, grid_of
+from pipelines.provenance import contains, model_fingerprints, outputs, publishable_recipe
+from pipelines.publishing.card import card, sample_grid
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage2_prior.priors.prior_file import finished_prior, read_prior_header
 from training.weights_file import read_header
@@ -43,7 +43,7 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
         licence: as the Hub names licences.
         device: where the samples are drawn; None: on an accelerator, if there is one.
     """
-    recipe = without_machine(load_recipe(run.recipe))
+    recipe = publishable_recipe(load_recipe(run.recipe))
     bundle = RunDir(folder)
     write_yaml(bundle.recipe, recipe_dict(recipe))
     shutil.copyfile(run.tokenizer, bundle.tokenizer)
@@ -64,7 +64,7 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     write_json(folder / BUNDLE, config)
     if priors:
         generator = Generator.from_pretrained(folder, prior=priors[0], device=device)
-        columns, count = grid_of(generator.label_names)
+        columns, count = sample_grid(generator.label_names)
         pictures = generator.draw(count, progress=True).pixels
         save_png(folder / "samples.png", image_grid(pictures, columns), grid_scale(pictures.shape[1]))
     write_text(folder / "README.md", card(bundle, name, licence, recipe))
@@ -81,7 +81,9 @@ def _evaluation(run: RunDir, prior: str | None) -> Path | None:
     """The folder of the last evaluation of a run's tokenizer, and of samples that this prior drew; without a prior, of no samples at all:
     those that were handed in are somebody's own.
     """
-    wanted = identity(run, prior) if prior is not None else {"tokenizer_sha256": identity(run, None)["tokenizer_sha256"]}
-    wanted["drawn"] = None if prior is None else True
-    found = [path for path in outputs(run, "evaluations", "evaluation.json") if agrees(read_json(path), wanted)]
-    return found[-1].parent if found else None
+    expected = (
+        model_fingerprints(run, prior) if prior is not None else {"tokenizer_sha256": model_fingerprints(run, None)["tokenizer_sha256"]}
+    )
+    expected["drawn"] = None if prior is None else True
+    paths = [path for path in outputs(run, "evaluations", "evaluation.json") if contains(read_json(path), expected)]
+    return paths[-1].parent if paths else None

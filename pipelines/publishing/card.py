@@ -29,7 +29,7 @@ def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
-def grid_of(labels: list[str]) -> tuple[int, int]:
+def sample_grid(labels: list[str]) -> tuple[int, int]:
     """How many columns the grid of samples has, one a class where these are few, and how many samples fill it."""
     columns = len(labels) if 2 <= len(labels) <= 16 else 8
     return columns, _SAMPLES // columns * columns
@@ -52,7 +52,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         pipeline_tag="unconditional-image-generation",
         datasets=[on_hub] if on_hub else None,
     )
-    figures = [*_of_tokenizer(bundle), *(row for prior_name in priors for row in _of_prior(bundle, prior_name))]
+    figures = [*_tokenizer_facts(bundle), *(row for prior_name in priors for row in _prior_facts(bundle, prior_name))]
     evaluation = bundle.path / "evaluations" / "000" / "evaluation.md"
     return {
         "front": front.to_yaml().strip(),
@@ -60,8 +60,8 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         "samples": "samples.png",
         "source": f"{PREFIX}{name}" if "/" in name else f"./{name}",
         "priors": priors,
-        "count": grid_of(labels)[1],
-        "by_class": grid_of(labels)[0] == len(labels),
+        "count": sample_grid(labels)[1],
+        "by_class": sample_grid(labels)[0] == len(labels),
         **{"height": height, "width": width, "channels": channels, "network": network, "quantizer": quantizer, "grids": grids},
         "kind": prior["config"]["kind"] if prior is not None else None,
         "parameters": f"{report['parameters'] / 1e6:.1f}" if report is not None else None,
@@ -76,7 +76,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
     }
 
 
-def _of_tokenizer(bundle: RunDir) -> list[tuple[str, str, str]]:
+def _tokenizer_facts(bundle: RunDir) -> list[tuple[str, str, str]]:
     path = bundle.stage1 / "report.json"
     if not path.exists():
         return []
@@ -88,7 +88,7 @@ def _of_tokenizer(bundle: RunDir) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _of_prior(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
+def _prior_facts(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
     path = bundle.prior(name) / "likelihood.json"
     if not path.exists():
         return []

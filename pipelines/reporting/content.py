@@ -14,7 +14,7 @@ from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, f
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
 from configs.schema import Recipe, Sampling, prior_from
-from pipelines.provenance import base_name, identity, outputs, seen, without_machine, without_places
+from pipelines.provenance import base_name, model_fingerprints, outputs, publishable_argument, publishable_recipe, significant
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
 from stage2_prior.codes.store import Manifest, read_manifest
@@ -56,7 +56,7 @@ class Missing(NamedTuple):
     @classmethod
     def of(cls, what: str, command: str) -> Missing:
         """With the command as one would type it in a checkout: as it is typed here it may have this machine's paths."""
-        return cls(what, shlex.join(map(without_places, shlex.split(command))))
+        return cls(what, shlex.join(map(publishable_argument, shlex.split(command))))
 
 
 class Picture(NamedTuple):
@@ -127,9 +127,9 @@ def report_content(command: Command) -> dict[str, Any]:
     """Everything the template shows, and nothing of this machine: the page may be mailed. Errors: UserError for a file of the run that
     cannot be read.
     """
-    run, whole = command.run, load_recipe(command.run.recipe)
-    recipe = without_machine(whole)
-    source = str(recipe.data.name) if whole.data.path is None else base_name(whole.data.path)
+    run, full_recipe = command.run, load_recipe(command.run.recipe)
+    recipe = publishable_recipe(full_recipe)
+    source = str(recipe.data.name) if full_recipe.data.path is None else base_name(full_recipe.data.path)
     priors = prior_reports(run)
     evaluations = [evaluation(run, path.parent) for path in outputs(run, "evaluations", "evaluation.json")]
     return {
@@ -166,10 +166,10 @@ def report_content(command: Command) -> dict[str, Any]:
 def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequence[Evaluation]) -> list[KeyFigure]:
     """The numbers to see first: those of the newest prior and evaluation."""
     report = read_json(run.stage1 / "report.json")
-    found, bits = report["validation"], report["bits_per_image"]
+    metrics, bits = report["validation"], report["bits_per_image"]
     figures = [
-        KeyFigure("Reconstruction", f"{found['psnr']:.2f} dB", f"PSNR on validation; MSE {found['mse']:.5f}"),
-        KeyFigure("Codebook usage", f"{found['usage']:.1%}", f"perplexity {found['perplexity']:.1f}"),
+        KeyFigure("Reconstruction", f"{metrics['psnr']:.2f} dB", f"PSNR on validation; MSE {metrics['mse']:.5f}"),
+        KeyFigure("Codebook usage", f"{metrics['usage']:.1%}", f"perplexity {metrics['perplexity']:.1f}"),
     ]
     if priors:
         measured = read_json(run.prior(priors[0].name) / "likelihood.json")
@@ -185,7 +185,7 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
     named = f"as indices {bits['indices']:,.0f}, raw {bits['raw']:,}" if "prior" in bits else f"as indices; raw {bits['raw']:,}"
     figures.append(KeyFigure("Bits an image", f"{smallest:,.0f}", named))
     # Not of images made elsewhere, of the uniform prior, or of an earlier model.
-    distances = [found.distance for found in evaluations if found.distance is not None and found.learned and not found.remarks]
+    distances = [metrics.distance for metrics in evaluations if metrics.distance is not None and metrics.learned and not metrics.remarks]
     figures += distances[-1:]
     return figures
 
@@ -195,8 +195,8 @@ def changed_keys(recipe: Recipe) -> list[list[str]]:
     values, defaults = flattened(recipe_dict(recipe)), flattened(recipe_dict(Recipe()))
     for family in FAMILIES:
         kind = values[f"{family}.kind"]
-        own = as_dict(part_class(family, kind)())
-        defaults |= {f"{family}.{name}": value for name, value in own.items() if name != "kind"}
+        part_defaults = as_dict(part_class(family, kind)())
+        defaults |= {f"{family}.{name}": value for name, value in part_defaults.items() if name != "kind"}
     return [[key, str(value), str(defaults[key])] for key, value in values.items() if value != defaults[key]]
 
 
@@ -223,8 +223,8 @@ def manifests(run: RunDir) -> list[Manifest]:
     """Manifests of the splits whose codes are extracted, that of the training codes first, from which priors have learned their labels; an
     extraction that was killed may have left an empty folder.
     """
-    found = [read_manifest(path.parent) for path in run.codes.glob("*/manifest.json")]
-    return sorted(found, key=lambda manifest: (manifest.split != TRAIN, manifest.split))
+    result = [read_manifest(path.parent) for path in run.codes.glob("*/manifest.json")]
+    return sorted(result, key=lambda manifest: (manifest.split != TRAIN, manifest.split))
 
 
 def codes_table(run: RunDir) -> Table | None:
@@ -240,8 +240,8 @@ def codes_table(run: RunDir) -> Table | None:
 
 def charts(records: Sequence[dict[str, Any]], names: dict[str, str], references: dict[str, float]) -> list[Chart]:
     """Line charts of a metrics log, one a metric."""
-    found = [line_chart(title, records, name, references) for name, title in names.items()]
-    return [chart for chart in found if chart is not None]
+    result = [line_chart(title, records, name, references) for name, title in names.items()]
+    return [chart for chart in result if chart is not None]
 
 
 def stage1_text(run: RunDir) -> str:
@@ -252,9 +252,9 @@ def stage1_text(run: RunDir) -> str:
 
 def newest_reconstructions(run: RunDir) -> Picture | None:
     """The reconstructions after the last step."""
-    found = sorted((run.stage1 / "reconstructions").glob("*.png"))
-    step = int(found[-1].stem.removeprefix("step-")) if found else 0
-    return picture(found[-1], f"Validation images, and under each its reconstruction, after step {step:,}.") if found else None
+    paths = sorted((run.stage1 / "reconstructions").glob("*.png"))
+    step = int(paths[-1].stem.removeprefix("step-")) if paths else 0
+    return picture(paths[-1], f"Validation images, and under each its reconstruction, after step {step:,}.") if paths else None
 
 
 def picture(path: Path, caption: str) -> Picture | None:
@@ -349,49 +349,49 @@ def samples(run: RunDir, folder: Path) -> Samples:
     details = read_json(folder / "samples.json")
     files = sorted((folder / "images").glob("*.png"), key=natural)
     labels, names = details["labels"], details["label_names"]
-    remarks = remarks_on_age(run, details)
+    remarks = staleness_warnings(run, details)
     if labels is None or names is None:
         classes = [ClassOfSamples(None, [tile(path) for path in files[:64]])]
     else:
-        drawn = sorted(set(labels))
-        shown = drawn[:_MOST_CLASSES]
-        of_each = max(1, min(_MOST_OF_A_CLASS, _MOST_TILES // len(shown)))
-        if len(shown) < len(drawn):
-            remarks.append(f"Shown are {len(shown)} of {len(drawn)} labels.")
+        labels_drawn = sorted(set(labels))
+        labels_shown = labels_drawn[:_MOST_CLASSES]
+        per_label = max(1, min(_MOST_OF_A_CLASS, _MOST_TILES // len(labels_shown)))
+        if len(labels_shown) < len(labels_drawn):
+            remarks.append(f"Shown are {len(labels_shown)} of {len(labels_drawn)} labels.")
         # By its number, which is its name: some pictures may have been removed.
-        of_label = {label: [path for path in files if labels[int(path.stem)] == label][:of_each] for label in shown}
-        classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in of_label.items()]
+        paths_by_label = {label: [path for path in files if labels[int(path.stem)] == label][:per_label] for label in labels_shown}
+        classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in paths_by_label.items()]
     neutral = vars(Sampling())
-    warped = [f"{key.replace('_', ' ')} {value}" for key, value in seen(details["sampling"]).items() if value != neutral.get(key)]
+    warped = [f"{key.replace('_', ' ')} {value}" for key, value in significant(details["sampling"]).items() if value != neutral.get(key)]
     drawn_as = "every code equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the prior as it is"
     description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"
     columns = max(len(group.tiles) for group in classes)
     return Samples(folder.name, details["prior"], description, classes, columns, remarks)
 
 
-def remarks_on_age(run: RunDir, details: dict[str, Any]) -> list[str]:
+def staleness_warnings(run: RunDir, details: dict[str, Any]) -> list[str]:
     """What to know if the tokenizer or a prior is no longer the one that an output is of."""
     # An evaluation's bound may be by another prior than drew its samples; of images made elsewhere there is none.
-    for of in (details, details.get("bound") or {}):
-        held = identity(run, of.get("prior"))
+    for part in (details, details.get("bound") or {}):
+        current = model_fingerprints(run, part.get("prior"))
         for key, model in (("tokenizer_sha256", "tokenizer"), ("prior_sha256", "prior")):
-            if of.get(key) is not None and of[key] != held[key]:
+            if part.get(key) is not None and part[key] != current[key]:
                 return [f"Made with an earlier {model}: no longer what the run would give."]
     return []
 
 
 def evaluation(run: RunDir, folder: Path) -> Evaluation:
     """One call of the evaluation, as it says itself."""
-    found = read_json(folder / "evaluation.json")
-    tables = [Table(table["columns"], table["rows"], table["title"]) for table in found["tables"]]
+    results = read_json(folder / "evaluation.json")
+    tables = [Table(table["columns"], table["rows"], table["title"]) for table in results["tables"]]
     pictures = [Picture(embedded(path), path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"), key=natural)]
     distance = None
-    if "samples" in found.get("distances", {}):
-        figures, of_prior = found["distances"]["samples"], f" of prior {found['prior']}" if found["prior"] else ""
-        features = found["distance"].removeprefix("Fréchet distance").strip(" ()")
-        distance = KeyFigure("Fréchet distance", f"{figures['frechet']:.4g}", f"{features}; {figures['n']:,} samples{of_prior}")
-    learned = found.get("prior") not in (None, UNIFORM)
-    return Evaluation(folder.name, tables, found["notes"], remarks_on_age(run, found), pictures, distance, learned)
+    if "samples" in results.get("distances", {}):
+        figures, prior_note = results["distances"]["samples"], f" of prior {results['prior']}" if results["prior"] else ""
+        features = results["distance"].removeprefix("Fréchet distance").strip(" ()")
+        distance = KeyFigure("Fréchet distance", f"{figures['frechet']:.4g}", f"{features}; {figures['n']:,} samples{prior_note}")
+    learned = results.get("prior") not in (None, UNIFORM)
+    return Evaluation(folder.name, tables, results["notes"], staleness_warnings(run, results), pictures, distance, learned)
 
 
 def environment(history: Sequence[dict[str, Any]]) -> Table:
@@ -413,7 +413,10 @@ def environment(history: Sequence[dict[str, Any]]) -> Table:
 def commands(history: Sequence[dict[str, Any]]) -> Table:
     """The run's commands in the order they were given."""
     rows = [
-        [entry["time"].replace("T", " ").removesuffix("+00:00"), " ".join([entry["command"], *map(without_places, entry["arguments"])])]
+        [
+            entry["time"].replace("T", " ").removesuffix("+00:00"),
+            " ".join([entry["command"], *map(publishable_argument, entry["arguments"])]),
+        ]
         for entry in history
     ]
     return Table(["began (UTC)", "command"], rows)

@@ -118,24 +118,24 @@ def line_chart(title: str, records: Sequence[dict[str, Any]], name: str, referen
 
     The scale is logarithmic where the values are positive and span a factor of 20, as in training.png.
     """
-    found: dict[str, list[tuple[int, float]]] = {}
+    points_by_split: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if isinstance(record.get(name), int | float) and math.isfinite(record[name]):
-            found.setdefault(record["split"], []).append((record["step"], record[name]))
-    if not found:
+            points_by_split.setdefault(record["split"], []).append((record["step"], record[name]))
+    if not points_by_split:
         return None
-    values = [value for points in found.values() for _, value in points] + list(references.values())
+    values = [value for points in points_by_split.values() for _, value in points] + list(references.values())
     low, high = min(values), max(values)
     logarithmic = low > 0 and high > 20 * low
     if not logarithmic:
         margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
         low, high = low - margin, high + margin
     y = _Axis(low, high, 172.0, 10.0, logarithmic)
-    x = _Axis(0.0, float(max(1, *(step for points in found.values() for step, _ in points))), 46.0, 310.0)
+    x = _Axis(0.0, float(max(1, *(step for points in points_by_split.values() for step, _ in points))), 46.0, 310.0)
     lines = [
-        Line(split, [(x.at(step), y.at(value)) for step, value in found[split]], found[split][-1][1])
+        Line(split, [(x.at(step), y.at(value)) for step, value in points_by_split[split]], points_by_split[split][-1][1])
         for split in ("train", "validation")
-        if split in found
+        if split in points_by_split
     ]
     return Chart(title, lines, x.ticks(), y.ticks(), [Tick(y.at(value), f"{label} {value:.2f}") for label, value in references.items()])
 

@@ -56,15 +56,15 @@ def panels_picture(
     Panels are placed by hand, because a layout found by matplotlib would shrink small pictures.
     """
     scale = grid_scale(blocks[0][1][0].pictures.shape[1])
-    drawn = [[_side_by_side(panel.pictures, scale) for panel in panels] for _, panels in blocks]
-    high, wide = drawn[0][0].shape[:2]
+    strips = [[_side_by_side(panel.pictures, scale) for panel in panels] for _, panels in blocks]
+    high, wide = strips[0][0].shape[:2]
     cell_width, cell_height = max(wide, _NARROWEST) + _GAP, high + _CAPTION + _GAP
     columns = max(1, min(_WIDTH // cell_width, max(len(panels) for _, panels in blocks)))
     width = columns * cell_width
     height = sum(_TITLE + -(-len(panels) // columns) * cell_height for _, panels in blocks) + (_BAR if colours is not None else 0)
     figure = Figure(figsize=(width / _INCH, height / _INCH))
     top = 0
-    for (title, panels), pictures in zip(blocks, drawn, strict=True):
+    for (title, panels), pictures in zip(blocks, strips, strict=True):
         figure.text(0, 1 - (top + _TITLE / 2) / height, title, fontsize=9, fontweight="bold", va="center")
         top += _TITLE
         for number, (panel, picture) in enumerate(zip(panels, pictures, strict=True)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipelines import Generator
-from pipelines.exporting.folder import COMPARED, drift, exact_generator, excess_bits, other_codes
+from pipelines.exporting.folder import COMPARED, drift, encoder_disagreement, exact_generator, excess_bits
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.model import VQVAE
 
@@ -58,21 +58,21 @@ def test_drift_counts_what_differs(exact: Generator, generator: Generator, folde
     expected, other = exact.draw(count), generator.draw(count)
     differ = int((expected.codes[0] != other.codes[0]).sum())
     assert COMPARED <= found.codes < COMPARED + 6
-    assert abs(found.others - differ) <= 0.002 * found.codes  # a draw within float32's rounding
+    assert abs(found.changed_codes - differ) <= 0.002 * found.codes  # a draw within float32's rounding
     assert found.images == count
     other_images = int((expected.codes[0] != other.codes[0]).flatten(1).any(1).sum())
-    assert abs(found.other_images - other_images) <= 0.002 * count
-    assert found.furthest <= 1  # the decoder has no noise
-    assert 0 <= found.mean < 0.01
+    assert abs(found.changed_images - other_images) <= 0.002 * count
+    assert found.max_difference <= 1  # the decoder has no noise
+    assert 0 <= found.mean_difference < 0.01
 
 
 def test_codes_of_another_encoder_are_counted(generator: Generator, folder: Path) -> None:
     exact = exact_generator(generator)
-    assert other_codes(exact, folder) <= 0.002  # a vector that is as near to two codes, within float32's rounding
+    assert encoder_disagreement(exact, folder) <= 0.002  # a vector that is as near to two codes, within float32's rounding
     images, own = exact.sample(-(-COMPARED // 6), output="tensor"), exact.tokenizer
     torch.manual_seed(1)
     other = VQVAE(own.config, 8, 12, 3).eval().requires_grad_(False)
     differ = (own.encode(to_model(images))[0] != other.encode(to_model(images))[0]).double().mean()
     own.encode = other.encode  # type: ignore[method-assign]
     assert differ > 0.5
-    assert other_codes(exact, folder) == pytest.approx(float(differ), abs=0.002)
+    assert encoder_disagreement(exact, folder) == pytest.approx(float(differ), abs=0.002)
