@@ -1,4 +1,4 @@
-"""One table of what a run has reached, and where its pictures are.
+"""Print one table of a run's results and the paths of its pictures.
 
 python pipelines/summary.py
 python pipelines/summary.py --run fashion_mnist
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def tokenizer_rows(run: RunDir) -> list[tuple[str, str]]:
-    """Stage 1's result on the validation split."""
+    """Rows of stage 1's result on the validation split."""
     report = read_json(run.stage1 / "report.json")
     metrics, bits = report["validation"], report["bits_per_image"]
     return [
@@ -50,7 +50,7 @@ def tokenizer_rows(run: RunDir) -> list[tuple[str, str]]:
 
 
 def codes_row(folder: Path) -> str:
-    """One line on the codes of a split."""
+    """Describe the codes of a split."""
     manifest = read_manifest(folder)
     grids = " + ".join(f"{h}x{w} of {k}" for (h, w), k in zip(manifest.grids, manifest.num_codes, strict=True))
     variants = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
@@ -58,7 +58,7 @@ def codes_row(folder: Path) -> str:
 
 
 def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
-    """Stage 2's result on the validation split, beside what needs no learning."""
+    """Rows of stage 2's result on the validation split, with the unigram and uniform references."""
     if not (run.prior(name) / "likelihood.json").exists():
         return [(f"bits a token: prior {name}", f"not known; {typed('stage2_prior/report.py')} --prior {name} --run {run}")]
     report, likelihood = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
@@ -73,8 +73,8 @@ def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
 
 
 def bound_rows(run: RunDir) -> list[tuple[str, str]]:
-    """The bound on bits a dimension, as the newest evaluation of this tokenizer found it under the prior last finished; without such a one,
-    under what takes no prior.
+    """Rows of the bound on bits per dimension from the newest evaluation of this tokenizer with the prior last finished; without one, the
+    bounds that take no prior.
     """
     current, without_prior = model_fingerprints(run, run.last_prior()), list[tuple[str, str]]()
     for path in reversed(outputs(run, "evaluations", "evaluation.json")):
@@ -90,7 +90,7 @@ def bound_rows(run: RunDir) -> list[tuple[str, str]]:
 
 
 def pictures(run: RunDir, prior: str | None) -> list[Path]:
-    """The pictures there are: training graphs, codebook, newest reconstructions, samples."""
+    """List the existing pictures: training graphs, codebook, newest reconstructions, samples."""
     paths = [
         run.stage1 / "training.png",
         run.stage1 / "codebook.png",
@@ -101,7 +101,7 @@ def pictures(run: RunDir, prior: str | None) -> list[Path]:
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> str:
-    """A title and rows of two columns as plain text."""
+    """Format a title and rows of two columns as plain text."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)])
 

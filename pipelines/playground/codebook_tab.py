@@ -1,4 +1,4 @@
-"""The codebook, code by code."""
+"""The tab of the codebook, code by code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipelines.playground.fields import Fields, bind
 from pipelines.playground.maps import patch_at, patch_sheet
 from stage1_vqvae.pictures import to_pil
 
-# Codes at once: each is decoded as a whole picture, and large ones take their time.
+# Codes per page: each is decoded as a whole picture, so fewer of large ones.
 _MOST, _LEAST, _PIXELS = 256, 16, 2**20
 _NEAREST = 11
 
 
 def codebook_tab(fields: Fields) -> None:
-    """The tab's content."""
+    """Build the tab."""
     generator = fields.generator
     sizes = generator.tokenizer.quantizer.num_codes
     height, width, _ = generator.image_shape

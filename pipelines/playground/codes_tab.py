@@ -1,4 +1,4 @@
-"""A picture's codes: what they cost, and what becomes of the picture if one is exchanged."""
+"""The tab of a picture's codes: their bits, and the picture after one is replaced."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from pipelines.playground.maps import code_at, code_map
 from stage1_vqvae.pictures import to_pil
 from stage1_vqvae.quantizers.contract import Codes
 
-_OFFERED = 8  # codes of a kind
+_OFFERED = 8  # alternatives of each kind
 
 
 class EditState(NamedTuple):
-    """A picture that is being changed code by code."""
+    """State of a picture whose codes are replaced one by one."""
 
     original: Codes
     """(1, h, w) a level."""
     codes: Codes
     earlier: tuple[Codes, ...] = ()
-    """The codes before each change, the last one last."""
+    """The codes before each change, oldest first."""
     place: Place | None = None
-    """That of the code that was clicked."""
+    """Position of the selected code."""
     nearest: tuple[int, ...] = ()
-    """Codes that are offered for it."""
+    """Alternatives offered for it: the nearest codes."""
     likeliest: tuple[int, ...] = ()
+    """Alternatives offered for it: the likeliest codes."""
 
 
 class CodesTab:
-    """The tab's content."""
+    """Content of the tab."""
 
     def __init__(self, fields: Fields) -> None:
         self._fields, self._generator = fields, fields.generator
@@ -107,7 +108,7 @@ class CodesTab:
         return self._show(EditState(state.original, state.original), label, level)
 
     def _show(self, state: EditState | None, label: int | None, level: int) -> Any:
-        """All that the tab shows of a picture's codes; None: of no picture."""
+        """Compute all outputs of the tab; None: without a picture."""
         if state is None:
             return None, None, None, "", [], []
         generator, codes = self._generator, state.codes
@@ -137,7 +138,7 @@ def _require_picture(state: EditState | None) -> EditState:
 
 
 def _status_line(state: EditState, bits: tuple[Tensor, ...] | None) -> str:
-    """A line on the picture, and on the code that was clicked."""
+    """Describe the picture and the selected code in one line."""
     parts = [] if bits is None else [f"All its codes cost **{sum(float(level.sum()) for level in bits):.1f} bits**."]
     if state.earlier:
         parts.append(f"Exchanged: {len(state.earlier)}.")

@@ -1,4 +1,4 @@
-"""Pictures out of nothing."""
+"""The tab of samples."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from configs.run_dir import typed
 from pipelines.playground.fields import Fields, PictureInput, bind
 
 MOST = 64
-"""Pictures at once: whoever may open the page may ask for them."""
+"""Largest number of pictures per draw, since anyone who may open the page may draw."""
 
 
 def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
-    """The tab's content: its gallery, and which of it was chosen."""
+    """Build the tab. Returns its gallery and the number of the selected picture."""
     generator = fields.generator
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -37,7 +37,7 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
             options["label"] = chosen_label if name == "null" else name  # which the command line reads as none
         options |= {key: value for key, value in settings.items() if value != getattr(generator.sampling, key)}
         words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-        # What was chosen of those before is chosen no longer.
+        # Clear the selection.
         return gr.Gallery(pictures, selected_index=None), f"{typed('pipelines/sample.py')} {shlex.join(words)}", None
 
     def choose(event: gr.SelectData) -> int:
@@ -49,13 +49,13 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
 
 
 def going_on(gallery: gr.Gallery, chosen: gr.State, text: str, place: PictureInput, tabs: gr.Tabs, tab: str) -> None:
-    """A button that puts the chosen picture into another tab, and opens that."""
+    """Create a button that puts the selected picture into another tab and opens it."""
     button = gr.Button(text, size="sm", min_width=120)
 
     def send(pictures: list[tuple[str, str | None]] | None, number: int | None) -> tuple[str, Any]:
         if not pictures or number is None or number >= len(pictures):
             raise UserError("picture: expected one of those drawn to be chosen, found none")
-        # The file itself: a copy would be written over it, while a browser reads it.
+        # Pass the file itself: gradio would write a copy over it while a browser reads it.
         return pictures[number][0], gr.Tabs(selected=tab)
 
     place.fill_from(bind(button.click, send, [gallery, chosen], [place.image, tabs], computes=False))

@@ -1,4 +1,4 @@
-"""What several tabs of the app are made of: pictures in and out, labels, settings of the drawing."""
+"""Components that several tabs share: pictures in and out, labels, sampling settings."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pipelines.drawing import Label
 from pipelines.generator import Generator
 from stage1_vqvae.data.decoding import decode_image
 
-_SMALL = 128  # pixels a side: up to here they are shown as squares
+_SMALL = 128  # pixels a side: smaller images are shown pixelated
 _NO_LABEL = -1
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def bind(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any], computes: bool = True) -> Any:
-    """Do something when something happens; a user's mistake is shown as its line.
+    """Connect a handler to an event; a UserError is shown as a toast.
 
     Args:
-        event: of a component.
-        action: what to do with the inputs' values, to give the outputs'.
+        event: an event of a component, such as `button.click`.
+        action: function from the inputs' values to the outputs'.
         inputs: components.
         outputs: components.
-        computes: by the models, which all share: one such thing at a time.
-    Returns: what `success` is asked of, for what is to follow.
+        computes: whether it runs the models, which are shared: such handlers run one at a time.
+    Returns: gradio's dependency, whose `success` is an event.
     """
 
     @functools.wraps(action)
@@ -43,7 +43,7 @@ def bind(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Exception as error:
-            # No memory, say: nobody's mistake, but known.
+            # Not a user's mistake but explained, such as exhausted memory.
             explanation = next((found for explain in EXPLANATIONS if (found := explain(error)) is not None), None)
             if explanation is None:
                 raise
@@ -54,29 +54,29 @@ def bind(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any
 
 
 class PictureInput:
-    """A place for a picture that is put in, and what is done with it then."""
+    """An upload field for a picture, and the handler of its changes."""
 
     def __init__(self, label: str, classes: list[str]) -> None:
         self.image = gr.Image(label=label, format="png", sources=["upload", "clipboard"], height=280, buttons=[], elem_classes=classes)
-        # The file as it was sent: gradio would decode it, and say of what is no picture no more than that there was an error.
+        # Take the uploaded file itself: gradio would decode it and report any broken one as just an error.
         self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         self._follows: tuple[Callable[..., Any], list[Any], list[Any]] | None = None
 
     def on_input(self, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
-        """Do something with each picture that is put in, and when it is taken out."""
-        # Not `change`, which is told twice of a picture that comes from elsewhere on the page.
+        """Connect a handler to every upload and removal of a picture."""
+        # Not `change`, which fires twice for a picture that another handler puts in.
         for event in (self.image.upload, self.image.clear):
             bind(event, action, inputs, outputs)
         self._follows = (action, inputs, outputs)
 
     def fill_from(self, event: Any) -> None:
-        """The same with what an event puts in."""
+        """Call that handler also after an event that puts in a picture."""
         if self._follows is not None:
             bind(event.success, *self._follows)
 
 
 class Fields:
-    """Components over a generator, and what their values mean."""
+    """Components for a generator, and functions that read their values."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -88,27 +88,27 @@ class Fields:
     # --- pictures
 
     def picture(self, label: str) -> PictureInput:
-        """A place for a picture that is put in; see `pixels`."""
+        """Create an upload field; `pixels` reads it."""
         return PictureInput(label, self.classes)
 
     def pixels(self, path: str | None) -> Tensor:
-        """The picture that was put in, uint8 (1, H, W, C). Errors: UserError for none, or what is no picture."""
+        """Decode the uploaded picture to uint8 (1, H, W, C). Errors: UserError for no file, or one that is no picture."""
         if path is None:
             raise UserError("picture: expected one, found none; upload one, or draw one")
         name = Path(path).name
         try:
             content = Path(path).read_bytes()
-            # Of other formats Pillow has some decoded by programs that strangers' files should not meet.
+            # Pillow decodes some other formats with external programs, which must not receive strangers' files.
             Image.open(io.BytesIO(content), formats=_FORMATS).close()
         except FileNotFoundError:
-            raise UserError(f"{name}: expected a picture, found that it is gone; put it in again") from None
+            raise UserError(f"{name}: expected a picture, found that it was deleted; upload it again") from None
         except (OSError, Image.DecompressionBombError) as error:
             reason = "none" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"{name}: expected a picture ({', '.join(_FORMATS)}), found {reason}") from None
         return torch.from_numpy(decode_image(content, None, self.generator.data, name))[None]
 
     def pixels_or_warning(self, path: str | None) -> Tensor | None:
-        """The same; None, which is said, for what is no picture."""
+        """Decode the uploaded picture; None without one, or with a warning if it is no picture."""
         try:
             return None if path is None else self.pixels(path)
         except UserError as error:
@@ -116,7 +116,7 @@ class Fields:
             return None
 
     def gallery(self, label: str, columns: int = 4, preview: bool = False, visible: bool = True) -> gr.Gallery:
-        """Pictures to look at; clicking one makes it large (`preview`), or chooses it."""
+        """Create a gallery; a click enlarges a picture (`preview`) or selects it."""
         return gr.Gallery(
             label=label,
             type="filepath",
@@ -131,11 +131,11 @@ class Fields:
         )
 
     def draw_button(self, text: str) -> gr.Button:
-        """A button for those who have no pictures at hand; see `draw_into`."""
+        """Create a button for `draw_into`; hidden without a prior."""
         return gr.Button(text, size="sm", visible=self.generator.prior is not None)
 
     def draw_into(self, places: list[PictureInput], button: gr.Button) -> None:
-        """The button puts samples there."""
+        """Let a button put samples into upload fields."""
         names = self.generator.label_names
 
         def draw() -> Any:
@@ -151,11 +151,11 @@ class Fields:
     # --- labels
 
     def sample_label(self) -> gr.Dropdown:
-        """The label of pictures out of nothing; not shown where the prior knows none."""
+        """Create the label choice for samples; hidden if the prior has no labels."""
         return self._label("all in turn")
 
     def image_label(self) -> gr.Dropdown:
-        """The label of a picture that is given."""
+        """Create the label choice for an uploaded picture."""
         header = self.generator.header
         return self._label("none" if header is None or header.knows_no_label else None)
 
@@ -166,17 +166,21 @@ class Fields:
 
     @staticmethod
     def label(chosen: int | None) -> Label | None:
-        """A label as it was chosen; None: none."""
+        """Convert the chosen value to a label; None for no label."""
         return None if chosen is None or chosen == _NO_LABEL else chosen
 
     # --- how samples are drawn
 
     def settings(self) -> list[Any]:
-        """Seed, temperature, top-p, guidance: the recipe's at first, whatever that is. See `seed_and_settings`."""
+        """Create fields for seed, temperature, top-p and guidance with the recipe's values; `seed_and_settings` reads them."""
         sampling = self.generator.sampling
-        # A prior that has not learned p(codes) draws by no other, whatever the recipe says.
+        # A prior trained without label dropout takes no guidance, whatever the recipe says.
         temperature, top_p, guidance = sampling.temperature, sampling.top_p, sampling.guidance if self.guides else 1.0
-        about = "below 1 safer, above 1 more varied", "draw among the likeliest codes of this share", "insist on the label; 1 = off"
+        about = (
+            "below 1 safer, above 1 more varied",
+            "draw from the likeliest codes of this total probability",
+            "weight of the label; 1 = off",
+        )
         return [
             gr.Number(0, label="Seed", precision=0),
             gr.Slider(0, max(2, temperature), temperature, step=0.01, label="Temperature", info=about[0]),
@@ -186,7 +190,7 @@ class Fields:
 
     @staticmethod
     def seed_and_settings(values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
-        """The seed, and the settings by name. Errors: UserError for a field that was left empty, or a seed below 0."""
+        """Read the seed and the settings by name. Errors: UserError for an empty field or a seed below 0."""
         names = ("seed", "temperature", "top_p", "guidance")
         settings: dict[str, Any] = {}
         for name, value in zip(names, values, strict=True):

@@ -1,4 +1,4 @@
-"""The app's page: a tab for each thing that can be done with a run."""
+"""The app's page with its tabs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ CSS = """
   .tab-container button { padding: 0 0.65rem !important }
 }
 """
-"""For `launch`."""
+"""Style of the page, for `launch`."""
 
 
 def build_page(generator: Generator) -> gr.Blocks:
-    """The page of a run. Without a prior it has neither the tabs that draw nor bits."""
+    """Build the page of a run; without a prior it has no tabs that draw, and no bits."""
     tokenizer, draws = generator.tokenizer, generator.prior is not None
     grids = " + ".join(f"{height} x {width}" for height, width in tokenizer.grids)
     sizes = " or ".join(f"{number:,}" for number in dict.fromkeys(tokenizer.quantizer.num_codes))
     what = f"A picture is a grid of {grids} codes, each one of {sizes}."
     without = "" if draws else " This run has no finished prior: it can take pictures apart, but draw none."
-    # What was uploaded is gone a day later.
+    # Uploads are deleted after a day.
     with gr.Blocks(title=generator.run.path.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.Markdown(f"# {generator.run.path.name}\n{what}{without}")
         fields = Fields(generator)

@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it makes, of what, how to use it, and figures with how each was obtained."""
+"""The model card of a bundle: contents, usage, and figures with their sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLES = 64
 
 
 def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
-    """The card, Markdown after YAML, of a bundle all of whose other files are there.
+    """Write the card, Markdown after YAML, of a bundle whose other files exist.
 
     `name`: USER/NAME on the Hub, or a folder's name.
     """
@@ -30,7 +30,7 @@ def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
 
 
 def sample_grid(labels: list[str]) -> tuple[int, int]:
-    """How many columns the grid of samples has, one a class where these are few, and how many samples fill it."""
+    """Columns of the grid of samples, one per class if there are few, and the number of samples."""
     columns = len(labels) if 2 <= len(labels) <= 16 else 8
     return columns, _SAMPLES // columns * columns
 
@@ -71,7 +71,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         + (f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""),
         "licence": licence,
         "figures": "\n".join(markdown_table(["what", "figure", "how it was obtained"], figures)),
-        # Its headings stand one level lower here.
+        # Headings move one level down.
         "evaluation": re.sub(r"(?m)^#", "##", evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
     }
 
