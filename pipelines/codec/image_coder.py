@@ -1,4 +1,4 @@
-"""Images to the content of a file: their codes under the prior; and where no pixel may be lost, their pixels given the codes."""
+"""Encoding of images for a file: their codes under the prior and, for lossless files, their pixels given the codes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from training.devices import float64_copy
 
 
 class EncodedImages(NamedTuple):
-    """The content of a file, and what is known of it beside."""
+    """The content of a file, and figures about it."""
 
     content: CodeFile
     codes: Codes
-    """Those in the file, int64 (N, h, w) a level."""
+    """Codes in the file, int64 (N, h, w) per level."""
     encoding: Encoding
     reconstructions: Tensor
-    """What a lossy file shows of all images, uint8 (N, H, W, C)."""
+    """Reconstructions of all images, which a lossy file decodes to, uint8 (N, H, W, C)."""
     bound: Tensor
-    """-log2 p(x | z) - log2 p(z) of the images that have codes, (N,), in float64; of a lossy file, which does not ask: of none."""
+    """-log2 p(x | z) - log2 p(z) of the images with codes, (N,), float64; empty for a lossy file."""
 
 
 def encode_images(
@@ -48,14 +48,14 @@ def encode_images(
     """Encode images.
 
     Args:
-        tokenizer: in eval mode; its objective a likelihood if no pixel may be lost.
+        tokenizer: in eval mode; its objective a likelihood if `lossless`.
         prior: in eval mode and float64.
         pixels: uint8 (N, H, W, C).
         labels: (N,) in the prior's numbering, or None.
-        names: as `CodeFile` has them.
+        names: names in the form of `CodeFile.names`.
         made_by: the run's fingerprint and the prior's name.
-        batch: images at once, if memory allows.
-        lossless: whether every pixel has to come back.
+        batch: images per batch, if memory allows.
+        lossless: also encode pixels.
         progress: show bars.
     """
     codes, reconstructions = encode_and_decode(tokenizer, pixels, batch, progress)
@@ -75,7 +75,7 @@ def encode_images(
 
 
 def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
-    """Which images, uint8 (N, H, W, C), take fewer bytes as optimised PNG than those bits (N,), and their PNGs."""
+    """PNGs of the images, uint8 (N, H, W, C), that are smaller as optimised PNG than these bits (N,), by number."""
     pngs = [png(picture, optimize=True) for picture in pixels]
     return {number: data for number, (data, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(data) <= cost}
 
@@ -83,9 +83,9 @@ def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
 def verify(
     data: bytes, encoded: EncodedImages, tokenizer: VQVAE, prior: AutoregressivePrior, pixels: Tensor, progress: bool = False
 ) -> None:
-    """Read and decode a new file's bytes, in smaller steps than they were encoded in, so that not all arithmetic is the same.
+    """Decode a new file's bytes in smaller batches than they were encoded in, so that the arithmetic differs, and compare.
 
-    `pixels`: those that a lossless one has to give, uint8 (N, H, W, C). Errors: UserError if anything differs.
+    `pixels`: the images, uint8 (N, H, W, C), which a lossless file must restore. Errors: UserError if anything differs.
     """
     parsed, content = unpack(data, "the new file"), encoded.content
     again = decode(prior, parsed.coded, parsed.labels, at_once=-(-parsed.coded.batch // 2), progress=progress)

@@ -1,12 +1,12 @@
-"""Pixels to bytes and back under p(x | z): what lossless compression adds to the codes. Knows tokenizers; nothing of files or runs.
+"""Entropy coding of pixels under p(x | z), for lossless files. Knows tokenizers, not files or runs.
 
-As in coder.py, a decoder must arrive at the encoder's numbers bit for bit, and the encoder sees to it that it can. Here these are
-probabilities of a pixel's values, in float64: each is brought to a whole number of 2^-20, after an offset has been added to all
-of some thousand pixels, which is chosen so that none lies near a whole one. One more for each value, and none is impossible.
-This costs less than 256 parts of 2^20: 0.0004 bits a channel of a pixel.
+As in coder.py, a decoder must reproduce the encoder's numbers bit for bit, and the encoder makes sure that it can. Here the numbers are
+probabilities of a pixel's values in float64: each is rounded down to a multiple of 2^-20 after an offset was added, which some thousand
+pixels share and which keeps all of them away from rounding boundaries. One multiple more for each value, so that none is impossible, costs
+less than 256 parts of 2^20: 0.0004 bits per channel of a pixel.
 
-The stream runs through batches of images, and there from turn to turn of the likelihood (objectives/contract.py): channel by channel,
-or, where pixels depend on their neighbours, pixel by pixel, each for all images of the batch.
+The stream goes batch by batch, and in a batch turn by turn of the likelihood (objectives/contract.py): channel by channel or, where pixels
+depend on their neighbours, pixel by pixel, each for all images of the batch.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from training.batching import batches
 from training.progress import progress_bar
 
 MARGIN = 1e-12
-"""How near a probability may lie to a rounding boundary: ninety times what batch size and threads were found to change
-(docs/likelihoods.md).
+"""Smallest distance of a probability from a rounding boundary: ninety times the largest change measured between batch sizes and numbers of
+threads (docs/likelihoods.md).
 """
 
 _STEPS = 2**20  # of a probability
-# Probabilities of a batch's turn, or what the decoder puts out for the batch: 128 MiB.
+# Most probabilities of a batch's turn, or outputs of the decoder for a batch: 128 MiB.
 _NUMBERS_AT_ONCE = 2**24
-# Values that share an offset: fewer would store more offsets, more leave none that keeps clear of all of them.
+# Values per offset: fewer need more offsets; for more, no offset avoids all boundaries.
 _SHARING = 2**13
 
 
 class CodedPixels(NamedTuple):
-    """Pixels of some images as bytes, with all that decoding needs besides the tokenizer and the codes."""
+    """Coded pixels of some images, with everything that decoding needs besides the tokenizer and the codes."""
 
     payload: bytes
     batch: int
-    """Images of which one after another has its values in each turn; the last batch may have fewer."""
+    """Images per batch, whose values follow one another in each turn; the last batch may have fewer."""
     offsets: list[int]
-    """The rounding offset of each stretch of 2^13 values, of which a batch's last may be shorter, in units of 2^-36."""
+    """Rounding offset of each stretch of 2^13 values in units of 2^-36; the last stretch of a batch may be shorter."""
     crc: int
     """CRC-32 of the pixels."""
 
 
 @torch.no_grad()
 def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, progress: bool = False) -> tuple[CodedPixels, float]:
-    """Encode pixels given their codes; beside them, how far the nearest probability was from a rounding boundary.
+    """Encode pixels given their codes. Returns them and the smallest distance of a probability from a rounding boundary.
 
     Args:
         tokenizer: in eval mode and float64, its objective a likelihood.
@@ -84,12 +84,12 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
 
 @torch.no_grad()
 def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: int | None = None, progress: bool = False) -> Tensor:
-    """The pixels again, uint8 (N, H, W, C).
+    """Decode pixels, uint8 (N, H, W, C).
 
     Args:
-        tokenizer, codes: as given to `encode_pixels`.
-        coded: what it made.
-        at_once: images in one pass of the decoder; None: a batch. Of no influence on the pixels.
+        tokenizer, codes: those of `encode_pixels`.
+        coded: its result.
+        at_once: images per pass of the decoder; None: a batch. Does not change the pixels.
     Errors: UserError if they are not those that were encoded.
     """
     if coded.batch != (most := pixel_batch_size(tokenizer, coded.batch)):
@@ -110,15 +110,15 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
 
 
 class _Values:
-    """The values in a payload, one turn's after another's."""
+    """Reader of a payload's values, turn by turn."""
 
     def __init__(self, coded: CodedPixels) -> None:
         self._decoder = stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32))
         self._offsets = iter(coded.offsets)
-        self._offset = self._left = 0  # of the present stretch: its offset, and how many values are to come
+        self._offset = self._left = 0  # of the current stretch: offset, and number of values left
 
     def next(self, scaled: Tensor) -> Tensor:
-        """A turn's values (N,), given their probabilities (N, V) in steps."""
+        """Decode a turn's values (N,) from their probabilities (N, V) in steps."""
         parts, family = [], stream.model.Categorical(perfect=False)
         while len(scaled):
             if self._left == 0:
@@ -132,33 +132,33 @@ class _Values:
         return torch.cat(parts).long()
 
     def end_stretch(self) -> None:
-        """A batch ends, and with it its last stretch."""
+        """End the last stretch of a batch."""
         self._left = 0
 
     def exhausted(self) -> bool:
-        """Whether no more than the coder's last words are left."""
+        """Whether only the coder's final words are left."""
         return bool(self._decoder.maybe_exhausted())
 
 
 def pixel_batch_size(tokenizer: VQVAE, requested: int) -> int:
-    """Images a batch: as many as wanted, or as memory allows."""
+    """Choose the images per batch: the requested number, or fewer if memory demands it."""
     likelihood, (_, height, width) = tokenizer.likelihood(), tokenizer.image_shape
     numbers = max(likelihood.pixels_at_once * likelihood.num_values, likelihood.output_channels * height * width)
     return max(1, min(requested, _NUMBERS_AT_ONCE // numbers))
 
 
 def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> int:
-    """How many offsets images (height, width, channels) have in batches of that size."""
+    """Number of offsets of images (height, width, channels) in batches of this size."""
     full, rest = divmod(images, batch)
     return sum(times * -(-size * math.prod(image_shape) // _SHARING) for times, size in ((full, batch), (1, rest)))
 
 
 def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int, bar: Any) -> Iterator[tuple[Index, Tensor]]:
-    """Turn by turn some images' probabilities (N, V), in steps, as `PixelLikelihood.in_turn` gives them, of `at_once` images a pass.
+    """Compute the probabilities (N, V) of some images turn by turn, in steps, by `PixelLikelihood.in_turn`, with `at_once` images per pass.
 
     Args:
         values: on the tokenizer's device.
-        bar: of the images; each turn moves it by its share.
+        bar: progress bar over images, which each turn advances by its share.
     """
     assert not tokenizer.training
     device = next(tokenizer.parameters()).device
@@ -175,7 +175,7 @@ def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once:
 
 
 def _stretches(turns: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same rows (N, V), (N,) in stretches of 2^13, of which the last may be shorter."""
+    """Regroup rows (N, V), (N,) into stretches of 2^13, of which the last may be shorter."""
     pending: list[tuple[Tensor, Tensor]] = []
     count = 0
     for rows in turns:
@@ -193,7 +193,7 @@ def _stretches(turns: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor,
 
 
 def _weights(scaled: Tensor, offset: int) -> np.ndarray:
-    """Probabilities (N, V) in steps to what the coder takes for them: whole numbers from 1 on, as float64."""
+    """Round probabilities (N, V) in steps to the coder's weights: whole numbers from 1, as float64."""
     return (scaled + offset / OFFSETS).floor().add_(1).numpy()
 
 

@@ -1,6 +1,6 @@
-"""Weights of a graph in fewer bits: half floats, or whole numbers of a byte with a scale for each output.
+"""Rounding of a graph's weights: half floats, or bytes with a scale per output.
 
-A graph casts them back as it is loaded, where onnxruntime folds constants: what is computed stays float32, and takes no longer.
+The graph casts them back to float32 when onnxruntime folds constants at load: computation stays float32 and as fast.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from configs.errors import UserError
 
-# Of fewer numbers (biases, norms, a first convolution) nothing is to be gained.
+# Smaller tensors (biases, norms, a first convolution) stay as they are.
 _LARGE = 1024
-_MOST_BYTES = 1.9e9  # of a file; protobuf itself ends at 2 GiB
-# Along which axis the outputs lie of the operator that takes a weight, and as which of its inputs it does.
+_MAX_BYTES = 1.9e9  # of a file; protobuf's limit is 2 GiB
+# (operator, number of the input that is the weight) -> the weight's axis of outputs.
 _OUTPUTS = {("Conv", 1): 0, ("ConvTranspose", 1): 1, ("Gather", 0): 0, ("MatMul", 0): -2, ("MatMul", 1): -1}
 
 
@@ -25,22 +25,22 @@ def round_weights(path: Path, bits: int) -> None:
 
     Args:
         path: an ONNX file.
-        bits: 16, half floats; 8, whole numbers from -127 to 127 times a scale for each output (row, channel), but 16 for tensors that are
-            not by themselves multiplied with, convolved with or looked up in, such as tables of positions.
+        bits: 16: half floats; 8: integers from -127 to 127 times a scale per output (row, channel), and 16 bits for tensors that no
+            product, convolution or lookup takes directly, such as tables of positions.
     """
     model = onnx.load(path)
-    data_file = path.with_name(f"{path.name}.data")  # where large graphs have their weights
+    data_file = path.with_name(f"{path.name}.data")  # where large graphs store their weights
     size = path.stat().st_size + (data_file.stat().st_size if data_file.exists() else 0)
-    if size * bits / 32 > _MOST_BYTES:
+    if size * bits / 32 > _MAX_BYTES:
         raise UserError(
-            f"{path.name}: expected at most {_MOST_BYTES / 1e9} GB in {bits} bits, which browsers load, found {size * bits / 32e9:.1f}"
+            f"{path.name}: expected at most {_MAX_BYTES / 1e9} GB in {bits} bits, which browsers load, found {size * bits / 32e9:.1f}"
         )
     onnx.save(rounded(model, bits), path)
     data_file.unlink(missing_ok=True)
 
 
 def rounded(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
-    """A copy of a model with rounded weights; `bits` as `round_weights` has it."""
+    """Copy a model with rounded weights; `bits` as in `round_weights`."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
@@ -69,7 +69,7 @@ def rounded(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
 
 
 def quantized(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """float32 values as int8 of the same shape and float32 scales, of length 1 but along `axis`; their product is within half a scale."""
+    """Round float32 values to int8 and float32 scales of length 1 except along `axis`; the product is within half a scale."""
     axes = tuple(other for other in range(values.ndim) if other != axis % values.ndim)
     scale = (np.abs(values).max(axes, keepdims=True) / 127).astype(np.float32)
     scale[scale == 0] = 1
@@ -77,7 +77,7 @@ def quantized(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _output_axis(graph: onnx.GraphProto, name: str) -> int | None:
-    """Along which axis of a weight its outputs lie; None where that is not known."""
+    """Find the axis of a weight's outputs; None if it is unknown."""
     for node in graph.node:
         for place, input_name in enumerate(node.input):
             if input_name == name:
