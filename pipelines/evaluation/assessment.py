@@ -332,8 +332,8 @@ class Assessor:
         return figures | searched | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
 
     def neighbours(self, samples: Samples) -> Tensor:
-        """Picture with one row per sample: the sample and its nearest training images by features and by codes. First the samples nearest to
-        a training image, where a copy would show, then the first few; out of 1,000 drawn at random.
+        """Picture with one row per sample: the sample and its nearest training images by features and by codes. First the samples
+        nearest to a training image, where a copy would show, then the first few; out of 1,000 drawn at random.
         """
         training = self.source.splits[TRAIN].pixels
         rows = self.some(len(samples.pixels), _LOOKED_UP, "neighbours")

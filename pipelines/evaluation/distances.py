@@ -196,7 +196,7 @@ def random_rows(count: int, size: int, seed: int, purpose: str) -> Tensor:
 
 
 def inception_score(logits: Tensor, seed: int) -> Spread:
-    """Inception score of logits (N, classes) over splits (Salimans et al. 2016): exp of the mean divergence of an image's labels from all'."""
+    """Inception score of logits (N, classes) over splits (Salimans et al. 2016): exp of the mean label divergence."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     score = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
