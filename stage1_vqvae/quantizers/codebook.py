@@ -5,11 +5,10 @@ quantizer's (vector.py); how codes start and restart is for initialisation.py an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -54,7 +53,7 @@ class Codebook(nn.Module, ABC):
         """The loss that teaches the codebook, from latents without gradient and their codes' vectors, (N, d) both: the mean
         over vectors and channels of |sg(z) - e|^2.
         """
-        return {"codebook": mean_square(vectors_q, rows)}
+        return {"codebook": mean_squared_error(vectors_q, rows)}
 
     @torch.no_grad()
     def update_(self, counts: Tensor, sums: Tensor | None) -> None:
@@ -175,23 +174,7 @@ def codebook_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Codebook)]
 
 
-class _MeanSquare(torch.autograd.Function):
-    """The mean squared difference with fewer passes over memory than `mse_loss`: the difference is taken once, for both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        difference = a - b
-        ctx.save_for_backward(difference)
-        return torch.linalg.vecdot(difference, difference).sum() / max(1, a.numel())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (difference,) = ctx.saved_tensors
-        to_a = difference * (2 / max(1, difference.numel()) * gradient)
-        return to_a if ctx.needs_input_grad[0] else None, -to_a if ctx.needs_input_grad[1] else None
-
-
-def mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """The mean squared difference, 0 for an empty batch."""
-    return _MeanSquare.apply(a, b)
+def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean of (a - b)^2 over rows and channels, 0 for an empty batch; both (N, d)."""
+    difference = a - b
+    return torch.linalg.vecdot(difference, difference).sum() / max(1, a.numel())

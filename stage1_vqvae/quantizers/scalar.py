@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from configs.errors import require
 from configs.schema import QuantizerPart
-from stage1_vqvae.quantizers.codebook import mean_square
+from stage1_vqvae.quantizers.codebook import mean_squared_error
 from stage1_vqvae.quantizers.composed import fitted_to
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, counted
 from stage1_vqvae.quantizers.entropy import entropy_loss
@@ -151,7 +151,7 @@ class LookupFreeQuantizer(Quantizer):
         """See the contract. Losses: `commitment` and `entropy`."""
         codes = ((rows.detach() > 0) * self.powers).sum(1)
         vectors_q = self.signs[codes].to(rows.dtype)
-        losses = {"commitment": self.commitment * mean_square(rows, vectors_q)}
+        losses = {"commitment": self.commitment * mean_squared_error(rows, vectors_q)}
         if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, self.signs.to(rows.dtype), self.entropy_temperature)
         return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": counted(codes, self.num_codes[0])}, ())

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from stage1_vqvae.quantizers.codebook import Codebook, mean_square
+from stage1_vqvae.quantizers.codebook import Codebook, mean_squared_error
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, counted
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import Estimator
@@ -43,7 +43,7 @@ class VectorQuantizer(Quantizer):
         latents = rows.detach()
         codes = nearest_codes(latents, vectors)
         vectors_q = F.embedding(codes, vectors)
-        losses = {"commitment": self.commitment * mean_square(rows, vectors_q.detach()), **self.codebook.loss(latents, vectors_q)}
+        losses = {"commitment": self.commitment * mean_squared_error(rows, vectors_q.detach()), **self.codebook.loss(latents, vectors_q)}
         if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, vectors, self.entropy_temperature)
         statistics = {"counts": counted(codes, len(vectors))}
