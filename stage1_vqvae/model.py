@@ -91,17 +91,17 @@ class VQVAE(nn.Module):
         as the quantizer's rows have them, so that nothing has to be transposed for it, or back.
         """
         images = images.contiguous(memory_format=torch.channels_last)
-        found: list[tuple[Tensor, Quantized]] = []
+        if isinstance(self.quantizer, Quantizer):
+            z = self.encoder(images)
+            return [(z, self.quantizer(z))]
+        pairs: list[tuple[Tensor, Quantized]] = []
 
         def quantize(z: Tensor) -> Tensor:
-            found.append((z, self.quantizers[len(found)](z)))
-            return found[-1][1].z_q
+            pairs.append((z, self.quantizers[len(pairs)](z)))
+            return pairs[-1][1].z_q
 
-        if len(self.quantizers) == 1:
-            quantize(self.encoder(images))
-        else:
-            self.encoder(images, quantize)
-        return found
+        self.encoder(images, quantize)
+        return pairs
 
     def outputs(self, codes: Codes) -> Tensor:
         """What the decoder puts out for codes, (B, h, w) a level: (B, C', H, W), which the objective reads."""

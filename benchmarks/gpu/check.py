@@ -337,9 +337,9 @@ def main(argv: list[str] | None = None) -> None:
             failed = True
             traceback.print_exc()
             print(f"| {name} | **failed**: {type(error).__name__} {str(error).splitlines()[:1]} | |", flush=True)
-    given_up = ", ".join(Kernel.given_up)
-    print(f"| Triton kernels that could not be launched | {given_up or 'none'}{' **wrong**' if given_up else ''} | none |")
-    if failed or given_up:
+    disabled = ", ".join(Kernel.disabled)
+    print(f"| Triton kernels that could not be launched | {disabled or 'none'}{' **wrong**' if disabled else ''} | none |")
+    if failed or disabled:
         sys.exit(1)
 
 

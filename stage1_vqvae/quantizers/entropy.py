@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stage1_vqvae.quantizers.search import rows_a_block
+from stage1_vqvae.quantizers.search import block_rows
 from training.kernels import operator
 from training.precision import ieee_float32
 
@@ -84,7 +84,7 @@ class _SoftAssignment(torch.autograd.Function):
 )
 def _soft_assignment(rows: Tensor, vectors: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     mean_assignment, mean_entropy = vectors.new_zeros(len(vectors)), rows.new_zeros(())
-    for block in rows.split(rows_a_block(vectors)):
+    for block in rows.split(block_rows(vectors)):
         log_p = _log_assignment(block, vectors, temperature)
         p = log_p.exp()
         mean_assignment += p.sum(0)
@@ -103,7 +103,7 @@ def _soft_assignment_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients at rows and vectors, given those at both results of `_soft_assignment`; zeros at vectors unless `learned`."""
     to_rows, to_vectors = torch.empty_like(rows), torch.zeros_like(vectors)
-    size, count = rows_a_block(vectors), max(1, len(rows))
+    size, count = block_rows(vectors), max(1, len(rows))
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         log_p = _log_assignment(block, vectors, temperature)
