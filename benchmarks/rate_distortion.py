@@ -34,7 +34,7 @@ from configs.run_dir import RunDir
 from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
 from pipelines.codec.coder import batch_images, encode
 from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
-from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_of_each
+from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_per_image
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage1_vqvae.plots import save_figure
@@ -63,7 +63,7 @@ class Point(NamedTuple):
 def judged(codec: str, setting: str, size: float, decoded: Tensor, pixels: Tensor) -> Point:
     """The point of a codec: its size, and the error of `decoded` against `pixels`, both uint8 (N, H, W, C)."""
     some = slice(None, None, max(1, len(pixels) // _SSIM_IMAGES))
-    ssim = float(ssim_of_each(decoded[some], pixels[some]).mean())
+    ssim = float(ssim_per_image(decoded[some], pixels[some]).mean())
     return Point(codec, setting, size, float(squared_errors(decoded, pixels).mean()), ssim)
 
 

@@ -23,7 +23,7 @@ from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.features.networks import feature_network
-from stage1_vqvae.metrics import psnr, squared_errors, ssim_of_each
+from stage1_vqvae.metrics import psnr, squared_errors, ssim_per_image
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from training.weights_file import read_header
@@ -69,7 +69,7 @@ def main() -> None:
     print(f"| {len(pixels)} images | steps | PSNR | SSIM | {' | '.join(distances)} |\n|{' --- |' * (4 + len(distances))}")
     for name, pictures in made.items():
         steps = f"{read_header(runs[name].tokenizer, 'tokenizer')['steps']:,}" if name in runs else "-"
-        quality = f"{psnr(float(squared_errors(pictures, pixels).mean())):.2f} | {float(ssim_of_each(pictures, pixels).mean()):.3f}"
+        quality = f"{psnr(float(squared_errors(pictures, pixels).mean())):.2f} | {float(ssim_per_image(pictures, pixels).mean()):.3f}"
         cells = []
         for judge, reference in references.items():
             vectors = judges[judge](pictures, 250, name, progress=False).vectors

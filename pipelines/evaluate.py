@@ -43,9 +43,9 @@ from stage1_vqvae.data.names import normalised
 from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
-from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
+from stage1_vqvae.features.classifier import NotTrainedError, load_classifier
 from stage1_vqvae.features.networks import AUTO, INCEPTION, feature_network
-from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.features.weights import read_weights
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None:
             lpips_at_hand()
             # Nobody waits here for one that has to be trained, nor for auto to look for Inception, which has another to fall back on.
-            with suppress(NotMadeYetError):
+            with suppress(NotTrainedError):
                 network = None if features == AUTO else feature_network(*network_arguments, may_train=False)
         samples = None
         if options.samples is not None:
@@ -180,7 +180,7 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
         labels = None if told["labels"] is None else [told["label_names"][label] for label in told["labels"]]
         details |= {key: told.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
-            tensors = weights_in(where / "codes.safetensors")
+            tensors = read_weights(where / "codes.safetensors")
             codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
     else:
         files = load_files([path], data, progress=True)
@@ -269,7 +269,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         found["bound"] = assessor.bound(split, *priors_of_codes(command, torch.device(network.device)))
         found["bound"]["prior_sha256"] = identity(run, found["bound"]["prior"])["prior_sha256"]
     labelled = samples is not None and samples.labels is not None and held_out.labels is not None
-    classifier = run_classifier(run.path, source, network.device) if labelled else None
+    classifier = load_classifier(run.path, source, network.device) if labelled else None
     if batch is not None:
         found["beside_batch"], found["batch_missing"] = assessor.beside_batch(samples, split, classifier), batch.missing()
     if samples is not None:

@@ -21,7 +21,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import new_folder, not_there_yet, write_json
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vqgan import GROUPS, Stack, VQGANPart
-from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, names_of
+from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, weight_names
 from stage1_vqvae.objectives.pixels import SquaredError
 from stage1_vqvae.quantizers.vector import VectorQuantizer
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     output = not_there_yet("output", options.output)
     command.need_tokenizer()
     tokenizer = load_tokenizer(run)
-    weights, config = for_diffusers(tokenizer)
+    weights, config = to_diffusers(tokenizer)
     with new_folder(output) as folder:
         write_json(folder / "config.json", config)
         safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
@@ -47,7 +47,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; must not exist")
 
 
-def for_diffusers(tokenizer: VQVAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def to_diffusers(tokenizer: VQVAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and configuration of an equal `diffusers.VQModel`. Errors: UserError if there is none."""
     part, quantizer = tokenizer.config.network, tokenizer.quantizer
     if not isinstance(part, VQGANPart):
@@ -62,7 +62,7 @@ def for_diffusers(tokenizer: VQVAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     assert isinstance(tokenizer.encoder, Stack)
     assert isinstance(tokenizer.decoder, Stack)
     own, weights = tokenizer.state_dict(), dict[str, Tensor]()
-    for name, pieces in names_of(SPELLINGS["diffusers"], part, tokenizer.encoder, tokenizer.decoder).items():
+    for name, pieces in weight_names(SPELLINGS["diffusers"], part, tokenizer.encoder, tokenizer.decoder).items():
         weights |= {piece: value.contiguous() for piece, value in zip(pieces, own[name].chunk(len(pieces)), strict=True)}
     # Of codes at unit length the nearest is that of the smallest angle, whatever the latent's length.
     weights[CODEBOOK] = quantizer.codebook.vectors().detach().clone()

@@ -37,7 +37,7 @@ from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import VQVAE, save_tokenizer
 from stage1_vqvae.monitoring.validation import save_health, save_reconstructions, save_report, validate
 from stage1_vqvae.networks.vqgan import GROUPS, Stack
-from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, Spelling, names_of, needed, part_of_weights, translated
+from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, Spelling, convert_weights, get_weight, infer_network, weight_names
 from stage1_vqvae.quantizers.learned import GradientPart
 from training.processes import start
 from training.weights_file import check_finite_weights
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"no recipe named (--config FILE): all but images and tokenizer as in configs/{_USUAL_RECIPE.name}")
     try:
         recipe = dataclasses.replace(recipe, data=_completed(recipe.data, _stated(command, own_recipe), weights, path, spelling))
-        tokenizer, unused = tokenizer_of(weights, spelling, recipe)
+        tokenizer, unused = build_tokenizer(weights, spelling, recipe)
         check_finite_weights({name: weight for name, weight in weights.items() if name not in unused and not name.startswith("loss.")})
         recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
         recipe.check()
@@ -116,7 +116,7 @@ def _completed(data: Data, stated: set[str], weights: Mapping[str, Tensor], path
     """The images' section, with what it does not state: channels as the weights have them; the size as the settings beside them have it,
     or else the usual one.
     """
-    values: dict[str, Any] = {"channels": needed(weights, "encoder.conv_in.weight").shape[1]}
+    values: dict[str, Any] = {"channels": get_weight(weights, "encoder.conv_in.weight").shape[1]}
     settings = path.with_name("config.json")
     found = read_json(settings).get("sample_size") if path.name == spelling.file and settings.is_file() else None
     usual = found if isinstance(found, int) and found > 0 else _USUAL_SIZE
@@ -186,15 +186,15 @@ def _unpickled(path: Path) -> Any:
         raise UserError(f"{path}: expected safetensors or torch's weights, found something else ({brief(error)})") from None
 
 
-def tokenizer_of(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Recipe) -> tuple[VQVAE, list[str]]:
+def build_tokenizer(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Recipe) -> tuple[VQVAE, list[str]]:
     """The tokenizer that the weights are, for the recipe's images, and the names of those it has no use for, losses' as one.
 
     Errors: UserError, naming the first weight that is missing or of the wrong shape.
     """
-    part, codebook, data = part_of_weights(spelling, weights), needed(weights, CODEBOOK), recipe.data
+    part, codebook, data = infer_network(spelling, weights), get_weight(weights, CODEBOOK), recipe.data
     quantizer = GradientPart(num_codes=codebook.shape[0], metric="cosine" if spelling.unit_length else "euclidean")
     config = Tokenizer(code_dim=codebook.shape[1], quantizer=quantizer, network=part)
-    channels = needed(weights, "encoder.conv_in.weight").shape[1]
+    channels = get_weight(weights, "encoder.conv_in.weight").shape[1]
     if channels not in (1, 3):
         raise UserError(f"expected weights for grey or colour images, of 1 or 3 channels, found them for {channels}")
     if channels != data.channels:
@@ -202,9 +202,9 @@ def tokenizer_of(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Reci
     tokenizer = VQVAE(config, data.height, data.width, channels)
     assert isinstance(tokenizer.encoder, Stack)
     assert isinstance(tokenizer.decoder, Stack)
-    names = {**names_of(spelling, part, tokenizer.encoder, tokenizer.decoder), "quantizer.codebook.weight": [CODEBOOK]}
+    names = {**weight_names(spelling, part, tokenizer.encoder, tokenizer.decoder), "quantizer.codebook.weight": [CODEBOOK]}
     own = tokenizer.state_dict()
-    tokenizer.load_state_dict({**own, **translated(weights, names, own)})
+    tokenizer.load_state_dict({**own, **convert_weights(weights, names, own)})
     taken = {name for pieces in names.values() for name in pieces}
     return tokenizer, sorted({name.split(".")[0] + ".*" if name.startswith("loss.") else name for name in weights if name not in taken})
 

@@ -32,12 +32,12 @@ def psnr(mse: float) -> float:
     return -10 * math.log10(max(mse, 1e-10))
 
 
-def psnr_of_each(mse: Tensor) -> Tensor:
+def psnr_per_image(mse: Tensor) -> Tensor:
     """`psnr` of each image's own mean squared error, (B,)."""
     return -10 * mse.clamp(min=1e-10).log10()
 
 
-def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
+def ssim_per_image(pictures: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]. NaN below 11 pixels a side.
 
     Wang et al. 2004: a Gaussian window of deviation 1.5 and 11 pixels, inside the image only, the mean over channels. In float64, on the

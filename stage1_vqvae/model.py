@@ -71,7 +71,7 @@ class VQVAE(nn.Module):
         """
         found = [quantized for _, quantized in self._quantized(images)]
         output = self.decoder(*(part.z_q for part in found))
-        codes, losses, statistics, latents = found[0][1:] if len(found) == 1 else GridQuantizers.joined(found)
+        codes, losses, statistics, latents = found[0][1:] if len(found) == 1 else GridQuantizers.merge(found)
         given = () if uniform is None else (uniform,)
         losses = {**self.objective.losses(output, images, *given), **losses}
         # A likelihood's mean is for people to look at: no loss takes it further back.
@@ -147,7 +147,7 @@ class VQVAE(nn.Module):
         Errors: UserError if the objective is no likelihood.
         """
         likelihood = self.likelihood()
-        return likelihood.nats(self.outputs(codes), likelihood.values_of(pixels))
+        return likelihood.nats(self.outputs(codes), likelihood.values_from_pixels(pixels))
 
 
 def save_tokenizer(path: Path, model: VQVAE, steps: int) -> None:

@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def kept_at(folder: Path, kind: str) -> Path:
+def network_path(folder: Path, kind: str) -> Path:
     """The file of a network made on the spot."""
     return folder / f"{kind}.safetensors"
 
@@ -69,14 +69,14 @@ Examples = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From rows (B,) and the step to images (B, C, h, w) in [-1, 1] and the classes (B,) to tell."""
 
 
-class NotMadeYetError(LookupError):
+class NotTrainedError(LookupError):
     """A network that would have to be trained first."""
 
 
-def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed: int = 0, may_train: bool = True) -> Classifier:
+def load_classifier(folder: Path, source: ImageSource, device: torch.device, seed: int = 0, may_train: bool = True) -> Classifier:
     """The folder's classifier of a run's own classes, in eval mode; trained first, if it is not there yet.
 
-    Errors: UserError for a source without labels; NotMadeYetError if it may not be trained.
+    Errors: UserError for a source without labels; NotTrainedError if it may not be trained.
     """
     train = source.splits[TRAIN]
     if train.labels is None or source.label_names is None:
@@ -91,11 +91,11 @@ def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed
     return _kept(folder, CLASSIFIER, source.label_names, train, examples, device, seed, may_train)
 
 
-def run_rotation(folder: Path, source: ImageSource, device: torch.device, seed: int = 0, may_train: bool = True) -> Classifier:
+def load_rotation_network(folder: Path, source: ImageSource, device: torch.device, seed: int = 0, may_train: bool = True) -> Classifier:
     """The folder's network that tells by how many quarter turns an image was turned, in eval mode; trained first, if it is not there.
 
     Gidaris et al. 2018, "Unsupervised Representation Learning by Predicting Image Rotations". It is trained on the largest centred
-    square of each image, and takes images of any shape. Errors: NotMadeYetError if it may not be trained.
+    square of each image, and takes images of any shape. Errors: NotTrainedError if it may not be trained.
     """
     train = source.splits[TRAIN]
     height, width = train.pixels.shape[1:3]
@@ -122,7 +122,7 @@ def _kept(
     may_train: bool,
 ) -> Classifier:
     """The network in the folder's file, or a new one, trained on examples and written there."""
-    path = kept_at(folder, kind)
+    path = network_path(folder, kind)
     # Whether it is read or trained, nobody else's first weights depend on it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def _kept(
         with built_from(path, kind):
             classifier.load_state_dict(weights)
     elif not may_train:
-        raise NotMadeYetError(kind)
+        raise NotTrainedError(kind)
     else:
         fit(classifier.to(device), kind, len(train), order_of(train.pixels, _BATCH, seed), examples)
         save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})
@@ -160,7 +160,7 @@ def fit(classifier: Classifier, kind: str, count: int, order: Order, examples: E
 
 
 @torch.no_grad()
-def labels_found(classifier: Classifier, pixels: Pixels, batch_size: int) -> Tensor:
+def predict_labels(classifier: Classifier, pixels: Pixels, batch_size: int) -> Tensor:
     """The label (N,) that it gives each of the images, uint8 (N, H, W, C); on the CPU."""
     device = classifier.head.weight.device
     with ieee_float32(device):

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from configs.errors import UserError, brief
-from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.features.weights import read_weights
 from training.devices import channels_last_on_accelerator
 
 Trunk = Literal["alex", "vgg"]
@@ -32,7 +32,7 @@ class LPIPS(nn.Module):
         from torchmetrics.functional.image.lpips import _LPIPS
 
         self.distance = _LPIPS(net=trunk, pnet_rand=True)
-        content = weights_in(weights)
+        content = read_weights(weights)
         names = {name: f"features.{name.split('.', 1)[1]}" for name in self.distance.net.state_dict()}  # slice1.0.weight
         missing = [name for name in names.values() if name not in content]
         if missing:

@@ -20,8 +20,8 @@ from configs.errors import UserError, brief, say
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSource, Pixels
-from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, Classifier, kept_at, run_classifier, run_rotation
-from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION, Classifier, load_classifier, load_rotation_network, network_path
+from stage1_vqvae.features.weights import read_weights
 from training.precision import full_precision, ieee_float32
 from training.progress import progress_bar
 from training.weights_file import fingerprint
@@ -132,7 +132,7 @@ def feature_network(
     source: ImageSource,
     device: torch.device,
     seed: int = 0,
-    asked_by: str | None = None,
+    option: str | None = None,
     may_train: bool = True,
 ) -> FeatureNetwork:
     """The network of that name, as a recipe names it.
@@ -144,15 +144,15 @@ def feature_network(
         source: the images that those are trained on.
         device: where it is to run.
         seed: of the training of those.
-        asked_by: key of the recipe that names the network, for messages; None: evaluation.
+        option: key of the recipe that names the network, for messages; None: evaluation.
         may_train: whether one that is not there yet is made.
-    Errors: UserError for a name there is not, or weights that are missing or another network's; NotMadeYetError.
+    Errors: UserError for a name there is not, or weights that are missing or another network's; NotTrainedError.
     """
-    if asked_by is not None:
+    if option is not None:
         try:
             return feature_network(name, weights, folder, source, device, seed, may_train=may_train)
         except UserError as error:
-            raise UserError(f"{asked_by}: {error}") from None
+            raise UserError(f"{option}: {error}") from None
     if name == AUTO:
         try:
             return _inception(weights, device)
@@ -167,8 +167,8 @@ def feature_network(
     if name in (CLASSIFIER, ROTATION):
         if weights is not None:
             raise UserError(f"weights: expected none for {name}, which is made from the run's own images, found {weights}")
-        made = (run_classifier if name == CLASSIFIER else run_rotation)(folder, source, device, seed, may_train)
-        return _made_here(name, made, kept_at(folder, name), device)
+        made = (load_classifier if name == CLASSIFIER else load_rotation_network)(folder, source, device, seed, may_train)
+        return _made_here(name, made, network_path(folder, name), device)
     if name == INCEPTION:
         return _inception(weights, device)
     if name not in torchvision.models.list_models(torchvision.models):
@@ -210,7 +210,7 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
     with tempfile.TemporaryDirectory() as folder:
         # The library unpickles whatever is in a file: it gets one made here of tensors alone.
         copy = Path(folder) / "weights.pth"
-        torch.save(weights_in(path), copy)
+        torch.save(read_weights(path), copy)
         try:
             network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy))
         except RuntimeError as error:
@@ -258,7 +258,7 @@ def _of_torchvision(name: str, path: Path, device: torch.device) -> FeatureNetwo
     sha256 = _checked(path)
     network = torchvision.models.get_model(name, weights=None)
     try:
-        network.load_state_dict(weights_in(path))
+        network.load_state_dict(read_weights(path))
     except RuntimeError as error:
         raise UserError(f"{path}: expected the weights of {name}, found another network's ({brief(error)})") from None
     network.to(device).eval()

@@ -12,7 +12,7 @@ from configs.errors import UserError, brief
 from training.weights_file import check_finite_weights
 
 
-def weights_in(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Weights in a safetensors file, or in one of torch, of which only tensors are read.
 
     Errors: UserError for another file, or weights that are not finite.

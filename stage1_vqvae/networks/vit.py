@@ -135,7 +135,7 @@ class Encoder(_TokenTransformer):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to (B, code_dim, h, w)."""
-        return self._mapped(patches_of(images, self.patch)).movedim(-1, 1)
+        return self._mapped(split_into_patches(images, self.patch)).movedim(-1, 1)
 
 
 class Decoder(_TokenTransformer):
@@ -146,17 +146,17 @@ class Decoder(_TokenTransformer):
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, code_dim, h, w) to (B, output_channels, H, W)."""
-        return image_of(self._mapped(latents.movedim(1, -1)), self.patch)
+        return join_patches(self._mapped(latents.movedim(1, -1)), self.patch)
 
 
-def patches_of(images: Tensor, patch: int) -> Tensor:
+def split_into_patches(images: Tensor, patch: int) -> Tensor:
     """Images (B, C, H, W) to the pixels of each patch, (B, h, w, patch * patch * C): row by row, channels last."""
     pixels = images.movedim(1, -1).unflatten(2, (-1, patch)).unflatten(1, (-1, patch))  # (B, h, patch, w, patch, C)
     return pixels.transpose(2, 3).flatten(3)
 
 
-def image_of(patches: Tensor, patch: int) -> Tensor:
-    """The inverse of `patches_of`: (B, h, w, patch * patch * C) to (B, C, H, W), channels last in memory."""
+def join_patches(patches: Tensor, patch: int) -> Tensor:
+    """The inverse of `split_into_patches`: (B, h, w, patch * patch * C) to (B, C, H, W), channels last in memory."""
     pixels = patches.unflatten(-1, (patch, patch, -1)).transpose(2, 3)  # (B, h, patch, w, patch, C)
     return pixels.flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 

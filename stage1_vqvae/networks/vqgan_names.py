@@ -77,7 +77,7 @@ SPELLINGS = {
 CODEBOOK = "quantize.embedding.weight"
 
 
-def names_of(spelling: Spelling, part: VQGANPart, encoder: Stack, decoder: Stack) -> dict[str, list[str]]:
+def weight_names(spelling: Spelling, part: VQGANPart, encoder: Stack, decoder: Stack) -> dict[str, list[str]]:
     """The project's names of each of our weights `encoder.N...` and `decoder.N...`; queries, keys and values are three there."""
     found: dict[str, list[str]] = {}
     for side, stack, prefixes in (
@@ -132,39 +132,39 @@ def _decoder_names(spelling: Spelling, part: VQGANPart) -> Iterator[str]:
     yield from (f"decoder.{name}" for name in (spelling.norm, "conv_out"))
 
 
-def part_of_weights(spelling: Spelling, weights: Mapping[str, Tensor]) -> VQGANPart:
+def infer_network(spelling: Spelling, weights: Mapping[str, Tensor]) -> VQGANPart:
     """The network's sizes, by the shapes of its weights. Errors: UserError for a weight that is missing, or sizes that cannot be."""
 
     def there(template: str, level: int, number: int = 0, end: str = "") -> bool:
         return f"{template.format(level=level, number=number)}{end}" in weights
 
-    hidden = needed(weights, "encoder.conv_in.weight").shape[0]
+    hidden = get_weight(weights, "encoder.conv_in.weight").shape[0]
     levels, blocks = 0, 0
     while there(spelling.block, levels, end=".conv1.weight"):
         levels += 1
     while there(spelling.block, 0, blocks, ".conv1.weight"):
         blocks += 1
     first = spelling.block.format(level=0, number=0)
-    needed(weights, f"{first}.conv1.weight")
-    widths = [needed(weights, f"{spelling.block.format(level=level, number=0)}.conv2.weight").shape[0] for level in range(levels)]
+    get_weight(weights, f"{first}.conv1.weight")
+    widths = [get_weight(weights, f"{spelling.block.format(level=level, number=0)}.conv2.weight").shape[0] for level in range(levels)]
     norm = f".{spelling.attention_parts[0]}.weight"
     return VQGANPart(
         hidden_channels=hidden,
         multipliers=[width // hidden for width in widths],
         residual_blocks=blocks,
         attention=[2**level for level in range(levels) if there(spelling.attention, level, end=norm)],
-        latent_channels=needed(weights, "encoder.conv_out.weight").shape[0],
+        latent_channels=get_weight(weights, "encoder.conv_out.weight").shape[0],
     )
 
 
-def needed(weights: Mapping[str, Tensor], name: str) -> Tensor:
+def get_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """The weight of that name. Errors: UserError if there is none."""
     if name not in weights:
         raise UserError(f"expected a weight {name}, found none")
     return weights[name]
 
 
-def translated(theirs: Mapping[str, Tensor], names: Mapping[str, list[str]], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_weights(theirs: Mapping[str, Tensor], names: Mapping[str, list[str]], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our weights, from those of a project.
 
     Args:
@@ -177,7 +177,7 @@ def translated(theirs: Mapping[str, Tensor], names: Mapping[str, list[str]], our
     for own, pieces in names.items():
         expected = (ours[own].shape[0] // len(pieces), *ours[own].shape[1:])
         for name in pieces:
-            shape = tuple(needed(theirs, name).shape)
+            shape = tuple(get_weight(theirs, name).shape)
             # A linear map of pixels is a convolution of one pixel elsewhere.
             if shape not in (expected, (*expected, 1, 1)) or (len(expected) != 2 and shape != expected):
                 raise UserError(f"expected a weight {name} of shape {expected}, found {shape}")

@@ -85,12 +85,12 @@ class PixelLikelihood(Objective):
         """The inverse of `values`, float64."""
         return values.double() * (2 / (self.num_values - 1)) - 1
 
-    def values_of(self, pixels: Tensor) -> Tensor:
+    def values_from_pixels(self, pixels: Tensor) -> Tensor:
         """The values, int64 (B, C, H, W), of a picture's pixels, uint8 (B, H, W, C)."""
         return (pixels // (255 // (self.num_values - 1))).long().movedim(-1, 1)
 
     def pixels(self, values: Tensor) -> Tensor:
-        """The inverse of `values_of`."""
+        """The inverse of `values_from_pixels`."""
         return (values * (255 // (self.num_values - 1))).to(torch.uint8).movedim(1, -1).contiguous()
 
     @abstractmethod
@@ -151,12 +151,12 @@ class PixelLikelihood(Objective):
         return bands, first[:, None] + torch.arange(size, device=uniform.device)
 
     @property
-    def pixels_at_once(self) -> int:
-        """How many of an image's pixels `in_turn` takes at once."""
+    def pixels_per_turn(self) -> int:
+        """How many of an image's pixels `sequential_probabilities` takes at once."""
         _, height, width = self.image_shape
         return height * width if self.context is None else 1
 
-    def in_turn(self, output: Tensor, values: Tensor) -> Iterator[tuple[Index, Tensor]]:
+    def sequential_probabilities(self, output: Tensor, values: Tensor) -> Iterator[tuple[Index, Tensor]]:
         """How an image is drawn or decoded: one channel after another of all pixels at once, or of one pixel after another.
 
         Gives the index in `values` of what has its turn, and p(value | z, all values that had theirs before), (B, rows, columns, V).
@@ -177,7 +177,7 @@ class PixelLikelihood(Objective):
         shape in [0, 1).
         """
         values = torch.zeros(uniform.shape, dtype=torch.int64, device=output.device)
-        for index, probabilities in self.in_turn(output, values):
+        for index, probabilities in self.sequential_probabilities(output, values):
             cumulative = probabilities.cumsum(-1)
             threshold = uniform[index][..., None].to(cumulative) * cumulative[..., -1:]
             drawn = torch.searchsorted(cumulative, threshold, right=True)[..., 0]

@@ -37,13 +37,13 @@ class Codebook(nn.Module, ABC):
         self.decay, self.restart_below = decay, restart_below
         self.register_buffer("cluster_size", torch.ones(num_codes))
 
-    def measured(self, vectors: Tensor) -> Tensor:
+    def apply_metric(self, vectors: Tensor) -> Tensor:
         """Vectors (N, d) as the metric compares them: at unit length under cosine."""
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
 
     def vectors(self) -> Tensor:
         """The codes' vectors (K, d), as latents are compared with them, with their gradient if the rule needs it."""
-        return self.measured(self._vectors())
+        return self.apply_metric(self._vectors())
 
     @abstractmethod
     def _vectors(self) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, added, numbered, part_of
+from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, sum_by_name, with_prefixes, without_prefix
 from stage1_vqvae.quantizers.gradients import Estimator
 
 
@@ -38,26 +38,26 @@ class ResidualQuantizer(Quantizer):
         for level in range(self.depth):
             parts.append(self._stage(level).quantize(left))
             left = left - parts[-1].z_q.detach()
-        z_q = self.estimator(rows, sum_of([part.z_q.detach() for part in parts]))
+        z_q = self.estimator(rows, sum_in_order([part.z_q.detach() for part in parts]))
         codes = tuple(level for part in parts for level in part.codes)
         by_depth = [part.latents for part in parts]
         if len(self.stages) == 1:
             latents = tuple(torch.stack(depths, 1).flatten(0, 1) for depths in zip(*by_depth, strict=True))
         else:
             latents = tuple(vectors for depth in by_depth for vectors in depth)
-        losses = added([part.losses for part in parts])
-        return Quantized(z_q, codes, losses, numbered([part.statistics for part in parts]), latents)
+        losses = sum_by_name([part.losses for part in parts])
+        return Quantized(z_q, codes, losses, with_prefixes([part.statistics for part in parts]), latents)
 
     @override
     def lookup_rows(self, codes: Codes) -> Tensor:
         levels = len(codes) // self.depth
         parts = [self._stage(level).lookup_rows(codes[level * levels : (level + 1) * levels]) for level in range(self.depth)]
-        return sum_of(parts)
+        return sum_in_order(parts)
 
     def update_(self, statistics: Statistics) -> None:
         """See the contract. A shared codebook learns from all depths at once."""
-        parts = [part_of(statistics, level) for level in range(self.depth)]
-        parts = [added(parts)] if len(self.stages) == 1 else parts
+        parts = [without_prefix(statistics, level) for level in range(self.depth)]
+        parts = [sum_by_name(parts)] if len(self.stages) == 1 else parts
         for level, part in enumerate(parts):
             self._stage(level).update_(part)
 
@@ -79,12 +79,12 @@ class ProductQuantizer(Quantizer):
     def quantize(self, rows: Tensor) -> Quantized:
         channels = rows.split([group.dim for group in self._groups], 1)
         parts = [group.quantize(part) for group, part in zip(self._groups, channels, strict=True)]
-        losses = {name: total / len(parts) for name, total in added([part.losses for part in parts]).items()}
+        losses = {name: total / len(parts) for name, total in sum_by_name([part.losses for part in parts]).items()}
         return Quantized(
             torch.cat([part.z_q for part in parts], 1),
             tuple(level for part in parts for level in part.codes),
             losses,
-            numbered([part.statistics for part in parts]),
+            with_prefixes([part.statistics for part in parts]),
             tuple(vectors for part in parts for vectors in part.latents),
         )
 
@@ -100,7 +100,7 @@ class ProductQuantizer(Quantizer):
     @override
     def update_(self, statistics: Statistics) -> None:
         for number, group in enumerate(self._groups):
-            group.update_(part_of(statistics, number))
+            group.update_(without_prefix(statistics, number))
 
 
 class ProjectedQuantizer(Quantizer):
@@ -129,12 +129,12 @@ class ProjectedQuantizer(Quantizer):
         self.inner.update_(statistics)
 
 
-def fitted_to(dim: int, inner: Quantizer) -> Quantizer:
+def match_width(dim: int, inner: Quantizer) -> Quantizer:
     """A quantizer of vectors of `dim` channels: the one given, projected unless it has that width."""
     return inner if inner.dim == dim else ProjectedQuantizer(dim, inner)
 
 
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
     """Added in order, so that `quantize` and `lookup_rows` agree to the last bit."""
     total = parts[0]
     for part in parts[1:]:

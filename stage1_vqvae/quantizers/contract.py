@@ -113,12 +113,12 @@ class Quantizer(Levels):
         return tuple(found)
 
 
-def numbered(parts: Sequence[Statistics]) -> Statistics:
+def with_prefixes(parts: Sequence[Statistics]) -> Statistics:
     """The statistics of a composed quantizer's parts as one."""
     return {f"{number}.{name}": value for number, part in enumerate(parts) for name, value in part.items()}
 
 
-def part_of(statistics: Statistics, number: int) -> Statistics:
+def without_prefix(statistics: Statistics, number: int) -> Statistics:
     """The inverse of `numbered` for one part."""
     prefix = f"{number}."
     return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
@@ -129,14 +129,14 @@ def level_counts(statistics: Statistics) -> list[Tensor]:
     return [value for name, value in statistics.items() if name.split(".")[-1] == "counts"]
 
 
-def counted(codes: Tensor, num_codes: int) -> Tensor:
+def count_codes(codes: Tensor, num_codes: int) -> Tensor:
     """How often each of K codes occurs in codes (N,): float32 (K,), exact up to 2^24."""
     # Not `bincount`, which on a GPU waits for the result's size.
     ones = torch.ones_like(codes, dtype=torch.float32)
     return ones.new_zeros(num_codes).index_add_(0, codes, ones)
 
 
-def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def sum_by_name(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Add up dictionaries of tensors, name by name."""
     total: dict[str, Tensor] = {}
     for part in parts:

@@ -32,13 +32,13 @@ def entropy_loss(rows: Tensor, vectors: Tensor, temperature: float) -> Tensor:
         temperature: t, in squared units of the latents.
     """
     mean_assignment, mean_entropy = _SoftAssignment.apply(rows, vectors, temperature)
-    mean_assignment = averaged_over_processes(mean_assignment)
+    mean_assignment = average_over_ranks(mean_assignment)
     # A code so far from all latents that its share is zero has an entropy of infinite slope; nothing may be told to reach it.
     logarithm = mean_assignment.clamp(min=torch.finfo(rows.dtype).tiny).log()
     return mean_entropy + (mean_assignment * logarithm).sum()
 
 
-def averaged_over_processes(tensor: Tensor) -> Tensor:
+def average_over_ranks(tensor: Tensor) -> Tensor:
     """The mean over the processes, with gradients; as given on one process. All of them must call it."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor

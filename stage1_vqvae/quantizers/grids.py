@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stage1_vqvae.quantizers.codebook import Codebook
-from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer, Statistics, added, numbered, part_of
+from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer, Statistics, sum_by_name, with_prefixes, without_prefix
 
 
 class GridQuantizers(Levels):
@@ -23,16 +23,16 @@ class GridQuantizers(Levels):
     parts: Sequence[Quantizer]
 
     @staticmethod
-    def joined(found: Sequence[Quantized]) -> tuple[Codes, dict[str, Tensor], Statistics, tuple[Tensor, ...]]:
+    def merge(found: Sequence[Quantized]) -> tuple[Codes, dict[str, Tensor], Statistics, tuple[Tensor, ...]]:
         """Codes, losses, statistics and latents of all grids, of what each grid's quantizer made of its own latents; losses add up."""
         codes = tuple(level for part in found for level in part.codes)
         latents = tuple(vectors for part in found for vectors in part.latents)
-        return codes, added([part.losses for part in found]), numbered([part.statistics for part in found]), latents
+        return codes, sum_by_name([part.losses for part in found]), with_prefixes([part.statistics for part in found]), latents
 
     @override
     def update_(self, statistics: Statistics) -> None:
         for number, part in enumerate(self.parts):
-            part.update_(part_of(statistics, number))
+            part.update_(without_prefix(statistics, number))
 
     @override
     def codebooks(self) -> tuple[Codebook, ...]:

@@ -19,7 +19,7 @@ _VECTORS_PER_CODE = 32
 _MOST_VECTORS, _FEWEST_PER_CODE = 2**16, 4
 
 
-def vectors_for(num_codes: int) -> int:
+def kmeans_vectors(num_codes: int) -> int:
     """How many latents k-means of K codes asks for."""
     return min(_VECTORS_PER_CODE * num_codes, max(_MOST_VECTORS, _FEWEST_PER_CODE * num_codes))
 
@@ -53,7 +53,7 @@ def place_by_kmeans_(
         finite = latents.isfinite().all(1)
         if not bool(finite.all()):
             raise UserError("k-means: expected finite latents of the first batches, found some that are not")
-        seen = torch.randperm(len(latents), generator=draws)[: vectors_for(codebook.num_codes)]
+        seen = torch.randperm(len(latents), generator=draws)[: kmeans_vectors(codebook.num_codes)]
         centroids, counts = kmeans(latents[seen.to(latents.device)], codebook.num_codes, draws)
         # Float sums may differ in their last bits between machines.
         centroids, counts = agree(centroids), agree(counts)
@@ -77,17 +77,17 @@ def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> tuple
     rows = picks.repeat(-(-num_codes // count))[:num_codes]
     centroids = vectors[rows.to(vectors.device)].clone()
     for _ in range(_ROUNDS):
-        counts, sums = assigned(vectors, nearest_codes(vectors, centroids), num_codes)
+        counts, sums = cluster_sums(vectors, nearest_codes(vectors, centroids), num_codes)
         held = counts > 0
         centroids[held] = sums[held] / counts[held, None]
         empty = int((~held).sum())
         if empty:
             centroids[~held] = vectors[torch.randint(count, (empty,), generator=generator).to(vectors.device)]
-    counts, _ = assigned(vectors, nearest_codes(vectors, centroids), num_codes)
+    counts, _ = cluster_sums(vectors, nearest_codes(vectors, centroids), num_codes)
     return centroids, counts
 
 
-def assigned(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+def cluster_sums(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """How many of the vectors (N, D) chose each code, (K,), and their sum, (K, D); no one-hot is built."""
     counts = torch.bincount(codes, minlength=num_codes).to(vectors.dtype)
     sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)

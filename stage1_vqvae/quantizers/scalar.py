@@ -16,8 +16,8 @@ from typing_extensions import override
 from configs.errors import require
 from configs.schema import QuantizerPart
 from stage1_vqvae.quantizers.codebook import mean_squared_error
-from stage1_vqvae.quantizers.composed import fitted_to
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, counted
+from stage1_vqvae.quantizers.composed import match_width
+from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, count_codes
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import straight_through
 
@@ -43,7 +43,7 @@ class FSQPart(QuantizerPart):
 
     @override
     def build(self, dim: int) -> Quantizer:
-        return fitted_to(dim, FiniteScalarQuantizer(self.levels))
+        return match_width(dim, FiniteScalarQuantizer(self.levels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class LFQPart(QuantizerPart):
             entropy_weight=self.entropy_weight,
             entropy_temperature=self.entropy_temperature,
         )
-        return fitted_to(dim, inner)
+        return match_width(dim, inner)
 
 
 class FiniteScalarQuantizer(Quantizer):
@@ -113,7 +113,7 @@ class FiniteScalarQuantizer(Quantizer):
         digits = squashed.detach().round()
         codes = ((digits.long() + self.sizes // 2) * self.strides).sum(1)
         z_q = straight_through(squashed / (self.sizes // 2), self.lookup_rows((codes,)).to(rows.dtype))
-        return Quantized(z_q, (codes,), {}, {"counts": counted(codes, self.num_codes[0])}, ())
+        return Quantized(z_q, (codes,), {}, {"counts": count_codes(codes, self.num_codes[0])}, ())
 
     def lookup_rows(self, codes: Codes) -> Tensor:
         """See the contract: digits from -floor(L / 2) on, divided by floor(L / 2)."""
@@ -154,7 +154,7 @@ class LookupFreeQuantizer(Quantizer):
         losses = {"commitment": self.commitment * mean_squared_error(rows, vectors_q)}
         if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, self.signs.to(rows.dtype), self.entropy_temperature)
-        return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": counted(codes, self.num_codes[0])}, ())
+        return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": count_codes(codes, self.num_codes[0])}, ())
 
     @override
     def lookup_rows(self, codes: Codes) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from stage1_vqvae.quantizers.codebook import Codebook, mean_squared_error
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, counted
+from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, count_codes
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import Estimator
 from stage1_vqvae.quantizers.search import nearest_codes
@@ -39,14 +39,14 @@ class VectorQuantizer(Quantizer):
 
     def quantize(self, rows: Tensor) -> Quantized:
         """See the contract. Losses: `commitment`, the codebook's own, and `entropy`; means over vectors (and channels)."""
-        rows, vectors = self.codebook.measured(rows), self.codebook.vectors()
+        rows, vectors = self.codebook.apply_metric(rows), self.codebook.vectors()
         latents = rows.detach()
         codes = nearest_codes(latents, vectors)
         vectors_q = F.embedding(codes, vectors)
         losses = {"commitment": self.commitment * mean_squared_error(rows, vectors_q.detach()), **self.codebook.loss(latents, vectors_q)}
         if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, vectors, self.entropy_temperature)
-        statistics = {"counts": counted(codes, len(vectors))}
+        statistics = {"counts": count_codes(codes, len(vectors))}
         if self.training and self.codebook.needs_sums:
             statistics["sums"] = torch.zeros_like(vectors).detach_().index_add_(0, codes, latents)
         return Quantized(self.estimator(rows, vectors_q.detach()), (codes,), losses, statistics, (latents,))
