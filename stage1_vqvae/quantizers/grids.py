@@ -1,4 +1,4 @@
-"""Several grids, a quantizer each, as one: their levels follow one another, coarse to fine."""
+"""One quantizer per grid, as one list of levels, coarse to fine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer
 
 
 class GridQuantizers(Levels):
-    """A quantizer a grid. All that concerns codes and codebooks treats their levels as one list."""
+    """One quantizer per grid; codes and codebooks of all grids are one list."""
 
     def __init__(self, parts: Sequence[Quantizer]) -> None:
         super().__init__()
@@ -23,11 +23,11 @@ class GridQuantizers(Levels):
     parts: Sequence[Quantizer]
 
     @staticmethod
-    def merge(found: Sequence[Quantized]) -> tuple[Codes, dict[str, Tensor], Statistics, tuple[Tensor, ...]]:
-        """Codes, losses, statistics and latents of all grids, of what each grid's quantizer made of its own latents; losses add up."""
-        codes = tuple(level for part in found for level in part.codes)
-        latents = tuple(vectors for part in found for vectors in part.latents)
-        return codes, sum_by_name([part.losses for part in found]), with_prefixes([part.statistics for part in found]), latents
+    def merge(grids: Sequence[Quantized]) -> tuple[Codes, dict[str, Tensor], Statistics, tuple[Tensor, ...]]:
+        """Merge codes, losses, statistics and latents of all grids; losses are summed."""
+        codes = tuple(level for part in grids for level in part.codes)
+        latents = tuple(vectors for part in grids for vectors in part.latents)
+        return codes, sum_by_name([part.losses for part in grids]), with_prefixes([part.statistics for part in grids]), latents
 
     @override
     def update_(self, statistics: Statistics) -> None:
@@ -40,12 +40,12 @@ class GridQuantizers(Levels):
 
     @override
     def codebook_of(self, level: int) -> int:
-        before = 0
+        first = 0
         for part in self.parts:
             if level < len(part.num_codes):
-                return before + part.codebook_of(level)
+                return first + part.codebook_of(level)
             level -= len(part.num_codes)
-            before += len(part.codebooks())
+            first += len(part.codebooks())
         raise IndexError(level)
 
     @override

@@ -1,6 +1,6 @@
-"""Quantizers without a codebook to learn: every channel is rounded by itself, and the codes are all combinations.
+"""Quantizers without a learned codebook: every channel is rounded by itself, and each combination is a code.
 
-Their width follows from the number of codes; where latents have another, two learned linear maps stand between.
+Their width follows from the number of codes; latents of another width are projected by two learned linear maps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, count_
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import straight_through
 
-# Keeps the outermost level within reach of tanh, by this share of the range.
+# Widens the range of tanh by this share, so that the outermost level can be reached.
 _MARGIN = 1e-3
 
 
@@ -30,7 +30,7 @@ class FSQPart(QuantizerPart):
     """Each of a few channels is rounded to one of its levels (Mentzer et al. 2023)."""
 
     levels: list[int] = field(default_factory=lambda: [8, 8, 8])
-    """Values each channel may take; their product is K, the number of codes."""
+    """Number of values per channel; their product is K, the number of codes."""
 
     def __post_init__(self) -> None:
         within = min(self.levels, default=0) >= 2 and max(self.levels) <= 256
@@ -53,11 +53,11 @@ class LFQPart(QuantizerPart):
     num_codes: int = 512
     """K, a power of two."""
     commitment: float = 0.25
-    """Weight of the commitment loss, which draws the latents to their signs."""
+    """Weight of the commitment loss, which pulls latents to their signs."""
     entropy_weight: float = 0.05
-    """Weight of the entropy term, which alone keeps the codes in use: above 0."""
+    """Weight of the entropy term, above 0: nothing else keeps the codes in use."""
     entropy_temperature: float = 0.3
-    """Temperature of the soft assignments in that term, in squared units of the latents."""
+    """Temperature of the entropy term's soft assignments, in squared units of the latents."""
 
     def __post_init__(self) -> None:
         where, k = "tokenizer.quantizer", self.num_codes
@@ -88,11 +88,10 @@ class LFQPart(QuantizerPart):
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """FSQ: channel i is squashed and rounded to one of L_i levels; K is the product of the L_i.
+    """FSQ: channel i is squashed and rounded to one of L_i evenly spaced levels; K is the product of the L_i.
 
-    The levels lie in even steps from -1 to 1, an even number of them from -1 to 1 - 2 / L.
-
-    Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3. No losses, and no codebook that could collapse.
+    Levels run from -1 to 1 for odd L, from -1 to 1 - 2 / L for even L. No losses, and no codebook that could collapse.
+    Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3.
     """
 
     sizes: Tensor
@@ -116,24 +115,24 @@ class FiniteScalarQuantizer(Quantizer):
         return Quantized(z_q, (codes,), {}, {"counts": count_codes(codes, self.num_codes[0])}, ())
 
     def lookup_rows(self, codes: Codes) -> Tensor:
-        """See the contract: digits from -floor(L / 2) on, divided by floor(L / 2)."""
+        """See the contract. Digits start at -floor(L / 2) and are divided by floor(L / 2)."""
         digits = codes[0][:, None] // self.strides % self.sizes
         return (digits - self.sizes // 2) / self.halves
 
     def _squashed(self, rows: Tensor) -> Tensor:
-        """Into the open interval whose rounding gives L integers; an even L has one more of them below 0 than above."""
+        """Squash rows into the interval that rounds to L integers; for even L, one more below 0 than above."""
         reach = (self.sizes - 1) * (1 + _MARGIN) / 2
         offset = (self.sizes % 2 == 0).to(rows.dtype) / 2
-        # Zero is where an even L has a level, but for L = 2, whose levels would then lie at zero and out of reach.
+        # Latent 0 lies on a level for even L, except L = 2: there one level would be 0 and the other out of reach.
         shift = torch.where(self.sizes > 2, (offset / reach).atanh(), 0.0)
         return (rows + shift).tanh() * reach - offset
 
 
 class LookupFreeQuantizer(Quantizer):
-    """LFQ: the signs of log2 K channels are the code's bits, and its vector.
+    """LFQ: the signs of log2 K channels are the code's bits and its vector.
 
     Yu et al. 2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.1, equations 3
-    to 5: an entropy term keeps the codes in use, a commitment term the latents near their signs.
+    to 5: an entropy term keeps the codes in use, a commitment term keeps latents near their signs.
     """
 
     powers: Tensor

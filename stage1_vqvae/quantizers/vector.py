@@ -1,4 +1,4 @@
-"""Vector quantization: the nearest of a codebook's vectors."""
+"""Vector quantization: each latent is replaced by the nearest vector of a codebook."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from stage1_vqvae.quantizers.search import nearest_codes
 
 
 class VectorQuantizer(Quantizer):
-    """One codebook under any learning rule, with any metric, gradient estimator and entropy term.
+    """One codebook of any learning rule, with a metric, a gradient estimator and an optional entropy term.
 
-    Van den Oord et al. 2017, "Neural Discrete Representation Learning", section 3 and equation 3. With the cosine
-    metric latents and codes are scaled to unit length, and it is the unit vectors that are compared, averaged, decoded
-    (Yu et al. 2021, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2).
+    Van den Oord et al. 2017, "Neural Discrete Representation Learning", section 3 and equation 3. Under the cosine metric the unit
+    vectors are compared, averaged and decoded (Yu et al. 2021, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2).
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class VectorQuantizer(Quantizer):
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
 
     def quantize(self, rows: Tensor) -> Quantized:
-        """See the contract. Losses: `commitment`, the codebook's own, and `entropy`; means over vectors (and channels)."""
+        """See the contract. Losses: `commitment`, `codebook` if it learns by gradient, `entropy`; means over vectors (and channels)."""
         rows, vectors = self.codebook.apply_metric(rows), self.codebook.vectors()
         latents = rows.detach()
         codes = nearest_codes(latents, vectors)
