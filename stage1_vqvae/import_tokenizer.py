@@ -158,7 +158,7 @@ def read(path: Path, spelling: Spelling) -> tuple[dict[str, Tensor], list[str]]:
         aside, content = [str(key) for key in content if key != container], content[container]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path}: expected names and weights, found {type(content).__name__}")
-    return {spelling.today(name): value for name, value in content.items() if isinstance(value, Tensor)}, aside
+    return {spelling.current_name(name): value for name, value in content.items() if isinstance(value, Tensor)}, aside
 
 
 class _Inert:

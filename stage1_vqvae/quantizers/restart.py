@@ -47,9 +47,7 @@ class Restart:
         moved: int | Tensor = 0
         for number, codebook in self._codebooks.items():
             vectors = candidates[f"candidates/{number}"]
-            dead = codebook.dead_codes() & vectors.isfinite().all(
-                1
-            )  # a latent may have overflowed in fp16: its code waits for the next restart
+            dead = codebook.dead_codes() & vectors.isfinite().all(1)  # fp16 may have overflowed: the code waits
             mean_use = codebook.cluster_size.mean().expand(len(dead))
             parameter = codebook.place_(dead, vectors, mean_use)
             if parameter is not None:
