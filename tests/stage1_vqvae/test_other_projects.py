@@ -133,7 +133,7 @@ def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, t
     import_tokenizer(["--from", "taming", str(tmp_path / "last.ckpt"), "--config", str(tiny_recipe), "--run", run])
     printed = capsys.readouterr().out
     for name in ("epoch", "callbacks", "args", "optimizer_states", "loss.*"):
-        assert printed.count(f"left aside: {name}\n") == 1
+        assert printed.count(f"ignored: {name}\n") == 1
     extract_codes(["--run", run])
     train_prior(["--run", run])
     sample(["--run", run, "--n", "2"])
@@ -273,7 +273,7 @@ def test_what_diffusers_does_not_know_is_refused(run_copy: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("part", "fields", "said"),
     [
-        ("objective", {"kind": "bce"}, "expected mse, where the decoder puts out the image itself, found bce"),
+        ("objective", {"kind": "bce"}, "expected mse, where the decoder outputs the image itself, found bce"),
         ("quantizer", {"kind": "ema", "depth": 2}, "neither residual nor in groups nor projected, found ema of 2 levels"),
         ("quantizer", {"kind": "fsq", "levels": [3, 3]}, "expected one learned codebook"),
     ],
