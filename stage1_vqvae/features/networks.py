@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import torch
@@ -192,31 +192,47 @@ def _from_classifier(name: str, network: Classifier, path: Path, device: torch.d
     return FeatureNetwork(name, f"{FRECHET} ({name} features)", fingerprint(path), forward, layers, device, label_names=labels)
 
 
-def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
-    """Load FID's Inception of torch-fidelity, with its way of resizing images."""
-    # Slow to import.
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+def _inception_weights(weights: str | None) -> Path:
+    """Return the file of Inception's weights, by default in torch's cache, where it is downloaded. Errors: UserError if it is missing."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
+    if weights is not None:
+        return Path(weights).expanduser()
     file_name = URL_INCEPTION_V3.rsplit("/", 1)[1]
-    path = Path(weights).expanduser() if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / file_name
-    if weights is None and not path.exists():
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
+    if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_hash_in(file_name))
         except (URLError, OSError, RuntimeError) as error:
             expected = f"expected its weights at {path}, or a connection to {URL_INCEPTION_V3}"
             raise UserError(f"features {INCEPTION}: {expected}, found: {error}") from None
-    sha256 = _sha256(path)
+    return path
+
+
+def _inception_network(path: Path) -> nn.Module:
+    """Build torch-fidelity's Inception with the weights in a file. Errors: UserError for another network's weights."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     with tempfile.TemporaryDirectory() as folder:
         # The library unpickles its file, so it gets a copy of the tensors alone.
         copy = Path(folder) / "weights.pth"
         torch.save(read_weights(path), copy)
         try:
-            network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy))
+            return FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy))
         except RuntimeError as error:
             raise UserError(f"{path}: expected the weights of FID's Inception, found another network's ({brief(error)})") from None
-    network.to(device)
+
+
+def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
+    """Load FID's Inception of torch-fidelity, with its way of resizing images."""
+    # Slow to import.
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    path = _inception_weights(weights)
+    sha256 = _sha256(path)
+    network: Any = _inception_network(path).to(device)
 
     def forward(pixels: Tensor) -> Features:
         return Features(*network(pixels.movedim(-1, 1).expand(-1, 3, -1, -1)))
@@ -242,7 +258,7 @@ def _inception(weights: str | None, device: torch.device) -> FeatureNetwork:
         finally:
             hook.remove()
 
-    standard = sha256.startswith(_hash_in(file_name))
+    standard = sha256.startswith(_hash_in(URL_INCEPTION_V3))
     distance = FID if standard else f"{FRECHET} (Inception, other weights)"
     # Whole blocks only: among all modules, the last 35 x 35 or 17 x 17 output is a branch inside the block that downsamples.
     layers = Layers(network, run, network.children())
