@@ -15,7 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from PIL import Image
 
-from configs.run_dir import read_json, read_summed_json, write_json
+from configs.run_dir import read_json, read_summed_json, write_summed_json
 from pipelines.anomalies import main, panel_positions, percent_below
 from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
 from pipelines.scoring.surprisals import surprisals
@@ -202,6 +202,6 @@ def test_a_run_without_a_prior_says_what_trains_one(run_copy: Path, one_line_err
 
 def test_codes_of_another_tokenizer_are_no_comparison(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     path = run_copy / "codes" / VALIDATION / "manifest.json"
-    write_json(path, {**read_summed_json(path), "tokenizer_sha256": "0" * 64})
+    write_summed_json(path, {**read_summed_json(path), "tokenizer_sha256": "0" * 64})
     assert "extract them anew" in one_line_error(main, "--run", run_copy)
     assert not (run_copy / "anomalies").exists()
