@@ -1,8 +1,8 @@
-"""What checkpoints cost a training: blocks of steps with a save at their beginning, and without, alternated.
+"""Cost of checkpoints in training: blocks of steps that begin with a save, alternated with blocks that do not.
 
     python benchmarks/checkpoints.py --config configs/cifar10_hour.yaml --data CIFAR10
 
-A save copies the state and goes on; what it costs beside that is the thread that writes, while the steps after it are taken.
+A save copies the state and returns; the rest of its cost is the writing thread, which runs beside the following steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.checkpoint import Checkpoints
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", help="a local data set")

@@ -1,11 +1,10 @@
-"""What switching a discriminator on does to reconstructions, with and without what is there to keep them.
+"""Effect on reconstructions of switching a discriminator on, with and without the safeguards.
 
     python benchmarks/switch_on.py --config configs/cifar10_5min.yaml --data FOLDER
     python benchmarks/switch_on.py --config configs/cifar10_5min.yaml --data FOLDER --upsampling nearest
 
-A tokenizer is trained without one for half of the steps; then it goes on in several ways from that very state. PSNR is that of the
-weights in training, not of their average, over validation images; Fréchet distances are those of reconstructions by a classifier that
-no training uses.
+A tokenizer is trained without a discriminator for half of the steps, then continued in several ways from the same state. PSNR is of the
+current weights, not their average, on validation images; Fréchet distances of reconstructions use a classifier that no training uses.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def judged(tokenizer: VQVAE, images: ImageSource, judge: Any, reference: Reference | None) -> tuple[float, float]:
-    """PSNR of the validation images, and their reconstructions' Fréchet distance to the training images, if asked for."""
+    """Compute PSNR on validation images and, optionally, the Fréchet distance of reconstructions to training images."""
     pixels = images.splits[VALIDATION].pixels[:1000]
     tokenizer.eval()
     with torch.no_grad():
@@ -59,20 +58,20 @@ def judged(tokenizer: VQVAE, images: ImageSource, judge: Any, reference: Referen
 
 
 def with_way(recipe: Recipe, way: dict[str, Any], seed: int, base: dict[str, Any]) -> Recipe:
-    """The recipe with the discriminator of one way."""
+    """Build the recipe with one way's discriminator."""
     part = part_from("stage1.adversarial", way if "kind" in way else {**base, **way})
     return dataclasses.replace(recipe, stage1=dataclasses.replace(recipe.stage1, adversarial=part, steps=_STEPS, minutes=0.0, seed=seed))
 
 
 def continued(accelerator: Accelerator, models: Models, state: dict[str, Any]) -> Models:
-    """Models that go on from a state."""
+    """Build models from a saved state."""
     models.tokenizer.load_state_dict(state["model"])
     models.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
     return models
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", help="a local copy of its images")

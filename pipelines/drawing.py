@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError, say
 from configs.schema import Sampling
+from pipelines.encoding import allocate_pixels
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
@@ -45,6 +48,7 @@ def draw_images(
     config: Sampling,
     keep: Keep | None = None,
     progress: bool = False,
+    folder: Path | None = None,
 ) -> tuple[Codes, Tensor]:
     """Draw and decode `count` samples.
 
@@ -56,6 +60,7 @@ def draw_images(
         condition: (N, ...) rows of the prior's condition; None: no condition.
         keep: of all samples.
         progress: show a bar.
+        folder: where pictures lie in a temporary file; None: in memory.
     Returns: codes, int64 (N, h, w) per level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
     prior = sampler.prior
@@ -66,7 +71,7 @@ def draw_images(
     channels, height, width = tokenizer.image_shape
     whole = count if main else 0
     sequences = torch.empty(whole, layout.length, dtype=torch.int64)
-    pictures = torch.empty(whole, height, width, channels, dtype=torch.uint8)
+    pictures = allocate_pixels((whole, height, width, channels), folder)
     with progress_bar(count, "sample", "img", shown=main and progress) as bar:
         for first in range(0, count, processes * size):
             # Numbers from `count` on are drawn, as the first sample again, and thrown away.

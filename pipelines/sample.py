@@ -5,9 +5,9 @@
     python pipelines/sample.py --n 64 --prior uniform
     python pipelines/sample.py --n 1000 --npz
 
-Writes a new folder samples/NNN into the run: grid.png, one PNG an image, the codes, samples.json. Labels take turns
-unless --label names one. Sample i of a seed has the same codes whatever the number of processes and, on a CPU, --batch-size; by another
---batch-size a pixel may be decoded to the next of its 256 levels.
+Writes a new folder samples/NNN into the run: grid.png, one PNG per image, the codes, samples.json. Labels take turns unless --label
+names one. Sample i of a seed has the same codes for any number of processes and, on a CPU, any --batch-size; with another --batch-size
+single pixels may differ by one of 256 levels.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from configs.errors import UserError, run_entry
 from configs.parts import as_dict
 from configs.run_dir import program, replacing, write_bytes, write_json
 from pipelines.conditioning import label_option
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
 from stage2_prior.priors.prior_file import UNIFORM, drawn_prior
 from training.processes import SMALLER_BATCHES, finish, start
 
-# Pictures in grid.png at most; all of them lie beside it.
+# Largest number of pictures in grid.png.
 _SHOWN = 256
 
 
@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
-    generator = generator_of(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, options.prior)
     header, tokenizer = generator.header, generator.tokenizer
 
-    # The folder comes first, so that a place that cannot be written is found before the drawing.
+    # Create the folder first, so that one that cannot be written is an error before the draws.
     with run.numbered("samples", accelerator.is_main_process) as folder:
-        codes, pictures, condition = generator.draw(options.n, options.label, options.seed, progress=True)
+        codes, pictures, condition = generator.draw(options.n, options.label, options.seed, progress=True, folder=folder)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             uniform = mean_over_tokens(uniform_bits(tokenizer.quantizer.num_codes), tokenizer.grids)
@@ -101,7 +101,7 @@ def write(
     tensors = {f"level{level}": grid.contiguous() for level, grid in enumerate(codes)}
     write_bytes(folder / "codes.safetensors", safetensors.torch.save(tensors | ({} if condition is None else {"condition": condition})))
     if npz:
-        with replacing(folder / "samples.npz") as file:  # not by way of memory: 50,000 images of 256x256 are 10 GB
+        with replacing(folder / "samples.npz") as file:  # streamed: 50,000 images of 256x256 are 10 GB
             np.savez(file, pictures.numpy())
     write_json(folder / "samples.json", details)
 

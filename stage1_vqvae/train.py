@@ -47,8 +47,8 @@ from stage1_vqvae.monitoring.window import Window
 from stage1_vqvae.objectives.adversarial import Adversary
 from stage1_vqvae.objectives.image_terms import pull
 from stage1_vqvae.quantizers.codebook import codebook_names
-from stage1_vqvae.quantizers.contract import added, level_counts
-from stage1_vqvae.quantizers.initialisation import place_by_kmeans_, vectors_for
+from stage1_vqvae.quantizers.contract import level_counts, sum_by_name
+from stage1_vqvae.quantizers.initialisation import kmeans_vectors, place_by_kmeans_
 from stage1_vqvae.quantizers.restart import Restart
 from training.averaging import WeightAverage
 from training.batching import check_divides
@@ -368,7 +368,7 @@ def take_step(accelerator: Accelerator, models: Models, loader: Loader, config: 
             found |= {**of_it, "noted/discriminator": its_loss.detach(), "noted/adversarial_weight": judging.weight(step)}
         if restart is not None:
             found |= restart.candidates(output.latents, loader.share(micro_step).start, len(images))
-        statistics = added([statistics, found])
+        statistics = sum_by_name([statistics, found])
     norm = clip_(accelerator, model, config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -490,7 +490,7 @@ def begin(accelerator: Accelerator, tokenizer: VQVAE, loader: Loader, config: St
         placeable = [codebook for codebook in quantizer.codebooks() if codebook.placeable]
         if not placeable:
             continue
-        wanted = max(vectors_for(codebook.num_codes) for codebook in placeable)
+        wanted = max(kmeans_vectors(codebook.num_codes) for codebook in placeable)
         batches = []
         steps = -(-wanted // (config.batch_size * height * width))
         for step in range(steps):

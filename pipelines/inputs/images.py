@@ -7,22 +7,16 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError
 from configs.run_dir import RunDir
-from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import class_numbers
-from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images, load_spread
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSplit, Pixels
-from stage1_vqvae.model import VQVAE
-from stage1_vqvae.quantizers.contract import Codes
-from training.progress import progress_bar
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSplit
 
 # Bytes of a name, so that a number and an ending have room in the 255 that file systems take.
 _LONGEST = 230
@@ -90,33 +84,6 @@ def chosen_images(
         labels = [source.label_names[label] for label in split.labels.tolist()]
     rows = range(len(split)) if count is None else numbers.tolist()
     return Images(split.pixels[:], [f"{split_name}/{row}" for row in rows], labels, columns=split.columns)
-
-
-@torch.no_grad()
-def encode_and_decode(tokenizer: VQVAE, pixels: Pixels, batch_size: int, progress: bool = False) -> tuple[Codes, Tensor]:
-    """Images uint8 (N, H, W, C) to their codes, int64 (N, h, w) a level, and reconstructions, uint8 (N, H, W, C); on the CPU."""
-    device = next(tokenizer.parameters()).device
-    parts: list[Codes] = []
-    pictures = torch.empty(pixels.shape, dtype=torch.uint8)
-    with progress_bar(len(pixels), "encode and decode", "img", shown=progress) as bar:
-        for part, (images,) in device_batches(device, batch_size, pixels):
-            codes = tokenizer.encode(to_model(images))
-            pictures[part] = to_uint8(tokenizer.decode(codes)).cpu()
-            parts.append(tuple(level.cpu() for level in codes))
-            bar.update(part.stop - part.start)
-    return tuple(torch.cat(level) for level in zip(*parts, strict=True)), pictures
-
-
-@torch.no_grad()
-def encode(tokenizer: VQVAE, pixels: Pixels, batch_size: int) -> Codes:
-    """Images uint8 (N, H, W, C) to their codes alone, int64 (N, h, w) a level, on the CPU."""
-    device = next(tokenizer.parameters()).device
-    parts: list[Codes] = []
-    with progress_bar(len(pixels), "encode", "img") as bar:
-        for part, (images,) in device_batches(device, batch_size, pixels):
-            parts.append(tuple(level.cpu() for level in tokenizer.encode(to_model(images))))
-            bar.update(part.stop - part.start)
-    return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from configs.cli import load_recipe
 from configs.errors import UserError
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
-from pipelines.anomalies import reference
+from pipelines.anomalies import validation_bits
 from pipelines.sample import main as sample
 from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
@@ -81,7 +81,7 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     before = read_json(run.prior("transformer") / "likelihood.json")
     path, command = run.prior("transformer") / "prior.safetensors", Namespace(run=run)
     scorer = LoadedPrior(*load_prior(path, fingerprint(run.tokenizer)), "transformer")
-    usual = reference(command, scorer, conditional=True)
+    usual = validation_bits(command, scorer, conditional=True)
 
     def store_again(first: int | None) -> None:
         for split in ("train", "validation"):
@@ -99,12 +99,12 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     report([*arguments, "--accept-changed-data"])
     after = read_json(run.prior("transformer") / "likelihood.json")
     assert [after[key] for key in ("validation", "train", "labels")] == [before[key] for key in ("validation", "train", "labels")]
-    assert torch.equal(reference(command, scorer, conditional=True), usual)
+    assert torch.equal(validation_bits(command, scorer, conditional=True), usual)
 
     store_again(1)
     line = one_line_error(report, *arguments, "--accept-changed-data")
     assert "train: expected codes of a condition that the prior knows (classes across, down), found aside; train another prior" in line
-    assert torch.equal(reference(command, scorer, conditional=True), usual[1:])
+    assert torch.equal(validation_bits(command, scorer, conditional=True), usual[1:])
     assert "compared with 11 of 12 validation images: the others' labels the prior does not know" in capsys.readouterr().out
     line = one_line_error(main, *arguments, "--resume", "--stage2.steps", "12")
     assert re.search(r'expected codes of the condition that its training began with, found .*class "aside" is new', line)

@@ -22,7 +22,7 @@ from torch import nn
 
 from configs.errors import UserError, run_entry
 from configs.schema import Compute
-from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.features.weights import read_weights
 from training import checkpoint
 from training.batching import check_divides, share_of_step
 from training.checkpoint import Checkpoints
@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str
     weights = {"good": torch.ones(3), "steps": torch.ones(2, dtype=torch.int64), "bad": torch.tensor([1.0, value]).bfloat16()}
     save_weights(tmp_path / "own.safetensors", weights, {"kind": "prior"})
     torch.save(weights, tmp_path / "theirs.pth")
-    for read in (lambda: load_weights(tmp_path / "own.safetensors", "prior"), lambda: weights_in(tmp_path / "theirs.pth")):
+    for read in (lambda: load_weights(tmp_path / "own.safetensors", "prior"), lambda: read_weights(tmp_path / "theirs.pth")):
         with pytest.raises(UserError, match=rf"\.\w+: expected finite weights, found {name} in bad$"):
             read()
 
