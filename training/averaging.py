@@ -28,7 +28,7 @@ class WeightAverage(Generic[Model]):
         shared: names of the submodules that the copy has in common with the model in training, instead of averages.
         copied: an equal model, to hold the averages; None: a copy is made.
         """
-        self.decay, self.steps = decay, 0
+        self.decay, self.steps, self._live = decay, 0, live
         self.model = (copy.deepcopy(live) if copied is None else copied).requires_grad_(False)
         for name in shared:
             self.model.set_submodule(name, live.get_submodule(name))
@@ -41,6 +41,11 @@ class WeightAverage(Generic[Model]):
         self.steps += 1
         averages, weights = ([own_part(tensor) for tensor in tensors] for tensors in zip(*self._pairs, strict=True))
         torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
+
+    def restart_(self) -> None:
+        """Start again from the present weights of the model in training."""
+        self.steps = 0
+        self.model.load_state_dict(self._live.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, for a checkpoint."""

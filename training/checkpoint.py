@@ -70,7 +70,7 @@ class Checkpoints:
         if self._group is None and not self._accelerator.is_main_process:
             return
         self.wait()
-        copy = _copied({"format": FORMAT, "stage": self.stage, "step": step, **state})
+        copy = copied({"format": FORMAT, "stage": self.stage, "step": step, **state})
         self._writing = threading.Thread(target=self._write, args=(step, copy, score), name="checkpoint")
         self._writing.start()
 
@@ -225,12 +225,12 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _copied(state: Any) -> Any:
+def copied(state: Any) -> Any:
     """The same state on the CPU, sharing no memory with what goes on changing."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
+        return {key: copied(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(map(_copied, state))
+        return type(state)(map(copied, state))
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,44 +58,39 @@ def forget_rows_(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tens
             moment.masked_fill_(rows.view(-1, *[1] * (moment.dim() - 1)), 0)
 
 
-def load_state_(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load an optimizer state saved on any machine, keeping this machine's `fused` and `foreach`."""
-    groups = [
-        {**saved, "fused": group["fused"], "foreach": group["foreach"]}
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+class OptimizerState:
+    """An optimizer's state by parameter name, for checkpoints; its tensors are sharded like the parameters."""
 
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
 
-Moments = dict[str, dict[str, Tensor]]
-"""What an optimiser keeps of each parameter, by the parameter's name."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state of every trained parameter; before the first step zeros of the same shapes."""
+        optimizer = self._optimizer
+        if not optimizer.state:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["step"].zero_()
+        return {
+            name: dict(optimizer.state[parameter]) for name, parameter in self._model.named_parameters() if parameter in optimizer.state
+        }
 
-
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
-    """What an optimiser keeps of a model's parameters, for a checkpoint; before its first step zeros of the same shapes."""
-    if not optimizer.state:
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-            for parameter in group["params"]:
-                optimizer.state[parameter]["step"].zero_()
-    return {name: dict(optimizer.state[parameter]) for name, parameter in model.named_parameters() if parameter in optimizer.state}
-
-
-def load_moments_(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `moments` returned, of whole tensors or of tensors sharded like the parameters."""
-    parameters = dict(model.named_parameters())
-    kept = {parameters[name]: found for name, found in state.items()}
-    fused = {id(parameter): group["fused"] for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter, found in kept.items():
-        shaped = {key: moment for key, moment in found.items() if moment.shape == parameter.shape}
-        moved = {key: shared_out_as(moment.to(parameter.device), parameter) for key, moment in shaped.items()}
-        if fused[id(parameter)] and "exp_avg_sq" in found:  # the fused AdamW kernel reads the step count on the device
-            moved["step"] = found["step"].to(parameter.device)
-        optimizer.state[parameter] = {**found, **moved}
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Load what `state_dict` returned, of whole tensors or of tensors sharded like the parameters."""
+        parameters = dict(self._model.named_parameters())
+        fused = {id(parameter): group["fused"] for group in self._optimizer.param_groups for parameter in group["params"]}
+        for name, entries in state.items():
+            parameter = parameters[name]
+            moments = {key: entry for key, entry in entries.items() if entry.shape == parameter.shape}
+            moved = {key: shared_out_as(moment.to(parameter.device), parameter) for key, moment in moments.items()}
+            if fused[id(parameter)] and "exp_avg_sq" in entries:  # the fused AdamW kernel reads the step count on the device
+                moved["step"] = entries["step"].to(parameter.device)
+            self._optimizer.state[parameter] = {**entries, **moved}

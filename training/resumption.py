@@ -93,9 +93,3 @@ def add_resume_options(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     stopped = f"minutes after which to finish the step, save, and end with exit code {STOPPED_IN_TIME}; --resume goes on"
     parser.add_argument("--stop_after", type=PositiveFloat | None, help=stopped)
-
-
-def check_resumable(first_step: int, steps: int) -> None:
-    """Errors: UserError if a checkpoint is already past the steps asked for."""
-    if first_step > steps:
-        raise UserError(f"--resume: expected steps of at least the checkpoint's {first_step}, found {steps}")

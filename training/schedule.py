@@ -1,8 +1,9 @@
-"""The learning rate as a pure function of the step."""
+"""What is due at a step: its learning rate, a log line, a validation, a checkpoint."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -27,3 +28,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group that rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+class Due(NamedTuple):
+    """What follows a training step."""
+
+    log: bool
+    validation: bool
+    checkpoint: bool
+
+
+def due_after(step: int, config: Stage1 | Stage2, stopping: bool) -> Due:
+    """Return what follows after `step` steps; a log line precedes every validation and checkpoint."""
+    finished = step == config.steps
+    validation = finished or step % config.validation_interval == 0
+    checkpoint = finished or stopping or step % config.checkpoint_interval == 0
+    return Due(validation or checkpoint or step % config.log_interval == 0, validation, checkpoint)

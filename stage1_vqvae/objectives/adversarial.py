@@ -9,10 +9,13 @@ discriminator that is fooled has next to none. So the pull at each image is boun
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
@@ -20,8 +23,13 @@ from typing_extensions import override
 
 from configs.schema import AdversarialPart, DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
+from stage1_vqvae.objectives.image_terms import LossTerm, OtherTerms, TermValue, value_at
 from training.devices import widest_float
+from training.optimizer import OptimizerState, fused_on, trainable
 from training.precision import full_precision
+from training.processes import average_gradients_
+from training.schedule import set_learning_rate
+from training.state import Stateful
 
 # Decay a step of the gradients' norms and of LeCam's mean logits. Norms are averaged, not their ratio: in the few steps in which the
 # discriminator is fooled and has no gradient the ratio is a hundred times as large.
@@ -42,46 +50,75 @@ class NoAdversaryPart(AdversarialPart):
         return None
 
 
-class Adversary(nn.Module):
-    """A discriminator with the losses of both sides, and the weight of its pull.
+class Adversary(nn.Module, LossTerm):
+    """A discriminator with its optimizer, the losses of both sides, and the weight of the adversarial term.
 
-    What it must remember stands in buffers: since which step it takes part and how long its ramp is, mean norms of gradients, LeCam's mean
-    logits. They change in `begin_` and `update_` alone.
-
-    Args:
-        part: its fields in the recipe.
-        discriminator: images (B, C, H, W) to a list of logits.
-        steps: of the whole training.
+    Its state beside the discriminator's weights stands in buffers: the step at which it started, the length of its ramp, mean norms of
+    gradients, LeCam's mean logits. They change in `begin_` and `update_` alone.
     """
 
-    def __init__(self, part: DiscriminatorPart, discriminator: nn.Module, steps: int) -> None:
+    name = "adversarial"
+
+    def __init__(self, part: DiscriminatorPart, discriminator: nn.Module) -> None:
+        """`part`: its fields in the recipe. `discriminator`: images (B, C, H, W) to a list of logits."""
         super().__init__()
-        self.part, self.discriminator, self.steps = part, discriminator, steps
+        # The gradients at the last layer walk a part of the graph before all of it is: a compiled one must not reuse its memory.
+        torch._functorch.config.donated_buffer = False
+        self.part, self.discriminator = part, discriminator
         device = next(discriminator.parameters()).device
-        # Not on the device: nobody should wait for them to be told.
-        self.register_buffer("begun", torch.tensor(-1))
+        self._optimizer = torch.optim.AdamW(trainable(discriminator), betas=(0.5, 0.9), weight_decay=0.0, fused=fused_on(device))
+        # On the CPU, so that reading them never waits for the device.
+        self.register_buffer("started_at", torch.tensor(-1))
         self.register_buffer("ramp", torch.tensor(0))
         wide = widest_float(device)
         self.register_buffer("norms", torch.full((2,), -1.0, dtype=wide, device=device))  # gradient norms: other loss terms, this one
         self.register_buffer("logits", torch.zeros(2, dtype=wide, device=device))  # mean logits: real images, reconstructions
 
-    begun: Tensor
+    started_at: Tensor
     ramp: Tensor
     norms: Tensor
     logits: Tensor
 
-    def begin_(self, step: int) -> bool:
-        """Whether it takes part in this step; notes the first one, and how many steps the ramp has: a training that goes on for longer
-        than it was meant to does not begin anew.
-        """
-        if self.begun < 0 and step >= self.part.start * self.steps:
-            self.begun.fill_(step)
-            self.ramp.fill_(round(self.part.ramp * self.steps))
-        return bool(self.begun >= 0)
+    @override
+    def first_step(self, steps: int) -> int:
+        return int(self.started_at) if self.started_at >= 0 else math.ceil(self.part.start * steps)
+
+    @override
+    def begin_(self, step: int, steps: int) -> bool:
+        """As the contract says; the ramp keeps the length that it has at the first step, however long the training goes on later."""
+        if self.started_at < 0 and step >= self.part.start * steps:
+            self.started_at.fill_(step)
+            self.ramp.fill_(round(self.part.ramp * steps))
+        return bool(self.started_at >= 0)
+
+    @override
+    def value(self, reconstruction: Tensor, images: Tensor, step: int, others: OtherTerms) -> TermValue:
+        loss, gradient = value_at(reconstruction, self.tokenizer_loss)
+        statistics = gradients_at(last_layer(others.decoder), others.loss, reconstruction, others.gradient, gradient)
+        weight = self.weight(step).to(gradient)
+        bounded, kept = self.bounded(weight * gradient, reconstruction.detach() - images)
+        return TermValue(weight * loss, bounded, {**statistics, "logged/adversarial_kept": kept})
+
+    @override
+    def own_loss(self, images: Tensor, reconstruction: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, statistics = self.discriminator_loss(images, reconstruction)
+        return loss, {**statistics, "logged/discriminator": loss.detach(), "logged/adversarial_weight": self.weight(step)}
+
+    @override
+    def step(self, accelerator: Accelerator, rate: float, statistics: Mapping[str, Tensor], micro_batches: int) -> None:
+        average_gradients_(accelerator, self.discriminator)
+        set_learning_rate(self._optimizer, self.part.lr_share * rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.update_(statistics, micro_batches)
+
+    @override
+    def stateful(self) -> dict[str, Stateful]:
+        return {"model": self, "optimizer": OptimizerState(self.discriminator, self._optimizer)}
 
     def weight(self, step: int) -> Tensor:
         """What its loss is multiplied by in this step, before `bounded`: 0 while it learns alone, and before the ratio is known."""
-        ramp, since = int(self.ramp), step - int(self.begun)
+        ramp, since = int(self.ramp), step - int(self.started_at)
         risen = min(1.0, max(0.0, (since - ramp) / ramp)) if ramp else 1.0
         others, own = self.norms.clamp(min=0).unbind()
         return self.part.weight * risen * (others / own.clamp(min=_LEAST)).clamp(max=_MOST)
@@ -128,7 +165,7 @@ class Adversary(nn.Module):
         return loss, {_REAL: _mean(real).detach().to(self.logits), _MADE: _mean(of_made).detach().to(self.logits)}
 
     @torch.no_grad()
-    def update_(self, statistics: dict[str, Tensor], parts: int) -> None:
+    def update_(self, statistics: Mapping[str, Tensor], parts: int) -> None:
         """After a step, by the statistics of `discriminator_loss` and `gradients_at`, summed over its `parts`: once for all processes."""
         norms = torch.stack([statistics[_OTHERS].norm(), statistics[_PULL].norm()]).to(self.norms) / parts
         averaged = torch.where(self.norms < 0, norms, self.norms.lerp(norms, 1 - _DECAY))

@@ -17,7 +17,7 @@ from torch import nn
 from configs.errors import UserError, run_entry
 from configs.schema import Compute
 from training.checkpoint import Checkpoints
-from training.optimizer import adamw, moments
+from training.optimizer import OptimizerState, adamw
 from training.processes import finish, start
 from training.sharding import own_part, shard_, whole
 
@@ -38,7 +38,7 @@ def main() -> None:
     last = accelerator.process_index == accelerator.num_processes - 1
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "optimizer": moments(model, optimizer)}
+        state = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()}
         checkpoints.save(step, {**state, "best": {"step": step, "bits": float("inf")}})
 
     for step in (1, 2, 3):
