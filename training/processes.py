@@ -57,7 +57,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _FEWE
     printed (precision.py). Autocast covers what is prepared: training. Validation, extraction and decoding run in float32 with TF32
     products (likelihoods without): they take a small part of a run's time, and all later commands read their results.
     """
-    patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
+    patience = timedelta(hours=max(_PATIENCE, compute.hang_timeout_minutes / 30))
     on_cpu = not torch.accelerator.is_available()
     if compute.tracker is not None and importlib.util.find_spec(compute.tracker) is None:
         raise UserError(
@@ -111,7 +111,7 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _FEWE
         # What a process found in the run before this line, all found: nobody writes into it earlier.
         accelerator.wait_for_everyone()
         if accelerator.num_processes > 1 and _Command.watch is None:
-            _Command.watch = Watch(accelerator, compute.patience)
+            _Command.watch = Watch(accelerator, compute.hang_timeout_minutes)
     return accelerator
 
 

@@ -178,7 +178,7 @@ class Watch:
             return None
         hung = min(working, key=lambda rank: (self._signs[rank].together, self._signs[rank].waits))
         place = self._signs[hung].place
-        return f"{self._names[hung]} hangs at {place}: no process got on for {self._patience * _TICK / 60:g} minutes (compute.patience)"
+        return f"{self._names[hung]} hangs at {place}: no process got on for {self._patience * _TICK / 60:g} minutes (compute.hang_timeout_minutes)"
 
     def _end(self, why: str) -> None:
         living = [rank for rank, ticks in enumerate(self._silent) if ticks < _LOST_PEER and not self._signs[rank].left]
