@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         recipe.check()
     except ValueError as error:  # of sizes too
         raise UserError(f"{path}: {error}") from None
-    began, accelerator = time.monotonic(), start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
+    began, accelerator = time.monotonic(), start(recipe.compute, oom_hint="take fewer images at once (--extraction.batch_size N)")
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}")
     images = load_images(recipe.data, (VALIDATION,), progress=True)

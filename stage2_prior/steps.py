@@ -65,7 +65,7 @@ class PriorState(TrainState):
         averaged = without_weights(prior) if self.sharded else None
         if averaged is not None:
             shard_(accelerator, prior, prior.units())
-            shard_(accelerator, averaged, averaged.units(), learns=False)
+            shard_(accelerator, averaged, averaged.units(), trained=False)
             averaged.load_state_dict({name: weight.clone() for name, weight in prior.state_dict().items()}, assign=True)
         else:
             prior.to(accelerator.device)

@@ -55,7 +55,7 @@ from training.processes import finish, start
 from training.randomness import derived_seed
 from training.resumption import Stage, accumulation_advice, add_resume_options, memory_advice, nothing_to_do
 from training.schedule import due_after
-from training.sharding import whole
+from training.sharding import gathered
 from training.stopping import GracefulStop
 from training.weights_file import fingerprint
 
@@ -240,7 +240,7 @@ def train(
         best.replace_(state.step, best.bits, average.model)
     average.model.load_state_dict(best.weights)
     likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, recorder.validations)
-    result = whole(accelerator, best.weights)
+    result = gathered(accelerator, best.weights)
     if accelerator.is_main_process:
         known = prior.num_classes == 0 or config.label_dropout > 0
         header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], name.index)

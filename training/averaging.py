@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from training.sharding import own_part
+from training.sharding import local_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +39,7 @@ class WeightAverage(Generic[Model]):
     def update_(self) -> None:
         """After every step of the optimiser."""
         self.steps += 1
-        averages, weights = ([own_part(tensor) for tensor in tensors] for tensors in zip(*self._pairs, strict=True))
+        averages, weights = ([local_tensor(tensor) for tensor in tensors] for tensors in zip(*self._pairs, strict=True))
         torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
 
     def restart_(self) -> None:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training.sharding import shared_out_as
+from training.sharding import sharded_like
 
 _WITH_KERNELS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 _FUSED_ON = ("cuda", "xpu", "mps")
@@ -90,7 +90,7 @@ class OptimizerState:
         for name, entries in state.items():
             parameter = parameters[name]
             moments = {key: entry for key, entry in entries.items() if entry.shape == parameter.shape}
-            moved = {key: shared_out_as(moment.to(parameter.device), parameter) for key, moment in moments.items()}
+            moved = {key: sharded_like(moment.to(parameter.device), parameter) for key, moment in moments.items()}
             if fused[id(parameter)] and "exp_avg_sq" in entries:  # the fused AdamW kernel reads the step count on the device
                 moved["step"] = entries["step"].to(parameter.device)
             self._optimizer.state[parameter] = {**entries, **moved}
