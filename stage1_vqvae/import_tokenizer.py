@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if not own_recipe:
         argv = [*argv, "--config", str(_USUAL_RECIPE)]
     sections = ("data", "extraction", "prior", "stage2", "sampling", "compute")
-    command = parse(__doc__, sections, argv, starts_run=True, options=_options, whole=False)
+    command = parse(__doc__, sections, argv, starts_run=True, options=_options, check=False)
     run, recipe, project = command.run, command.recipe, getattr(command.options, "from")
     if not own_recipe and command.options.run is None:
         raise UserError("--run: expected a name for the new run (--run NAME), found none, and no recipe (--config FILE) either")

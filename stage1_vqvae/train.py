@@ -28,7 +28,7 @@ from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource
 from stage1_vqvae.monitoring.recorder import TokenizerRecorder
-from stage1_vqvae.monitoring.validation import Judgement, check_equal_codebooks, validate, write_results
+from stage1_vqvae.monitoring.validation import ValidationResult, check_equal_codebooks, validate, write_results
 from stage1_vqvae.objectives.image_terms import LossTerm
 from stage1_vqvae.steps import TokenizerState, build_state, build_terms, delete_feature_networks, initialise_, take_step
 from training.batching import check_divides
@@ -45,10 +45,10 @@ _OWN_SECTIONS = ("data", "tokenizer", "stage1", "evaluation", "compute")
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, *_: run.stage1, options=add_resume_options)
+    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, training_folder=lambda run, *_: run.stage1, options=add_resume_options)
     run, recipe, resume = command.run, command.recipe, command.options.resume
     found = _found(run, recipe)
-    if found.checkpointed and found.finished_after is None and in_file_order(found.recipe.data) != in_file_order(recipe.data):
+    if found.has_checkpoint and found.finished_after is None and in_file_order(found.recipe.data) != in_file_order(recipe.data):
         raise UserError(f"{run}: its recipe is fixed, but asked for was another order, by data.stream and data.decode; train another run")
     if nothing_to_do(found, recipe, resume, keys_that_may_change(recipe, _OWN_SECTIONS)):
         say(f"next: {command.next(EXTRACT_CODES)}")
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     # Before the run's folder is made: images that cannot be read should leave no trace.
 
     def check(record: Record) -> None:
-        if found.begun:
+        if found.started:
             check_unchanged(run.data, record, str(run), command.options.accept_changed_data)
 
     images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process, announce=True, check=check)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     for split in images.splits.values():
         objective.check(split.pixels)
     with run.lock():
-        if not run.begun(run.stage1):
+        if not run.started(run.stage1):
             began = time.monotonic()
             if accelerator.is_main_process:
                 delete_feature_networks(run.stage1)
@@ -98,8 +98,8 @@ def _found(run: RunDir, recipe: Recipe) -> Stage:
         section="stage1",
         elsewhere="another with --run NAME",
         recipe=load_recipe(run.recipe) if run.exists() else recipe,
-        begun=run.begun(run.stage1),
-        checkpointed=run.checkpointed(run.stage1),
+        started=run.started(run.stage1),
+        has_checkpoint=run.has_checkpoint(run.stage1),
         finished_after=read_header(run.tokenizer, "tokenizer")["steps"] if run.tokenizer.exists() else None,
     )
 
@@ -135,7 +135,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
         rehearse(accelerator, state, loader, config)
 
     recorder = TokenizerRecorder(accelerator, run, recipe, state.tokenizer, loader, state.step)
-    judgement: Judgement | None = None
+    judgement: ValidationResult | None = None
     # Shapes are the same in every step: let cuDNN benchmark its convolution kernels in the first one.
     torch.backends.cudnn.benchmark = True
     state.model.train()

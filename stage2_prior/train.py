@@ -64,7 +64,7 @@ _OWN_SECTIONS = ("prior", "stage2")
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_begun_in, options=_options)
+    command = parse(__doc__, ("prior", "stage2", "compute"), argv, training_folder=_begun_in, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if not (run.codes / TRAIN).is_dir():
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     if level is not None and not done:
         check_levels(run, name, label_names)  # joining, which takes all of one numbering, comes at the end
     stores = {TRAIN: training, VALIDATION: validation}
-    if run.begun(folder):
+    if run.started(folder):
         check_codes(run, name, recipe, stores, command.options.accept_changed_data)
     accelerator = start(recipe.compute, str(folder / "tensorboard"), oom_hint(recipe))
     stop = GracefulStop(accelerator, command.options.stop_after)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             store.verify()  # a code that has changed since would be learned like any other
     with run.lock():
         if not done:
-            if recipe.stage2.minutes > 0 and not run.begun(folder):
+            if recipe.stage2.minutes > 0 and not run.started(folder):
                 recipe = within_budget(accelerator, run, name, recipe, training, validation)
                 accelerator.free_memory()  # of the rehearsal
             if accelerator.is_main_process:
@@ -174,8 +174,8 @@ def _found(run: RunDir, name: PriorName, recipe: Recipe, sha256: str) -> Stage:
         section="stage2",
         elsewhere="another with --name NAME",
         recipe=load_recipe(begun_with) if begun_with.exists() else recipe,
-        begun=run.begun(folder),
-        checkpointed=run.checkpointed(folder),
+        started=run.started(folder),
+        has_checkpoint=run.has_checkpoint(folder),
         finished_after=header["steps"] if header is not None else None,
     )
 

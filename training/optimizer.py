@@ -17,17 +17,17 @@ _FUSED_ON = ("cuda", "xpu", "mps")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are not frozen."""
+    """Return the parameters that are not frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def fused_on(device: torch.device) -> bool | None:
-    """`fused` for AdamW on that device: True where the kernel exists; None (torch's default) on a CPU, which rounds differently."""
+    """Return AdamW's `fused` for a device: True where the kernel exists; None (torch's default) on a CPU, where it rounds differently."""
     return True if device.type in _FUSED_ON else None
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float, fused: bool | None = None) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks.
+    """Build AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks.
 
     `fused`: see `fused_on`.
     """
@@ -41,18 +41,18 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float, fused:
 
 
 def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor:
-    """Scale a model's gradients, averaged over the processes, down to a norm of `clip_norm`, where it is larger; 0 = leave them.
+    """Clip a model's gradients, averaged over the ranks, to a norm of `clip_norm`; 0 = no clipping.
 
-    Returns their norm before (), which is not finite if one of them is not; but 0 in fp16, whose scaler leaves out steps of such gradients.
+    Returns: their norm () before, not finite if one of them is not; but then 0 in fp16, whose scaler skips such steps.
     """
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
-    found = (norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)).detach()
-    return found if accelerator.scaler is None else found.nan_to_num(0.0, 0.0)
+    total = (norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)).detach()
+    return total if accelerator.scaler is None else total.nan_to_num(0.0, 0.0)
 
 
 @torch.no_grad()
 def forget_rows_(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Zero the moments of the parameter's rows where the mask (K,) is true: a replaced row has no momentum."""
+    """Zero the moments of a parameter's rows where the mask (K,) is true: a replaced row has no momentum."""
     for moment in optimizer.state.get(parameter, {}).values():
         if moment.shape == parameter.shape:
             moment.masked_fill_(rows.view(-1, *[1] * (moment.dim() - 1)), 0)

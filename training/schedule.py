@@ -11,7 +11,7 @@ from configs.schema import Stage1, Stage2
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, final_share: float) -> float:
-    """Linear warm-up to `peak`, then a cosine down to `final_share * peak` at the last step (Loshchilov & Hutter 2017)."""
+    """Return a step's rate: linear warm-up to `peak`, then a cosine down to `final_share * peak` at the end (Loshchilov & Hutter 2017)."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
@@ -20,12 +20,12 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, fina
 
 
 def scheduled_rate(config: Stage1 | Stage2, step: int) -> float:
-    """The learning rate of a step of a loop."""
+    """Return the learning rate of a training step."""
     return learning_rate(step, peak=config.lr, warmup_steps=config.warmup_steps, steps=config.steps, final_share=config.final_lr_share)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group that rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

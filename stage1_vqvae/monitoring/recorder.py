@@ -15,7 +15,7 @@ from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import perplexity, psnr, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.monitoring.health import CollapseWatch
-from stage1_vqvae.monitoring.validation import Judgement, save_grids, save_health, save_reconstructions
+from stage1_vqvae.monitoring.validation import ValidationResult, save_grids, save_health, save_reconstructions
 from stage1_vqvae.quantizers.contract import level_counts
 from training.recorder import Recorder
 from training.schedule import Due
@@ -86,7 +86,7 @@ class TokenizerRecorder(Recorder):
         self.log_training(step, seconds, values, **shown)
         self._reset()
 
-    def validated(self, step: int, judgement: Judgement, tokenizer: VQVAE, validation: ImageSplit) -> None:
+    def validated(self, step: int, judgement: ValidationResult, tokenizer: VQVAE, validation: ImageSplit) -> None:
         """Log a validation, and draw the codebook's health and reconstructions."""
         self.log.write(step, "validation", judgement.metrics)
         if self.accelerator.is_main_process:

@@ -31,7 +31,7 @@ _SHOWN_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ValidationResult:
     """The result of one validation pass."""
 
     metrics: dict[str, float]
@@ -43,7 +43,7 @@ class Judgement:
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, batch_size: int) -> Judgement:
+def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, batch_size: int) -> ValidationResult:
     """Metrics over the whole split, each image once, whatever the processes; `batch_size` images at once on each."""
     tokenizer.eval()
     mine = torch.arange(len(validation))[accelerator.process_index :: accelerator.num_processes]  # none, of fewer images than processes
@@ -64,7 +64,7 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     totals = summed(accelerator, totals)
     counts = [totals.pop(f"counts/{level}") for level in range(len(tokenizer.quantizer.num_codes))]
     means = {name: float(total) / len(validation) for name, total in totals.items()}
-    return Judgement({**means, "psnr": psnr(means["mse"]), "usage": usage(*counts), "perplexity": perplexity(*counts)}, counts)
+    return ValidationResult({**means, "psnr": psnr(means["mse"]), "usage": usage(*counts), "perplexity": perplexity(*counts)}, counts)
 
 
 def check_equal_codebooks(accelerator: Accelerator, tokenizer: VQVAE, step: int) -> None:
@@ -115,7 +115,7 @@ def save_grids(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, device: to
     save_png(run.stage1 / "grids.png", image_grid(torch.cat([originals, *decoded]), len(originals)), grid_scale(originals.shape[1]))
 
 
-def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
+def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: ValidationResult) -> None:
     """Write stage1/report.json, by which later commands know what stage 1 has come to, and print its first figures."""
     channels, height, width = tokenizer.image_shape
     report, num_codes = judgement.metrics, tokenizer.quantizer.num_codes
@@ -127,7 +127,7 @@ def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judge
     print(f"an image: {bits['raw']} bits raw, {bits['indices']:.0f} as {grids}; ratio {bits['raw'] / bits['indices']:.1f}")
 
 
-def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
+def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: ValidationResult) -> None:
     """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
     # Validation knows nothing of terms on images: what is drawn of both is the objective's.
     records = read_metrics(run.stage1 / "metrics.jsonl")

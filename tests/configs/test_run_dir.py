@@ -115,7 +115,7 @@ def test_outputs_are_numbered_never_overwritten_and_vanish_on_failure(tmp_path: 
     with pytest.raises(FileNotFoundError), run.numbered("samples") as folder:
         (run.samples / "008" / "nowhere" / "half.png").write_bytes(b"")
     assert sorted(path.name for path in run.samples.iterdir()) == ["000", "001", "007"]
-    with run.numbered("samples", wanted=False) as folder:
+    with run.numbered("samples", create=False) as folder:
         assert folder is None
     assert len(list(run.samples.iterdir())) == 3
 

@@ -134,7 +134,7 @@ def test_spectral_normalisation_follows_the_weights_once_a_step() -> None:
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(convolutions, before, strict=True))  # forward is pure
     zero = torch.zeros((), dtype=torch.float64)
     for _ in range(200):
-        adversary.update_({f"adversary/{name}": zero for name in ("real", "made", "others", "pull")}, 1)
+        adversary.update_({f"adversary/{name}": zero for name in ("real", "fake", "others", "own")}, 1)
     for layer in convolutions:
         assert float(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0]) == pytest.approx(1, abs=0.02)
 
@@ -160,7 +160,7 @@ def test_penalties() -> None:
     weight = plain.discriminator.weight
     assert torch.allclose(r1.discriminator_loss(images, made)[0] - loss, 3 / 2 * weight.square().sum())  # type: ignore[operator]
     zero = torch.zeros((), dtype=torch.float64)
-    sums = {"adversary/real": zero + 8, "adversary/made": zero - 4, "adversary/others": zero, "adversary/pull": zero}
+    sums = {"adversary/real": zero + 8, "adversary/fake": zero - 4, "adversary/others": zero, "adversary/own": zero}
     lecam.update_(sums, parts=2)  # means 4 and -2
     real, of_made = ((of * weight).sum((1, 2, 3)) for of in (images, made))  # type: ignore[operator]
     wanted = 3 * ((real + 0.01 * 2).square().mean() + (of_made - 0.01 * 4).square().mean())
