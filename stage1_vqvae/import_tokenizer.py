@@ -81,15 +81,15 @@ def main(argv: list[str] | None = None) -> None:
     images = load_images(recipe.data, (VALIDATION,), progress=True)
     validation = images.splits[VALIDATION]
     tokenizer.to(accelerator.device)
-    judgement = validate(accelerator, tokenizer, validation, recipe.extraction.batch_size)
+    result = validate(accelerator, tokenizer, validation, recipe.extraction.batch_size)
     with run.lock():
         write_yaml(run.recipe, recipe_dict(recipe))
         write_json(run.data, images.record)
         run.record(program(), command.arguments, recipe_dict(recipe))
         run.stage1.mkdir(parents=True, exist_ok=True)
-        save_health(run, tokenizer, judgement.counts, 0, 1)
+        save_health(run, tokenizer, result.counts, 0, 1)
         save_reconstructions(run, tokenizer, validation, 0, accelerator.device)
-        save_report(run, tokenizer, 0, (time.monotonic() - began) / 60, judgement)
+        save_report(run, tokenizer, 0, (time.monotonic() - began) / 60, result)
         save_tokenizer(run.tokenizer, tokenizer, steps=0)
     for name in (*aside, *unused):
         print(f"left aside: {name}")

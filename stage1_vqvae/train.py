@@ -44,13 +44,13 @@ _OWN_SECTIONS = ("data", "tokenizer", "stage1", "evaluation", "compute")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, training_folder=lambda run, *_: run.stage1, options=add_resume_options)
     run, recipe, resume = command.run, command.recipe, command.options.resume
-    found = _found(run, recipe)
-    if found.has_checkpoint and found.finished_after is None and in_file_order(found.recipe.data) != in_file_order(recipe.data):
+    stage = _stage_on_disk(run, recipe)
+    if stage.has_checkpoint and stage.finished_after is None and in_file_order(stage.recipe.data) != in_file_order(recipe.data):
         raise UserError(f"{run}: its recipe is fixed, but asked for was another order, by data.stream and data.decode; train another run")
-    if nothing_to_do(found, recipe, resume, keys_that_may_change(recipe, _OWN_SECTIONS)):
+    if nothing_to_do(stage, recipe, resume, keys_that_may_change(recipe, _OWN_SECTIONS)):
         say(f"next: {command.next(EXTRACT_CODES)}")
         return
     if recipe.data.crop == "random" and recipe.data.decode == "once":
@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"), oom_hint(recipe))
     stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)
-    # Before the run's folder is made: images that cannot be read should leave no trace.
+    # Before the run's folder is created: images that cannot be read leave no trace.
 
     def check(record: Record) -> None:
-        if found.started:
+        if stage.started:
             check_unchanged(run.data, record, str(run), command.options.accept_changed_data)
 
     images = load_images(recipe.data, (TRAIN, VALIDATION), progress=accelerator.is_main_process, announce=True, check=check)
@@ -70,12 +70,12 @@ def main(argv: list[str] | None = None) -> None:
         objective.check(split.pixels)
     with run.lock():
         if not run.started(run.stage1):
-            began = time.monotonic()
+            start_time = time.monotonic()
             if accelerator.is_main_process:
                 delete_feature_networks(run.stage1)
-                write_yaml(run.recipe, recipe_dict(recipe))  # a folder without one is no run, and what comes now may be interrupted
+                write_yaml(run.recipe, recipe_dict(recipe))  # makes the folder a run, also if what follows is interrupted
             if recipe.stage1.minutes > 0:
-                recipe = within_budget(accelerator, run, recipe, images, began)
+                recipe = within_budget(accelerator, run, recipe, images, start_time)
                 accelerator.free_memory()  # of the rehearsal
         if accelerator.is_main_process:
             write_yaml(run.recipe, recipe_dict(recipe))
@@ -84,14 +84,14 @@ def main(argv: list[str] | None = None) -> None:
             if images.skipped:
                 write_json(run.stage1 / "skipped.json", images.skipped)
             else:
-                (run.stage1 / "skipped.json").unlink(missing_ok=True)  # of images that have been repaired
+                (run.stage1 / "skipped.json").unlink(missing_ok=True)  # from before images were repaired
         accelerator.wait_for_everyone()
         train(accelerator, run, recipe, images, resume, stop)
         say(f"next: {command.next(EXTRACT_CODES)}")
 
 
-def _found(run: RunDir, recipe: Recipe) -> Stage:
-    """What there is of stage 1 in the run."""
+def _stage_on_disk(run: RunDir, recipe: Recipe) -> Stage:
+    """Read what the run holds of stage 1."""
     return Stage(
         where=str(run),
         name="stage 1",
@@ -105,7 +105,7 @@ def _found(run: RunDir, recipe: Recipe) -> Stage:
 
 
 def oom_hint(recipe: Recipe) -> str:
-    """Advice appended to an out-of-memory error: options that `--resume` takes."""
+    """Return advice appended to an out-of-memory error: options that `--resume` accepts."""
     config, network = recipe.stage1, recipe.tokenizer.network
     whole_batch = recipe.tokenizer.quantizer.needs_whole_batch
     ways = [] if whole_batch else accumulation_advice("stage1", config.batch_size, config.accumulation)
@@ -124,7 +124,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
     config, training, validation = recipe.stage1, images.splits[TRAIN], images.splits[VALIDATION]
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
-    # --- the training state, and where it left off
+    # --- the training state, from the last checkpoint or new
     state = build_state(accelerator, run, recipe, images)
     loader = Loader(training, recipe.data, config, accelerator)
     checkpoints = Checkpoints(run.stage1 / "checkpoints", "stage 1", config.keep_checkpoints, accelerator)
@@ -135,7 +135,7 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
         rehearse(accelerator, state, loader, config)
 
     recorder = TokenizerRecorder(accelerator, run, recipe, state.tokenizer, loader, state.step)
-    judgement: ValidationResult | None = None
+    result: ValidationResult | None = None
     # Shapes are the same in every step: let cuDNN benchmark its convolution kernels in the first one.
     torch.backends.cudnn.benchmark = True
     state.model.train()
@@ -148,22 +148,22 @@ def train(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSo
             recorder.record(state.step, statistics, due)
             if due.validation:
                 check_equal_codebooks(accelerator, state.tokenizer, state.step)
-                judgement = validate(accelerator, state.result, validation, micro_batch)
-                recorder.validated(state.step, judgement, state.result, validation)
+                result = validate(accelerator, state.result, validation, micro_batch)
+                recorder.validated(state.step, result, state.result, validation)
                 state.model.train()
             checkpoints.check()
             if due.checkpoint:
-                score = judgement.metrics["loss"] if due.validation and judgement is not None else None
+                score = result.metrics["loss"] if due.validation and result is not None else None
                 checkpoints.save(state.step, state.state_dict(), score)
             if stopping:
                 checkpoints.wait()
                 recorder.exit_stopped(state.step, f"{TRAIN_TOKENIZER} --resume --run {run.path}", stop.exit_code)
 
     # --- the result
-    if judgement is None:  # resumed after the last step
-        judgement = validate(accelerator, state.result, validation, micro_batch)
+    if result is None:  # resumed after the last step
+        result = validate(accelerator, state.result, validation, micro_batch)
     if accelerator.is_main_process:
-        write_results(run, state.result, config.steps, state.minutes(), judgement)
+        write_results(run, state.result, config.steps, state.minutes(), result)
     finish(accelerator)
 
 

@@ -86,7 +86,7 @@ class PriorState(TrainState):
 
 
 def products_on(accelerator: Accelerator) -> torch.dtype | None:
-    """Dtype of Muon's products: bf16 if the network trains in bf16, on CUDA only (a CPU is slower in bf16); None: the weights' own."""
+    """Return the dtype of Muon's products: bf16 where the network trains in bf16 on CUDA (a CPU is slower in bf16); None: the weights'."""
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" else None
 
 

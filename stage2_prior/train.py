@@ -8,8 +8,8 @@
     accelerate launch stage2_prior/train.py --level 2 --prior.kind pixelcnn
 
 Writes priors/NAME into the run: prior.safetensors with the weights of the best validation, the likelihood report, metrics,
-checkpoints, a graph. With --level, a prior of that level of codes alone, given the levels above, in priors/NAME/levelN; once every
-level has its own, of whatever kinds, they are joined to a prior of all of them in priors/NAME.
+checkpoints, a graph. With --level, a prior of that level of codes alone, conditioned on the levels above, in priors/NAME/levelN; once
+every level has one, of whatever kind, they are joined to a prior of all levels in priors/NAME.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _OWN_SECTIONS = ("prior", "stage2")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    command = parse(__doc__, ("prior", "stage2", "compute"), argv, training_folder=_begun_in, options=_options)
+    """Run the command line."""
+    command = parse(__doc__, ("prior", "stage2", "compute"), argv, training_folder=_training_folder, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if not (run.codes / TRAIN).is_dir():
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     sha256, folder = fingerprint(run.tokenizer), name.folder(run)
     joined = name.at_level(None).folder(run) / "prior.safetensors" if level is not None else None
     may_change = [*keys_that_may_change(recipe, _OWN_SECTIONS), *(section for section in SECTIONS if section not in _OWN_SECTIONS)]
-    done = nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, may_change)
+    done = nothing_to_do(_stage_on_disk(run, name, recipe, sha256), recipe, command.options.resume, may_change)
     if done and (joined is None or joined.exists()):
         say(f"next: {command.next(SAMPLE)}")
         return
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--level: expected 1 to {len(training.manifest.grids)}, the levels of codes from the coarsest on, found {level}")
     label_names = training.manifest.label_names if recipe.prior.conditional else None
     if level is not None and not done:
-        check_levels(run, name, label_names)  # joining, which takes all of one numbering, comes at the end
+        check_levels(run, name, label_names)  # early: levels are joined at the end
     stores = {TRAIN: training, VALIDATION: validation}
     if run.started(folder):
         check_codes(run, name, recipe, stores, command.options.accept_changed_data)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     missing = None
     if accelerator.is_main_process:
         for store in (training, validation):
-            store.verify()  # a code that has changed since would be learned like any other
+            store.verify()  # a damaged code would be learned like any other
     with run.lock():
         if not done:
             if recipe.stage2.minutes > 0 and not run.started(folder):
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
                 run.record(program(), command.arguments, recipe_dict(recipe))
                 write_json(folder / CODES, codes_record(stores))
                 if joined is not None:
-                    joined.unlink(missing_ok=True)  # of this level's former weights
+                    joined.unlink(missing_ok=True)  # joined from this level's earlier weights
             accelerator.wait_for_everyone()
             train(accelerator, run, name, recipe, training, validation, command.options.resume, stop)
         if level is not None:
@@ -115,9 +115,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_codes(run: RunDir, name: PriorName, recipe: Recipe, stores: Mapping[str, CodeStore], accept: bool) -> None:
-    """Errors: UserError if a prior that has begun cannot go on with the codes that are there, or they are of other data (see
-    `check_unchanged`).
-    """
+    """Errors: UserError if a started prior cannot continue with the present codes, or they are of other data (see `check_unchanged`)."""
     where, current, recorded = run.show(name.folder(run)), codes_record(stores), read_record(name.folder(run) / CODES)
     if not recorded:
         return
@@ -137,13 +135,13 @@ def check_codes(run: RunDir, name: PriorName, recipe: Recipe, stores: Mapping[st
 
 
 def oom_hint(recipe: Recipe) -> str:
-    """Advice appended to an out-of-memory error: options that `--resume` takes."""
+    """Return advice appended to an out-of-memory error: options that `--resume` accepts."""
     config = recipe.stage2
     ways = accumulation_advice("stage2", config.batch_size, config.accumulation)
     if not config.gradient_checkpointing:
         ways.append("--stage2.gradient_checkpointing true, which keeps fewer activations")
     if not recipe.compute.sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        ways.append("--compute.sharded true, which shares weights out over the processes")
+        ways.append("--compute.sharded true, which shards weights over the processes")
     return memory_advice(ways, "another with --name NAME")
 
 
@@ -153,27 +151,27 @@ def _options(parser: Any) -> None:
     add_resume_options(parser)
 
 
-def _begun_in(run: RunDir, name: str | None, level: str | None) -> Path:
-    """The folder in which training goes on, if it was begun."""
+def _training_folder(run: RunDir, name: str | None, level: str | None) -> Path:
+    """Return the prior's folder, in which a started training continues."""
     number = int(level) if level is not None and level.isdecimal() else None
     prior = PriorName.of_options(name, number, name or load_recipe(run.recipe).prior.kind)
     prior.check_free(run)
     return prior.folder(run)
 
 
-def _found(run: RunDir, name: PriorName, recipe: Recipe, sha256: str) -> Stage:
-    """What there is of the prior in the run. Errors: UserError if it was trained on another tokenizer's codes."""
+def _stage_on_disk(run: RunDir, name: PriorName, recipe: Recipe, sha256: str) -> Stage:
+    """Read what the run holds of the prior. Errors: UserError if it was trained on another tokenizer's codes."""
     folder = name.folder(run)
     header = read_prior_header(folder / "prior.safetensors") if (folder / "prior.safetensors").exists() else None
     if header is not None:
         check_tokenizer(run.show(folder), header["tokenizer_sha256"], sha256)
-    begun_with = folder / "recipe.yaml"
+    own_recipe = folder / "recipe.yaml"
     return Stage(
         where=run.show(folder),
         name="this prior",
         section="stage2",
         elsewhere="another with --name NAME",
-        recipe=load_recipe(begun_with) if begun_with.exists() else recipe,
+        recipe=load_recipe(own_recipe) if own_recipe.exists() else recipe,
         started=run.started(folder),
         has_checkpoint=run.has_checkpoint(folder),
         finished_after=header["steps"] if header is not None else None,
@@ -197,7 +195,7 @@ def train(
     config, folder = recipe.stage2, name.folder(run)
     rows, micro_batch = torch.arange(len(validation)), config.batch_size // (accelerator.num_processes * config.accumulation)
 
-    # --- the training state, and where it left off
+    # --- the training state, from the last checkpoint or new
     state = build(accelerator, run, recipe, training, name.index)
     prior, average, best = state.prior, state.average, state.best
     parameters = sum(parameter.numel() for parameter in prior.parameters())
@@ -253,7 +251,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
     torch.manual_seed(derived_seed(recipe.stage2.seed, "weights"))
     try:
         prior = build_prior(recipe.prior, training.manifest, level)
-    except ValueError as error:  # of fields that do not fit the levels there are
+    except ValueError as error:  # for fields that do not fit the levels
         raise UserError(str(error)) from None
     prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
     return PriorState(accelerator, prior, recipe.stage2, recipe.compute)
@@ -290,7 +288,7 @@ def within_budget(
 def write_results(
     run: RunDir, folder: Path, weights: dict[str, Tensor], header: PriorHeader, report: dict[str, Any], likelihood: dict[str, Any]
 ) -> None:
-    """Reports, pictures, and last the prior, whose presence says that it is finished."""
+    """Write reports and pictures, and last the prior, whose presence marks the stage as finished."""
     write_json(folder / "report.json", report)
     write_report(folder, str(folder.relative_to(run.priors)), likelihood)
     references = {name: likelihood[name] for name in ("unigram", "uniform")}

@@ -86,11 +86,11 @@ class TokenizerRecorder(Recorder):
         self.log_training(step, seconds, values, **shown)
         self._reset()
 
-    def validated(self, step: int, judgement: ValidationResult, tokenizer: VQVAE, validation: ImageSplit) -> None:
+    def validated(self, step: int, result: ValidationResult, tokenizer: VQVAE, validation: ImageSplit) -> None:
         """Log a validation, and draw the codebook's health and reconstructions."""
-        self.log.write(step, "validation", judgement.metrics)
+        self.log.write(step, "validation", result.metrics)
         if self.accelerator.is_main_process:
-            save_health(self._run, tokenizer, judgement.counts, step, self.accelerator.num_processes)
+            save_health(self._run, tokenizer, result.counts, step, self.accelerator.num_processes)
             save_reconstructions(self._run, tokenizer, validation, step, self.accelerator.device)
             save_grids(self._run, tokenizer, validation, self.accelerator.device)
         self.restart_clock()
