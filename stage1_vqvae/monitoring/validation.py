@@ -35,8 +35,8 @@ class ValidationResult:
     """Result of a validation pass."""
 
     metrics: dict[str, float]
-    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which exist in training alone), the objective's loss terms by name, psnr,
-    usage, perplexity.
+    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which exist in training alone), the objective's loss terms by name,
+    psnr, usage, perplexity.
     """
     counts: list[Tensor]
     """Number of times that each code was chosen, (K,) per level."""

@@ -161,7 +161,7 @@ def test_penalties() -> None:
     assert torch.allclose(r1.discriminator_loss(images, made)[0] - loss, 3 / 2 * weight.square().sum())  # type: ignore[operator]
     zero = torch.zeros((), dtype=torch.float64)
     sums = {"adversary/real": zero + 8, "adversary/fake": zero - 4, "adversary/others": zero, "adversary/own": zero}
-    lecam.update_(sums, parts=2)  # means 4 and -2
+    lecam.update_(sums, micro_batches=2)  # means 4 and -2
     real, of_made = ((of * weight).sum((1, 2, 3)) for of in (images, made))  # type: ignore[operator]
     wanted = 3 * ((real + 0.01 * 2).square().mean() + (of_made - 0.01 * 4).square().mean())
     assert torch.allclose(lecam.discriminator_loss(images, made)[0] - loss, wanted)
