@@ -357,14 +357,15 @@ class Compute:
     sharded: bool | None = None
     """Whether several processes share out a prior's weights, gradients and moments in training (FSDP2), which then take less memory on
     each; null = as `accelerate config` or `accelerate launch` say."""
-    patience: float = 30.0
-    """Minutes: if none of several processes gets anywhere for so long, the one that is behind is named, and all end."""
+    hang_timeout_minutes: float = 30.0
+    """Minutes without progress on any rank after which the slowest is named and all ranks end."""
     tracker: Literal["tensorboard"] | None = None
     """Also log there through Accelerate's tracker; metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, "compute.threads", "at least 0", self.threads)
-        require(0 < self.patience < float("inf"), "compute.patience", "above 0, and finite", self.patience)
+        finite = 0 < self.hang_timeout_minutes < float("inf")
+        require(finite, "compute.hang_timeout_minutes", "above 0, and finite", self.hang_timeout_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)

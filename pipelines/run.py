@@ -120,7 +120,7 @@ class Step:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     argv = with_budgets(sys.argv[1:] if argv is None else argv)
-    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, *_: run.stage1, options=_options)
+    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, training_folder=lambda run, *_: run.stage1, options=_options)
     check_options(command)
     start = time.monotonic()
     for step in steps(command):
@@ -194,7 +194,7 @@ def steps(command: Command) -> list[Step]:
     run_option = ["--run", run.path.name if run.path.parent == runs_folder() else str(run)]
     named = command.options.config or command.options.run
     default = run_option if run.exists() else ["--config", RunDir.show(DEFAULT_RECIPE)]
-    begun = run.begun(run.stage1)
+    begun = run.started(run.stage1)
     # In a run whose recipe is fixed, settings that a later step may still change go to that step only.
     may_change = keys_that_may_change(command.recipe, _LATER) if begun else []
     later = [option for option in joined_options(command.arguments) if option_key(option) in may_change]

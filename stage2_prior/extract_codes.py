@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{run}: the codes are already extracted")
         say(f"next: {command.next(TRAIN_PRIOR)}")
         return
-    accelerator = start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
+    accelerator = start(recipe.compute, oom_hint="take fewer images at once (--extraction.batch_size N)")
     with run.lock():
         tokenizer = load_tokenizer(run, accelerator.device)
 

@@ -227,7 +227,7 @@ MAY_CHANGE = {
     "gradient_checkpointing",
     "sampling": "batch_size",
     "evaluation": "features weights n seed batch_size",
-    "compute": "threads mixed_precision compile sharded patience tracker",
+    "compute": "threads mixed_precision compile sharded hang_timeout_minutes tracker",
 }
 FIXED = {
     "data": "name config revision image_column label_column train_split validation_split test_split height width channels background white "

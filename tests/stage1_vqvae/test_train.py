@@ -121,7 +121,7 @@ def test_accumulation_changes_memory_and_not_the_result(tiny_recipe: Path, tmp_p
         settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / name), "--stage1.steps", "1", *ADVERSARY]
         main([*settings, "--stage1.adversarial.start", "0", "--stage1.accumulation", str(accumulation)])
     states = [torch.load(tmp_path / name / "stage1/checkpoints/step-000000001.pt", weights_only=True) for name in ("one", "four")]
-    one, four = ({**state["model"], **state["adversary"]["model"]} for state in states)
+    one, four = ({**state["model"], **state["adversarial"]["model"]} for state in states)
     assert bool((one["norms"] > 0).all())
     for name in one:
         assert torch.allclose(one[name], four[name], atol=1e-5), name
