@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from PIL import ImageColor
+from typing_extensions import override
 
 from configs.errors import require, require_text
+from configs.parts import Part, as_dict, default_part
 
-Augmentation = Literal["none", "horizontal_flip", "shift"]
-StoredAugmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
+Augmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
+"""Names of the sets of variants that stage1_vqvae/data/variants.py defines."""
 
 LOCAL_KEYS = ("path", "cache", "decode", "stream", "workers")
-"""Keys that say where images are on a machine, and how it reads them: every command that reads images may set them."""
+"""Keys that describe this machine's copy of the data; every command that reads images may override them."""
+SELECTION_KEYS = (
+    *("name", "config", "revision", "image_column", "label_column", "train_split", "validation_split", "test_split"),
+    *("validation_share", "seed", "most_skipped"),
+)
+"""Keys that select images and labels and leave the pixels of each image as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformPart(Part):
+    """The box of an image that is scaled to data.height x data.width. It is stateless, so `build()` returns the part itself."""
+
+    num_draws: ClassVar[int] = 0
+    """Uniform random numbers that `crop` takes per training image; 0: training sees the same box as every other command."""
+
+    @abstractmethod
+    def crop(self, draws: Sequence[float] | None = None) -> Any:
+        """The box, a `Crop` of stage1_vqvae/data/crops.py: from `num_draws` numbers in [0, 1) in training, from None elsewhere."""
+
+    @property
+    def smallest_area(self) -> float:
+        """Least share of the largest box's area that `crop` returns; decoders that scale keep enough pixels for it."""
+        return 1.0
+
+    @override
+    def build(self) -> TransformPart:
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +72,7 @@ class Data:
     test_split: str | None = None
     """What the source calls the test split. Null: test, testing or tst."""
     height: int = 32
-    """Pixels. Other sizes are scaled to cover height x width and cropped at the centre."""
+    """Pixels. Images of other sizes are cropped as `transform` says and scaled to height x width."""
     width: int = 32
     """Pixels, as `height`."""
     channels: Literal[1, 3] = 3
@@ -65,28 +95,30 @@ class Data:
     """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
     workers: int | None = None
     """Threads of each process that decode images. 0 = none but the one that reads. Null: the process's share of the cores."""
-    crop: Literal["center", "random"] = "center"
-    """Which part of a training image is learned from: the largest box of height x width's shape at its centre; or a box at random each
-    time, of at least `crop_area` of that one's area. Everything else takes the centre."""
-    crop_area: float = 1.0
-    """Least share of the largest box's area that a random crop has; 1 = as large as can be, at a random place."""
+    transform: TransformPart = field(default_factory=lambda: default_part("data.transform"))
     on_error: Literal["raise", "skip"] = "raise"
     """What an image that cannot be read does: end the command, or be left out, counted and listed in the run."""
     most_skipped: float = 0.01
     """Share of a split's images; if more cannot be read, the command ends all the same."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            require_text(f"data.{field.name}", getattr(self, field.name))
+        for entry in fields(self):
+            require_text(f"data.{entry.name}", getattr(self, entry.name))
         require(self.height >= 1, "data.height", "at least 1", self.height)
         require(self.width >= 1, "data.width", "at least 1", self.width)
         require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)
         require(self.white is None or self.white > 0, "data.white", "a value above 0, or null", self.white)
         require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
         require(0 <= self.most_skipped < 1, "data.most_skipped", "a share of at least 0, below 1", self.most_skipped)
-        require(0 < self.crop_area <= 1, "data.crop_area", "a share above 0, up to 1", self.crop_area)
         require(self.workers is None or self.workers >= 0, "data.workers", "at least 0, or null", self.workers)
-        require(self.crop_area == 1 or self.crop == "random", "data.crop", f"random with data.crop_area {self.crop_area}", self.crop)
+
+
+def pixel_settings(data: Data) -> dict[str, Any]:
+    """Every setting that decides the pixels of an image, the transform's included, for the keys of caches.
+
+    A new setting counts unless it is listed among those that describe the local copy or select images.
+    """
+    return {key: value for key, value in as_dict(data).items() if key not in (*LOCAL_KEYS, *SELECTION_KEYS)}
 
 
 def in_file_order(data: Data) -> bool:

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from configs.data import Data
 from configs.errors import UserError
-from stage1_vqvae.data.crops import CENTRE, Crop
+from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.formats import ending_of, package_for, register_for
 
 _MODES = {1: "L", 3: "RGB"}
@@ -53,13 +53,13 @@ def decode_image(content: bytes | None, path: str | None, data: Data, what: str 
 
     Errors: UserError with its path, or `what` content it is, if it cannot be read; UnreadableImage if that is what it holds.
     """
-    return decode_crops(content, path, data, [CENTRE], what)[0]
+    return decode_crops(content, path, data, [None], what)[0]
 
 
-def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Sequence[Crop], what: str = "") -> np.ndarray:
-    """As `decode_image`, several crops of one image: uint8 (crops, H, W, C)."""
+def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Sequence[Crop | None], what: str = "") -> np.ndarray:
+    """Decode several crops of one image (None: the transform's) as `decode_image` does: uint8 (crops, H, W, C)."""
     # Its sides may yet be exchanged, when it is turned upright.
-    side = math.ceil(_LEFT_TO_THE_FILTER * max(data.height, data.width) / math.sqrt(data.crop_area))
+    side = math.ceil(_LEFT_TO_THE_FILTER * max(data.height, data.width) / math.sqrt(data.transform.smallest_area))
     image = read_image(content, path, what, side)
     try:
         image = _prepared(image, data)
@@ -194,7 +194,7 @@ def brightest(content: bytes | None, path: str | None) -> tuple[float, bool] | N
 def pixels_of(image: Image.Image, data: Data) -> np.ndarray:
     """An image in memory as `decode_image` has it: uint8 (H, W, C). Errors: UserError for pixels of unknown range."""
     try:
-        return _fit(_prepared(_upright(image, image), data), data, CENTRE)
+        return _fit(_prepared(_upright(image, image), data), data)
     except ValueError as error:
         raise UserError(f"image: expected pixels of 8 or 16 bits, found {error}") from None
 
@@ -244,12 +244,13 @@ def _eight_bits(white: int) -> np.ndarray:
     return np.minimum(np.arange(_SIXTEEN_BITS + 1) * 256 // (white + 1), 255).astype(np.uint8)
 
 
-def _fit(image: Image.Image, data: Data, crop: Crop) -> np.ndarray:
-    image = image.resize((data.width, data.height), Image.Resampling.LANCZOS, crop.box(image.size, data.height, data.width))
+def _fit(image: Image.Image, data: Data, crop: Crop | None = None) -> np.ndarray:
+    box = (crop or data.transform.crop()).box(image.size, data.height, data.width)
+    image = image.resize((data.width, data.height), Image.Resampling.LANCZOS, box)
     return np.asarray(image, np.uint8).reshape(data.height, data.width, data.channels)
 
 
-def fit_grey(image: np.ndarray, data: Data, crops: Sequence[Crop]) -> np.ndarray:
+def fit_grey(image: np.ndarray, data: Data, crops: Sequence[Crop | None]) -> np.ndarray:
     """Crops of a grey image, uint8 (H, W), at the recipe's size and channels: uint8 (crops, data.height, data.width, data.channels)."""
     picture = Image.fromarray(image).convert(_MODES[data.channels])
     return np.stack([_fit(picture, data, crop) for crop in crops])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from configs.data import Data
+from configs.data import Data, pixel_settings
 from configs.errors import UserError, say
 from stage1_vqvae.data.cache import are_cached, cache_folder, cached_findings, cached_images, cached_reasons
 from stage1_vqvae.data.crops import Crop
@@ -94,7 +94,7 @@ class EncodedPixels(CroppablePixels):
             self.file_lengths = np.bincount(np.searchsorted(np.cumsum(lengths), rows, side="right"), minlength=len(lengths))
 
     @override
-    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
+    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop | None]]) -> Tensor:
         found = np.empty((len(rows), len(crops[0]) if crops else 1, *self.shape[1:]), np.uint8)
         wanted = self._rows[rows.numpy()].tolist()
 
@@ -119,38 +119,42 @@ class EncodedSplit(SourceSplit):
 
     @override
     def is_kept(self, rows: np.ndarray, data: Data) -> bool:
-        identity = {**self._identity(rows), **_of_pixels(data)}
-        return data.decode == "once" and are_cached(cache_folder(data), identity, _shape(rows, data))
+        return data.decode == "once" and are_cached(cache_folder(data), self._cache_key(rows, data), _shape(rows, data))
 
-    def _identity(self, rows: np.ndarray) -> dict[str, str]:
+    def _selection(self, rows: np.ndarray) -> dict[str, Any]:
         return {"source": self.identity, "split": self.name, "rows": hashlib.sha256(rows.tobytes()).hexdigest()}
+
+    def _cache_key(self, rows: np.ndarray, data: Data) -> dict[str, Any]:
+        """The images, and every setting that decides their pixels and whether they can be read."""
+        return {**self._selection(rows), "settings": pixel_settings(data)}
 
     @override
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
         wanted, what = np.arange(len(self)) if rows is None else rows, f"{data.path or data.name}, {self.name}"
-        identity, folder = self._identity(wanted), cache_folder(data)
+        key, folder = self._cache_key(wanted, data), cache_folder(data)
 
         def each() -> Iterator[np.ndarray | str]:
             return self._each(wanted, data, what, progress)
 
         if data.decode == "each_time":
             # Which of them cannot be read is known only once all have been.
-            skipped = cached_reasons(folder, identity, each, what) if data.on_error == "skip" else {}
+            skipped = cached_reasons(folder, key, each, what) if data.on_error == "skip" else {}
             found = Readable(EncodedPixels(self.images, np.delete(wanted, list(skipped)), data, what), skipped)
         else:
-            found = cached_images(folder, {**identity, **_of_pixels(data)}, _shape(wanted, data), each, what)
+            found = cached_images(folder, key, _shape(wanted, data), each, what)
         _check_skipped(found.skipped.values(), len(wanted), data, what)
         if self.name == TRAIN and not self._range_known:  # of which validation images may be drawn as well
-            self._say_range(wanted, folder, identity, data, what)
+            self._say_range(wanted, folder, data, what)
         return found
 
-    def _say_range(self, rows: np.ndarray, folder: Path, identity: dict[str, Any], data: Data, what: str) -> None:
+    def _say_range(self, rows: np.ndarray, folder: Path, data: Data, what: str) -> None:
         """Say it if images of more than 8 bits are far from using their range, or are cut off by `data.white`."""
         self._range_known = True
         if self.images.file_lengths is None:
             found = self._brightest(rows[:: max(1, len(rows) // _LOOKED_AT)])
         else:  # files that are read from their beginning, perhaps over a network: once for all commands
-            found = cached_findings(folder, {**identity, "kept": "range"}, lambda: {"brightest": self._brightest(rows)})["brightest"]
+            key = {**self._selection(rows), "kept": "range"}
+            found = cached_findings(folder, key, lambda: {"brightest": self._brightest(rows)})["brightest"]
         if not found:
             return
         highest, grey = max(value for value, _ in found), all(grey for _, grey in found)
@@ -187,11 +191,6 @@ class EncodedSplit(SourceSplit):
                 yield from pool.map(decode, part.tolist(), self.images[part.tolist()])
                 _check_skipped(skipped, len(rows), data, what)
                 bar.update(len(part))
-
-
-def _of_pixels(data: Data) -> dict[str, object]:
-    """What of a recipe decides on pixels, but their shape."""
-    return {"background": data.background, "white": data.white, "on_error": data.on_error, "crop_area": data.crop_area}
 
 
 def _shape(rows: np.ndarray, data: Data) -> tuple[int, int, int, int]:

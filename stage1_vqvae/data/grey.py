@@ -33,7 +33,7 @@ class GreyPixels(CroppablePixels):
         self._images, self._data = images, data
 
     @override
-    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
+    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop | None]]) -> Tensor:
         found = np.empty((len(rows), len(crops[0]) if crops else 1, *self.shape[1:]), np.uint8)
         for place, (row, of_row) in enumerate(zip(rows.tolist(), crops, strict=True)):
             found[place] = fit_grey(self._images[row], self._data, of_row)

@@ -6,13 +6,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.data import Data
+from configs.data import Data, TransformPart
 from configs.schema import Stage1
-from stage1_vqvae.data.crops import crops_from
 from stage1_vqvae.data.order import order_of
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.variants import VARIANTS, Variants
 from training.batching import share_of_step
 from training.devices import pinned
 from training.prefetch import StepReader
@@ -24,6 +23,11 @@ def pixels_of(pixels: Pixels, rows: Tensor) -> Tensor:
     return torch.from_numpy(pixels.numpy()[rows.numpy()]) if isinstance(pixels, Tensor) else pixels[rows]
 
 
+def crops_vary(transform: TransformPart, variants: Variants) -> bool:
+    """Whether training crops an image in more than one way, so that the pixels kept by data.decode once do not suffice."""
+    return transform.num_draws > 0 or len(variants.crops) > 1
+
+
 class Loader:
     """A process's images of every micro-step.
 
@@ -33,7 +37,8 @@ class Loader:
 
     def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator, ahead: bool | None = None) -> None:
         """`ahead`: whether a thread prefetches the next images; None: on accelerators only."""
-        self._training, self._data, self._config = training, data, config
+        self._training, self._transform, self._config = training, data.transform, config
+        self._variants = VARIANTS[config.augmentation]
         self._device = accelerator.device
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
         self._order = order_of(training.pixels, config.batch_size, config.seed)
@@ -50,7 +55,7 @@ class Loader:
         """
         pixels, variants = self._reader.at(step, micro_step)
         # Images are copied to the device as bytes, a quarter of the size of floats.
-        return make_variants(to_model(pixels), self._config.augmentation, variants)
+        return self._variants.apply(to_model(pixels), variants)
 
     def uniforms(self, step: int, micro_step: int) -> Tensor:
         """(B,) in [0, 1), on the process's device: for each image of a micro-step a function of (seed, step, place in the batch)."""
@@ -63,12 +68,13 @@ class Loader:
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The pixels (B, H, W, C) and variants (B,) of a micro-step."""
-        (step, micro_step), config, data, pixels = key, self._config, self._data, self._training.pixels
+        (step, micro_step), seed, transform, pixels = key, self._config.seed, self._transform, self._training.pixels
         batch, share = self._order.batch(step), self.share(micro_step)
-        variants = torch.randint(num_variants(config.augmentation), batch.shape, generator=generator(config.seed, "augmentation", step))
-        if data.crop == "random" and isinstance(pixels, CroppablePixels):
-            draws = torch.rand((len(batch), 3), generator=generator(config.seed, "crop", step))[share]
-            images = pixels.cropped(batch[share], [[crop] for crop in crops_from(draws, data.crop_area)])[:, 0]
-        else:
-            images = pixels_of(pixels, batch[share])
-        return images, variants[share]
+        rows = batch[share]
+        variants = torch.randint(len(self._variants), batch.shape, generator=generator(seed, "augmentation", step))[share]
+        if not crops_vary(transform, self._variants):
+            return pixels_of(pixels, rows), variants
+        assert isinstance(pixels, CroppablePixels)
+        draws = torch.rand((len(batch), transform.num_draws), generator=generator(seed, "crop", step))[share].tolist()
+        crops = [self._variants.crops[number % len(self._variants.crops)] for number in variants.tolist()]
+        return pixels.cropped(rows, [[crop or transform.crop(draw)] for crop, draw in zip(crops, draws, strict=True)])[:, 0], variants

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.data import Data
-from stage1_vqvae.data.crops import CENTRE, Crop
+from stage1_vqvae.data.crops import Crop
 from training.randomness import generator
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -32,7 +32,7 @@ class Pixels(Protocol):
 
 
 class CroppablePixels(ABC):
-    """Images that are scaled and cropped whenever they are asked for, at the centre unless said otherwise."""
+    """Images that are cropped and scaled whenever they are read."""
 
     def __init__(self, count: int, data: Data) -> None:
         self.shape = torch.Size((count, data.height, data.width, data.channels))
@@ -41,12 +41,12 @@ class CroppablePixels(ABC):
         return self.shape[0]
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        wanted = torch.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
-        return self.cropped(wanted, [[CENTRE]] * len(wanted))[:, 0]
+        numbers = torch.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        return self.cropped(numbers, [[None]] * len(numbers))[:, 0]
 
     @abstractmethod
-    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
-        """Of each row (B,) its crops, the same number of each: uint8 (B, crops, H, W, C)."""
+    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop | None]]) -> Tensor:
+        """Crops of each row (B,), the same number of each (None: the transform's): uint8 (B, crops, H, W, C)."""
 
 
 class Readable(NamedTuple):

@@ -19,7 +19,7 @@ from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.order import Order, order_of
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.variants import VARIANTS
 from training.optimizer import adamw
 from training.precision import ieee_float32
 from training.progress import progress_bar
@@ -85,8 +85,8 @@ def run_classifier(folder: Path, source: ImageSource, device: torch.device, seed
     labels = train.labels
 
     def examples(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        variants = torch.randint(num_variants("shift"), rows.shape, generator=generator(seed, "variants", step))
-        return make_variants(to_model(train.pixels[rows].to(device)), "shift", variants), labels[rows].to(device)
+        numbers = torch.randint(len(VARIANTS["shift"]), rows.shape, generator=generator(seed, "variants", step))
+        return VARIANTS["shift"].apply(to_model(train.pixels[rows].to(device)), numbers), labels[rows].to(device)
 
     return _kept(folder, CLASSIFIER, source.label_names, train, examples, device, seed, may_train)
 

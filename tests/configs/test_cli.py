@@ -231,7 +231,7 @@ MAY_CHANGE = {
 }
 FIXED = {
     "data": "name config revision image_column label_column train_split validation_split test_split height width channels background white "
-    "validation_share seed crop crop_area on_error most_skipped",
+    "validation_share seed transform.* on_error most_skipped",
     "tokenizer": "code_dim quantizer.* network.* objective.*",
     "stage1": "seed minutes batch_size warmup_steps final_lr_share weight_decay weight_average restart_interval augmentation trained "
     "perceptual.* adversarial.*",

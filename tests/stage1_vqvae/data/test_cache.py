@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import shutil
 import threading
 import time
@@ -14,12 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.data import Data
+from configs.data import LOCAL_KEYS, SELECTION_KEYS, Data, pixel_settings
 from configs.errors import UserError
+from configs.parts import FAMILIES, part_class
 from stage1_vqvae.data import cache, encoded
 from stage1_vqvae.data.cache import cached_images
+from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, Readable
+from stage1_vqvae.data.transforms.random_crop import RandomCropPart
 
 
 def data(path: Path, kept: Path, **settings: object) -> Data:
@@ -76,17 +81,64 @@ def test_images_that_change_are_decoded_anew(change: Callable[[Path], None], pic
     assert any(not torch.equal(after[name].pixels, before[name].pixels) for name in after)
 
 
-@pytest.mark.parametrize("settings", [{"height": 16}, {"channels": 1}, {"background": "black"}, {"seed": 1}, {"validation_share": 0.5}])
-def test_what_a_recipe_asks_of_images_is_what_it_gets(settings: dict[str, object], tmp_path: Path) -> None:
-    """Pictures half of which are transparent."""
-    for number in range(8):
-        picture = Image.new("RGBA", (12, 8), (number * 30, 90, 200, 255))
-        picture.paste((0, 0, 0, 0), (0, 0, 6, 8))
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        picture.save(tmp_path / f"pictures/{number}.png")
-    load_images(data(tmp_path / "pictures", tmp_path / "cache"))
-    after, fresh = (load_images(data(tmp_path / "pictures", tmp_path / name, **settings)).splits for name in ("cache", "fresh"))
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"validation_share": 0.5}])
+def test_other_rows_are_not_served_from_the_cache(settings: dict[str, object], pictures: Path, tmp_path: Path) -> None:
+    load_images(data(pictures, tmp_path / "cache"))
+    after, fresh = (load_images(data(pictures, tmp_path / name, **settings)).splits for name in ("cache", "fresh"))
     assert all(torch.equal(after[name].pixels, fresh[name].pixels) for name in (TRAIN, VALIDATION))
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> EncodedSplit:
+    """Images in which every setting of pixels shows: half transparent, of 16 bits, a JPEG that its decoder scales down."""
+    folder = tmp_path_factory.mktemp("varied")
+    transparent = Image.new("RGBA", (24, 16), (30, 90, 200, 255))
+    transparent.paste((0, 0, 0, 0), (0, 0, 12, 16))
+    transparent.save(folder / "transparent.png")
+    Image.fromarray(np.full((16, 24), 500, np.uint16)).save(folder / "16_bits.png")
+    Image.effect_noise((400, 300), 90).convert("RGB").save(folder / "noise.jpg")
+    return EncodedSplit(VALIDATION, FilePaths(sorted(map(str, folder.iterdir()))), None, "varied")
+
+
+OTHER_VALUES: dict[str, Any] = {
+    **dict.fromkeys(("name", "config", "revision", "path", "image_column", "label_column"), "other"),
+    **dict.fromkeys(("train_split", "validation_split", "test_split"), "other"),
+    **{"height": 9, "width": 13, "channels": 1, "background": "black", "white": 1000.0, "transform": RandomCropPart(min_area=0.5)},
+    **{"validation_share": 0.2, "seed": 1, "on_error": "skip", "most_skipped": 0.5},
+    **{"decode": "each_time", "stream": True, "workers": 0, "cache": "other"},
+}
+DECIDE_PIXELS = ("height", "width", "channels", "background", "white", "transform")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Data)])
+def test_the_cache_serves_no_pixels_of_other_settings(name: str, varied: EncodedSplit, tmp_path: Path) -> None:
+    """Every setting by itself; one that decides no pixels finds what is there. A new one has to be put on one side."""
+    settings = Data(height=8, width=12, cache=str(tmp_path / "cache"))
+    before = varied.read(None, settings, False).pixels
+    changed = dataclasses.replace(settings, **{name: str(tmp_path / "other") if name == "cache" else OTHER_VALUES[name]})
+    cached, fresh = (varied.read(None, dataclasses.replace(changed, decode=how), False).pixels[:] for how in ("once", "each_time"))  # type: ignore[arg-type]
+    assert torch.equal(cached, fresh)
+    assert (cached.shape == before.shape and torch.equal(cached, before[:])) == (name not in DECIDE_PIXELS)
+    files = len(list(tmp_path.glob("cache/*.pixels")))
+    assert files == (1 if name in (*LOCAL_KEYS, *SELECTION_KEYS) else 2)
+
+
+def test_every_field_of_a_transform_is_part_of_the_key() -> None:
+    transforms = [part_class("data.transform", kind)() for kind in FAMILIES["data.transform"]]
+    for part in list(transforms):
+        transforms += [dataclasses.replace(part, **{field.name: getattr(part, field.name) / 2}) for field in dataclasses.fields(part)]
+    keys = [pixel_settings(Data(transform=part)) for part in transforms]  # type: ignore[arg-type]
+    assert all(one != other for one, other in itertools.combinations(keys, 2))
+
+
+def test_an_image_is_left_out_under_the_settings_that_cannot_read_it_only(tmp_path: Path) -> None:
+    """What is white in an image of floating point has to be said."""
+    Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)).save(tmp_path / "float.tiff")
+    split = EncodedSplit(VALIDATION, FilePaths([str(tmp_path / "float.tiff")]), None, "float")
+    settings = Data(height=8, width=12, cache=str(tmp_path / "cache"), decode="each_time", on_error="skip", most_skipped=0.0)
+    with pytest.raises(UserError, match="none of which is known to be white"):
+        split.read(None, settings, False)
+    assert not split.read(None, dataclasses.replace(settings, white=1.0), False).skipped
 
 
 @pytest.mark.parametrize("left", ["a part", "too little"])

@@ -11,8 +11,12 @@ import torchvision.transforms.functional as reference
 from PIL import Image, ImageOps
 
 from configs.data import Data
-from stage1_vqvae.data.crops import CENTRE, FIVE, Crop, crops_from
+from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import decode_crops, decode_image
+from stage1_vqvae.data.transforms.random_crop import RandomCropPart
+from stage1_vqvae.data.variants import VARIANTS
+
+FIVE = VARIANTS["five_crops"].crops
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -37,7 +41,7 @@ def seen(pixels: np.ndarray) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (64, 64), (90, 60)])
-@pytest.mark.parametrize("crop", [CENTRE, Crop(0.5, 0.0, 1.0), Crop(0.25, 1.0, 0.3), *FIVE[1:]])
+@pytest.mark.parametrize("crop", [Crop(), Crop(0.5, 0.0, 1.0), Crop(0.25, 1.0, 0.3), *FIVE[1:]])
 def test_a_crop_shows_the_part_that_it_names(crop: Crop, size: tuple[int, int]) -> None:
     data = Data(height=20, width=30)
     (found,) = decode_crops(encoded(coordinates(*size)), "", data, [crop])
@@ -66,7 +70,7 @@ def test_five_crops_are_the_centre_and_the_corners_of_an_enlarged_image() -> Non
 
 def test_random_crops_reach_all_that_they_may_and_no_further() -> None:
     draws = torch.rand((2000, 3), generator=torch.Generator().manual_seed(0))
-    crops = crops_from(draws, 0.3)
+    crops = [RandomCropPart(min_area=0.3).crop(draw) for draw in draws.tolist()]
     areas = np.array([crop.area for crop in crops])
     assert areas.min() >= 0.3
     assert areas.max() <= 1
@@ -76,8 +80,8 @@ def test_random_crops_reach_all_that_they_may_and_no_further() -> None:
         assert 0 <= left < right <= 50
         assert 0 <= top < bottom <= 40
         assert (right - left) / (bottom - top) == pytest.approx(1.5)
-    whole = crops_from(draws, 1.0)
-    assert {crop.area for crop in whole} == {1.0}
+    assert {RandomCropPart().crop(draw).area for draw in draws.tolist()} == {1.0}
+    assert RandomCropPart(min_area=0.3).crop() == Crop()
 
 
 @pytest.mark.parametrize("side", [64, 256, 300, 1024])
@@ -96,7 +100,7 @@ def test_what_a_jpeg_scales_itself_is_what_scaling_it_afterwards_gives(turned: b
     if turned:
         exif[0x0112] = 6
     content, data = encoded(noise, "JPEG", quality=90, exif=exif), Data(height=48, width=64)
-    crops = [CENTRE, Crop(0.5, 0.9, 0.2)]
+    crops = [Crop(), Crop(0.5, 0.9, 0.2)]
     found = decode_crops(content, "", data, crops).astype(float)
     whole = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     assert whole.size == ((1200, 1600) if turned else (1600, 1200))

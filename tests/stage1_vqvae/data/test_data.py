@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 from pathlib import Path
+from typing import get_args
 
 import datasets
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.data import Data
+from configs.data import Augmentation, Data
 from configs.errors import UserError
 from configs.run_dir import REPOSITORY
+from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.pixels import to_model, to_uint8, to_unit
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.variants import VARIANTS, Variants
 from tests.conftest import write_pictures
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -42,8 +44,8 @@ def test_pixels_survive_the_way_into_the_model_and_back() -> None:
 
 def test_shifts_are_the_nine_offsets_with_edges_repeated() -> None:
     image = torch.rand(1, 2, 5, 7)
-    count = num_variants("shift")
-    variants = make_variants(image.expand(count, -1, -1, -1), "shift", torch.arange(count))
+    count = len(VARIANTS["shift"])
+    variants = VARIANTS["shift"].apply(image.expand(count, -1, -1, -1), torch.arange(count))
     assert torch.equal(variants[0], image[0])
     padded = np.pad(image[0].numpy(), ((0, 0), (1, 1), (1, 1)), mode="edge")
     windows = {padded[:, top : top + 5, left : left + 7].tobytes() for top in range(3) for left in range(3)}
@@ -52,10 +54,25 @@ def test_shifts_are_the_nine_offsets_with_edges_repeated() -> None:
 
 def test_flip_mirrors_the_width() -> None:
     images = torch.rand(2, 3, 4, 6)
-    variants = make_variants(images, "horizontal_flip", torch.tensor([0, 1]))
+    variants = VARIANTS["horizontal_flip"].apply(images, torch.tensor([0, 1]))
     assert torch.equal(variants[0], images[0])
     assert np.array_equal(variants[1].numpy(), images[1].numpy()[:, :, ::-1])
-    assert make_variants(images, "none", torch.tensor([0, 0])) is images
+    assert VARIANTS["none"].apply(images, torch.tensor([0, 0])) is images
+
+
+def test_variants_are_all_combinations_of_crop_shift_and_mirror_image() -> None:
+    """The crop counts fastest, then the shift, then the mirror image."""
+    crops = torch.rand(2, 1, 3, 4)
+    both = Variants((None, Crop(0.5)), shifted=True, mirrored=True)
+    found = [both.apply(crops, torch.tensor([number, number + 1])) for number in range(0, len(both), 2)]
+    shifted = [VARIANTS["shift"].apply(crops, torch.full((2,), shift)) for shift in range(9)]
+    assert len(both) == 36
+    assert torch.equal(torch.stack(found), torch.stack([*shifted, *(images.flip(-1) for images in shifted)]))
+
+
+def test_every_augmentation_that_a_recipe_may_name_has_variants() -> None:
+    assert set(VARIANTS) == set(get_args(Augmentation))
+    assert all(variants.crops[0] is None for variants in VARIANTS.values())  # variant 0 is the image itself
 
 
 def test_a_folder_of_folders_has_labels_and_a_validation_split_of_its_own(pictures: Path) -> None:

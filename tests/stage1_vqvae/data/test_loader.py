@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +20,16 @@ from stage1_vqvae.data import encoded
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN
+from stage1_vqvae.data.transforms.random_crop import RandomCropPart
 
 CONFIG = Stage1(batch_size=8, accumulation=2, augmentation="horizontal_flip", steps=4)
 
 
 def loader(pictures: Path, rank: int = 0, processes: int = 1, ahead: bool | None = None, **settings: Any) -> Loader:
+    config = replace(CONFIG, augmentation=settings.pop("augmentation", CONFIG.augmentation))
     data = Data(path=str(pictures), height=8, width=12, validation_share=0.25, **settings)
     accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-    return Loader(load_images(data).splits[TRAIN], data, CONFIG, accelerator, ahead)
+    return Loader(load_images(data).splits[TRAIN], data, config, accelerator, ahead)
 
 
 def steps(found: Loader, first: int = 0) -> list[Tensor]:
@@ -37,7 +40,7 @@ def steps(found: Loader, first: int = 0) -> list[Tensor]:
 HOW: dict[str, dict[str, Any]] = {
     "kept decoded": {"decode": "once"},
     "decoded each time": {"decode": "each_time"},
-    "cropped at random": {"decode": "each_time", "crop": "random", "crop_area": 0.5},
+    "cropped at random": {"decode": "each_time", "transform": RandomCropPart(min_area=0.5), "augmentation": "ten_crops"},
 }
 
 
@@ -60,7 +63,7 @@ def test_a_resumed_training_goes_on_with_the_images_it_would_have_had(how: str, 
 
 
 def test_every_epoch_has_another_crop_of_an_image(tmp_path: Path) -> None:
-    """And of a picture that is as large as the crop there is but one."""
+    """And of a picture that is as large as the crop there is but one; of variants that are crops, each is drawn."""
     for number in range(16):
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (16, 24, 3), np.uint8)).save(tmp_path / f"{number:02d}.png")
 
@@ -71,8 +74,9 @@ def test_every_epoch_has_another_crop_of_an_image(tmp_path: Path) -> None:
 
     twelve, seen = 12, 48  # 12 training images, four epochs of them
     assert different() <= 2 * twelve
-    assert different(crop="random") <= 2 * twelve
-    assert different(crop="random", crop_area=0.5) == seen
+    assert different(transform=RandomCropPart()) <= 2 * twelve
+    assert different(transform=RandomCropPart(min_area=0.5)) == seen
+    assert different(augmentation="none") == twelve < different(augmentation="five_crops") <= 5 * twelve
 
 
 def test_what_is_decoded_each_time_is_what_is_kept(pictures: Path, tmp_path: Path) -> None:
