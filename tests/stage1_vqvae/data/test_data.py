@@ -198,8 +198,25 @@ def test_idx_files_gzipped_or_not(tmp_path: Path) -> None:
     assert source.label_names == ["0", "1", "2", "3", "4"]
     assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 15, VALIDATION: 5, TEST: 3}
     assert np.array_equal(source.splits[TEST].pixels[..., 0].numpy(), pixels[:3])
-    (tmp_path / "t10k-images-idx3-ubyte").write_bytes((tmp_path / "t10k-images-idx3-ubyte").read_bytes()[:-1])
-    with pytest.raises(UserError, match="expected an IDX file"):
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("header", "bytes_behind", "found"),
+    [
+        ([0, 0, 8, 3, 2, 8, 12], 191, r"not the 192 bytes that its header names \(truncated\?\)"),
+        ([0, 0, 8, 3, 2, 8, 12], 193, "more than the 192 bytes that its header names"),
+        ([0, 0, 8, 3, 2**31, 2**31, 2**31], 9, r"not the 9,903,520,314,283,042,199,192,993,792 bytes that its header names"),
+        ([0, 0, 8, 1, 192], 192, "another header"),
+        ([0, 0, 8, 3, 2], 0, "another header"),
+    ],
+)
+def test_an_idx_file_is_as_long_as_its_header_says(ending: str, header: list[int], bytes_behind: int, found: str, tmp_path: Path) -> None:
+    """Of a longer one, as a few bytes of gzip may unpack to, one byte more is read at most."""
+    content = bytes(header[:4]) + b"".join(size.to_bytes(4, "big") for size in header[4:]) + bytes(bytes_behind)
+    path = tmp_path / f"train-images-idx3-ubyte{ending}"
+    path.write_bytes(gzip.compress(content) if ending else content)
+    with pytest.raises(UserError, match=f"expected an IDX file of bytes in 3 dimensions, found {found}"):
         load_images(data(tmp_path, channels=1))
 
 

@@ -163,7 +163,8 @@ def test_splits_can_be_named(pictures: Path, tmp_path: Path, capsys: pytest.Capt
     assert sizes(validation_split="held") == {TRAIN: 10, VALIDATION: 18}
     assert sizes(train_split="held", test_split="train") == {TRAIN: 14, VALIDATION: 4, TEST: 10}
     assert sizes(train_split="unlabeled", test_split="train", announce=True) == {TRAIN: 15, VALIDATION: 5, TEST: 10}
-    assert "30 images in 2 classes; train 15 (unlabeled), validation 5 (held out), test 10 (train)" in capsys.readouterr().out
+    line = "30 images in 2 classes (across, down); train 15 (unlabeled), validation 5 (held out), test 10 (train)"
+    assert line in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.train_split: expected a split of .*, unlabeled, train, held, found all"):
         sizes(train_split="all")
 
@@ -505,7 +506,7 @@ FOLDERS: dict[str, tuple[list[str], object, str]] = {
     "thumbnails": (
         ["a", "b", "a/@eaDir/0.png", "b/.thumbnails", "#recycle/a", "a/Thumbs.db"],
         {"train": "aabb"},
-        "data: 4 images in 2 classes; train 4",
+        "data: 4 images in 2 classes (a, b); train 4",
     ),
     "names in two forms": (
         [f"train/{COMPOSED}", "train/t", f"val/{DECOMPOSED}"],
