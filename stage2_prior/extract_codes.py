@@ -30,7 +30,7 @@ from configs.errors import UserError, run_entry, say
 from configs.parts import as_dict
 from configs.run_dir import RunDir, program, read_json, replace_folder, write_json
 from configs.schema import Extraction, Recipe
-from stage1_vqvae.data.loader import pixels_of
+from stage1_vqvae.data.loader import read_rows
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.record import Record, check_unchanged, read_record
 from stage1_vqvae.data.sources import load_images
@@ -194,7 +194,7 @@ def begin(
     """
     plan = {
         "data": {key: value for key, value in as_dict(recipe.data).items() if key not in LOCAL_KEYS},
-        "images": source.identities,
+        "images": source.fingerprints,
         "augmentation": recipe.extraction.augmentation,
         "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
     }
@@ -222,7 +222,7 @@ def begin(
 def crops_at(pixels: Pixels, rows: Tensor, variants: Variants) -> Tensor:
     """Of each row (B,) the crops that its variants are made from: uint8 (B, crops, H, W, C)."""
     if len(variants.crops) == 1:
-        return pixels_of(pixels, rows)[:, None]
+        return read_rows(pixels, rows)[:, None]
     assert isinstance(pixels, CroppablePixels)
     return pixels.cropped(rows, [variants.crops] * len(rows))
 

@@ -40,7 +40,7 @@ class ReferenceFeatures(NamedTuple):
 def pixels_identity(data: Data, source: ImageSource, split: str) -> dict[str, Any]:
     """All that decides which pixels a split has."""
     keys = {key: value for key, value in as_dict(data).items() if key not in LOCAL_KEYS}
-    return {"data": keys, "split": split, "rows": len(source.splits[split]), "files": source.identities, "skipped": source.skipped}
+    return {"data": keys, "split": split, "rows": len(source.splits[split]), "files": source.fingerprints, "skipped": source.skipped}
 
 
 def reference_features(network: FeatureNetwork, source: ImageSource, split: str, data: Data, batch_size: int) -> ReferenceFeatures:

@@ -23,7 +23,7 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.run_dir import read_json, write_json
-from stage1_vqvae.data.splits import Readable
+from stage1_vqvae.data.splits import ReadableImages
 from training.weights_file import load_weights, save_weights
 
 _FORMAT = 1
@@ -38,9 +38,9 @@ def cache_folder(data: Data) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "two-stage-image-generator" / "images"
 
 
-def files_identity(files: Iterable[Path]) -> str:
+def files_fingerprint(files: Iterable[Path]) -> str:
     """Two sha256, with a blank between: of all paths, sizes and times, which changes whenever a file is written; and of names, below the
-    folder that all files lie in, and sizes, which is the same for a copy of the files (`portable`).
+    folder that all files lie in, and sizes, which is the same for a copy of the files (`portable_fingerprint`).
     """
     paths = list(files)
     names = [path.absolute().as_posix() for path in paths]
@@ -54,90 +54,90 @@ def files_identity(files: Iterable[Path]) -> str:
     return f"{written.hexdigest()} {copied.hexdigest()}"
 
 
-def portable(identity: str) -> str:
-    """Return the last word of a split's identity, equal for a copy of its files: a sha256, or KIND:NAME of data from elsewhere."""
-    return identity.rpartition(" ")[2]
+def portable_fingerprint(fingerprint: str) -> str:
+    """Return the last word of a split's fingerprint, equal for a copy of its files: a sha256, or KIND:NAME of data from elsewhere."""
+    return fingerprint.rpartition(" ")[2]
 
 
 def cached_images(
     folder: Path,
-    identity: dict[str, Any],
+    key: dict[str, Any],
     shape: tuple[int, ...],
     decode: Callable[[], Iterable[np.ndarray | str]],
     what: str,
-) -> Readable:
+) -> ReadableImages:
     """Images from the file of the cache that has them, which is written first if it is not there.
 
     One process of the machine decodes; the others wait for it.
 
     Args:
         folder: the cache.
-        identity: all that decides what the pixels are.
+        key: all that decides what the pixels are.
         shape: (N, H, W, C) of those asked for.
         decode: each of them, in order, or why it cannot be decoded.
         what: they are, for messages.
     Errors: UserError if the disk has no room for them; OSError with the file's name.
     """
-    path = _pixels_path(folder, identity, shape)
+    path = _pixels_path(folder, key, shape)
     noted = path.with_suffix(".json")
 
     def make() -> None:
         skipped = _write(path, math.prod(shape), decode(), what)
-        write_json(noted, {"what": what, "shape": shape, **identity, "skipped": skipped})
+        write_json(noted, {"what": what, "shape": shape, **key, "skipped": skipped})
 
-    _by_one(path, lambda: are_cached(folder, identity, shape), make)
+    _by_one(path, lambda: are_cached(folder, key, shape), make)
     left_out = _skipped(noted)
     count = shape[0] - len(left_out)
     # Read-only: a private map that could be written into would need as much memory, promised if not taken, as the file is long.
     mapped = np.memmap(path, np.uint8, "r", shape=(count, *shape[1:]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return Readable(torch.from_numpy(mapped), left_out)
+        return ReadableImages(torch.from_numpy(mapped), left_out)
 
 
-def are_cached(folder: Path, identity: dict[str, Any], shape: tuple[int, ...]) -> bool:
+def are_cached(folder: Path, key: dict[str, Any], shape: tuple[int, ...]) -> bool:
     """Whether `cached_images` would find them there."""
-    path = _pixels_path(folder, identity, shape)
+    path = _pixels_path(folder, key, shape)
     noted = path.with_suffix(".json")
     return noted.exists() and path.exists() and path.stat().st_size == math.prod(shape[1:]) * (shape[0] - len(_skipped(noted)))
 
 
-def _pixels_path(folder: Path, identity: dict[str, Any], shape: tuple[int, ...]) -> Path:
-    return folder / f"{_key({**identity, 'shape': shape})}.pixels"
+def _pixels_path(folder: Path, key: dict[str, Any], shape: tuple[int, ...]) -> Path:
+    return folder / f"{_key({**key, 'shape': shape})}.pixels"
 
 
-def cached_reasons(folder: Path, identity: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], what: str) -> dict[int, str]:
+def cached_unreadable(folder: Path, key: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], what: str) -> dict[int, str]:
     """Which images cannot be decoded, and why: as `cached_images` finds it, without keeping any of them."""
 
     def find() -> dict[str, Any]:
         say(f"{what}: looking for images that cannot be read, once for all commands")
         return {"what": what, "skipped": {row: image for row, image in enumerate(decode()) if isinstance(image, str)}}
 
-    return {int(row): reason for row, reason in cached_findings(folder, {**identity, "kept": "reasons"}, find)["skipped"].items()}
+    return {int(row): reason for row, reason in cached_json(folder, {**key, "kept": "reasons"}, find)["skipped"].items()}
 
 
-def cached_findings(folder: Path, identity: dict[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached_json(folder: Path, key: dict[str, Any], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was found out about images, from the file of the cache that has it, which one process writes first if it is not there.
 
     Args:
         folder: the cache.
-        identity: all that decides what is found.
+        key: all that decides what is found.
         find: it, as JSON knows it.
     """
-    path = folder / f"{_key(identity)}.json"
-    _by_one(path, path.exists, lambda: write_json(path, {**identity, **find()}))
+    path = folder / f"{_key(key)}.json"
+    _by_one(path, path.exists, lambda: write_json(path, {**key, **find()}))
     return dict(read_json(path))
 
 
 def cached_tensors(
-    folder: Path, identity: dict[str, Any], find: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+    folder: Path, key: dict[str, Any], find: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `cached_findings`, of tensors, and of what JSON knows beside them; not kept where nothing can be written."""
-    path, found = folder / f"{_key(identity)}.safetensors", list[tuple[dict[str, Tensor], dict[str, Any]]]()
+    """As `cached_json`, of tensors, and of what JSON knows beside them; not kept where nothing can be written."""
+    path, found = folder / f"{_key(key)}.safetensors", list[tuple[dict[str, Tensor], dict[str, Any]]]()
 
     def make() -> None:
         found.append(find())
-        save_weights(path, found[0][0], {"kind": _TENSORS, **identity, **found[0][1]})
+        save_weights(path, found[0][0], {"kind": _TENSORS, **key, **found[0][1]})
 
     try:
         _by_one(path, path.exists, make)
@@ -147,9 +147,9 @@ def cached_tensors(
     return load_weights(path, _TENSORS)
 
 
-def _key(identity: dict[str, Any]) -> str:
+def _key(key: dict[str, Any]) -> str:
     versions = {"format": _FORMAT, "pillow": metadata.version("pillow"), "datasets": metadata.version("datasets")}
-    return hashlib.sha256(json.dumps({**versions, **identity}, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps({**versions, **key}, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _skipped(noted: Path) -> dict[int, str]:

@@ -177,7 +177,7 @@ def _jpeg_parts(content: bytes) -> Iterator[bytes]:
     yield content[position:]
 
 
-def brightest(content: bytes | None, path: str | None) -> tuple[float, bool] | None:
+def largest_value(content: bytes | None, path: str | None) -> tuple[float, bool] | None:
     """The largest value in an image of more than 8 bits, and whether it is a grey one; None for others, and for what cannot be read."""
     try:
         with Image.open(io.BytesIO(content) if content is not None else path or "") as opened:
@@ -191,7 +191,7 @@ def brightest(content: bytes | None, path: str | None) -> tuple[float, bool] | N
     return (float(values.max()), True) if grey else (257.0 * int(values.max()), False)
 
 
-def pixels_of(image: Image.Image, data: Data) -> np.ndarray:
+def image_to_pixels(image: Image.Image, data: Data) -> np.ndarray:
     """An image in memory as `decode_image` has it: uint8 (H, W, C). Errors: UserError for pixels of unknown range."""
     try:
         return _fit(_prepared(_upright(image, image), data), data)
@@ -207,11 +207,11 @@ def _composed(image: Image.Image, background: str) -> Image.Image:
     """An image over a background, if parts of it are transparent: what such pixels hide is arbitrary, and no part of the picture."""
     if not image.has_transparency_data or image.mode.startswith("I"):  # 16 bits have at most one transparent shade
         return image
-    image = with_alpha(image)
+    image = to_rgba(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*ImageColor.getrgb(background)[:3], 255)), image)
 
 
-def with_alpha(image: Image.Image) -> Image.Image:
+def to_rgba(image: Image.Image) -> Image.Image:
     """An image of any mode of 8 bits in RGBA."""
     return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 

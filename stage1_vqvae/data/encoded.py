@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from configs.data import Data, pixel_settings
 from configs.errors import UserError, say
-from stage1_vqvae.data.cache import are_cached, cache_folder, cached_findings, cached_images, cached_reasons
+from stage1_vqvae.data.cache import are_cached, cache_folder, cached_images, cached_json, cached_unreadable
 from stage1_vqvae.data.crops import Crop
-from stage1_vqvae.data.decoding import UnreadableImage, brightest, decode_crops, decode_image
-from stage1_vqvae.data.splits import TRAIN, CroppablePixels, Readable, SourceSplit
+from stage1_vqvae.data.decoding import UnreadableImage, decode_crops, decode_image, largest_value
+from stage1_vqvae.data.splits import TRAIN, CroppablePixels, ReadableImages, SourceSplit
 from training.processes import share_of_cores
 from training.progress import progress_bar
 
@@ -53,7 +53,7 @@ class EncodedImages(Protocol):
     def __getitem__(self, rows: list[int], /) -> list[EncodedImage]: ...
 
 
-def encoded_image(record: Any) -> EncodedImage:
+def parse_encoded_image(record: Any) -> EncodedImage:
     """What a column holds of an image: a struct of bytes and perhaps a path, bytes alone or as a list of numbers, or None."""
     if isinstance(record, dict):
         return EncodedImage(record.get("bytes"), record.get("path"))
@@ -75,7 +75,7 @@ class FilePaths:
         return [EncodedImage(None, self._paths[row]) for row in rows]
 
 
-def decoding_threads(data: Data) -> int:
+def num_decoding_threads(data: Data) -> int:
     """How many threads of this process decode."""
     return share_of_cores() if data.workers is None else data.workers
 
@@ -86,7 +86,7 @@ class EncodedPixels(CroppablePixels):
     def __init__(self, images: EncodedImages, rows: np.ndarray, data: Data, what: str) -> None:
         super().__init__(len(rows), data)
         self._images, self._rows, self._data, self._what = images, rows, data, what
-        threads = decoding_threads(data)
+        threads = num_decoding_threads(data)
         self._pool = ThreadPoolExecutor(threads) if threads > 0 else None
         self.file_lengths: np.ndarray | None = None
         """As that of `EncodedImages`, of those that are here."""
@@ -109,8 +109,8 @@ class EncodedPixels(CroppablePixels):
 class EncodedSplit(SourceSplit):
     """Of encoded images."""
 
-    def __init__(self, name: str, images: EncodedImages, labels: np.ndarray | None, identity: str) -> None:
-        self.name, self.images, self.labels, self.identity = name, images, labels, identity
+    def __init__(self, name: str, images: EncodedImages, labels: np.ndarray | None, fingerprint: str) -> None:
+        self.name, self.images, self.labels, self.fingerprint = name, images, labels, fingerprint
         self._range_known = False
 
     @override
@@ -122,14 +122,14 @@ class EncodedSplit(SourceSplit):
         return data.decode == "once" and are_cached(cache_folder(data), self._cache_key(rows, data), _shape(rows, data))
 
     def _selection(self, rows: np.ndarray) -> dict[str, Any]:
-        return {"source": self.identity, "split": self.name, "rows": hashlib.sha256(rows.tobytes()).hexdigest()}
+        return {"source": self.fingerprint, "split": self.name, "rows": hashlib.sha256(rows.tobytes()).hexdigest()}
 
     def _cache_key(self, rows: np.ndarray, data: Data) -> dict[str, Any]:
         """The images, and every setting that decides their pixels and whether they can be read."""
         return {**self._selection(rows), "settings": pixel_settings(data)}
 
     @override
-    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
+    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
         wanted, what = np.arange(len(self)) if rows is None else rows, f"{data.path or data.name}, {self.name}"
         key, folder = self._cache_key(wanted, data), cache_folder(data)
 
@@ -138,8 +138,8 @@ class EncodedSplit(SourceSplit):
 
         if data.decode == "each_time":
             # Which of them cannot be read is known only once all have been.
-            skipped = cached_reasons(folder, key, each, what) if data.on_error == "skip" else {}
-            found = Readable(EncodedPixels(self.images, np.delete(wanted, list(skipped)), data, what), skipped)
+            skipped = cached_unreadable(folder, key, each, what) if data.on_error == "skip" else {}
+            found = ReadableImages(EncodedPixels(self.images, np.delete(wanted, list(skipped)), data, what), skipped)
         else:
             found = cached_images(folder, key, _shape(wanted, data), each, what)
         _check_skipped(found.skipped.values(), len(wanted), data, what)
@@ -154,7 +154,7 @@ class EncodedSplit(SourceSplit):
             found = self._brightest(rows[:: max(1, len(rows) // _LOOKED_AT)])
         else:  # files that are read from their beginning, perhaps over a network: once for all commands
             key = {**self._selection(rows), "kept": "range"}
-            found = cached_findings(folder, key, lambda: {"brightest": self._brightest(rows)})["brightest"]
+            found = cached_json(folder, key, lambda: {"brightest": self._brightest(rows)})["brightest"]
         if not found:
             return
         highest, grey = max(value for value, _ in found), all(grey for _, grey in found)
@@ -168,8 +168,8 @@ class EncodedSplit(SourceSplit):
             say(f"{seen}: they are dark; {way}")
 
     def _brightest(self, rows: np.ndarray) -> list[tuple[float, bool]]:
-        """What `brightest` says of the first of those rows, without images of 8 bits."""
-        found = [brightest(*image) for image in self.images[rows[:_LOOKED_AT].tolist()]]
+        """What `largest_value` says of the first of those rows, without images of 8 bits."""
+        found = [largest_value(*image) for image in self.images[rows[:_LOOKED_AT].tolist()]]
         return [value for value in found if value is not None]
 
     def _each(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray | str]:
@@ -184,7 +184,7 @@ class EncodedSplit(SourceSplit):
                 skipped.append(str(error))
                 return str(error)
 
-        threads = ThreadPoolExecutor(max(1, decoding_threads(data)))
+        threads = ThreadPoolExecutor(max(1, num_decoding_threads(data)))
         with threads as pool, progress_bar(len(rows), f"decode {self.name}", "img", shown=progress) as bar:
             for start in range(0, len(rows), _DECODED_AT_ONCE):
                 part = rows[start : start + _DECODED_AT_ONCE]

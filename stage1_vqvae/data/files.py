@@ -14,8 +14,8 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data.decoding import decode_image
-from stage1_vqvae.data.folders import files_below, images_in, labels_of_folders
-from stage1_vqvae.data.sources import spread
+from stage1_vqvae.data.folders import folder_classes_at_any_depth, list_files, select_images
+from stage1_vqvae.data.sources import evenly_spaced
 from training.progress import progress_bar
 
 
@@ -25,7 +25,7 @@ class ImageFiles(NamedTuple):
     pixels: Tensor
     """uint8 (N, H, W, C)."""
     paths: list[str]
-    below: list[str]
+    relative_names: list[str]
     """The path of each below the folder that was named, with `/` and without ending; of a file that was named, its name."""
     labels: list[str] | None
     """The class of each: the folder that it lies in, below the one that was named, or the outermost of those that hold images; None
@@ -34,7 +34,7 @@ class ImageFiles(NamedTuple):
 
 
 def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: int | None = None) -> ImageFiles:
-    """Decode image files, and those in folders (of any depth, by name; as `files_below` lists them), to `data`'s size; `count`: only so
+    """Decode image files, and those in folders (of any depth, by name; as `list_files` lists them), to `data`'s size; `count`: only so
     many of them, spread evenly.
 
     Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
@@ -47,14 +47,14 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: 
                 raise UserError(f"{path}: expected an image or a folder of images, found nothing")
             found.append((path, path.parent, None))
             continue
-        tree = files_below(path)
-        images, omitted = images_in(tree)
+        tree = list_files(path)
+        images, omitted = select_images(tree)
         if not images:
             others = f" among its files: {omitted}" if omitted else ""
             raise UserError(f"{path}: expected an image or a folder of images, found no image in it{others}")
         if omitted:
             say(f"{path}: {sum(map(len, images.values())):,} images; left out: {omitted}")
-        labels = labels_of_folders(images)
+        labels = folder_classes_at_any_depth(images)
         unlabelled = [folder for folder in images if folder not in labels]
         if labels and unlabelled:
             example = tree.path(unlabelled[0], images[unlabelled[0]][0])
@@ -62,7 +62,7 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: 
         files = sorted((Path(tree.path(folder, name)), labels.get(folder)) for folder, names in images.items() for name in names)
         found += [(file, path, label) for file, label in files]
     all_labelled = all(label is not None for _, _, label in found)
-    found = found if count is None else [found[row] for row in spread(len(found), count)]
+    found = found if count is None else [found[row] for row in evenly_spaced(len(found), count)]
     pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
 
     def decode(number: int) -> None:
@@ -74,5 +74,5 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: 
     known = [label for _, _, label in found if label is not None]
     # A name that is not UTF-8 could not be printed, or written into a table.
     names = [str(path).encode(errors="backslashreplace").decode() for path, _, _ in found]
-    below = [path.relative_to(root).with_suffix("").as_posix() for path, root, _ in found]
-    return ImageFiles(torch.from_numpy(pixels), names, below, known if all_labelled else None)
+    relative_names = [path.relative_to(root).with_suffix("").as_posix() for path, root, _ in found]
+    return ImageFiles(torch.from_numpy(pixels), names, relative_names, known if all_labelled else None)

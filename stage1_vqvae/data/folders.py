@@ -13,12 +13,12 @@ import numpy as np
 from configs.data import Data
 from configs.errors import UserError, listed
 from stage1_vqvae.data import tables
-from stage1_vqvae.data.cache import files_identity
+from stage1_vqvae.data.cache import files_fingerprint
 from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
 from stage1_vqvae.data.formats import ending_of, image_endings, package_for
 from stage1_vqvae.data.listings import Listing
-from stage1_vqvae.data.names import NO_LABELS, normalised, our_splits, refuse_keys, splits_by_words, usual_split
-from stage1_vqvae.data.splits import TRAIN, Opened, SourceSplit
+from stage1_vqvae.data.names import NO_LABELS, conventional_split, map_splits, normalised, refuse_keys, splits_of_folders
+from stage1_vqvae.data.splits import TRAIN, OpenedSource, SourceSplit
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables that name images (`file_name`) and what is known of them, as `datasets` has it."""
@@ -58,7 +58,7 @@ class FileTree(NamedTuple):
         return Counter(ending_of(name) for names in self.files.values() for name in names)
 
 
-def files_below(folder: str | Path) -> FileTree:
+def list_files(folder: str | Path) -> FileTree:
     """List the files of a folder and of those below it, through links to folders too; without hidden files and what systems leave.
 
     Errors: UserError for a folder that cannot be read, or that is a link to one above it: images would be missing, and nobody would know.
@@ -104,7 +104,7 @@ def check_utf8(tree: FileTree) -> None:
                 raise UserError(f"{os.fsencode(path)!r}: expected a name in UTF-8, found another encoding; rename it")
 
 
-def left_out(tree: FileTree, used: Callable[[str], bool]) -> str:
+def describe_other_files(tree: FileTree, used: Callable[[str], bool]) -> str:
     """How many files of which kind are not used, as `20 .HEIC (install pillow-heif), 3 .svg`; empty if all are."""
     kinds = Counter(os.path.splitext(name)[1] for names in tree.files.values() for name in names if not used(name))
     described = []
@@ -118,23 +118,23 @@ def left_out(tree: FileTree, used: Callable[[str], bool]) -> str:
     return ", ".join(described)
 
 
-def images_in(tree: FileTree, beside: Collection[str] = ()) -> tuple[dict[Parts, list[str]], str]:
-    """Names of images by folder, of folders that hold some; and what is `left_out`, but for files of the names `beside`."""
+def select_images(tree: FileTree, beside: Collection[str] = ()) -> tuple[dict[Parts, list[str]], str]:
+    """Names of images by folder, of folders that hold some; and what is `describe_other_files`, but for files of the names `beside`."""
     endings = image_endings(tree.endings())
     images = {folder: found for folder, names in tree.files.items() if (found := [name for name in names if ending_of(name) in endings])}
-    return images, left_out(tree, lambda name: ending_of(name) in endings or name in beside)
+    return images, describe_other_files(tree, lambda name: ending_of(name) in endings or name in beside)
 
 
-def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
+def open_image_folder(path: Path, tree: FileTree, data: Data) -> OpenedSource:
     """Splits and label names of a folder's images.
 
     Folders that are named as splits are splits, at the top or below folders without anything beside them; file names never are, whatever
-    they begin with. Labels are the names of the folders that images lie in (`class_folders`), if there are several; or what a table of
+    they begin with. Labels are the names of the folders that images lie in (`folder_classes`), if there are several; or what a table of
     metadata says, if there is one.
 
     Errors: UserError for a folder without images, or with some of which it is not plain what split or class they are of.
     """
-    images, omitted = images_in(tree, METADATA)
+    images, omitted = select_images(tree, METADATA)
     table_folders = [folder for folder, names in tree.files.items() if not set(METADATA).isdisjoint(names)]
     if not images:
         raise UserError(f"data.path {path}: expected images, found none" + (f" among its files: {omitted}" if omitted else ""))
@@ -143,7 +143,7 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
     depth = len(root)
     candidates = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
     top_folders = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
-    names = our_splits(data, sorted(candidates), only=False) or splits_by_words(data, top_folders)
+    names = map_splits(data, sorted(candidates), only=False) or splits_of_folders(data, top_folders)
     if not names:
         _check_no_splits_below(path, images)
     roots = {split: _unwrapped((*root, name), split, read) for name, split in names.items()} or {TRAIN: root}
@@ -168,11 +168,11 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
             raise UserError(f"data.path {tree.path(roots[split])}: expected images of split {split}, found none")
     called = {split: "/".join(roots[split]) for split in names.values()}
     if table_folders:
-        return Opened(*_with_metadata(path, tree, roots, split_images, table_folders, data, notes), called, omitted, notes)
+        return OpenedSource(*_with_metadata(path, tree, roots, split_images, table_folders, data, notes), called, omitted, notes)
     refuse_keys(data, ("image_column",), f"{path}, a folder of images, which has no columns")
     classes: dict[str, dict[Parts, str]] = {}
     if data.label_column is None:
-        classes = class_folders(split_images, f"data.path {path}", notes)
+        classes = folder_classes(split_images, f"data.path {path}", notes)
     elif data.label_column != NO_LABELS:
         raise UserError(f"data.label_column: expected {NO_LABELS}, or nothing, for a folder of images, found {data.label_column}")
     label_names = sorted({name for of_split in classes.values() for name in of_split.values()})
@@ -184,11 +184,11 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
         used = {folder: files for folder, files in folders.items() if not labelled or folder in classes[split]}
         paths = sorted(path for folder, files in used.items() for path in _joined(tree.path((*roots[split], *folder)), files))
         labels = np.asarray([class_of[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
-        splits[split] = EncodedSplit(split, FilePaths(paths), labels, files_identity(map(Path, paths)))
-    return Opened(splits, label_names if len(label_names) > 1 else None, called, omitted, notes)
+        splits[split] = EncodedSplit(split, FilePaths(paths), labels, files_fingerprint(map(Path, paths)))
+    return OpenedSource(splits, label_names if len(label_names) > 1 else None, called, omitted, notes)
 
 
-def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: str, notes: list[str]) -> dict[str, dict[Parts, str]]:
+def folder_classes(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: str, notes: list[str]) -> dict[str, dict[Parts, str]]:
     """The class of each folder of images, by split; without those whose images are of none.
 
     A class is the folder that images lie in. A folder inside it is part of it; of a folder that bears the same name in all classes
@@ -200,7 +200,7 @@ def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: s
         notes: gets a line for each thing that might have been meant otherwise.
     Errors: UserError for images at several depths, of which it is not plain whose class they are of.
     """
-    outer = {split: {folder: outermost(folder, folders) for folder in folders if folder} for split, folders in splits.items()}
+    outer = {split: {folder: outermost_image_folder(folder, folders) for folder in folders if folder} for split, folders in splits.items()}
     for of_split in outer.values():
         depths = {len(folder): folder for folder in of_split.values()}
         if len(depths) > 1:
@@ -209,7 +209,7 @@ def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: s
             raise UserError(f"{what}: {expected}, found some in {shallow} and some in {deep}")
         if inside := sorted(folder for folder, above in of_split.items() if folder != above):
             notes.append(f"folders inside that of a class are part of it, as {'/'.join(inside[0])} of {of_split[inside[0]][-1]}")
-    shared = shared_tail({folder for of_split in outer.values() for folder in of_split.values()})
+    shared = common_suffix_length({folder for of_split in outer.values() for folder in of_split.values()})
     classes: dict[str, dict[Parts, str]] = {}
     for split, of_split in outer.items():
         first: dict[str, Parts] = {}
@@ -238,25 +238,27 @@ def _note_strays(folders: Mapping[Parts, Collection[str]], classes: Mapping[Part
     return f"left out beside the folders of classes: {len(strays):,}, such as {min(strays)}"
 
 
-def labels_of_folders(images: Mapping[Parts, Collection[str]]) -> dict[Parts, str]:
-    """The class of each folder of images, as `class_folders` has it, of folders that need not be of a whole data set: whatever their depth,
+def folder_classes_at_any_depth(images: Mapping[Parts, Collection[str]]) -> dict[Parts, str]:
+    """Return the class of each folder of images as `folder_classes` does, of folders at any depth and of parts of a data set,
     and those of splits aside. Without folders whose images are of no class.
     """
     splits: dict[Parts, set[Parts]] = {}
     for folder in images:
-        split = folder[:1] if folder and usual_split(folder[0]) else ()
+        split = folder[:1] if folder and conventional_split(folder[0]) else ()
         splits.setdefault(split, set()).add(folder[len(split) :])
-    outer = {(*split, *folder): outermost(folder, folders) for split, folders in splits.items() for folder in folders if folder}
-    shared = shared_tail(set(outer.values()))
+    outer = {
+        (*split, *folder): outermost_image_folder(folder, folders) for split, folders in splits.items() for folder in folders if folder
+    }
+    shared = common_suffix_length(set(outer.values()))
     return {folder: normalised(above[-1 - shared]) for folder, above in outer.items() if len(above) > shared}
 
 
-def outermost(folder: Parts, folders: Collection[Parts]) -> Parts:
+def outermost_image_folder(folder: Parts, folders: Collection[Parts]) -> Parts:
     """The first of a folder and those above it (but for the one that was named) that holds images itself."""
     return next(folder[:depth] for depth in range(1, len(folder) + 1) if folder[:depth] in folders)
 
 
-def shared_tail(folders: Collection[Parts]) -> int:
+def common_suffix_length(folders: Collection[Parts]) -> int:
     """How many folders at the end of all the paths are called the same, as of `n01/images` and `n02/images`; 0 of a single path."""
     shared = 0
     while len(folders) > 1 and all(len(folder) > shared for folder in folders) and len({folder[-1 - shared] for folder in folders}) == 1:
@@ -272,7 +274,7 @@ def _root(folders: Sequence[Parts], tree: FileTree, data: Data) -> Parts:
         if part != other:
             break
         inside = [folder[-1] for folder in tree.files if len(folder) == len(root) + 1 and folder[:-1] == root]
-        if any(usual_split(name) or normalised(name) in named for name in inside):
+        if any(conventional_split(name) or normalised(name) in named for name in inside):
             break
         root = (*root, part)
     return root
@@ -282,7 +284,7 @@ def _unwrapped(root: Parts, split: str, folders: Collection[Parts]) -> Parts:
     """A split's folder; of `test/test`, as some archives unpack, the inner one if it holds all images."""
     inside = {folder[: len(root) + 1] for folder in folders if folder[: len(root)] == root}
     (inner,) = inside if len(inside) == 1 else (root,)
-    is_named = inner != root and (inner[-1] == root[-1] or usual_split(inner[-1]) == split)
+    is_named = inner != root and (inner[-1] == root[-1] or conventional_split(inner[-1]) == split)
     return _unwrapped(inner, split, folders) if is_named else root
 
 
@@ -292,7 +294,7 @@ def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> Non
         split: folder[: depth + 1]
         for folder in sorted(images, reverse=True)
         for depth, name in enumerate(folder)
-        if (split := usual_split(name))
+        if (split := conventional_split(name))
     }
     if len(nested) > 1:
         found = " and ".join("/".join(folder) for folder in nested.values())
@@ -322,7 +324,7 @@ def _with_metadata(
     for split, found in split_tables.items():
         if not found:
             raise UserError(f"data.path {path}: expected metadata in the folder of each split, found none in that of {split}")
-    splits, label_names = tables.of_listings({split: Listing(split_tables[split], found) for split, found in images.items()}, data)
+    splits, label_names = tables.open_listings({split: Listing(split_tables[split], found) for split, found in images.items()}, data)
     for split, of_split in splits.items():
         if len(of_split) < len(images[split]):
             notes.append(f"{split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")

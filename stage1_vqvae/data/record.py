@@ -14,7 +14,7 @@ import numpy as np
 
 from configs.errors import UserError, say
 from configs.run_dir import read_json
-from stage1_vqvae.data.cache import portable
+from stage1_vqvae.data.cache import portable_fingerprint
 from stage1_vqvae.data.splits import VALIDATION, SourceSplit
 
 Record = dict[str, dict[str, Any]]
@@ -40,7 +40,9 @@ def source_record(split: SourceSplit, rows: np.ndarray | None, names: list[str] 
     for array in (rows, split.labels):
         content.update(b"all" if array is None else array.astype(np.int64).tobytes())
     labels = split.labels if split.labels is None or rows is None else split.labels[rows]
-    return split_record(len(split) if rows is None else len(rows), labels, names, portable(split.identity), content.hexdigest())
+    return split_record(
+        len(split) if rows is None else len(rows), labels, names, portable_fingerprint(split.fingerprint), content.hexdigest()
+    )
 
 
 def changes(recorded: Record, current: Record) -> list[str]:

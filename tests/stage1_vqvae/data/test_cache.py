@@ -23,7 +23,7 @@ from stage1_vqvae.data import cache, encoded
 from stage1_vqvae.data.cache import cached_images
 from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, VALIDATION, Readable
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ReadableImages
 from stage1_vqvae.data.transforms.random_crop import RandomCropPart
 
 
@@ -225,7 +225,7 @@ def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path,
     monkeypatch.setenv("LOCAL_RANK", "1")
     decoding, found = [], []
 
-    def by(name: str) -> Readable:
+    def by(name: str) -> ReadableImages:
         def decode() -> Iterator[np.ndarray]:
             decoding.append(name)
             yield np.full((2, 2, 1), 7, np.uint8)

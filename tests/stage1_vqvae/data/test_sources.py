@@ -25,7 +25,7 @@ from PIL import Image
 
 from configs.data import Data
 from configs.errors import UserError
-from stage1_vqvae.data.names import splits_of_files
+from stage1_vqvae.data.names import group_files_by_split
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 
@@ -424,9 +424,9 @@ def test_an_archive_among_images_is_what_they_were_unpacked_from(pictures: Path,
 def test_what_a_files_name_tells_of_its_split(name: str, split: str | None, tmp_path: Path) -> None:
     if split is None:
         with pytest.raises(UserError, match="expected a name that tells one split, found train, test"):
-            splits_of_files([tmp_path / name], tmp_path, data(tmp_path))
+            group_files_by_split([tmp_path / name], tmp_path, data(tmp_path))
     else:
-        assert splits_of_files([tmp_path / name], tmp_path, data(tmp_path)) == {split: [tmp_path / name]}
+        assert group_files_by_split([tmp_path / name], tmp_path, data(tmp_path)) == {split: [tmp_path / name]}
 
 
 def test_an_image_that_is_not_there_is_one_that_cannot_be_read(pictures: Path, tmp_path: Path) -> None:
