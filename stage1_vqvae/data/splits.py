@@ -18,9 +18,7 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 class Pixels(Protocol):
-    """Images, uint8 (N, H, W, C), of which some are read at a time: a tensor is one, which may be mapped from a file, and images that are
-    decoded when they are asked for.
-    """
+    """Images, uint8 (N, H, W, C), read some rows at a time: a tensor, perhaps mapped from a file, or images that are decoded when read."""
 
     @property
     def shape(self) -> torch.Size:
@@ -50,48 +48,48 @@ class CroppablePixels(ABC):
 
 
 class ReadableImages(NamedTuple):
-    """The images of a split that can be read."""
+    """Images of a split without those that cannot be read."""
 
     pixels: Pixels
     skipped: dict[int, str]
-    """Which of those asked for are not among them, and why."""
+    """Reason for each requested row that is missing from `pixels`."""
 
 
 class SourceSplit(ABC):
-    """A split as its source has it, before any of its images is decoded."""
+    """Split as its source has it, before any image is decoded."""
 
     labels: np.ndarray | None
     """(N,) int64."""
     fingerprint: str
-    """What is another if the source's files are; its last word is the same for a copy of them (cache.py)."""
+    """Changes whenever the source's files change; its last word is the same for a copy of them (cache.py)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     def is_kept(self, rows: np.ndarray, data: Data) -> bool:
-        """Whether those rows are decoded already, so that reading them costs nothing."""
+        """Return whether those rows are in the cache, so that reading them costs nothing."""
         return False
 
     @abstractmethod
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
-        """Those rows (all, if None) at the recipe's size."""
+        """Read those rows (None: all) at the recipe's size."""
 
 
 class OpenedSource(NamedTuple):
-    """A data set before any of its images is decoded."""
+    """Data set before any image is decoded."""
 
     splits: dict[str, SourceSplit]
     label_names: list[str] | None
     source_names: dict[str, str]
-    """What the source calls each split, where it has a name for it."""
+    """The source's name per split, where it has one."""
     other_files: str = ""
-    """How many files of which kind are no images of it."""
+    """Number of files per kind that are not images of the data set, as text."""
     notes: Sequence[str] = ()
-    """What was decided and might have been meant otherwise, a line each."""
+    """Lines about decisions that the user may have meant otherwise."""
 
 
 class ImageSplit:
-    """One split: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
+    """Split of images: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
 
     def __init__(self, pixels: Pixels, labels: np.ndarray | None) -> None:
         assert len(pixels.shape) == 4
@@ -103,7 +101,7 @@ class ImageSplit:
 
 
 class ImageSource:
-    """The splits of a data set, `train` and `validation` always among them, and the names of its labels."""
+    """Splits of a data set and the names of its labels."""
 
     def __init__(
         self,
@@ -116,20 +114,20 @@ class ImageSource:
         self.splits = splits
         self.label_names = label_names
         self.fingerprints = dict(fingerprints or {})
-        """Of each split, what is another if the files that it was read from are."""
+        """Fingerprint per split, which changes whenever its files change."""
         self.skipped = list(skipped)
-        """A line for each image that could not be read and was left out."""
+        """One line per image that could not be read and was left out."""
         self.record = dict(record or {})
-        """What a run writes down of its data (record.py)."""
+        """Record of the data that a run keeps (record.py)."""
 
 
 def stratified_draw(labels: Tensor | None, count: int, share: float, seed: int) -> Tensor:
-    """A mask of `share` of the rows, the same share of each label; a label with few images gives what rounds."""
+    """Draw a mask of `share` of the rows, the same share per label, rounded for labels with few images."""
     drawn = torch.zeros(count, dtype=torch.bool)
     groups = [torch.arange(count)] if labels is None else [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     for number, rows in enumerate(groups):
         order = torch.randperm(len(rows), generator=generator(seed, "validation split", number))
         drawn[rows[order[: round(share * len(rows))]]] = True
-    if labels is not None and not drawn.any():  # no label has enough images to give one
+    if labels is not None and not drawn.any():  # every label has too few images
         return stratified_draw(None, count, share, seed)
     return drawn

@@ -359,7 +359,7 @@ TABLES: dict[str, tuple[str, str, str]] = {
     "a file elsewhere": (CSV, "file_name,label\n/etc/hostname,1\n", NAMES + "'/etc/hostname'"),
     "JSON": (JSON, "".join(json.dumps({"file_name": f"{name}.png", "label": name}) + "\n" for name in "abcd"), "a b c d"),
     "several kinds": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": "x"}\n', "expected .* kinds in label"),
-    "cut in a line": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b', "expected a table .*line 2 is no JSON object"),
+    "cut in a line": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b', "expected a table .*line 2 is not a JSON object"),
 }
 
 
