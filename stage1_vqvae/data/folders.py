@@ -144,7 +144,7 @@ def open_image_folder(path: Path, tree: FileTree, data: Data) -> OpenedSource:
     depth = len(root)
     candidates = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
     top_folders = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
-    names = map_splits(data, sorted(candidates), only=False) or splits_of_folders(data, top_folders)
+    names = map_splits(data, sorted(candidates), required=False) or splits_of_folders(data, top_folders)
     if not names:
         _check_no_splits_below(path, images)
     roots = {split: _unwrap((*root, name), split, folders_read) for name, split in names.items()} or {TRAIN: root}

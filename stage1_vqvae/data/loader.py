@@ -19,7 +19,7 @@ from training.randomness import generator
 
 
 def read_rows(pixels: Pixels, rows: Tensor) -> Tensor:
-    """Images at `rows`, uint8 (B, H, W, C); indexed by numpy, since torch would start an OpenMP team for every calling thread."""
+    """Read the images at `rows`, uint8 (B, H, W, C); numpy indexes them, since torch would start an OpenMP team per calling thread."""
     return torch.from_numpy(pixels.numpy()[rows.numpy()]) if isinstance(pixels, Tensor) else pixels[rows]
 
 
@@ -29,14 +29,14 @@ def crops_vary(transform: TransformPart, variants: Variants) -> bool:
 
 
 class Loader:
-    """A process's images of every micro-step.
+    """Training images of this rank per micro-step.
 
-    Which they are, and in which crop and variant, is a function of (seed, step, position in the step's batch): the same whatever the number
-    of processes and threads, and where a training was interrupted.
+    The image, its crop and its variant are functions of (seed, step, position in the step's batch): they do not depend on the world size,
+    on threads, or on where training was interrupted.
     """
 
     def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator, ahead: bool | None = None) -> None:
-        """`ahead`: whether a thread prefetches the next images; None: on accelerators only."""
+        """`ahead`: prefetch the next images in a thread; None: on accelerators only."""
         self._training, self._transform, self._config = training, data.transform, config
         self._variants = VARIANTS[config.augmentation]
         self._device = accelerator.device
@@ -45,29 +45,29 @@ class Loader:
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
 
     def share(self, micro_step: int) -> slice:
-        """This process's part of a step's batch."""
+        """Return this rank's slice of a step's batch."""
         return share_of_step(self._config.batch_size, self._config.accumulation, micro_step, self._processes, self._rank)
 
     def images(self, step: int, micro_step: int) -> Tensor:
-        """The images (B, C, H, W) in [-1, 1] of a micro-step, on the process's device.
+        """Return the images (B, C, H, W) in [-1, 1] of a micro-step, on this rank's device.
 
-        Errors: UserError for one that cannot be read.
+        Errors: UserError for an image that cannot be read.
         """
         pixels, variants = self._reader.at(step, micro_step)
         # Images are copied to the device as bytes, a quarter of the size of floats.
         return self._variants.apply(to_model(pixels), variants)
 
     def uniforms(self, step: int, micro_step: int) -> Tensor:
-        """(B,) in [0, 1), on the process's device: for each image of a micro-step a function of (seed, step, place in the batch)."""
+        """Draw (B,) numbers in [0, 1) on this rank's device, one per image, a function of (seed, step, position in the batch)."""
         draws = torch.rand(self._config.batch_size, generator=generator(self._config.seed, "objective", step))
         return pinned(draws[self.share(micro_step)], self._device).to(self._device, non_blocking=True)
 
     def waited(self) -> float:
-        """Seconds spent waiting for images since the last call."""
+        """Return the seconds spent waiting for images since the last call."""
         return self._reader.waited()
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The pixels (B, H, W, C) and variants (B,) of a micro-step."""
+        """Read the pixels (B, H, W, C) and draw the variants (B,) of a micro-step."""
         (step, micro_step), seed, transform, pixels = key, self._config.seed, self._transform, self._training.pixels
         batch, share = self._order.batch(step), self.share(micro_step)
         rows = batch[share]
