@@ -1,4 +1,4 @@
-"""The recipe's section `data`: which images, how they are read, and the size they are given."""
+"""The recipe's section `data`: which images, how they are read, and their size."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TransformPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images, and the size they are given."""
+    """Images and their size."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = LOCAL_KEYS
     name: str | None = None
@@ -56,21 +56,21 @@ class Data:
     config: str | None = None
     """Configuration of the Hub's data set, where it has several."""
     revision: str | None = None
-    """Branch, tag or commit of the Hub's data set. Null: what is there now."""
+    """Branch, tag or commit of the Hub's data set. Null: the newest commit."""
     path: str | None = None
-    """Local copy to read instead of the Hub: a folder of images, of parquet, WebDataset (.tar) or IDX files, or that `save_to_disk` wrote;
-    or one parquet or .tar file."""
+    """Local copy to read instead of the Hub: a folder of images, of parquet, WebDataset (.tar) or IDX files, or one written by
+    `save_to_disk`; or one parquet or .tar file."""
     image_column: str | None = None
-    """Column of the images. Null: the only one there is."""
+    """Column of the images. Null: the only column of images."""
     label_column: str | None = None
-    """Column of the labels: classes, whole numbers or text; `none`: there are to be no labels, of folders either. Null: the only column of
+    """Column of the labels: classes, whole numbers or text; `none`: no labels, neither of columns nor of folders. Null: the only column of
     classes, or else one that is named `label`, `labels`, `class` or `cls`, if there is any."""
     train_split: str | None = None
-    """What the source calls the split to train on. Null: train, training or trn, in any case; or the only one, of whatever name."""
+    """The source's name of the training split. Null: train, training or trn, in any case; or the only split, of any name."""
     validation_split: str | None = None
-    """What the source calls the validation split. Null: validation, valid, val, dev or eval; if there is none, a share of training."""
+    """The source's name of the validation split. Null: validation, valid, val, dev or eval; if there is none, a share of training."""
     test_split: str | None = None
-    """What the source calls the test split. Null: test, testing or tst."""
+    """The source's name of the test split. Null: test, testing or tst."""
     height: int = 32
     """Pixels. Images of other sizes are cropped as `transform` says and scaled to height x width."""
     width: int = 32
@@ -80,26 +80,26 @@ class Data:
     background: str = "white"
     """Colour that transparent images are composed over: a name, or #rrggbb."""
     white: float | None = None
-    """Value that is white in grey images of more than 8 bits, such as 4095 in those of 12 bits; larger ones are white too. Null: 65535 in
+    """Value of white in grey images of more than 8 bits, such as 4095 in those of 12 bits; larger values are white too. Null: 65535 in
     images of 16 bits, unless the file says otherwise; floating-point and 32-bit images need it."""
     validation_share: float = 0.1
     """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
     seed: int = 0
     """Seed of the draw of validation images."""
     decode: Literal["once", "each_time"] = "once"
-    """`once`: images are kept decoded, on disk; `each_time`: they are decoded whenever they are asked for, for sets too large for that."""
+    """`once`: decoded images are cached on disk; `each_time`: images are decoded whenever they are read, for large data sets."""
     stream: bool = False
-    """Read the Hub's files, parquet and .tar files where they are, from end to end, without the copy that `datasets` makes of them on this
-    machine's disk. Where images are decoded each time, training takes them in an order that reads files so."""
+    """Read the Hub's files, parquet and .tar files from end to end without the copy that `datasets` makes on this machine's disk. Where
+    images are decoded each time, training takes them in an order that reads files from end to end."""
     cache: str | None = None
-    """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
+    """Folder of the cache of decoded images. Null: `~/.cache/two-stage-image-generator/images`."""
     workers: int | None = None
-    """Threads of each process that decode images. 0 = none but the one that reads. Null: the process's share of the cores."""
+    """Decoding threads per process; 0 = decode in the reading thread. Null: the process's share of the cores."""
     transform: TransformPart = field(default_factory=lambda: default_part("data.transform"))
     on_error: Literal["raise", "skip"] = "raise"
-    """What an image that cannot be read does: end the command, or be left out, counted and listed in the run."""
+    """`raise`: an image that cannot be read ends the command; `skip`: it is left out, counted and listed in the run."""
     most_skipped: float = 0.01
-    """Share of a split's images; if more cannot be read, the command ends all the same."""
+    """Largest share of a split's images that may be skipped."""
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -122,7 +122,7 @@ def pixel_settings(data: Data) -> dict[str, Any]:
 
 
 def in_file_order(data: Data) -> bool:
-    """Whether training takes images as they lie in files, instead of any of them at any time."""
+    """Return whether training takes images in the order of their files instead of a uniform shuffle."""
     return data.stream and data.decode == "each_time"
 
 

@@ -61,10 +61,10 @@ def map_splits(data: Data, names: Collection[str], required: bool = True) -> dic
     what, available = data.path or data.name, listed([str(name) for name in names]) or "none"
     spelling = {normalised(str(name)): name for name in names}
     splits: dict[str, str] = {}
-    for split, name in configured.items():
-        if name is not None and normalised(name) not in spelling:
-            raise UserError(f"data.{split}_split: expected a split of {what}, {available}, found {name}")
-        if name is not None and splits.setdefault(spelling[normalised(name)], split) != split:
+    for ours, setting in configured.items():
+        if setting is not None and normalised(setting) not in spelling:
+            raise UserError(f"data.{ours}_split: expected a split of {what}, {available}, found {setting}")
+        if setting is not None and splits.setdefault(spelling[normalised(setting)], ours) != ours:
             raise UserError(f"data.train_split: expected another split than for validation and test, found {available} named twice")
     conventional = {
         name: split for name in names if name not in splits and (split := conventional_split(name)) and configured[split] is None
