@@ -143,9 +143,9 @@ def refuse_keys(data: Data, keys: Iterable[str], what: str) -> None:
 
 
 def check_labels(labels: np.ndarray | None, split: str, what: str, row_name: Callable[[int], str] = "row {}".format) -> np.ndarray | None:
-    """A split's labels (N,), of which -1 is none: None if it has none at all, or is a test split of which some are missing.
+    """Return a split's labels (N,), in which -1 is a missing one, or None if all are missing, or some of a test split.
 
-    Errors: UserError if some are missing otherwise, with what `row_name` says of the first.
+    Errors: UserError if some are missing in another split, with the `row_name` of the first.
     """
     if labels is None or bool((labels < 0).all()):
         return None

@@ -28,9 +28,9 @@ from training.watch import at_work
 if TYPE_CHECKING:
     import datasets
 
-# What a column of labels is called where its type does not tell, in any case: the last is WebDataset's.
+# Names of columns of labels whose type does not show it, in any case; the last is WebDataset's.
 _LABEL_NAMES = ("label", "labels", "class", "cls")
-# What values of a type can be compared with, by the beginning of the type's name. A column of the type null has no value at all.
+# Kind of labels per beginning of a type's name; only labels of one kind can be compared. A column of the type null has no values.
 _LABEL_KINDS = {
     "int": "numbers",
     "uint": "numbers",
@@ -369,7 +369,7 @@ def _label_column(rows: Table, data: Data) -> str | None:
 
 
 def _may_be_bytes(feature: Any) -> bool:
-    """Whether a column that the user names can be one of encoded images."""
+    """Return whether a column that the user names can contain encoded images."""
     import datasets
 
     item = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
@@ -377,7 +377,7 @@ def _may_be_bytes(feature: Any) -> bool:
 
 
 def _label_kind(feature: Any) -> str | None:
-    """What a column's labels can be compared with: numbers, text, booleans; "": it has none; None: its values are no labels."""
+    """Return the kind of a column's labels: numbers, text, booleans; "" for a column without values; None for values of other types."""
     import datasets
 
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
@@ -385,7 +385,7 @@ def _label_kind(feature: Any) -> str | None:
 
 
 def _label_name(value: Any) -> str | None:
-    """A label as text; None where there is none. Errors: ValueError for a fraction."""
+    """Return a label as text, None for a missing one. Errors: ValueError for a fraction."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float):
@@ -398,16 +398,16 @@ def _label_name(value: Any) -> str | None:
 def _numbered(
     kinds: Mapping[str, Any], values: Mapping[str, Sequence[Any]], column: str, what: str
 ) -> tuple[list[str] | None, dict[str, np.ndarray]]:
-    """The names of labels, and of each split their numbers (N,), -1 for a missing one.
+    """Return the names of labels, and per split the label of each row (N,) as an index of them, -1 for a missing one.
 
-    Names are those of the classes; or of all numbers and texts that occur, in their order, numbers by value.
+    Names are those of the column's classes, or all numbers and texts that occur, numbers in the order of their value, others of their text.
 
     Args:
-        kinds: the column's feature in each split.
-        values: its values there.
-        column: its name.
-        what: the data set is, for messages.
-    Errors: UserError for what is no label, and for splits whose labels cannot be compared.
+        kinds: type of the column per split.
+        values: values of the column per split.
+        column: name of the column.
+        what: name of the data set in messages.
+    Errors: UserError for a value that is not a label, and for splits whose labels cannot be compared.
     """
     import datasets
 
@@ -453,7 +453,7 @@ def _numbered(
 
 
 def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence[Any]], column: str, what: str) -> None:
-    """Decide what -1 is where no list of classes tells: a class, unless the test split alone has it, as contests publish theirs."""
+    """Decide whether -1 is a class or a missing label where the column lists no classes: missing if only the test split has it."""
     unlabelled = [value for value, name in name_of.items() if name == "-1"]
     if not unlabelled:
         return
@@ -465,5 +465,5 @@ def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence
 
 
 def _in_order(names: set[str]) -> list[str]:
-    """Names by their value, if all are whole numbers, or else by their text."""
+    """Sort names by value if all are whole numbers, or else by text."""
     return sorted(names, key=int if all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in names) else None)
