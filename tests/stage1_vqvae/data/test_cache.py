@@ -33,7 +33,7 @@ def data(path: Path, kept: Path, **settings: object) -> Data:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of all images that are decoded."""
+    """Paths of all images that are decoded."""
     found: list[str] = []
     real = encoded.decode_image
 
@@ -57,7 +57,7 @@ def test_images_are_decoded_once(pictures: Path, tmp_path: Path, decoded: list[s
     assert len(decoded) == 48
 
 
-def test_validation_images_alone_leave_the_others_encoded(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_loading_validation_images_decodes_no_others(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
     (only,) = load_images(data(pictures, tmp_path), [VALIDATION]).splits.values()
     assert len(decoded) == len(only) == 12
     assert torch.equal(only.pixels, load_images(data(pictures, tmp_path)).splits[VALIDATION].pixels)
@@ -72,7 +72,7 @@ def test_validation_images_alone_leave_the_others_encoded(pictures: Path, tmp_pa
         lambda folder: (folder / "across/000.png").rename(folder / "down/000a.png"),
     ],
 )
-def test_images_that_change_are_decoded_anew(change: Callable[[Path], None], pictures: Path, tmp_path: Path) -> None:
+def test_changed_images_are_decoded_again(change: Callable[[Path], None], pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     before = load_images(data(folder, tmp_path / "cache")).splits
     change(folder)
@@ -112,7 +112,7 @@ DECIDE_PIXELS = ("height", "width", "channels", "background", "white", "transfor
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Data)])
 def test_the_cache_serves_no_pixels_of_other_settings(name: str, varied: EncodedSplit, tmp_path: Path) -> None:
-    """Every setting by itself; one that decides no pixels finds what is there. A new one has to be put on one side."""
+    """Each setting alone; those that decide no pixels use the file in the cache. A new setting has to be added to these tables."""
     settings = Data(height=8, width=12, cache=str(tmp_path / "cache"))
     before = varied.read(None, settings, False).pixels
     changed = dataclasses.replace(settings, **{name: str(tmp_path / "other") if name == "cache" else OTHER_VALUES[name]})
@@ -131,8 +131,8 @@ def test_every_field_of_a_transform_is_part_of_the_key() -> None:
     assert all(one != other for one, other in itertools.combinations(keys, 2))
 
 
-def test_an_image_is_left_out_under_the_settings_that_cannot_read_it_only(tmp_path: Path) -> None:
-    """What is white in an image of floating point has to be said."""
+def test_unreadable_images_are_cached_per_settings(tmp_path: Path) -> None:
+    """An image of floating point cannot be read without data.white."""
     Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)).save(tmp_path / "float.tiff")
     split = EncodedSplit(VALIDATION, FilePaths([str(tmp_path / "float.tiff")]), None, "float")
     settings = Data(height=8, width=12, cache=str(tmp_path / "cache"), decode="each_time", on_error="skip", most_skipped=0.0)
@@ -142,8 +142,8 @@ def test_an_image_is_left_out_under_the_settings_that_cannot_read_it_only(tmp_pa
 
 
 @pytest.mark.parametrize("left", ["a part", "too little"])
-def test_half_a_file_is_none(left: str, pictures: Path, tmp_path: Path) -> None:
-    """What a killed command leaves under another name, and a file that something has cut short."""
+def test_an_incomplete_file_is_written_again(left: str, pictures: Path, tmp_path: Path) -> None:
+    """The partial file of a killed command, and a file that was cut short."""
     whole = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
     for path in tmp_path.glob("*.pixels"):
         content = path.read_bytes()
@@ -153,7 +153,7 @@ def test_half_a_file_is_none(left: str, pictures: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_an_image_that_cannot_be_read_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_leaves_no_file(pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     (folder / "down/003.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"003\.png: expected a readable image"):
@@ -161,10 +161,8 @@ def test_an_image_that_cannot_be_read_leaves_nothing(pictures: Path, tmp_path: P
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
-def test_images_that_cannot_be_read_can_be_left_out(
-    pictures: Path, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Then labels are those of the images that are there, found in the cache or not."""
+def test_unreadable_images_can_be_skipped(pictures: Path, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels stay with their images, whether decoded now or cached."""
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     for name in ("across/003.png", "down/002.png", "down/011.png"):
         (folder / name).write_bytes(b"no picture")
@@ -190,14 +188,14 @@ def test_images_that_cannot_be_read_can_be_left_out(
         load_images(data(folder, tmp_path / "cache", most_skipped=0.3))
 
 
-def test_no_room_is_said_before_anything_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 9_000, 9_000))
     with pytest.raises(UserError, match=r"expected room for 0\.0 MB of decoded images of .*, found 0\.0 MB free; make room"):
         load_images(data(pictures, tmp_path))
     assert not list(tmp_path.glob("*.pixels"))
 
 
-def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
+def test_one_of_several_concurrent_readers_decodes(tmp_path: Path) -> None:
     decoding, found = [], []
 
     def decode() -> Iterator[np.ndarray]:
@@ -219,8 +217,8 @@ def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
     assert all(torch.equal(images[:, 0, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], dtype=torch.uint8)) for images in found)
 
 
-def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the one that shows how far it is; but what it does not decode, they do."""
+def test_other_local_ranks_let_the_first_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first shows the progress bar; the others decode what it does not."""
     monkeypatch.setattr(cache, "_HEAD_START", 0.3)
     monkeypatch.setenv("LOCAL_RANK", "1")
     decoding, found = [], []
@@ -244,7 +242,7 @@ def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path,
     assert cached_images(tmp_path, {"source": "y"}, (1, 2, 2, 1), lambda: iter([np.zeros((2, 2, 1), np.uint8)]), "y").pixels.sum() == 0
 
 
-def test_a_cache_that_has_them_need_not_be_writable(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_cache_may_be_read_only(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
 
     def refused(*_: object, **__: object) -> None:
@@ -254,8 +252,8 @@ def test_a_cache_that_has_them_need_not_be_writable(pictures: Path, tmp_path: Pa
     assert torch.equal(load_images(data(pictures, tmp_path)).splits[TRAIN].pixels, before)
 
 
-def test_what_passes_is_not_remembered(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that may not be opened today is not one that cannot be read: it is not left out, today or later."""
+def test_temporary_errors_are_not_cached(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image without permission is not skipped, neither now nor later."""
     real = Image.open
 
     def refused(path: object) -> Image.Image:
@@ -271,8 +269,8 @@ def test_what_passes_is_not_remembered(pictures: Path, tmp_path: Path, monkeypat
     assert not load_images(settings).skipped
 
 
-def test_decoded_images_are_shared_not_copied(tmp_path: Path) -> None:
-    """Of a hundred MB this process has as its own but what it writes into."""
+def test_decoded_images_are_mapped_not_copied(tmp_path: Path) -> None:
+    """Mapping 100 MB adds almost no private memory."""
 
     def own() -> int:
         rollup = Path("/proc/self/smaps_rollup").read_text()

@@ -32,7 +32,7 @@ def data(path: Path | None = None, **settings: object) -> Data:
     return Data(**{**defaults, **settings})  # type: ignore[arg-type]
 
 
-def test_pixels_survive_the_way_into_the_model_and_back() -> None:
+def test_pixels_survive_conversion_for_the_model_and_back() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, 16, 16, 3)
     images = to_model(pixels)
     assert images.shape == (2, 3, 16, 16)
@@ -92,7 +92,7 @@ def test_a_folder_of_folders_has_labels_and_a_validation_split_of_its_own(pictur
     assert TEST not in source.splits
 
 
-def test_the_drawn_split_depends_on_its_seed_alone(pictures: Path) -> None:
+def test_the_drawn_validation_split_depends_on_the_seed_alone(pictures: Path) -> None:
     def drawn(seed: int) -> torch.Tensor:
         return load_images(data(pictures, seed=seed)).splits[VALIDATION].pixels
 
@@ -109,7 +109,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path, pictures: Path) -> None:
     assert len(source.splits[TRAIN]) == 18
 
 
-def test_file_names_are_no_splits(tmp_path: Path, pictures: Path) -> None:
+def test_file_names_decide_no_split(tmp_path: Path, pictures: Path) -> None:
     """A library that guesses splits from names would keep the one `train_` picture and drop the rest."""
     for number, path in enumerate(sorted(pictures.rglob("*.png"))[::2]):
         name = ("train_1.png", "test-1.png")[number] if number < 2 else f"{number}.png"
@@ -139,7 +139,7 @@ def test_labels_of_few_images_are_drawn_from_all_together(tmp_path: Path) -> Non
     assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 2}
 
 
-def test_given_splits_are_kept(tmp_path: Path) -> None:
+def test_a_sources_own_splits_are_kept(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("validation", 2), ("test", 3)):
         write_pictures(tmp_path / split, count)
     source = load_images(data(tmp_path))
@@ -212,7 +212,7 @@ def test_idx_files_gzipped_or_not(tmp_path: Path) -> None:
     ],
 )
 def test_an_idx_file_is_as_long_as_its_header_says(ending: str, header: list[int], bytes_behind: int, found: str, tmp_path: Path) -> None:
-    """Of a longer one, as a few bytes of gzip may unpack to, one byte more is read at most."""
+    """At most one byte more is unpacked, since a few bytes of gzip may unpack to gigabytes."""
     content = bytes(header[:4]) + b"".join(size.to_bytes(4, "big") for size in header[4:]) + bytes(bytes_behind)
     path = tmp_path / f"train-images-idx3-ubyte{ending}"
     path.write_bytes(gzip.compress(content) if ending else content)
@@ -285,12 +285,12 @@ def test_bad_data_gets_one_line_with_its_path(kind: str, tmp_path: Path, picture
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_no_source_at_all_asks_for_one() -> None:
+def test_a_missing_source_is_reported() -> None:
     with pytest.raises(UserError, match=r"--data\.path FOLDER"):
         load_images(Data())
 
 
-def test_a_hub_name_out_of_reach_points_to_the_local_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_name_suggests_a_local_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--data\.path"):
         load_images(Data(name="nobody/nothing"))
