@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test faults lint bench gpu install
+.PHONY: demo test faults lint bench gpu install settings
 
 install: $(INSTALLED)
 
@@ -34,6 +34,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Write docs/settings.md, the reference of all settings, from the code.
+settings: install
+	$(BIN)/python -c 'from configs.reference import write_page; write_page()'
 
 # Check and benchmark this machine's GPU: correctness first, then speed, as one table; about ten minutes.
 gpu: install

@@ -1,6 +1,7 @@
-"""A wheel holds all packages under one name, so that `configs` and `pipelines` do not stand beside other projects' in site-packages.
+"""Builds a wheel that holds all packages inside `two_stage`, so that names like `configs` stay free in site-packages.
 
-In a checkout, and installed with `-e`, they keep their own names, which the commands `python pipelines/sample.py` and so on need.
+In a checkout, and installed with `-e`, the packages keep their own names: `python pipelines/sample.py` imports `configs`. So the wheel's
+build moves them and rewrites their imports.
 """
 
 import re
@@ -16,10 +17,10 @@ IMPORT = re.compile(rf"^(\s*from )(?=({'|'.join(PACKAGES)})\b)", re.MULTILINE)
 
 
 class UnderOneName(build_py):
-    """Moves the packages that were built into ROOT, and their imports with them."""
+    """Move the built packages into ROOT and rewrite their imports."""
 
     def run(self) -> None:
-        """Build, then move."""
+        """Build the packages, then move them unless the installation is editable."""
         super().run()
         if self.editable_mode:
             return

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from configs.cli import parse
 from configs.schema import Sampling
+from pipelines.drawing import draw_images
 from pipelines.evaluation.distances import Reference
-from pipelines.images.drawing import draw_images
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION

@@ -26,11 +26,11 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, load_recipe
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir
-from pipelines.codec.code_file import pack, run_fingerprint, with_stored
+from pipelines.codec.code_file import insert_stored, pack, run_fingerprint
 from pipelines.codec.coder import decode
 from pipelines.codec.image_coder import encode_images
 from pipelines.codec.pixels import decode_pixels
-from pipelines.images.inputs import Images, chosen_images, labels_for
+from pipelines.inputs.images import Images, chosen_images, labels_for
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage2_prior.priors.prior_file import finished_prior, load_prior
@@ -63,7 +63,7 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
         assert content.lossless is not None
         codes = decode(prior, content.coded, content.labels)
         found = decode_pixels(copy.deepcopy(tokenizer).double(), codes, content.lossless.pixels, progress=True)
-        return with_stored(found, content.lossless.stored)
+        return insert_stored(found, content.lossless.stored)
 
     encoded, encoding = timed(lambda: encode_images(tokenizer, prior, pixels, labels, None, made_by, _BATCH, lossless=True, progress=True))
     content = encoded.content

@@ -33,7 +33,8 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir
 from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
 from pipelines.codec.coder import batch_images, encode
-from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import Images, chosen_images, labels_for
 from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns

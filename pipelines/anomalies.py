@@ -1,17 +1,17 @@
-"""Find unusual images: what each code of an image costs under the prior, as a heat map over the picture, and a ranked list.
+"""Find unusual images: bits per code under the prior, as a heat map over each picture and a ranked list.
 
     python pipelines/anomalies.py --images FOLDER
     python pipelines/anomalies.py --images FOLDER --label 7
     python pipelines/anomalies.py --split test --prior pixelcnn
 
-An image's score is the bits of its codes, -log2 p, each given those before it and the image's label, if it has one that the prior
-knows. Beside it stands how many of the validation images cost fewer bits, in percent. Bits alone can rate images of another kind as
-ordinary, simple ones above all (Nalisnick et al. 2019, "Do deep generative models know what they don't know?"; Serra et al. 2020,
-"Input complexity and out-of-distribution detection"). What the codes cannot express shows in a second score instead: the
-reconstruction's squared error, as a multiple of the validation split's mean.
+An image's score is the bits of its codes, -log2 p, each given those before it and the image's label, if the prior knows it. A second
+column has the percentage of validation images with fewer bits. Bits alone can rate images of another kind as ordinary, above all simple
+ones (Nalisnick et al. 2019, "Do deep generative models know what they don't know?"; Serra et al. 2020, "Input complexity and
+out-of-distribution detection"). What codes cannot express shows in another score: the reconstruction's squared error, relative to the
+validation split's mean.
 
-Writes a new folder anomalies/NNN into the run: anomalies.csv (a row an image, most bits first), anomalies.png (images,
-reconstructions and heat maps: those of most bits, of the largest errors, and of fewest bits) and maps/ (each image's heat map). In
+Writes a new folder anomalies/NNN into the run: anomalies.csv (one row per image, most bits first), anomalies.png (images,
+reconstructions and heat maps of the images with most bits, largest errors and fewest bits) and maps/ (each image's heat map). In
 captions, "> 99.0 %" means more bits than 99 % of the validation images, "error x 4.1" 4.1 times their mean error.
 """
 
@@ -28,10 +28,11 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, Command, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, read_json
-from pipelines.images.heat import colour_scale, heat_maps, overlaid
-from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
-from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import chosen_images, image_options, known_labels_for
+from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
+from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
+from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.metrics import squared_errors
 from stage1_vqvae.model import load_tokenizer
@@ -42,7 +43,7 @@ from training.batching import batches
 from training.processes import finish, start
 from training.weights_file import fingerprint
 
-# Bits by which an image's total may differ between batches: an image among the usual ones does not cost more than itself.
+# Tolerance in bits: an image's total may differ this much between batches, and must not count as above itself.
 _ROUNDING = 1e-3
 
 
@@ -55,14 +56,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--prior {UNIFORM}: expected a learned prior; under the uniform one all images cost the same")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
-    finish(accelerator)  # who launches several has nothing for the others to do
+    finish(accelerator)  # the work takes one process
     if accelerator.is_main_process:
         _find(command, accelerator.device)
 
 
 def _options(parser: Any) -> None:
     image_options(parser)
-    parser.add_argument("--top", type=int, default=16, help="images of most bits in anomalies.png, and half as many of each other kind")
+    parser.add_argument("--top", type=int, default=16, help="images with most bits in anomalies.png, and half as many of each other kind")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
 
@@ -74,7 +75,7 @@ def _find(command: Command, device: torch.device) -> None:
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
     labels = known_labels_for(options.label, images, scorer.header)
     mean_error = read_json(run.stage1 / "report.json")["validation"]["mse"]
-    usual = reference(command, scorer, labelled=labels is not None)
+    usual = validation_bits(command, scorer, labelled=labels is not None)
     if usual is None:
         print(f"no comparison with the validation images: there are no codes of any that the prior knows; {command.next(EXTRACT_CODES)}")
 
@@ -111,7 +112,9 @@ def _find(command: Command, device: torch.device) -> None:
             three = images.pixels[row], pictures[row], overlaid(images.pixels[row], heat[row], colours)
             return Panel(torch.stack([picture.expand(-1, -1, 3) for picture in three]), caption(rows[position]))
 
-        blocks = [(title, [panel(position) for position in positions]) for title, positions in shown(errors[order], options.top).items()]
+        blocks = [
+            (title, [panel(position) for position in positions]) for title, positions in panel_positions(errors[order], options.top).items()
+        ]
         patch = " x ".join(str(side // cells) for side, cells in zip(images.pixels.shape[1:3], heat.shape[1:], strict=True))
         panels_picture(folder / "anomalies.png", blocks, colours, f"bits of each patch of {patch} pixels")
         write_table(folder / "anomalies.csv", rows)
@@ -122,8 +125,8 @@ def _find(command: Command, device: torch.device) -> None:
     print(f"ranked {len(rows)} images by their bits under the prior {scorer.name}: {where}")
 
 
-def reference(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor | None:
-    """Bits (N,) of the validation images, scored as the given ones are, with labels or without; None without their codes."""
+def validation_bits(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor | None:
+    """Bits (N,) of the validation images, with labels or without; None if their codes are missing or no label is known."""
     folder = command.run.codes / VALIDATION
     if not folder.is_dir():
         return None
@@ -139,22 +142,22 @@ def reference(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor 
 
 
 def percent_below(values: Tensor, usual: Tensor) -> Tensor:
-    """For each of the values (N,), how many of the usual ones (M,) are below it, in percent, (N,)."""
+    """Percentage (N,) of the usual values (M,) that are below each of the values (N,)."""
     return 100 * torch.searchsorted(usual.sort().values, values - _ROUNDING).double() / len(usual)
 
 
-def shown(errors: Tensor, top: int) -> dict[str, list[int]]:
-    """Which images to show, none twice, under which title; `errors` (N,) of all images, those of most bits first."""
+def panel_positions(errors: Tensor, top: int) -> dict[str, list[int]]:
+    """Choose the images of each title, none twice; `errors` (N,) are of all images, most bits first."""
     most, half = list(range(len(errors)))[:top], (top + 1) // 2
-    others = range(len(most), len(errors))
-    largest = sorted(others, key=lambda position: -errors[position].item())[:half]
-    fewest = [position for position in reversed(others) if position not in largest][:half]
+    rest = range(len(most), len(errors))
+    largest = sorted(rest, key=lambda position: -errors[position].item())[:half]
+    fewest = [position for position in reversed(rest) if position not in largest][:half]
     titles = {"most bits": most, "largest errors of the others": largest, "fewest bits": fewest}
     return {f"{title}: image, reconstruction, bits": positions for title, positions in titles.items() if positions}
 
 
 def caption(row: dict[str, Any]) -> str:
-    """An image's name and, on a second line, its scores."""
+    """Caption with an image's name and, on a second line, its scores."""
     percent = row["percent_of_validation_below"]
     compared = "" if math.isnan(percent) else f" (> {percent:.1f} %)"
     return f"{short(row['name'])}\n{row['bits']:.0f} bits{compared}, error x {row['mse_over_validation_mean']:.1f}"

@@ -1,10 +1,10 @@
-"""Play with a run in a browser: draw, look at codes and exchange them, fill parts, walk between pictures, look at the codebook.
+"""Explore a run in a browser: draw, inspect and replace codes, fill parts, interpolate between pictures, show the codebook.
 
     python pipelines/app.py --run NAME
     python pipelines/app.py --run hf:USER/NAME --port 8080
 
 Needs the extra `app` (pip install -e '.[app]'). Prints the address to open, on this machine alone (127.0.0.1); with `--host 0.0.0.0`
-whoever reaches this machine may use it too. The same seed gives the same pictures as pipelines/sample.py. Ctrl-C ends it.
+anyone who reaches this machine may use it. The same seed gives the same pictures as pipelines/sample.py. Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from PIL import Image
@@ -22,16 +24,15 @@ from PIL import Image
 from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.generator import Generator
-from pipelines.of_command import command_sampling
+from pipelines.generator import Generator, command_sampling
 from stage2_prior.priors.prior_file import UNIFORM
 from training.processes import start
 
-# Of a picture that is put in.
-_MOST_BYTES = 10 * 2**20
-_MOST_PIXELS = 40_000_000
-# Requests that wait for their turn; more are refused.
-_MOST_WAITING = 32
+# Limits of an uploaded picture.
+_MAX_BYTES = 10 * 2**20
+_MAX_PIXELS = 40_000_000
+# Requests in the queue; more are refused.
+_MAX_WAITING = 32
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,42 +50,52 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="two-stage-app-") as folder:
         _prepare_gradio(options.host, folder)
         try:
-            from pipelines.playground.page import CSS, page_of
+            import pipelines.playground.page  # noqa: F401
         except ModuleNotFoundError as error:
             raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
         device = start(recipe.compute).device
         generator = Generator.of_run(run, recipe.data, command_sampling(recipe, device), options.prior, device)
         run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
-        # Beyond twice as many Pillow decodes none.
-        Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2
-        page = page_of(generator).queue(max_size=_MOST_WAITING)
-        try:
-            _, address, _ = page.launch(
-                server_name=f"[{options.host}]" if ":" in options.host else options.host,
-                server_port=options.port,
-                max_file_size=_MOST_BYTES,
-                css=CSS,
-                footer_links=[],
-                prevent_thread_lock=True,
-                quiet=True,
-                share=False,
-                run_history=False,
-                ssr_mode=False,
-            )
-        except OSError as error:
-            raise UserError(f"--port: expected one that is free, found: {error}") from None
-        print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            page.close(verbose=False)
+        # Pillow warns above this and refuses twice as many.
+        Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
+        with served(generator, options.host, options.port) as address:
+            print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
+
+
+@contextmanager
+def served(generator: Generator, host: str, port: int | None) -> Iterator[str]:
+    """Serve the app's page inside the block; yields its address. Errors: UserError for a port that is taken."""
+    from pipelines.playground.page import CSS, build_page
+
+    page = build_page(generator).queue(max_size=_MAX_WAITING)
+    try:
+        _, address, _ = page.launch(
+            server_name=f"[{host}]" if ":" in host else host,
+            server_port=port,
+            max_file_size=_MAX_BYTES,
+            css=CSS,
+            footer_links=[],
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            run_history=False,
+            ssr_mode=False,
+        )
+    except OSError as error:
+        raise UserError(f"--port: expected one that is free, found: {error}") from None
+    try:
+        yield address
+    finally:
+        page.close(verbose=False)
 
 
 def _prepare_gradio(host: str, folder: str) -> None:
-    """Say to gradio, before it is imported, where files lie that are put in, and whom it is not to ask."""
+    """Set gradio's upload folder and switch off its telemetry and proxies; must run before the import."""
     os.environ["GRADIO_TEMP_DIR"] = folder
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which asks for its newest version, too
-    for name in ("NO_PROXY", "no_proxy"):  # it asks itself whether it answers
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # also the check for a newer version
+    for name in ("NO_PROXY", "no_proxy"):  # gradio sends a request to its own server
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1", host]))
 
 
@@ -95,7 +106,7 @@ def _options(parser: Any) -> None:
 
 
 def _check_free(host: str, port: int | None) -> None:
-    """Errors: UserError for an address that this machine does not have, or that somebody else listens at."""
+    """Check the address. Errors: UserError for one that this machine does not have or that is in use."""
     try:
         with socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass

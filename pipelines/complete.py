@@ -1,14 +1,14 @@
-"""Complete images: keep some of their codes, and let the prior draw the others, several times.
+"""Complete images: keep some of their codes and draw the others from the prior, several times.
 
     python pipelines/complete.py --prefix-rows 4
     python pipelines/complete.py --keep-rows 0,1,2,6 --n 8 --continuations 6
     python pipelines/complete.py --mask MASK.png --images FOLDER --label 3
 
-The images are spread evenly over a split, with their labels, or over the files and folders of --images. Rows are those of the
-(coarsest) grid of codes, from the top. A mask is a picture of the images' size, white where they are kept, black or transparent where they
-are drawn anew; of each grid, codes are kept that span nothing black. A drawn code follows from those before it: kept ones further on
-stay, but the prior has not seen them when it draws. Writes a new folder completions/NNN into the run: completions.png with an image
-a row (the image, its reconstruction, what is kept of it, its continuations), an image a continuation, completions.json.
+The images are spread evenly over a split, with their labels, or over the files and folders of --images. Rows are rows of the (coarsest)
+grid of codes, from the top. A mask is a picture of the images' size: white pixels are kept, black or transparent ones drawn again; in each
+grid, codes are kept whose patch is white throughout. A code is drawn given those before it: kept codes further on stay, but do not
+condition the draw. Writes a new folder completions/NNN into the run: completions.png with one row per image (image, reconstruction, kept
+part, continuations), one PNG per continuation, completions.json.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from torch import Tensor
 from configs.cli import parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, write_json
-from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, labels_for
-from pipelines.images.pictures import kept_by
-from pipelines.of_command import generator_of
+from pipelines.encoding import encode_and_decode
+from pipelines.generator import load_generator
+from pipelines.inputs.images import chosen_images, image_options, labels_for
+from pipelines.inputs.pictures import kept_by
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from training.processes import SMALLER_BATCHES, finish, start
 
 _GREY = 128
-# Images in completions.png at most; all continuations lie beside it.
+# Largest number of images in completions.png.
 _SHOWN = 32
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
-    generator = generator_of(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, options.prior)
     tokenizer = generator.tokenizer
     _, *size = tokenizer.image_shape
     rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
@@ -61,13 +62,13 @@ def main(argv: list[str] | None = None) -> None:
 
     with run.numbered("completions", accelerator.is_main_process) as folder:
         codes, reconstructions = encode_and_decode(tokenizer, pixels, config.batch_size)
-        given = tuple(level.repeat_interleave(options.continuations, 0) for level in codes)
-        pictures = generator.continuations(given, kept, repeated, options.seed, progress=True)
+        repeated_codes = tuple(level.repeat_interleave(options.continuations, 0) for level in codes)
+        pictures = generator.continuations(repeated_codes, kept, repeated, options.seed, progress=True)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             continuations = pictures.view(count, options.continuations, *pictures.shape[1:])
-            shown = torch.cat([torch.stack([pixels, reconstructions, kept_part(reconstructions, kept)], 1), continuations], 1)
-            grid = image_grid(shown[:_SHOWN].flatten(0, 1), shown.shape[1])
+            grid_rows = torch.cat([torch.stack([pixels, reconstructions, masked_pictures(reconstructions, kept)], 1), continuations], 1)
+            grid = image_grid(grid_rows[:_SHOWN].flatten(0, 1), grid_rows.shape[1])
             save_png(folder / "completions.png", grid, grid_scale(pixels.shape[1]))
             for number, picture in enumerate(pictures):
                 save_png(folder / "images" / f"{number:05d}.png", picture)
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     parser.add_argument("--n", type=int, default=8, help="images to complete")
-    parser.add_argument("--continuations", type=int, default=5, help="draws for each of them")
+    parser.add_argument("--continuations", type=int, default=5, help="draws per image")
     parser.add_argument("--prefix_rows", type=int, help="rows of codes to keep, from the top (default: half of them)")
     parser.add_argument("--keep_rows", type=str, help="the rows to keep instead, from 0, for instance 0,1,2,6")
     parser.add_argument("--mask", type=str, help="a picture of the images' size instead: white is kept, black or transparent drawn")
@@ -100,7 +101,7 @@ def _options(parser: Any) -> None:
 
 
 def kept_rows(prefix: int | None, listed: str | None, rows: int) -> list[bool]:
-    """Which of the coarsest grid's rows to keep. Errors: UserError for rows there are not."""
+    """Choose the rows of the coarsest grid to keep. Errors: UserError for rows outside the grid."""
     if listed is not None:
         if prefix is not None:
             raise UserError(f"--keep-rows: expected no --prefix-rows beside it, found {prefix}")
@@ -114,12 +115,12 @@ def kept_rows(prefix: int | None, listed: str | None, rows: int) -> list[bool]:
 
 
 def rows_of_pixels(rows: list[bool], height: int, width: int) -> Tensor:
-    """Which pixels (H, W) lie in the kept ones of the coarsest grid's rows."""
+    """Mask (H, W) of the pixels in the kept rows of the coarsest grid."""
     return torch.tensor(rows)[torch.arange(height) * len(rows) // height][:, None].expand(height, width)
 
 
 def mask_in(options: Any, height: int, width: int) -> Tensor:
-    """Which pixels (H, W) the picture of `--mask` keeps. Errors: UserError for one of another size, or rows beside it."""
+    """Load the mask (H, W) of `--mask`. Errors: UserError for another size, or rows as well as a mask."""
     for name in ("prefix_rows", "keep_rows"):
         if getattr(options, name) is not None:
             raise UserError(f"--mask: expected no --{name.replace('_', '-')} beside it, found {getattr(options, name)}")
@@ -133,8 +134,8 @@ def mask_in(options: Any, height: int, width: int) -> Tensor:
     return mask
 
 
-def kept_part(pictures: Tensor, kept: Tensor) -> Tensor:
-    """Pictures (N, H, W, C) with grey where nothing is kept."""
+def masked_pictures(pictures: Tensor, kept: Tensor) -> Tensor:
+    """Replace the pixels of pictures (N, H, W, C) that are not kept by grey."""
     return pictures.where(kept[..., None], torch.full_like(pictures, _GREY))
 
 

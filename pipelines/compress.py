@@ -5,11 +5,10 @@
     python pipelines/compress.py --split test --prior pixelcnn
     python pipelines/compress.py --lossless
 
-Lossy: what comes back (pipelines/decompress.py) is the tokenizer's reconstruction of each image, at the recipe's size. With
---lossless every pixel comes back: they follow the codes, coded under p(x | z), which takes a tokenizer whose objective is a
-likelihood; an image that is smaller as PNG is stored so. Without --images, the validation split; without --output, a new folder
-compressed/NNN in the run. The file needs this run's tokenizer and prior to be read. It is decoded once before it is written.
-Labels, where the prior knows them, are stored and save bits.
+Lossy by default: pipelines/decompress.py gives the tokenizer's reconstruction of each image, at the recipe's size. --lossless also codes
+the pixels under p(x | z), which takes a tokenizer whose objective is a likelihood; an image that is smaller as PNG is stored as PNG.
+Without --images, the validation split; without --output, a new folder compressed/NNN in the run. Reading the file takes this run's
+tokenizer and prior. It is decoded once before it is written. Labels that the prior knows are stored and save bits.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
 from pipelines.codec.code_file import SUFFIX, Sizes
 from pipelines.codec.image_coder import EncodedImages
-from pipelines.images.inputs import Images, chosen_images, image_options, known_labels_for, unique_names
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
+from pipelines.inputs.images import Images, chosen_images, image_options, known_labels_for, unique_names
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage2_prior.priors.prior_file import UNIFORM
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
-    generator = generator_of(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, options.prior)
     if options.lossless:
         generator.tokenizer.likelihood()
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         check_exact(images, command.recipe.data)
     labels = known_labels_for(options.label, images, generator.header)
 
-    # Rows of a split are known by their number.
+    # Images of a split are named by their row number.
     names = None if images.below is None else unique_names(images.below)
     data, sizes, encoded = generator.compressed(images.pixels, labels, names, options.batch_size, options.lossless, progress=True)
 
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     image_options(parser)
-    parser.add_argument("--lossless", action="store_true", help="code the pixels too, so that every one comes back")
+    parser.add_argument("--lossless", action="store_true", help="also code the pixels, so that all are restored exactly")
     parser.add_argument("--output", type=str, help="the file to write; must not exist (default: compressed/NNN in the run)")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, where known)")
@@ -88,39 +87,42 @@ def _free(path: Path) -> Path:
 
 
 def check_exact(images: Images, data: Data) -> None:
-    """Errors: UserError if an image was scaled, converted or composed over a background when it was read, so that not all of it would
-    come back. Those of a split are what the run knows of them.
+    """Check that no image was scaled, converted or composed over a background when it was read. Errors: UserError if one was.
+
+    Images of a split are compressed as the run has them.
     """
     modes = ("1", "L") if data.channels == 1 else ("1", "L", "P", "RGB")
     for path in images.names if images.below is not None else ():
-        found = read_image(None, path)
-        if found.size != (data.width, data.height) or found.mode not in modes or found.has_transparency_data:
-            wanted = f"expected images of {data.width} x {data.height} in {' or '.join(modes)}, which come back as they are"
-            raise UserError(f"--lossless {path}: {wanted}, found {found.width} x {found.height} in {found.mode}")
+        image = read_image(None, path)
+        if image.size != (data.width, data.height) or image.mode not in modes or image.has_transparency_data:
+            expected = f"expected images of {data.width} x {data.height} in {' or '.join(modes)}, which can be restored exactly"
+            raise UserError(f"--lossless {path}: {expected}, found {image.width} x {image.height} in {image.mode}")
 
 
 def report(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded: EncodedImages) -> None:
-    """Print the file's size, what its parts take and how good the images are."""
-    images, raw, whole, encoding = len(pixels), pixels.numel(), sum(sizes), encoded.encoding
+    """Print the file's size, the size of its parts and the quality of the images."""
+    images, raw, total, encoding = len(pixels), pixels.numel(), sum(sizes), encoded.encoding
     quality = f"PSNR {psnr(float(squared_errors(encoded.reconstructions, pixels).mean())):.2f} dB"
-    print(f"wrote {images} images to {command.run.show(output)}: {whole} bytes, {raw / whole:.1f} : 1 of raw pixels, {quality}")
+    print(f"wrote {images} images to {command.run.show(output)}: {total} bytes, {raw / total:.1f} : 1 of raw pixels, {quality}")
     print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, payload {sizes.payload}")
     ratio = f"{raw / max(1, sizes.payload):.1f} : 1"
-    print(f"payload: {8 * sizes.payload / images:.1f} bits an image, {ratio}; the tokenizer and prior that it takes are not counted")
-    own = encoding.bits / 8
-    above = f", the payload {sizes.payload / own - 1:.2%} above" if own else ""
-    print(f"the prior's own -log2 p: {own:.1f} bytes{above}; logits kept {encoding.clearance:.1g} clear of rounding boundaries")
+    print(f"payload: {8 * sizes.payload / images:.1f} bits an image, {ratio}; without the tokenizer and prior")
+    prior_bytes = encoding.bits / 8
+    above = f", the payload {sizes.payload / prior_bytes - 1:.2%} above" if prior_bytes else ""
+    print(f"the prior's own -log2 p: {prior_bytes:.1f} bytes{above}; logits kept {encoding.clearance:.1g} clear of rounding boundaries")
 
 
 def report_lossless(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded: EncodedImages) -> None:
-    """Print a lossless file's size, what its parts take, and how near it comes to the bound of the images that are coded."""
-    images, raw, whole, coded = len(pixels), pixels.numel(), sum(sizes), len(encoded.bound)
-    print(f"wrote {images} images to {command.run.show(output)}, lossless: {whole} bytes, {raw / whole:.2f} : 1 of raw pixels")
+    """Print a lossless file's size, the size of its parts, and the bound of the images that are coded."""
+    images, raw, total, coded = len(pixels), pixels.numel(), sum(sizes), len(encoded.bound)
+    print(f"wrote {images} images to {command.run.show(output)}, lossless: {total} bytes, {raw / total:.2f} : 1 of raw pixels")
     print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, codes {sizes.payload}, pixels {sizes.pixels}")
-    print(f"{8 * whole / raw:.4f} bits a dimension, {whole / images:.1f} bytes an image; {images - coded} of them stored as PNG")
+    print(f"{8 * total / raw:.4f} bits a dimension, {total / images:.1f} bytes an image; {images - coded} of them stored as PNG")
     if coded:
-        own = float(encoded.bound.sum())
-        print(f"the bound of the {coded} coded ones: {own / 8:.1f} bytes, {own * images / (raw * coded):.4f} bits a dimension")
+        bound_bits = float(encoded.bound.sum())
+        print(
+            f"the bound of the {coded} coded ones: {bound_bits / 8:.1f} bytes, {bound_bits * images / (raw * coded):.4f} bits a dimension"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Decompress what pipelines/compress.py wrote: a PNG an image.
+"""Decompress a file that pipelines/compress.py wrote into one PNG per image.
 
     python pipelines/decompress.py --file photos.vqc
     python pipelines/decompress.py --file photos.vqc --output photos/
 
-Needs the run that compressed it, with the same tokenizer and prior. PNGs have the images' names, in the
-folders they were in, or the rows of the split. Without
---output, a new folder decompressed/NNN in the run.
+Needs the run that compressed it, with the same tokenizer and prior. PNGs have the images' names and folders, or the row numbers of the
+split. Without --output, a new folder decompressed/NNN in the run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from configs.cli import parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.codec.code_file import check_made_by, run_fingerprint, unpack
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
 from stage1_vqvae.pictures import save_png
 from training.batching import batches
 from training.processes import finish, start
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if not prior.exists():
         raise UserError(f"{file}: expected a file of run {run}, found one of a prior {content.prior} that it does not have")
     check_made_by(content, (run_fingerprint(fingerprint(run.tokenizer), fingerprint(prior)), content.prior), str(run), str(file))
-    generator = generator_of(command, accelerator, content.prior)
+    generator = load_generator(command, accelerator, content.prior)
     codes, exact = generator.decompressed(content, str(file), progress=True)
 
     count = content.images
@@ -57,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     with run.numbered("decompressed", output is None) as numbered, _filled(numbered, output, names) as folder:
         with progress_bar(count, "write", "img") as bar:
             for part in batches(count, content.coded.batch):
-                own = tuple(level[part] for level in codes)
-                pictures = generator.decode(own, output="tensor") if exact is None else exact[part]
+                batch_codes = tuple(level[part] for level in codes)
+                pictures = generator.decode(batch_codes, output="tensor") if exact is None else exact[part]
                 for name, picture in zip(names[part], pictures, strict=True):
                     save_png(folder / f"{name}.png", picture)
                 bar.update(len(pictures))
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--file", type=str, help="what compress.py wrote")
+    parser.add_argument("--file", type=str, help="file that compress.py wrote")
     parser.add_argument("--output", type=str, help="a folder, new or empty (default: decompressed/NNN in the run)")
 
 
@@ -88,14 +87,15 @@ def _empty(path: Path) -> Path:
 
 @contextmanager
 def _filled(numbered: Path | None, output: Path | None, names: list[str]) -> Iterator[Path]:
-    """The folder to fill: the run's, or the user's, from which the images of those names, and the folders they lie in, vanish if
-    the block fails.
+    """Yield the folder to fill, the run's or the user's.
+
+    If the block fails, the named images and their folders are deleted from the user's.
     """
     if numbered is not None:
         yield numbered
         return
     assert output is not None
-    made = not output.exists()
+    is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     try:
         yield output
@@ -103,9 +103,11 @@ def _filled(numbered: Path | None, output: Path | None, names: list[str]) -> Ite
         files = [output / f"{name}.png" for name in names]
         for path in files:
             path.unlink(missing_ok=True)
-        folders = {folder for path in files for folder in path.parents if folder.is_relative_to(output)} - ({output} if not made else set())
-        for folder in sorted(folders, reverse=True):  # those inside before what they lie in
-            with suppress(OSError):  # never made, or somebody else's files in it
+        folders = {folder for path in files for folder in path.parents if folder.is_relative_to(output)} - (
+            {output} if not is_new else set()
+        )
+        for folder in sorted(folders, reverse=True):  # inner folders first
+            with suppress(OSError):  # never created, or with other files in it
                 folder.rmdir()
         raise
 

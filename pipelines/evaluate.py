@@ -1,4 +1,4 @@
-"""Evaluate a run: reconstructions, samples beside real images, codes, and whether training images come back.
+"""Evaluate a run: reconstructions, samples against real images, codes, memorised training images.
 
     python pipelines/evaluate.py
     python pipelines/evaluate.py --features inception --n 50000
@@ -6,11 +6,10 @@
     python pipelines/evaluate.py --samples FOLDER_OR_NPZ
     python pipelines/evaluate.py --reference VIRTUAL_imagenet256_labeled.npz --n 50000
 
-Draws --n samples by the run's own sampling settings, labels in turns, or takes images made elsewhere. Reconstructions are of
-the held-out --split. Samples, and for scale the held-out images, are compared with the --reference: a split, or a reference
-batch of ADM's evaluation (npz), against which FID, sFID, inception score, precision and recall are computed. All
-images are rounded to 8 bits first. Writes a new folder evaluations/NNN: evaluation.json and .md, which say what was compared
-with what, and pictures.
+Draws --n samples with the run's sampling settings, labels taking turns, or reads images made elsewhere (--samples). Reconstructs the
+held-out --split. Compares the samples and, for scale, the held-out images with the --reference: a split, or a reference batch of
+ADM's evaluation (npz), against which it computes FID, sFID, inception score, precision and recall. All images are rounded to 8 bits
+first. Writes a new folder evaluations/NNN with evaluation.json, evaluation.md and pictures.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
 from configs.schema import Stage1
-from pipelines.evaluation.assessment import Assessor, Samples, lpips_at_hand, pixels_hash
+from pipelines.evaluation.assessment import Assessor, Samples, local_lpips, pixels_hash
+from pipelines.evaluation.npz import array_in
 from pipelines.evaluation.reference_batch import load_reference_batch
 from pipelines.evaluation.tables import markdown, notes, tables
-from pipelines.images.npz import array_in
-from pipelines.images.provenance import agrees, base_name, described_weights, identity
-from pipelines.images.scoring import ScoringPrior, scoring_prior
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
+from pipelines.provenance import base_name, contains, describe_weights, model_fingerprints
+from pipelines.scoring.surprisals import ScoringPrior, scoring_prior
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import normalised
 from stage1_vqvae.data.record import Record, check_unchanged
@@ -73,43 +72,44 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
     tokenizer = load_tokenizer(run, accelerator.device)
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
-        # First what can be missing, then what takes its time.
+        # Check what may be missing before anything slow starts.
         data = command.recipe.data
         batch = None
         if folder is not None and batch_path is not None:
             batch = load_reference_batch(batch_path, (data.height, data.width, data.channels))
-        source = images(command, progress=folder is not None)
+        source = load_splits(command, progress=folder is not None)
         network_arguments = (features, config.weights, run.path, source, accelerator.device)
         network = None
         if folder is not None:
-            lpips_at_hand()
-            # Nobody waits here for one that has to be trained, nor for auto to look for Inception, which has another to fall back on.
+            local_lpips()
+            # A network that has to be trained, or Inception with its fallback, is loaded after the other processes have finished.
             with suppress(NotMadeYetError):
                 network = None if features == AUTO else feature_network(*network_arguments, may_train=False)
         samples = None
         if options.samples is not None:
-            samples = given(command, options.samples, source.label_names) if folder is not None else None
+            samples = load_samples(command, options.samples, source.label_names) if folder is not None else None
         elif options.prior is not None or run.last_prior() is not None:
-            samples = drawn(command, accelerator)
-        finish(accelerator)  # the rest takes one process, for which nobody else has to wait
+            samples = draw_samples(command, accelerator, folder)
+        finish(accelerator)  # the rest takes one process; the others need not wait
         if folder is not None:
             network = network or feature_network(*network_arguments)
-            assessor = Assessor(tokenizer, network, source, data, config, batch, training_codes(run, source), fingerprint(run.tokenizer))
-            found = evaluate(command, assessor, samples)
+            training = training_codes(run, source)
+            assessor = Assessor(tokenizer, network, source, data, config, batch, training, fingerprint(run.tokenizer), folder)
+            results = evaluate(command, assessor, samples)
             if samples is not None:
                 save_png(folder / "neighbours.png", assessor.neighbours(samples), grid_scale(samples.pixels.shape[1]))
-            write_json(folder / "evaluation.json", found)
-            write_text(folder / "evaluation.md", markdown(found))
+            write_json(folder / "evaluation.json", results)
+            write_text(folder / "evaluation.md", markdown(results))
             run.record(program(), command.arguments, dataclasses.asdict(config))
-            print(markdown(found))
+            print(markdown(results))
             print(f"wrote {run.show(folder / 'evaluation.json')}, .md and pictures")
             print(f"next: {command.next(REPORT if samples is not None else TRAIN_PRIOR)}")
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--samples", type=str, help="images made elsewhere to judge: a folder, or an npz with uint8 (N, H, W, C)")
+    parser.add_argument("--samples", type=str, help="images made elsewhere to evaluate: a folder, or an npz with uint8 (N, H, W, C)")
     parser.add_argument("--prior", type=str, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
-    parser.add_argument("--split", type=str, default=VALIDATION, help="held-out images: reconstructed, and compared as samples are")
+    parser.add_argument("--split", type=str, default=VALIDATION, help="held-out images, which are reconstructed and compared like samples")
     parser.add_argument("--reference", type=str, default=TRAIN, help="reference for the samples: a split, or an npz file in ADM's layout")
 
 
@@ -120,8 +120,8 @@ def reference_file(reference: str) -> Path | None:
     return path if not is_split and (path.suffix == ".npz" or path.is_file()) else None
 
 
-def images(command: Command, progress: bool) -> ImageSource:
-    """Load the splits to evaluate on. Errors: UserError for a split that the data does not have."""
+def load_splits(command: Command, progress: bool) -> ImageSource:
+    """Load the splits that are compared. Errors: UserError for a split that the data does not have."""
     options = command.options
     named = {"split": options.split} | ({} if reference_file(options.reference) else {"reference": options.reference})
 
@@ -135,18 +135,18 @@ def images(command: Command, progress: bool) -> ImageSource:
     return source
 
 
-def drawn(command: Command, accelerator: Accelerator) -> Samples:
-    """Samples of a prior of the run; complete on the main process alone."""
+def draw_samples(command: Command, accelerator: Accelerator, folder: Path | None) -> Samples:
+    """Draw samples of a prior of the run, their pixels in a temporary file in the folder; complete on the main process alone."""
     config = command.recipe.evaluation
-    generator = generator_of(command, accelerator, command.options.prior)
-    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True)
-    shown = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
-    balance = "no labels" if labels is None else f"labels in turns: {numbers_of_each(labels, len(generator.label_names))}"
-    own = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": generator.tokenizer_sha256}
-    return Samples(pixels, codes, shown, own | generator.origin)
+    generator = load_generator(command, accelerator, command.options.prior)
+    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True, folder=folder)
+    label_names = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
+    balance = "no labels" if labels is None else f"labels in turns: {class_balance(labels, len(generator.label_names))}"
+    origin = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": generator.tokenizer_sha256}
+    return Samples(pixels, codes, label_names, origin | generator.origin)
 
 
-def numbers_of_each(labels: Tensor, classes: int) -> str:
+def class_balance(labels: Tensor, classes: int) -> str:
     """Describe how many of the labels (N,) each class has, as `19 or 20 of each of 10 classes`."""
     counts = labels.bincount(minlength=classes)
     least, most = int(counts.min()), int(counts.max())
@@ -154,33 +154,32 @@ def numbers_of_each(labels: Tensor, classes: int) -> str:
     return f"{numbers} of each of {classes} classes"
 
 
-def given(command: Command, path: str, label_names: list[str] | None) -> Samples:
-    """Images made elsewhere, or a folder that sample.py left: with the labels that its samples.json, or their folders, say, if the
-    run has them.
+def load_samples(command: Command, path: str, label_names: list[str] | None) -> Samples:
+    """Load images made elsewhere or by sample.py, with the labels in samples.json or of their folders, if the run has these classes.
 
-    Errors: UserError for what is missing, no image, or an npz of another size.
+    Errors: UserError for a missing path, a file that is no image, or an npz of another image size.
     """
-    data, where = command.recipe.data, Path(path).expanduser()
+    data, source = command.recipe.data, Path(path).expanduser()
     details: dict[str, Any] = {"source": f"images in {base_name(path)}"}
     details |= dict.fromkeys(("prior", "prior_sha256", "sampling", "tokenizer_sha256"))
     codes, labels = None, None
-    if where.suffix == ".npz":
-        array = array_in(where, "arr_0", "--samples")
+    if source.suffix == ".npz":
+        array = array_in(source, "arr_0", "--samples")
         if array.dtype != np.uint8 or array.ndim != 4:
             raise UserError(f"--samples {path}: expected arr_0 as uint8 (N, H, W, C), found {array.dtype} {array.shape}")
         pixels = torch.from_numpy(array)
         if pixels.shape[1:] != (data.height, data.width, data.channels):
-            wanted = f"expected uint8 (N, {data.height}, {data.width}, {data.channels})"
-            raise UserError(f"--samples {path}: {wanted}, found {tuple(pixels.shape)}")
-    elif (where / "samples.json").exists():
-        told = read_json(where / "samples.json")
-        pixels = load_files([str(where / "images")], data, progress=True).pixels
-        if len(pixels) != told["n"]:
-            raise UserError(f"--samples {path}: expected the {told['n']} images that its samples.json tells of, found {len(pixels)}")
-        labels = None if told["labels"] is None else [told["label_names"][label] for label in told["labels"]]
-        details |= {key: told.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
+            expected = f"expected uint8 (N, {data.height}, {data.width}, {data.channels})"
+            raise UserError(f"--samples {path}: {expected}, found {tuple(pixels.shape)}")
+    elif (source / "samples.json").exists():
+        manifest = read_json(source / "samples.json")
+        pixels = load_files([str(source / "images")], data, progress=True).pixels
+        if len(pixels) != manifest["n"]:
+            raise UserError(f"--samples {path}: expected the {manifest['n']} images that its samples.json lists, found {len(pixels)}")
+        labels = None if manifest["labels"] is None else [manifest["label_names"][label] for label in manifest["labels"]]
+        details |= {key: manifest.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
-            tensors = weights_in(where / "codes.safetensors")
+            tensors = weights_in(source / "codes.safetensors")
             codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
     else:
         files = load_files([path], data, progress=True)
@@ -194,28 +193,28 @@ def given(command: Command, path: str, label_names: list[str] | None) -> Samples
     return Samples(pixels, codes, None if unknown else labels, details)
 
 
-def trained_by(config: Stage1) -> set[str]:
-    """The names of the networks by whose features the tokenizer was trained, LPIPS' trunk as `lpips alex`; also by those of the runs that
-    it began from, as far back as they are still there.
+def training_networks(config: Stage1) -> set[str]:
+    """Names of the networks whose features a loss term of the tokenizer used, LPIPS' trunk as `lpips alex`; also in the runs that it was
+    initialised from, as far back as they still exist.
     """
-    found: set[str] = set()
-    seen: set[str] = set()
+    names: set[str] = set()
+    visited: set[str] = set()
     while True:
         parts = (config.perceptual, config.adversarial)
-        found |= {str(part.network) for part in parts if hasattr(part, "network")}
-        found |= {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
-        # A run of that name may have been made anew since, even from what began from it.
-        if config.init_from is None or config.init_from in seen:
-            return found
-        seen.add(config.init_from)
+        names |= {str(part.network) for part in parts if hasattr(part, "network")}
+        names |= {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
+        # A run of that name may have been trained again since, even from one of its own descendants.
+        if config.init_from is None or config.init_from in visited:
+            return names
+        visited.add(config.init_from)
         try:
             config = load_recipe(RunDir.named(config.init_from).recipe).stage1
         except UserError:
-            return found
+            return names
 
 
 def training_codes(run: RunDir, source: ImageSource) -> CodeStore | None:
-    """The codes of the training images that the run has, if they are of its tokenizer and of as many images; None otherwise."""
+    """Open the run's codes of the training images; None if they are missing, of another tokenizer or of another number of images."""
     folder, sha256 = run.codes / TRAIN, fingerprint(run.tokenizer)
     if not folder.is_dir():
         return None
@@ -223,9 +222,9 @@ def training_codes(run: RunDir, source: ImageSource) -> CodeStore | None:
     return CodeStore(folder, sha256) if (manifest.tokenizer_sha256, manifest.rows) == (sha256, len(source.splits[TRAIN])) else None
 
 
-def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:
-    """What the run knows of its codes: the prior that `--prior` names, or the one last finished, and the training codes; None where it
-    has none of them.
+def code_models(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:
+    """Load the two models of the run's codes: the prior that `--prior` names or the one last finished, and the training codes with their
+    frequencies; None for what the run does not have.
     """
     run, sha256 = command.run, fingerprint(command.run.tokenizer)
     trained = command.options.prior != UNIFORM and run.last_prior() is not None
@@ -234,15 +233,15 @@ def priors_of_codes(command: Command, device: torch.device) -> tuple[ScoringPrio
 
 
 def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> dict[str, Any]:
-    """All figures, tables and notes, as evaluation.json has them. It may be published: files and folders are named without their places."""
+    """Compute the content of evaluation.json. It may be published: files and folders are named without their paths."""
     run, config, split = command.run, command.recipe.evaluation, command.options.split
     network, source, batch = assessor.network, assessor.source, assessor.batch
     reference = command.options.reference if batch is None else batch.path.name
     held_out = source.splits[split]
     n, height, width, channels = held_out.pixels.shape
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "run": run.path.resolve().name,
-        "evaluation": {**dataclasses.asdict(config), "weights": described_weights(config.weights)},
+        "evaluation": {**dataclasses.asdict(config), "weights": describe_weights(config.weights)},
         "tokenizer_sha256": fingerprint(run.tokenizer),
         **({} if samples is None else {key: samples.details[key] for key in ("prior", "prior_sha256", "sampling")}),
         "samples_tokenizer_sha256": None if samples is None else samples.details["tokenizer_sha256"],
@@ -258,7 +257,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "kernel_distance": network.named("KID", "kernel distance"),
         "class_score": network.named("inception score", "score of classes"),
         "instead_of": network.instead_of,
-        "trained_by": sorted(trained_by(command.recipe.stage1)),
+        "trained_by": sorted(training_networks(command.recipe.stage1)),
         "features": network.name,
         "split": split,
         "reference": reference,
@@ -266,22 +265,26 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         "codes": assessor.codes(split),
     }
     if isinstance(assessor.tokenizer.objective, PixelLikelihood):
-        found["bound"] = assessor.bound(split, *priors_of_codes(command, torch.device(network.device)))
-        found["bound"]["prior_sha256"] = identity(run, found["bound"]["prior"])["prior_sha256"]
+        results["bound"] = assessor.bound(split, *code_models(command, torch.device(network.device)))
+        results["bound"]["prior_sha256"] = model_fingerprints(run, results["bound"]["prior"])["prior_sha256"]
     labelled = samples is not None and samples.labels is not None and held_out.labels is not None
     classifier = run_classifier(run.path, source, network.device) if labelled else None
     if batch is not None:
-        found["beside_batch"], found["batch_missing"] = assessor.beside_batch(samples, split, classifier), batch.missing()
+        results["beside_batch"], results["batch_missing"] = assessor.beside_batch(samples, split, classifier), batch.missing()
     if samples is not None:
         if batch is None:
-            found["distances"], found["coverage"] = assessor.beside_real(samples, split, reference, classifier)
-        found["memorisation"] = assessor.memorisation(samples, split)
-        own = run.prior(samples.details["prior"]) / "likelihood.json" if samples.details["prior_sha256"] is not None else None
-        # Only of the very prior that drew them: another run may have one of that name.
-        if own is not None and own.exists() and agrees(samples.details, identity(run, samples.details["prior"])):
-            likelihood = read_json(own)
-            found["likelihood"] = {key: likelihood[key] for key in ("validation", "unigram", "uniform", "codes_bits_per_dim")}
-    return found | {"tables": tables(found), "notes": notes(found)}
+            results["distances"], results["coverage"] = assessor.beside_real(samples, split, reference, classifier)
+        results["memorisation"] = assessor.memorisation(samples, split)
+        likelihood_file = run.prior(samples.details["prior"]) / "likelihood.json" if samples.details["prior_sha256"] is not None else None
+        # Only if this very prior drew them: another run may have one of that name.
+        if (
+            likelihood_file is not None
+            and likelihood_file.exists()
+            and contains(samples.details, model_fingerprints(run, samples.details["prior"]))
+        ):
+            likelihood = read_json(likelihood_file)
+            results["likelihood"] = {key: likelihood[key] for key in ("validation", "unigram", "uniform", "codes_bits_per_dim")}
+    return results | {"tables": tables(results), "notes": notes(results)}
 
 
 def described_reference(assessor: Assessor, name: str, samples: Samples | None) -> str:

@@ -4,10 +4,10 @@
     python pipelines/export_onnx.py --output DIR --precision float64
     python DIR/sample.py --n 64
 
-Needs the extra `onnx` (pip install -e '.[onnx]'); what it writes needs onnxruntime and numpy alone. Graphs take any batch size. A
-transformer's step has its keys and values among what goes in and comes out; of other priors the codes so far are the cache. Before it
-ends it draws by both, and says how far they are apart. In float32 the prior takes half the memory; in float64, which onnxruntime has for
-transformers alone, samples are those of pipelines/sample.py on a CPU, code by code.
+Needs the extra `onnx` (pip install -e '.[onnx]'); the exported folder needs only onnxruntime and numpy. Graphs take any batch size. A
+transformer's step takes and returns its keys and values; other priors take the codes so far instead. At the end both samplers draw and
+their differences are printed. In float32 the prior takes half the memory; in float64, which onnxruntime supports for transformers only,
+samples have the same codes as those of pipelines/sample.py on a CPU.
 """
 
 from __future__ import annotations
@@ -46,19 +46,20 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(output) as folder:
         write_json(folder / "model.json", export_graphs(generator, folder))
         shutil.copyfile(Path(__file__).parent / "exporting" / "sampler.py", folder / "sample.py")
-        found = drift(exact_generator(generator), folder)
+        difference = drift(exact_generator(generator), folder)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     run.record(program(), command.arguments, {"output": str(output), "prior": name, "precision": options.precision})
-    why = " (a draw within float32's rounding of another code changes those after it)" if found.others else ""
-    said = f"of {found.codes:,} codes that were drawn, {found.others} differ from torch's in float64{why}"
-    print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}; {said}, no pixel of the same codes by more than {found.furthest}")
+    why = " (a draw within float32's rounding of another code changes those after it)" if difference.changed_codes else ""
+    differing = f"of {difference.codes:,} codes drawn, {difference.changed_codes} differ from torch's in float64{why}"
+    pixels = f"no pixel of the same codes by more than {difference.max_difference}"
+    print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}; {differing}, {pixels}")
     print(f"next: python {shlex.quote(RunDir.show(output / 'sample.py'))} --n 64")
 
 
 def _options(parser: Any) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; must not exist")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
-    parser.add_argument("--precision", type=str, default="float32", help="of the prior: float32 or float64")
+    parser.add_argument("--precision", type=str, default="float32", help="precision of the prior: float32 or float64")
 
 
 if __name__ == "__main__":

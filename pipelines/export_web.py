@@ -1,13 +1,13 @@
-"""Export a run as a web page that draws by itself: static files for any host, of which browsers make images, asking nobody for anything.
+"""Export a run as a web page that samples in the browser: static files for any host, without requests to others.
 
     python pipelines/export_web.py --output DIR
     python pipelines/export_web.py --output DIR --bits 8
     python -m http.server --directory DIR
 
-The page draws by label, number, seed, temperature and guidance, from the same uniforms as pipelines/sample.py, and draws parts of images
-anew that are painted over: of its own, or of a file. Needs the extra `onnx` (pip install -e '.[onnx]') and npm, which fetches onnxruntime's
-web build. Weights are rounded to half floats (--bits 16) or to bytes with a scale for each output (--bits 8); before it ends it says what
-that takes: bits a code, by a prior that is no longer quite the run's, draws that differ, differences of pixels. The page says so too.
+The page draws by label, number, seed, temperature and guidance, with the same uniforms as pipelines/sample.py, and redraws painted parts of
+its own images or of a file. Needs the extra `onnx` (pip install -e '.[onnx]') and npm, which downloads onnxruntime's web build. Weights are
+rounded to half floats (--bits 16) or to bytes with a scale per output (--bits 8). The loss from rounding is printed and shown on the page:
+additional bits per code, samples that differ, differences of pixels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import COMMANDS, RunDir, new_folder, not_there_yet, program, write_json
-from pipelines.exporting.folder import drift, exact_generator, excess_bits, export_graphs, need_packages, other_codes
+from pipelines.exporting.folder import drift, encoder_disagreement, exact_generator, excess_bits, export_graphs, need_packages
 from pipelines.generator import Generator
 from stage2_prior.priors.prior_file import learned_prior
 
 PAGE = Path(__file__).parent / "exporting" / "page"
-"""The page's own files, as they are written."""
+"""Static files of the page."""
 _GRAPHS = ("encoder.onnx", "decoder.onnx", "prior.onnx")
 
 
@@ -59,13 +59,13 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     parser.add_argument("--output", required=True, help="the folder to write; must not exist")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
-    parser.add_argument("--bits", type=int, default=16, help="of the weights in the files: 16 or 8")
+    parser.add_argument("--bits", type=int, default=16, help="bits per weight in the files: 16 or 8")
 
 
 def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
     """Write the page of a generator with a prior, on the CPU and in float32, into an empty folder.
 
-    Returns what rounding its weights to so many bits has changed, as model.json has it. Errors: UserError if npm fetches nothing.
+    Returns the loss from rounding weights to `bits`, as in model.json. Errors: UserError if npm downloads nothing.
     """
     from pipelines.exporting.vendored import vendor
     from pipelines.exporting.weights import round_weights
@@ -79,7 +79,7 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
     write_json(folder / "model.json", content)  # which the sampler reads
     loss = _loss(exact_generator(generator), folder)
     loaded = [*_GRAPHS, "vendor/onnxruntime-web/ort.wasm"]
-    shown = {
+    details = {
         "run": generator.run.path.resolve().name,
         "command": f"two-stage-{COMMANDS['pipelines/sample.py']}",  # not as it is typed here, with this machine's paths
         "prior": generator.prior_name,
@@ -89,23 +89,23 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
         "bytes": {name: (folder / name).stat().st_size for name in loaded},
         "loss": loss,
     }
-    write_json(folder / "model.json", {**content, **shown})
+    write_json(folder / "model.json", {**content, **details})
     return loss
 
 
 def _loss(exact: Generator, folder: Path) -> dict[str, Any]:
-    excess, found = excess_bits(exact, folder), drift(exact, folder)
+    excess, difference = excess_bits(exact, folder), drift(exact, folder)
     return {
         "bits": excess.bits,
-        "excess_bits": excess.more,
+        "excess_bits": excess.excess,
         "excess_bits_error": excess.error,
-        "codes": found.codes,
-        "codes_that_differ": found.others,
-        "pictures": found.images,
-        "pictures_that_differ": found.other_images,
-        "encoded_differ": other_codes(exact, folder),
-        "pixels_differ_at_most": found.furthest,
-        "pixels_differ_on_average": found.mean,
+        "codes": difference.codes,
+        "codes_that_differ": difference.changed_codes,
+        "pictures": difference.images,
+        "pictures_that_differ": difference.changed_images,
+        "encoded_differ": encoder_disagreement(exact, folder),
+        "pixels_differ_at_most": difference.max_difference,
+        "pixels_differ_on_average": difference.mean_difference,
     }
 
 

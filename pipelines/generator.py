@@ -20,28 +20,26 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, load_recipe
+from configs.cli import TRAIN_PRIOR, Command, load_recipe
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.hub import run_of
 from configs.run_dir import RunDir
-from configs.schema import Sampling
-from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, pack, run_fingerprint, unpack, with_stored
+from configs.schema import Recipe, Sampling
+from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, insert_stored, pack, run_fingerprint, unpack
 from pipelines.codec.coder import decode as decode_codes
 from pipelines.codec.image_coder import EncodedImages, encode_images, verify
 from pipelines.codec.pixels import decode_pixels
-from pipelines.images.drawing import Label, check_guidance, draw_images, kept_codes, labels_of
-from pipelines.images.inputs import encode_and_decode
-from pipelines.images.pictures import Mask, Pictures, mask_in, pictures_out, pixels_in
-from pipelines.images.scoring import surprisals
-from stage1_vqvae.data.pixels import to_uint8
+from pipelines.drawing import Label, check_guidance, draw_images, kept_codes, labels_of
+from pipelines.encoding import decode, encode
+from pipelines.inputs.pictures import Mask, Pictures, mask_in, pictures_out, pixels_in
+from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.generate import default_precision, in_bfloat16
 from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
 from stage2_prior.sampler import Sampler
-from training.batching import batches
 from training.devices import float64_copy, float64_device, numbered
 from training.weights_file import fingerprint
 
@@ -206,36 +204,41 @@ class Generator:
         return pictures_out(self.draw(n, label, seed, **settings).pixels, output)
 
     def draw(
-        self, n: int = 1, label: Label | Sequence[Label] | None = None, seed: int = 0, *, progress: bool = False, **settings: Any
+        self,
+        n: int = 1,
+        label: Label | Sequence[Label] | None = None,
+        seed: int = 0,
+        *,
+        progress: bool = False,
+        folder: Path | None = None,
+        **settings: Any,
     ) -> Drawn:
-        """As `sample`: codes, pixels and labels, complete on the main process alone. `progress`: show a bar."""
+        """Draw codes, pixels and labels as `sample` does; complete on the main process alone.
+
+        `progress`: show a bar. `folder`: keep the pixels in a temporary file there instead of memory.
+        """
         if n < 1:
             raise UserError(f"n: expected at least 1 image, found {n}")
         sampler, labels = self._drawing_sampler(), labels_of(label, n, self.header)
         config = self._sampling(settings)
         check_guidance(config, labels, self.header)
-        return Drawn(*draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config, progress=progress), labels)
+        codes, pixels = draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config, progress=progress, folder=folder)
+        return Drawn(codes, pixels, labels)
 
     # --- out of images, and back
 
     def encode(self, images: Pictures) -> Codes:
         """The codes of images, on the CPU."""
-        return encode_and_decode(self.tokenizer, self.pixels(images), self.sampling.batch_size)[0]
+        return encode(self.tokenizer, self.pixels(images), self.sampling.batch_size)
 
     @overload
     def decode(self, codes: Codes, *, output: Literal["pil"] = "pil") -> list[Image.Image]: ...
     @overload
     def decode(self, codes: Codes, *, output: Literal["tensor"]) -> Tensor: ...
-    @torch.no_grad()
     def decode(self, codes: Codes, *, output: Literal["pil", "tensor"] = "pil") -> list[Image.Image] | Tensor:
         """The images of codes. Errors: UserError for codes of other grids, or such as there are not."""
         self._check(codes)
-        height, width, channels = self.image_shape
-        parts = [torch.empty(0, height, width, channels, dtype=torch.uint8)] + [
-            to_uint8(self.tokenizer.decode(tuple(level[part].to(self.device) for level in codes))).cpu()
-            for part in batches(len(codes[0]), self.sampling.batch_size)
-        ]
-        return pictures_out(torch.cat(parts), output)
+        return pictures_out(decode(self.tokenizer, codes, self.sampling.batch_size), output)
 
     # --- out of parts of images
 
@@ -283,7 +286,7 @@ class Generator:
         """
         pixels = self.pixels(images)
         labels = self.labels_given(label, len(pixels))
-        codes = encode_and_decode(self.tokenizer, pixels, self.sampling.batch_size)[0]
+        codes = encode(self.tokenizer, pixels, self.sampling.batch_size)
         return pictures_out(self.continuations(codes, mask_in(keep, self.data), labels, seed, **settings), output)
 
     def continuations(
@@ -302,7 +305,7 @@ class Generator:
 
     def surprisals(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> tuple[Tensor, ...]:
         """-log2 p of each code given those before it, in bits: float64 (N, h, w) a level."""
-        prior, codes = self.exact_prior, images if _are_codes(images) else self.encode(images)
+        prior, codes = self.exact_prior, images if _is_codes(images) else self.encode(images)
         self._check(codes)
         return prior.layout.grids_of(surprisals(prior, codes, self.labels_given(label, len(codes[0])), "bits"))
 
@@ -371,7 +374,7 @@ class Generator:
         if content.lossless is None:
             return codes, None
         pixels = decode_pixels(float64_copy(self.tokenizer), codes, content.lossless.pixels, progress=progress)
-        return codes, with_stored(pixels, content.lossless.stored)
+        return codes, insert_stored(pixels, content.lossless.stored)
 
     # --- what goes in, and what comes out
 
@@ -432,6 +435,23 @@ class Generator:
                 raise UserError(f"codes: expected int64 from 0 to {number - 1} at level {level}, found others")
 
 
-def _are_codes(given: Pictures | Codes) -> TypeGuard[Codes]:
+def _is_codes(given: Pictures | Codes) -> TypeGuard[Codes]:
     """Codes are a tuple of whole numbers, wider than pixels."""
     return isinstance(given, tuple) and all(isinstance(level, Tensor) and level.dtype == torch.int64 for level in given)
+
+
+def load_generator(command: Command, accelerator: Accelerator, prior: str | None) -> Generator:
+    """Load the generator of a command's run and recipe, with the prior of that name or the one last finished.
+
+    Errors: UserError if there is no such prior; it names the command to run first.
+    """
+    if prior != UNIFORM:
+        prior = finished_prior(command.run, prior, command.next(TRAIN_PRIOR)).parent.name
+    sampling = command_sampling(command.recipe, accelerator.device)
+    return Generator.of_run(command.run, command.recipe.data, sampling, prior, accelerator=accelerator)
+
+
+def command_sampling(recipe: Recipe, device: torch.device) -> Sampling:
+    """Return the recipe's sampling section; on a GPU without mixed precision its default precision is float32 instead of bfloat16."""
+    exact = recipe.compute.mixed_precision == "no" and recipe.sampling.precision is None and device.type == "cuda"
+    return dataclasses.replace(recipe.sampling, precision="float32") if exact else recipe.sampling

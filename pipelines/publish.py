@@ -1,12 +1,12 @@
-"""Publish a run: a bundle of what others need of it, in a folder or on the Hugging Face Hub.
+"""Publish a run: a bundle of the files that others need, in a folder or on the Hugging Face Hub.
 
     python pipelines/publish.py --to ./bundle
     python pipelines/publish.py --run digits --to USER/NAME --license mit
     python pipelines/publish.py --prior transformer pixelcnn --to USER/NAME --private
 
 Writes tokenizer, chosen priors, recipe (without paths of this machine), likelihoods, the last evaluation, samples, and a model card
-with all figures and how each was obtained. USER/NAME is a repository of the Hub, made if it is not there yet; a folder has `.`, `/` or `~`
-in front, or no `/` at all. Any command takes either: `--run ./bundle`, `--run hf:USER/NAME`.
+with all figures and their sources. USER/NAME is a repository of the Hub, created if it does not exist; a folder starts with `.`, `/` or
+`~`, or has no `/` at all. Any command takes either: `--run ./bundle`, `--run hf:USER/NAME`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from configs.run_dir import RunDir, new_folder, not_there_yet, program, typed
 from pipelines.publishing.bundle import write_bundle
 from stage2_prior.priors.prior_file import finished_prior
 
-# What an earlier bundle may have left there: of other priors, of an evaluation that is none of these.
+# Files of an earlier bundle that may belong to other priors or another evaluation.
 _OURS = ("priors/*", "evaluations/*", "stage1/*", "samples.png")
 _MESSAGE = "A run of the two-stage image generator"
 
@@ -40,19 +40,19 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
-    repository = repository_of(options.to)
+    repository = hub_repository(options.to)
     folder = None if repository is not None else not_there_yet("to", options.to)
     command.need_tokenizer()
     names = options.prior if options.prior is not None else [run.last_prior()] if run.last_prior() is not None else []
     priors = [finished_prior(run, name, command.next(TRAIN_PRIOR)).parent.name for name in names]
     if repository is not None:
-        with _refused(repository):  # before anything is drawn
+        with _refused(repository):  # before the samples are drawn
             HfApi().create_repo(repository, private=options.private, exist_ok=True)
-    with tempfile.TemporaryDirectory() if folder is None else new_folder(folder) as made:
-        write_bundle(run, priors, Path(made), repository or Path(options.to).name, options.license)
+    with tempfile.TemporaryDirectory() if folder is None else new_folder(folder) as target:
+        write_bundle(run, priors, Path(target), repository or Path(options.to).name, options.license)
         if repository is not None:
             with _refused(repository):
-                done = HfApi().upload_folder(folder_path=made, repo_id=repository, delete_patterns=list(_OURS), commit_message=_MESSAGE)
+                done = HfApi().upload_folder(folder_path=target, repo_id=repository, delete_patterns=list(_OURS), commit_message=_MESSAGE)
     where, name = (done.repo_url, f"{PREFIX}{repository}") if folder is None else (RunDir.show(folder), RunDir.show(folder))
     run.record(program(), command.arguments, {"to": options.to, "priors": priors})
     print(f"wrote {where}: tokenizer{', prior ' if priors else ''}{', '.join(priors)}; look at its README.md")
@@ -61,13 +61,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     parser.add_argument("--to", required=True, help="a folder that does not exist yet, or USER/NAME: a repository of the Hub")
-    parser.add_argument("--prior", type=str, nargs="+", help="names of priors, the first for who names none (default: the last finished)")
+    parser.add_argument("--prior", type=str, nargs="+", help="names of priors, the first being the default (default: the last finished)")
     parser.add_argument("--license", type=str, default="unknown", help="the model's licence, as the Hub names licences: mit, apache-2.0")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
-def repository_of(to: str) -> str | None:
-    """USER/NAME, if a repository of the Hub is meant; None: a folder. Errors: UserError for what could be both."""
+def hub_repository(to: str) -> str | None:
+    """Return USER/NAME if the option names a repository of the Hub; None for a folder. Errors: UserError if it could be both."""
     name = to.removeprefix(PREFIX)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         if to.startswith(PREFIX):
@@ -80,7 +80,7 @@ def repository_of(to: str) -> str | None:
 
 @contextmanager
 def _refused(repository: str) -> Iterator[None]:
-    """Errors: UserError if the Hub refuses what is asked of it, or cannot be reached."""
+    """Turn refusals of the Hub and lost connections into UserErrors."""
     try:
         yield
     except Exception as error:

@@ -1,13 +1,13 @@
-"""Reconstruct images: encode them, decode their codes, and measure what was lost, image by image.
+"""Reconstruct images: encode them, decode their codes, and measure the error of each image.
 
     python pipelines/reconstruct.py
     python pipelines/reconstruct.py --split test --n 200
     python pipelines/reconstruct.py --images photo.png FOLDER
 
 Takes the validation split unless --split or --images names others. Writes a new folder reconstructions/NNN into the run:
-reconstructions.png (the worst images beside their reconstructions, then the best), images/ (each reconstruction as a PNG) and
-reconstructions.csv with a row an image, worst first: MSE and PSNR of 8-bit pixels, SSIM (empty below 11 pixels a side), bits of
-its codes as indices and, if the run has a finished prior, under that.
+reconstructions.png (the worst images with their reconstructions, then the best), images/ (each reconstruction as a PNG) and
+reconstructions.csv with one row per image, worst first: MSE and PSNR of 8-bit pixels, SSIM (empty below 11 pixels a side), bits of its
+codes as indices and, if the run has a finished prior, under that prior.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import Tensor
 from configs.cli import Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
-from pipelines.images.inputs import chosen_images, encode_and_decode, image_options, known_labels_for
-from pipelines.images.panels import Panel, file_names, panels_picture, short, write_table
-from pipelines.images.scoring import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import chosen_images, image_options, known_labels_for
+from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
+from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
 from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
@@ -34,7 +35,7 @@ from training.batching import batches
 from training.processes import finish, start
 from training.progress import progress_bar
 
-# Pairs in reconstructions.png at most, of the worst and of the best.
+# Largest number of pairs in reconstructions.png, of the worst and of the best.
 _SHOWN = 32
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
-    finish(accelerator)  # who launches several has nothing for the others to do
+    finish(accelerator)  # the work takes one process
     if accelerator.is_main_process:
         _reconstruct(command, accelerator.device)
 
@@ -100,7 +101,7 @@ def _reconstruct(command: Command, device: torch.device) -> None:
 
 
 def quality(pictures: Tensor, originals: Tensor, progress: bool = False) -> dict[str, Tensor]:
-    """mse, psnr (dB) and ssim of each image, (N,), float64; both uint8 (N, H, W, C). SSIM is NaN below 11 pixels a side."""
+    """Compute mse, psnr (dB) and ssim per image, (N,), float64, of uint8 (N, H, W, C). SSIM is NaN below 11 pixels a side."""
     parts = []
     with progress_bar(len(pictures), "compare", "img", shown=progress) as bar:
         for part in batches(len(pictures), BATCH_SIZE):
@@ -111,7 +112,7 @@ def quality(pictures: Tensor, originals: Tensor, progress: bool = False) -> dict
 
 
 def pairs(originals: Tensor, pictures: Tensor, rows: list[dict[str, Any]]) -> list[tuple[str, list[Panel]]]:
-    """The worst and the best images, no image twice, each beside its reconstruction; uint8 (N, H, W, C) both, worst first."""
+    """Panels of the worst and the best images, none twice, each with its reconstruction; both uint8 (N, H, W, C), worst first."""
     count = len(rows)
     chosen = {
         "worst: original, reconstruction": range(min(_SHOWN, (count + 1) // 2)),

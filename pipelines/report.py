@@ -1,10 +1,10 @@
-"""One self-contained HTML file of all that a run holds: recipe, data, curves, pictures, samples, evaluation, environment.
+"""Write one self-contained HTML file about a run: recipe, data, curves, pictures, samples, evaluation, environment.
 
     python pipelines/report.py
     python pipelines/report.py --run fashion_mnist
 
-Writes report.html into the run, in place of an older one. The file needs nothing beside it and no network: it can be
-mailed, and read on a phone. What the run does not hold yet is named with the command that makes it.
+Writes report.html into the run, replacing an older one. The file needs no other files and no network: it can be mailed, and read on a
+phone. For parts that the run does not have yet it names the command that makes them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def rendered(content: dict[str, Any]) -> str:
-    """The page. Labels and paths are the user's own: all text is escaped."""
+    """Render the page. All text is escaped, since labels and paths come from the user."""
     loader = FileSystemLoader(Path(__file__).parent / "reporting")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(_TEMPLATE).render(content)

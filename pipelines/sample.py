@@ -5,9 +5,9 @@
     python pipelines/sample.py --n 64 --prior uniform
     python pipelines/sample.py --n 1000 --npz
 
-Writes a new folder samples/NNN into the run: grid.png, one PNG an image, the codes, samples.json. Labels take turns
-unless --label names one. Sample i of a seed has the same codes whatever the number of processes and, on a CPU, --batch-size; by another
---batch-size a pixel may be decoded to the next of its 256 levels.
+Writes a new folder samples/NNN into the run: grid.png, one PNG per image, the codes, samples.json. Labels take turns unless --label
+names one. Sample i of a seed has the same codes for any number of processes and, on a CPU, any --batch-size; with another --batch-size
+single pixels may differ by one of 256 levels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor
 from configs.cli import SUMMARY, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, replacing, write_bytes, write_json
-from pipelines.of_command import generator_of
+from pipelines.generator import load_generator
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
 from stage2_prior.priors.prior_file import UNIFORM
 from training.processes import SMALLER_BATCHES, finish, start
 
-# Pictures in grid.png at most; all of them lie beside it.
+# Largest number of pictures in grid.png.
 _SHOWN = 256
 
 
@@ -44,12 +44,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
-    generator = generator_of(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, options.prior)
     header, tokenizer = generator.header, generator.tokenizer
 
-    # The folder comes first, so that a place that cannot be written is found before the drawing.
+    # Create the folder first, so that one that cannot be written is an error before the draws.
     with run.numbered("samples", accelerator.is_main_process) as folder:
-        codes, pictures, labels = generator.draw(options.n, options.label, options.seed, progress=True)
+        codes, pictures, labels = generator.draw(options.n, options.label, options.seed, progress=True, folder=folder)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             uniform = mean_over_tokens(uniform_bits(tokenizer.quantizer.num_codes), tokenizer.grids)
@@ -79,9 +79,9 @@ def _options(parser: Any) -> None:
 
 
 def write(folder: Path, codes: Codes, pictures: Tensor, labels: Tensor | None, details: dict[str, Any], npz: bool) -> None:
-    """Write a call's samples into their folder."""
+    """Write samples into their folder."""
     names = details["label_names"]
-    # Labels take turns: with a column a label, each column shows one.
+    # Labels take turns: with one column per label, each column shows one label.
     columns = len(names) if names is not None and len(names) <= 16 else square_columns(min(len(pictures), _SHOWN))
     save_png(folder / "grid.png", image_grid(pictures[:_SHOWN], min(columns, len(pictures))), grid_scale(pictures.shape[1]))
     digits = max(5, len(str(len(pictures))))
@@ -90,7 +90,7 @@ def write(folder: Path, codes: Codes, pictures: Tensor, labels: Tensor | None, d
     tensors = {f"level{level}": grid.contiguous() for level, grid in enumerate(codes)}
     write_bytes(folder / "codes.safetensors", safetensors.torch.save(tensors | ({} if labels is None else {"labels": labels})))
     if npz:
-        with replacing(folder / "samples.npz") as file:  # not by way of memory: 50,000 images of 256x256 are 10 GB
+        with replacing(folder / "samples.npz") as file:  # streamed: 50,000 images of 256x256 are 10 GB
             np.savez(file, pictures.numpy())
     write_json(folder / "samples.json", details)
 

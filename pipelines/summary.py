@@ -1,4 +1,4 @@
-"""One table of what a run has reached, and where its pictures are.
+"""Print one table of a run's results and the paths of its pictures.
 
 python pipelines/summary.py
 python pipelines/summary.py --run fashion_mnist
@@ -13,7 +13,7 @@ from pathlib import Path
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, parse
 from configs.errors import run_entry
 from configs.run_dir import RunDir, natural, read_json, typed
-from pipelines.images.provenance import identity, outputs
+from pipelines.provenance import model_fingerprints, outputs
 from stage1_vqvae.metrics import compression_ratio
 from stage2_prior.codes.store import read_manifest
 
@@ -36,21 +36,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def tokenizer_rows(run: RunDir) -> list[tuple[str, str]]:
-    """Stage 1's result on the validation split."""
+    """Rows of stage 1's result on the validation split."""
     report = read_json(run.stage1 / "report.json")
-    found, bits = report["validation"], report["bits_per_image"]
+    metrics, bits = report["validation"], report["bits_per_image"]
     return [
-        ("validation MSE ([0, 1], 8-bit)", f"{found['mse']:.5f}"),
-        ("validation PSNR", f"{found['psnr']:.2f} dB"),
-        ("codebook usage", f"{found['usage']:.1%}"),
-        ("codebook perplexity", f"{found['perplexity']:.1f}"),
+        ("validation MSE ([0, 1], 8-bit)", f"{metrics['mse']:.5f}"),
+        ("validation PSNR", f"{metrics['psnr']:.2f} dB"),
+        ("codebook usage", f"{metrics['usage']:.1%}"),
+        ("codebook perplexity", f"{metrics['perplexity']:.1f}"),
         ("bits an image: raw / indices", f"{bits['raw']} / {bits['indices']:.0f} ({bits['raw'] / bits['indices']:.1f} : 1)"),
         ("minutes of stage 1", f"{report['minutes']:.1f}"),
     ]
 
 
 def codes_row(folder: Path) -> str:
-    """One line on the codes of a split."""
+    """Describe the codes of a split."""
     manifest = read_manifest(folder)
     grids = " + ".join(f"{h}x{w} of {k}" for (h, w), k in zip(manifest.grids, manifest.num_codes, strict=True))
     variants = f" x {manifest.variants} variants" if manifest.variants > 1 else ""
@@ -58,50 +58,50 @@ def codes_row(folder: Path) -> str:
 
 
 def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
-    """Stage 2's result on the validation split, beside what needs no learning."""
+    """Rows of stage 2's result on the validation split, with the unigram and uniform references."""
     if not (run.prior(name) / "likelihood.json").exists():
         return [(f"bits a token: prior {name}", f"not known; {typed('stage2_prior/report.py')} --prior {name} --run {run}")]
-    report, found = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
-    bits = found["bits_per_image"]
+    report, likelihood = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
+    bits = likelihood["bits_per_image"]
     return [
-        (f"bits a token: prior {name}", f"{found['validation']:.3f}"),
-        ("bits a token: unigram", f"{found['unigram']:.3f}"),
-        ("bits a token: uniform (log2 K)", f"{found['uniform']:.3f}"),
+        (f"bits a token: prior {name}", f"{likelihood['validation']:.3f}"),
+        ("bits a token: unigram", f"{likelihood['unigram']:.3f}"),
+        ("bits a token: uniform (log2 K)", f"{likelihood['uniform']:.3f}"),
         ("bits an image under the prior", f"{bits['prior']:.0f} ({compression_ratio(bits['raw'], bits['prior']):.1f} : 1)"),
         ("minutes of stage 2", f"{report['minutes']:.1f}"),
     ]
 
 
 def bound_rows(run: RunDir) -> list[tuple[str, str]]:
-    """The bound on bits a dimension, as the newest evaluation of this tokenizer found it under the prior last finished; without such a one,
-    under what takes no prior.
+    """Rows of the bound on bits per dimension from the newest evaluation of this tokenizer with the prior last finished; without one, the
+    bounds that take no prior.
     """
-    held, without_prior = identity(run, run.last_prior()), list[tuple[str, str]]()
+    current, without_prior = model_fingerprints(run, run.last_prior()), list[tuple[str, str]]()
     for path in reversed(outputs(run, "evaluations", "evaluation.json")):
-        found = read_json(path)
-        if "bound" not in found or found["tokenizer_sha256"] != held["tokenizer_sha256"]:
+        results = read_json(path)
+        if "bound" not in results or results["tokenizer_sha256"] != current["tokenizer_sha256"]:
             continue
-        bits = {name: values["mean"] for name, values in found["bound"]["bits_per_dimension"].items() if name != "pixels"}
-        rows = {name: (f"bits a dimension, {found['split']}: p(z) {name}", f"at most {mean:.4f}") for name, mean in bits.items()}
-        if all(found["bound"].get(key) == held[key] for key in ("prior", "prior_sha256")):
+        bits = {name: values["mean"] for name, values in results["bound"]["bits_per_dimension"].items() if name != "pixels"}
+        rows = {name: (f"bits a dimension, {results['split']}: p(z) {name}", f"at most {mean:.4f}") for name, mean in bits.items()}
+        if all(results["bound"].get(key) == current[key] for key in ("prior", "prior_sha256")):
             return list(rows.values())
         without_prior = without_prior or [row for name, row in rows.items() if not name.startswith("learned")]
     return without_prior
 
 
 def pictures(run: RunDir, prior: str | None) -> list[Path]:
-    """The pictures there are: training graphs, codebook, newest reconstructions, samples."""
-    found = [
+    """List the existing pictures: training graphs, codebook, newest reconstructions, samples."""
+    paths = [
         run.stage1 / "training.png",
         run.stage1 / "codebook.png",
         *sorted((run.stage1 / "reconstructions").glob("*.png"), key=natural)[-1:],
     ]
-    found += [run.prior(prior) / file for file in ("training.png", "likelihood.png")] if prior is not None else []
-    return [path for path in [*found, *outputs(run, "samples", "grid.png")] if path.exists()]
+    paths += [run.prior(prior) / file for file in ("training.png", "likelihood.png")] if prior is not None else []
+    return [path for path in [*paths, *outputs(run, "samples", "grid.png")] if path.exists()]
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> str:
-    """A title and rows of two columns as plain text."""
+    """Format a title and rows of two columns as plain text."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, "-" * len(title), *(f"{name:<{width}}  {value}" for name, value in rows)])
 

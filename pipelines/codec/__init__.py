@@ -1,1 +1,1 @@
-"""What compress.py and decompress.py are made of."""
+"""Codec of compress.py and decompress.py: entropy coders and the file format."""

@@ -1,38 +1,38 @@
-"""The file of compressed images: the coder's payload, with what it takes to know the run, the labels and the names again.
+"""The file of compressed images: the coder's payload, the run's fingerprint, labels and names.
 
-All numbers little-endian. Sections follow one another without gaps, as long as the header says.
+All numbers are little-endian. Sections follow one another without gaps, with the lengths in the header.
 
-| bytes | what |
+| bytes | content |
 | --- | --- |
-| 8 | magic: 89 "VQC" 0D 0A 1A 0A, which (as PNG's) a transfer as text would break |
+| 8 | magic: 89 "VQC" 0D 0A 1A 0A, which a transfer as text breaks, like PNG's |
 | 2 | version of this layout, 1 |
-| 16 | fingerprint of the run: sha256 over the sha256 of tokenizer and prior, cut short |
+| 16 | fingerprint of the run: the first 16 bytes of the sha256 of the sha256s of tokenizer and prior |
 | 3 x 2 | height, width, channels of the images |
-| 4, 4 | images that have codes; images a batch, at most 256 |
+| 4, 4 | images with codes; images per batch, at most 256 |
 | 4 | CRC-32 of the codes |
 | 2, 4, 4, 8, 8 | bytes of the prior's name, the labels, the names, the payload, the pixels |
-| 2 a batch | the batch's rounding offset (coder.py) |
+| 2 per batch | the batch's rounding offset (coder.py) |
 | | the prior's name, UTF-8 |
-| | labels, one an image that has codes, in the prior's numbering, the smallest unsigned integers, deflated; nothing: no labels |
-| | names, with `/` after each folder, NUL between them, deflated; nothing: no names |
+| | labels, one per image with codes, in the prior's numbering, in the smallest unsigned integers, deflated; empty: no labels |
+| | names, with `/` after each folder, separated by NUL, deflated; empty: no names |
 | | payload |
-| | pixels; nothing: the file is lossy, and all images have codes |
-| 4 | CRC-32 of all before it |
+| | pixels; empty: the file is lossy, and all images have codes |
+| 4 | CRC-32 of everything before it |
 
-A reader believes no count that the file's own length does not bear out: 2 bytes of offsets stand for at most 256 images, what is deflated
-inflates to at most 4 bytes a label and 4,096 a name, and a PNG's size is looked at before its pixels are. So a file of n bytes announces at
-most 128 n images, and memory grows with what has been decoded, not with what was announced (coder.py).
+A reader checks every count against the file's length: 2 bytes of offsets stand for at most 256 images, deflated sections inflate to at
+most 4 bytes per label and 4,096 per name, and a PNG's size is checked before its pixels are decoded. So a file of n bytes announces at most
+128 n images, and memory grows with decoded images, not with announced ones (coder.py).
 
 Pixels of a lossless file:
 
-| bytes | what |
+| bytes | content |
 | --- | --- |
-| 4, 4, 4 | images a batch of pixels; CRC-32 of the pixels that are coded; images stored as PNG |
+| 4, 4, 4 | images per batch of pixels; CRC-32 of the coded pixels; images stored as PNG |
 | 8, 4 | bytes of their payload, and number of its rounding offsets (pixels.py) |
 | 2 each | the offsets |
 | | payload |
-| 4, 4 each | images stored as PNG: which one it is of all, and bytes of its PNG that follow |
-| | the PNGs without their first eight bytes, which all PNGs begin with: so that none takes more here than it did |
+| 4, 4 each | per image stored as PNG: its number among all images, and the length of its PNG |
+| | the PNGs without the eight bytes that all PNGs start with |
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from torch import Tensor
 from configs.errors import UserError
 from pipelines.codec.coder import MOST_IMAGES, Coded
 from pipelines.codec.pixels import CodedPixels, num_offsets
-from pipelines.images.inputs import unique_names
+from pipelines.inputs.images import unique_names
 
 SUFFIX = ".vqc"
 _MAGIC = b"\x89VQC\r\n\x1a\n"
@@ -67,12 +67,12 @@ _LABEL_BYTES, _NAME_BYTES = 4, 4096  # at most; the second is the longest path t
 
 
 class Lossless(NamedTuple):
-    """What a lossless file has beside codes."""
+    """Additional content of a lossless file."""
 
     pixels: CodedPixels
-    """Of the images that have codes."""
+    """Pixels of the images with codes."""
     stored: dict[int, bytes]
-    """PNG files of those that take fewer bytes so, by their number among all images."""
+    """PNG files of images that are smaller as PNG, by their number among all images."""
 
 
 class CodeFile(NamedTuple):
@@ -90,41 +90,41 @@ class CodeFile(NamedTuple):
     names: list[str] | None
     """Paths of the images below the folder they were in, with `/` and without ending, from `unique_names`; None: they had none."""
     lossless: Lossless | None = None
-    """What brings every pixel back; None: the file is lossy."""
+    """Coded pixels; None: the file is lossy."""
 
     @property
     def images(self) -> int:
-        """Images in the file: those that have codes, and those stored as PNG."""
+        """Number of images: those with codes and those stored as PNG."""
         return self.coded.images + (0 if self.lossless is None else len(self.lossless.stored))
 
 
 class Sizes(NamedTuple):
-    """How many bytes the parts of a file take."""
+    """Bytes of each part of a file."""
 
     header: int
-    """The fixed part, offsets, the prior's name, the checksum."""
+    """Fixed header, offsets, the prior's name, checksum."""
     labels: int
     names: int
     payload: int
     pixels: int
-    """Of a lossless file: the pixels' payload and offsets, and the PNGs."""
+    """Payload and offsets of the pixels, and PNGs, in a lossless file."""
 
 
 def check_made_by(content: CodeFile, made_by: tuple[bytes, str], run: str, where: str) -> None:
-    """Errors: UserError if a file was not made by the tokenizer and prior of that fingerprint and name, which `run` holds."""
+    """Check a file's fingerprint. Errors: UserError if another tokenizer or prior than those of `run` made the file."""
     fingerprint, prior = made_by
     if content.fingerprint != fingerprint:
         expected = f"expected the fingerprint of run {run} with its prior {prior}, {fingerprint.hex()[:12]}"
-        raise UserError(f"{where}: {expected}, found {content.fingerprint.hex()[:12]}: another run's, or one trained anew since")
+        raise UserError(f"{where}: {expected}, found {content.fingerprint.hex()[:12]}: another run's, or one that was trained again since")
 
 
 def run_fingerprint(tokenizer_sha256: str, prior_sha256: str) -> bytes:
-    """What a file and a run recognise each other by: 16 bytes, of the sha256 of tokenizer and prior."""
+    """Compute the fingerprint in a file: 16 bytes from the sha256 of tokenizer and prior."""
     return hashlib.sha256(f"{tokenizer_sha256} {prior_sha256}".encode()).digest()[:16]
 
 
 def pack(content: CodeFile) -> tuple[bytes, Sizes]:
-    """The bytes of a file with that content, and what its parts take."""
+    """Write a file's content to bytes. Returns them and the size of each part."""
     coded = content.coded
     labels = b"" if content.labels is None else _deflated_labels(content.labels)
     names = b"" if content.names is None else zlib.compress("\0".join(content.names).encode("utf-8", "surrogateescape"), 9)
@@ -134,8 +134,8 @@ def pack(content: CodeFile) -> tuple[bytes, Sizes]:
     header = _BEGINNING.pack(_MAGIC, _VERSION) + _HEADER.pack(content.fingerprint, *content.image_shape, *counts)
     header += np.array(coded.offsets, "<u2").tobytes() + prior
     body = header + labels + names + coded.payload + pixels
-    whole = body + _CHECKSUM.pack(zlib.crc32(body))
-    return whole, Sizes(len(header) + _CHECKSUM.size, len(labels), len(names), len(coded.payload), len(pixels))
+    data = body + _CHECKSUM.pack(zlib.crc32(body))
+    return data, Sizes(len(header) + _CHECKSUM.size, len(labels), len(names), len(coded.payload), len(pixels))
 
 
 def _packed_pixels(lossless: Lossless) -> bytes:
@@ -155,20 +155,20 @@ def _unpacked_pixels(section: bytes) -> Lossless:
     pngs = end + count * _STORED.size
     if pngs > len(section) or length % 4 or not batch:
         raise ValueError(f"{len(section)} bytes of pixels, {pngs} or more announced")
-    found, stored = np.frombuffer(section, "<u2", offsets, _PIXELS.size).tolist(), {}
+    offset_values, stored = np.frombuffer(section, "<u2", offsets, _PIXELS.size).tolist(), {}
     for number, size in _STORED.iter_unpack(section[end:pngs]):
         stored[number] = _PNG + section[pngs : pngs + size]
         pngs += size
     if pngs != len(section) or len(stored) != count:
         raise ValueError(f"{len(section)} bytes of pixels, {pngs} announced")
-    return Lossless(CodedPixels(section[begin:end], batch, found, crc), stored)
+    return Lossless(CodedPixels(section[begin:end], batch, offset_values, crc), stored)
 
 
-def with_stored(pixels: Tensor, stored: dict[int, bytes]) -> Tensor:
-    """All images of a lossless file, uint8 (N, H, W, C): `pixels` of those that were coded, and between them those stored as PNG."""
-    others = iter(pixels)
+def insert_stored(pixels: Tensor, stored: dict[int, bytes]) -> Tensor:
+    """Insert the images stored as PNG among the decoded `pixels`: all images of a lossless file, uint8 (N, H, W, C)."""
+    decoded = iter(pixels)
     pictures = [
-        _stored_picture(stored[number], number).view(pixels.shape[1:]) if number in stored else next(others)
+        _stored_picture(stored[number], number).view(pixels.shape[1:]) if number in stored else next(decoded)
         for number in range(len(pixels) + len(stored))
     ]
     return torch.stack(pictures) if pictures else pixels
@@ -183,15 +183,15 @@ def _stored_picture(png: bytes, number: int) -> Tensor:
 
 
 def _check_png(png: bytes, image_shape: tuple[int, int, int]) -> None:
-    """Errors: ValueError for what is no PNG of that shape, by its header alone."""
+    """Check by its header that a PNG has this shape. Errors: ValueError if not."""
     height, width, channels = image_shape
     try:
         with Image.open(io.BytesIO(png), formats=("PNG",)) as opened:
-            found = opened.size, opened.mode
+            header = opened.size, opened.mode
     except Exception as error:  # no PNG, or one of more pixels than Pillow trusts
         raise ValueError(f"an image stored as PNG that is none: {error}") from None
-    if found != ((width, height), "L" if channels == 1 else "RGB"):
-        raise ValueError(f"an image stored as PNG of {found[0][0]} x {found[0][1]} pixels in {found[1]}")
+    if header != ((width, height), "L" if channels == 1 else "RGB"):
+        raise ValueError(f"an image stored as PNG of {header[0][0]} x {header[0][1]} pixels in {header[1]}")
 
 
 def _deflated_labels(labels: Tensor) -> bytes:
@@ -201,7 +201,7 @@ def _deflated_labels(labels: Tensor) -> bytes:
 
 
 def unpack(data: bytes, where: str) -> CodeFile:
-    """What is in a file's bytes. Errors: UserError, naming `where`, for what is no such file, of another version, or damaged."""
+    """Read a file's content from its bytes. Errors: UserError naming `where` for another kind of file, another version, or damage."""
     if data[: len(_MAGIC)] != _MAGIC:
         raise UserError(f"{where}: expected a file that pipelines/compress.py wrote, found another kind of file")
     body, checksum = data[: -_CHECKSUM.size], data[-_CHECKSUM.size :]
@@ -214,12 +214,12 @@ def unpack(data: bytes, where: str) -> CodeFile:
         raise UserError(f"{where}: expected the checksum of its {len(data)} bytes, found another; it is damaged or truncated")
     try:
         return _parsed(body)
-    except (ValueError, struct.error, zlib.error) as error:  # a right checksum over wrong content: somebody else's writing
+    except (ValueError, struct.error, zlib.error) as error:  # a correct checksum over invalid content: not written by this code
         raise UserError(f"{where}: expected a file that pipelines/compress.py wrote, found one that contradicts itself ({error})") from None
 
 
 def _parsed(body: bytes) -> CodeFile:
-    found, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
+    fingerprint, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
     if not 0 < batch <= MOST_IMAGES:
         raise ValueError(f"batches of {batch} images, where 1 to {MOST_IMAGES} can be")
     num_batches = -(-images // batch)
@@ -244,7 +244,7 @@ def _parsed(body: bytes) -> CodeFile:
         for png in lossless.stored.values():
             _check_png(png, (height, width, channels))
     return CodeFile(
-        fingerprint=found,
+        fingerprint=fingerprint,
         prior=prior.decode("utf-8", "surrogateescape"),
         image_shape=(height, width, channels),
         coded=coded,
@@ -255,7 +255,7 @@ def _parsed(body: bytes) -> CodeFile:
 
 
 def _inflated(deflated: bytes, most: int) -> bytes:
-    """Inflate a section that must give at most so many bytes. Errors: ValueError for more, or less than a whole stream."""
+    """Inflate a section to at most `most` bytes. Errors: ValueError for more, or an incomplete stream."""
     inflater = zlib.decompressobj()
     raw = inflater.decompress(deflated, most + 1)  # 0 would stand for any number
     if len(raw) > most or not inflater.eof or inflater.unused_data:
@@ -272,13 +272,13 @@ def _inflated_labels(deflated: bytes, images: int) -> Tensor:
 
 
 def _is_below(name: str) -> bool:
-    """Whether a name, parts joined by `/`, is a path below the folder it is put in, on this system."""
+    """Whether a name, parts joined by `/`, is a path inside its folder on this system."""
     return all(part not in ("", ".", "..") and PurePath(part).parts == (part,) and not PurePath(part).drive for part in name.split("/"))
 
 
 def _checked_names(joined: str, images: int) -> list[str]:
     names = joined.split("\0") if images else []
-    # They become files: none may lead out of the folder, or onto another.
+    # Names become files: none may lead out of the folder or overwrite another.
     if len(names) != images or names != unique_names(names) or not all(_is_below(name) for name in names):
         raise ValueError(f"names that cannot be those of {images} files")
     return names

@@ -152,17 +152,17 @@ def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_o
                     try:
                         found = decoder.decode(family, chances := weights(logits, offset))
                     except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
-                        raise out_of_step("codes") from None
+                        raise decoding_error("codes") from None
                     of_batch[:, position] = torch.from_numpy(found)
                     bits += _least_bits(chances, found)
             # Behind its end a payload reads as zeros, for ever.
             if bits > 8 * len(coded.payload) + _LOOK_AHEAD:
-                raise out_of_step("codes")
+                raise decoding_error("codes")
             decoded.append(of_batch)
             bar.update(len(of_batch))
     sequences = torch.cat(decoded)
     if _crc(sequences) != coded.codes_crc or not decoder.maybe_exhausted():
-        raise out_of_step("codes")
+        raise decoding_error("codes")
     return layout.grids_of(sequences)
 
 
@@ -248,7 +248,7 @@ def _crc(sequences: Tensor) -> int:
     return zlib.crc32(sequences.numpy().astype("<i8").tobytes())
 
 
-def out_of_step(what: str) -> UserError:
+def decoding_error(what: str) -> UserError:
     """What is said of a decoder that did not arrive at the encoder's codes or pixels."""
     return UserError(
         f"decoding: expected the {what} that were encoded, found others: this machine's arithmetic is not the one that encoded them, or "

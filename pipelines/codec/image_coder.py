@@ -1,4 +1,4 @@
-"""Images to the content of a file: their codes under the prior; and where no pixel may be lost, their pixels given the codes."""
+"""Encoding of images for a file: their codes under the prior and, for lossless files, their pixels given the codes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.codec.code_file import CodeFile, Lossless, unpack, with_stored
+from pipelines.codec.code_file import CodeFile, Lossless, insert_stored, unpack
 from pipelines.codec.coder import Encoding, batch_images, decode, encode
-from pipelines.codec.pixels import batch_of_pixels, decode_pixels, encode_pixels
-from pipelines.images.bound import pixel_bits
-from pipelines.images.inputs import encode_and_decode
-from pipelines.images.scoring import surprisals
+from pipelines.codec.pixels import decode_pixels, encode_pixels, pixel_batch_size
+from pipelines.encoding import encode_and_decode
+from pipelines.scoring.bound import pixel_bits
+from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import png
 from stage1_vqvae.quantizers.contract import Codes
@@ -22,16 +22,16 @@ from training.devices import float64_copy
 
 
 class EncodedImages(NamedTuple):
-    """The content of a file, and what is known of it beside."""
+    """The content of a file, and figures about it."""
 
     content: CodeFile
     codes: Codes
-    """Those in the file, int64 (N, h, w) a level."""
+    """Codes in the file, int64 (N, h, w) per level."""
     encoding: Encoding
     reconstructions: Tensor
-    """What a lossy file shows of all images, uint8 (N, H, W, C)."""
+    """Reconstructions of all images, which a lossy file decodes to, uint8 (N, H, W, C)."""
     bound: Tensor
-    """-log2 p(x | z) - log2 p(z) of the images that have codes, (N,), in float64; of a lossy file, which does not ask: of none."""
+    """-log2 p(x | z) - log2 p(z) of the images with codes, (N,), float64; empty for a lossy file."""
 
 
 def encode_images(
@@ -48,14 +48,14 @@ def encode_images(
     """Encode images.
 
     Args:
-        tokenizer: in eval mode; its objective a likelihood if no pixel may be lost.
+        tokenizer: in eval mode; its objective a likelihood if `lossless`.
         prior: in eval mode and float64.
         pixels: uint8 (N, H, W, C).
         labels: (N,) in the prior's numbering, or None.
-        names: as `CodeFile` has them.
+        names: names in the form of `CodeFile.names`.
         made_by: the run's fingerprint and the prior's name.
-        batch: images at once, if memory allows.
-        lossless: whether every pixel has to come back.
+        batch: images per batch, if memory allows.
+        lossless: also encode pixels.
         progress: show bars.
     """
     codes, reconstructions = encode_and_decode(tokenizer, pixels, batch, progress)
@@ -66,8 +66,8 @@ def encode_images(
         stored = smaller_as_png(pixels, bound)
         coded = torch.tensor([number not in stored for number in range(len(pixels))], dtype=torch.bool)
         bound, codes, labels = bound[coded], tuple(level[coded] for level in codes), None if labels is None else labels[coded]
-        of_pixels, _ = encode_pixels(exact, codes, pixels[coded], batch_of_pixels(exact, batch), progress)
-        pixel_part = Lossless(of_pixels, stored)
+        coded_pixels, _ = encode_pixels(exact, codes, pixels[coded], pixel_batch_size(exact, batch), progress)
+        pixel_part = Lossless(coded_pixels, stored)
     encoding = encode(prior, codes, labels, batch_images(prior.layout, batch), progress)
     height, width, channels = pixels.shape[1:]
     content = CodeFile(*made_by, (height, width, channels), encoding.coded, labels, names, pixel_part)
@@ -75,29 +75,29 @@ def encode_images(
 
 
 def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
-    """Which images, uint8 (N, H, W, C), take fewer bytes as optimised PNG than those bits (N,), and their PNGs."""
+    """PNGs of the images, uint8 (N, H, W, C), that are smaller as optimised PNG than these bits (N,), by number."""
     pngs = [png(picture, optimize=True) for picture in pixels]
-    return {number: found for number, (found, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(found) <= cost}
+    return {number: data for number, (data, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(data) <= cost}
 
 
 def verify(
     data: bytes, encoded: EncodedImages, tokenizer: VQVAE, prior: AutoregressivePrior, pixels: Tensor, progress: bool = False
 ) -> None:
-    """Read and decode a new file's bytes, in smaller steps than they were encoded in, so that not all arithmetic is the same.
+    """Decode a new file's bytes in smaller batches than they were encoded in, so that the arithmetic differs, and compare.
 
-    `pixels`: those that a lossless one has to give, uint8 (N, H, W, C). Errors: UserError if anything differs.
+    `pixels`: the images, uint8 (N, H, W, C), which a lossless file must restore. Errors: UserError if anything differs.
     """
-    found, content = unpack(data, "the new file"), encoded.content
-    again = decode(prior, found.coded, found.labels, at_once=-(-found.coded.batch // 2), progress=progress)
+    parsed, content = unpack(data, "the new file"), encoded.content
+    again = decode(prior, parsed.coded, parsed.labels, at_once=-(-parsed.coded.batch // 2), progress=progress)
     same = all(torch.equal(*level) for level in zip(again, encoded.codes, strict=True))
-    labels_same = (found.labels is None) == (content.labels is None)
-    if found.labels is not None and content.labels is not None:
-        labels_same = torch.equal(found.labels, content.labels)
-    if not (same and labels_same and found._replace(labels=None) == content._replace(labels=None)):
+    labels_same = (parsed.labels is None) == (content.labels is None)
+    if parsed.labels is not None and content.labels is not None:
+        labels_same = torch.equal(parsed.labels, content.labels)
+    if not (same and labels_same and parsed._replace(labels=None) == content._replace(labels=None)):
         raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
-    if found.lossless is not None:
+    if parsed.lossless is not None:
         exact = float64_copy(tokenizer)
-        of_pixels = found.lossless.pixels
-        decoded = decode_pixels(exact, encoded.codes, of_pixels, at_once=-(-of_pixels.batch // 2), progress=progress)
-        if not torch.equal(with_stored(decoded, found.lossless.stored), pixels):
+        coded_pixels = parsed.lossless.pixels
+        decoded = decode_pixels(exact, encoded.codes, coded_pixels, at_once=-(-coded_pixels.batch // 2), progress=progress)
+        if not torch.equal(insert_stored(decoded, parsed.lossless.stored), pixels):
             raise UserError("expected the new file to decode to the images, found something else; nothing was written")

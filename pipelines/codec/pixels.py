@@ -1,12 +1,12 @@
-"""Pixels to bytes and back under p(x | z): what lossless compression adds to the codes. Knows tokenizers; nothing of files or runs.
+"""Entropy coding of pixels under p(x | z), for lossless files. Knows tokenizers, not files or runs.
 
-As in coder.py, a decoder must arrive at the encoder's numbers bit for bit, and the encoder sees to it that it can. Here these are
-probabilities of a pixel's values, in float64: each is brought to a whole number of 2^-20, after an offset has been added to all
-of some thousand pixels, which is chosen so that none lies near a whole one. One more for each value, and none is impossible.
-This costs less than 256 parts of 2^20: 0.0004 bits a channel of a pixel.
+As in coder.py, a decoder must reproduce the encoder's numbers bit for bit, and the encoder makes sure that it can. Here the numbers are
+probabilities of a pixel's values in float64: each is rounded down to a multiple of 2^-20 after an offset was added, which some thousand
+pixels share and which keeps all of them away from rounding boundaries. One multiple more for each value, so that none is impossible, costs
+less than 256 parts of 2^20: 0.0004 bits per channel of a pixel.
 
-The stream runs through batches of images, and there from turn to turn of the likelihood (objectives/contract.py): channel by channel,
-or, where pixels depend on their neighbours, pixel by pixel, each for all images of the batch.
+The stream goes batch by batch, and in a batch turn by turn of the likelihood (objectives/contract.py): channel by channel or, where pixels
+depend on their neighbours, pixel by pixel, each for all images of the batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from constriction import stream
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.codec.coder import OFFSETS, clearest, out_of_step
+from pipelines.codec.coder import OFFSETS, clearest, decoding_error
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.objectives.contract import Index
 from stage1_vqvae.quantizers.contract import Codes
@@ -30,32 +30,32 @@ from training.batching import batches
 from training.progress import progress_bar
 
 MARGIN = 1e-12
-"""How near a probability may lie to a rounding boundary: ninety times what batch size and threads were found to change
-(docs/likelihoods.md).
+"""Smallest distance of a probability from a rounding boundary: ninety times the largest change measured between batch sizes and numbers of
+threads (docs/likelihoods.md).
 """
 
 _STEPS = 2**20  # of a probability
-# Probabilities of a batch's turn, or what the decoder puts out for the batch: 128 MiB.
+# Most probabilities of a batch's turn, or outputs of the decoder for a batch: 128 MiB.
 _NUMBERS_AT_ONCE = 2**24
-# Values that share an offset: fewer would store more offsets, more leave none that keeps clear of all of them.
+# Values per offset: fewer need more offsets; for more, no offset avoids all boundaries.
 _SHARING = 2**13
 
 
 class CodedPixels(NamedTuple):
-    """Pixels of some images as bytes, with all that decoding needs besides the tokenizer and the codes."""
+    """Coded pixels of some images, with everything that decoding needs besides the tokenizer and the codes."""
 
     payload: bytes
     batch: int
-    """Images of which one after another has its values in each turn; the last batch may have fewer."""
+    """Images per batch, whose values follow one another in each turn; the last batch may have fewer."""
     offsets: list[int]
-    """The rounding offset of each stretch of 2^13 values, of which a batch's last may be shorter, in units of 2^-36."""
+    """Rounding offset of each stretch of 2^13 values in units of 2^-36; the last stretch of a batch may be shorter."""
     crc: int
     """CRC-32 of the pixels."""
 
 
 @torch.no_grad()
 def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, progress: bool = False) -> tuple[CodedPixels, float]:
-    """Encode pixels given their codes; beside them, how far the nearest probability was from a rounding boundary.
+    """Encode pixels given their codes. Returns them and the smallest distance of a probability from a rounding boundary.
 
     Args:
         tokenizer: in eval mode and float64, its objective a likelihood.
@@ -73,8 +73,8 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
             for scaled, symbols in _stretches(turns):
                 offset, distance = clearest([scaled]) if bool(scaled.isfinite().all()) else (0, math.nan)
                 if not distance / _STEPS >= MARGIN:
-                    wanted = f"expected probabilities of which a rounding keeps {MARGIN:g} clear"
-                    raise UserError(f"the tokenizer: {wanted}, found {distance / _STEPS:g}")
+                    expected = f"expected probabilities of which a rounding keeps {MARGIN:g} clear"
+                    raise UserError(f"the tokenizer: {expected}, found {distance / _STEPS:g}")
                 coder.encode(symbols.numpy().astype(np.int32), family, _weights(scaled, offset))
                 offsets.append(offset)
                 clearance = min(clearance, distance / _STEPS)
@@ -84,15 +84,15 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
 
 @torch.no_grad()
 def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: int | None = None, progress: bool = False) -> Tensor:
-    """The pixels again, uint8 (N, H, W, C).
+    """Decode pixels, uint8 (N, H, W, C).
 
     Args:
-        tokenizer, codes: as given to `encode_pixels`.
-        coded: what it made.
-        at_once: images in one pass of the decoder; None: a batch. Of no influence on the pixels.
+        tokenizer, codes: those of `encode_pixels`.
+        coded: its result.
+        at_once: images per pass of the decoder; None: a batch. Does not change the pixels.
     Errors: UserError if they are not those that were encoded.
     """
-    if coded.batch != (most := batch_of_pixels(tokenizer, coded.batch)):
+    if coded.batch != (most := pixel_batch_size(tokenizer, coded.batch)):
         raise UserError(f"decoding: expected pixels in batches of at most {most} images, found {coded.batch}")
     channels, height, width = tokenizer.image_shape
     device, likelihood, values_in = next(tokenizer.parameters()).device, tokenizer.likelihood(), _Values(coded)
@@ -105,60 +105,60 @@ def decode_pixels(tokenizer: VQVAE, codes: Codes, coded: CodedPixels, at_once: i
             values_in.end_stretch()
             pixels[part] = likelihood.pixels(values).cpu()
     if _crc(pixels) != coded.crc or not values_in.exhausted():
-        raise out_of_step("pixels")
+        raise decoding_error("pixels")
     return pixels
 
 
 class _Values:
-    """The values in a payload, one turn's after another's."""
+    """Reader of a payload's values, turn by turn."""
 
     def __init__(self, coded: CodedPixels) -> None:
         self._decoder = stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32))
         self._offsets = iter(coded.offsets)
-        self._offset = self._left = 0  # of the present stretch: its offset, and how many values are to come
+        self._offset = self._left = 0  # of the current stretch: offset, and number of values left
 
     def next(self, scaled: Tensor) -> Tensor:
-        """A turn's values (N,), given their probabilities (N, V) in steps."""
-        found, family = [], stream.model.Categorical(perfect=False)
+        """Decode a turn's values (N,) from their probabilities (N, V) in steps."""
+        parts, family = [], stream.model.Categorical(perfect=False)
         while len(scaled):
             if self._left == 0:
                 self._offset, self._left = next(self._offsets), _SHARING
             piece, scaled = scaled[: self._left], scaled[self._left :]
             try:
-                found.append(torch.from_numpy(self._decoder.decode(family, _weights(piece, self._offset))))
+                parts.append(torch.from_numpy(self._decoder.decode(family, _weights(piece, self._offset))))
             except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
-                raise out_of_step("pixels") from None
+                raise decoding_error("pixels") from None
             self._left -= len(piece)
-        return torch.cat(found).long()
+        return torch.cat(parts).long()
 
     def end_stretch(self) -> None:
-        """A batch ends, and with it its last stretch."""
+        """End the last stretch of a batch."""
         self._left = 0
 
     def exhausted(self) -> bool:
-        """Whether no more than the coder's last words are left."""
+        """Whether only the coder's final words are left."""
         return bool(self._decoder.maybe_exhausted())
 
 
-def batch_of_pixels(tokenizer: VQVAE, wanted: int) -> int:
-    """Images a batch: as many as wanted, or as memory allows."""
+def pixel_batch_size(tokenizer: VQVAE, requested: int) -> int:
+    """Choose the images per batch: the requested number, or fewer if memory demands it."""
     likelihood, (_, height, width) = tokenizer.likelihood(), tokenizer.image_shape
     numbers = max(likelihood.pixels_at_once * likelihood.num_values, likelihood.output_channels * height * width)
-    return max(1, min(wanted, _NUMBERS_AT_ONCE // numbers))
+    return max(1, min(requested, _NUMBERS_AT_ONCE // numbers))
 
 
 def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> int:
-    """How many offsets images (height, width, channels) have in batches of that size."""
-    whole, rest = divmod(images, batch)
-    return sum(times * -(-size * math.prod(image_shape) // _SHARING) for times, size in ((whole, batch), (1, rest)))
+    """Number of offsets of images (height, width, channels) in batches of this size."""
+    full, rest = divmod(images, batch)
+    return sum(times * -(-size * math.prod(image_shape) // _SHARING) for times, size in ((full, batch), (1, rest)))
 
 
 def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int, bar: Any) -> Iterator[tuple[Index, Tensor]]:
-    """Turn by turn some images' probabilities (N, V), in steps, as `PixelLikelihood.in_turn` gives them, of `at_once` images a pass.
+    """Compute the probabilities (N, V) of some images turn by turn, in steps, by `PixelLikelihood.in_turn`, with `at_once` images per pass.
 
     Args:
         values: on the tokenizer's device.
-        bar: of the images; each turn moves it by its share.
+        bar: progress bar over images, which each turn advances by its share.
     """
     assert not tokenizer.training
     device = next(tokenizer.parameters()).device
@@ -175,25 +175,25 @@ def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once:
 
 
 def _stretches(turns: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same rows (N, V), (N,) in stretches of 2^13, of which the last may be shorter."""
-    kept: list[tuple[Tensor, Tensor]] = []
+    """Regroup rows (N, V), (N,) into stretches of 2^13, of which the last may be shorter."""
+    pending: list[tuple[Tensor, Tensor]] = []
     count = 0
     for rows in turns:
-        kept.append(rows)
+        pending.append(rows)
         count += len(rows[0])
         if count >= _SHARING:
-            scaled, symbols = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
-            whole = count - count % _SHARING
-            for stretch in batches(whole, _SHARING):
+            scaled, symbols = (torch.cat(tensors) for tensors in zip(*pending, strict=True))
+            complete = count - count % _SHARING
+            for stretch in batches(complete, _SHARING):
                 yield scaled[stretch], symbols[stretch]
-            kept, count = [(scaled[whole:], symbols[whole:])], count - whole
+            pending, count = [(scaled[complete:], symbols[complete:])], count - complete
     if count:
-        scaled, symbols = (torch.cat(tensors) for tensors in zip(*kept, strict=True))
+        scaled, symbols = (torch.cat(tensors) for tensors in zip(*pending, strict=True))
         yield scaled, symbols
 
 
 def _weights(scaled: Tensor, offset: int) -> np.ndarray:
-    """Probabilities (N, V) in steps to what the coder takes for them: whole numbers from 1 on, as float64."""
+    """Round probabilities (N, V) in steps to the coder's weights: whole numbers from 1, as float64."""
     return (scaled + offset / OFFSETS).floor().add_(1).numpy()
 
 

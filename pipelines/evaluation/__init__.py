@@ -1,1 +1,1 @@
-"""What evaluate.py judges a run by."""
+"""Figures of evaluate.py: distances, references, tables."""

@@ -1,6 +1,6 @@
-"""How far sets of feature vectors lie from a reference set, and neighbours.
+"""Distances between sets of feature vectors, and nearest neighbours.
 
-Vectors are float tensors (N, D) on the CPU; what takes long is computed on the device given, products of float32 in full.
+Vectors are float tensors (N, D) on the CPU; expensive parts run on a device, with full float32 products.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from training.devices import float64_device
 from training.precision import ieee_float32
 from training.randomness import generator
 
-# The neighbour whose distance is a ball's radius: as in the papers, for precision and recall, and for density and coverage.
+# Number of the neighbour that sets a ball's radius, for precision and recall and for density and coverage, as in the papers.
 _PRECISION_K, _DENSITY_K = 3, 5
-# Of the kernel distance, as published: the mean over so many subsets of so many vectors.
+# Subsets of the kernel distance, and vectors in each, as published.
 _SUBSETS, _SUBSET_SIZE = 100, 1000
 # Splits of the inception score, as published.
 _SPLITS = 10
-# Vectors of each set at most, for precision, recall, density and coverage: distances between all of them are taken.
+# Largest number of vectors per set for precision, recall, density and coverage, which take all pairwise distances.
 _NEIGHBOURHOODS = 10_000
 PARTS = 5
 """Disjoint parts of the images for the spread of a Fréchet distance."""
-# Vectors whose distances to all others are held at once, and the most distances: 256 MiB.
+# Vectors per block of distances, and most distances in memory: 256 MiB.
 _BLOCK, _DISTANCES = 1024, 2**26
 
 
@@ -39,12 +39,12 @@ class Spread(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """The nearest of a reference, nearest first."""
+    """Nearest vectors of a reference, nearest first."""
 
     distances: Tensor
-    """Distances to the nearest of the reference, (N, k)."""
+    """Their distances, (N, k)."""
     rows: Tensor
-    """Rows of those in the reference, (N, k)."""
+    """Their rows in the reference, (N, k)."""
 
 
 class Moments:
@@ -105,13 +105,13 @@ class Gaussian:
 
 
 class Reference:
-    """What images are compared with. What is needed of it again and again is computed once, on the device given.
+    """Reference set of vectors, with its statistics computed once, on first use.
 
-    A figure is None where there are too few vectors on either side for it.
+    A figure is None if either set has too few vectors for it.
     """
 
     def __init__(self, vectors: Tensor, device: torch.device | str = "cpu", gaussian: Gaussian | None = None) -> None:
-        """`gaussian`: of more images than these `vectors` are of; None: of these."""
+        """`gaussian`: Gaussian of a larger set that `vectors` were drawn from; None: computed from `vectors`."""
         self.vectors, self.device, self._whole = vectors, torch.device(device), gaussian
 
     @cached_property
@@ -134,10 +134,10 @@ class Reference:
         Resampling with repetition would shrink the covariances and so bias the distance upward; parts are merely small,
         which biases it upward too, but by the same in each: their spread says how sure a distance is, not their mean.
         """
-        # Not every fifth: labels take turns, so a part would have some labels alone.
+        # Random, since labels take turns and every fifth image would have few labels.
         order = torch.randperm(len(images), generator=generator(seed, "parts"))
-        found = [self.frechet(images[rows]) for rows in order.tensor_split(PARTS)]
-        values = [value for value in found if value is not None]
+        distances = [self.frechet(images[rows]) for rows in order.tensor_split(PARTS)]
+        values = [value for value in distances if value is not None]
         return Spread(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) == PARTS else None
 
     def kernel(self, images: Tensor, seed: int) -> Spread | None:
@@ -147,12 +147,12 @@ class Reference:
         size = min(_SUBSET_SIZE, len(images), len(self.vectors))
         if size < 2:
             return None
-        draws, found = np.random.RandomState(seed), []
+        draws, distances = np.random.RandomState(seed), []
         for _ in range(_SUBSETS):
-            # In float64 subset by subset: all vectors would take twice their memory again, for each set that is compared.
+            # Converted to float64 per subset, which saves twice the memory of all vectors.
             pair = [vectors[draws.choice(len(vectors), size, replace=False)] for vectors in (images, self.vectors)]
-            found.append(kernel_mmd(*(subset.double().numpy() for subset in pair)))
-        return Spread(float(np.mean(found)), float(np.std(found)))
+            distances.append(kernel_mmd(*(subset.double().numpy() for subset in pair)))
+        return Spread(float(np.mean(distances)), float(np.std(distances)))
 
     def precision_recall(self, images: Tensor) -> tuple[float, float] | None:
         """Precision, the share of images that lie in a ball around some vector of the reference, and recall, the reverse; a ball reaches
@@ -177,33 +177,33 @@ class Reference:
 
 
 def neighbourhoods(sets: dict[str, Tensor], reference: Tensor, seed: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Precision, recall, density and coverage of sets of vectors, all at one number `n` of each set and of the reference, since they rise
-    and fall with both: that of the smallest of them, at most 10,000. Null where these are too few.
+    """Precision, recall, density and coverage of sets of vectors, at one size `n` of all sets and the reference, on which they depend: the
+    smallest size, at most 10,000. Null where these are too few.
     """
     count = min(_NEIGHBOURHOODS, *(len(vectors) for vectors in (*sets.values(), reference)))
-    known, found = Reference(reference[some(len(reference), count, seed, "neighbourhoods of the reference")], device), {}
+    real, figures = Reference(reference[random_rows(len(reference), count, seed, "neighbourhoods of the reference")], device), {}
     for name, vectors in sets.items():
-        chosen = vectors[some(len(vectors), count, seed, "neighbourhoods")]
-        precision, recall = known.precision_recall(chosen) or (None, None)
-        density, coverage = known.density_coverage(chosen) or (None, None)
-        found[name] = {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
-    return {"n": count, "sets": found}
+        chosen = vectors[random_rows(len(vectors), count, seed, "neighbourhoods")]
+        precision, recall = real.precision_recall(chosen) or (None, None)
+        density, coverage = real.density_coverage(chosen) or (None, None)
+        figures[name] = {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
+    return {"n": count, "sets": figures}
 
 
-def some(count: int, wanted: int, seed: int, purpose: str) -> Tensor:
-    """Ascending rows of `wanted` of `count` images, or of all if they are fewer, drawn at random, the same for a seed and purpose."""
-    return torch.randperm(count, generator=generator(seed, purpose))[:wanted].sort().values
+def random_rows(count: int, size: int, seed: int, purpose: str) -> Tensor:
+    """Draw ascending rows of `size` of `count` images (at most all), a function of seed and purpose."""
+    return torch.randperm(count, generator=generator(seed, purpose))[:size].sort().values
 
 
 def inception_score(logits: Tensor, seed: int) -> Spread:
-    """exp of the mean divergence between an image's labels and all images' (Salimans et al. 2016), over splits; of logits (N, classes)."""
+    """Inception score of logits (N, classes) over splits (Salimans et al. 2016): exp of the mean label divergence."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-    found = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
-    return Spread(found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD])
+    score = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
+    return Spread(score[KEY_METRIC_ISC_MEAN], score[KEY_METRIC_ISC_STD])
 
 
-def ordered_inception_score(logits: Tensor, part: int = 5000) -> float:
+def adm_inception_score(logits: Tensor, part: int = 5000) -> float:
     """ADM's inception score of logits (N, classes): the mean over consecutive parts of `part` images, the last one smaller."""
     scores = []
     for block in logits.split(part):
@@ -219,33 +219,33 @@ def ordered_inception_score(logits: Tensor, part: int = 5000) -> float:
 def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | str = "cpu") -> Neighbours:
     """The k nearest of the reference to each query, by Euclidean distance."""
     rows = torch.cat([block.topk(k, largest=False).indices.cpu() for block in _blocks(queries, reference, device)])
-    # The search multiplies matrices, whose rounding is large beside a small distance: those found are measured again.
+    # The search uses matrix products, whose rounding is large relative to small distances: compute those of the results again.
     pairs = zip(queries.split(_BLOCK), rows.split(_BLOCK), strict=True)
-    distances = torch.cat([torch.stack([(query - reference[row]).norm(dim=-1) for row in found.T], 1) for query, found in pairs])
+    distances = torch.cat([torch.stack([(query - reference[row]).norm(dim=-1) for row in chosen.T], 1) for query, chosen in pairs])
     distances, order = distances.sort(dim=1, stable=True)
     return Neighbours(distances, rows.gather(1, order))
 
 
 def nearest_codes(queries: Tensor, reference: Iterable[Tensor], k: int, device: torch.device | str = "cpu") -> Neighbours:
-    """The same for codes (N, T), by the share of positions with another code; the reference in blocks (M, T), one after another."""
-    found: list[tuple[Tensor, Tensor]] = []
+    """The k nearest codes to each query (N, T) by the share of positions that differ; the reference comes in blocks (M, T)."""
+    best: list[tuple[Tensor, Tensor]] = []
     first = 0
-    for known in reference:
-        block = known.to(device)
+    for codes in reference:
+        block = codes.to(device)
         # One comparison takes B x M x T bytes.
         parts = queries.split(max(1, 2**28 // max(1, block.numel())))
         closest = [(part.to(device)[:, None] != block).sum(-1).topk(min(k, len(block)), largest=False) for part in parts]
-        found.append((torch.cat([near.values.cpu() for near in closest]), torch.cat([near.indices.cpu() for near in closest]) + first))
+        best.append((torch.cat([near.values.cpu() for near in closest]), torch.cat([near.indices.cpu() for near in closest]) + first))
         first += len(block)
-        numbers, rows = (torch.cat(tensors, 1) for tensors in zip(*found, strict=True))
+        numbers, rows = (torch.cat(tensors, 1) for tensors in zip(*best, strict=True))
         numbers, order = numbers.sort(dim=1, stable=True)
-        found = [(numbers[:, :k], rows.gather(1, order)[:, :k])]
-    ((numbers, rows),) = found
+        best = [(numbers[:, :k], rows.gather(1, order)[:, :k])]
+    ((numbers, rows),) = best
     return Neighbours(numbers.double() / queries.shape[1], rows)
 
 
 def mean_with_interval(values: Tensor, seed: int, resamples: int = 1000) -> tuple[float, float, float]:
-    """The mean of (N,), and the 95 % interval of the bootstrap's means (Efron 1979)."""
+    """Mean of (N,) and the 95 % interval of bootstrap means (Efron 1979)."""
     draws = np.random.default_rng(seed)
     array = values.double().numpy()
     means = [array[draws.integers(len(array), size=len(array))].mean() for _ in range(resamples)]
@@ -254,19 +254,19 @@ def mean_with_interval(values: Tensor, seed: int, resamples: int = 1000) -> tupl
 
 
 def _within(points: Tensor, centres: Tensor, radii: Tensor, device: torch.device | str) -> Tensor:
-    """In how many of the balls each point lies, (N,)."""
+    """Number of balls around each point, (N,)."""
     return torch.cat([(block <= radii.to(block)).sum(1).cpu() for block in _blocks(points, centres, device)])
 
 
 def _radii(vectors: Tensor, k: int, device: torch.device | str) -> Tensor:
     """Each vector's distances to its k nearest others, (N, k)."""
-    # The nearest is the vector itself, or its double.
+    # The nearest is the vector itself or a duplicate.
     return nearest(vectors, vectors, min(k + 1, len(vectors)), device).distances[:, 1:]
 
 
 def _blocks(points: Tensor, others: Tensor, device: torch.device | str) -> Iterator[Tensor]:
-    """Distances (block, M) of some points at a time to all others, on the device."""
-    # About their centre, where rounding is least.
+    """Yield distances (block, M) of blocks of points to all others, on the device."""
+    # Centred, which minimises rounding.
     centre, device = others.mean(0), torch.device(device)
     moved = (others - centre).to(device)
     size = max(1, min(_BLOCK, _DISTANCES // max(1, len(others))))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError, listed
-from pipelines.evaluation.distances import Gaussian, Moments, Reference, ordered_inception_score
-from pipelines.images.npz import array_in, names_in
+from pipelines.evaluation.distances import Gaussian, Moments, Reference, adm_inception_score
+from pipelines.evaluation.npz import array_in, names_in
 from stage1_vqvae.features.networks import POOLED, SPATIAL, Features
 from training.devices import float64_device
 
@@ -86,8 +86,8 @@ def load_reference_batch(path: Path, image_shape: tuple[int, int, int], widths: 
 def _images(path: Path, image_shape: tuple[int, int, int]) -> Tensor:
     array = array_in(path, IMAGES, OPTION)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != image_shape or len(array) < 2:
-        wanted = f"uint8 (N, {', '.join(map(str, image_shape))}), as the run's images, of at least 2"
-        raise UserError(f"{OPTION} {path}: expected {IMAGES} as {wanted}, found {array.dtype} {array.shape}")
+        expected = f"uint8 (N, {', '.join(map(str, image_shape))}), as the run's images, of at least 2"
+        raise UserError(f"{OPTION} {path}: expected {IMAGES} as {expected}, found {array.dtype} {array.shape}")
     return torch.from_numpy(array)
 
 
@@ -134,7 +134,7 @@ class BatchComparison:
             "n": len(images.vectors),
             "frechet": _frechet(self._pooled, pooled),
             "spatial_frechet": _frechet(self._spatial, None if moments is None else moments.gaussian()),
-            "class_score": ordered_inception_score(images.logits),
+            "class_score": adm_inception_score(images.logits),
             "precision": precision,
             "recall": recall,
         }

@@ -1,1 +1,1 @@
-"""A run for those who have no torch: ONNX graphs, and what draws with them."""
+"""Export of a run to ONNX graphs, and samplers that need no torch."""

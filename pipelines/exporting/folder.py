@@ -1,4 +1,4 @@
-"""The folder that a run is exported to: graphs, what model.json says of them, and how far what they draw is from the run."""
+"""The folder of an exported run: graphs, model.json, and how far its samples are from the run's."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.generator import Generator
 
 COMPARED = 10_000
-"""Codes that are drawn to compare by, at least."""
+"""Fewest codes drawn for a comparison."""
 
 
 def need_packages() -> None:
-    """Errors: UserError for a package of the extra `onnx` that is missing."""
+    """Check that the packages of the extra `onnx` are installed. Errors: UserError for one that is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -31,7 +31,7 @@ def need_packages() -> None:
 def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     """Write encoder.onnx, decoder.onnx and prior.onnx of a generator with a prior, on the CPU.
 
-    Returns what model.json is to say of them, of which the sampler reads all but the fingerprints.
+    Returns the content of model.json, of which the sampler reads everything but the fingerprints.
     """
     prior, header = generator.prior, generator.header
     assert prior is not None
@@ -53,99 +53,99 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     }
 
 
-def _count(exact: Generator) -> int:
-    """Samples to compare by, so that the mean has an error."""
+def _num_samples(exact: Generator) -> int:
+    """Number of samples for a comparison, at least two, so that the mean has a standard error."""
     return max(2, -(-COMPARED // sum(h * w for h, w in exact.tokenizer.grids)))
 
 
 class Drift(NamedTuple):
-    """How far a folder's samples are from torch's in float64, by the recipe's settings, from the same seed."""
+    """Differences of a folder's samples from torch's in float64, with the recipe's settings and the same seed."""
 
     codes: int
-    """Drawn."""
-    others: int
-    """Of these, not torch's; a draw that is another changes those after it."""
+    """Number of codes drawn."""
+    changed_codes: int
+    """Those that differ from torch's; a draw that differs changes those after it."""
     images: int
-    other_images: int
-    """Of these, not torch's in any code."""
-    furthest: int
-    """Largest difference of pixels of the same codes, of 255."""
-    mean: float
-    """Mean difference of them."""
+    changed_images: int
+    """Images with a code that differs from torch's."""
+    max_difference: int
+    """Largest difference between pixels decoded from the same codes, of 255."""
+    mean_difference: float
+    """Mean difference between them."""
 
 
 def exact_generator(generator: Generator) -> Generator:
-    """The same run and prior, which draws in float64."""
+    """Load the same run and prior for draws in float64."""
     exact = Generator.from_pretrained(generator.run.path, prior=generator.prior_name, device="cpu", precision="float64")
     exact.sampling = dataclasses.replace(exact.sampling, guidance=_guidance(exact))
     return exact
 
 
 def _guidance(generator: Generator) -> float:
-    """The recipe's, or 1 by a prior that has not learned p(codes)."""
+    """The recipe's guidance, or 1 for a prior that was trained without label dropout."""
     return generator.sampling.guidance if generator.header is not None and generator.header.knows_no_label else 1.0
 
 
 def drift(exact: Generator, folder: Path) -> Drift:
-    """How far samples of a folder are from those of the exact generator, of 10,000 codes or more that are drawn for it."""
+    """Compare a folder's samples with those of the exact generator over at least 10,000 codes."""
     from pipelines.exporting.sampler import Sampler
 
-    count, sampler = _count(exact), Sampler(folder)
+    count, sampler = _num_samples(exact), Sampler(folder)
     expected, (codes, _) = exact.draw(count, progress=True), sampler.sample(count)
     differ = [(level.numpy() != other).reshape(count, -1) for level, other in zip(expected.codes, codes, strict=True)]
-    of_images = np.concatenate(differ, 1)
+    changed_codes = np.concatenate(differ, 1)
     pixels = np.abs(sampler.decode([level.numpy() for level in expected.codes]).astype(int) - expected.pixels.numpy())
-    others = int(of_images.any(1).sum())
-    return Drift(of_images.size, int(of_images.sum()), count, others, int(pixels.max()), float(pixels.mean()))
+    changed_images = int(changed_codes.any(1).sum())
+    return Drift(changed_codes.size, int(changed_codes.sum()), count, changed_images, int(pixels.max()), float(pixels.mean()))
 
 
-def other_codes(exact: Generator, folder: Path) -> float:
-    """The share of codes that a folder's encoder finds otherwise than torch's, in images that are drawn, 10,000 codes or more."""
+def encoder_disagreement(exact: Generator, folder: Path) -> float:
+    """Share of codes in which a folder's encoder differs from torch's, over at least 10,000 codes of drawn images."""
     import onnxruntime
 
-    images = exact.sample(_count(exact), output="tensor")
-    given = images.movedim(3, 1).numpy().astype(np.float32) / np.float32(127.5) - 1
+    images = exact.sample(_num_samples(exact), output="tensor")
+    inputs = images.movedim(3, 1).numpy().astype(np.float32) / np.float32(127.5) - 1
     session = onnxruntime.InferenceSession(folder / "encoder.onnx")
-    found = [session.run(None, {"images": given[start : start + 64]}) for start in range(0, len(given), 64)]
-    levels = zip(exact.encode(images), map(np.concatenate, zip(*found, strict=True)), strict=True)
-    return float(np.concatenate([(level.numpy() != other).ravel() for level, other in levels]).mean())
+    batches = [session.run(None, {"images": inputs[start : start + 64]}) for start in range(0, len(inputs), 64)]
+    levels = zip(exact.encode(images), map(np.concatenate, zip(*batches, strict=True)), strict=True)
+    return float(np.concatenate([(level.numpy() != onnx_codes).ravel() for level, onnx_codes in levels]).mean())
 
 
 class Excess(NamedTuple):
-    """What a folder's prior takes for codes that the exact one draws."""
+    """Bits per code by which the folder's prior exceeds the exact one, for codes drawn from the exact one."""
 
     bits: float
-    """That the exact one takes, a code."""
-    more: float
-    """Bits a code that the folder's takes more."""
+    """Bits per code under the exact prior."""
+    excess: float
+    """Additional bits per code under the folder's prior."""
     error: float
-    """Standard error of these."""
+    """Standard error of `excess`."""
 
 
 def excess_bits(exact: Generator, folder: Path) -> Excess:
-    """How many bits a code more the folder's prior takes than the exact one, for codes that the exact one draws.
+    """Estimate the Kullback-Leibler divergence per code of the folder's prior from the exact one, which takes no data.
 
-    An estimate of the Kullback-Leibler divergence per code, for which no data is needed: the mean of log2 p_exact - log2 p_folder over
-    10,000 codes or more, drawn unwarped and unguided, the labels taking turns.
+    It is the mean of log2 p_exact - log2 p_folder over at least 10,000 codes, drawn from the exact prior unwarped and unguided, with labels
+    taking turns.
     """
     from pipelines.exporting.sampler import Sampler
 
     tokens = sum(h * w for h, w in exact.tokenizer.grids)
-    count, sampler = _count(exact), Sampler(folder)
-    drawn = exact.draw(count, progress=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
-    labels = np.zeros(count, np.int64) if drawn.labels is None else drawn.labels.numpy()
-    exactly = _of_sequences(exact.surprisals(drawn.codes, None if drawn.labels is None else labels.tolist()))
-    codes = np.concatenate([level.flatten(1).numpy() for level in drawn.codes], 1)
+    count, sampler = _num_samples(exact), Sampler(folder)
+    samples = exact.draw(count, progress=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
+    labels = np.zeros(count, np.int64) if samples.labels is None else samples.labels.numpy()
+    exact_bits = _bits_per_sequence(exact.surprisals(samples.codes, None if samples.labels is None else labels.tolist()))
+    codes = np.concatenate([level.flatten(1).numpy() for level in samples.codes], 1)
     bits = np.zeros(count)
     for start in range(0, count, 64):
         rows = slice(start, start + 64)
         for position, logits in enumerate(sampler.logits(labels[rows], codes[rows])):
             logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
-            own = np.take_along_axis(logits, codes[rows, position, None], 1)[:, 0]
-            bits[rows] += (np.log(np.exp(logits).sum(1)) - own) / math.log(2)
-    excess = (bits - exactly) / tokens
-    return Excess(float(exactly.mean()) / tokens, float(excess.mean()), float(excess.std(ddof=1) / math.sqrt(count)))
+            code_logits = np.take_along_axis(logits, codes[rows, position, None], 1)[:, 0]
+            bits[rows] += (np.log(np.exp(logits).sum(1)) - code_logits) / math.log(2)
+    excess = (bits - exact_bits) / tokens
+    return Excess(float(exact_bits.mean()) / tokens, float(excess.mean()), float(excess.std(ddof=1) / math.sqrt(count)))
 
 
-def _of_sequences(levels: Sequence[Any]) -> np.ndarray:
+def _bits_per_sequence(levels: Sequence[Any]) -> np.ndarray:
     return np.asarray(sum(level.flatten(1).sum(1).numpy() for level in levels))

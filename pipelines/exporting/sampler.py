@@ -3,8 +3,8 @@
     python sample.py --n 64
     python sample.py --n 8 --label 7 --seed 1 --guidance 1.5 --output pictures
 
-Reads model.json, prior.onnx and decoder.onnx beside it. Sample i of a seed has the same codes whatever is drawn with it, those of the run
-itself (with the prior in float64; in float32 rounding may change one). They are decoded in float32: a pixel may be one of 256 levels off.
+Reads model.json, prior.onnx and decoder.onnx in its folder. Sample i of a seed has the same codes in any batch, those of the run itself
+(with the prior in float64; in float32 rounding may change one). They are decoded in float32: a pixel may differ by one of 256 levels.
 
     from sample import Sampler
 
@@ -31,7 +31,7 @@ Array = np.ndarray
 
 
 def uniforms(seed: int, number: int, length: int) -> Array:
-    """The uniforms (T,) of a sample: torch's, of a generator whose seed is derived from the seed and the sample's number."""
+    """Draw the uniforms (T,) of a sample, equal to torch's with the seed derived from the seed and the sample's number."""
     digest = hashlib.blake2b(repr((seed, "sample", number)).encode(), digest_size=8).digest()
     derived = int.from_bytes(digest, "little") >> 1
     raw = np.random.RandomState(derived & 0xFFFFFFFF).randint(0, 2**32, 2 * length, np.uint64)  # MT19937, seeded as torch does
@@ -61,13 +61,13 @@ def warp(logits: Array, settings: dict[str, Any]) -> Array:
 
 
 def draw(probabilities: Array, uniform: Array) -> Array:
-    """The code (B,) at which the cumulative distribution of (B, K) first exceeds the uniform (B,)."""
+    """Draw codes (B,): where the cumulative distribution of (B, K) first exceeds the uniform (B,)."""
     cumulative = probabilities.cumsum(1)
     return np.minimum((cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1), probabilities.shape[1] - 1)
 
 
 class Sampler:
-    """What was exported to a folder."""
+    """Sampler of an exported folder."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -102,7 +102,7 @@ class Sampler:
         return codes, self.decode(codes)
 
     def _checked(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings that can be. Errors: ValueError, naming the one that cannot."""
+        """Check settings. Errors: ValueError naming an invalid one."""
         holds = {
             "temperature": settings["temperature"] >= 0,
             "top_k": settings["top_k"] >= 0,

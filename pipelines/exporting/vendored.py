@@ -1,6 +1,6 @@
-"""What a page needs of others, out of their npm packages, fetched by the user's own npm: onnxruntime's web build, and BLAKE2b.
+"""Third-party files of the page from npm packages, downloaded by the user's npm: onnxruntime's web build, and BLAKE2b.
 
-Versions are pinned, and with them the sha512 of each package: what is served is what was tested.
+The version and sha512 of each package are pinned, so that the page serves what was tested.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from configs.run_dir import write_bytes
 
 @dataclass(frozen=True)
 class Package:
-    """A package of npm, and the files of it that are taken, by the names that they get."""
+    """An npm package, and its files that are copied, with their new names."""
 
     name: str
     version: str
     sha512: str
-    """Of its tarball, base64."""
+    """Hash of its tarball, base64."""
     folder: str
     files: dict[str, str]
 
@@ -37,7 +37,7 @@ PACKAGES = (
         "1.30.0",
         "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
         "onnxruntime-web",
-        # As .js: not every server knows that an .mjs is a script, and browsers run nothing else.
+        # As .js: some servers do not declare an .mjs as a script, and browsers refuse it then.
         {"dist/ort.wasm.bundle.min.mjs": "ort.js", "dist/ort-wasm-simd-threaded.wasm": "ort.wasm"},
     ),
     Package(
@@ -53,23 +53,23 @@ PACKAGES = (
 def vendor(folder: Path) -> None:
     """Write the files of all packages into a new folder, a folder each, with their licences.
 
-    Errors: UserError for no npm, one that fails (no network), or another package than was pinned.
+    Errors: UserError without npm, without network, or for a package that differs from the pinned one.
     """
     npm = shutil.which("npm")
     if npm is None:
         raise UserError("expected npm (it comes with Node.js), found none")
     for package in PACKAGES:
         with tempfile.TemporaryDirectory() as temporary:
-            tarball = _packed(npm, package, Path(temporary))
-            found = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
-            if found != package.sha512:
-                raise UserError(f"npm package {package.name} {package.version}: expected sha512 {package.sha512}, found {found}")
+            tarball = _download(npm, package, Path(temporary))
+            sha512 = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
+            if sha512 != package.sha512:
+                raise UserError(f"npm package {package.name} {package.version}: expected sha512 {package.sha512}, found {sha512}")
             with tarfile.open(tarball) as opened:
                 for name, written in package.files.items():
                     member = opened.extractfile(f"package/{name}")
                     assert member is not None, name
                     write_bytes(folder / package.folder / written, member.read(), durable=False)
-    # Its npm package holds no licence; that for Python, which is built of the same sources, does.
+    # The npm package has no licence file; the Python package, built from the same sources, has.
     spec = importlib.util.find_spec("onnxruntime")
     assert spec is not None
     assert spec.origin is not None
@@ -77,14 +77,14 @@ def vendor(folder: Path) -> None:
         shutil.copyfile(Path(spec.origin).parent / name, folder / "onnxruntime-web" / name)
 
 
-def _packed(npm: str, package: Package, folder: Path) -> Path:
-    """The package's tarball, in that folder. Errors: UserError with what npm says."""
-    wanted = f"{package.name}@{package.version}"
-    # What is in npm's cache serves without a network; without either, the failure is to be told before the user has gone.
-    command = [npm, "pack", wanted, "--prefer-offline", "--fetch-retries", "1", "--pack-destination", str(folder)]
+def _download(npm: str, package: Package, folder: Path) -> Path:
+    """Download a package's tarball into a folder. Errors: UserError with npm's message."""
+    requested = f"{package.name}@{package.version}"
+    # npm's cache works without a network; without either, one retry keeps the failure quick.
+    command = [npm, "pack", requested, "--prefer-offline", "--fetch-retries", "1", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder, check=False)
     tarballs = list(folder.glob("*.tgz"))
     if done.returncode != 0 or len(tarballs) != 1:
-        said = [line.split(" ", 2)[-1] for line in done.stderr.splitlines() if line.lower().startswith("npm err")]
-        raise UserError(f"npm pack {wanted}: expected a package, found: {'; '.join(said[:3]) or f'exit code {done.returncode}'}")
+        errors = [line.split(" ", 2)[-1] for line in done.stderr.splitlines() if line.lower().startswith("npm err")]
+        raise UserError(f"npm pack {requested}: expected a package, found: {'; '.join(errors[:3]) or f'exit code {done.returncode}'}")
     return tarballs[0]

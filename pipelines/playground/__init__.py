@@ -1,1 +1,1 @@
-"""What can be done with a run by hand: its app, and what that does to codes."""
+"""The app: tabs over a run, and edits of codes."""

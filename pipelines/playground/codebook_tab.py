@@ -1,4 +1,4 @@
-"""The codebook, code by code."""
+"""The tab of the codebook, code by code."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import gradio as gr
 from PIL import Image
 
 from pipelines.playground.edits import code_patches, nearest_codes
-from pipelines.playground.fields import Fields, on
+from pipelines.playground.fields import Fields, bind
 from pipelines.playground.maps import patch_at, patch_sheet
 from stage1_vqvae.pictures import to_pil
 
-# Codes at once: each is decoded as a whole picture, and large ones take their time.
+# Codes per page: each is decoded as a whole picture, so fewer of large ones.
 _MOST, _LEAST, _PIXELS = 256, 16, 2**20
 _NEAREST = 11
 
 
 def codebook_tab(fields: Fields) -> None:
-    """The tab's content."""
+    """Build the tab."""
     generator = fields.generator
     sizes = generator.tokenizer.quantizer.num_codes
     height, width, _ = generator.image_shape
@@ -40,13 +40,13 @@ def codebook_tab(fields: Fields) -> None:
         return patch_sheet(code_patches(generator, level, list(numbers(level, page)))), []
 
     def click(level: int, page: int, event: gr.SelectData) -> list[tuple[Image.Image, str]]:
-        shown = numbers(level, page)
+        codes_shown = numbers(level, page)
         x, y = event.index
-        code = shown[patch_at(x, y, len(shown), generator.image_shape, generator.tokenizer.grids[level])]
-        found = [code, *nearest_codes(generator.tokenizer, level, code, _NEAREST)]
-        return [(to_pil(patch), str(number)) for number, patch in zip(found, code_patches(generator, level, found), strict=True)]
+        code = codes_shown[patch_at(x, y, len(codes_shown), generator.image_shape, generator.tokenizer.grids[level])]
+        codes = [code, *nearest_codes(generator.tokenizer, level, code, _NEAREST)]
+        return [(to_pil(patch), str(number)) for number, patch in zip(codes, code_patches(generator, level, codes), strict=True)]
 
-    on(button.click, show, [level, page], [sheet, gallery])
+    bind(button.click, show, [level, page], [sheet, gallery])
     for event in (level.change, page.release):
-        on(event, show, [level, page], [sheet, gallery])
-    on(sheet.select, click, [level, page], [gallery])
+        bind(event, show, [level, page], [sheet, gallery])
+    bind(sheet.select, click, [level, page], [gallery])

@@ -1,4 +1,4 @@
-"""A picture's codes: what they cost, and what becomes of the picture if one is exchanged."""
+"""The tab of a picture's codes: their bits, and the picture after one is replaced."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from torch import Tensor
 
 from configs.errors import UserError
 from pipelines.playground.edits import Candidate, Place, candidates, exchanged, likeliest_codes, nearest_codes
-from pipelines.playground.fields import Fields, on
+from pipelines.playground.fields import Fields, bind
 from pipelines.playground.maps import code_at, code_map
 from stage1_vqvae.pictures import to_pil
 from stage1_vqvae.quantizers.contract import Codes
 
-_OFFERED = 8  # codes of a kind
+_OFFERED = 8  # alternatives of each kind
 
 
-class Desk(NamedTuple):
-    """A picture that is being changed code by code."""
+class EditState(NamedTuple):
+    """State of a picture whose codes are replaced one by one."""
 
     original: Codes
     """(1, h, w) a level."""
     codes: Codes
     earlier: tuple[Codes, ...] = ()
-    """The codes before each change, the last one last."""
+    """The codes before each change, oldest first."""
     place: Place | None = None
-    """That of the code that was clicked."""
+    """Position of the selected code."""
     nearest: tuple[int, ...] = ()
-    """Codes that are offered for it."""
+    """Alternatives offered for it: the nearest codes."""
     likeliest: tuple[int, ...] = ()
+    """Alternatives offered for it: the likeliest codes."""
 
 
 class CodesTab:
-    """The tab's content."""
+    """Content of the tab."""
 
     def __init__(self, fields: Fields) -> None:
         self._fields, self._generator = fields, fields.generator
@@ -42,110 +43,110 @@ class CodesTab:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 self.picture = fields.picture("Picture")
-                draw = fields.drawing_button("Draw one")
-                label = fields.label_of_given()
+                draw = fields.draw_button("Draw one")
+                label = fields.image_label()
                 level = gr.Radio([(f"{number + 1}", number) for number in range(levels)], value=0, label="Level", visible=levels > 1)
-                shown = gr.Image(label="From its codes", format="png", height=280, buttons=["download"], elem_classes=fields.classes)
+                rebuilt = gr.Image(label="From its codes", format="png", height=280, buttons=["download"], elem_classes=fields.classes)
                 with gr.Row():
                     undo, over = gr.Button("Undo", size="sm", min_width=100), gr.Button("Start over", size="sm", min_width=100)
             with gr.Column(scale=2, min_width=320):
                 bright = ", the brighter the more bits they cost" if self._generator.prior is not None else ""
                 gr.Markdown(f"Its codes{bright}: click one.")
-                of_codes = gr.Image(alt_text="codes", show_label=False, format="png", buttons=[])
-                said = gr.Markdown()
+                code_image = gr.Image(alt_text="codes", show_label=False, format="png", buttons=[])
+                status = gr.Markdown()
                 nearest = fields.gallery("Exchange it for one of the codes nearest to it")
                 has_prior = self._generator.prior is not None
                 likeliest = fields.gallery("Or for one of those likeliest after the codes before it", visible=has_prior)
-        desk = gr.State(None)
-        given, outputs = [desk, label, level], [desk, shown, of_codes, said, nearest, likeliest]
+        state = gr.State(None)
+        inputs, outputs = [state, label, level], [state, rebuilt, code_image, status, nearest, likeliest]
 
-        def click(desk: Desk | None, label: int | None, level: int, event: gr.SelectData) -> Any:
+        def click(state: EditState | None, label: int | None, level: int, event: gr.SelectData) -> Any:
             x, y = event.index
             place = Place(level, *code_at(x, y, self._generator.image_shape, self._generator.tokenizer.grids[level]))
-            return self._show(_some(desk)._replace(place=place), label, level)
+            return self._show(_require_picture(state)._replace(place=place), label, level)
 
-        def take_nearest(desk: Desk | None, label: int | None, level: int, event: gr.SelectData) -> Any:
-            return self._take(_some(desk), label, level, _some(desk).nearest, event.index)
+        def take_nearest(state: EditState | None, label: int | None, level: int, event: gr.SelectData) -> Any:
+            return self._take(_require_picture(state), label, level, _require_picture(state).nearest, event.index)
 
-        def take_likeliest(desk: Desk | None, label: int | None, level: int, event: gr.SelectData) -> Any:
-            return self._take(_some(desk), label, level, _some(desk).likeliest, event.index)
+        def take_likeliest(state: EditState | None, label: int | None, level: int, event: gr.SelectData) -> Any:
+            return self._take(_require_picture(state), label, level, _require_picture(state).likeliest, event.index)
 
-        self.picture.whenever_given(self._look, [self.picture.image, label, level], outputs)
+        self.picture.on_input(self._look, [self.picture.image, label, level], outputs)
         fields.draw_into([self.picture], draw)
         for choice in (label, level):
-            on(choice.change, self._look_again, given, outputs)
+            bind(choice.change, self._look_again, inputs, outputs)
         for event, action in (
-            (of_codes.select, click),
+            (code_image.select, click),
             (nearest.select, take_nearest),
             (likeliest.select, take_likeliest),
             (undo.click, self._undo),
             (over.click, self._start_over),
         ):
-            on(event, action, given, outputs)
+            bind(event, action, inputs, outputs)
 
     def _look(self, path: str | None, label: int | None, level: int) -> Any:
-        pixels = self._fields.pixels_if_any(path)
+        pixels = self._fields.pixels_or_warning(path)
         codes = None if pixels is None else self._generator.encode(pixels)
-        return self._show(None if codes is None else Desk(codes, codes), label, level)
+        return self._show(None if codes is None else EditState(codes, codes), label, level)
 
-    def _look_again(self, desk: Desk | None, label: int | None, level: int) -> Any:
-        return self._show(None if desk is None else desk._replace(place=None), label, level)
+    def _look_again(self, state: EditState | None, label: int | None, level: int) -> Any:
+        return self._show(None if state is None else state._replace(place=None), label, level)
 
-    def _take(self, desk: Desk, label: int | None, level: int, offered: Sequence[int], number: int) -> Any:
-        assert desk.place is not None
-        changed = exchanged(desk.codes, desk.place, offered[number])
-        return self._show(desk._replace(codes=changed, earlier=(*desk.earlier, desk.codes)), label, level)
+    def _take(self, state: EditState, label: int | None, level: int, offered: Sequence[int], number: int) -> Any:
+        assert state.place is not None
+        changed = exchanged(state.codes, state.place, offered[number])
+        return self._show(state._replace(codes=changed, earlier=(*state.earlier, state.codes)), label, level)
 
-    def _undo(self, desk: Desk | None, label: int | None, level: int) -> Any:
-        desk = _some(desk)
-        if not desk.earlier:
+    def _undo(self, state: EditState | None, label: int | None, level: int) -> Any:
+        state = _require_picture(state)
+        if not state.earlier:
             raise UserError("undo: expected a code that was exchanged, found none")
-        return self._show(desk._replace(codes=desk.earlier[-1], earlier=desk.earlier[:-1]), label, level)
+        return self._show(state._replace(codes=state.earlier[-1], earlier=state.earlier[:-1]), label, level)
 
-    def _start_over(self, desk: Desk | None, label: int | None, level: int) -> Any:
-        desk = _some(desk)
-        return self._show(Desk(desk.original, desk.original), label, level)
+    def _start_over(self, state: EditState | None, label: int | None, level: int) -> Any:
+        state = _require_picture(state)
+        return self._show(EditState(state.original, state.original), label, level)
 
-    def _show(self, desk: Desk | None, label: int | None, level: int) -> Any:
-        """All that the tab shows of a picture's codes; None: of no picture."""
-        if desk is None:
+    def _show(self, state: EditState | None, label: int | None, level: int) -> Any:
+        """Compute all outputs of the tab; None: without a picture."""
+        if state is None:
             return None, None, None, "", [], []
-        generator, codes = self._generator, desk.codes
-        place = desk.place if desk.place is not None and desk.place.level == level else None
-        desk = desk._replace(place=place)
-        asked = self._fields.label(label)
-        bits = None if generator.prior is None else generator.surprisals(codes, asked)
+        generator, codes = self._generator, state.codes
+        place = state.place if state.place is not None and state.place.level == level else None
+        state = state._replace(place=place)
+        label_or_none = self._fields.label(label)
+        bits = None if generator.prior is None else generator.surprisals(codes, label_or_none)
         picture = generator.decode(codes, output="tensor")[0]
         near, likely = [], []
         if place is not None:
             near = nearest_codes(generator.tokenizer, level, place.of(codes), _OFFERED)
-            likely = likeliest_codes(generator, codes, asked, place, _OFFERED) if generator.prior is not None else []
-            desk = desk._replace(nearest=tuple(near), likeliest=tuple(likely))
+            likely = likeliest_codes(generator, codes, label_or_none, place, _OFFERED) if generator.prior is not None else []
+            state = state._replace(nearest=tuple(near), likeliest=tuple(likely))
         mark = None if place is None else (place.row, place.column)
-        of_level = None if bits is None else bits[level][0]
-        drawn = code_map(picture, codes[level][0], of_level, generator.tokenizer.quantizer.num_codes[level], mark)
-        offered = [] if place is None else candidates(generator, codes, asked, place, [*near, *likely])
-        captioned = [(to_pil(each.picture), _caption(each)) for each in offered]
+        level_bits = None if bits is None else bits[level][0]
+        code_picture = code_map(picture, codes[level][0], level_bits, generator.tokenizer.quantizer.num_codes[level], mark)
+        offers_by_code = [] if place is None else candidates(generator, codes, label_or_none, place, [*near, *likely])
+        captioned = [(to_pil(each.picture), _caption(each)) for each in offers_by_code]
         offers = captioned[: len(near)], captioned[len(near) :]
-        return desk, to_pil(picture), drawn, _said(desk, bits), *offers
+        return state, to_pil(picture), code_picture, _status_line(state, bits), *offers
 
 
-def _some(desk: Desk | None) -> Desk:
-    if desk is None:
+def _require_picture(state: EditState | None) -> EditState:
+    if state is None:
         raise UserError("picture: expected one, found none; upload one, or draw one")
-    return desk
+    return state
 
 
-def _said(desk: Desk, bits: tuple[Tensor, ...] | None) -> str:
-    """A line on the picture, and on the code that was clicked."""
-    said = [] if bits is None else [f"All its codes cost **{sum(float(level.sum()) for level in bits):.1f} bits**."]
-    if desk.earlier:
-        said.append(f"Exchanged: {len(desk.earlier)}.")
-    if desk.place is not None:
-        level, row, column = desk.place
+def _status_line(state: EditState, bits: tuple[Tensor, ...] | None) -> str:
+    """Describe the picture and the selected code in one line."""
+    parts = [] if bits is None else [f"All its codes cost **{sum(float(level.sum()) for level in bits):.1f} bits**."]
+    if state.earlier:
+        parts.append(f"Exchanged: {len(state.earlier)}.")
+    if state.place is not None:
+        level, row, column = state.place
         cost = "" if bits is None else f", {bits[level][0, row, column]:.1f} bits"
-        said.append(f"Row {row + 1}, column {column + 1}: **code {desk.place.of(desk.codes)}**{cost}.")
-    return " ".join(said)
+        parts.append(f"Row {row + 1}, column {column + 1}: **code {state.place.of(state.codes)}**{cost}.")
+    return " ".join(parts)
 
 
 def _caption(offer: Candidate) -> str:

@@ -1,4 +1,4 @@
-"""Pictures out of nothing."""
+"""The tab of samples."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import gradio as gr
 
 from configs.errors import UserError
 from configs.run_dir import typed
-from pipelines.playground.fields import Fields, PictureInput, on
+from pipelines.playground.fields import Fields, PictureInput, bind
 
 MOST = 64
-"""Pictures at once: whoever may open the page may ask for them."""
+"""Largest number of pictures per draw, since anyone who may open the page may draw."""
 
 
 def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
-    """The tab's content: its gallery, and which of it was chosen."""
+    """Build the tab. Returns its gallery and the number of the selected picture."""
     generator = fields.generator
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            label = fields.label_of_samples()
+            label = fields.sample_label()
             number = gr.Slider(1, MOST, 16, step=1, label="Number")
             settings = fields.settings()
             button = gr.Button("Draw", variant="primary")
@@ -28,34 +28,34 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
             gallery, chosen = fields.gallery("Drawn: choose one to go on with it"), gr.State(None)
             line = gr.Textbox(label="The same on the command line", interactive=False, buttons=["copy"])
 
-    def draw(asked: int | None, n: int, *values: float | None) -> tuple[Any, str, None]:
+    def draw(chosen_label: int | None, n: int, *values: float | None) -> tuple[Any, str, None]:
         seed, settings = fields.seed_and_settings(values)
-        pictures = generator.sample(n, fields.label(asked), seed, **settings)
+        pictures = generator.sample(n, fields.label(chosen_label), seed, **settings)
         options: dict[str, Any] = {"run": generator.run, "prior": generator.prior_name, "n": n, "seed": seed}
-        if fields.label(asked) is not None:
-            name = generator.label_names[int(fields.label(asked) or 0)]
-            options["label"] = asked if name == "null" else name  # which the command line reads as none
+        if fields.label(chosen_label) is not None:
+            name = generator.label_names[int(fields.label(chosen_label) or 0)]
+            options["label"] = chosen_label if name == "null" else name  # which the command line reads as none
         options |= {key: value for key, value in settings.items() if value != getattr(generator.sampling, key)}
         words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-        # What was chosen of those before is chosen no longer.
+        # Clear the selection.
         return gr.Gallery(pictures, selected_index=None), f"{typed('pipelines/sample.py')} {shlex.join(words)}", None
 
     def choose(event: gr.SelectData) -> int:
         return int(event.index)
 
-    on(button.click, draw, [label, number, *settings], [gallery, line, chosen])
-    on(gallery.select, choose, [], [chosen], computes=False)
+    bind(button.click, draw, [label, number, *settings], [gallery, line, chosen])
+    bind(gallery.select, choose, [], [chosen], computes=False)
     return gallery, chosen
 
 
 def going_on(gallery: gr.Gallery, chosen: gr.State, text: str, place: PictureInput, tabs: gr.Tabs, tab: str) -> None:
-    """A button that puts the chosen picture into another tab, and opens that."""
+    """Create a button that puts the selected picture into another tab and opens it."""
     button = gr.Button(text, size="sm", min_width=120)
 
     def send(pictures: list[tuple[str, str | None]] | None, number: int | None) -> tuple[str, Any]:
         if not pictures or number is None or number >= len(pictures):
             raise UserError("picture: expected one of those drawn to be chosen, found none")
-        # The file itself: a copy would be written over it, while a browser reads it.
+        # Pass the file itself: gradio would write a copy over it while a browser reads it.
         return pictures[number][0], gr.Tabs(selected=tab)
 
-    place.given_by(on(button.click, send, [gallery, chosen], [place.image, tabs], computes=False))
+    place.fill_from(bind(button.click, send, [gallery, chosen], [place.image, tabs], computes=False))

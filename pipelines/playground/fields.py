@@ -1,4 +1,4 @@
-"""What several tabs of the app are made of: pictures in and out, labels, settings of the drawing."""
+"""Components that several tabs share: pictures in and out, labels, sampling settings."""
 
 from __future__ import annotations
 
@@ -15,68 +15,68 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from configs.errors import EXPLANATIONS, UserError
+from pipelines.drawing import Label
 from pipelines.generator import Generator
-from pipelines.images.drawing import Label
 from stage1_vqvae.data.decoding import decode_image
 
-_SMALL = 128  # pixels a side: up to here they are shown as squares
+_SMALL = 128  # pixels a side: smaller images are shown pixelated
 _NO_LABEL = -1
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def on(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any], computes: bool = True) -> Any:
-    """Do something when something happens; a user's mistake is shown as its line.
+def bind(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any], outputs: list[Any], computes: bool = True) -> Any:
+    """Connect a handler to an event; a UserError is shown as a toast.
 
     Args:
-        event: of a component.
-        action: what to do with the inputs' values, to give the outputs'.
+        event: an event of a component, such as `button.click`.
+        action: function from the inputs' values to the outputs'.
         inputs: components.
         outputs: components.
-        computes: by the models, which all share: one such thing at a time.
-    Returns: what `success` is asked of, for what is to follow.
+        computes: whether it runs the models, which are shared: such handlers run one at a time.
+    Returns: gradio's dependency, whose `success` is an event.
     """
 
     @functools.wraps(action)
-    def told(*given: Any) -> Any:
+    def handler(*values: Any) -> Any:
         try:
-            return action(*given)
+            return action(*values)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except Exception as error:
-            # No memory, say: nobody's mistake, but known.
-            explained = next((found for explain in EXPLANATIONS if (found := explain(error)) is not None), None)
-            if explained is None:
+            # Not a user's mistake but explained, such as exhausted memory.
+            explanation = next((found for explain in EXPLANATIONS if (found := explain(error)) is not None), None)
+            if explanation is None:
                 raise
-            raise gr.Error(explained[0], print_exception=False) from None
+            raise gr.Error(explanation[0], print_exception=False) from None
 
     lane: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1} if computes else {}
-    return event(told, inputs, outputs, api_visibility="private", **lane)
+    return event(handler, inputs, outputs, api_visibility="private", **lane)
 
 
 class PictureInput:
-    """A place for a picture that is put in, and what is done with it then."""
+    """An upload field for a picture, and the handler of its changes."""
 
     def __init__(self, label: str, classes: list[str]) -> None:
         self.image = gr.Image(label=label, format="png", sources=["upload", "clipboard"], height=280, buttons=[], elem_classes=classes)
-        # The file as it was sent: gradio would decode it, and say of what is no picture no more than that there was an error.
+        # Take the uploaded file itself: gradio would decode it and report any broken one as just an error.
         self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         self._follows: tuple[Callable[..., Any], list[Any], list[Any]] | None = None
 
-    def whenever_given(self, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
-        """Do something with each picture that is put in, and when it is taken out."""
-        # Not `change`, which is told twice of a picture that comes from elsewhere on the page.
+    def on_input(self, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+        """Connect a handler to every upload and removal of a picture."""
+        # Not `change`, which fires twice for a picture that another handler puts in.
         for event in (self.image.upload, self.image.clear):
-            on(event, action, inputs, outputs)
+            bind(event, action, inputs, outputs)
         self._follows = (action, inputs, outputs)
 
-    def given_by(self, event: Any) -> None:
-        """The same with what an event puts in."""
+    def fill_from(self, event: Any) -> None:
+        """Call that handler also after an event that puts in a picture."""
         if self._follows is not None:
-            on(event.success, *self._follows)
+            bind(event.success, *self._follows)
 
 
 class Fields:
-    """Components over a generator, and what their values mean."""
+    """Components for a generator, and functions that read their values."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -88,27 +88,27 @@ class Fields:
     # --- pictures
 
     def picture(self, label: str) -> PictureInput:
-        """A place for a picture that is put in; see `pixels`."""
+        """Create an upload field; `pixels` reads it."""
         return PictureInput(label, self.classes)
 
     def pixels(self, path: str | None) -> Tensor:
-        """The picture that was put in, uint8 (1, H, W, C). Errors: UserError for none, or what is no picture."""
+        """Decode the uploaded picture to uint8 (1, H, W, C). Errors: UserError for no file, or one that is no picture."""
         if path is None:
             raise UserError("picture: expected one, found none; upload one, or draw one")
         name = Path(path).name
         try:
             content = Path(path).read_bytes()
-            # Of other formats Pillow has some decoded by programs that strangers' files should not meet.
+            # Pillow decodes some other formats with external programs, which must not receive strangers' files.
             Image.open(io.BytesIO(content), formats=_FORMATS).close()
         except FileNotFoundError:
-            raise UserError(f"{name}: expected a picture, found that it is gone; put it in again") from None
+            raise UserError(f"{name}: expected a picture, found that it was deleted; upload it again") from None
         except (OSError, Image.DecompressionBombError) as error:
-            found = "none" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f"{name}: expected a picture ({', '.join(_FORMATS)}), found {found}") from None
+            reason = "none" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"{name}: expected a picture ({', '.join(_FORMATS)}), found {reason}") from None
         return torch.from_numpy(decode_image(content, None, self.generator.data, name))[None]
 
-    def pixels_if_any(self, path: str | None) -> Tensor | None:
-        """The same; None, which is said, for what is no picture."""
+    def pixels_or_warning(self, path: str | None) -> Tensor | None:
+        """Decode the uploaded picture; None without one, or with a warning if it is no picture."""
         try:
             return None if path is None else self.pixels(path)
         except UserError as error:
@@ -116,7 +116,7 @@ class Fields:
             return None
 
     def gallery(self, label: str, columns: int = 4, preview: bool = False, visible: bool = True) -> gr.Gallery:
-        """Pictures to look at; clicking one makes it large (`preview`), or chooses it."""
+        """Create a gallery; a click enlarges a picture (`preview`) or selects it."""
         return gr.Gallery(
             label=label,
             type="filepath",
@@ -130,32 +130,32 @@ class Fields:
             elem_classes=self.classes,
         )
 
-    def drawing_button(self, text: str) -> gr.Button:
-        """A button for those who have no pictures at hand; see `draw_into`."""
+    def draw_button(self, text: str) -> gr.Button:
+        """Create a button for `draw_into`; hidden without a prior."""
         return gr.Button(text, size="sm", visible=self.generator.prior is not None)
 
     def draw_into(self, places: list[PictureInput], button: gr.Button) -> None:
-        """The button puts samples there."""
+        """Let a button put samples into upload fields."""
         names = self.generator.label_names
 
-        def drawn() -> Any:
+        def draw() -> Any:
             label = random.choice(range(len(names))) if names else None
             unguided: dict[str, Any] = {} if self.guides else {"guidance": 1.0}
-            found = [self.generator.sample(1, label, random.randrange(2**31), **unguided)[0] for _ in places]
-            return found if len(found) > 1 else found[0]
+            pictures = [self.generator.sample(1, label, random.randrange(2**31), **unguided)[0] for _ in places]
+            return pictures if len(pictures) > 1 else pictures[0]
 
-        event = on(button.click, drawn, [], [place.image for place in places])
+        event = bind(button.click, draw, [], [place.image for place in places])
         for place in places:
-            place.given_by(event)
+            place.fill_from(event)
 
     # --- labels
 
-    def label_of_samples(self) -> gr.Dropdown:
-        """The label of pictures out of nothing; not shown where the prior knows none."""
+    def sample_label(self) -> gr.Dropdown:
+        """Create the label choice for samples; hidden if the prior has no labels."""
         return self._label("all in turn")
 
-    def label_of_given(self) -> gr.Dropdown:
-        """The label of a picture that is given."""
+    def image_label(self) -> gr.Dropdown:
+        """Create the label choice for an uploaded picture."""
         header = self.generator.header
         return self._label("none" if header is None or header.knows_no_label else None)
 
@@ -166,17 +166,21 @@ class Fields:
 
     @staticmethod
     def label(chosen: int | None) -> Label | None:
-        """A label as it was chosen; None: none."""
+        """Convert the chosen value to a label; None for no label."""
         return None if chosen is None or chosen == _NO_LABEL else chosen
 
     # --- how samples are drawn
 
     def settings(self) -> list[Any]:
-        """Seed, temperature, top-p, guidance: the recipe's at first, whatever that is. See `seed_and_settings`."""
+        """Create fields for seed, temperature, top-p and guidance with the recipe's values; `seed_and_settings` reads them."""
         sampling = self.generator.sampling
-        # A prior that has not learned p(codes) draws by no other, whatever the recipe says.
+        # A prior trained without label dropout takes no guidance, whatever the recipe says.
         temperature, top_p, guidance = sampling.temperature, sampling.top_p, sampling.guidance if self.guides else 1.0
-        about = "below 1 safer, above 1 more varied", "draw among the likeliest codes of this share", "insist on the label; 1 = off"
+        about = (
+            "below 1 safer, above 1 more varied",
+            "draw from the likeliest codes of this total probability",
+            "weight of the label; 1 = off",
+        )
         return [
             gr.Number(0, label="Seed", precision=0),
             gr.Slider(0, max(2, temperature), temperature, step=0.01, label="Temperature", info=about[0]),
@@ -186,14 +190,14 @@ class Fields:
 
     @staticmethod
     def seed_and_settings(values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
-        """The seed, and the settings by name. Errors: UserError for a field that was left empty, or a seed below 0."""
+        """Read the seed and the settings by name. Errors: UserError for an empty field or a seed below 0."""
         names = ("seed", "temperature", "top_p", "guidance")
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for name, value in zip(names, values, strict=True):
             if value is None:
                 raise UserError(f"{name}: expected a number, found none")
-            found[name] = value
-        seed = int(found.pop("seed"))
+            settings[name] = value
+        seed = int(settings.pop("seed"))
         if seed < 0:
             raise UserError(f"seed: expected a whole number of at least 0, found {seed}")
-        return seed, found
+        return seed, settings

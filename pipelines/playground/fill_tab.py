@@ -1,4 +1,4 @@
-"""A part of a picture painted over, and drawn anew."""
+"""The tab that redraws the painted part of a picture."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from PIL import Image
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.playground.fields import Fields, PictureInput, on
+from pipelines.playground.fields import Fields, PictureInput, bind
 from pipelines.playground.maps import enlarged
 
-_MOST = 16  # pictures at once
+_MOST = 16  # pictures per draw
 SIDE, BRUSH = 320, 26
-"""Pixels of what is painted on, at least; the radius of the brush."""
+"""Smallest longer side of the canvas in pixels; radius of the brush."""
 _PAINT = "#ff3b30"
 _LARGEST = 4096  # pixels a side of the paint
-_MOST_WAITING = 32  # paintings that are sent, and not yet asked for
+_MOST_WAITING = 32  # paintings that were sent and not yet read
 
 
 def fill_tab(fields: Fields) -> PictureInput:
-    """The tab's content: the place of its picture."""
+    """Build the tab. Returns its upload field."""
     generator = fields.generator
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            given = fields.picture("Picture")
-            draw = fields.drawing_button("Draw one")
-            label = fields.label_of_given()
+            picture = fields.picture("Picture")
+            draw = fields.draw_button("Draw one")
+            label = fields.image_label()
             number = gr.Slider(1, _MOST, 8, step=1, label="Number")
             settings = fields.settings()
         with gr.Column(scale=2, min_width=320):
             editor = gr.ImageEditor(
-                label="Paint over what is to be drawn anew",
+                label="Paint over what to redraw",
                 type="pil",
                 format="png",
                 sources=(),
@@ -50,25 +50,25 @@ def fill_tab(fields: Fields) -> PictureInput:
             gallery = fields.gallery("Filled", preview=True)
 
     def prepare(path: str | None) -> Image.Image | None:
-        pixels = fields.pixels_if_any(path)
+        pixels = fields.pixels_or_warning(path)
         return None if pixels is None else enlarged(pixels[0], SIDE).convert("RGB")
 
-    def fill(path: str | None, layer: Image.Image | None, asked: int | None, n: int, *values: float | None) -> list[Image.Image]:
+    def fill(path: str | None, layer: Image.Image | None, chosen_label: int | None, n: int, *values: float | None) -> list[Image.Image]:
         pixels, (seed, settings) = fields.pixels(path), fields.seed_and_settings(values)
         paint = None if layer is None else painted(layer, *generator.image_shape[:2])
         if paint is None or not paint.any():
-            raise UserError("paint: expected some over what is to be drawn anew, found none")
-        return generator.complete(pixels.expand(n, -1, -1, -1), ~paint, fields.label(asked), seed, **settings)
+            raise UserError("paint: expected some over the part to redraw, found none")
+        return generator.complete(pixels.expand(n, -1, -1, -1), ~paint, fields.label(chosen_label), seed, **settings)
 
-    given.whenever_given(prepare, [given.image], [editor])
-    fields.draw_into([given], draw)
-    on(editor.clear, prepare, [given.image], [editor])  # the paint is to go, not the picture
-    on(button.click, fill, [given.image, editor, label, number, *settings], [gallery])
-    return given
+    picture.on_input(prepare, [picture.image], [editor])
+    fields.draw_into([picture], draw)
+    bind(editor.clear, prepare, [picture.image], [editor])  # clear the paint, not the picture
+    bind(button.click, fill, [picture.image, editor, label, number, *settings], [gallery])
+    return picture
 
 
 def _bound(editor: gr.ImageEditor) -> None:
-    """Take no more of a browser than its first layer, of a size that it may have: gradio takes, and decodes, whatever is sent."""
+    """Accept only the first layer of a browser's painting, up to a size: gradio accepts and decodes anything."""
     accept = editor.accept_blobs
 
     def accept_blobs(data: Any) -> Any:
@@ -91,15 +91,15 @@ def _bound(editor: gr.ImageEditor) -> None:
             raise gr.Error(f"paint: expected at most {_LARGEST} pixels a side, found {image.width} x {image.height}", print_exception=False)
         return image.convert("RGBA")
 
-    accept_blobs._is_server_fn = True  # type: ignore[attr-defined]  # which says that a browser may call it
+    accept_blobs._is_server_fn = True  # type: ignore[attr-defined]  # gradio's mark of functions that a browser may call
     editor.accept_blobs = accept_blobs
     editor.preprocess = preprocess  # type: ignore[assignment, method-assign]
 
 
 def painted(layer: Image.Image, height: int, width: int) -> Tensor:
-    """Which of an image's pixels (H, W) have any paint on them, of a layer of any size over it."""
-    found = torch.zeros(height, width, dtype=torch.bool)
+    """Mask (H, W) of an image's pixels with any paint on them, from a layer of any size."""
+    mask = torch.zeros(height, width, dtype=torch.bool)
     opaque = np.asarray(layer.getchannel("A")) > 0
     rows, columns = opaque.nonzero()
-    found[rows * height // opaque.shape[0], columns * width // opaque.shape[1]] = True
-    return found
+    mask[rows * height // opaque.shape[0], columns * width // opaque.shape[1]] = True
+    return mask

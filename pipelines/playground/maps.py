@@ -1,4 +1,4 @@
-"""Pictures that are clicked: an image's codes, each in its cell, and the codebook as patches."""
+"""Pictures to click on: an image's codes in their cells, and the codebook as patches."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from matplotlib.colors import Normalize
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pipelines.images.heat import overlaid
+from pipelines.scoring.heat_maps import overlaid
 from stage1_vqvae.pictures import image_grid, to_pil
 
-# Of a map of codes, in pixels: its longer side at least, and the least that a cell takes for its code to be written into it.
+# Map of codes, in pixels: its smallest longer side, and the smallest cell into which its code is written.
 _SIDE, _WRITTEN = 448, 26
 _LINE, _CHOSEN = (90, 90, 90), (0, 220, 130)
-# Of a sheet of patches: patches a row, and pixels of each at least.
+# Sheet of patches: patches per row, and the smallest size of each in pixels.
 _COLUMNS, _PATCH = 16, 28
 _GAP = 2  # of `image_grid`
 
 
 def enlarged(picture: Tensor, side: int) -> Image.Image:
-    """uint8 (H, W, C) with each pixel a square, so that its longer side has so many pixels at least."""
+    """Enlarge a picture, uint8 (H, W, C), by a whole factor until its longer side has at least `side` pixels."""
     height, width = picture.shape[:2]
     scale = -(-side // max(height, width))
     return to_pil(picture.contiguous()).resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
 def code_map(picture: Tensor, codes: Tensor, bits: Tensor | None, num_codes: int, chosen: tuple[int, int] | None) -> Image.Image:
-    """A picture, uint8 (H, W, C), under its codes (h, w) of a level and their bits (h, w) as colours: enlarged, a code a cell.
+    """Draw a picture, uint8 (H, W, C), enlarged, with the codes (h, w) of a level in its cells and their bits (h, w) as colours.
 
-    `chosen`: row and column of the cell that is marked.
+    `chosen`: row and column of the marked cell.
     """
     if bits is None:
         shown = picture.expand(-1, -1, 3)
     else:
-        # Twice what a code costs if all are equally likely, which few exceed.
+        # Up to twice the bits of a code under the uniform prior, which few exceed.
         shown = overlaid(picture, bits, ScalarMappable(Normalize(0, 2 * math.log2(num_codes)), "inferno"))
     image = enlarged(shown, _SIDE)
     high, wide = image.height / codes.shape[0], image.width / codes.shape[1]
@@ -56,7 +56,7 @@ def code_map(picture: Tensor, codes: Tensor, bits: Tensor | None, num_codes: int
 
 
 def code_at(x: float, y: float, image_shape: tuple[int, int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """Row and column of the code at a point of an image's `code_map`, in its pixels."""
+    """Row and column of the code at a pixel of a `code_map`."""
     height, width, _ = image_shape
     scale = -(-_SIDE // max(height, width))
     row, column = int(y * grid[0] / (height * scale)), int(x * grid[1] / (width * scale))
@@ -64,13 +64,13 @@ def code_at(x: float, y: float, image_shape: tuple[int, int, int], grid: tuple[i
 
 
 def patch_sheet(patches: Tensor) -> Image.Image:
-    """Patches, uint8 (N, h, w, C), in rows of sixteen."""
+    """Arrange patches, uint8 (N, h, w, C), in rows of sixteen."""
     sheet, scale = image_grid(patches, _COLUMNS), _patch_scale(*patches.shape[1:3])
     return to_pil(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
 
 
 def patch_at(x: float, y: float, count: int, image_shape: tuple[int, int, int], grid: tuple[int, int]) -> int:
-    """Which of so many patches, each a cell of the grid, is at a point of their `patch_sheet`, in its pixels."""
+    """Number of the patch, one cell of the grid, at a pixel of a `patch_sheet` of `count` patches."""
     sides = image_shape[0] // grid[0], image_shape[1] // grid[1]
     scale = _patch_scale(*sides)
     row, column = (int(max(0, at / scale - _GAP / 2)) // (side + _GAP) for at, side in zip((y, x), sides, strict=True))

@@ -1,4 +1,4 @@
-"""The app's page: a tab for each thing that can be done with a run."""
+"""The app's page with its tabs."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ CSS = """
   .tab-container button { padding: 0 0.65rem !important }
 }
 """
-"""For `launch`."""
+"""Style of the page, for `launch`."""
 
 
-def page_of(generator: Generator) -> gr.Blocks:
-    """The page of a run. Without a prior it has neither the tabs that draw nor bits."""
+def build_page(generator: Generator) -> gr.Blocks:
+    """Build the page of a run; without a prior it has no tabs that draw, and no bits."""
     tokenizer, draws = generator.tokenizer, generator.prior is not None
     grids = " + ".join(f"{height} x {width}" for height, width in tokenizer.grids)
     sizes = " or ".join(f"{number:,}" for number in dict.fromkeys(tokenizer.quantizer.num_codes))
     what = f"A picture is a grid of {grids} codes, each one of {sizes}."
     without = "" if draws else " This run has no finished prior: it can take pictures apart, but draw none."
-    # What was uploaded is gone a day later.
+    # Uploads are deleted after a day.
     with gr.Blocks(title=generator.run.path.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.Markdown(f"# {generator.run.path.name}\n{what}{without}")
         fields = Fields(generator)
         with gr.Tabs() as tabs:
             if draws:
                 with gr.Tab("Draw", id="draw"):
-                    drawn = draw_tab(fields)
+                    draw_outputs = draw_tab(fields)
                     further = gr.Row()
             with gr.Tab("Codes", id="codes"):
-                of_codes = CodesTab(fields).picture
+                codes_input = CodesTab(fields).picture
             if draws:
                 with gr.Tab("Fill", id="fill"):
-                    to_fill = fill_tab(fields)
+                    fill_input = fill_tab(fields)
             with gr.Tab("Walk", id="walk"):
                 first, last = walk_tab(fields)
             with gr.Tab("Codebook", id="codebook"):
                 codebook_tab(fields)
         if draws:
             with further:
-                going_on(*drawn, "Its codes", of_codes, tabs, "codes")
-                going_on(*drawn, "Fill a part of it", to_fill, tabs, "fill")
-                going_on(*drawn, "Walk from it", first, tabs, "walk")
-                going_on(*drawn, "Walk to it", last, tabs, "walk")
+                going_on(*draw_outputs, "Its codes", codes_input, tabs, "codes")
+                going_on(*draw_outputs, "Fill a part of it", fill_input, tabs, "fill")
+                going_on(*draw_outputs, "Walk from it", first, tabs, "walk")
+                going_on(*draw_outputs, "Walk to it", last, tabs, "walk")
     return blocks

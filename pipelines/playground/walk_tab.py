@@ -1,4 +1,4 @@
-"""From one picture to another, through codes."""
+"""The tab that interpolates between two pictures through codes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import gradio as gr
 from PIL import Image
 
 from pipelines.playground.edits import walk
-from pipelines.playground.fields import Fields, PictureInput, on
+from pipelines.playground.fields import Fields, PictureInput, bind
 
-_MOST = 24  # pictures at once
+_MOST = 24  # pictures
 
 
 def walk_tab(fields: Fields) -> tuple[PictureInput, PictureInput]:
-    """The tab's content: the places of its two pictures."""
+    """Build the tab. Returns its two upload fields."""
     generator = fields.generator
     with gr.Row():
         first, last = fields.picture("From"), fields.picture("To")
-    fields.draw_into([first, last], fields.drawing_button("Draw two"))
+    fields.draw_into([first, last], fields.draw_button("Draw two"))
     number = gr.Slider(3, _MOST, 12, step=1, label="Pictures, with both ends")
     button = gr.Button("Walk", variant="primary")
-    gallery = fields.gallery("The way: at each step the codes nearest to a mixture of both", columns=6, preview=True)
+    gallery = fields.gallery("The path: at each step the codes nearest to a mixture of both", columns=6, preview=True)
 
     def go(start: str | None, end: str | None, n: int) -> list[tuple[Image.Image, str]]:
-        codes, others = (generator.encode(fields.pixels(path)) for path in (start, end))
-        pictures = generator.decode(walk(generator.tokenizer, codes, others, n))
+        start_codes, end_codes = (generator.encode(fields.pixels(path)) for path in (start, end))
+        pictures = generator.decode(walk(generator.tokenizer, start_codes, end_codes, n))
         return [(picture, f"{step / (n - 1):.0%}") for step, picture in enumerate(pictures)]
 
-    on(button.click, go, [first.image, last.image, number], [gallery])
+    bind(button.click, go, [first.image, last.image, number], [gallery])
     return first, last

@@ -1,1 +1,1 @@
-"""What is published of a run: a bundle, and its model card."""
+"""The published bundle of a run, and its model card."""

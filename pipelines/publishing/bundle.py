@@ -1,4 +1,4 @@
-"""A bundle: what others need of a run, and nothing of the machine that it was trained on.
+"""A bundle: the files of a run that others need, without paths of the machine that trained it.
 
     README.md                    the model card
     config.json                  tokenizer and priors as their files' headers have them
@@ -6,10 +6,10 @@
     tokenizer.safetensors
     stage1/report.json
     priors/NAME/                 prior.safetensors, likelihood.json, .md, .png, report.json
-    evaluations/000/             evaluation.json, .md of the last evaluation of these very files
+    evaluations/000/             evaluation.json, .md of the last evaluation of these files
     samples.png                  some 64 samples of the first prior
 
-It is a run, of which every command works that needs no checkpoints; those that read images need the data set.
+It is a run: every command works that needs no checkpoints; those that read images need the data set.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 from configs.cli import load_recipe, recipe_dict
 from configs.run_dir import BUNDLE, RunDir, read_json, write_json, write_text, write_yaml
 from pipelines.generator import Generator
-from pipelines.images.provenance import agrees, identity, outputs, without_machine
-from pipelines.publishing.card import card, grid_of
+from pipelines.provenance import contains, model_fingerprints, outputs, publishable_recipe
+from pipelines.publishing.card import card, sample_grid
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage2_prior.priors.prior_file import finished_prior, read_prior_header
 from training.weights_file import read_header
@@ -36,14 +36,14 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     """Write the bundle of a run with a finished tokenizer.
 
     Args:
-        run: to publish.
-        priors: names of finished priors; the first is the one that is drawn from if nobody names another.
-        folder: empty.
-        name: what the card calls it: USER/NAME, or a folder's name.
-        licence: as the Hub names licences.
-        device: where the samples are drawn; None: on an accelerator, if there is one.
+        run: the run to publish.
+        priors: names of finished priors; the first is the default.
+        folder: an empty folder.
+        name: the name in the card: USER/NAME, or a folder's name.
+        licence: the Hub's name of the licence.
+        device: device that draws the samples; None: an accelerator, if there is one.
     """
-    recipe = without_machine(load_recipe(run.recipe))
+    recipe = publishable_recipe(load_recipe(run.recipe))
     bundle = RunDir(folder)
     write_yaml(bundle.recipe, recipe_dict(recipe))
     shutil.copyfile(run.tokenizer, bundle.tokenizer)
@@ -64,7 +64,7 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     write_json(folder / BUNDLE, config)
     if priors:
         generator = Generator.from_pretrained(folder, prior=priors[0], device=device)
-        columns, count = grid_of(generator.label_names)
+        columns, count = sample_grid(generator.label_names)
         pictures = generator.draw(count, progress=True).pixels
         save_png(folder / "samples.png", image_grid(pictures, columns), grid_scale(pictures.shape[1]))
     write_text(folder / "README.md", card(bundle, name, licence, recipe))
@@ -78,10 +78,13 @@ def _copied(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def _evaluation(run: RunDir, prior: str | None) -> Path | None:
-    """The folder of the last evaluation of a run's tokenizer, and of samples that this prior drew; without a prior, of no samples at all:
-    those that were handed in are somebody's own.
+    """Find the last evaluation of the run's tokenizer with samples drawn from this prior; without a prior, one without samples.
+
+    Evaluations of images handed in with --samples are not published: those may be somebody's own.
     """
-    wanted = identity(run, prior) if prior is not None else {"tokenizer_sha256": identity(run, None)["tokenizer_sha256"]}
-    wanted["drawn"] = None if prior is None else True
-    found = [path for path in outputs(run, "evaluations", "evaluation.json") if agrees(read_json(path), wanted)]
-    return found[-1].parent if found else None
+    expected = (
+        model_fingerprints(run, prior) if prior is not None else {"tokenizer_sha256": model_fingerprints(run, None)["tokenizer_sha256"]}
+    )
+    expected["drawn"] = None if prior is None else True
+    paths = [path for path in outputs(run, "evaluations", "evaluation.json") if contains(read_json(path), expected)]
+    return paths[-1].parent if paths else None

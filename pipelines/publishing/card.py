@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it makes, of what, how to use it, and figures with how each was obtained."""
+"""The model card of a bundle: contents, usage, and figures with their sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLES = 64
 
 
 def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
-    """The card, Markdown after YAML, of a bundle all of whose other files are there.
+    """Write the card, Markdown after YAML, of a bundle whose other files exist.
 
     `name`: USER/NAME on the Hub, or a folder's name.
     """
@@ -29,8 +29,8 @@ def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
-def grid_of(labels: list[str]) -> tuple[int, int]:
-    """How many columns the grid of samples has, one a class where these are few, and how many samples fill it."""
+def sample_grid(labels: list[str]) -> tuple[int, int]:
+    """Columns of the grid of samples, one per class if there are few, and the number of samples."""
     columns = len(labels) if 2 <= len(labels) <= 16 else 8
     return columns, _SAMPLES // columns * columns
 
@@ -52,7 +52,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         pipeline_tag="unconditional-image-generation",
         datasets=[on_hub] if on_hub else None,
     )
-    figures = [*_of_tokenizer(bundle), *(row for prior_name in priors for row in _of_prior(bundle, prior_name))]
+    figures = [*_tokenizer_facts(bundle), *(row for prior_name in priors for row in _prior_facts(bundle, prior_name))]
     evaluation = bundle.path / "evaluations" / "000" / "evaluation.md"
     return {
         "front": front.to_yaml().strip(),
@@ -60,8 +60,8 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         "samples": "samples.png",
         "source": f"{PREFIX}{name}" if "/" in name else f"./{name}",
         "priors": priors,
-        "count": grid_of(labels)[1],
-        "by_class": grid_of(labels)[0] == len(labels),
+        "count": sample_grid(labels)[1],
+        "by_class": sample_grid(labels)[0] == len(labels),
         **{"height": height, "width": width, "channels": channels, "network": network, "quantizer": quantizer, "grids": grids},
         "kind": prior["config"]["kind"] if prior is not None else None,
         "parameters": f"{report['parameters'] / 1e6:.1f}" if report is not None else None,
@@ -71,12 +71,12 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         + (f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""),
         "licence": licence,
         "figures": "\n".join(markdown_table(["what", "figure", "how it was obtained"], figures)),
-        # Its headings stand one level lower here.
+        # Headings move one level down.
         "evaluation": re.sub(r"(?m)^#", "##", evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
     }
 
 
-def _of_tokenizer(bundle: RunDir) -> list[tuple[str, str, str]]:
+def _tokenizer_facts(bundle: RunDir) -> list[tuple[str, str, str]]:
     path = bundle.stage1 / "report.json"
     if not path.exists():
         return []
@@ -88,7 +88,7 @@ def _of_tokenizer(bundle: RunDir) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _of_prior(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
+def _prior_facts(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
     path = bundle.prior(name) / "likelihood.json"
     if not path.exists():
         return []

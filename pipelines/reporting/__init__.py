@@ -1,1 +1,1 @@
-"""What report.py shows, and how."""
+"""Content and layout of the HTML report."""

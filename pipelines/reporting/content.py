@@ -1,4 +1,4 @@
-"""What a run's report says, read from the files the run holds; how it looks is the template's."""
+"""Content of a run's report, read from the run's files; the template lays it out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, f
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
 from configs.schema import Recipe, Sampling, prior_from
-from pipelines.images.provenance import base_name, identity, outputs, seen, without_machine, without_places
+from pipelines.provenance import base_name, model_fingerprints, outputs, publishable_argument, publishable_recipe, significant
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
 from stage2_prior.codes.store import Manifest, read_manifest
@@ -32,7 +32,7 @@ _MOST_LABELS_NAMED = 20
 
 
 class KeyFigure(NamedTuple):
-    """A number that the report shows first."""
+    """A number at the top of the report."""
 
     name: str
     value: str
@@ -48,15 +48,15 @@ class Table(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """What the run does not hold, and the command that makes it."""
+    """A part that the run does not have, and the command that makes it."""
 
     what: str
     command: str
 
     @classmethod
     def of(cls, what: str, command: str) -> Missing:
-        """With the command as one would type it in a checkout: as it is typed here it may have this machine's paths."""
-        return cls(what, shlex.join(map(without_places, shlex.split(command))))
+        """Build it with the command as typed in a checkout, without this machine's paths."""
+        return cls(what, shlex.join(map(publishable_argument, shlex.split(command))))
 
 
 class Picture(NamedTuple):
@@ -67,16 +67,16 @@ class Picture(NamedTuple):
 
 
 class LabelBits(NamedTuple):
-    """What images of one class cost."""
+    """Bits per token of one class."""
 
     label: str
     bits: float
     percent: float
-    """Its bits in per cent of those of the class that costs most."""
+    """Bits in percent of the class with most bits."""
 
 
 class PriorReport(NamedTuple):
-    """What the report says of a finished prior."""
+    """Section on a finished prior."""
 
     name: str
     description: str
@@ -91,26 +91,26 @@ class PriorReport(NamedTuple):
 
 
 class ClassOfSamples(NamedTuple):
-    """Samples of one label; without labels all of them, and no label."""
+    """Samples of one label; all samples if there are no labels."""
 
     label: str | None
     tiles: list[str]
 
 
 class Samples(NamedTuple):
-    """What one call of the sampler drew."""
+    """Section on the samples of one command."""
 
     where: str
     prior: str
     description: str
     classes: list[ClassOfSamples]
     columns: int
-    """Samples in the class that has most of them."""
+    """Number of samples of the largest class."""
     remarks: list[str]
 
 
 class Evaluation(NamedTuple):
-    """What one call of the evaluation found."""
+    """Section on one evaluation."""
 
     where: str
     tables: list[Table]
@@ -120,16 +120,17 @@ class Evaluation(NamedTuple):
     distance: KeyFigure | None
     """Fréchet distance of the samples to the reference images."""
     learned: bool
-    """Whether the samples are of a learned prior of the run."""
+    """Whether the samples come from a learned prior of the run."""
 
 
 def report_content(command: Command) -> dict[str, Any]:
-    """Everything the template shows, and nothing of this machine: the page may be mailed. Errors: UserError for a file of the run that
-    cannot be read.
+    """Collect everything the template shows, without paths of this machine, since the page may be mailed.
+
+    Errors: UserError for a file of the run that cannot be read.
     """
-    run, whole = command.run, load_recipe(command.run.recipe)
-    recipe = without_machine(whole)
-    source = str(recipe.data.name) if whole.data.path is None else base_name(whole.data.path)
+    run, full_recipe = command.run, load_recipe(command.run.recipe)
+    recipe = publishable_recipe(full_recipe)
+    source = str(recipe.data.name) if full_recipe.data.path is None else base_name(full_recipe.data.path)
     priors = prior_reports(run)
     evaluations = [evaluation(run, path.parent) for path in outputs(run, "evaluations", "evaluation.json")]
     return {
@@ -164,12 +165,12 @@ def report_content(command: Command) -> dict[str, Any]:
 
 
 def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequence[Evaluation]) -> list[KeyFigure]:
-    """The numbers to see first: those of the newest prior and evaluation."""
+    """Numbers at the top: those of the newest prior and evaluation."""
     report = read_json(run.stage1 / "report.json")
-    found, bits = report["validation"], report["bits_per_image"]
+    metrics, bits = report["validation"], report["bits_per_image"]
     figures = [
-        KeyFigure("Reconstruction", f"{found['psnr']:.2f} dB", f"PSNR on validation; MSE {found['mse']:.5f}"),
-        KeyFigure("Codebook usage", f"{found['usage']:.1%}", f"perplexity {found['perplexity']:.1f}"),
+        KeyFigure("Reconstruction", f"{metrics['psnr']:.2f} dB", f"PSNR on validation; MSE {metrics['mse']:.5f}"),
+        KeyFigure("Codebook usage", f"{metrics['usage']:.1%}", f"perplexity {metrics['perplexity']:.1f}"),
     ]
     if priors:
         measured = read_json(run.prior(priors[0].name) / "likelihood.json")
@@ -184,30 +185,30 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
     smallest = bits.get("prior", bits["indices"])
     named = f"as indices {bits['indices']:,.0f}, raw {bits['raw']:,}" if "prior" in bits else f"as indices; raw {bits['raw']:,}"
     figures.append(KeyFigure("Bits an image", f"{smallest:,.0f}", named))
-    # Not of images made elsewhere, of the uniform prior, or of an earlier model.
-    distances = [found.distance for found in evaluations if found.distance is not None and found.learned and not found.remarks]
+    # Not for images made elsewhere, the uniform prior, or an earlier model.
+    distances = [metrics.distance for metrics in evaluations if metrics.distance is not None and metrics.learned and not metrics.remarks]
     figures += distances[-1:]
     return figures
 
 
 def changed_keys(recipe: Recipe) -> list[list[str]]:
-    """Key, value, default of every value that is not the default; a part's defaults are those of its kind."""
+    """Key, value and default of every setting that differs from its default; a part's defaults are those of its kind."""
     values, defaults = flattened(recipe_dict(recipe)), flattened(recipe_dict(Recipe()))
     for family in FAMILIES:
         kind = values[f"{family}.kind"]
-        own = as_dict(part_class(family, kind)())
-        defaults |= {f"{family}.{name}": value for name, value in own.items() if name != "kind"}
+        part_defaults = as_dict(part_class(family, kind)())
+        defaults |= {f"{family}.{name}": value for name, value in part_defaults.items() if name != "kind"}
     return [[key, str(value), str(defaults[key])] for key, value in values.items() if value != defaults[key]]
 
 
 def image_size(recipe: Recipe) -> str:
-    """Size and channels of the run's images in words."""
+    """Describe size and channels of the run's images."""
     data = recipe.data
     return f"{data.height} x {data.width} pixels, {'grey' if data.channels == 1 else 'colour'}"
 
 
 def data_table(run: RunDir, recipe: Recipe, source: str) -> Table:
-    """Where the images are from, their size, their labels."""
+    """Table of the images' source, size, splits and labels."""
     rows = [["source", source], ["images", image_size(recipe)]]
     for manifest in manifests(run):
         variants = f" x {manifest.variants} variants ({manifest.augmentation})" if manifest.variants > 1 else ""
@@ -220,15 +221,16 @@ def data_table(run: RunDir, recipe: Recipe, source: str) -> Table:
 
 
 def manifests(run: RunDir) -> list[Manifest]:
-    """Manifests of the splits whose codes are extracted, that of the training codes first, from which priors have learned their labels; an
-    extraction that was killed may have left an empty folder.
+    """Read the manifests of extracted splits, the training codes' first, since priors take their labels from it.
+
+    A killed extraction may have left an empty folder.
     """
-    found = [read_manifest(path.parent) for path in run.codes.glob("*/manifest.json")]
-    return sorted(found, key=lambda manifest: (manifest.split != TRAIN, manifest.split))
+    result = [read_manifest(path.parent) for path in run.codes.glob("*/manifest.json")]
+    return sorted(result, key=lambda manifest: (manifest.split != TRAIN, manifest.split))
 
 
 def codes_table(run: RunDir) -> Table | None:
-    """Grid and number of codes a level; None before they are extracted."""
+    """Table of grid and number of codes per level; None before extraction."""
     if not manifests(run):
         return None
     manifest = manifests(run)[0]
@@ -239,26 +241,26 @@ def codes_table(run: RunDir) -> Table | None:
 
 
 def charts(records: Sequence[dict[str, Any]], names: dict[str, str], references: dict[str, float]) -> list[Chart]:
-    """Line charts of a metrics log, one a metric."""
-    found = [line_chart(title, records, name, references) for name, title in names.items()]
-    return [chart for chart in found if chart is not None]
+    """Build line charts of a metrics log, one per metric."""
+    result = [line_chart(title, records, name, references) for name, title in names.items()]
+    return [chart for chart in result if chart is not None]
 
 
 def stage1_text(run: RunDir) -> str:
-    """How long stage 1 took."""
+    """Describe how long stage 1 took."""
     report = read_json(run.stage1 / "report.json")
     return f"{report['steps']:,} steps in {report['minutes']:.1f} minutes"
 
 
 def newest_reconstructions(run: RunDir) -> Picture | None:
-    """The reconstructions after the last step."""
-    found = sorted((run.stage1 / "reconstructions").glob("*.png"))
-    step = int(found[-1].stem.removeprefix("step-")) if found else 0
-    return picture(found[-1], f"Validation images, and under each its reconstruction, after step {step:,}.") if found else None
+    """Embed the reconstructions of the last step."""
+    paths = sorted((run.stage1 / "reconstructions").glob("*.png"))
+    step = int(paths[-1].stem.removeprefix("step-")) if paths else 0
+    return picture(paths[-1], f"Validation images, and under each its reconstruction, after step {step:,}.") if paths else None
 
 
 def picture(path: Path, caption: str) -> Picture | None:
-    """A picture of the run; None if it is not there."""
+    """Embed a picture of the run; None if it does not exist."""
     if not path.exists():
         return None
     image = embedded(path)
@@ -266,7 +268,7 @@ def picture(path: Path, caption: str) -> Picture | None:
 
 
 def codebook_table(run: RunDir) -> Table | None:
-    """The codebook's health, a row a level, as the doctor sees it."""
+    """Table of the codebook's health, one row per level, as doctor.py reports it."""
     if not run.codebook_health.exists():
         return None
     rows = []
@@ -278,25 +280,25 @@ def codebook_table(run: RunDir) -> Table | None:
 
 
 def missing_prior(command: Command) -> Missing:
-    """What the report says where it has no prior to show: which command to run."""
+    """Name the command that makes a first prior to show."""
     for name in unmeasured_priors(command.run):
         return Missing.of(f"Prior {name} has no likelihood report.", command.next(f"{_MEASURE_PRIOR} --prior {name}"))
     return Missing.of("No prior has been trained.", command.next(TRAIN_PRIOR))
 
 
 def unmeasured_priors(run: RunDir) -> list[str]:
-    """Finished priors without a likelihood report."""
+    """List the finished priors without a likelihood report."""
     return [name for name in run.finished_priors() if not (run.prior(name) / "likelihood.json").exists()]
 
 
 def prior_reports(run: RunDir) -> list[PriorReport]:
-    """The measured priors, the one last finished first."""
+    """Sections of the priors with a likelihood report, the one last finished first."""
     names = [name for name in run.finished_priors() if (run.prior(name) / "likelihood.json").exists()]
     return [prior_report(run, name) for name in sorted(names, key=lambda name: name != run.last_prior())]
 
 
 def prior_report(run: RunDir, name: str) -> PriorReport:
-    """Curves, likelihood and heat maps of a prior."""
+    """Build the section of a prior: curves, likelihood, heat maps."""
     folder = run.prior(name)
     report, measured = (read_json(folder / file) for file in ("report.json", "likelihood.json"))
     config = prior_from(read_prior_header(folder / "prior.safetensors")["config"])
@@ -305,7 +307,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
         f"{config.kind} ({fields}), {report['parameters'] / 1e6:.1f} M parameters; "
         f"{report['steps']:,} steps in {report['minutes']:.1f} minutes"
     )
-    if report["best_step"] is not None:  # of levels trained apart, each has its own
+    if report["best_step"] is not None:  # None for levels trained separately, which have one each
         description += f", best at step {report['best_step']:,}"
     saved, images = measured["saved_percent"], measured["images"]
     rows = [
@@ -316,7 +318,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
     ]
     grids = measured["positions"]
     flat = [bits for grid in grids for row in grid for bits in row]
-    # A prior that is sure of every code makes all classes free.
+    # A prior that is certain of every code has zero bits for all classes.
     dearest = max(measured["labels"].values(), default=0.0) or 1.0
     turned = measured["validation_turned_at_step"]
     references = {key: measured[key] for key in ("unigram", "uniform")}
@@ -331,12 +333,12 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
         labels=[LabelBits(label, bits, 100 * bits / dearest) for label, bits in measured["labels"].items()],
         remarks=[]
         if turned is None
-        else [f"Validation turned after step {turned:,}: from there on the prior learned its images by heart."],
+        else [f"Validation turned after step {turned:,}: from then on the prior memorised its training images."],
     )
 
 
 def newest_samples(run: RunDir) -> list[Samples]:
-    """The newest samples of each prior, those of the prior last finished first, the uniform prior's last."""
+    """Sections of the newest samples of each prior: the prior last finished first, the uniform prior last."""
     newest: dict[str, Path] = {}
     for path in outputs(run, "samples", "samples.json"):
         newest[read_json(path)["prior"]] = path.parent
@@ -345,57 +347,57 @@ def newest_samples(run: RunDir) -> list[Samples]:
 
 
 def samples(run: RunDir, folder: Path) -> Samples:
-    """One call's samples, by class: the first of each."""
+    """Build the section of one command's samples, the first of each class."""
     details = read_json(folder / "samples.json")
     files = sorted((folder / "images").glob("*.png"), key=natural)
     labels, names = details["labels"], details["label_names"]
-    remarks = remarks_on_age(run, details)
+    remarks = staleness_warnings(run, details)
     if labels is None or names is None:
         classes = [ClassOfSamples(None, [tile(path) for path in files[:64]])]
     else:
-        drawn = sorted(set(labels))
-        shown = drawn[:_MOST_CLASSES]
-        of_each = max(1, min(_MOST_OF_A_CLASS, _MOST_TILES // len(shown)))
-        if len(shown) < len(drawn):
-            remarks.append(f"Shown are {len(shown)} of {len(drawn)} labels.")
-        # By its number, which is its name: some pictures may have been removed.
-        of_label = {label: [path for path in files if labels[int(path.stem)] == label][:of_each] for label in shown}
-        classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in of_label.items()]
+        labels_drawn = sorted(set(labels))
+        labels_shown = labels_drawn[:_MOST_CLASSES]
+        per_label = max(1, min(_MOST_OF_A_CLASS, _MOST_TILES // len(labels_shown)))
+        if len(labels_shown) < len(labels_drawn):
+            remarks.append(f"Shown are {len(labels_shown)} of {len(labels_drawn)} labels.")
+        # By the number in its name, since some pictures may have been deleted.
+        paths_by_label = {label: [path for path in files if labels[int(path.stem)] == label][:per_label] for label in labels_shown}
+        classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in paths_by_label.items()]
     neutral = vars(Sampling())
-    warped = [f"{key.replace('_', ' ')} {value}" for key, value in seen(details["sampling"]).items() if value != neutral.get(key)]
+    warped = [f"{key.replace('_', ' ')} {value}" for key, value in significant(details["sampling"]).items() if value != neutral.get(key)]
     drawn_as = "every code equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the prior as it is"
     description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"
     columns = max(len(group.tiles) for group in classes)
     return Samples(folder.name, details["prior"], description, classes, columns, remarks)
 
 
-def remarks_on_age(run: RunDir, details: dict[str, Any]) -> list[str]:
-    """What to know if the tokenizer or a prior is no longer the one that an output is of."""
-    # An evaluation's bound may be by another prior than drew its samples; of images made elsewhere there is none.
-    for of in (details, details.get("bound") or {}):
-        held = identity(run, of.get("prior"))
+def staleness_warnings(run: RunDir, details: dict[str, Any]) -> list[str]:
+    """Return a warning if an output was made with an earlier tokenizer or prior."""
+    # An evaluation's bound may use another prior than its samples; images made elsewhere have none.
+    for part in (details, details.get("bound") or {}):
+        current = model_fingerprints(run, part.get("prior"))
         for key, model in (("tokenizer_sha256", "tokenizer"), ("prior_sha256", "prior")):
-            if of.get(key) is not None and of[key] != held[key]:
-                return [f"Made with an earlier {model}: no longer what the run would give."]
+            if part.get(key) is not None and part[key] != current[key]:
+                return [f"Made with an earlier {model}: the run would give something else now."]
     return []
 
 
 def evaluation(run: RunDir, folder: Path) -> Evaluation:
-    """One call of the evaluation, as it says itself."""
-    found = read_json(folder / "evaluation.json")
-    tables = [Table(table["columns"], table["rows"], table["title"]) for table in found["tables"]]
+    """Build the section of one evaluation."""
+    results = read_json(folder / "evaluation.json")
+    tables = [Table(table["columns"], table["rows"], table["title"]) for table in results["tables"]]
     pictures = [Picture(embedded(path), path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"), key=natural)]
     distance = None
-    if "samples" in found.get("distances", {}):
-        figures, of_prior = found["distances"]["samples"], f" of prior {found['prior']}" if found["prior"] else ""
-        features = found["distance"].removeprefix("Fréchet distance").strip(" ()")
-        distance = KeyFigure("Fréchet distance", f"{figures['frechet']:.4g}", f"{features}; {figures['n']:,} samples{of_prior}")
-    learned = found.get("prior") not in (None, UNIFORM)
-    return Evaluation(folder.name, tables, found["notes"], remarks_on_age(run, found), pictures, distance, learned)
+    if "samples" in results.get("distances", {}):
+        figures, prior_note = results["distances"]["samples"], f" of prior {results['prior']}" if results["prior"] else ""
+        features = results["distance"].removeprefix("Fréchet distance").strip(" ()")
+        distance = KeyFigure("Fréchet distance", f"{figures['frechet']:.4g}", f"{features}; {figures['n']:,} samples{prior_note}")
+    learned = results.get("prior") not in (None, UNIFORM)
+    return Evaluation(folder.name, tables, results["notes"], staleness_warnings(run, results), pictures, distance, learned)
 
 
 def environment(history: Sequence[dict[str, Any]]) -> Table:
-    """What the commands ran with; several values where they did not all run with the same."""
+    """Table of the commands' environment; several values where commands differ."""
     flat = [
         {
             "commit": entry["commit"] or "unknown",
@@ -411,9 +413,12 @@ def environment(history: Sequence[dict[str, Any]]) -> Table:
 
 
 def commands(history: Sequence[dict[str, Any]]) -> Table:
-    """The run's commands in the order they were given."""
+    """Table of the run's commands, oldest first."""
     rows = [
-        [entry["time"].replace("T", " ").removesuffix("+00:00"), " ".join([entry["command"], *map(without_places, entry["arguments"])])]
+        [
+            entry["time"].replace("T", " ").removesuffix("+00:00"),
+            " ".join([entry["command"], *map(publishable_argument, entry["arguments"])]),
+        ]
         for entry in history
     ]
-    return Table(["began (UTC)", "command"], rows)
+    return Table(["started (UTC)", "command"], rows)

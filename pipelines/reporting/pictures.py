@@ -14,12 +14,12 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
-# An embedded file grows by a third, and a phone has to hold all of them decoded.
+# Embedding adds a third, and a phone has to hold all images decoded.
 _MOST_BYTES = 2_000_000
 _REDUCED_SIDE = 1600
 _TILE_SIDE = 128
 _COLOURS = "magma"
-# Heat maps of more columns show their numbers in tooltips alone: they would not fit.
+# Heat maps of more columns show their numbers only in tooltips.
 _MOST_NUMBERED_COLUMNS = 12
 
 
@@ -31,11 +31,11 @@ class Embedded(NamedTuple):
     """Width in pixels, as embedded."""
     height: int
     remark: str
-    """What a caption has to add, or nothing."""
+    """Addition to the caption; may be empty."""
 
 
 def embedded(path: Path) -> Embedded:
-    """A PNG as it is; one above 2 MB reduced, and the remark says so."""
+    """Embed a PNG; one above 2 MB is reduced, with a remark."""
     content, remark = path.read_bytes(), ""
     with Image.open(io.BytesIO(content)) as image:
         width, height = image.size
@@ -46,7 +46,7 @@ def embedded(path: Path) -> Embedded:
 
 
 def tile(path: Path) -> str:
-    """A small image's URI: PNG, at most 128 pixels a side."""
+    """Encode a small image as a URI: PNG, at most 128 pixels a side."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         if max(image.size) > _TILE_SIDE:
@@ -114,28 +114,28 @@ class _Axis(NamedTuple):
 
 
 def line_chart(title: str, records: Sequence[dict[str, Any]], name: str, references: dict[str, float]) -> Chart | None:
-    """A metric of metrics.jsonl over the steps, training and validation; None if it was never noted.
+    """Build the chart of a metric of metrics.jsonl over the steps, training and validation; None if it was never logged.
 
     The scale is logarithmic where the values are positive and span a factor of 20, as in training.png.
     """
-    found: dict[str, list[tuple[int, float]]] = {}
+    points_by_split: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if isinstance(record.get(name), int | float) and math.isfinite(record[name]):
-            found.setdefault(record["split"], []).append((record["step"], record[name]))
-    if not found:
+            points_by_split.setdefault(record["split"], []).append((record["step"], record[name]))
+    if not points_by_split:
         return None
-    values = [value for points in found.values() for _, value in points] + list(references.values())
+    values = [value for points in points_by_split.values() for _, value in points] + list(references.values())
     low, high = min(values), max(values)
     logarithmic = low > 0 and high > 20 * low
     if not logarithmic:
         margin = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
         low, high = low - margin, high + margin
     y = _Axis(low, high, 172.0, 10.0, logarithmic)
-    x = _Axis(0.0, float(max(1, *(step for points in found.values() for step, _ in points))), 46.0, 310.0)
+    x = _Axis(0.0, float(max(1, *(step for points in points_by_split.values() for step, _ in points))), 46.0, 310.0)
     lines = [
-        Line(split, [(x.at(step), y.at(value)) for step, value in found[split]], found[split][-1][1])
+        Line(split, [(x.at(step), y.at(value)) for step, value in points_by_split[split]], points_by_split[split][-1][1])
         for split in ("train", "validation")
-        if split in found
+        if split in points_by_split
     ]
     return Chart(title, lines, x.ticks(), y.ticks(), [Tick(y.at(value), f"{label} {value:.2f}") for label, value in references.items()])
 
@@ -147,7 +147,7 @@ class Cell(NamedTuple):
     y: int
     colour: str
     ink: str
-    """A colour that can be read on it."""
+    """Text colour that is readable on it."""
     value: float
 
 
@@ -162,7 +162,7 @@ class HeatMap(NamedTuple):
 
 
 def heat_map(grid: Sequence[Sequence[float]], low: float, high: float) -> HeatMap:
-    """Values (h, w) as colours from `low` to `high`."""
+    """Build a heat map of values (h, w), coloured from `low` to `high`."""
     colours = matplotlib.colormaps[_COLOURS]
     cells = []
     for y, row in enumerate(grid):

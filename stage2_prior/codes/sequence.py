@@ -39,10 +39,6 @@ class SequenceLayout:
         """Grids (B, h, w) a level to tokens (B, T)."""
         return self.flat(tuple(grid + offset for grid, offset in zip(codes, self.offsets, strict=True)))
 
-    def to_codes(self, tokens: Tensor) -> Codes:
-        """Tokens (B, T) to grids (B, h, w) a level."""
-        return tuple(grid - offset for grid, offset in zip(self.grids_of(tokens), self.offsets, strict=True))
-
     def level_of(self, position: int) -> int:
         """The level that a position belongs to, 0 for the coarsest."""
         return bisect(list(accumulate(self.lengths)), position)

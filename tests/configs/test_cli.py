@@ -382,7 +382,7 @@ def test_every_option_that_a_message_names_exists(options: dict[str, set[str]]) 
             assert {name.replace("-", "_") for name in named} <= known, path
 
 
-@pytest.mark.parametrize("pages", ["README.md", "docs/*.md", "configs/**/*.yaml", "Makefile", "*/*.py"])
+@pytest.mark.parametrize("pages", ["README.md", "docs/**/*.md", "configs/**/*.yaml", "Makefile", "*/*.py"])
 def test_every_option_of_a_documented_command_exists(pages: str, options: dict[str, set[str]]) -> None:
     checked = 0
     for page in REPOSITORY.glob(pages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
 from stage1_vqvae.model import VQVAE
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.contract import AutoregressivePrior
 from tests.browser import Visit
 from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
 from tests.stage2_prior.priors.prior_kinds import build
@@ -127,19 +129,37 @@ def kept_of(model: dict[str, Any], painted: np.ndarray) -> np.ndarray:
     return np.concatenate([~painted.reshape(h, height // h, w, width // w).any((1, 3)).ravel() for h, w in model["grids"]])
 
 
-def other_prior(folder: Path) -> None:
-    """Put a PixelCNN over three levels of 2 x 3 codes into an exported folder."""
+def other_tokenizer(kind: str = "residual_shared") -> VQVAE:
+    """8 x 12 pixels to 2 x 3 codes; of `residual_shared` three levels of them."""
     torch.manual_seed(0)
     small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
     network = part_from("tokenizer.network", small)
-    tokenizer = VQVAE(Tokenizer(code_dim=D, quantizer=part("residual_shared"), network=network), 8, 12, 3).eval().requires_grad_(False)
+    return VQVAE(Tokenizer(code_dim=D, quantizer=part(kind), network=network), 8, 12, 3).eval().requires_grad_(False)
+
+
+def other_prior() -> AutoregressivePrior:
+    """A PixelCNN over the codes of `other_tokenizer`, with six labels."""
+    tokenizer = other_tokenizer()
     layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
-    export_tokenizer(tokenizer, folder)
-    export_prior(build("pixelcnn", layout, num_classes=0).requires_grad_(False), folder)
-    about = {"image_shape": [8, 12, 3], "grids": layout.grids, "num_codes": layout.num_codes, "cache": None}
-    model = {**read_json(folder / "model.json"), **about, "label_names": None, "knows_no_label": True}
+    return build("pixelcnn", layout, num_classes=6).requires_grad_(False)
+
+
+def export_other(folder: Path) -> None:
+    """Write the graphs of `other_tokenizer` and `other_prior`; other.json is what a model.json has to say of them."""
+    prior = other_prior()
+    export_tokenizer(other_tokenizer(), folder)
+    cache = export_prior(prior, folder)
+    about = {"image_shape": [8, 12, 3], "grids": prior.layout.grids, "num_codes": prior.layout.num_codes, "cache": cache}
+    write_json(folder / "other.json", about)
+
+
+def put_other(exported_other: Path, folder: Path) -> None:
+    """Put these graphs into the folder of a page, which then knows no labels: all samples have the first one."""
+    model = {**read_json(folder / "model.json"), **read_json(exported_other / "other.json"), "label_names": None, "knows_no_label": True}
+    for graph in GRAPHS:
+        shutil.copy(exported_other / f"{graph}.onnx", folder)
+        model["bytes"][f"{graph}.onnx"] = (folder / f"{graph}.onnx").stat().st_size
     model["sampling"].update(temperature=0.9, top_k=12, top_p=0.95, min_p=0.02)
-    model["bytes"].update({f"{graph}.onnx": (folder / f"{graph}.onnx").stat().st_size for graph in GRAPHS})
     write_json(folder / "model.json", model)
 
 

@@ -16,9 +16,9 @@ from matplotlib.colors import Normalize
 from PIL import Image
 
 from configs.run_dir import read_json, read_summed_json, write_json
-from pipelines.anomalies import main, percent_below, shown
-from pipelines.images.heat import colour_scale, heat_maps, overlaid
-from pipelines.images.scoring import surprisals
+from pipelines.anomalies import main, panel_positions, percent_below
+from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
+from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
@@ -155,9 +155,9 @@ def test_percentiles_agree_with_numpy() -> None:
 
 def test_no_image_is_shown_twice() -> None:
     errors = torch.tensor([9.0, 1, 2, 8, 3, 7, 4, 5])
-    assert list(shown(errors, 3).values()) == [[0, 1, 2], [3, 5], [7, 6]]
-    assert list(shown(errors[:2], 16).values()) == [[0, 1]]
-    assert list(shown(errors[:4], 3).values()) == [[0, 1, 2], [3]]
+    assert list(panel_positions(errors, 3).values()) == [[0, 1, 2], [3, 5], [7, 6]]
+    assert list(panel_positions(errors[:2], 16).values()) == [[0, 1]]
+    assert list(panel_positions(errors[:4], 3).values()) == [[0, 1, 2], [3]]
 
 
 def test_without_codes_of_validation_there_is_no_comparison(run_copy: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from configs.run_dir import REPOSITORY
 from pipelines import Generator
-from pipelines.app import main
+from pipelines.app import main, served
 from pipelines.playground.edits import Place, exchanged, likeliest_codes, nearest_codes, walk
 from pipelines.playground.fill_tab import BRUSH, SIDE
 from pipelines.sample import main as sample
@@ -54,11 +53,12 @@ def generator(run: Path) -> Generator:
     return Generator.from_pretrained(run, device="cpu")
 
 
-@contextmanager
-def served(run: Path, *options: str) -> Iterator[str]:
-    """The address that the command prints, while it runs."""
-    command = [sys.executable, str(REPOSITORY / "pipelines/app.py"), "--run", str(run), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+@pytest.fixture(scope="module")
+def address(run: Path) -> Iterator[str]:
+    """The address that the command prints, while it runs; a proxy that does not exist must not be used."""
+    command = [sys.executable, str(REPOSITORY / "pipelines/app.py"), "--run", str(run)]
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:9"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         try:
             yield next(line for line in process.stdout if line.startswith("open ")).split()[1]
@@ -71,10 +71,11 @@ def served(run: Path, *options: str) -> Iterator[str]:
     assert process.returncode == 0
 
 
-@pytest.fixture(scope="module")
-def address(run: Path) -> Iterator[str]:
-    with served(run) as found:
-        yield found
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process's gradio keeps its files with the test's."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
 
 
 @pytest.fixture
@@ -353,19 +354,17 @@ def test_what_is_no_picture_or_too_large_gets_a_line(browser: Browser, address: 
             expect(panel.get_by_text("All its codes cost")).to_be_visible()
 
 
-def test_what_the_recipe_asks_for_is_drawn_whatever_it_is(
-    browser: Browser, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("uploads")
+def test_what_the_recipe_asks_for_is_drawn_whatever_it_is(browser: Browser, run_copy: Path) -> None:
     """Settings beyond what the fields offer; and guidance, by a prior that has not learned p(codes)."""
     train_prior(["--run", str(run_copy), "--name", "insisting", "--stage2.label_dropout", "0", "--stage2.steps", "2"])
     recipe = yaml.safe_load((run_copy / "recipe.yaml").read_text())
     recipe["sampling"] |= {"temperature": 2.5, "guidance": 7.5, "top_p": 0.005}
     (run_copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    # A proxy that is not there: nobody is to be asked by it.
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     for prior, guidance in (("transformer", 7.5), ("insisting", 1.0)):
-        expected = Generator.from_pretrained(run_copy, prior, "cpu").sample(16, guidance=guidance)
-        with served(run_copy, "--prior", prior) as address, visit(browser, address, "app-recipe") as found:
+        generator = Generator.from_pretrained(run_copy, prior, "cpu")
+        expected = generator.sample(16, guidance=guidance)
+        with served(generator, "127.0.0.1", None) as address, visit(browser, address, "app-recipe") as found:
             panel = tab(found, "Draw")
             button(panel, "Draw").click()
             expect(gallery(panel)).to_have_count(16)
@@ -379,11 +378,13 @@ def test_what_the_recipe_asks_for_is_drawn_whatever_it_is(
             expect(panel.get_by_text("All its codes cost")).to_be_visible()
 
 
+@pytest.mark.usefixtures("uploads")
 def test_without_a_prior_it_takes_pictures_apart(browser: Browser, tiny_recipe: Path, picture: Path, tmp_path: Path) -> None:
     """Of two levels."""
     hierarchy = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
     train_tokenizer(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), *hierarchy, "--stage1.steps", "2"])
-    with served(tmp_path / "run") as address, visit(browser, address, "app-two-levels") as found:
+    generator = Generator.from_pretrained(tmp_path / "run", device="cpu")
+    with served(generator, "127.0.0.1", None) as address, visit(browser, address, "app-two-levels") as found:
         found.page.get_by_role("tab", name="Codes", exact=True).wait_for()
         assert found.page.get_by_role("tab").all_inner_texts() == ["Codes", "Walk", "Codebook"]
         panel = tab(found, "Codes")

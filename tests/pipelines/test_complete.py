@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from configs.run_dir import RunDir
-from pipelines.complete import kept_part, kept_rows, main, rows_of_pixels
-from pipelines.images.drawing import kept_codes
+from pipelines.complete import kept_rows, main, masked_pictures, rows_of_pixels
+from pipelines.drawing import kept_codes
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
@@ -107,7 +107,7 @@ def test_finer_levels_and_pixels_keep_what_lies_under_the_rows(run_copy: Path) -
     coarse, fine = kept_codes(Two(), hole)  # type: ignore[arg-type]
     assert (~coarse).nonzero().tolist() == [[0, 1]]  # columns 4 to 7
     assert (~fine).nonzero().tolist() == [[0, 2]]  # columns 4 and 5
-    part = kept_part(torch.zeros(1, 8, 12, 3, dtype=torch.uint8), below)
+    part = masked_pictures(torch.zeros(1, 8, 12, 3, dtype=torch.uint8), below)
     assert part[0, :4].eq(128).all()
     assert part[0, 4:].eq(0).all()
 

@@ -29,7 +29,7 @@ from pipelines.codec.coder import Coded
 from pipelines.codec.pixels import CodedPixels
 from pipelines.compress import main as compress_main
 from pipelines.decompress import main as decompress_main
-from pipelines.images.inputs import unique_names
+from pipelines.inputs.images import unique_names
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer

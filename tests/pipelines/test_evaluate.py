@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from configs.cli import load_recipe
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_yaml
 from pipelines import evaluate as evaluation
-from pipelines.evaluate import main, numbers_of_each, trained_by
+from pipelines.encoding import encode_and_decode
+from pipelines.evaluate import class_balance, main, training_networks
 from pipelines.evaluation.assessment import pixels_hash
 from pipelines.evaluation.reference import one_pass
 from pipelines.evaluation.reference_batch import load_reference_batch
-from pipelines.images.inputs import encode_and_decode
 from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
@@ -74,9 +75,18 @@ def test_nobody_waits_for_a_network_that_is_made_on_the_spot(run_copy: Path, mon
         monkeypatch.setattr(module, name, lambda *given, call=call, name=name: order.append(name) or call(*given))
     evaluated(run_copy, *OWN, "--n", "4")
     assert order == ["finish", "fit"]
-    monkeypatch.setattr(evaluation, "drawn", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(evaluation, "draw_samples", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError, match="features resnet18: expected a file of its weights"):
         main(["--run", str(run_copy), "--features", "resnet18"])
+
+
+def test_its_samples_and_reconstructions_lie_on_the_disk(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50,000 of 256 x 256 pixels would take 10 GB of memory each."""
+    places: list[Path] = []
+    temporary_file = tempfile.TemporaryFile
+    monkeypatch.setattr("pipelines.encoding.tempfile.TemporaryFile", lambda dir: places.append(dir) or temporary_file(dir=dir))
+    evaluated(run_copy, *OWN, "--n", "4")
+    assert places == [run_copy / "evaluations/001"] * 2
 
 
 def test_it_says_what_was_compared_with_what(judged_run: Path, source: ImageSource) -> None:
@@ -395,7 +405,7 @@ def test_without_a_prior_reconstructions_stand_beside_a_file(run_copy: Path, tmp
     ],
 )
 def test_the_balance_of_classes_is_counted(labels: torch.Tensor, classes: int, words: str) -> None:
-    assert numbers_of_each(labels, classes) == words
+    assert class_balance(labels, classes) == words
 
 
 def test_what_sample_writes_is_of_adms_layout(run_copy: Path, tmp_path: Path) -> None:
@@ -431,14 +441,14 @@ def test_features_that_training_used_are_known_through_the_run_it_began_from(tmp
     terms = {"perceptual": {"kind": "lpips", "trunk": "alex"}, "adversarial": {"kind": "projected", "network": "rotation"}}
     write_yaml(second.recipe, {"stage1": {**terms, "init_from": str(first.path)}})
     config = load_recipe(second.recipe).stage1
-    assert trained_by(config) == {"resnet18", "lpips alex", "rotation"}
-    assert trained_by(dataclasses.replace(config, init_from=None)) == {"lpips alex", "rotation"}
+    assert training_networks(config) == {"resnet18", "lpips alex", "rotation"}
+    assert training_networks(dataclasses.replace(config, init_from=None)) == {"lpips alex", "rotation"}
     write_yaml(first.recipe, {"stage1": {"perceptual": {"kind": "none"}, "init_from": str(second.path)}})
-    assert trained_by(config) == {"lpips alex", "rotation"}
+    assert training_networks(config) == {"lpips alex", "rotation"}
     first.recipe.write_text("no recipe")
-    assert trained_by(config) == {"lpips alex", "rotation"}
+    assert training_networks(config) == {"lpips alex", "rotation"}
     first.recipe.unlink()
-    assert trained_by(config) == {"lpips alex", "rotation"}
+    assert training_networks(config) == {"lpips alex", "rotation"}
 
 
 @pytest.mark.parametrize(

@@ -16,26 +16,32 @@ import onnxruntime
 import pytest
 import torch
 
-from configs.parts import part_from
-from configs.schema import Sampling, Tokenizer
+from configs.run_dir import read_json
+from configs.schema import Sampling
 from pipelines import Generator
 from pipelines.export_onnx import main
 from pipelines.exporting import sampler as exported
-from pipelines.exporting.graphs import export_prior, export_tokenizer
-from stage1_vqvae.model import VQVAE
+from pipelines.exporting.graphs import export_tokenizer
 from stage2_prior import generate
 from stage2_prior.train import main as train_prior
 from tests.conftest import check_names_no_place
-from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
-from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
+from tests.pipelines.exported_page import other_prior, other_tokenizer
+from tests.stage2_prior.priors.prior_kinds import random_codes
 
 
 @pytest.fixture(scope="module")
-def graphs(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generator]:
-    """Of a transformer, in float64, and what they are of."""
-    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("exported") / "run")
+def graphs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generator]:
+    """Graphs of a transformer in float64, and its generator; the tokenizer's were traced before."""
+    run = shutil.copytree(exported / "run", tmp_path_factory.mktemp("exported") / "run")
     folder = run.parent / "onnx"
-    main(["--run", str(run), "--output", str(folder), "--precision", "float64"])
+
+    def take(_: object, into: Path) -> None:
+        for name in ("encoder", "decoder"):
+            shutil.copy(exported / "graphs" / f"{name}.onnx", into)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pipelines.exporting.folder.export_tokenizer", take)
+        main(["--run", str(run), "--output", str(folder), "--precision", "float64"])
     return folder, Generator.from_pretrained(run, device="cpu")
 
 
@@ -55,26 +61,24 @@ def test_codes_and_images_are_torchs_for_any_batch_size(graphs: tuple[Path, Gene
 
 
 @pytest.mark.parametrize("kind", ["fsq", "residual_shared"])
-def test_other_quantizers_have_graphs_too(kind: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
-    config = Tokenizer(code_dim=D, quantizer=part(kind), network=part_from("tokenizer.network", small))
-    model = VQVAE(config, 8, 12, 3).eval().requires_grad_(False)
+def test_other_quantizers_have_graphs_too(kind: str, exported_other: Path, tmp_path: Path) -> None:
+    model, folder = other_tokenizer(kind), exported_other if kind == "residual_shared" else tmp_path
     images = torch.rand(5, 3, 8, 12) * 2 - 1
     codes = model.encode(images)
-    export_tokenizer(model, tmp_path)
-    found = session(tmp_path / "encoder.onnx")(images=images.numpy())
+    if folder == tmp_path:
+        export_tokenizer(model, folder)
+    found = session(folder / "encoder.onnx")(images=images.numpy())
     assert all(np.array_equal(level.numpy(), other) for level, other in zip(codes, found, strict=True))
     given = {f"level{number}": level.numpy() for number, level in enumerate(codes)}
-    assert np.abs(session(tmp_path / "decoder.onnx")(**given)[0] - model.decode(codes).numpy()).max() < 1e-4
+    assert np.abs(session(folder / "decoder.onnx")(**given)[0] - model.decode(codes).numpy()).max() < 1e-4
 
 
-def test_a_step_of_another_prior_takes_the_codes_so_far(tmp_path: Path) -> None:
-    prior = build("pixelcnn", LAYOUTS["top and bottom"]).requires_grad_(False)
+def test_a_step_of_another_prior_takes_the_codes_so_far(exported_other: Path) -> None:
+    prior = other_prior()
     layout, labels = prior.layout, torch.tensor([0, 5, 2])
     codes = random_codes(layout, 3)
-    assert export_prior(prior, tmp_path) is None
-    step, flat = session(tmp_path / "prior.onnx"), layout.flat(codes).numpy()
+    assert read_json(exported_other / "other.json")["cache"] is None
+    step, flat = session(exported_other / "prior.onnx"), layout.flat(codes).numpy()
     expected = [logits for level in prior(codes, labels) for logits in level.unbind(1)]
     for position, logits in enumerate(expected):
         so_far = np.where(np.arange(layout.length) < position, flat, 0)

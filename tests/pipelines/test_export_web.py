@@ -5,7 +5,6 @@ RUN=FOLDER tries another run than the tests' own; with SCREENSHOTS=FOLDER and -s
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
@@ -27,11 +26,10 @@ from playwright.sync_api import Browser
 from configs.errors import UserError
 from configs.run_dir import read_json, write_json
 from pipelines import Generator
+from pipelines.drawing import kept_codes
 from pipelines.export_web import PAGE, main
 from pipelines.exporting import vendored
-from pipelines.exporting.folder import export_graphs
 from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
-from pipelines.images.drawing import kept_codes
 from stage2_prior.train import main as train_prior
 from tests.browser import PHONE, chromium, visit
 from tests.conftest import check_names_no_place
@@ -42,9 +40,9 @@ from tests.pipelines.exported_page import (
     kept_of,
     levels_of,
     opened,
-    other_prior,
     paint_below,
     press,
+    put_other,
     same,
     says,
     shown,
@@ -79,36 +77,27 @@ def npm_has_answered(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vendored, "vendor", lambda folder: shutil.copytree(fetched, folder))
 
 
-def exported_once(folder: Path) -> Callable[[Generator, Path], dict[str, Any]]:
-    """`export_graphs` of one generator: tracing takes longer than all else, and bits are rounded afterwards."""
-    content: dict[str, Any] = {}
-
-    def export(generator: Generator, into: Path) -> dict[str, Any]:
-        if not content:
-            content.update(export_graphs(generator, folder))
-        shutil.copytree(folder, into, dirs_exist_ok=True)
-        return copy.deepcopy(content)
-
-    return export
-
-
 @pytest.fixture(scope="module")
-def site(fetched: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(fetched: Path, exported: Path, exported_other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A host's folder, with pages under sub-paths: `16` and `8`, and `other`, of another prior over several levels without labels."""
     folder = tmp_path_factory.mktemp("site")
-    run = Path(shutil.copytree(os.environ.get("RUN", finished_run), folder.parent / "of the page" / "run"))
-    if "RUN" not in os.environ:  # a prior by which labels make a difference
-        train_prior(["--run", str(run), "--name", "longer", "--stage2.steps", "60"])
+    run = Path(shutil.copytree(exported / "run", folder.parent / "of the page" / "run"))
+
+    def take(_: Generator, into: Path) -> dict[str, Any]:
+        shutil.copytree(exported / "graphs", into, dirs_exist_ok=True)
+        return dict(read_json(into / "model.json"))
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(vendored, "vendor", lambda path: shutil.copytree(fetched, path))
-        patched.setattr("pipelines.export_web.export_graphs", exported_once(tmp_path_factory.mktemp("graphs")))
+        patched.setattr("pipelines.export_web.export_graphs", take)
         for bits in ("16", "8"):
             main(["--run", str(run), "--output", str(folder / bits), "--bits", bits])
     check_names_no_place(folder)
+    (folder / "favicon.ico").touch()  # for pages without an icon of their own
     model = read_json(folder / "8" / "model.json")
     model["sampling"].update(guidance=1.5, guidance_schedule="cosine")  # as other recipes may say
     write_json(folder / "8" / "model.json", model)
-    other_prior(Path(shutil.copytree(folder / "16", folder / "other")))
+    put_other(exported_other, Path(shutil.copytree(folder / "16", folder / "other")))
     return folder
 
 
@@ -128,17 +117,17 @@ def test_its_uniforms_and_draws_are_pythons(browser: Browser, address: str) -> N
     every = [{}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3, "top_p": 0.9}, {"temperature": 0.0}]
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     uniform = rng.random(100)
-    with visit(browser, f"{address}/16/", "sampler") as visited:
-        page = opened(visited)
+    with visit(browser, f"{address}/16/vendor/", "sampler") as visited:  # a list of files, on which nothing is drawn
+        page = visited.page
         found = page.evaluate(
-            "async asked => { const { uniforms } = await import('./sampler.js');"
+            "async asked => { const { uniforms } = await import('../sampler.js');"
             "return asked.map(([seed, number]) => Array.from(uniforms(seed, number, 700))) }",
             asked,
         )
         assert np.array_equal(found, [uniforms(seed, number, 700) for seed, number in asked])
         for settings in every:
             probabilities, drawn = page.evaluate(
-                "async ([rows, uniform, settings]) => { const { warp, draw } = await import('./sampler.js');"
+                "async ([rows, uniform, settings]) => { const { warp, draw } = await import('../sampler.js');"
                 "const warped = rows.map(row => warp(Float64Array.from(row), settings));"
                 "return [warped.map(row => Array.from(row)), warped.map((row, i) => draw(row, uniform[i]))] }",
                 [logits.tolist(), uniform.tolist(), {**plain, **settings}],
@@ -150,12 +139,12 @@ def test_its_uniforms_and_draws_are_pythons(browser: Browser, address: str) -> N
 
 def test_a_patch_stays_if_nothing_of_it_is_painted(browser: Browser, address: str) -> None:
     rng = np.random.default_rng(0)
-    with visit(browser, f"{address}/16/", "sampler") as visited:
-        page = opened(visited)
+    with visit(browser, f"{address}/16/vendor/", "sampler") as visited:
+        page = visited.page
         for grids in ([(2, 3)], [(1, 1), (2, 3), (8, 12)]):
             painted = rng.random((20, 8, 12)) < rng.uniform(0, 0.1, (20, 1, 1))
             found = page.evaluate(
-                "async ([model, masks]) => { const { keptCodes } = await import('./sampler.js');"
+                "async ([model, masks]) => { const { keptCodes } = await import('../sampler.js');"
                 "return masks.map(painted => keptCodes(model, painted)) }",
                 [{"image_shape": [8, 12, 3], "grids": grids}, painted.reshape(20, -1).tolist()],
             )
@@ -198,18 +187,7 @@ def test_the_page_draws_what_the_sampler_draws(bits: int, browser: Browser, addr
         print(f"\n{bits} bits:", {name: round(seconds, 2) for name, seconds in visited.seconds.items()})
 
 
-def test_drawing_can_be_stopped(browser: Browser, address: str) -> None:
-    with visit(browser, f"{address}/other/", "stopped") as visited:
-        page = opened(visited)
-        fill(page, number=64)
-        page.evaluate("document.querySelector('[name=draw]').click(); document.querySelector('#draw [name=stop]').click()")
-        assert says(page, "draw", "Stopped") == "Stopped."
-        assert page.locator("#draw .pictures *").count() < 64
-        fill(page, number=2)
-        assert len(press(visited, "draw", "draw")) == 2
-
-
-def test_another_prior_over_levels_without_labels(browser: Browser, address: str, site: Path) -> None:
+def test_another_prior_over_levels_without_labels_and_that_drawing_can_be_stopped(browser: Browser, address: str, site: Path) -> None:
     sampler = Sampler(site / "other")
     with visit(browser, f"{address}/other/", "other") as visited:
         page = opened(visited)
@@ -224,6 +202,12 @@ def test_another_prior_over_levels_without_labels(browser: Browser, address: str
         found = press(visited, "redraw", "redraw")
         assert same(found, continued(sampler, codes, kept, None, 0, 4)) == 1
         visited.screenshot("completed")
+        fill(page, number=64)
+        page.evaluate("document.querySelector('[name=draw]').click(); document.querySelector('#draw [name=stop]').click()")
+        assert says(page, "draw", "Stopped") == "Stopped."
+        assert page.locator("#draw .pictures *").count() < 64
+        fill(page, number=2)
+        assert len(press(visited, "draw", "draw")) == 2
 
 
 # ---- a part anew
@@ -309,7 +293,7 @@ def test_files_are_scaled_and_cropped_at_the_centre(browser: Browser, address: s
 # ---- what may go wrong, where it is shown, and whom it asks
 
 
-def test_bad_values_get_a_line(browser: Browser, address: str) -> None:
+def test_bad_values_get_a_line_and_keys_press_buttons(browser: Browser, address: str) -> None:
     with visit(browser, f"{address}/16/", "mistakes") as visited:
         page = opened(visited)
         before = shown(page, "draw")
@@ -331,6 +315,12 @@ def test_bad_values_get_a_line(browser: Browser, address: str) -> None:
         fill(page, "redraw", number=100)
         page.locator("[name=redraw]").click()
         assert says(page, "redraw", "Continuations") == "Continuations: expected a whole number from 1 to 64, found 100."
+        page.locator("[name=another]").focus()
+        for seed in ("1", "2"):  # the focus stays, so that a second press follows
+            page.evaluate("document.querySelector('#draw .line').textContent = ''")
+            page.keyboard.press("Enter")
+            says(page, "draw", "seconds")
+            assert page.locator("#draw [name=seed]").input_value() == seed
 
 
 def test_on_a_phone_all_is_in_reach_of_a_finger(browser: Browser, address: str) -> None:
@@ -375,17 +365,6 @@ def test_what_has_failed_to_load_is_said_and_can_be_tried_again(browser: Browser
         page.evaluate("document.querySelector('#draw .line').textContent = ''")
         page.locator("[name=draw]").click()
     page.close()
-
-
-def test_a_press_of_a_key_is_followed_by_another(browser: Browser, address: str) -> None:
-    with visit(browser, f"{address}/16/", "keys") as visited:
-        page = opened(visited)
-        page.locator("[name=another]").focus()
-        for seed in ("1", "2"):
-            page.evaluate("document.querySelector('#draw .line').textContent = ''")
-            page.keyboard.press("Enter")
-            says(page, "draw", "seconds")
-            assert page.locator("#draw [name=seed]").input_value() == seed
 
 
 def test_the_page_says_what_rounding_has_cost(browser: Browser, address: str, site: Path) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from configs.hub import run_of
 from pipelines import Generator
 from pipelines.evaluate import main as evaluate
-from pipelines.publish import main, repository_of
+from pipelines.publish import hub_repository, main
 from pipelines.publishing.bundle import write_bundle
 from pipelines.report import main as report
 from pipelines.sample import main as sample
@@ -201,9 +201,9 @@ def test_mistakes_get_one_line(arguments: list[str], message: str, run_copy: Pat
 
 def test_a_name_that_could_be_both_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert repository_of("me/digits") == repository_of("hf:me/digits") == "me/digits"
+    assert hub_repository("me/digits") == hub_repository("hf:me/digits") == "me/digits"
     os.mkdir("me")
-    assert repository_of("hf:me/digits") == "me/digits"
-    assert repository_of("./me/digits") is repository_of("digits") is None
+    assert hub_repository("hf:me/digits") == "me/digits"
+    assert hub_repository("./me/digits") is hub_repository("digits") is None
     with pytest.raises(ValueError, match=r"expected \./me/digits for a folder, or hf:me/digits"):
-        repository_of("me/digits")
+        hub_repository("me/digits")

@@ -18,8 +18,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
-from pipelines.images.panels import file_names
 from pipelines.reconstruct import main, pairs, quality
+from pipelines.scoring.panels import file_names
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION
 from stage2_prior.codes.store import CodeStore

@@ -194,7 +194,7 @@ def test_each_prior_has_its_newest_samples_and_old_ones_are_told(run_copy: Path)
     ]
     evaluate(run_copy, "000")
     page = reported(run_copy)
-    assert "no longer what the run would give" not in page.text
+    assert "Made with an earlier" not in page.text
     assert "12.35" in page.text
     change_bytes(run.prior("transformer") / "prior.safetensors")
     assert [bool(drawn.remarks) for drawn in newest_samples(run)] == [True, False]

@@ -26,8 +26,8 @@ from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
 from configs.errors import UserError
 from configs.run_dir import REPOSITORY, RunDir, read_json, write_json
 from configs.schema import Stage2
-from pipelines.images.provenance import described_weights, identity, without_places
-from pipelines.run import Launch, check_options, evaluation_of, main, run_to_its_end, samples_of, steps
+from pipelines.provenance import describe_weights, model_fingerprints, publishable_argument
+from pipelines.run import Launch, check_options, current_evaluation, current_samples, main, run_to_its_end, steps
 from pipelines.sample import main as sample
 from tests.conftest import Script
 from tests.stage2_prior.test_train import change_bytes
@@ -176,14 +176,14 @@ def test_samples_count_only_if_the_chain_would_draw_the_same(run_copy: Path) -> 
     run = RunDir(run_copy)
     for others in (["--n", "8"], ["--seed", "1"], ["--label", "down"], ["--temperature", "0.5"], ["--prior", "uniform"]):
         sample(["--run", str(run_copy), "--n", "64", *others])
-        assert samples_of(run, "transformer") is None, others
-    assert samples_of(run, "uniform") == run.samples / "004"
+        assert current_samples(run, "transformer") is None, others
+    assert current_samples(run, "uniform") == run.samples / "004"
     sample(["--run", str(run_copy), "--n", "64", "--batch-size", "5"])
-    assert samples_of(run, "transformer") == run.samples / "005"
+    assert current_samples(run, "transformer") == run.samples / "005"
     change_bytes(run.prior("transformer") / "prior.safetensors")
-    assert (samples_of(run, "transformer"), samples_of(run, "uniform")) == (None, run.samples / "004")
+    assert (current_samples(run, "transformer"), current_samples(run, "uniform")) == (None, run.samples / "004")
     change_bytes(run.tokenizer)
-    assert samples_of(run, "uniform") is None
+    assert current_samples(run, "uniform") is None
 
 
 def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path) -> None:
@@ -191,7 +191,7 @@ def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path)
     recipe = recipe_dict(load_recipe(run.recipe))
     asked = recipe["evaluation"]
     found: dict[str, Any] = {
-        **identity(run, "transformer"),
+        **model_fingerprints(run, "transformer"),
         "evaluation": asked,
         "sampling": {**recipe["sampling"], "precision": "float64"},
         "split": "validation",
@@ -209,13 +209,13 @@ def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path)
     ]
     for change in changes:
         write_json(folder / "evaluation.json", found | change)
-        assert evaluation_of(run, "transformer", asked) is None, change
+        assert current_evaluation(run, "transformer", asked) is None, change
     write_json(folder / "evaluation.json", found)
-    assert evaluation_of(run, "transformer", asked) == folder
-    assert evaluation_of(run, "transformer", {**asked, "n": 7}) is None
-    assert evaluation_of(run, "transformer", {**asked, "batch_size": 7}) == folder
+    assert current_evaluation(run, "transformer", asked) == folder
+    assert current_evaluation(run, "transformer", {**asked, "n": 7}) is None
+    assert current_evaluation(run, "transformer", {**asked, "batch_size": 7}) == folder
     change_bytes(run.prior("transformer") / "prior.safetensors")
-    assert evaluation_of(run, "transformer", asked) is None
+    assert current_evaluation(run, "transformer", asked) is None
 
 
 @pytest.mark.parametrize(
@@ -361,10 +361,10 @@ def test_one_command_leaves_a_report_and_knows_what_is_done(tiny_recipe: Path, t
     ran = [json.loads(line)["command"] for line in (path / "history.jsonl").read_text().splitlines()]
     trained = ["stage1_vqvae/train.py", "stage2_prior/extract_codes.py", "stage2_prior/train.py"]
     assert ran == [*trained, *(f"pipelines/{name}.py" for name in ("sample", "sample", "evaluate"))]
-    found = {step.name: step.found() for step in steps(chain(*arguments))}
+    found = {step.name: step.existing() for step in steps(chain(*arguments))}
     assert {name for name, folder in found.items() if folder is not None} == {"samples", "uniform samples", "evaluation"}
     again = steps(chain("--run", path, "--evaluation.n", "25"))
-    assert {step.name for step in again if step.found() is not None} == {"samples", "uniform samples"}
+    assert {step.name for step in again if step.existing() is not None} == {"samples", "uniform samples"}
 
 
 def test_it_runs_where_there_are_few_signals_and_no_process_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,11 +385,11 @@ def test_weights_of_an_evaluation_are_known_by_name_and_content(tmp_path: Path) 
     described = []
     for content in (b"one", b"two"):
         (tmp_path / "w.pth").write_bytes(content)
-        described.append(described_weights(str(tmp_path / "w.pth")))
+        described.append(describe_weights(str(tmp_path / "w.pth")))
     assert described[0] != described[1]
     assert all((text or "").startswith("w.pth, sha256 ") for text in described)
-    assert described_weights(None) is None
-    assert without_places(f"--samples={tmp_path}/here") == "--samples=./here"
-    assert without_places("../bob/pictures") == without_places("~/pictures") == "./pictures"
-    assert without_places("uoft-cs/cifar10") == "uoft-cs/cifar10"
-    assert without_places(str(REPOSITORY / "pipelines/sample.py")) == "pipelines/sample.py"
+    assert describe_weights(None) is None
+    assert publishable_argument(f"--samples={tmp_path}/here") == "--samples=./here"
+    assert publishable_argument("../bob/pictures") == publishable_argument("~/pictures") == "./pictures"
+    assert publishable_argument("uoft-cs/cifar10") == "uoft-cs/cifar10"
+    assert publishable_argument(str(REPOSITORY / "pipelines/sample.py")) == "pipelines/sample.py"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.run_dir import RunDir, natural, read_json, write_json
-from pipelines.images.provenance import identity
+from pipelines.provenance import model_fingerprints
 from pipelines.summary import main
 
 
@@ -42,7 +42,7 @@ def test_it_says_what_is_missing(run_copy: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_bound_is_of_the_prior_last_finished_and_the_newest_evaluation(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The thousandth comes after the 999th; what another prior gave is not shown, what takes no prior is."""
-    held = identity(RunDir(run_copy), "transformer")
+    held = model_fingerprints(RunDir(run_copy), "transformer")
 
     def noted(number: str, mean: float, prior_sha256: str | None) -> None:
         bits = {name: {"mean": mean} for name in ("pixels", "uniform", "learned")}

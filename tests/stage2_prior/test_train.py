@@ -19,9 +19,9 @@ from configs.cli import load_recipe
 from configs.errors import UserError
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
-from pipelines.anomalies import reference
-from pipelines.images.scoring import ScoringPrior
+from pipelines.anomalies import validation_bits
 from pipelines.sample import main as sample
+from pipelines.scoring.surprisals import ScoringPrior
 from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.extract_codes import main as extract
@@ -80,7 +80,7 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     before = read_json(run.prior("transformer") / "likelihood.json")
     path, command = run.prior("transformer") / "prior.safetensors", Namespace(run=run)
     scorer = ScoringPrior(*load_prior(path, fingerprint(run.tokenizer)), "transformer")
-    usual = reference(command, scorer, labelled=True)
+    usual = validation_bits(command, scorer, labelled=True)
 
     def store_again(first: int | None) -> None:
         for split in ("train", "validation"):
@@ -98,12 +98,12 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     report([*arguments, "--accept-changed-data"])
     after = read_json(run.prior("transformer") / "likelihood.json")
     assert [after[key] for key in ("validation", "train", "labels")] == [before[key] for key in ("validation", "train", "labels")]
-    assert torch.equal(reference(command, scorer, labelled=True), usual)
+    assert torch.equal(validation_bits(command, scorer, labelled=True), usual)
 
     store_again(1)
     line = one_line_error(report, *arguments, "--accept-changed-data")
     assert "codes/train: expected codes of classes that the prior knows (across, down), found aside; train another prior" in line
-    assert torch.equal(reference(command, scorer, labelled=True), usual[1:])
+    assert torch.equal(validation_bits(command, scorer, labelled=True), usual[1:])
     assert "compared with 11 of 12 validation images: the others' labels the prior does not know" in capsys.readouterr().out
     line = one_line_error(main, *arguments, "--resume", "--stage2.steps", "12")
     assert re.search(r'expected codes of the classes that its training began with, found .*class "aside" is new', line)

@@ -1,4 +1,4 @@
-/** The page: fields, pictures and paint. What computes is worker.js. */
+/** The page: fields, pictures and paint; worker.js computes. */
 import { batchSize, keptCodes } from "./sampler.js";
 
 const MOST = 64;
@@ -10,12 +10,12 @@ const file = document.querySelector("[name=file]");
 
 let model = null;
 let loaded = false;
-/** The picture that parts are drawn anew of: `{codes, pixels, label}`. */
+/** The picture whose parts are redrawn: `{codes, pixels, label}`. */
 let chosen = null;
-/** Which of its pixels are painted over, (H * W). */
+/** Mask of its painted pixels, (H * W). */
 let painted = null;
 
-/** The elements of a section that asks the worker for pictures. */
+/** The elements of a section that gets pictures from the worker. */
 function part(id) {
   const section = document.getElementById(id);
   const [form, progress, line, pictures] = ["form", "progress", ".line", ".pictures"].map((what) => section.querySelector(what));
@@ -41,7 +41,7 @@ worker.addEventListener("message", ({ data }) => {
     else resolve(data.result);
   }
 });
-// Of its own failures, not of what it was asked.
+// Failures of the worker itself, not of a request.
 worker.addEventListener("error", (event) => {
   failure = new Error(`This page cannot compute: a file is missing, or this browser is too old (${event.message ?? "its worker does not start"}).`);
   for (const { reject } of waiting.values()) reject(failure);
@@ -56,7 +56,7 @@ function ask(action, content, progress, part) {
   });
 }
 
-/** Have the worker do something for a section: buttons wait meanwhile, and what goes wrong is said in its line. */
+/** Send a request of a section to the worker: its buttons are disabled meanwhile, and an error is shown in its line. */
 async function work(where, action, content, part = () => {}) {
   const focused = document.activeElement;
   busy(where, true, action === "sample" || action === "complete");
@@ -64,7 +64,7 @@ async function work(where, action, content, part = () => {}) {
     return await ask(action, content, (share) => (where.progress.value = share), part);
   } finally {
     busy(where, false);
-    if (document.activeElement === document.body) focused.focus({ preventScroll: true }); // which a button loses that waits
+    if (document.activeElement === document.body) focused.focus({ preventScroll: true }); // a disabled button loses the focus
   }
 }
 
@@ -83,7 +83,7 @@ function say(where, text, isError = false) {
 
 // ---- fields
 
-/** The number in a field. Errors: Error with the line to say. */
+/** Read the number in a field. Errors: Error with the line to show. */
 function numberIn(form, name, { whole = false, least = -Infinity, most = Infinity } = {}) {
   const field = form.elements[name];
   const title = field.labels[0].firstChild.textContent.trim();
@@ -94,7 +94,7 @@ function numberIn(form, name, { whole = false, least = -Infinity, most = Infinit
   throw new Error(`${title}: expected a ${whole ? "whole " : ""}number${range}, found ${field.value || "none"}.`);
 }
 
-/** What both sections draw by. */
+/** Read the settings that both sections share. */
 function drawingIn() {
   const settings = { temperature: numberIn(draw.form, "temperature", { least: 0 }) };
   if (knows("guidance")) settings.guidance = numberIn(draw.form, "guidance");
@@ -106,7 +106,7 @@ function knows(what) {
   return what === "labels" ? labels : labels && model.knows_no_label;
 }
 
-/** Labels of `count` pictures, as the field has it. */
+/** Labels of `count` pictures from the field. */
 function labelsIn(form, count) {
   const { value } = form.elements.label;
   const numbers = Array.from({ length: count }, (_, number) => number);
@@ -116,7 +116,7 @@ function labelsIn(form, count) {
 
 // ---- pictures
 
-/** An image (H * W * C) as a canvas's content. */
+/** Convert an image (H * W * C) to a canvas's content. */
 function imageData(pixels) {
   const [height, width, channels] = model.image_shape;
   const data = new ImageData(width, height);
@@ -127,7 +127,7 @@ function imageData(pixels) {
   return data;
 }
 
-/** A canvas of the run's size with an image on it. */
+/** Create a canvas of the run's size with an image on it. */
 function drawnOn(pixels) {
   const made = document.createElement("canvas");
   [made.height, made.width] = model.image_shape;
@@ -135,7 +135,7 @@ function drawnOn(pixels) {
   return made;
 }
 
-/** Places for `count` pictures, each of which becomes one that can be chosen. */
+/** Create placeholders for `count` pictures, which become buttons. */
 function places(where, count) {
   const [height, width] = model.image_shape;
   const made = Array.from({ length: count }, () => {
@@ -148,7 +148,7 @@ function places(where, count) {
   return made;
 }
 
-/** A picture `{codes, pixels, label}` as a button that chooses it. */
+/** Create a button with a picture `{codes, pixels, label}` that selects it. */
 function pictureButton(picture, number) {
   const button = document.createElement("button");
   const image = document.createElement("img");
@@ -205,7 +205,7 @@ async function drawPictures() {
   if (chosen === null) choose(...first);
 }
 
-/** What draws the same of the run itself. */
+/** Show the command that draws the same with the run itself. */
 function commandLine(count, { seed, settings }) {
   const quoted = (text) => (/^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
   const options = { run: model.run, prior: model.prior, n: count, seed, ...settings };
@@ -214,7 +214,7 @@ function commandLine(count, { seed, settings }) {
   return `${model.command}${typed.join("")}`;
 }
 
-// ---- a part anew
+// ---- redrawing a part
 
 function choose(picture, button) {
   chosen = picture;
@@ -230,7 +230,7 @@ function clear() {
   show();
 }
 
-/** The chosen picture, the patches that are drawn anew, and the paint. */
+/** Show the selected picture, the patches to redraw, and the paint. */
 function show() {
   const [height, width] = model.image_shape;
   const scale = canvas.width / width;
@@ -257,10 +257,10 @@ function show() {
   context.globalAlpha = 1;
 }
 
-/** Paint a round spot, at a point in the picture's pixels. */
+/** Paint a round spot at a pixel of the picture. */
 function spot(x, y) {
   const [height, width] = model.image_shape;
-  const radius = Math.max(brush.valueAsNumber / 2, Math.SQRT1_2); // a pixel at least
+  const radius = Math.max(brush.valueAsNumber / 2, Math.SQRT1_2); // at least one pixel
   for (let row = Math.max(0, Math.floor(y - radius)); row < Math.min(height, y + radius); row++) {
     for (let column = Math.max(0, Math.floor(x - radius)); column < Math.min(width, x + radius); column++) {
       if (Math.hypot(column + 0.5 - x, row + 0.5 - y) <= radius) painted[row * width + column] = 1;
@@ -295,7 +295,7 @@ async function redrawPart() {
   await pictures(redraw, "complete", { ...drawing, codes: chosen.codes, painted }, labelsIn(redraw.form, count));
 }
 
-/** A file as an image (H * W * C) of the run's size: its crop (stage1_vqvae/data/crops.py), scaled to that. */
+/** Read a file as an image (H * W * C) of the run's size: its crop (stage1_vqvae/data/crops.py) scaled to that. */
 async function pixelsOf(opened) {
   const [height, width, channels] = model.image_shape;
   let source;
@@ -308,7 +308,7 @@ async function pixelsOf(opened) {
   const scale = Math.min(source.width / width, source.height / height) * Math.sqrt(area);
   const [cropWidth, cropHeight] = [width * scale, height * scale];
   let crop = [(source.width - cropWidth) * across, (source.height - cropHeight) * down, cropWidth, cropHeight];
-  // Browsers look at few pixels where they scale by more than two: so by halves.
+  // Browsers alias when they shrink by more than two, so halve repeatedly.
   let halvings = Math.max(0, Math.floor(Math.log2(scale)));
   for (; ; halvings--) {
     const smaller = document.createElement("canvas");
@@ -343,7 +343,7 @@ async function openFile() {
   say(redraw, `${opened.name}, as the model sees it: paint over what shall be different.`);
 }
 
-// ---- what is said of the run, and what is pressed
+// ---- facts about the run, and buttons
 
 function describe() {
   const { loss, bytes, grids } = model;
@@ -377,7 +377,7 @@ function describe() {
   document.querySelector("footer").hidden = false;
 }
 
-/** Do something for a section; what goes wrong is said in its line. */
+/** Run an action of a section; an error is shown in its line. */
 function attempt(where, action) {
   return async (event) => {
     event?.preventDefault();
@@ -396,7 +396,7 @@ function prepare() {
   redraw.form.elements.label.replaceChildren(...options(model.knows_no_label ? [["none", "none"]] : []));
   for (const element of document.querySelectorAll("[data-needs]")) element.hidden = !knows(element.dataset.needs);
   for (const element of document.querySelectorAll("[data-lacks]")) element.hidden = knows(element.dataset.lacks);
-  draw.form.elements.number.value = batchSize(model); // no more than are there at once
+  draw.form.elements.number.value = batchSize(model); // as many as one batch
   for (const name of ["temperature", "guidance"]) draw.form.elements[name].value = model.sampling[name];
   const [height, width] = model.image_shape;
   const scale = Math.max(1, Math.round(720 / width));
@@ -430,7 +430,7 @@ document.querySelector("[name=save]").addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => chosen && show());
 
-/** What the page draws by. Called whenever that is not there: so a press of a button tries again what has failed. */
+/** Load the worker's files. Called whenever they are missing, so that a button press retries after a failure. */
 async function load() {
   if (model === null) {
     const answer = await fetch(new URL("model.json", import.meta.url), { cache: "no-cache" });

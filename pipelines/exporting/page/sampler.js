@@ -102,9 +102,9 @@ export function draw(probabilities, uniform) {
 }
 
 /**
- * Which codes are kept of an image of which some pixels are to be drawn anew: of each grid those that span none of these.
+ * Compute which codes of an image to keep: in each grid those that span no painted pixel.
  * @param {Object} model - model.json
- * @param {ArrayLike<number|boolean>} painted - (H * W,) pixels to draw anew
+ * @param {ArrayLike<number|boolean>} painted - (H * W,) pixels to redraw
  * @returns {boolean[]} (T,), through all levels
  */
 export function keptCodes(model, painted) {

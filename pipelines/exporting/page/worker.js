@@ -34,7 +34,7 @@ const actions = {
     await drawn({ labels, seed, settings }, progress, part);
   },
 
-  /** Continuations of codes (T,), of an image of which the pixels `painted` (H * W) are drawn anew: parts as `sample`'s. */
+  /** Draw continuations of codes (T,) of an image whose pixels `painted` (H * W) are redrawn; sends parts as `sample` does. */
   async complete({ codes, painted, labels, seed, settings }, { progress, part }) {
     await drawn({ labels, seed, settings, given: codes, kept: keptCodes(sampler.model, painted) }, progress, part);
   },

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from pipelines.evaluation.distances import Gaussian, Moments, Reference, ordered_inception_score
+from pipelines.evaluation.distances import Gaussian, Moments, Reference, adm_inception_score
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch, load_reference_batch
 from stage1_vqvae.features.networks import POOLED, SPATIAL, Features
 
@@ -145,9 +145,9 @@ def test_accelerators_compute_the_fréchet_distance_of_a_cpu(first: int, second:
 @pytest.mark.parametrize("part", [1, 7, 20, 100])
 def test_the_ordered_inception_score_takes_consecutive_parts(part: int) -> None:
     logits = np.random.default_rng(0).standard_normal((20, 9)).astype(np.float32) * 5
-    assert ordered_inception_score(torch.from_numpy(logits), part) == pytest.approx(inception_score_by_definition(logits, part))
+    assert adm_inception_score(torch.from_numpy(logits), part) == pytest.approx(inception_score_by_definition(logits, part))
     sure = 200 * torch.eye(8).repeat(5, 1)  # probabilities underflow to zero
-    assert ordered_inception_score(sure, 40) == pytest.approx(8)
+    assert adm_inception_score(sure, 40) == pytest.approx(8)
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:

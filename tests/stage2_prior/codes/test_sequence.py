@@ -13,7 +13,8 @@ def test_there_and_back() -> None:
     codes = tuple(torch.randint(k, (4, *grid)) for grid, k in zip(TWO_LEVELS.grids, TWO_LEVELS.num_codes, strict=True))
     tokens = TWO_LEVELS.to_tokens(codes)
     assert tokens.shape == (4, TWO_LEVELS.length) == (4, 26)
-    assert all(torch.equal(a, b) for a, b in zip(TWO_LEVELS.to_codes(tokens), codes, strict=True))
+    grids = TWO_LEVELS.grids_of(tokens)
+    assert all(torch.equal(grid, code + offset) for grid, code, offset in zip(grids, codes, (0, 7), strict=True))
 
 
 def test_levels_share_no_token() -> None:

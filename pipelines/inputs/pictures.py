@@ -1,4 +1,4 @@
-"""Images as people have them in Python, and as the models do."""
+"""Images and masks as Python objects: conversion to uint8 tensors and back."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from stage1_vqvae.data.decoding import decode_image, image_to_pixels, to_eight_b
 from stage1_vqvae.pictures import to_pil
 
 Picture = Image.Image | np.ndarray | Tensor | str | Path
-"""An image: of Pillow, uint8 (H, W, C), or a file."""
+"""An image: Pillow's, uint8 (H, W, C), or a file."""
 Pictures = Picture | Sequence[Picture]
 """One, several, or uint8 (N, H, W, C)."""
 Mask = Image.Image | np.ndarray | Tensor
-"""Which pixels (H, W): true, or white; a picture's transparent ones are not."""
+"""Mask of the pixels (H, W) to keep: true, or white and opaque."""
 Output = Literal["pil", "tensor"]
-# Share of a mask's opaque pixels that are nearly black or white; others may be of blurred edges.
+# Smallest share of nearly black or white pixels in a mask; the others may be blurred edges.
 _BLACK_AND_WHITE = 0.8
 
 
 def pixels_in(images: Pictures, data: Data) -> Tensor:
-    """Images as uint8 (N, H, W, C) of a recipe's size; those of another size or mode as training's were scaled, cropped and converted.
+    """Convert images to uint8 (N, H, W, C) of a recipe's size, scaled, cropped and converted as training images are.
 
-    Errors: UserError for what is no image.
+    Errors: UserError for anything that is no image.
     """
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
         images = [images]
@@ -53,7 +53,7 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
 
 
 def mask_in(mask: Mask, data: Data) -> Tensor:
-    """Which pixels (H, W) a mask keeps. Errors: UserError for one of another size than the recipe's."""
+    """Convert a mask to booleans (H, W). Errors: UserError for another size than the recipe's."""
     if isinstance(mask, Image.Image):
         mask = kept_by(mask, "mask")
     found = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
@@ -67,13 +67,12 @@ def mask_in(mask: Mask, data: Data) -> Tensor:
 
 
 def kept_by(mask: Image.Image, what: str) -> Tensor:
-    """Which pixels (H, W) a picture keeps: those that are white and opaque; of a picture with transparent parts that is neither black nor
-    white, those that are opaque.
+    """Compute the mask (H, W) of a picture: its white opaque pixels; in a coloured picture with transparent parts, all opaque ones.
 
     Args:
-        mask: the picture, of any mode.
-        what: it is, for messages.
-    Errors: UserError for black on transparent ground, of which either may be meant, and for pixels of unknown range.
+        mask: the picture, in any mode.
+        what: its name in messages.
+    Errors: UserError for black on a transparent ground, where either may be meant, and for pixels of unknown range.
     """
     try:
         grey = torch.from_numpy(np.array(to_eight_bits(mask, "L")))
@@ -86,10 +85,10 @@ def kept_by(mask: Image.Image, what: str) -> Tensor:
         return grey >= 128
     shades = grey[opaque]
     if len(shades) and float(((shades < 64) | (shades >= 192)).float().mean()) < _BLACK_AND_WHITE:
-        say(f"{what}: a picture with transparent parts: those are drawn anew, the others kept")
+        say(f"{what}: a picture with transparent parts: those are drawn again, the others kept")
         return opaque
     if len(shades) and not bool((shades >= 128).any()):
-        expected = "expected white where images are kept, and black or nothing where they are drawn anew"
+        expected = "expected white where images are kept, and black or nothing where they are drawn again"
         raise UserError(f"{what}: {expected}; found black and transparent parts alone")
     return opaque & (grey >= 128)
 
@@ -101,7 +100,7 @@ def pictures_out(pixels: Tensor, output: Literal["tensor"]) -> Tensor: ...
 @overload
 def pictures_out(pixels: Tensor, output: Output) -> list[Image.Image] | Tensor: ...
 def pictures_out(pixels: Tensor, output: Output) -> list[Image.Image] | Tensor:
-    """uint8 (N, H, W, C) as Pillow's images, or as they are. Errors: UserError for another output."""
+    """Return uint8 (N, H, W, C) unchanged or as Pillow's images. Errors: UserError for another output."""
     if output not in ("pil", "tensor"):
         raise UserError(f"output: expected pil or tensor, found {output}")
     return pixels if output == "tensor" else [to_pil(picture) for picture in pixels]

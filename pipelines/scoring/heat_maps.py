@@ -1,4 +1,4 @@
-"""Bits of an image's codes as colours over the picture."""
+"""Heat maps: bits of an image's codes as colours over the picture."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.likelihood.bits import uniform_bits
 
-# How much of a heat map's pixel is its colour; the rest is the picture, in grey.
+# Weight of the colour in a heat map's pixel; the rest is the grey picture.
 _OPACITY = 0.6
 
 
 def heat_maps(bits: Tensor, layout: SequenceLayout) -> Tensor:
-    """Bits of positions (N, T) to bits of each cell of the finest grid, (N, h, w), with the same sum.
+    """Sum bits per position (N, T) to bits per cell of the finest grid, (N, h, w), with the same total.
 
-    The bits of several levels add up; a coarser level's are spread evenly over the cells that lie under its own.
+    A coarser level's bits are spread evenly over the cells under its own.
     """
     high, wide = (max(sides) for sides in zip(*layout.grids, strict=True))
     heat = bits.new_zeros(len(bits), high, wide)
@@ -29,15 +29,13 @@ def heat_maps(bits: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 def colour_scale(layout: SequenceLayout) -> ScalarMappable:
-    """Colours for bits of a cell of the finest grid, the same at every call: up to twice what one costs under the uniform prior,
-    which ordinary ones seldom reach, and which few exceed.
-    """
+    """Colours for bits per cell of the finest grid, equal in every call: up to twice the bits under the uniform prior, which few exceed."""
     uniform = [torch.full((1, length), cost) for length, cost in zip(layout.lengths, uniform_bits(layout.num_codes), strict=True)]
     return ScalarMappable(Normalize(0, 2 * float(heat_maps(torch.cat(uniform, 1), layout).max())), "inferno")
 
 
 def overlaid(picture: Tensor, heat: Tensor, colours: ScalarMappable) -> Tensor:
-    """A picture, uint8 (H, W, C), in grey under its heat (h, w) in colours: uint8 (H, W, 3)."""
+    """Blend a grey picture, uint8 (H, W, C), with its heat (h, w) in colours: uint8 (H, W, 3)."""
     rows, columns = (torch.arange(side) * cells // side for side, cells in zip(picture.shape[:2], heat.shape, strict=True))
     colour = torch.from_numpy(colours.to_rgba(heat.numpy())[..., :3])[rows][:, columns]
     grey = picture.double().mean(-1, keepdim=True)

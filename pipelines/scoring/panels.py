@@ -1,4 +1,4 @@
-"""What a user reads of images that were scored: a table, and a picture of panels."""
+"""Results of scored images: a CSV table and a picture of captioned panels."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from configs.run_dir import write_text
-from pipelines.images.inputs import unique_names
+from pipelines.inputs.images import unique_names
 from stage1_vqvae.pictures import grid_scale, image_grid
 from stage1_vqvae.plots import save_figure
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """A PNG's name for each image: its own stem, numbered where several have it."""
+    """Name one PNG per image: its stem, numbered where several share it."""
     return [f"{name}.png" for name in unique_names([Path(name).stem for name in names])]
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows with equal keys as CSV, atomically. What is not known (None, NaN) is an empty field."""
+    """Write rows with equal keys as CSV, atomically; None and NaN become empty fields."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -34,7 +34,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 class Panel(NamedTuple):
-    """Pictures side by side, and what is said above them."""
+    """Pictures side by side under a caption."""
 
     pictures: Tensor
     """Pictures side by side, uint8 (k, H, W, C)."""
@@ -42,7 +42,7 @@ class Panel(NamedTuple):
     """Caption of two lines."""
 
 
-# Of `panels_picture`, in pixels of save_figure's 110 an inch.
+# Sizes in `panels_picture`, in pixels at save_figure's 110 per inch.
 _INCH = 110
 _WIDTH, _GAP, _CAPTION, _TITLE, _BAR = 1200, 14, 26, 34, 60
 _NARROWEST = 120  # room for a caption of some 24 letters
@@ -51,20 +51,20 @@ _NARROWEST = 120  # room for a caption of some 24 letters
 def panels_picture(
     path: Path, blocks: Sequence[tuple[str, Sequence[Panel]]], colours: ScalarMappable | None = None, unit: str = ""
 ) -> None:
-    """Blocks of panels of one size, each block under its title; beneath them a bar that explains `colours`, in `unit`.
+    """Draw blocks of panels of one size, each under its title, and below them the colour bar of `colours` in `unit`.
 
-    Panels are placed by hand, because a layout found by matplotlib would shrink small pictures.
+    Panels are placed explicitly, because matplotlib's layout would shrink small pictures.
     """
     scale = grid_scale(blocks[0][1][0].pictures.shape[1])
-    drawn = [[_side_by_side(panel.pictures, scale) for panel in panels] for _, panels in blocks]
-    high, wide = drawn[0][0].shape[:2]
+    strips = [[_side_by_side(panel.pictures, scale) for panel in panels] for _, panels in blocks]
+    high, wide = strips[0][0].shape[:2]
     cell_width, cell_height = max(wide, _NARROWEST) + _GAP, high + _CAPTION + _GAP
     columns = max(1, min(_WIDTH // cell_width, max(len(panels) for _, panels in blocks)))
     width = columns * cell_width
     height = sum(_TITLE + -(-len(panels) // columns) * cell_height for _, panels in blocks) + (_BAR if colours is not None else 0)
     figure = Figure(figsize=(width / _INCH, height / _INCH))
     top = 0
-    for (title, panels), pictures in zip(blocks, drawn, strict=True):
+    for (title, panels), pictures in zip(blocks, strips, strict=True):
         figure.text(0, 1 - (top + _TITLE / 2) / height, title, fontsize=9, fontweight="bold", va="center")
         top += _TITLE
         for number, (panel, picture) in enumerate(zip(panels, pictures, strict=True)):
@@ -84,7 +84,7 @@ def panels_picture(
 
 
 def short(name: str, length: int = 24) -> str:
-    """A name for a caption: itself, or the end of its last part."""
+    """Shorten a name for a caption to the end of its last part."""
     return name if len(name) <= length else Path(name).name[-length:]
 
 

@@ -40,8 +40,8 @@ def array_in(path: Path, name: str, option: str) -> np.ndarray:
     try:
         return _mapped(path, name)
     except Exception as error:  # of many kinds: the file system's, zip's, zlib's, numpy's
-        found = f"no {name}.npy in it" if isinstance(error, KeyError) else error
-        raise UserError(f"{option} {path}: expected an npz file with {name}, found: {found}") from None
+        reason = f"no {name}.npy in it" if isinstance(error, KeyError) else error
+        raise UserError(f"{option} {path}: expected an npz file with {name}, found: {reason}") from None
 
 
 def _mapped(path: Path, name: str) -> np.ndarray:

@@ -13,18 +13,13 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, listed, say
 from configs.run_dir import RunDir
-from pipelines.images.drawing import labels_of
-from stage1_vqvae.data.device_batches import device_batches
+from pipelines.drawing import labels_of
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import class_numbers
-from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images, load_spread
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Pixels
-from stage1_vqvae.model import VQVAE
-from stage1_vqvae.quantizers.contract import Codes
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage2_prior.priors.prior_file import PriorHeader
-from training.progress import progress_bar
 
 # Bytes of a name, so that a number and an ending have room in the 255 that file systems take.
 _LONGEST = 230
@@ -79,33 +74,6 @@ def chosen_images(options: Any, data: Data, progress: bool, run: RunDir | None =
         labels = [source.label_names[label] for label in split.labels.tolist()]
     rows = range(len(split)) if count is None else numbers.tolist()
     return Images(split.pixels[:], [f"{split_name}/{row}" for row in rows], labels)
-
-
-@torch.no_grad()
-def encode_and_decode(tokenizer: VQVAE, pixels: Pixels, batch_size: int, progress: bool = False) -> tuple[Codes, Tensor]:
-    """Images uint8 (N, H, W, C) to their codes, int64 (N, h, w) a level, and reconstructions, uint8 (N, H, W, C); on the CPU."""
-    device = next(tokenizer.parameters()).device
-    parts: list[Codes] = []
-    pictures = torch.empty(pixels.shape, dtype=torch.uint8)
-    with progress_bar(len(pixels), "encode and decode", "img", shown=progress) as bar:
-        for part, (images,) in device_batches(device, batch_size, pixels):
-            codes = tokenizer.encode(to_model(images))
-            pictures[part] = to_uint8(tokenizer.decode(codes)).cpu()
-            parts.append(tuple(level.cpu() for level in codes))
-            bar.update(part.stop - part.start)
-    return tuple(torch.cat(level) for level in zip(*parts, strict=True)), pictures
-
-
-@torch.no_grad()
-def encode(tokenizer: VQVAE, pixels: Pixels, batch_size: int) -> Codes:
-    """Images uint8 (N, H, W, C) to their codes alone, int64 (N, h, w) a level, on the CPU."""
-    device = next(tokenizer.parameters()).device
-    parts: list[Codes] = []
-    with progress_bar(len(pixels), "encode", "img") as bar:
-        for part, (images,) in device_batches(device, batch_size, pixels):
-            parts.append(tuple(level.cpu() for level in tokenizer.encode(to_model(images))))
-            bar.update(part.stop - part.start)
-    return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
 
 def labels_for(asked: str | None, images: Images, header: PriorHeader | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from configs.errors import UserError, listed, say
 from configs.schema import Sampling
+from pipelines.encoding import allocate_pixels
 from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
@@ -81,6 +83,7 @@ def draw_images(
     given: Codes | None = None,
     kept: Codes | None = None,
     progress: bool = False,
+    folder: Path | None = None,
 ) -> tuple[Codes, Tensor]:
     """Draw and decode `count` samples.
 
@@ -92,6 +95,7 @@ def draw_images(
         sampler: None: the uniform prior.
         given: codes (N, h, w) per level, of which those that `kept`, masks (h, w) per level, marks are kept.
         progress: show a bar.
+        folder: where pictures lie in a temporary file; None: in memory.
     Returns: codes, int64 (N, h, w) per level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
     layout = sampler.layout if sampler is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
@@ -101,7 +105,7 @@ def draw_images(
     channels, height, width = tokenizer.image_shape
     whole = count if main else 0
     sequences = torch.empty(whole, layout.length, dtype=torch.int64)
-    pictures = torch.empty(whole, height, width, channels, dtype=torch.uint8)
+    pictures = allocate_pixels((whole, height, width, channels), folder)
     with progress_bar(count, "sample", "img", shown=main and progress) as bar:
         for first in range(0, count, processes * size):
             # Numbers from `count` on are drawn, as the first sample again, and thrown away.

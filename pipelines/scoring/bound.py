@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.images.scoring import BATCH_SIZE, surprisals
+from pipelines.scoring.surprisals import BATCH_SIZE, surprisals
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.metrics import index_bits

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from pipelines.images.npz import array_in, names_in
+from pipelines.evaluation.npz import array_in, names_in
 
 ARRAYS = {
     "arr_0": np.random.default_rng(0).integers(0, 256, (7, 4, 6, 3), dtype=np.uint8),

@@ -19,9 +19,10 @@ from configs.data import Data
 from configs.errors import UserError
 from configs.parts import default_part
 from configs.run_dir import RunDir
-from pipelines.images.drawing import labels_of
-from pipelines.images.inputs import Images, chosen_images, encode_and_decode, labels_for
-from pipelines.images.pictures import kept_by
+from pipelines.drawing import labels_of
+from pipelines.encoding import encode_and_decode
+from pipelines.inputs.images import Images, chosen_images, labels_for
+from pipelines.inputs.pictures import kept_by
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
@@ -278,7 +279,7 @@ def test_a_masks_transparent_parts_are_drawn_anew(mode: str, capsys: pytest.Capt
         assert torch.equal(kept_by(to_rgba(grey, alpha, mode), "--mask"), left)
     assert not capsys.readouterr().out
     assert torch.equal(kept_by(to_rgba(np.full_like(LEFT, 100), LEFT, mode), "--mask"), left)
-    assert "--mask: a picture with transparent parts: those are drawn anew, the others kept" in capsys.readouterr().out
+    assert "--mask: a picture with transparent parts: those are drawn again, the others kept" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--mask: expected white where .*; found black and transparent parts alone"):
         kept_by(to_rgba(BLACK, LEFT, mode), "--mask")
 

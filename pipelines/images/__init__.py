@@ -1,1 +1,0 @@
-"""Images that pipelines draw, are given and score, and of which run they are."""

@@ -1,0 +1,1 @@
+"""Bits of images under a prior and a likelihood, as numbers, heat maps and panels."""
