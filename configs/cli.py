@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
-from configs.data import AT_HAND, Data
+from configs.data import LOCAL_KEYS, Data
 from configs.errors import UserError, fail, require_text
 from configs.hub import run_of
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
@@ -104,7 +104,7 @@ def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = N
             inside = {family.partition(".")[2] for family in FAMILIES if family.startswith(f"{name}.")}
             parser.add_class_arguments(SECTIONS[name], None if name == flat else name, skip=inside)
     if reads_images:
-        parser.add_class_arguments(Data, "data", skip={field.name for field in dataclasses.fields(Data)} - set(AT_HAND))
+        parser.add_class_arguments(Data, "data", skip={field.name for field in dataclasses.fields(Data)} - set(LOCAL_KEYS))
     for family in _parts_of(sections):
         parser.add_class_arguments(part_class(family, kinds[family]), family)
         # A kind without fields has no group of options.
@@ -279,7 +279,7 @@ def parse(
             accept_option(parser)
         parser.set_defaults(_defaults(base, sections, flat))
         if reads_images:
-            parser.set_defaults({f"data.{key}": getattr(base.data, key) for key in AT_HAND})
+            parser.set_defaults({f"data.{key}": getattr(base.data, key) for key in LOCAL_KEYS})
         values = parser.parse_args(argv)
         recipe = _build(values, sections, flat, base)
         if reads_images:

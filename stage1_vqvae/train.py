@@ -23,10 +23,11 @@ from configs.data import in_file_order
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage1, keys_that_may_change
-from stage1_vqvae.data.loader import Loader
+from stage1_vqvae.data.loader import Loader, crops_vary
 from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource
+from stage1_vqvae.data.variants import VARIANTS
 from stage1_vqvae.monitoring.recorder import TokenizerRecorder
 from stage1_vqvae.monitoring.validation import ValidationResult, check_equal_codebooks, validate, write_results
 from stage1_vqvae.objectives.image_terms import LossTerm
@@ -53,8 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     if nothing_to_do(stage, recipe, resume, keys_that_may_change(recipe, _OWN_SECTIONS)):
         say(f"next: {command.next(EXTRACT_CODES)}")
         return
-    if recipe.data.crop == "random" and recipe.data.decode == "once":
-        raise UserError("data.decode: expected each_time with data.crop random, which is made of whole images, found once")
+    if recipe.data.decode == "once" and crops_vary(recipe.data.transform, VARIANTS[recipe.stage1.augmentation]):
+        crops = f"data.transform {recipe.data.transform.kind} and stage1.augmentation {recipe.stage1.augmentation}"
+        raise UserError(f"data.decode: expected each_time with {crops}, which crop an image in several ways, found once")
     accelerator = start(recipe.compute, str(run.stage1 / "tensorboard"), oom_hint(recipe))
     stop = GracefulStop(accelerator, command.options.stop_after)
     check_divides("stage1", recipe.stage1.batch_size, recipe.stage1.accumulation, accelerator.num_processes)

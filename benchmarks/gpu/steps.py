@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from configs.schema import PerceptualPart, Recipe
-from stage1_vqvae.data.variants import num_variants
+from stage1_vqvae.data.variants import VARIANTS
 from stage1_vqvae.features.classifier import CLASSIFIER, Classifier
 from stage1_vqvae.features.networks import Layers
 from stage1_vqvae.model import VQVAE
@@ -114,7 +114,7 @@ def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> St
     data, config, quantizer, device = recipe.data, recipe.stage2, recipe.tokenizer.quantizer, accelerator.device
     steps = recipe.tokenizer.network.downsamplings
     layout = SequenceLayout([(data.height // step, data.width // step) for step in steps], [quantizer.num_codes] * len(steps))
-    variants = num_variants(recipe.extraction.augmentation)
+    variants = len(VARIANTS[recipe.extraction.augmentation])
     with device:
         prior = recipe.prior.build(layout, num_classes, variants)
     state = PriorState(accelerator, prior, config, recipe.compute)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_json
-from stage1_vqvae.data.loader import pixels_of
+from stage1_vqvae.data.loader import read_rows
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
@@ -53,7 +53,7 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
     with progress_bar(len(mine), "validate", "img", within=True) as bar:
         slices = batches(len(mine), batch_size)
-        for (pixels,) in read_to(accelerator.device, lambda rows: (pixels_of(validation.pixels, mine[rows]),), slices):
+        for (pixels,) in read_to(accelerator.device, lambda rows: (read_rows(validation.pixels, mine[rows]),), slices):
             output = tokenizer(to_model(pixels))
             found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}
             found["loss"] = torch.stack(list(output.losses.values())).sum() * len(pixels)
