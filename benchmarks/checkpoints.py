@@ -22,8 +22,7 @@ from configs.run_dir import RunDir
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN
-from stage1_vqvae.train import begin, build, take_step
-from training.averaging import WeightAverage
+from stage1_vqvae.steps import build_state, initialise_, take_step
 from training.checkpoint import Checkpoints
 
 
@@ -39,12 +38,11 @@ def main() -> None:
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data or recipe.data.path))
     images = load_images(recipe.data, [TRAIN], progress=True)
     with tempfile.TemporaryDirectory() as folder:
-        models = build(accelerator, RunDir(Path(folder)), recipe, images)
+        state = build_state(accelerator, RunDir(Path(folder)), recipe, images)
         loader = Loader(images.splits[TRAIN], recipe.data, recipe.stage1, accelerator)
-        begin(accelerator, models.tokenizer, loader, recipe.stage1)
-        average = WeightAverage(models.tokenizer, 0.999, shared=())
+        initialise_(accelerator, state, loader, recipe.stage1)
         checkpoints = Checkpoints(Path(folder) / "checkpoints", "stage 1", 2, accelerator)
-        models.model.train()
+        state.model.train()
         found: dict[bool, list[float]] = {False: [], True: []}
         copying: list[float] = []
         step = 0
@@ -52,15 +50,10 @@ def main() -> None:
             saves = bool(block % 2)
             began = time.perf_counter()
             if saves:
-                state = {
-                    "model": models.tokenizer.state_dict(),
-                    "optimizer": models.optimizer.state_dict(),
-                    "average": average.state_dict(),
-                }
-                checkpoints.save(step, state)
+                checkpoints.save(step, state.state_dict())
                 copying.append(time.perf_counter() - began)
             for _ in range(options.steps):
-                take_step(accelerator, models, loader, recipe.stage1, step)
+                take_step(accelerator, state, loader, recipe.stage1, step)
                 step += 1
             found[saves].append(time.perf_counter() - began)
             checkpoints.wait()

@@ -37,9 +37,8 @@ from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_
 from stage2_prior.conditions.none import NoCondition
 from stage2_prior.extract_codes import extract
 from stage2_prior.priors.prior_file import build_prior
-from stage2_prior.steps import take_step
+from stage2_prior.steps import PriorState, take_step
 from training.batching import batches
-from training.optimizer import adamw
 from training.processes import start
 
 _BATCH = 64
@@ -152,21 +151,21 @@ def prior_steps(rows: int, tokens: int, folder: Path) -> None:
     """Time training steps of a transformer (4 layers, width 256) on codes on disk and in memory, alternated."""
     random_store(rows, tokens, folder)
     accelerator, recipe = start(Compute()), Recipe()
-    config = dataclasses.replace(recipe.stage2, batch_size=16, minutes=0.0)
+    config = dataclasses.replace(recipe.stage2, optimizer="adamw", batch_size=16, minutes=0.0)
     torch.manual_seed(0)
     on_disk = CodeStore(folder)
     in_memory = copy.copy(on_disk)
     in_memory._shards = [[np.array(level) for level in on_disk.shard(shard)] for shard in range(on_disk.manifest.num_shards)]
     part = part_from("prior", {**as_dict(recipe.prior), "layers": 4, "width": 256, "heads": 4})
     prior = build_prior(part, NoCondition(), on_disk.manifest)
-    model, optimizer = accelerator.prepare(prior, adamw(prior, config.lr, config.weight_decay, beta2=0.95))
+    state = PriorState(accelerator, prior, config, Compute())
     stores = {"on disk": on_disk, "in memory": in_memory}
     loaders = {name: CodeLoader(store, prior.condition, config, accelerator) for name, store in stores.items()}
     found, own = dict[str, list[float]](), list[float]()
     for step in range(120):
         for name, loader in loaders.items():
             began = time.perf_counter()
-            take_step(accelerator, model, optimizer, loader, config, step)
+            take_step(accelerator, state, loader, config, step)
             if step >= 20:
                 found.setdefault(name, []).append(time.perf_counter() - began)
         own.append(_own_mib())

@@ -36,7 +36,7 @@ from configs.schema import Recipe
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
-from stage1_vqvae.train import begin, build, take_step
+from stage1_vqvae.steps import build_state, initialise_, take_step
 from training.devices import wait_for
 
 _IN_MEMORY = "batches in memory"
@@ -107,19 +107,19 @@ def steps(options: argparse.Namespace) -> None:
             how = f"{'streamed and ' if stream else ''}decoded each time by {workers} threads"
             ways |= {how: (data, split, False), f"{how}, ahead": (data, split, True)}
     with tempfile.TemporaryDirectory() as folder:
-        models = build(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
+        state = build_state(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
         loaders = {name: Loader(split, data, recipe.stage1, accelerator, ahead) for name, (data, split, ahead) in ways.items()}
-        begin(accelerator, models.tokenizer, loaders[_IN_MEMORY], recipe.stage1)
-        models.model.train()
+        initialise_(accelerator, state, loaders[_IN_MEMORY], recipe.stage1)
+        state.model.train()
         found: dict[str, list[float]] = {name: [] for name in ways}
         shares: dict[str, list[float]] = {name: [] for name in ways}
         for block in range(options.blocks + 1):  # the first warms up
             for name, loader in loaders.items():
-                take_step(accelerator, models, loader, recipe.stage1, block * (options.steps + 1))  # fills what is read ahead
+                take_step(accelerator, state, loader, recipe.stage1, block * (options.steps + 1))  # fills what is read ahead
                 loader.waited()
                 began = time.perf_counter()
                 for step in range(options.steps):
-                    take_step(accelerator, models, loader, recipe.stage1, block * (options.steps + 1) + 1 + step)
+                    take_step(accelerator, state, loader, recipe.stage1, block * (options.steps + 1) + 1 + step)
                 wait_for(accelerator.device)
                 seconds = time.perf_counter() - began
                 if block:

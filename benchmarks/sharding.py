@@ -27,7 +27,7 @@ from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.conditions.none import NoCondition
-from stage2_prior.steps import begun, take_step
+from stage2_prior.steps import PriorState, take_step
 from training.processes import finish, start
 
 _ROWS, _STEPS, _UNTIMED = 64, 6, 2
@@ -99,18 +99,17 @@ def measure(options: argparse.Namespace) -> None:
     prior = part_from("prior", {"kind": "transformer", "preset": options.preset}).build(
         SequenceLayout([(options.side, options.side)], [options.codes]), NoCondition()
     )
-    parts = begun(accelerator, prior, config, compute)
+    state = PriorState(accelerator, prior, config, compute)
     built = memory.since_asked()
     loader, seconds = CodeLoader(CodeStore(options.folder), prior.condition, config, accelerator), []
-    parts.model.train()
+    state.model.train()
     for step in range(_STEPS):
         if step == _UNTIMED:
             accelerator.wait_for_everyone()
             sent = _sent()
             memory.since_asked()
         began = time.perf_counter()
-        take_step(accelerator, parts.model, parts.optimizer, loader, config, step)
-        parts.average.update_()
+        take_step(accelerator, state, loader, config, step)
         seconds.append(time.perf_counter() - began)
     accelerator.wait_for_everyone()
     found = {

@@ -10,7 +10,6 @@ current weights, not their average, on validation images; Fréchet distances of 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -32,7 +31,8 @@ from stage1_vqvae.features.classifier import CLASSIFIER
 from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage1_vqvae.model import VQVAE
-from stage1_vqvae.train import Models, begin, build, take_step
+from stage1_vqvae.steps import TokenizerState, build_state, initialise_, take_step
+from training.checkpoint import copied
 
 _STEPS, _EVERY = 2400, 50
 _AFTER = (200, 400)
@@ -63,11 +63,10 @@ def with_way(recipe: Recipe, way: dict[str, Any], seed: int, base: dict[str, Any
     return dataclasses.replace(recipe, stage1=dataclasses.replace(recipe.stage1, adversarial=part, steps=_STEPS, minutes=0.0, seed=seed))
 
 
-def continued(accelerator: Accelerator, models: Models, state: dict[str, Any]) -> Models:
-    """Build models from a saved state."""
-    models.tokenizer.load_state_dict(state["model"])
-    models.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-    return models
+def continued(state: TokenizerState, earlier: dict[str, Any]) -> TokenizerState:
+    """Return a state that goes on from an earlier one without a discriminator."""
+    state.load_state_dict({**state.state_dict(), **copied(earlier)})
+    return state
 
 
 def main() -> None:
@@ -100,24 +99,24 @@ def main() -> None:
         for seed in range(options.seeds):
             recipe_of_seed = with_way(recipe, {"kind": "none"}, seed, base)
             loader = Loader(images.splits[TRAIN], recipe.data, recipe_of_seed.stage1, accelerator)
-            models = build(accelerator, run, recipe_of_seed, images)
-            begin(accelerator, models.tokenizer, loader, recipe_of_seed.stage1)
-            models.model.train()
+            trained = build_state(accelerator, run, recipe_of_seed, images)
+            initialise_(accelerator, trained, loader, recipe_of_seed.stage1)
+            trained.model.train()
             for step in range(_STEPS // 2):
-                take_step(accelerator, models, loader, recipe_of_seed.stage1, step)
-            state = copy.deepcopy({"model": models.tokenizer.state_dict(), "optimizer": models.optimizer.state_dict()})
-            first = judged(models.tokenizer, images, judge, reference)
+                take_step(accelerator, trained, loader, recipe_of_seed.stage1, step)
+            earlier = copied(trained.state_dict())
+            first = judged(trained.tokenizer, images, judge, reference)
             for name, way in WAYS.items():
                 own = with_way(recipe, way, seed, base)
-                models = continued(accelerator, build(accelerator, run, own, images), state)
+                trained = continued(build_state(accelerator, run, own, images), earlier)
                 curve, distances, weight, kept = [first[0]], [first[1]], 0.0, 1.0
                 for step in range(_STEPS // 2, _STEPS // 2 + _AFTER[1]):
-                    statistics = take_step(accelerator, models, loader, own.stage1, step)
-                    weight = max(weight, float(statistics.get("noted/adversarial_weight", torch.zeros(()))))
-                    kept = min(kept, float(statistics.get("noted/adversarial_kept", torch.ones(()))))
+                    statistics = take_step(accelerator, trained, loader, own.stage1, step)
+                    weight = max(weight, float(statistics.get("logged/adversarial_weight", torch.zeros(()))))
+                    kept = min(kept, float(statistics.get("logged/adversarial_kept", torch.ones(()))))
                     done = step + 1 - _STEPS // 2
                     if done % _EVERY == 0:
-                        found = judged(models.tokenizer, images, judge, reference if done in _AFTER else None)
+                        found = judged(trained.tokenizer, images, judge, reference if done in _AFTER else None)
                         curve.append(found[0])
                         distances += [found[1]] if done in _AFTER else []
                 lowest = min(curve[: 1 + _AFTER[0] // _EVERY])

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.mask is not None and getattr(options, name) is not None:
             raise UserError(f"--mask: expected no --{name.replace('_', '-')} beside it, found {getattr(options, name)}")
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
+    accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     generator = load_generator(command, accelerator, options.prior)
     tokenizer = generator.tokenizer
     _, *size = tokenizer.image_shape

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     output = None if options.output is None else _free(Path(options.output).expanduser())
     command.need_tokenizer()
     prior = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
-    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
+    accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
     generator = load_generator(command, accelerator, prior)

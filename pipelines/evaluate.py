@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--reference {options.reference}: expected --features {INCEPTION}, found {config.features}")
     features = config.features if batch_path is None else INCEPTION
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
+    accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     tokenizer = load_tokenizer(run, accelerator.device)
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
         # Check what may be missing before anything slow starts.

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if not has_recipe:
         argv = [*argv, "--config", str(_DEFAULT_RECIPE)]
     sections = ("data", "extraction", "prior", "stage2", "sampling", "compute")
-    command = parse(__doc__, sections, argv, starts_run=True, options=_options, whole=False)
+    command = parse(__doc__, sections, argv, starts_run=True, options=_options, check=False)
     run, recipe, project = command.run, command.recipe, getattr(command.options, "from")
     if not has_recipe and command.options.run is None:
         raise UserError("--run: expected a name for the new run (--run NAME), found none, and no recipe (--config FILE) either")
@@ -75,21 +75,21 @@ def main(argv: list[str] | None = None) -> None:
         recipe.check()
     except ValueError as error:  # of sizes too
         raise UserError(f"{path}: {error}") from None
-    began, accelerator = time.monotonic(), start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
+    began, accelerator = time.monotonic(), start(recipe.compute, oom_hint="take fewer images at once (--extraction.batch_size N)")
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}")
     images = load_images(recipe.data, (VALIDATION,), progress=True)
     validation = images.splits[VALIDATION]
     tokenizer.to(accelerator.device)
-    judgement = validate(accelerator, tokenizer, validation, recipe.extraction.batch_size)
+    result = validate(accelerator, tokenizer, validation, recipe.extraction.batch_size)
     with run.lock():
         write_yaml(run.recipe, recipe_dict(recipe))
         write_json(run.data, images.record)
         run.record(program(), command.arguments, recipe_dict(recipe))
         run.stage1.mkdir(parents=True, exist_ok=True)
-        save_health(run, tokenizer, judgement.counts, 0, 1)
+        save_health(run, tokenizer, result.counts, 0, 1)
         save_reconstructions(run, tokenizer, validation, 0, accelerator.device)
-        save_report(run, tokenizer, 0, (time.monotonic() - began) / 60, judgement)
+        save_report(run, tokenizer, 0, (time.monotonic() - began) / 60, result)
         save_tokenizer(run.tokenizer, tokenizer, steps=0)
     for name in (*ignored, *unused):
         print(f"ignored: {name}")

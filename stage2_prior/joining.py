@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from configs.errors import UserError
 from configs.parts import as_dict
+from configs.prior_name import PriorName
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import condition_from
 from stage2_prior.codes.store import CodeStore
@@ -18,28 +19,28 @@ from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior,
 _BATCH_SIZE = 64
 
 
-def check_levels(run: RunDir, name: str, condition: Condition) -> None:
-    """Check that all finished levels of a prior, except the named one (`NAME/levelN`), have the same condition.
+def check_levels(run: RunDir, name: PriorName, condition: Condition) -> None:
+    """Check that all finished levels of a prior, except the named one, have the same condition.
 
     Errors: UserError if one has another.
     """
-    for path in sorted(run.prior(name).parent.glob("level*/prior.safetensors")):
+    for path in sorted(name.at_level(None).folder(run).glob("level*/prior.safetensors")):
         other = condition_from(read_prior_header(path)["condition"])
-        if path.parent != run.prior(name) and other != condition:
+        if path.parent != name.folder(run) and other != condition:
             assert isinstance(other, Condition)
             expected = f"expected all levels trained on the same condition, {condition.describe()}, found {other.describe()}"
             raise UserError(f"{run.show(path.parent)}: {expected}; train all levels under another --name")
 
 
-def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: CodeStore, validation: CodeStore) -> int | None:
+def join_levels(accelerator: Accelerator, run: RunDir, name: PriorName, training: CodeStore, validation: CodeStore) -> int | None:
     """Once all levels have a prior under that name, write a prior of all of them beside, with its likelihood, to which theirs add up.
     Returns the first level, from 1 on, that has none yet; None: the prior is written.
 
     Errors: UserError as `check_levels`, and for codes of classes that the levels do not know.
     """
-    whole, sha256 = run.prior(name).parent, training.manifest.tokenizer_sha256
+    whole, sha256 = name.at_level(None).folder(run), training.manifest.tokenizer_sha256
     accelerator.wait_for_everyone()
-    folders = [whole / f"level{number}" for number in range(1, 1 + len(training.manifest.grids))]
+    folders = [name.at_level(number).folder(run) for number in range(1, 1 + len(training.manifest.grids))]
     for number, folder in enumerate(folders, 1):
         if not (folder / "prior.safetensors").exists():
             return number

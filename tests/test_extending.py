@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
     name = head["address"].partition(":")[2]
 
     # The classifier need not be a good one here.
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
 
     run = RunDir(tmp_path / "run")
     chosen = [f"--{head['family']}.kind", head["kind"]]
@@ -94,7 +95,7 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
     evaluate(["--run", str(run.path), "--features", "classifier", "--n", "8"])
     report(["--run", str(run.path)])
     recipe = load_recipe(run.recipe)
-    part = recipe.prior if head["family"] == "prior" else getattr(recipe.tokenizer, head["family"].partition(".")[2])
+    part = attrgetter(head["family"])(recipe)
     assert type(part).__name__ == name
     assert part.kind == head["kind"]
     if head["family"] == "prior":
@@ -110,7 +111,7 @@ def test_a_prior_that_draws_in_rounds_goes_through_all_that_needs_no_order(
     has to draw codes in turn.
     """
     registered(MASKED, 80, tmp_path, monkeypatch)
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     here = ["--run", str(run_copy)]
     train_prior([*here, "--prior.kind", "masked", "--stage2.steps", "60", "--stage2.lr", "0.01"])
     found = read_json(run_copy / "priors/masked/likelihood.json")

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from configs.errors import UserError
 from configs.run_dir import RunDir
 from stage1_vqvae.data.device_batches import device_batches
-from stage1_vqvae.data.order import Order, order_of
+from stage1_vqvae.data.order import Order, build_order
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.variants import VARIANTS
 from training.optimizer import adamw
 from training.precision import ieee_float32
 from training.progress import progress_bar
@@ -84,8 +84,8 @@ def load_classifier(folder: Path, source: ImageSource, device: torch.device, see
     labels = train.labels
 
     def examples(rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        variants = torch.randint(num_variants("shift"), rows.shape, generator=generator(seed, "variants", step))
-        return make_variants(to_model(train.pixels[rows].to(device)), "shift", variants), labels[rows].to(device)
+        numbers = torch.randint(len(VARIANTS["shift"]), rows.shape, generator=generator(seed, "variants", step))
+        return VARIANTS["shift"].apply(to_model(train.pixels[rows].to(device)), numbers), labels[rows].to(device)
 
     return _load_or_train(folder, CLASSIFIER, source.label_names, train, examples, device, seed, may_train)
 
@@ -138,7 +138,7 @@ def _load_or_train(
     elif not may_train:
         raise NotTrainedError(kind)
     else:
-        fit(classifier.to(device), kind, len(train), order_of(train.pixels, _BATCH, seed), examples)
+        fit(classifier.to(device), kind, len(train), build_order(train.pixels, _BATCH, seed), examples)
         save_weights(path, classifier.state_dict(), {"kind": kind, "label_names": names, "side": _SIDE})
     return classifier.to(device).eval().requires_grad_(False)
 

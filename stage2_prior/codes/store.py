@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.data import StoredAugmentation
+from configs.data import Augmentation
 from configs.errors import UserError, brief
 from configs.parts import as_dict
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
@@ -52,7 +52,7 @@ class Manifest:
     """K, the number of codes, of each level."""
     condition: Condition
     """Condition that is stored with the codes, such as the classes and their names."""
-    augmentation: StoredAugmentation
+    augmentation: Augmentation
     """What the variant axis enumerates."""
     variants: int
     """How many variants of each image are stored."""

@@ -350,7 +350,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str
 
 
 def test_no_memory_is_one_line_with_what_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
-    start(Compute(threads=1), lighter="take fewer")
+    start(Compute(threads=1), oom_hint="take fewer")
     with pytest.raises(SystemExit) as ended:
         run_entry(lambda: print(torch.empty(1 << 60)))
     assert ended.value.code == 2
