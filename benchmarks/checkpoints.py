@@ -1,8 +1,8 @@
-"""What checkpoints cost a training: blocks of steps with a save at their beginning, and without, alternated.
+"""Cost of checkpoints in training: blocks of steps that begin with a save, alternated with blocks that do not.
 
     python benchmarks/checkpoints.py --config configs/cifar10_hour.yaml --data CIFAR10
 
-A save copies the state and goes on; what it costs beside that is the thread that writes, while the steps after it are taken.
+A save copies the state and returns; the rest of its cost is the writing thread, which runs beside the following steps.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from configs.run_dir import RunDir
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN
-from stage1_vqvae.train import begin, build, take_step
-from training.averaging import WeightAverage
+from stage1_vqvae.steps import build_state, initialise_, take_step
 from training.checkpoint import Checkpoints
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", help="a local data set")
@@ -39,12 +38,11 @@ def main() -> None:
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=options.data or recipe.data.path))
     images = load_images(recipe.data, [TRAIN], progress=True)
     with tempfile.TemporaryDirectory() as folder:
-        models = build(accelerator, RunDir(Path(folder)), recipe, images)
+        state = build_state(accelerator, RunDir(Path(folder)), recipe, images)
         loader = Loader(images.splits[TRAIN], recipe.data, recipe.stage1, accelerator)
-        begin(accelerator, models.tokenizer, loader, recipe.stage1)
-        average = WeightAverage(models.tokenizer, 0.999, shared=())
+        initialise_(accelerator, state, loader, recipe.stage1)
         checkpoints = Checkpoints(Path(folder) / "checkpoints", "stage 1", 2, accelerator)
-        models.model.train()
+        state.model.train()
         found: dict[bool, list[float]] = {False: [], True: []}
         copying: list[float] = []
         step = 0
@@ -52,15 +50,10 @@ def main() -> None:
             saves = bool(block % 2)
             began = time.perf_counter()
             if saves:
-                state = {
-                    "model": models.tokenizer.state_dict(),
-                    "optimizer": models.optimizer.state_dict(),
-                    "average": average.state_dict(),
-                }
-                checkpoints.save(step, state)
+                checkpoints.save(step, state.state_dict())
                 copying.append(time.perf_counter() - began)
             for _ in range(options.steps):
-                take_step(accelerator, models, loader, recipe.stage1, step)
+                take_step(accelerator, state, loader, recipe.stage1, step)
                 step += 1
             found[saves].append(time.perf_counter() - began)
             checkpoints.wait()

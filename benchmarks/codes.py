@@ -1,12 +1,11 @@
-"""Codes of many images: extraction beside its bare encoder, memory, and a store read at random.
+"""Codes of many images: extraction against its bare encoder, memory, and random reads of a store.
 
     python benchmarks/codes.py extract --run RUN [--images 20000]     rates, alternated, and their ratio
-    python benchmarks/codes.py memory --run RUN --images 1000000      the peak of one extraction of the run's images, repeated so often
+    python benchmarks/codes.py memory --run RUN --images 1000000      peak memory of one extraction, of the run's images repeated
     python benchmarks/codes.py store --rows 1000000 --tokens 256      random codes, written, opened and read at random
-    python benchmarks/codes.py steps --rows 1000000 --tokens 256      steps of a prior over them, beside the same codes in memory
+    python benchmarks/codes.py steps --rows 1000000 --tokens 256      training steps of a prior, against the same codes in memory
 
-Memory is what a process has as its own (anonymous pages): pages of mapped files are the system's, shared by all processes of a machine and
-given up when it needs them.
+Memory is a process's anonymous pages: pages of mapped files are shared by all processes and reclaimed by the system when needed.
 """
 
 from __future__ import annotations
@@ -37,16 +36,15 @@ from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
 from stage2_prior.extract_codes import extract
 from stage2_prior.priors.prior_file import build_prior
-from stage2_prior.steps import take_step
+from stage2_prior.steps import PriorState, take_step
 from training.batching import batches
-from training.optimizer import adamw
 from training.processes import start
 
 _BATCH = 64
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     for name, images in (("extract", 20_000), ("memory", 1_000_000)):
@@ -70,7 +68,7 @@ def main() -> None:
 
 
 def rates(path: Path, images: int, folder: Path) -> None:
-    """Images a second of extraction, and of the encoder and the search on batches in memory."""
+    """Measure images per second of extraction, and of encoder and search on batches in memory."""
     accelerator, recipe, run, tokenizer = _opened(path)
     pixels = load_images(recipe.data, [TRAIN]).splits[TRAIN].pixels[:images]
     source = ImageSource({TRAIN: ImageSplit(pixels, None)}, None)
@@ -93,7 +91,7 @@ def rates(path: Path, images: int, folder: Path) -> None:
 
 
 def peak(path: Path, images: int, folder: Path) -> None:
-    """Memory of its own that an extraction takes at most."""
+    """Measure the peak anonymous memory of an extraction."""
     accelerator, recipe, run, tokenizer = _opened(path)
     split = load_images(recipe.data, [TRAIN]).splits[TRAIN]
     shape = (images, *split.pixels.shape[1:])
@@ -118,7 +116,7 @@ def peak(path: Path, images: int, folder: Path) -> None:
 
 
 def _opened(path: Path) -> tuple[Accelerator, Recipe, RunDir, VQVAE]:
-    """A run, to extract codes without variants."""
+    """Create a run whose codes are extracted without variants."""
     run, recipe = RunDir(path.resolve()), load_recipe(path / "recipe.yaml")
     recipe = dataclasses.replace(recipe, extraction=dataclasses.replace(recipe.extraction, augmentation="none"))
     accelerator = start(recipe.compute)
@@ -126,7 +124,7 @@ def _opened(path: Path) -> tuple[Accelerator, Recipe, RunDir, VQVAE]:
 
 
 def random_store(rows: int, tokens: int, folder: Path) -> None:
-    """Write random codes of 16,384, a square of so many an image."""
+    """Write random codes with K = 16,384, one square grid per image."""
     side = round(tokens**0.5)
     manifest = Manifest(
         split=TRAIN,
@@ -149,24 +147,24 @@ def random_store(rows: int, tokens: int, folder: Path) -> None:
 
 
 def prior_steps(rows: int, tokens: int, folder: Path) -> None:
-    """Steps of training a transformer of 4 layers of width 256: codes on disk beside the same in memory, alternated."""
+    """Time training steps of a transformer (4 layers, width 256) on codes on disk and in memory, alternated."""
     random_store(rows, tokens, folder)
     accelerator, recipe = start(Compute()), Recipe()
-    config = dataclasses.replace(recipe.stage2, batch_size=16, minutes=0.0)
+    config = dataclasses.replace(recipe.stage2, optimizer="adamw", batch_size=16, minutes=0.0)
     torch.manual_seed(0)
     on_disk = CodeStore(folder)
     in_memory = copy.copy(on_disk)
     in_memory._shards = [[np.array(level) for level in on_disk.shard(shard)] for shard in range(on_disk.manifest.num_shards)]
     part = part_from("prior", {**as_dict(recipe.prior), "layers": 4, "width": 256, "heads": 4})
     prior = build_prior(part, on_disk.manifest, None)
-    model, optimizer = accelerator.prepare(prior, adamw(prior, config.lr, config.weight_decay, beta2=0.95))
+    state = PriorState(accelerator, prior, config, Compute())
     stores = {"on disk": on_disk, "in memory": in_memory}
     loaders = {name: CodeLoader(store, prior.num_classes, config, accelerator) for name, store in stores.items()}
     found, own = dict[str, list[float]](), list[float]()
     for step in range(120):
         for name, loader in loaders.items():
             began = time.perf_counter()
-            take_step(accelerator, model, optimizer, loader, config, step)
+            take_step(accelerator, state, loader, config, step)
             if step >= 20:
                 found.setdefault(name, []).append(time.perf_counter() - began)
         own.append(_own_mib())
@@ -176,7 +174,7 @@ def prior_steps(rows: int, tokens: int, folder: Path) -> None:
 
 
 def reading(rows: int, tokens: int, folder: Path) -> None:
-    """A store of random codes: how fast batches of random rows come, beside an array in memory, and what memory they take."""
+    """Time random batches of a store of random codes against an array in memory, and measure their memory."""
     random_store(rows, tokens, folder)
     before, began = _own_mib(), time.perf_counter()
     store = CodeStore(folder)

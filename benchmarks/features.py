@@ -1,9 +1,9 @@
-"""Whether features trained on the spot rank sets of images as one would wish: their Fréchet distances to the training images.
+"""Ranking of image sets by feature networks trained on first use: Fréchet distances to the training images.
 
     python benchmarks/features.py --run digits
 
-Each set has as many images as the validation split: real ones, their reconstructions, samples of the run's last prior under several
-settings, samples of the uniform prior, noise. Networks that are not in the run yet are trained, and kept there.
+Each set has as many images as the validation split: real images, their reconstructions, samples of the run's last prior under several
+settings, samples of the uniform prior, noise. Networks missing in the run are trained and saved there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     command = parse(__doc__, ("sampling",))
     run, recipe, accelerator = command.run, command.recipe, Accelerator(cpu=True)
     source, tokenizer = load_images(recipe.data, (TRAIN, VALIDATION)), load_tokenizer(run)

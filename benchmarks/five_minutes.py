@@ -1,12 +1,12 @@
-"""Stage 1 against a plain VQ-VAE on CIFAR-10, given the same minutes; and what each of our changes brings.
+"""Stage 1 against a plain VQ-VAE on CIFAR-10 in equal minutes, and an ablation of each difference.
 
     python benchmarks/five_minutes.py --data FOLDER              (a local copy of CIFAR-10 as parquet; without it, the Hub)
     python benchmarks/five_minutes.py --data FOLDER --seeds 3 --ablate
 
-Ours is configs/cifar10_5min.yaml, trained by its own command. The plain one is the quantizer, the loss and the settings
-that are copied most, those of github.com/zalandoresearch/pytorch-vq-vae (one-hot moving averages, decay 0.99, a random
-normal codebook, squared error over the data's variance, Adam at 1e-3) with batches of 128; the same network, for as
-long as ours took. Errors are of the test split's 8-bit pixels as [0, 1].
+Ours is configs/cifar10_5min.yaml, trained by its own command. The plain one has the most copied quantizer, loss and settings, those of
+github.com/zalandoresearch/pytorch-vq-vae (one-hot moving averages, decay 0.99, a random normal codebook, squared error over the data's
+variance, Adam at 1e-3, batches of 128), with the same network for as long as ours took. Errors are of the test split's 8-bit pixels
+scaled to [0, 1].
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ABLATIONS: dict[str, list[str]] = {
 
 
 class Result(NamedTuple):
-    """What one training run reached on the test split, and in how many minutes."""
+    """Test-split figures of one training run, and its minutes."""
 
     mse: float
     usage: float
@@ -66,13 +66,13 @@ class Result(NamedTuple):
     minutes: float
 
     def cells(self) -> str:
-        """The figures as the cells of a Markdown row."""
+        """Format the figures as cells of a Markdown row."""
         return f"{self.mse:.5f} | {self.usage:.1%} | {self.perplexity:.0f} | {self.minutes:.1f}"
 
 
 @torch.no_grad()
 def judged(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], test: ImageSplit, minutes: float) -> Result:
-    """Error and codebook use of a model over the test split."""
+    """Compute error and codebook use over the test split."""
     total, counts = 0.0, torch.zeros(_K)
     for part in batches(len(test), 500):
         pixels = test.pixels[part]
@@ -83,7 +83,7 @@ def judged(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], test: ImageSp
 
 
 def ours(data: str | None, test: ImageSplit, steps: int, seed: int, overrides: list[str]) -> Result:
-    """One run of the stage's own command in a process of its own."""
+    """Train by the command of stage 1, in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         source = ["--data.path", data] if data else []
         schedule = ["--stage1.steps", str(steps), "--stage1.validation_interval", str(steps), "--stage1.checkpoint_interval", str(steps)]
@@ -141,7 +141,7 @@ class PlainVQVAE(nn.Module):
 
 
 def plain(training: ImageSplit, test: ImageSplit, minutes: float, seed: int) -> Result:
-    """Train the plain VQ-VAE for so many minutes and judge it."""
+    """Train the plain VQ-VAE for so many minutes and compute its figures."""
     torch.manual_seed(seed)
     model = PlainVQVAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -160,7 +160,7 @@ def plain(training: ImageSplit, test: ImageSplit, minutes: float, seed: int) -> 
 
 
 def main() -> None:
-    """Print the tables."""
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with CIFAR-10 as parquet; without it, the Hub's uoft-cs/cifar10")
     parser.add_argument("--seeds", type=int, default=1, help="runs of ours and of the plain one each, alternated; 0 = none")

@@ -1,9 +1,9 @@
-"""What large priors would take on many GPUs: memory a GPU, bytes that it sends a step, images a second. Computed, not measured.
+"""Computed cost of large priors on many GPUs: memory per GPU, bytes sent per step, images per second.
 
     python benchmarks/large_priors.py
 
-From the parameters of the models themselves; from what a layer keeps for its backward pass, measured here; from what is sent, by the
-formulas that `benchmarks/sharding.py` checks; and from the GPU and the network that the constants below describe.
+Computed from the models' parameters, from a layer's activation memory (measured here), from the communication formulas that
+`benchmarks/sharding.py` checks, and from the GPU and network described by the constants below.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ SIZES = {"L": {"preset": "L"}, "3B": {"layers": 24, "width": 3200, "heads": 32}}
 
 
 class Pieces(NamedTuple):
-    """Of what a prior consists."""
+    """Parameters of a prior, by where they are."""
 
     layers: int
     width: int
     in_layers: int
-    """Parameters."""
+    """Parameters of layers."""
     others: int
-    """Parameters of no layer."""
+    """Parameters outside of layers."""
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Total number of parameters."""
         return self.in_layers + self.others
 
 
 def pieces(size: dict[str, Any]) -> Pieces:
-    """Of a transformer of that size, built without memory for it."""
+    """Count the parameters of a transformer of that size, on the meta device."""
     part = part_from("prior", {"kind": "transformer", **size})
     with torch.device("meta"):
         prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), _CLASSES, _VARIANTS)
@@ -57,7 +57,7 @@ def pieces(size: dict[str, Any]) -> Pieces:
 
 
 def kept_by_a_layer(width: int = 256, heads: int = 4, side: int = 8) -> float:
-    """Bytes a token and channel that a layer keeps for its backward pass under bf16 autocast, measured: what one image more takes."""
+    """Measure activation bytes per token and channel of a layer under bf16 autocast, by the increase per image."""
     block, layout = Block(width, heads, 0.0), SequenceLayout([(side, side)], [2])
     turned = rotations(layout.centres(), width // heads).float()
 
@@ -76,7 +76,7 @@ def kept_by_a_layer(width: int = 256, heads: int = 4, side: int = 8) -> float:
 
 
 def memory(of: Pieces, gpus: int, kept: float, checkpointing: bool, shards: bool) -> float:
-    """Bytes a GPU."""
+    """Compute bytes per GPU."""
     tokens = _TOKENS * _BATCH / gpus
     # Weight, gradient, two moments, the average of weights, and its best; of copies DDP has each gradient twice, and the best is elsewhere.
     own = of.parameters * 24 / gpus if shards else of.parameters * (20 + 4)
@@ -88,7 +88,7 @@ def memory(of: Pieces, gpus: int, kept: float, checkpointing: bool, shards: bool
 
 
 def sent(of: Pieces, gpus: int, shards: bool) -> float:
-    """Bytes that a GPU sends a step."""
+    """Compute bytes sent per GPU and step."""
     others = (gpus - 1) / gpus
     if not shards:
         return others * 8 * of.parameters
@@ -97,7 +97,7 @@ def sent(of: Pieces, gpus: int, shards: bool) -> float:
 
 
 def seconds(of: Pieces, gpus: int, checkpointing: bool, shards: bool) -> tuple[float, float]:
-    """Of a step: of operations, and of what is sent, while those go on."""
+    """Compute a step's seconds of arithmetic and of communication, which overlap."""
     tokens = _TOKENS * _BATCH / gpus
     products = of.in_layers + _CODES * of.width
     a_token = 6 * products + 6 * of.layers * _TOKENS * of.width  # causal attention: half of all pairs
@@ -107,7 +107,7 @@ def seconds(of: Pieces, gpus: int, checkpointing: bool, shards: bool) -> tuple[f
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     kept = kept_by_a_layer()
     print(f"a layer keeps {kept:.1f} bytes a token and channel (measured)\n")
     print("| prior | GPUs | how | memory a GPU | sent a step | of operations | of sending | images a second |")

@@ -1,10 +1,10 @@
-"""Images on their way into stage 1: what a step waits for, how fast they are decoded, how soon the first step comes, what memory they take.
+"""Image loading of stage 1: waiting time per step, decoding speed, seconds to the first step, memory.
 
     python benchmarks/loading.py make --data CIFAR10 --output FOLDER      JPEGs of --size in class folders, enlarged from CIFAR-10's;
                                                                           or in so many --tars
     python benchmarks/loading.py steps --config FILE --data PATH          step times: batches in memory, kept decoded, decoded each time;
                                                                           and --stream, of Parquet and .tar files
-    python benchmarks/loading.py decode --data FOLDER                     images a second by the number of threads, and of pixels asked for
+    python benchmarks/loading.py decode --data FOLDER                     images per second by threads and by requested size
     python benchmarks/loading.py first --config FILE --files 100000       seconds until a step of a folder of so many files has its images
     python benchmarks/loading.py memory --config FILE --data PATH         of one process, and of two that read the same images
 
@@ -36,14 +36,14 @@ from configs.schema import Recipe
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit, Pixels
-from stage1_vqvae.train import begin, build, take_step
+from stage1_vqvae.steps import build_state, initialise_, take_step
 from training.devices import wait_for
 
 _IN_MEMORY = "batches in memory"
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     for name in ("make", "steps", "decode", "first", "memory"):
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def make(options: argparse.Namespace) -> None:
-    """Write the JPEGs."""
+    """Write JPEG files for the other commands."""
     source = load_images(Data(path=options.data, validation_share=0.01))
     split, names = source.splits[TRAIN], source.label_names
     assert split.labels is not None
@@ -86,7 +86,7 @@ def make(options: argparse.Namespace) -> None:
 
 
 def recipe_of(options: argparse.Namespace, **data: object) -> Recipe:
-    """The recipe, of other images, read in some way."""
+    """Load the recipe with other images and another way of reading them."""
     recipe = load_recipe(options.config)
     path = options.data or recipe.data.path
     stage1 = dataclasses.replace(recipe.stage1, minutes=0.0)
@@ -94,7 +94,7 @@ def recipe_of(options: argparse.Namespace, **data: object) -> Recipe:
 
 
 def steps(options: argparse.Namespace) -> None:
-    """Step times by where images come from."""
+    """Time steps by image source."""
     accelerator, recipe = Accelerator(cpu=not torch.accelerator.is_available()), recipe_of(options)
     kept = load_images(recipe.data, [TRAIN], progress=True).splits[TRAIN]
     some = torch.arange(min(len(kept), 50 * recipe.stage1.batch_size))
@@ -107,19 +107,19 @@ def steps(options: argparse.Namespace) -> None:
             how = f"{'streamed and ' if stream else ''}decoded each time by {workers} threads"
             ways |= {how: (data, split, False), f"{how}, ahead": (data, split, True)}
     with tempfile.TemporaryDirectory() as folder:
-        models = build(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
+        state = build_state(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
         loaders = {name: Loader(split, data, recipe.stage1, accelerator, ahead) for name, (data, split, ahead) in ways.items()}
-        begin(accelerator, models.tokenizer, loaders[_IN_MEMORY], recipe.stage1)
-        models.model.train()
+        initialise_(accelerator, state, loaders[_IN_MEMORY], recipe.stage1)
+        state.model.train()
         found: dict[str, list[float]] = {name: [] for name in ways}
         shares: dict[str, list[float]] = {name: [] for name in ways}
         for block in range(options.blocks + 1):  # the first warms up
             for name, loader in loaders.items():
-                take_step(accelerator, models, loader, recipe.stage1, block * (options.steps + 1))  # fills what is read ahead
+                take_step(accelerator, state, loader, recipe.stage1, block * (options.steps + 1))  # fills what is read ahead
                 loader.waited()
                 began = time.perf_counter()
                 for step in range(options.steps):
-                    take_step(accelerator, models, loader, recipe.stage1, block * (options.steps + 1) + 1 + step)
+                    take_step(accelerator, state, loader, recipe.stage1, block * (options.steps + 1) + 1 + step)
                 wait_for(accelerator.device)
                 seconds = time.perf_counter() - began
                 if block:
@@ -132,7 +132,7 @@ def steps(options: argparse.Namespace) -> None:
 
 
 def decode(options: argparse.Namespace) -> None:
-    """Images a second."""
+    """Measure images decoded per second."""
     columns = ["pixels asked for", *(f"{workers} threads" for workers in options.workers)]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for side in (32, 64, 128, 256):
@@ -150,7 +150,7 @@ def decode(options: argparse.Namespace) -> None:
 
 
 def first(options: argparse.Namespace) -> None:
-    """Seconds from a folder's name to the images of the first step."""
+    """Measure seconds from a folder's name to the images of the first step."""
     content = io.BytesIO()
     Image.effect_noise((64, 64), 60).convert("RGB").save(content, "JPEG", quality=90)
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +169,7 @@ def first(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """MiB for images, of one process and of two: pages that both have mapped count half for each."""
+    """Measure MiB for images, with one process and with two; pages that both map count half for each."""
     recipe, context = recipe_of(options), multiprocessing.get_context("spawn")
     load_images(recipe.data, [TRAIN], progress=True)
     totals = []
@@ -206,7 +206,7 @@ def _read_all(data: Data, pipe: Connection) -> None:
 
 
 def _mib() -> float:
-    """Of memory of the process's own, and its share of the pages of decoded images."""
+    """Measure the process's anonymous memory and its share of the pages of decoded images."""
     found, of_images = 0, False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")

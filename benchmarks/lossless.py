@@ -1,11 +1,11 @@
-"""Lossless files of a run beside PNG, WebP and JPEG XL of the same images, in bytes an image, and seconds.
+"""Lossless files of a run against PNG, WebP and JPEG XL: bytes per image, and seconds.
 
     python benchmarks/lossless.py runs/digits_logistic runs/cifar10_logistic --images 1000
     pip install -e '.[bench]'     (for JPEG XL)
 
-Ours is `pipelines/compress.py --lossless`: codes under the prior, given classes if it knows them, then pixels under p(x | z), and PNG
-where that is smaller. Others: a file an image, and all images in one mosaic without gaps. PNG is optimised, WebP of method 6, JPEG XL
-of effort 9. The run's weights are not counted. Every image is decoded and compared.
+Ours is `pipelines/compress.py --lossless`: codes under the prior, class-conditional if it is, then pixels under p(x | z), and PNG where
+that is smaller. Others: one file per image, and one mosaic of all images without gaps. PNG is optimised, WebP at method 6, JPEG XL at
+effort 9. The run's weights are not counted. Every image is decoded and compared.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _BATCH = 64
 
 
 def timed(made: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and its seconds."""
+    """Call a function; returns its result and seconds."""
     began = time.perf_counter()
     return made(), time.perf_counter() - began
 
 
 def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
-    """A row of the table: our file, its parts, the bound."""
+    """Format rows of our file, its parts and the bound."""
     tokenizer = load_tokenizer(run)
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
     prior, header = load_prior(path, fingerprint(run.tokenizer))
@@ -81,25 +81,25 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
 
 
 def row(name: str, size: int, pixels: Tensor, encoding: float, decoding: float) -> list[str]:
-    """A row of the table."""
+    """Format a row of the table."""
     return [name, f"{size / len(pixels):.1f}", f"{8 * size / pixels.numel():.4f}", f"{encoding:.1f}", f"{decoding:.1f}"]
 
 
 def saved(picture: np.ndarray, kind: str) -> bytes:
-    """A picture uint8 (H, W, C) in that format."""
+    """Encode an image, uint8 (H, W, C), in that format."""
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, kind, **_FORMATS[kind])
     return buffer.getvalue()
 
 
 def opened(data: bytes, like: np.ndarray) -> np.ndarray:
-    """The picture again."""
+    """Decode the image."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("L" if like.shape[-1] == 1 else "RGB")).reshape(like.shape)
 
 
 def of_format(kind: str, pixels: Tensor) -> list[list[str]]:
-    """Rows of the table: a file an image, and one mosaic."""
+    """Format rows of another format: one file per image, and one mosaic."""
     rows = []
     count, height, width, channels = pixels.shape
     columns = square_columns(count)
@@ -114,7 +114,7 @@ def of_format(kind: str, pixels: Tensor) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print a table for each run."""
+    """Run the benchmark and print one table per run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="runs whose objective is a likelihood, with a prior; names or paths")
     parser.add_argument("--images", type=int, default=1000, help="images, spread evenly; all, if there are fewer")

@@ -1,11 +1,11 @@
-"""Priors' speed, as ratios within one run: sampling against bare matrix products and full passes, training against torch's own layers.
+"""Speed of priors: sampling against bare matrix products and full passes, training against torch's layers.
 
     python benchmarks/priors.py
     python benchmarks/priors.py --rounds 7
 
-64 images of 8x8 codes, K = 512, no guidance, float32, medians of alternated rounds. Random weights: time does not depend
-on them. The chain is the transformer's own products in their order, (64, C) by each of its matrices and the head, 64 times,
-as `linear(x, weight)`. A full pass a position, timed once, is what sampling costs without a cache.
+64 images of 8x8 codes, K = 512, no guidance, float32, medians of alternated rounds, random weights. The chain is the transformer's
+matrix products in order, (64, C) by each matrix and the head, 64 times, as `linear(x, weight)`. One full pass per position, timed once, is
+the cost of sampling without a cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STEPS = 4
 
 @torch.no_grad()
 def full_passes(prior: AutoregressivePrior, labels: Tensor, uniform: Tensor) -> Tensor:
-    """Codes (B, T), sampled with a pass over the whole grid for each."""
+    """Sample codes (B, T) with a full pass per position."""
     sequences = torch.zeros(len(labels), _LAYOUT.length, dtype=torch.int64)
     for position in range(_LAYOUT.length):
         logits = prior(_LAYOUT.grids_of(sequences), labels)[0][:, position]
@@ -46,7 +46,7 @@ def full_passes(prior: AutoregressivePrior, labels: Tensor, uniform: Tensor) -> 
 
 @torch.no_grad()
 def chain(prior: Transformer) -> Tensor:
-    """The transformer's matrix products of a sampling run, and nothing else."""
+    """Run the transformer's matrix products of a sampling run, and nothing else."""
     x = torch.randn(_IMAGES, _SIZES["width"])
     for _ in range(_LAYOUT.length):
         for block in prior.blocks:
@@ -59,7 +59,7 @@ def chain(prior: Transformer) -> Tensor:
 
 
 class PlainTransformer(nn.Module):
-    """torch's own encoder layers under a causal mask, with learned positions."""
+    """torch's encoder layers with a causal mask and learned positions."""
 
     def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
@@ -72,13 +72,13 @@ class PlainTransformer(nn.Module):
     mask: Tensor
 
     def forward(self, sequences: Tensor) -> Tensor:
-        """Logits (B, T, K) of codes (B, T)."""
+        """Compute logits (B, T, K) of codes (B, T)."""
         before = F.pad(sequences[:, :-1], (1, 0), value=_K)
         return self.head(self.layers(self.token(before) + self.position, mask=self.mask, is_causal=True))
 
 
 def training_steps(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Forward, backward and the optimiser's step, some times over."""
+    """Run several training steps: forward, backward, optimizer."""
     model.train()
     for _ in range(_STEPS):
         optimizer.zero_grad()
@@ -87,7 +87,7 @@ def training_steps(model: nn.Module, loss: Callable[[], Tensor], optimizer: torc
 
 
 def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each, in turns, after one round that does not count."""
+    """Measure median seconds of each in alternated rounds, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():
@@ -123,7 +123,7 @@ def sampling(rounds: int) -> None:
 
 
 def memory() -> None:
-    """Print the most that the process has held so far, while 256 images are drawn in batches of 16."""
+    """Print the process's peak memory while 256 images are sampled in batches of 16."""
     prior = TransformerPart(**_SIZES).build(_LAYOUT, 10).eval()
     held = []
     for batch in range(16):
@@ -155,7 +155,7 @@ def training(rounds: int) -> None:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds

@@ -1,9 +1,9 @@
-"""The quantizer layer, forward, backward and moving average, against the floor: one matrix product, argmin and gather.
+"""The quantizer layer (forward, backward, moving average) against the floor: one matrix product, argmin and gather.
 
     python benchmarks/quantizer_layer.py
     pip install -e '.[bench]' && python benchmarks/quantizer_layer.py     (with vector-quantize-pytorch as a peer)
 
-Medians of alternated runs, as ratios to the floor within one run; two threads. Memory is the peak above what was there
+Medians of alternated runs, as ratios to the floor within one run; two threads. Memory is the peak above the level
 before the call (Linux only).
 """
 
@@ -27,7 +27,7 @@ _IMAGES = 16
 
 
 def floor(z: Tensor, codebook: Tensor) -> Callable[[], object]:
-    """What no exact search by a whole matrix can be faster than: rows (N, D) at hand, nothing learned."""
+    """Lower bound of an exact search by one matrix product: contiguous rows (N, D), nothing learned."""
     rows = z.movedim(1, -1).reshape(-1, z.shape[1]).contiguous()
     distances = torch.empty(len(rows), len(codebook))
 
@@ -39,22 +39,22 @@ def floor(z: Tensor, codebook: Tensor) -> Callable[[], object]:
 
 
 def ours(z: Tensor, codebook: Tensor, **section: object) -> Callable[[], object]:
-    """A training step's share of the layer, on images' latents (B, D, h, w)."""
+    """The layer's part of a training step, on latents (B, D, h, w)."""
     quantizer = part_from("tokenizer.quantizer", {"num_codes": len(codebook), **section}).build(codebook.shape[1]).train()
     gradient = torch.randn_like(z)  # in z's layout, as a decoder gives it
 
     def call() -> None:
-        found = quantizer(z)
-        torch.autograd.backward([found.z_q, *found.losses.values()], [gradient, *(None for _ in found.losses)])
+        output = quantizer(z)
+        torch.autograd.backward([output.z_q, *output.losses.values()], [gradient, *(None for _ in output.losses)])
         z.grad = None
         quantizer.zero_grad()
-        quantizer.update_(found.statistics)
+        quantizer.update_(output.statistics)
 
     return call
 
 
 def peer(z: Tensor, codebook: Tensor) -> Callable[[], object]:
-    """vector-quantize-pytorch's `VectorQuantize`, moving average, straight through as ours."""
+    """vector-quantize-pytorch's `VectorQuantize` with moving averages and straight-through gradients."""
     from vector_quantize_pytorch import VectorQuantize
 
     quantizer = VectorQuantize(
@@ -71,14 +71,14 @@ def peer(z: Tensor, codebook: Tensor) -> Callable[[], object]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
+    """Measure seconds of one call."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
 def peak_mib(function: Callable[[], object]) -> float:
-    """The most memory a call takes above what there was before it."""
+    """Measure the peak memory of a call above the level before it."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return float("nan")
@@ -86,7 +86,7 @@ def peak_mib(function: Callable[[], object]) -> float:
     def field(name: str) -> float:
         return float(next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(name)).split()[1]) / 1024
 
-    # Once before, so that what is kept from call to call is there; and what the allocator only keeps is given back.
+    # A first call allocates what persists between calls; the trim returns freed memory to the system.
     function()
     ctypes.CDLL(None).malloc_trim(0)
     clear.write_text("5", encoding="utf-8")
@@ -96,7 +96,7 @@ def peak_mib(function: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
     print("| N, K, D | layer | ms | times the floor | peak MiB |\n| --- | --- | --- | --- | --- |", flush=True)

@@ -1,12 +1,11 @@
-"""Bake-off: every quantizer at the same bits an image, with the same encoder, for the same steps, under the same small prior.
+"""All quantizers at equal bits per image, with the same encoder, steps and small prior.
 
     python benchmarks/quantizers.py digits
     python benchmarks/quantizers.py cifar10 --data FOLDER        (a local copy of CIFAR-10 as parquet; without it, the Hub)
 
-Nine bits a position: one of 512 codes, or three of 8. CIFAR-10 is the first 10,000 of its training images. Each quantizer is
-trained, extracted and given its prior by the project's own commands; errors and bits are of the validation split. One
-seed: differences of a few per cent are noise. Perplexity is a level's (the geometric mean of three); a position of three
-codes is three tokens, so it is bits an image that compare.
+Nine bits per position: one code of 512, or three of 8. CIFAR-10 is the first 10,000 of its training images. Tokenizer, codes and prior
+are made by the project's commands; errors and bits are of the validation split. One seed: differences of a few per cent are noise.
+Perplexity is per level (the geometric mean of three). Three codes are three tokens, so compare bits per image.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def command(script: str, *arguments: str) -> None:
 
 
 def row(name: str, run: RunDir) -> str:
-    """The run's figures as one row of the Markdown table."""
+    """Format the run's figures as a Markdown row."""
     found = read_json(run.stage1 / "report.json")
     prior = read_json(run.prior("transformer") / "likelihood.json")
     speeds = [record["images_per_second"] for record in read_metrics(run.stage1 / "metrics.jsonl") if record["split"] == "train"]
@@ -78,7 +77,7 @@ def row(name: str, run: RunDir) -> str:
 
 
 def ten_thousand(data: str | None, folder: Path) -> Path:
-    """A parquet file of CIFAR-10's first 10,000 training images."""
+    """Write a parquet file of CIFAR-10's first 10,000 training images."""
     files = {"train": f"{glob.escape(str(data))}/**/train*.parquet"}
     source = load_dataset("parquet", data_files=files, split="train") if data else load_dataset("uoft-cs/cifar10", split="train")
     path = folder / "cifar10-10000.parquet"
@@ -87,7 +86,7 @@ def ten_thousand(data: str | None, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument("--data", help="folder with CIFAR-10 as parquet; without it, the Hub's uoft-cs/cifar10")

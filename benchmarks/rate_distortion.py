@@ -1,14 +1,13 @@
-"""Bits against distortion: a run's codec beside JPEG, WebP and AVIF (Pillow's), on the run's validation images.
+"""Rate-distortion of a run's codec against Pillow's JPEG, WebP and AVIF, on the run's validation images.
 
     python benchmarks/rate_distortion.py runs/digits --output docs/rate_distortion_digits.png
     python benchmarks/rate_distortion.py runs/cifar10 runs/cifar10_4x4 --images 1000
 
-Prints a Markdown table and draws all qualities; several runs need the same images. Small pictures are mostly header in all
-three formats, so each has two rows: a file an image, and all images in one mosaic, one header for all. In the mosaic each image is
-continued by its edge pixels to multiples of 16, so that no block holds two images, and what lies outside is not judged.
-Of each, the table shows the quality nearest to ours in size (mosaic: our payload; files: our file) and the one nearest in PSNR. Colour is
-4:2:0 in all three, JPEG's Huffman tables are optimised, WebP's method is 6, AVIF's speed 4. SSIM is of about 200 of the images. The
-run's weights are not counted.
+Prints a Markdown table and plots all qualities; several runs must have the same images. Files of small images are mostly header in all
+three formats, so each has two rows: one file per image, and one mosaic of all images with a single header. In the mosaic each image is
+padded with its edge pixels to a multiple of 16, so that no block spans two images; padding does not count as error. The table shows the
+quality nearest to ours in size (mosaic: our payload; files: our file) and the one nearest in PSNR. Colour is 4:2:0 in all three, JPEG's
+Huffman tables are optimised, WebP's method is 6, AVIF's speed 4. SSIM is of about 200 of the images. The run's weights are not counted.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
 from pipelines.codec.coder import batch_images, encode
 from pipelines.encoding import encode_and_decode
 from pipelines.inputs.images import Images, chosen_images, labels_for
-from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_of_each
+from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_per_image
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage1_vqvae.plots import save_figure
@@ -51,25 +50,25 @@ _SSIM_IMAGES = 200
 
 
 class Point(NamedTuple):
-    """One way of coding, at one setting."""
+    """Rate and distortion of a codec at one setting."""
 
     codec: str
     setting: str
     size: float
-    """Bytes an image."""
+    """Bytes per image."""
     mse: float
     ssim: float
 
 
 def judged(codec: str, setting: str, size: float, decoded: Tensor, pixels: Tensor) -> Point:
-    """The point of a codec: its size, and the error of `decoded` against `pixels`, both uint8 (N, H, W, C)."""
+    """Compute a codec's point: its size, and the error of `decoded` against `pixels`, both uint8 (N, H, W, C)."""
     some = slice(None, None, max(1, len(pixels) // _SSIM_IMAGES))
-    ssim = float(ssim_of_each(decoded[some], pixels[some]).mean())
+    ssim = float(ssim_per_image(decoded[some], pixels[some]).mean())
     return Point(codec, setting, size, float(squared_errors(decoded, pixels).mean()), ssim)
 
 
 def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Point], str]:
-    """Indices, payload and whole file, all of one distortion; and a line on the weights."""
+    """Compute our points (indices, payload, file; equal distortion), and a line on the weights."""
     tokenizer = load_tokenizer(run)
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
     prior, header = load_prior(path, fingerprint(run.tokenizer))
@@ -95,7 +94,7 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Poin
 
 
 def coded_by_pillow(picture: np.ndarray, kind: str, quality: int) -> tuple[int, np.ndarray]:
-    """Bytes of a picture uint8 (H, W, C) in that format, and what it decodes to."""
+    """Encode an image, uint8 (H, W, C); returns its bytes and the decoded image."""
     buffer = io.BytesIO()
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
     image.save(buffer, kind, quality=quality, **_SETTINGS[kind])
@@ -105,13 +104,13 @@ def coded_by_pillow(picture: np.ndarray, kind: str, quality: int) -> tuple[int, 
 
 
 def files(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
-    """A file an image: bytes an image, and the images again."""
+    """Encode one file per image; returns bytes per image and the decoded images."""
     found = [coded_by_pillow(picture, kind, quality) for picture in pixels.numpy()]
     return sum(size for size, _ in found) / len(found), torch.from_numpy(np.stack([picture for _, picture in found]))
 
 
 def mosaic(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
-    """All images in one file: bytes an image, and the images cut out of it again."""
+    """Encode all images in one mosaic; returns bytes per image and the decoded images."""
     count, height, width, channels = pixels.shape
     columns = square_columns(count)
     rows = -(-count // columns)
@@ -124,23 +123,23 @@ def mosaic(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
 
 
 def size_apart(size: float, point: Point) -> float:
-    """How far a point's size is from `size`, bytes an image."""
+    """Compute a point's distance in size from `size`, in bytes per image."""
     return abs(point.size - size)
 
 
 def psnr_apart(mse: float, point: Point) -> float:
-    """How far a point's PSNR is from that of `mse`, dB."""
+    """Compute a point's distance in PSNR from that of `mse`, in dB."""
     return abs(psnr(point.mse) - psnr(mse))
 
 
 def row(point: Point, pixels: int) -> str:
-    """A point as one row of the Markdown table."""
+    """Format a point as a Markdown row."""
     cells = (f"{point.size:.1f}", f"{8 * point.size / pixels:.3f}", f"{psnr(point.mse):.2f}", f"{point.ssim:.3f}")
     return f"| {point.codec} | {point.setting} | {' | '.join(cells)} |"
 
 
 def picture(path: Path, own: list[list[Point]], curves: list[list[Point]], pixels: int) -> None:
-    """PSNR and SSIM against bits a pixel."""
+    """Plot PSNR and SSIM against bits per pixel."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     colours = {"JPEG": "tab:orange", "WebP": "tab:green", "AVIF": "tab:red"}
     left, right = figure.subplots(1, 2)
@@ -169,7 +168,7 @@ def picture(path: Path, own: list[list[Point]], curves: list[list[Point]], pixel
 
 
 def main() -> None:
-    """Print the table, draw the picture."""
+    """Run the benchmark; print the table and save the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="runs with a tokenizer and a prior; names or paths")
     parser.add_argument("--images", type=int, default=1000, help="validation images, spread evenly; all, if there are fewer")

@@ -1,9 +1,9 @@
-"""What a process holds of a prior, and sends, where two share its weights out, beside two that have a copy each.
+"""Memory and traffic per process of a prior with sharded weights, against replicated ones.
 
     python benchmarks/sharding.py [--preset B] [--codes 16384] [--side 16] [--processes 2] [--batch 2] [--optimizer adamw]
 
-Memory is what a process has as its own (anonymous pages), less what it had before there was a prior; bytes are what the loopback device
-has carried a step, shared among the processes.
+Memory is a process's anonymous pages, minus those before the prior was built; bytes are those of the loopback device per step, divided by
+the number of processes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from configs.schema import Compute, Stage2
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
-from stage2_prior.steps import begun, take_step
+from stage2_prior.steps import PriorState, take_step
 from training.processes import finish, start
 
 _ROWS, _STEPS, _UNTIMED = 64, 6, 2
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="B")
     parser.add_argument("--codes", type=int, default=16384)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measured(options: argparse.Namespace, of: str, folder: str) -> dict[str, float]:
-    """What the first of processes of that sort has found; of all of them, the mean of what is sent."""
+    """Run processes of one kind; returns rank 0's memory and the mean bytes sent."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes), "--"]
     typed = [f"--{name}={getattr(options, name)}" for name in ("preset", "codes", "side", "batch", "optimizer", "processes")]
     # What has been given back is the system's at once, instead of the allocator's: what is measured is what is held.
@@ -71,7 +71,7 @@ def measured(options: argparse.Namespace, of: str, folder: str) -> dict[str, flo
 
 
 def write_codes(folder: Path, codes: int, side: int) -> None:
-    """A store of a few images' random codes."""
+    """Write a store of random codes of a few images."""
     manifest = Manifest(
         split="train",
         rows=_ROWS,
@@ -90,7 +90,7 @@ def write_codes(folder: Path, codes: int, side: int) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """In each of the processes: build, take steps, and say what that took."""
+    """Run one rank: build the prior, take steps, print memory and bytes."""
     compute = Compute(sharded=options.of == "shards")
     accelerator = start(compute)
     config = Stage2(batch_size=options.batch * options.processes, optimizer=options.optimizer)
@@ -98,18 +98,17 @@ def measure(options: argparse.Namespace) -> None:
     prior = part_from("prior", {"kind": "transformer", "preset": options.preset, "conditional": False}).build(
         SequenceLayout([(options.side, options.side)], [options.codes]), 0
     )
-    parts = begun(accelerator, prior, config, compute)
+    state = PriorState(accelerator, prior, config, compute)
     built = memory.since_asked()
     loader, seconds = CodeLoader(CodeStore(options.folder), prior.num_classes, config, accelerator), []
-    parts.model.train()
+    state.model.train()
     for step in range(_STEPS):
         if step == _UNTIMED:
             accelerator.wait_for_everyone()
             sent = _sent()
             memory.since_asked()
         began = time.perf_counter()
-        take_step(accelerator, parts.model, parts.optimizer, loader, config, step)
-        parts.average.update_()
+        take_step(accelerator, state, loader, config, step)
         seconds.append(time.perf_counter() - began)
     accelerator.wait_for_everyone()
     found = {
@@ -125,7 +124,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class _Highest:
-    """The most memory that this process has had as its own."""
+    """Peak of this process's anonymous memory."""
 
     def __init__(self) -> None:
         self._found = _own_mib()
@@ -137,7 +136,7 @@ class _Highest:
             self._found = max(self._found, _own_mib())
 
     def since_asked(self) -> float:
-        """Since it was asked last."""
+        """Return the peak since the last call."""
         found, self._found = self._found, _own_mib()
         return found
 
@@ -148,7 +147,7 @@ def _own_mib() -> float:
 
 
 def _sent() -> int:
-    """Bytes that the loopback device has carried."""
+    """Read the bytes sent over the loopback device."""
     line = next(line for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 

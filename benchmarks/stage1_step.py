@@ -1,9 +1,9 @@
-"""How much of stage 1's step is the model's: the loop's own images a second against the bare step on one batch.
+"""Overhead of stage 1's loop: its images per second against a bare training step on one batch.
 
     python benchmarks/stage1_step.py --data FOLDER       (a local copy of CIFAR-10 as parquet; without it, the Hub)
 
-The bare step is forward, backward, clipping, optimiser, codebook and weight average of configs/cifar10_5min.yaml, on a
-batch at hand; the loop adds order, data, statistics, restarts, logging and checks. Rounds alternate, two threads.
+The bare step is forward, backward, clipping, optimizer, codebook and weight average of configs/cifar10_5min.yaml on a fixed batch; the
+loop adds order, data, statistics, restarts, logging and checks. Rounds alternate; two threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROUNDS, _STEPS = 3, 300
 
 
 def bare() -> float:
-    """Images a second of the step alone."""
+    """Measure images per second of the bare step."""
     recipe = load_recipe(_RECIPE)
     torch.manual_seed(0)
     model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
@@ -52,7 +52,7 @@ def bare() -> float:
 
 
 def loop(data: str | None) -> float:
-    """Images a second as stage 1 logs them, median of its windows."""
+    """Measure images per second as logged by stage 1, the median over windows."""
     with tempfile.TemporaryDirectory() as folder:
         source = ["--data.path", data] if data else []
         command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(_RECIPE), "--run", f"{folder}/run"]
@@ -63,7 +63,7 @@ def loop(data: str | None) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with CIFAR-10 as parquet; without it, the Hub's uoft-cs/cifar10")
     options = parser.parse_args()

@@ -1,17 +1,15 @@
-"""What switching a discriminator on does to reconstructions, with and without what is there to keep them.
+"""Effect on reconstructions of switching a discriminator on, with and without the safeguards.
 
     python benchmarks/switch_on.py --config configs/cifar10_5min.yaml --data FOLDER
     python benchmarks/switch_on.py --config configs/cifar10_5min.yaml --data FOLDER --upsampling nearest
 
-A tokenizer is trained without one for half of the steps; then it goes on in several ways from that very state. PSNR is that of the
-weights in training, not of their average, over validation images; Fréchet distances are those of reconstructions by a classifier that
-no training uses.
+A tokenizer is trained without a discriminator for half of the steps, then continued in several ways from the same state. PSNR is of the
+current weights, not their average, on validation images; Fréchet distances of reconstructions use a classifier that no training uses.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -33,7 +31,8 @@ from stage1_vqvae.features.classifier import CLASSIFIER
 from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage1_vqvae.model import VQVAE
-from stage1_vqvae.train import Models, begin, build, take_step
+from stage1_vqvae.steps import TokenizerState, build_state, initialise_, take_step
+from training.checkpoint import copied
 
 _STEPS, _EVERY = 2400, 50
 _AFTER = (200, 400)
@@ -48,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def judged(tokenizer: VQVAE, images: ImageSource, judge: Any, reference: Reference | None) -> tuple[float, float]:
-    """PSNR of the validation images, and their reconstructions' Fréchet distance to the training images, if asked for."""
+    """Compute PSNR on validation images and, optionally, the Fréchet distance of reconstructions to training images."""
     pixels = images.splits[VALIDATION].pixels[:1000]
     tokenizer.eval()
     with torch.no_grad():
@@ -59,20 +58,19 @@ def judged(tokenizer: VQVAE, images: ImageSource, judge: Any, reference: Referen
 
 
 def with_way(recipe: Recipe, way: dict[str, Any], seed: int, base: dict[str, Any]) -> Recipe:
-    """The recipe with the discriminator of one way."""
+    """Build the recipe with one way's discriminator."""
     part = part_from("stage1.adversarial", way if "kind" in way else {**base, **way})
     return dataclasses.replace(recipe, stage1=dataclasses.replace(recipe.stage1, adversarial=part, steps=_STEPS, minutes=0.0, seed=seed))
 
 
-def continued(accelerator: Accelerator, models: Models, state: dict[str, Any]) -> Models:
-    """Models that go on from a state."""
-    models.tokenizer.load_state_dict(state["model"])
-    models.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-    return models
+def continued(state: TokenizerState, earlier: dict[str, Any]) -> TokenizerState:
+    """Return a state that goes on from an earlier one without a discriminator."""
+    state.load_state_dict({**state.state_dict(), **copied(earlier)})
+    return state
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", help="a local copy of its images")
@@ -101,24 +99,24 @@ def main() -> None:
         for seed in range(options.seeds):
             recipe_of_seed = with_way(recipe, {"kind": "none"}, seed, base)
             loader = Loader(images.splits[TRAIN], recipe.data, recipe_of_seed.stage1, accelerator)
-            models = build(accelerator, run, recipe_of_seed, images)
-            begin(accelerator, models.tokenizer, loader, recipe_of_seed.stage1)
-            models.model.train()
+            trained = build_state(accelerator, run, recipe_of_seed, images)
+            initialise_(accelerator, trained, loader, recipe_of_seed.stage1)
+            trained.model.train()
             for step in range(_STEPS // 2):
-                take_step(accelerator, models, loader, recipe_of_seed.stage1, step)
-            state = copy.deepcopy({"model": models.tokenizer.state_dict(), "optimizer": models.optimizer.state_dict()})
-            first = judged(models.tokenizer, images, judge, reference)
+                take_step(accelerator, trained, loader, recipe_of_seed.stage1, step)
+            earlier = copied(trained.state_dict())
+            first = judged(trained.tokenizer, images, judge, reference)
             for name, way in WAYS.items():
                 own = with_way(recipe, way, seed, base)
-                models = continued(accelerator, build(accelerator, run, own, images), state)
+                trained = continued(build_state(accelerator, run, own, images), earlier)
                 curve, distances, weight, kept = [first[0]], [first[1]], 0.0, 1.0
                 for step in range(_STEPS // 2, _STEPS // 2 + _AFTER[1]):
-                    statistics = take_step(accelerator, models, loader, own.stage1, step)
-                    weight = max(weight, float(statistics.get("noted/adversarial_weight", torch.zeros(()))))
-                    kept = min(kept, float(statistics.get("noted/adversarial_kept", torch.ones(()))))
+                    statistics = take_step(accelerator, trained, loader, own.stage1, step)
+                    weight = max(weight, float(statistics.get("logged/adversarial_weight", torch.zeros(()))))
+                    kept = min(kept, float(statistics.get("logged/adversarial_kept", torch.ones(()))))
                     done = step + 1 - _STEPS // 2
                     if done % _EVERY == 0:
-                        found = judged(models.tokenizer, images, judge, reference if done in _AFTER else None)
+                        found = judged(trained.tokenizer, images, judge, reference if done in _AFTER else None)
                         curve.append(found[0])
                         distances += [found[1]] if done in _AFTER else []
                 lowest = min(curve[: 1 + _AFTER[0] // _EVERY])

@@ -1,10 +1,10 @@
-"""Equal minutes of stage 1 by squared error alone, with a perceptual term, and with a discriminator besides.
+"""Stage 1 in equal minutes: squared error alone, plus a perceptual term, plus a discriminator.
 
     python benchmarks/terms.py --config configs/photos_cpu.yaml --data FOLDER --minutes 20 --features classifier --output FOLDER
 
-The terms are the recipe's; further options are options of `train.py`. What is made before training for a term counts among its minutes.
-Reconstructions of the validation images are compared with the training images by `--features`, which should not be what training used.
-Beside the table it writes a picture: originals, and under them the reconstructions of each.
+The terms are the recipe's; further options are passed to `train.py`. Networks that a term trains first count among its minutes.
+Reconstructions of the validation images are compared with the training images by `--features`, which should be other than training's.
+Also writes an image: originals, and below them the reconstructions of each way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.features.networks import feature_network
-from stage1_vqvae.metrics import psnr, squared_errors, ssim_of_each
+from stage1_vqvae.metrics import psnr, squared_errors, ssim_per_image
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from training.weights_file import read_header
@@ -38,7 +38,7 @@ WAYS = {
 
 
 def main() -> None:
-    """Train, then print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", help="the images, where the recipe does not say")
@@ -69,7 +69,7 @@ def main() -> None:
     print(f"| {len(pixels)} images | steps | PSNR | SSIM | {' | '.join(distances)} |\n|{' --- |' * (4 + len(distances))}")
     for name, pictures in made.items():
         steps = f"{read_header(runs[name].tokenizer, 'tokenizer')['steps']:,}" if name in runs else "-"
-        quality = f"{psnr(float(squared_errors(pictures, pixels).mean())):.2f} | {float(ssim_of_each(pictures, pixels).mean()):.3f}"
+        quality = f"{psnr(float(squared_errors(pictures, pixels).mean())):.2f} | {float(ssim_per_image(pictures, pixels).mean()):.3f}"
         cells = []
         for judge, reference in references.items():
             vectors = judges[judge](pictures, 250, name, progress=False).vectors
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _of_terms_there(options: list[str], way: list[str]) -> list[str]:
-    """Further options of the recipe, but for those of a term that the way goes without."""
+    """Return the options for `train.py`, without those of a term that the way does not have."""
     pairs = zip(options[::2], options[1::2], strict=True)
     return [part for pair in pairs if not pair[0].startswith(tuple(f"{term}." for term in way[::2])) for part in pair]
 

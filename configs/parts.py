@@ -18,6 +18,10 @@ from configs.errors import UserError
 from configs.run_dir import ROOT
 
 FAMILIES: dict[str, dict[str, str]] = {
+    "data.transform": {
+        "center": "stage1_vqvae.data.transforms.center:CenterPart",
+        "random_crop": "stage1_vqvae.data.transforms.random_crop:RandomCropPart",
+    },
     "tokenizer.quantizer": {
         "ema": "stage1_vqvae.quantizers.learned:EMAPart",
         "gradient": "stage1_vqvae.quantizers.learned:GradientPart",

@@ -1,9 +1,9 @@
-"""RunDir: where everything of a run lies, its history, its lock, and writing that never leaves half a file.
+"""The folder of a run: its paths, history and lock; atomic writes.
 
 runs/NAME/
-  recipe.yaml            what was resolved when stage 1 began; it fixes the run
-  data.json              the data that stage 1 began with: how many images of which classes a split, and a fingerprint
-  history.jsonl          one line a command: what was asked, with which versions, when
+  recipe.yaml            the resolved recipe of stage 1, which fixes the run
+  data.json              the data that stage 1 was started with: images per class and split, and a fingerprint
+  history.jsonl          one line per command: arguments, resolved settings, versions, time
   tokenizer.safetensors  stage 1's result, its config in the header
   stage1/                metrics.jsonl, report.json, codebook.json, checkpoints, pictures
   codes/SPLIT/           manifest.json and the codes; codes.unfinished/ while they are being extracted
@@ -38,7 +38,7 @@ from filelock import FileLock, Timeout
 from configs.errors import UserError, require_text
 
 ROOT = __name__.removesuffix("configs.run_dir")
-"""What stands before the packages' names: nothing in a checkout; in a wheel, which holds them as one package, `two_stage.`."""
+"""Prefix of the packages' names: empty in a checkout; `two_stage.` in a wheel, which holds them as one package."""
 COMMANDS = {
     "stage1_vqvae/train.py": "train-tokenizer",
     "stage1_vqvae/doctor.py": "doctor",
@@ -64,18 +64,18 @@ COMMANDS = {
     "pipelines/export_onnx.py": "export-onnx",
     "pipelines/export_web.py": "export-web",
 }
-"""The console command of each script, after `two-stage-`."""
+"""Console command per script, after `two-stage-`."""
 REPOSITORY = Path(__file__).resolve().parent.parent
-"""Where the packages stand: the checkout, or, if they were installed without `-e`, site-packages."""
+"""Folder of the packages: the checkout, or, if they were installed without `-e`, site-packages."""
 BUNDLE = "config.json"
-"""Name of the file by which a run is known that pipelines/publish.py wrote."""
+"""Name of the file that marks a run as written by pipelines/publish.py."""
 _LOCK = ".lock"
 _SUM = "sha256 of the rest"
 _VERSIONS_OF = ("torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy")
 
 
 def checkout() -> Path | None:
-    """The checkout that the code runs from: that of the packages, or that of the script being run; None: there is none."""
+    """Return the checkout of the packages or of the running script; None: there is none."""
     for root in (REPOSITORY, Path(sys.argv[0]).resolve().parent.parent):
         if (root / "pyproject.toml").is_file() and (root / "configs" / "run_dir.py").is_file():
             return root
@@ -83,21 +83,20 @@ def checkout() -> Path | None:
 
 
 def runs_folder() -> Path:
-    """Where named runs lie: `runs/` of the checkout that the code runs from, otherwise of the working directory."""
+    """Return the folder of named runs: `runs/` in the checkout, otherwise in the working directory."""
     return (checkout() or Path.cwd()) / "runs"
 
 
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name when the block ends well: a reader, a crash or a full disk sees the old one or the new one,
-    never a part.
+    """Open a file that replaces `path` when the block succeeds: readers and crashes see the old file or the new one, never a part.
 
-    `durable` waits for the disk, so that this also holds for a machine that loses its power.
+    `durable`: wait for the disk, so that this also holds after a power failure.
 
     Errors: OSError with the file's name (no space, no permission); the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the whole name: with an addition it may be longer than a file system takes.
+    # Not the whole name, which with a suffix may be longer than a file system allows.
     temporary = path.with_name(f"{path.name[:40]}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -117,7 +116,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file's content, or knows a folder's names."""
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     if os.name != "posix":  # elsewhere folders cannot be opened
         return
     opened = os.open(path, os.O_RDONLY)
@@ -128,13 +127,13 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
-    """Write a file at once. Errors: as `replacing`."""
+    """Write a file atomically. Errors: as `replacing`."""
     with replacing(path, durable) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, atomically; bytes of names that are no UTF-8 are escaped, as in `\\udce4`."""
+    """Write text as UTF-8, atomically; undecodable bytes of file names are escaped, as in `\\udce4`."""
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
@@ -144,18 +143,18 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_json_line(path: Path, content: Any) -> None:
-    """Append one line of JSON to a file, which ends in the same byte on every system."""
+    """Append one line of JSON to a file, with the same line end on every system."""
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(content) + "\n")
 
 
 def write_yaml(path: Path, content: Any) -> None:
-    """Write YAML, atomically, keys in the order given."""
+    """Write YAML, atomically, in the order of its keys."""
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 def read_yaml(path: Path) -> Any:
-    """Read YAML. Errors: UserError naming the file, if it is missing, empty or not YAML, or has a key twice, of which one would be lost."""
+    """Read YAML. Errors: UserError naming the file, if it is missing, empty or not YAML, or repeats a key."""
     try:
         loader = yaml.SafeLoader(path.read_bytes())
         node = loader.get_single_node()
@@ -170,8 +169,8 @@ def read_yaml(path: Path) -> Any:
 
 
 def _refuse_repeated_keys(path: Path, node: yaml.Node, prefix: str, visited: set[int]) -> None:
-    """Errors: UserError for the first key, dotted, that a mapping of the document has twice, with both lines."""
-    if id(node) in visited or not isinstance(node, yaml.CollectionNode):  # an anchor's aliases are one node
+    """Errors: UserError for the first repeated key, dotted, with both lines."""
+    if id(node) in visited or not isinstance(node, yaml.CollectionNode):  # an anchor's aliases share a node
         return
     visited.add(id(node))
     if not isinstance(node, yaml.MappingNode):
@@ -199,12 +198,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_summed_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON with its own sha256 in it, atomically."""
+    """Write JSON that contains its own sha256, atomically."""
     write_json(path, {**content, _SUM: _sum_of(content)})
 
 
 def read_summed_json(path: Path) -> dict[str, Any]:
-    """Read what `write_summed_json` wrote. Errors: as `read_json`; UserError if its sum is missing or differs."""
+    """Read what `write_summed_json` wrote. Errors: as `read_json`; UserError if its sha256 is missing or differs."""
     content = read_json(path)
     written = content.pop(_SUM, None) if isinstance(content, dict) else None
     if written != _sum_of(content):
@@ -217,12 +216,12 @@ def _sum_of(content: Any) -> str:
 
 
 def natural(name: str | Path) -> list[tuple[int, str]]:
-    """A sorting key by which `run2` comes before `run10`: numbers in names and paths count as numbers."""
+    """Return a sorting key that compares numbers in names as numbers: `run2` before `run10`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(name))]
 
 
 def not_there_yet(option: str, typed: str) -> Path:
-    """The folder that an option names, for `new_folder`. Errors: UserError if there is something of that name."""
+    """Return the path of an option, for `new_folder`. Errors: UserError if it exists."""
     path = Path(typed).expanduser()
     if path.exists():
         raise UserError(f"--{option} {path}: expected a folder that does not exist yet, found one")
@@ -231,13 +230,13 @@ def not_there_yet(option: str, typed: str) -> Path:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends well and vanishes when it does not.
+    """Create a temporary folder that is renamed to `path` when the block succeeds, and deleted when it fails.
 
-    Errors: OSError with the name, if it is taken by then.
+    Errors: OSError with the name, if `path` exists by then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{path.name[:40]}.tmp-", dir=path.parent))
-    temporary.chmod(0o755)  # others may read it, as any folder
+    temporary.chmod(0o755)  # readable by others, like any folder
     try:
         yield temporary
         os.rename(temporary, path)
@@ -247,9 +246,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(path: Path, by: Path) -> None:
-    """Give a folder's name to another beside it, and remove what had it.
+    """Replace the folder `path` by another one beside it.
 
-    The caller holds the run's lock, so what a killed command left under such a name belongs to nobody.
+    The caller holds the run's lock, so leftovers of killed commands may be deleted.
     """
     for leftover in path.parent.glob(f"{path.name}.old-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -261,7 +260,7 @@ def replace_folder(path: Path, by: Path) -> None:
 
 
 class RunDir:
-    """The paths of one run. Knows where things lie, not what they mean."""
+    """Paths of a run. It does not know their content."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -278,29 +277,29 @@ class RunDir:
         self.evaluations = path / "evaluations"
 
     def __str__(self) -> str:
-        """The path as a user would type it: relative to where they stand if it is below."""
+        """Return the path as a user would type it: relative to the working directory if it lies below it."""
         return self.show(self.path)
 
     @staticmethod
     def show(path: Path) -> str:
-        """A path for messages: relative to the working directory if it lies below it."""
+        """Return a path for messages: relative to the working directory if it lies below it."""
         resolved = path.resolve()
         if not resolved.is_relative_to(Path.cwd()):
             return str(path)
         shown = str(resolved.relative_to(Path.cwd()))
-        # A bare name would be read as a run's in `runs/`.
+        # A bare name would mean a run in `runs/`.
         return shown if _has_separator(shown) else os.path.join(".", shown)
 
     @classmethod
     def named(cls, run: str) -> RunDir:
-        """A bare name lies in `runs_folder`; anything with a separator is a path. Errors: UserError for an empty one."""
+        """Return the run of a bare name in `runs_folder`, or of a path with a separator. Errors: UserError for an empty text."""
         require_text("--run", run)
         is_path = _has_separator(run) or run in (".", "..") or run.startswith("~")
         return cls(Path(run).expanduser() if is_path else runs_folder() / run)
 
     @classmethod
     def last_touched(cls) -> RunDir | None:
-        """The run of `runs_folder` in which a command started last; None if there is none."""
+        """Return the run of `runs_folder` that was used last; None: there is none."""
         runs = [cls(recipe.parent) for recipe in runs_folder().glob("*/recipe.yaml")]
         return max(runs, key=RunDir._touched, default=None)
 
@@ -308,7 +307,7 @@ class RunDir:
         return (self.history if self.history.exists() else self.recipe).stat().st_mtime
 
     def exists(self) -> bool:
-        """Whether it is a run. Errors: UserError for a path that is something else."""
+        """Return whether the run exists. Errors: UserError if something else is at its path."""
         if self.recipe.is_file():
             return True
         nothing = {self.path / _LOCK, *self._unfinished_recipes()}
@@ -317,39 +316,40 @@ class RunDir:
         return False
 
     def _unfinished_recipes(self) -> list[Path]:
-        """Of a first command that was killed while it wrote the recipe."""
+        """Return temporary files of a first command that was killed while it wrote the recipe."""
         return list(self.path.glob(f"{self.recipe.name}.tmp-*"))
 
     @staticmethod
-    def begun(folder: Path) -> bool:
-        """Whether training in that folder (stage 1's or a prior's) has left a checkpoint, or a result."""
-        return (folder / "report.json").exists() or RunDir.checkpointed(folder)
+    def started(folder: Path) -> bool:
+        """Return whether a training folder (stage 1's or a prior's) has a checkpoint or a result."""
+        return (folder / "report.json").exists() or RunDir.has_checkpoint(folder)
 
     @staticmethod
-    def checkpointed(folder: Path) -> bool:
-        """Whether training in that folder has left a checkpoint."""
+    def has_checkpoint(folder: Path) -> bool:
+        """Return whether a training folder has a checkpoint."""
         return any(path.suffix in (".pt", ".shards") for path in (folder / "checkpoints").glob("step-*"))
 
     def prior(self, name: str) -> Path:
-        """The folder of the prior of that name."""
+        """Return the folder of a prior."""
         return self.priors / name
 
     def finished_priors(self) -> list[str]:
-        """Names of the finished priors."""
+        """Return the names of the finished priors."""
         return sorted((path.parent.name for path in self.priors.glob("*/prior.safetensors")), key=natural)
 
     def last_prior(self) -> str | None:
-        """The name of the prior last finished; None if there is none."""
+        """Return the name of the prior that was finished last; None: there is none."""
         finished = self.priors.glob("*/prior.safetensors")
         newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
         return newest.parent.name if newest else None
 
     @contextmanager
-    def numbered(self, kind: str, wanted: bool = True) -> Iterator[Path | None]:
-        """A folder of its own for one call of a pipeline, `kind`/NNN with the next free number, which vanishes if the block
-        fails; None if not `wanted`, as on all processes but the main one.
+    def numbered(self, kind: str, create: bool = True) -> Iterator[Path | None]:
+        """Create the folder `kind`/NNN with the next free number for the outputs of one command; it is deleted if the block fails.
+
+        `create`: False gives None, as on all ranks but the main one.
         """
-        if not wanted:
+        if not create:
             yield None
             return
         folder = self._next_number(self.path / kind)
@@ -357,7 +357,7 @@ class RunDir:
             yield folder
         except BaseException:
             shutil.rmtree(folder)
-            with suppress(OSError):  # others' outputs are in it
+            with suppress(OSError):  # other outputs are in it
                 folder.parent.rmdir()
             raise
 
@@ -368,18 +368,18 @@ class RunDir:
         while True:
             path = parent / f"{number:03d}"
             try:
-                path.mkdir(parents=True)  # a command that failed may just have removed the empty parent
+                path.mkdir(parents=True)  # a failed command may just have deleted the empty parent
                 return path
-            except FileExistsError:  # another command took it in this moment
+            except FileExistsError:  # taken by another command meanwhile
                 number += 1
 
-    def record(self, command: str, arguments: list[str], asked: dict[str, Any]) -> None:
-        """Append to the history which command was run, with what, where."""
+    def record(self, command: str, arguments: list[str], resolved: dict[str, Any]) -> None:
+        """Append a command to the history, with its arguments, resolved recipe, versions and machine."""
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command,
             "arguments": arguments,
-            "resolved": asked,
+            "resolved": resolved,
             "commit": _commit(),
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -391,7 +391,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a command writes into the run, by its rank 0; a second command is refused at once."""
+        """Hold the run's lock, on rank 0, while a command writes into it. Errors: UserError if another command holds it."""
         if os.environ.get("RANK", "0") != "0":
             yield
             return
@@ -414,9 +414,9 @@ def _has_separator(path: str) -> bool:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a mark if files differ from it; None outside git."""
+    """Return the checkout's commit, marked if files differ from it; None outside git."""
     root = checkout()
-    if root is None:  # site-packages may lie in somebody else's repository
+    if root is None:  # site-packages may lie in an unrelated repository
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -426,15 +426,16 @@ def _commit() -> str | None:
 
 
 def program() -> str:
-    """The script being run, as the history names it: its path in the checkout, or among the packages."""
+    """Return the running script's path in the checkout, or among the packages."""
     script = Path(sys.argv[0]).resolve()
     root = next((root for root in (checkout(), REPOSITORY) if root is not None and script.is_relative_to(root)), script.parent)
     return script.relative_to(root).as_posix()
 
 
 def typed(script: str, launched: bool = False) -> str:
-    """The command of a script (its path in the repository) as a user types it where they stand: with its path where there is a
-    checkout, otherwise as the installed command; `launched` by Accelerate.
+    """Return the command that runs a script (its path in the repository): its path in a checkout, otherwise the installed command.
+
+    `launched`: by Accelerate.
     """
     root = checkout()
     if root is not None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from configs.data import Augmentation, Data, StoredAugmentation
+from configs.data import Augmentation, Data
 from configs.errors import require
 from configs.parts import Part, default_part, part_from
 
@@ -203,7 +203,9 @@ class Stage1(_Loop):
     restart_interval: int = 10
     """Steps between restarts of dead codes; none in the last tenth of the steps, so that the decoder knows every code."""
     augmentation: Augmentation = "none"
-    """Each training image in a random one of its variants: mirrored, or shifted by up to one pixel."""
+    """Variants of which training draws one per image: the image and its mirror image; the image and its eight shifts by one pixel; five
+    crops, the image and the four corners of the image enlarged by a tenth; ten crops, these five and their mirror images. Crops need
+    data.decode each_time."""
     init_from: str | None = None
     """Run with whose tokenizer training begins (--init-from); its section `tokenizer` becomes this run's. Null: random weights."""
     trained: Literal["all", "decoder"] = "all"
@@ -224,9 +226,8 @@ class Extraction:
     """Turning every image into its codes."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
-    augmentation: StoredAugmentation = "none"
-    """Store the codes of every variant of the training images: mirrored; shifted by one pixel (nine variants); as they are and the four
-    corners of the image enlarged by a tenth (five), these mirrored too (ten); for crops, images are decoded each time."""
+    augmentation: Augmentation = "none"
+    """Variants whose codes are stored for each training image, as in stage1.augmentation; for crops, images are decoded each time."""
     batch_size: int = 256
     """Images a pass, of each process."""
     shard_rows: int = 4096
@@ -357,14 +358,15 @@ class Compute:
     sharded: bool | None = None
     """Whether several processes share out a prior's weights, gradients and moments in training (FSDP2), which then take less memory on
     each; null = as `accelerate config` or `accelerate launch` say."""
-    patience: float = 30.0
-    """Minutes: if none of several processes gets anywhere for so long, the one that is behind is named, and all end."""
+    hang_timeout_minutes: float = 30.0
+    """Minutes without progress on any rank after which the slowest is named and all ranks end."""
     tracker: Literal["tensorboard"] | None = None
     """Also log there through Accelerate's tracker; metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, "compute.threads", "at least 0", self.threads)
-        require(0 < self.patience < float("inf"), "compute.patience", "above 0, and finite", self.patience)
+        finite = 0 < self.hang_timeout_minutes < float("inf")
+        require(finite, "compute.hang_timeout_minutes", "above 0, and finite", self.hang_timeout_minutes)
 
 
 @dataclass(frozen=True, kw_only=True)

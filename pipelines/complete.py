@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(options, name)}")
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
+    accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     generator = load_generator(command, accelerator, options.prior)
     tokenizer = generator.tokenizer
     _, *size = tokenizer.image_shape

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.prior == UNIFORM:
         raise UserError(f"--prior: expected a trained one, found {UNIFORM}, under which codes cost what their indices do")
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
+    accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
     generator = load_generator(command, accelerator, options.prior)

@@ -42,9 +42,9 @@ from stage1_vqvae.data.names import normalised
 from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
-from stage1_vqvae.features.classifier import NotMadeYetError, run_classifier
+from stage1_vqvae.features.classifier import NotTrainedError, load_classifier
 from stage1_vqvae.features.networks import AUTO, INCEPTION, feature_network
-from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.features.weights import read_weights
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--reference {options.reference}: expected --features {INCEPTION}, found {config.features}")
     features = config.features if batch_path is None else INCEPTION
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
+    accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     tokenizer = load_tokenizer(run, accelerator.device)
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
         # Check what may be missing before anything slow starts.
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         if folder is not None:
             local_lpips()
             # A network that has to be trained, or Inception with its fallback, is loaded after the other processes have finished.
-            with suppress(NotMadeYetError):
+            with suppress(NotTrainedError):
                 network = None if features == AUTO else feature_network(*network_arguments, may_train=False)
         samples = None
         if options.samples is not None:
@@ -179,7 +179,7 @@ def load_samples(command: Command, path: str, label_names: list[str] | None) -> 
         labels = None if manifest["labels"] is None else [manifest["label_names"][label] for label in manifest["labels"]]
         details |= {key: manifest.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
-            tensors = weights_in(source / "codes.safetensors")
+            tensors = read_weights(source / "codes.safetensors")
             codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
     else:
         files = load_files([path], data, progress=True)
@@ -268,7 +268,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         results["bound"] = assessor.bound(split, *code_models(command, torch.device(network.device)))
         results["bound"]["prior_sha256"] = model_fingerprints(run, results["bound"]["prior"])["prior_sha256"]
     labelled = samples is not None and samples.labels is not None and held_out.labels is not None
-    classifier = run_classifier(run.path, source, network.device) if labelled else None
+    classifier = load_classifier(run.path, source, network.device) if labelled else None
     if batch is not None:
         results["beside_batch"], results["batch_missing"] = assessor.beside_batch(samples, split, classifier), batch.missing()
     if samples is not None:

@@ -85,6 +85,7 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
         "prior": generator.prior_name,
         "bits": bits,
         "background": generator.data.background,
+        "crop": generator.data.transform.crop()._asdict(),
         "bytes": {name: (folder / name).stat().st_size for name in loaded},
         "loss": loss,
     }

@@ -26,7 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, brief, run_entry
-from configs.hub import PREFIX, is_of_connection
+from configs.hub import PREFIX, is_connection_error
 from configs.run_dir import RunDir, new_folder, not_there_yet, program, typed
 from pipelines.publishing.bundle import write_bundle
 from stage2_prior.priors.prior_file import finished_prior
@@ -84,7 +84,7 @@ def _refused(repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) and not is_of_connection(error):
+        if not isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) and not is_connection_error(error):
             raise
         raise UserError(f"--to {repository}: expected a Hub that takes it (hf auth login), found: {brief(error)}") from None
 

@@ -27,7 +27,7 @@ from pipelines.encoding import encode_and_decode
 from pipelines.inputs.images import chosen_images, image_options, known_labels_for
 from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
 from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
-from stage1_vqvae.metrics import index_bits, psnr, psnr_of_each, squared_errors, ssim_of_each
+from stage1_vqvae.metrics import index_bits, psnr, psnr_per_image, squared_errors, ssim_per_image
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 from stage2_prior.priors.prior_file import UNIFORM
@@ -106,7 +106,7 @@ def quality(pictures: Tensor, originals: Tensor, progress: bool = False) -> dict
     with progress_bar(len(pictures), "compare", "img", shown=progress) as bar:
         for part in batches(len(pictures), BATCH_SIZE):
             mse = squared_errors(pictures[part], originals[part])
-            parts.append(torch.stack([mse, psnr_of_each(mse), ssim_of_each(pictures[part], originals[part])]))
+            parts.append(torch.stack([mse, psnr_per_image(mse), ssim_per_image(pictures[part], originals[part])]))
             bar.update(part.stop - part.start)
     return dict(zip(("mse", "psnr", "ssim"), torch.cat(parts, 1), strict=True))
 

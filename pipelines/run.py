@@ -34,7 +34,7 @@ import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
 from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recipe, parse, recipe_dict
-from configs.data import AT_HAND
+from configs.data import LOCAL_KEYS
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from configs.schema import Stage1, Stage2, keys_that_may_change
@@ -120,7 +120,7 @@ class Step:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     argv = with_budgets(sys.argv[1:] if argv is None else argv)
-    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, begun_in=lambda run, *_: run.stage1, options=_options)
+    command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, training_folder=lambda run, *_: run.stage1, options=_options)
     check_options(command)
     start = time.monotonic()
     for step in steps(command):
@@ -194,7 +194,7 @@ def steps(command: Command) -> list[Step]:
     run_option = ["--run", run.path.name if run.path.parent == runs_folder() else str(run)]
     named = command.options.config or command.options.run
     default = run_option if run.exists() else ["--config", RunDir.show(DEFAULT_RECIPE)]
-    begun = run.begun(run.stage1)
+    begun = run.started(run.stage1)
     # In a run whose recipe is fixed, settings that a later step may still change go to that step only.
     may_change = keys_that_may_change(command.recipe, _LATER) if begun else []
     later = [option for option in joined_options(command.arguments) if option_key(option) in may_change]
@@ -202,7 +202,7 @@ def steps(command: Command) -> list[Step]:
     begins = [*([] if named else default), *arguments]
     # Stage 1 accepts these although the run's recipe differs, so every step needs them on its command line.
     compute = section_options(command, "compute")
-    images = [option for option in section_options(command, "data") if option_key(option).removeprefix("data.") in AT_HAND]
+    images = [option for option in section_options(command, "data") if option_key(option).removeprefix("data.") in LOCAL_KEYS]
     data = ["--accept_changed_data"] if command.options.accept_changed_data else []
     extraction, stage2, sampling = ([option for option in later if option.startswith(f"--{section}.")] for section in _LATER)
     sampling_options = [f"--{option.removeprefix('--sampling.')}" for option in sampling]

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.n < 1:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
     command.need_tokenizer()
-    accelerator = start(command.recipe.compute, lighter=SMALLER_BATCHES)
+    accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     generator = load_generator(command, accelerator, options.prior)
     header, tokenizer = generator.header, generator.tokenizer
 

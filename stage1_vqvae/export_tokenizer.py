@@ -1,10 +1,10 @@
-"""Write a run's tokenizer as another project loads it: a folder for `diffusers.VQModel.from_pretrained`.
+"""Export a run's tokenizer to another project: a folder for `diffusers.VQModel.from_pretrained`.
 
     python stage1_vqvae/export_tokenizer.py --to diffusers --output photos_vq
     python stage1_vqvae/export_tokenizer.py --run photos --to diffusers --output photos_vq
 
-Images in [-1, 1] have the same codes there, and codes the same images. For tokenizers whose network is `vqgan`, whose objective is `mse`,
-and whose quantizer is one learned codebook.
+Images in [-1, 1] get the same codes there, and codes decode to the same images. Supported: network `vqgan`, objective `mse`, a quantizer
+of one learned codebook.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import new_folder, not_there_yet, write_json
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vqgan import GROUPS, Stack, VQGANPart
-from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, names_of
+from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, weight_names
 from stage1_vqvae.objectives.pixels import SquaredError
 from stage1_vqvae.quantizers.vector import VectorQuantizer
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     output = not_there_yet("output", options.output)
     command.need_tokenizer()
     tokenizer = load_tokenizer(run)
-    weights, config = for_diffusers(tokenizer)
+    weights, config = to_diffusers(tokenizer)
     with new_folder(output) as folder:
         write_json(folder / "config.json", config)
         safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
@@ -43,28 +43,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--to", default="diffusers", help="whose format: diffusers")
-    parser.add_argument("--output", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--to", default="diffusers", help="format: diffusers")
+    parser.add_argument("--output", required=True, help="folder to write; must not exist")
 
 
-def for_diffusers(tokenizer: VQVAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and configuration of an equal `diffusers.VQModel`. Errors: UserError if there is none."""
+def to_diffusers(tokenizer: VQVAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Convert to weights and config of an equal `diffusers.VQModel`. Errors: UserError if there is no equal one."""
     part, quantizer = tokenizer.config.network, tokenizer.quantizer
     if not isinstance(part, VQGANPart):
-        raise UserError(f"tokenizer.network: expected vqgan, which diffusers knows too, found {part.kind}")
+        raise UserError(f"tokenizer.network: expected vqgan, which diffusers has too, found {part.kind}")
     if not isinstance(tokenizer.objective, SquaredError):
         found = tokenizer.config.objective.kind
-        raise UserError(f"tokenizer.objective: expected mse, where the decoder puts out the image itself, found {found}")
+        raise UserError(f"tokenizer.objective: expected mse, where the decoder outputs the image itself, found {found}")
     if not isinstance(quantizer, VectorQuantizer):
         found = tokenizer.config.quantizer.kind
-        wanted = "expected one learned codebook, neither residual nor in groups nor projected"
-        raise UserError(f"tokenizer.quantizer: {wanted}, found {found} of {len(quantizer.num_codes)} levels")
+        expected = "expected one learned codebook, neither residual nor in groups nor projected"
+        raise UserError(f"tokenizer.quantizer: {expected}, found {found} of {len(quantizer.num_codes)} levels")
     assert isinstance(tokenizer.encoder, Stack)
     assert isinstance(tokenizer.decoder, Stack)
-    own, weights = tokenizer.state_dict(), dict[str, Tensor]()
-    for name, pieces in names_of(SPELLINGS["diffusers"], part, tokenizer.encoder, tokenizer.decoder).items():
-        weights |= {piece: value.contiguous() for piece, value in zip(pieces, own[name].chunk(len(pieces)), strict=True)}
-    # Of codes at unit length the nearest is that of the smallest angle, whatever the latent's length.
+    state, weights = tokenizer.state_dict(), dict[str, Tensor]()
+    for name, pieces in weight_names(SPELLINGS["diffusers"], part, tokenizer.encoder, tokenizer.decoder).items():
+        weights |= {piece: value.contiguous() for piece, value in zip(pieces, state[name].chunk(len(pieces)), strict=True)}
+    # Among unit vectors the nearest is that of the smallest angle, at any length of the latent, as under the cosine metric.
     weights[CODEBOOK] = quantizer.codebook.vectors().detach().clone()
     channels, height, width = tokenizer.image_shape
     attends = [2**level in part.attention for level in range(len(part.multipliers))]

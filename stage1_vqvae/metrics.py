@@ -1,6 +1,6 @@
-"""What stage 1 is judged by: thin functions, each saying on what scale.
+"""Metrics of stage 1: pure functions, each with its scale.
 
-Usage is the share of codes hit at least once over a whole split; perplexity is 2 to the entropy of how often each is hit.
+Usage is the share of codes that a split uses at least once; perplexity is 2 to the entropy of code frequencies.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from torch import Tensor
 from training.devices import as_float64, float64_device
 
 _SSIM_WINDOW = 11
-# Values per batch on an accelerator, to bound memory. On a CPU one image at a time: the same bits, and up to twice as fast as 128 at once,
-# since intermediate results stay in its caches.
+# Values per batch on an accelerator, to bound memory. On a CPU one image at a time: the same bits, and up to twice as fast as 128 images
+# at once, since intermediate results stay in its caches.
 _SSIM_VALUES = 2**22
 
 
 def squared_errors(pictures: Tensor, originals: Tensor) -> Tensor:
-    """Mean squared error of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]."""
+    """Compute the mean squared error per image, (B,), of uint8 (B, H, W, C) scaled to [0, 1]."""
     return ((as_float64(pictures) - as_float64(originals)) / 255).square().mean(dim=(1, 2, 3))
 
 
 def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1] pixels; 100 dB for what is practically none.
+    """Compute the peak signal-to-noise ratio in dB of a mean squared error on [0, 1] pixels, at most 100 dB.
 
-    Of the mean error of a split, not the mean over images, which one flat image copied exactly would make infinite.
+    For a split: of the mean error, since the mean PSNR over images is infinite if one image is reproduced exactly.
     """
     return -10 * math.log10(max(mse, 1e-10))
 
 
-def psnr_of_each(mse: Tensor) -> Tensor:
-    """`psnr` of each image's own mean squared error, (B,)."""
+def psnr_per_image(mse: Tensor) -> Tensor:
+    """Compute `psnr` per image, of mean squared errors (B,)."""
     return -10 * mse.clamp(min=1e-10).log10()
 
 
-def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity of each image, (B,); both uint8 (B, H, W, C), taken as [0, 1]. NaN below 11 pixels a side.
+def ssim_per_image(pictures: Tensor, originals: Tensor) -> Tensor:
+    """Compute the structural similarity per image, (B,), of uint8 (B, H, W, C) scaled to [0, 1]. NaN below 11 pixels per side.
 
-    Wang et al. 2004: a Gaussian window of deviation 1.5 and 11 pixels, inside the image only, the mean over channels. In float64, on the
-    CPU where the images' device has none.
+    Wang et al. 2004: a Gaussian window of 11 pixels and standard deviation 1.5, inside the image only; the mean over channels. In float64,
+    on the CPU if the images' device has none.
     """
-    # Slow to import, and few commands need it.
+    # Slow to import.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     if min(pictures.shape[1:3]) < _SSIM_WINDOW:
         return torch.full((len(pictures),), torch.nan, dtype=torch.float64, device=float64_device(pictures.device))
     size = 1 if pictures.device.type == "cpu" else max(1, _SSIM_VALUES // pictures[0].numel())
-    # Positions whose window reaches beyond the image are left out, as the paper's own code and scikit-image do; torchmetrics keeps them.
+    # Windows that reach beyond the image are left out, as in the paper's code and scikit-image; torchmetrics keeps them.
     border = _SSIM_WINDOW // 2
     parts = []
     for pair in zip(pictures.split(size), originals.split(size), strict=True):
@@ -62,32 +62,32 @@ def ssim_of_each(pictures: Tensor, originals: Tensor) -> Tensor:
 
 
 def usage(*counts: Tensor) -> float:
-    """Share of codes with a count above zero; counts (K,), of several levels all codes together."""
+    """Compute the share of codes with a count above zero, over all levels together; counts (K,) per level."""
     return float(as_float64(torch.cat(counts) > 0).mean())
 
 
 def entropy_bits(counts: Tensor) -> float:
-    """Entropy in bits of the distribution the counts (K,) give; 0 without any."""
+    """Compute the entropy in bits of the distribution of counts (K,); 0 for no counts."""
     counts = as_float64(counts)
     shares = counts / counts.sum().clamp(min=1)
     return float(torch.special.entr(shares).sum() / math.log(2))
 
 
 def perplexity(*counts: Tensor) -> float:
-    """2 ** entropy: as many equally used codes would carry the same information. Of several levels, the geometric mean."""
+    """Compute 2 ** entropy, the number of equally used codes with the same information; the geometric mean over levels."""
     return 2.0 ** (sum(entropy_bits(level) for level in counts) / len(counts))
 
 
 def index_bits(grids: Sequence[tuple[int, int]], num_codes: Sequence[int]) -> float:
-    """Bits of one image as code indices under the uniform prior: log2 K for each code of each level."""
+    """Compute the bits per image as code indices under the uniform prior: log2 K per code."""
     return sum(h * w * math.log2(k) for (h, w), k in zip(grids, num_codes, strict=True))
 
 
 def compression_ratio(raw: float, coded: float) -> float:
-    """How many times as many bits images take raw as coded; infinite where a prior is sure of every code."""
+    """Compute raw bits per coded bit; infinite if the prior predicts every code with certainty."""
     return raw / coded if coded > 0 else math.inf
 
 
 def raw_bits(height: int, width: int, channels: int) -> int:
-    """Bits of one image as 8-bit pixels."""
+    """Compute the bits per image as 8-bit pixels."""
     return height * width * channels * 8

@@ -1,4 +1,4 @@
-"""VQVAE = encoder + quantizer + decoder, and the tokenizer file: its weights with their config in the header."""
+"""The tokenizer, VQVAE = encoder + quantizer + decoder, and its file: weights with the config in the header."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer
 from stage1_vqvae.quantizers.grids import GridQuantizers
 from training.weights_file import built_from, load_weights, save_weights
 
-# Format of a tokenizer's file: 2 since quantizers are composed, 3 since a recipe's parts have fields of their own.
 _FORMAT = 1
 
 
@@ -31,16 +30,16 @@ class TokenizerOutput(NamedTuple):
     losses: dict[str, Tensor]
     """Scalars to add up: the objective's, `reconstruction` among them, and the quantizer's."""
     statistics: Statistics
-    """The quantizer's, to be summed and given to its `update_`."""
+    """Sums for the quantizer's `update_`."""
     latents: tuple[Tensor, ...]
-    """What each of the quantizer's codebooks had to represent, without gradient; see quantizers/contract.py."""
+    """Per codebook of the quantizer, the vectors it had to represent, without gradient; see quantizers/contract.py."""
 
 
 class VQVAE(nn.Module):
     """The tokenizer: images to grids of codes and back.
 
     Van den Oord et al. 2017, "Neural Discrete Representation Learning", equation 3. With several grids, as in VQ-VAE-2 (Razavi et al.
-    2019), the encoder quantizes on its way from the coarsest to the finest.
+    2019), the encoder quantizes each grid before it computes the next finer one.
     """
 
     def __init__(self, config: Tokenizer, height: int, width: int, channels: int) -> None:
@@ -54,79 +53,82 @@ class VQVAE(nn.Module):
 
     @property
     def quantizers(self) -> Sequence[Quantizer]:
-        """The quantizer of each grid, coarse to fine."""
+        """Quantizer per grid, coarse to fine."""
         return self.quantizer.parts if isinstance(self.quantizer, GridQuantizers) else [self.quantizer]  # type: ignore[list-item]
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        """The grid (h, w) of each level's codes."""
+        """Grid (h, w) per level."""
         _, height, width = self.image_shape
         steps = self.config.network.downsamplings
         return [(height // step, width // step) for step, part in zip(steps, self.quantizers, strict=True) for _ in part.num_codes]
 
     def forward(self, images: Tensor, uniform: Tensor | None = None) -> TokenizerOutput:
-        """Images (B, C, H, W) in [-1, 1]. Changes nothing: see quantizers/contract.py.
+        """Reconstruct images (B, C, H, W) in [-1, 1] and compute all losses. Changes no state: see quantizers/contract.py.
 
-        `uniform`: (B,) in [0, 1), by which an objective that `draws` does so in training.
+        `uniform`: (B,) in [0, 1), the random draws of an objective that `draws`, in training.
         """
-        found = [quantized for _, quantized in self._quantized(images)]
-        output = self.decoder(*(part.z_q for part in found))
-        codes, losses, statistics, latents = found[0][1:] if len(found) == 1 else GridQuantizers.joined(found)
-        given = () if uniform is None else (uniform,)
-        losses = {**self.objective.losses(output, images, *given), **losses}
-        # A likelihood's mean is for people to look at: no loss takes it further back.
+        grids = [quantized for _, quantized in self._quantized(images)]
+        output = self.decoder(*(grid.z_q for grid in grids))
+        codes, losses, statistics, latents = grids[0][1:] if len(grids) == 1 else GridQuantizers.merge(grids)
+        draws = () if uniform is None else (uniform,)
+        losses = {**self.objective.losses(output, images, *draws), **losses}
+        # The mean of a likelihood is for display: no loss term on images may train it.
         shown = output.detach() if isinstance(self.objective, PixelLikelihood) else output
         return TokenizerOutput(self.objective.mean_image(shown), codes, losses, statistics, latents)
 
     def encode(self, images: Tensor) -> Codes:
-        """Images (B, C, H, W) in [-1, 1] to codes, int64 (B, h, w) a level."""
+        """Encode images (B, C, H, W) in [-1, 1] to codes, int64 (B, h, w) per level."""
         return tuple(level for _, quantized in self._quantized(images) for level in quantized.codes)
 
     def latents(self, images: Tensor, grid: int = 0) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to what is quantized on that grid, (B, D, h, w), given the codes of the coarser ones."""
+        """Compute one grid's latents (B, D, h, w) of images (B, C, H, W) in [-1, 1], given the codes of the coarser grids."""
         return self._quantized(images)[grid][0]
 
     def _quantized(self, images: Tensor) -> list[tuple[Tensor, Quantized]]:
-        """The latents (B, D, h, w) of each grid, coarse to fine, and what its quantizer makes of them. They are channels last in memory:
-        as the quantizer's rows have them, so that nothing has to be transposed for it, or back.
+        """Compute each grid's latents (B, D, h, w) and quantize them, coarse to fine.
+
+        Latents are channels last in memory, the layout of the quantizer's rows, so nothing is transposed.
         """
         images = images.contiguous(memory_format=torch.channels_last)
-        found: list[tuple[Tensor, Quantized]] = []
+        if isinstance(self.quantizer, Quantizer):
+            z = self.encoder(images)
+            return [(z, self.quantizer(z))]
+        pairs: list[tuple[Tensor, Quantized]] = []
 
         def quantize(z: Tensor) -> Tensor:
-            found.append((z, self.quantizers[len(found)](z)))
-            return found[-1][1].z_q
+            pairs.append((z, self.quantizers[len(pairs)](z)))
+            return pairs[-1][1].z_q
 
-        if len(self.quantizers) == 1:
-            quantize(self.encoder(images))
-        else:
-            self.encoder(images, quantize)
-        return found
+        self.encoder(images, quantize)
+        return pairs
 
     def outputs(self, codes: Codes) -> Tensor:
-        """What the decoder puts out for codes, (B, h, w) a level: (B, C', H, W), which the objective reads."""
+        """Compute the decoder's output (B, P, H, W) for codes, (B, h, w) per level; the objective interprets it."""
         return self.decoder(*self._vectors(codes))
 
     def decode_coarsest(self, codes: Codes, grids: int) -> Tensor:
-        """Images (B, C, H, W) of so many of the coarsest grids alone: every finer one is given the mean vector of its own codes in these
-        images, so that what differs between them is what the coarse ones hold.
+        """Decode images (B, C, H, W) from the coarsest `grids` grids alone.
+
+        The finer grids are set to the mean vector of their codes over these images, so images differ by their coarse codes only.
         """
         vectors = self._vectors(codes)
         means = [finer.mean((0, 2, 3), keepdim=True).expand_as(finer) for finer in vectors[grids:]]
         return self.objective.mean_image(self.decoder(*vectors[:grids], *means))
 
     def _vectors(self, codes: Codes) -> list[Tensor]:
-        """The vectors (B, D, h, w) of each grid's codes, coarse to fine."""
-        rest = iter(codes)
-        return [part.lookup(tuple(next(rest) for _ in part.num_codes)) for part in self.quantizers]
+        """Look up the vectors (B, D, h, w) of each grid's codes, coarse to fine."""
+        levels = iter(codes)
+        return [part.lookup(tuple(next(levels) for _ in part.num_codes)) for part in self.quantizers]
 
     def decode(self, codes: Codes, sample: bool = False, uniform: Tensor | None = None) -> Tensor:
-        """Codes to images (B, C, H, W) about [-1, 1]; in eval equal to `forward`'s reconstruction.
+        """Decode codes to images (B, C, H, W), about [-1, 1]; in eval mode equal to `forward`'s reconstruction.
 
         Args:
-            codes: int64 (B, h, w) a level.
-            sample: draw pixels from p(x | z) instead of taking its mean. Errors: UserError if the objective is no likelihood.
-            uniform: what pixels are drawn by, (B, C, H, W) in [0, 1); None: drawn here.
+            codes: int64 (B, h, w) per level.
+            sample: sample pixels from p(x | z) instead of taking its mean.
+            uniform: random draws (B, C, H, W) in [0, 1) for that; None: torch's generator.
+        Errors: UserError if the objective to sample from is no likelihood.
         """
         output = self.outputs(codes)
         if not sample:
@@ -135,23 +137,23 @@ class VQVAE(nn.Module):
         return self.likelihood().sample(output, uniform)
 
     def likelihood(self) -> PixelLikelihood:
-        """The objective as p(x | z). Errors: UserError if it is none."""
+        """Return the objective as a likelihood p(x | z). Errors: UserError if it is none."""
         if not isinstance(self.objective, PixelLikelihood):
-            wanted = "expected one that is a likelihood (logistic, categorical, bernoulli)"
-            raise UserError(f"tokenizer.objective: {wanted}, found {self.config.objective.kind}")
+            expected = "expected one that is a likelihood (logistic, categorical, bernoulli)"
+            raise UserError(f"tokenizer.objective: {expected}, found {self.config.objective.kind}")
         return self.objective
 
     def nats(self, codes: Codes, pixels: Tensor) -> Tensor:
-        """-log p(x | z) in nats, (B,), of images of uint8 (B, H, W, C) given their codes (B, h, w) a level.
+        """Compute -log p(x | z) in nats, (B,), of images, uint8 (B, H, W, C), given their codes, (B, h, w) per level.
 
         Errors: UserError if the objective is no likelihood.
         """
         likelihood = self.likelihood()
-        return likelihood.nats(self.outputs(codes), likelihood.values_of(pixels))
+        return likelihood.nats(self.outputs(codes), likelihood.values_from_pixels(pixels))
 
 
 def save_tokenizer(path: Path, model: VQVAE, steps: int) -> None:
-    """Write a tokenizer, trained for `steps`, that `load_tokenizer` needs nothing else for."""
+    """Write the file of a tokenizer trained for `steps`, from which `load_tokenizer` rebuilds it."""
     header = {
         "kind": "tokenizer",
         "format": _FORMAT,
@@ -163,7 +165,7 @@ def save_tokenizer(path: Path, model: VQVAE, steps: int) -> None:
 
 
 def load_tokenizer(run: RunDir, device: torch.device | str = "cpu") -> VQVAE:
-    """A run's finished tokenizer, in eval mode. Errors: UserError as `load_weights`."""
+    """Load a run's finished tokenizer, in eval mode. Errors: UserError as `load_weights`."""
     weights, header = load_weights(run.tokenizer, "tokenizer")
     if header.get("format") != _FORMAT:
         raise UserError(f"{run.tokenizer}: expected a tokenizer of format {_FORMAT}, found {header.get('format')}; train it anew")

@@ -1,4 +1,4 @@
-"""Pictures of pixels: PNGs, grids of images. Without matplotlib, whose import would take a fifth of a short command's time."""
+"""PNG files and grids of images. Without matplotlib, whose import takes a fifth of a short command's time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from configs.run_dir import write_bytes
 
-# White pixels between pictures.
+# White pixels between images.
 _GAP = 2
 
 
@@ -24,13 +24,13 @@ def save_png(path: Path, pixels: Tensor, scale: int = 1) -> None:
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """uint8 (H, W, C) as an image of Pillow's, grey for one channel."""
+    """Convert uint8 (H, W, C) to a Pillow image, grey for one channel."""
     array = pixels.numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def png(pixels: Tensor, scale: int = 1, optimize: bool = False) -> bytes:
-    """uint8 (H, W, C) as the bytes of a PNG, each pixel `scale` wide."""
+    """Encode uint8 (H, W, C) as a PNG, each pixel `scale` wide."""
     image = to_pil(pixels)
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
@@ -40,8 +40,8 @@ def png(pixels: Tensor, scale: int = 1, optimize: bool = False) -> bytes:
 
 
 def image_grid(pictures: Tensor, columns: int) -> Tensor:
-    """uint8 pictures (N, H, W, C) side by side, `columns` a row, white between them: uint8 (H', W', C)."""
-    # torchvision has such a grid too, but two seconds of imports with it, which every command would begin with.
+    """Arrange images, uint8 (N, H, W, C), in a grid with white gaps, `columns` per row: uint8 (H', W', C)."""
+    # torchvision has this too, but its import would add two seconds to every command.
     columns = min(columns, len(pictures))
     cells = F.pad(pictures, (0, 0, _GAP, 0, _GAP, 0, 0, -len(pictures) % columns), value=255)
     grid = rearrange(cells, "(row column) h w c -> (row h) (column w) c", column=columns)
@@ -49,19 +49,19 @@ def image_grid(pictures: Tensor, columns: int) -> Tensor:
 
 
 def grid_scale(height: int) -> int:
-    """How much to enlarge small pictures so that a grid of them can be looked at: to about 64 pixels each."""
+    """Compute the factor that enlarges small images to about 64 pixels for display."""
     return max(1, round(64 / height))
 
 
 def reconstruction_grid(originals: Tensor, pictures: Tensor, columns: int) -> Tensor:
-    """Rows of originals, each over the row of its reconstructions; uint8 (N, H, W, C) both."""
+    """Arrange each row of originals above the row of their reconstructions; uint8 (N, H, W, C) both."""
     columns = min(columns, len(originals))
-    # The last row may be short: white takes the places that are left, so that what follows begins a row of its own.
+    # White fills a short last row, so that the reconstructions start a new row.
     white = torch.full_like(originals[:1], 255).expand(-len(originals) % columns, -1, -1, -1)
     rows = [torch.cat([images, white]).split(columns) for images in (originals, pictures)]
     return image_grid(torch.cat([row for pair in zip(*rows, strict=True) for row in pair]), columns)
 
 
 def square_columns(count: int) -> int:
-    """Columns of a grid about as wide as it is high."""
+    """Compute the columns of a roughly square grid."""
     return math.ceil(math.sqrt(count))

@@ -1,4 +1,4 @@
-"""Plots: training graphs, the codebook. The only owner of matplotlib in this package."""
+"""Plots of training and of the codebook; the only module of stage 1 that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def training_graph(path: Path, records: Sequence[dict[str, Any]], names: Sequence[str], references: dict[str, float]) -> None:
-    """One panel a metric of metrics.jsonl, training and validation in it; `references` are horizontal lines of the first."""
+    """Plot each metric of metrics.jsonl, training and validation, in its own panel; `references` are horizontal lines in the first."""
     figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
     for panel, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
         drawn = []
@@ -48,8 +48,9 @@ def training_graph(path: Path, records: Sequence[dict[str, Any]], names: Sequenc
 
 
 def codebook_picture(path: Path, levels: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-    """A row a level, of its counts (K,) over the validation split and its codebook (K, d), if it has one: how often each
-    code is used, most used first, and the codes on their two principal axes, coloured by use.
+    """Plot code use: per level, sorted counts and the codes on their two principal axes, coloured by use.
+
+    `levels`: counts (K,) over the validation split and the codebook (K, d), if there is one, per level.
     """
     figure = Figure(figsize=(9.6, 3.8 * len(levels)), layout="constrained")
     for number, (panels, (counts, codebook)) in enumerate(zip(figure.subplots(len(levels), 2, squeeze=False), levels, strict=True)):

@@ -25,16 +25,17 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
-from configs.data import Data, StoredAugmentation
+from configs.data import LOCAL_KEYS, Augmentation, Data
 from configs.errors import UserError, run_entry, say
+from configs.parts import as_dict
 from configs.run_dir import RunDir, program, read_json, replace_folder, write_json
 from configs.schema import Extraction, Recipe
-from stage1_vqvae.data.loader import pixels_of
+from stage1_vqvae.data.loader import read_rows
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.record import Record, check_unchanged, read_record
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, CroppablePixels, ImageSource, ImageSplit, Pixels
-from stage1_vqvae.data.variants import crops_of, make_variants, num_variants
+from stage1_vqvae.data.variants import VARIANTS, Variants
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage2_prior.codes.store import CodeStore, Manifest, open_shard, read_manifest, write_manifest, write_shard
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{run}: the codes are already extracted")
         say(f"next: {command.next(TRAIN_PRIOR)}")
         return
-    accelerator = start(recipe.compute, lighter="take fewer images at once (--extraction.batch_size N)")
+    accelerator = start(recipe.compute, oom_hint="take fewer images at once (--extraction.batch_size N)")
     with run.lock():
         tokenizer = load_tokenizer(run, accelerator.device)
 
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_as(recipe: Recipe) -> Data:
     """How images are read: variants that are crops are made of whole images, so that those kept decoded are none to make them from."""
-    augmentation = recipe.extraction.augmentation
-    return dataclasses.replace(recipe.data, decode="each_time") if len(crops_of(augmentation)) > 1 else recipe.data
+    crops = VARIANTS[recipe.extraction.augmentation].crops
+    return dataclasses.replace(recipe.data, decode="each_time") if len(crops) > 1 else recipe.data
 
 
 def verify(command: Command) -> None:
@@ -136,9 +137,9 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
     with progress_bar(total, f"extract{whose}", "img", shown=main) as bar:
         for number, (name, shard) in enumerate(mine):
             split, manifest = source.splits[name], manifests[name]
-            rows, found = manifest.shard_rows(shard), []
-            for pixels in crops_on(accelerator.device, split.pixels, rows, manifest.augmentation, config.batch_size):
-                found.append(encode(tokenizer, pixels, manifest.augmentation))
+            rows, variants, found = manifest.shard_rows(shard), VARIANTS[manifest.augmentation], []
+            for pixels in crops_on(accelerator.device, split.pixels, rows, variants, config.batch_size):
+                found.append(encode(tokenizer, pixels, variants))
                 bar.update(len(pixels))
             codes = [torch.cat(level) for level in zip(*found, strict=True)]
             labels = None if split.labels is None else split.labels[rows.start : rows.stop]
@@ -168,7 +169,7 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
 def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
     """The manifest of a split's codes, which are still to be made."""
     # Variants are for learning from; what measures stays as it is.
-    augmentation: StoredAugmentation = config.augmentation if name == TRAIN else "none"
+    augmentation: Augmentation = config.augmentation if name == TRAIN else "none"
     split = source.splits[name]
     return Manifest(
         split=name,
@@ -177,7 +178,7 @@ def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extrac
         num_codes=list(tokenizer.quantizer.num_codes),
         label_names=source.label_names if split.labels is not None else None,
         augmentation=augmentation,
-        variants=num_variants(augmentation),
+        variants=len(VARIANTS[augmentation]),
         image_shape=tokenizer.image_shape,
         tokenizer_sha256=sha256,
         rows_per_shard=config.shard_rows,
@@ -192,9 +193,8 @@ def begin(
     same variants. Returns which of the shards are still to be made.
     """
     plan = {
-        # Not how they are read, which changes none of them.
-        "data": dataclasses.asdict(dataclasses.replace(recipe.data, cache=None, workers=None, decode="each_time", stream=False)),
-        "images": source.identities,
+        "data": {key: value for key, value in as_dict(recipe.data).items() if key not in LOCAL_KEYS},
+        "images": source.fingerprints,
         "augmentation": recipe.extraction.augmentation,
         "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
     }
@@ -219,30 +219,29 @@ def begin(
     return [(name, shard) for name, shard in shards if not whole(name, shard)]
 
 
-def crops_at(pixels: Pixels, rows: Tensor, augmentation: StoredAugmentation) -> Tensor:
+def crops_at(pixels: Pixels, rows: Tensor, variants: Variants) -> Tensor:
     """Of each row (B,) the crops that its variants are made from: uint8 (B, crops, H, W, C)."""
-    crops = crops_of(augmentation)
-    if len(crops) == 1:
-        return pixels_of(pixels, rows)[:, None]
+    if len(variants.crops) == 1:
+        return read_rows(pixels, rows)[:, None]
     assert isinstance(pixels, CroppablePixels)
-    return pixels.cropped(rows, [crops] * len(rows))
+    return pixels.cropped(rows, [variants.crops] * len(rows))
 
 
-def crops_on(device: torch.device, pixels: Pixels, rows: range, augmentation: StoredAugmentation, batch_size: int) -> Iterator[Tensor]:
+def crops_on(device: torch.device, pixels: Pixels, rows: range, variants: Variants, batch_size: int) -> Iterator[Tensor]:
     """Yield the crops of consecutive rows (see `crops_at`) on the device, `batch_size` rows at a time; prefetched on an accelerator."""
     parts = [torch.arange(rows.start, rows.stop)[part] for part in batches(len(rows), batch_size)]
-    for (crops,) in read_to(device, lambda part: (crops_at(pixels, part, augmentation),), parts):
+    for (crops,) in read_to(device, lambda part: (crops_at(pixels, part, variants),), parts):
         yield crops
 
 
 @torch.no_grad()
-def encode(tokenizer: VQVAE, pixels: Tensor, augmentation: StoredAugmentation) -> list[Tensor]:
+def encode(tokenizer: VQVAE, pixels: Tensor, variants: Variants) -> list[Tensor]:
     """Codes (B, variants, h, w) a level, on the CPU, of crops uint8 (B, crops, H, W, C): see `crops_at`."""
-    variants = []
-    for variant in range(num_variants(augmentation)):
-        images = to_model(pixels[:, variant % pixels.shape[1]])
-        variants.append(tokenizer.encode(make_variants(images, augmentation, torch.full((len(images),), variant))))
-    return [torch.stack(level, 1).cpu() for level in zip(*variants, strict=True)]
+    encoded = []
+    for number in range(len(variants)):
+        images = to_model(pixels[:, number % pixels.shape[1]])
+        encoded.append(tokenizer.encode(variants.apply(images, torch.full((len(images),), number))))
+    return [torch.stack(level, 1).cpu() for level in zip(*encoded, strict=True)]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from configs.errors import UserError, listed
 from configs.parts import as_dict
+from configs.prior_name import PriorName
 from configs.run_dir import RunDir, read_json, write_json
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, write_report
@@ -16,18 +17,18 @@ from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior,
 _BATCH_SIZE = 64
 
 
-def check_levels(run: RunDir, name: str, label_names: list[str] | None) -> None:
+def check_levels(run: RunDir, name: PriorName, label_names: list[str] | None) -> None:
     """Check that those levels of a prior that are finished, but for the one of that name, are conditioned on the same classes.
 
     Args:
         run: the prior's.
-        name: of one level's prior, `NAME/levelN`.
+        name: of one level's prior.
         label_names: the classes; None: no classes.
     Errors: UserError if some are conditioned on others.
     """
-    for path in sorted(run.prior(name).parent.glob("level*/prior.safetensors")):
+    for path in sorted(name.at_level(None).folder(run).glob("level*/prior.safetensors")):
         found = read_prior_header(path)["label_names"]
-        if path.parent == run.prior(name) or found == label_names:
+        if path.parent == name.folder(run) or found == label_names:
             continue
         where, ways = run.show(path.parent), "train all levels under another --name"
         if found is None or label_names is None:
@@ -35,15 +36,15 @@ def check_levels(run: RunDir, name: str, label_names: list[str] | None) -> None:
         raise UserError(f"{where}: expected all levels trained on the same classes, {listed(label_names)}, found {listed(found)}; {ways}")
 
 
-def join_levels(accelerator: Accelerator, run: RunDir, name: str, training: CodeStore, validation: CodeStore) -> int | None:
+def join_levels(accelerator: Accelerator, run: RunDir, name: PriorName, training: CodeStore, validation: CodeStore) -> int | None:
     """Once all levels have a prior under that name, write a prior of all of them beside, with its likelihood, to which theirs add up.
     Returns the first level, from 1 on, that has none yet; None: the prior is written.
 
     Errors: UserError as `check_levels`, and for codes of classes that the levels do not know.
     """
-    whole, sha256 = run.prior(name).parent, training.manifest.tokenizer_sha256
+    whole, sha256 = name.at_level(None).folder(run), training.manifest.tokenizer_sha256
     accelerator.wait_for_everyone()
-    folders = [whole / f"level{number}" for number in range(1, 1 + len(training.manifest.grids))]
+    folders = [name.at_level(number).folder(run) for number in range(1, 1 + len(training.manifest.grids))]
     for number, folder in enumerate(folders, 1):
         if not (folder / "prior.safetensors").exists():
             return number

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training.optimizer import adamw
-from training.sharding import own_part
+from training.sharding import local_tensor
 
 # Momentum, and the learning rate as a multiple of AdamW's: Muon's updates have unit singular values, and so much smaller entries than
 # AdamW's, which are of order 1.
@@ -68,7 +68,7 @@ class Muon(torch.optim.AdamW):
             rows = shape[0] // group["matrices"]
             rate = group["lr"] * _RATE * max(1, rows / shape[1]) ** 0.5
             updates = self._orthogonalise(torch.stack(self._nesterov_momentum(same_shape)), same_shape[0], rows)
-            shards = [own_part(weight) for weight in same_shape]
+            shards = [local_tensor(weight) for weight in same_shape]
             torch._foreach_mul_(shards, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(shards, list(updates), alpha=-rate)
 
@@ -86,8 +86,8 @@ class Muon(torch.optim.AdamW):
                 # AdamW expects `step` in every state.
                 self.state[weight].update(step=torch.zeros(()), exp_avg=torch.zeros_like(weight))
             self.state[weight]["step"] += 1
-        averages = [own_part(self.state[weight]["exp_avg"]) for weight in weights]
-        gradients = [own_part(weight.grad) for weight in weights if weight.grad is not None]
+        averages = [local_tensor(self.state[weight]["exp_avg"]) for weight in weights]
+        gradients = [local_tensor(weight.grad) for weight in weights if weight.grad is not None]
         for weight in weights:
             weight.grad = None  # so that AdamW's step skips it
         torch._foreach_lerp_(averages, gradients, 1 - _MOMENTUM)

@@ -8,8 +8,8 @@
     accelerate launch stage2_prior/train.py --level 2 --prior.kind pixelcnn
 
 Writes priors/NAME into the run: prior.safetensors with the weights of the best validation, the likelihood report, metrics,
-checkpoints, a graph. With --level, a prior of that level of codes alone, given the levels above, in priors/NAME/levelN; once every
-level has its own, of whatever kinds, they are joined to a prior of all of them in priors/NAME.
+checkpoints, a graph. With --level, a prior of that level of codes alone, conditioned on the levels above, in priors/NAME/levelN; once
+every level has one, of whatever kind, they are joined to a prior of all levels in priors/NAME.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 import dataclasses
 import os
-import re
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from configs.cli import EXTRACT_CODES, SAMPLE, SECTIONS, TRAIN_PRIOR, load_recipe, parse, recipe_dict
 from configs.errors import UserError, run_entry, say
+from configs.prior_name import LEVELWISE, PriorName
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, keys_that_may_change
 from stage1_vqvae.data.record import changes, check_unchanged, read_record
@@ -43,58 +42,40 @@ from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.record import CODES, codes_record
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.joining import check_levels, join_levels
-from stage2_prior.likelihood.bits import bits, measure
-from stage2_prior.likelihood.tables import likelihood_report, turned_at, write_report
-from stage2_prior.priors.prior_file import (
-    UNIFORM,
-    PriorHeader,
-    build_prior,
-    check_tokenizer,
-    read_prior_header,
-    save_prior,
-)
-from stage2_prior.steps import Begun, begun, best_weights, take_step
+from stage2_prior.likelihood.bits import measure
+from stage2_prior.likelihood.tables import likelihood_report, write_report
+from stage2_prior.priors.prior_file import PriorHeader, build_prior, check_tokenizer, read_prior_header, save_prior
+from stage2_prior.recorder import PriorRecorder
+from stage2_prior.steps import PriorState, take_step
 from training.batching import check_divides
-from training.budget import TimeLeft, fitting_steps
+from training.budget import fitting_steps
 from training.checkpoint import Checkpoints
-from training.metrics_log import MetricsLog, read_metrics
-from training.optimizer import load_moments_, moments
-from training.processes import asked_to_shard, finish, start, summed
-from training.progress import progress_bar
+from training.metrics_log import read_metrics
+from training.processes import finish, start
 from training.randomness import derived_seed
-from training.resumption import (
-    Stage,
-    accumulation_advice,
-    add_resume_options,
-    check_resumable,
-    memory_advice,
-    nothing_to_do,
-)
-from training.schedule import scheduled_rate
-from training.sharding import whole
-from training.stopping import GracefulStop, check_finite
+from training.resumption import Stage, accumulation_advice, add_resume_options, memory_advice, nothing_to_do
+from training.schedule import due_after
+from training.sharding import gathered
+from training.stopping import GracefulStop
 from training.weights_file import fingerprint
 
 _OWN_SECTIONS = ("prior", "stage2")
-_ADVICE = "lower --stage2.lr and go on with --resume"
-# The name of priors of single levels, if they are given none.
-_LEVELWISE = "levelwise"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    command = parse(__doc__, ("prior", "stage2", "compute"), argv, begun_in=_begun_in, options=_options)
+    """Run the command line."""
+    command = parse(__doc__, ("prior", "stage2", "compute"), argv, training_folder=_training_folder, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
     level = command.options.level
-    name = _name(command.options.name, level, recipe.prior.kind)
-    sha256 = fingerprint(run.tokenizer)
-    folder = _folder(run, name)
-    joined = folder.parent / "prior.safetensors" if level is not None else None
+    name = PriorName.of_options(command.options.name, level, recipe.prior.kind)
+    name.check_free(run)
+    sha256, folder = fingerprint(run.tokenizer), name.folder(run)
+    joined = name.at_level(None).folder(run) / "prior.safetensors" if level is not None else None
     may_change = [*keys_that_may_change(recipe, _OWN_SECTIONS), *(section for section in SECTIONS if section not in _OWN_SECTIONS)]
-    done = nothing_to_do(_found(run, name, recipe, sha256), recipe, command.options.resume, may_change)
+    done = nothing_to_do(_stage_on_disk(run, name, recipe, sha256), recipe, command.options.resume, may_change)
     if done and (joined is None or joined.exists()):
         say(f"next: {command.next(SAMPLE)}")
         return
@@ -103,9 +84,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--level: expected 1 to {len(training.manifest.grids)}, the levels of codes from the coarsest on, found {level}")
     label_names = training.manifest.label_names if recipe.prior.conditional else None
     if level is not None and not done:
-        check_levels(run, name, label_names)  # joining, which takes all of one numbering, comes at the end
+        check_levels(run, name, label_names)  # early: levels are joined at the end
     stores = {TRAIN: training, VALIDATION: validation}
-    if run.begun(folder):
+    if run.started(folder):
         check_codes(run, name, recipe, stores, command.options.accept_changed_data)
     accelerator = start(recipe.compute, str(folder / "tensorboard"), oom_hint(recipe))
     stop = GracefulStop(accelerator, command.options.stop_after)
@@ -113,31 +94,29 @@ def main(argv: list[str] | None = None) -> None:
     missing = None
     if accelerator.is_main_process:
         for store in (training, validation):
-            store.verify()  # a code that has changed since would be learned like any other
+            store.verify()  # a damaged code would be learned like any other
     with run.lock():
         if not done:
-            if recipe.stage2.minutes > 0 and not run.begun(folder):
+            if recipe.stage2.minutes > 0 and not run.started(folder):
                 recipe = within_budget(accelerator, run, name, recipe, training, validation)
                 accelerator.free_memory()  # of the rehearsal
             if accelerator.is_main_process:
                 run.record(program(), command.arguments, recipe_dict(recipe))
                 write_json(folder / CODES, codes_record(stores))
                 if joined is not None:
-                    joined.unlink(missing_ok=True)  # of this level's former weights
+                    joined.unlink(missing_ok=True)  # joined from this level's earlier weights
             accelerator.wait_for_everyone()
             train(accelerator, run, name, recipe, training, validation, command.options.resume, stop)
         if level is not None:
             missing = join_levels(accelerator, run, name, training, validation)
-    following = command.next(SAMPLE) if missing is None else f"{command.next(TRAIN_PRIOR)} --level {missing}{_named(name)}"
+    following = command.next(SAMPLE) if missing is None else f"{command.next(TRAIN_PRIOR)} {name.at_level(missing).options()}"
     say(f"next: {following}")
     finish(accelerator)
 
 
-def check_codes(run: RunDir, name: str, recipe: Recipe, stores: Mapping[str, CodeStore], accept: bool) -> None:
-    """Errors: UserError if a prior that has begun cannot go on with the codes that are there, or they are of other data (see
-    `check_unchanged`).
-    """
-    where, current, recorded = run.show(run.prior(name)), codes_record(stores), read_record(run.prior(name) / CODES)
+def check_codes(run: RunDir, name: PriorName, recipe: Recipe, stores: Mapping[str, CodeStore], accept: bool) -> None:
+    """Errors: UserError if a started prior cannot continue with the present codes, or they are of other data (see `check_unchanged`)."""
+    where, current, recorded = run.show(name.folder(run)), codes_record(stores), read_record(name.folder(run) / CODES)
     if not recorded:
         return
     was, now = recorded[TRAIN], current[TRAIN]
@@ -152,71 +131,49 @@ def check_codes(run: RunDir, name: str, recipe: Recipe, stores: Mapping[str, Cod
     if recipe.prior.conditional and list(was["classes"] or ()) != list(now["classes"] or ()):
         what = "; ".join(changes(recorded, current))
         raise UserError(f"{where}: expected codes of the classes that its training began with, found {what}; {another}")
-    check_unchanged(run.prior(name) / CODES, current, where, accept, "another with --name NAME")
+    check_unchanged(name.folder(run) / CODES, current, where, accept, "another with --name NAME")
 
 
 def oom_hint(recipe: Recipe) -> str:
-    """Advice appended to an out-of-memory error: options that `--resume` takes."""
+    """Return advice appended to an out-of-memory error: options that `--resume` accepts."""
     config = recipe.stage2
     ways = accumulation_advice("stage2", config.batch_size, config.accumulation)
     if not config.gradient_checkpointing:
         ways.append("--stage2.gradient_checkpointing true, which keeps fewer activations")
     if not recipe.compute.sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        ways.append("--compute.sharded true, which shares weights out over the processes")
+        ways.append("--compute.sharded true, which shards weights over the processes")
     return memory_advice(ways, "another with --name NAME")
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--name", type=str, help=f"name of the prior in the run (default: its kind; with --level, {_LEVELWISE})")
+    parser.add_argument("--name", type=str, help=f"name of the prior in the run (default: its kind; with --level, {LEVELWISE})")
     parser.add_argument("--level", type=int | None, help="train a prior of this level alone, 1 for the coarsest, given those above")
     add_resume_options(parser)
 
 
-def _name(name: str | None, level: int | None, kind: str) -> str:
-    """The name of a prior: as typed, or its kind; of a level's, `NAME/levelN`."""
-    return (name or kind) if level is None else f"{name or _LEVELWISE}/level{level}"
+def _training_folder(run: RunDir, name: str | None, level: str | None) -> Path:
+    """Return the prior's folder, in which a started training continues."""
+    number = int(level) if level is not None and level.isdecimal() else None
+    prior = PriorName.of_options(name, number, name or load_recipe(run.recipe).prior.kind)
+    prior.check_free(run)
+    return prior.folder(run)
 
 
-def _named(name: str) -> str:
-    """The options that say which prior `_name` is of, without its level."""
-    whole = name.partition("/")[0]
-    return "" if whole == _LEVELWISE else f" --name {whole}"
-
-
-def _folder(run: RunDir, name: str) -> Path:
-    """The prior's folder in the run. Errors: UserError for a name that cannot be one."""
-    whole, _, level = name.partition("/level")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", whole) or whole == UNIFORM:
-        raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {whole}")
-    if level and (run.prior(whole) / "recipe.yaml").exists():
-        raise UserError(f"--name {whole}: expected a name for priors of single levels, found that of a prior of all levels")
-    if not level and any(run.prior(whole).glob("level*")):
-        raise UserError(f"--name {whole}: expected a name for a prior of all levels, found that of priors of single levels")
-    return run.prior(name)
-
-
-def _begun_in(run: RunDir, name: str | None, level: str | None) -> Path:
-    """The folder in which training goes on, if it was begun."""
-    return _folder(
-        run, _name(name, int(level) if level is not None and level.isdecimal() else None, name or load_recipe(run.recipe).prior.kind)
-    )
-
-
-def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
-    """What there is of the prior in the run. Errors: UserError if it was trained on another tokenizer's codes."""
-    folder = run.prior(name)
+def _stage_on_disk(run: RunDir, name: PriorName, recipe: Recipe, sha256: str) -> Stage:
+    """Read what the run holds of the prior. Errors: UserError if it was trained on another tokenizer's codes."""
+    folder = name.folder(run)
     header = read_prior_header(folder / "prior.safetensors") if (folder / "prior.safetensors").exists() else None
     if header is not None:
         check_tokenizer(run.show(folder), header["tokenizer_sha256"], sha256)
-    begun_with = folder / "recipe.yaml"
+    own_recipe = folder / "recipe.yaml"
     return Stage(
         where=run.show(folder),
         name="this prior",
         section="stage2",
         elsewhere="another with --name NAME",
-        recipe=load_recipe(begun_with) if begun_with.exists() else recipe,
-        begun=run.begun(folder),
-        checkpointed=run.checkpointed(folder),
+        recipe=load_recipe(own_recipe) if own_recipe.exists() else recipe,
+        started=run.started(folder),
+        has_checkpoint=run.has_checkpoint(folder),
         finished_after=header["steps"] if header is not None else None,
     )
 
@@ -224,7 +181,7 @@ def _found(run: RunDir, name: str, recipe: Recipe, sha256: str) -> Stage:
 def train(
     accelerator: Accelerator,
     run: RunDir,
-    name: str,
+    name: PriorName,
     recipe: Recipe,
     training: CodeStore,
     validation: CodeStore,
@@ -235,180 +192,103 @@ def train(
 
     Errors: UserError for a foreign checkpoint, or a loss that is not finite.
     """
-    config, folder = recipe.stage2, run.prior(name)
-    began = time.monotonic()
-    processes = accelerator.num_processes
+    config, folder = recipe.stage2, name.folder(run)
+    rows, micro_batch = torch.arange(len(validation)), config.batch_size // (accelerator.num_processes * config.accumulation)
 
-    # --- model, optimiser, and where they left off
-    prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
+    # --- the training state, from the last checkpoint or new
+    state = build(accelerator, run, recipe, training, name.index)
+    prior, average, best = state.prior, state.average, state.best
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
     say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
     for remark in prior.remarks():
         say(remark)
     loader = CodeLoader(training, prior.num_classes, config, accelerator)
-    sharded = asked_to_shard(accelerator, recipe.compute)
-    checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, sharded)
-    first_step, minutes_before = 0, 0.0
-    best: dict[str, Any] = {"step": 0, "bits": float("inf"), "weights": None}
-
-    def weights() -> dict[str, Any]:
-        return {"model": prior.state_dict(), "average": average.state_dict(), "optimizer": moments(prior, optimizer.optimizer)}
-
-    state = checkpoints.load_latest({**weights(), "best": {"weights": best_weights(average.model)}}) if resume else None
-    if state is not None:
-        where = run.show(checkpoints.paths()[-1])
-        check_tokenizer(where, state["tokenizer_sha256"], training.manifest.tokenizer_sha256)
-        prior.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        load_moments_(prior, optimizer.optimizer, state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"] is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        first_step, minutes_before, best = state["step"], state["minutes"], state["best"]
-        check_resumable(first_step, config.steps)
-        say(f"{run.show(folder)}: going on after step {first_step}")
+    checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, state.sharded)
+    if resume:
+        state.resume(checkpoints, config.steps, run.show(folder))
 
     if accelerator.is_main_process:
         write_yaml(folder / "recipe.yaml", recipe_dict(recipe))
-
-    def minutes() -> float:
-        return minutes_before + (time.monotonic() - began) / 60
-
-    def save(step: int, score: float | None) -> None:
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        noted = {"best": best, "minutes": minutes(), "tokenizer_sha256": training.manifest.tokenizer_sha256}
-        checkpoints.save(step, {**weights(), "scaler": scaler, **noted}, score)
-
-    if recipe.compute.tracker:
-        accelerator.init_trackers("stage2")
-    log = MetricsLog(folder / "metrics.jsonl", accelerator, first_step)
-    accelerator.wait_for_everyone()
-    validations = [record for record in read_metrics(log.path) if record["split"] == "validation"]
-    losses: list[Tensor] = []
-    norms: list[Tensor] = []
-    since = time.monotonic()
-    size, main = config.batch_size, accelerator.is_main_process
-    every, micro_batch = torch.arange(len(validation)), size // (processes * config.accumulation)
-    bar = progress_bar(config.steps * size, "stage 2", "img", initial=first_step * size, shown=main)
-    left = TimeLeft("stage 2", first_step, config.steps)
-    model.train()
-    with bar, stop, checkpoints:
-        for step in range(first_step, config.steps):
-            # --- one step, and what it leaves
-            step_loss, norm = take_step(accelerator, model, optimizer, loader, config, step)
-            average.update_()
-            losses.append(step_loss)
-            norms.append(norm)
-            bar.update(size)
-
-            # --- what is noted, checked and kept
-            done = step + 1
-            if main and (outlook := left.line(done)) is not None:
-                bar.write(outlook)
-            finished = done == config.steps
-            stopping = stop.requested(last=finished)
-            due_checkpoint = finished or stopping or done % config.checkpoint_interval == 0
-            due_validation = finished or done % config.validation_interval == 0
-            if due_checkpoint or due_validation or done % config.log_interval == 0:
-                means = summed(accelerator, {"losses": torch.stack(losses)})["losses"] / processes
-                terms = [{"loss": loss, "gradient_norm": norm} for loss, norm in zip(means, norms, strict=True)]
-                check_finite(terms, done - len(losses) + 1, _ADVICE)
-                train_bits = bits(float(means.mean()))
-                speed = len(losses) * size / (time.monotonic() - since)
-                noted = {"images_per_second": speed, "lr": scheduled_rate(config, step)}
-                log.write(done, "train", {"bits_per_token": train_bits, "gradient_norm": float(torch.stack(norms).mean()), **noted})
-                bar.set_postfix(bits=f"{train_bits:.3f}", best=f"{best['bits']:.3f}", refresh=False)
-                losses, norms, since = [], [], time.monotonic()
-            if due_validation:
-                found = measure(accelerator, average.model, validation, every, micro_batch).mean
-                values = {"bits_per_token": found, "train_bits_per_token": train_bits}
-                log.write(done, "validation", values)
-                validations.append({"step": done, **values})
-                if found < best["bits"]:
-                    best = {"step": done, "bits": found, "weights": best_weights(average.model)}
-                turned = turned_at(validations)
-                if turned is not None:
-                    bar.clear()
-                    say(
-                        f"warning: validation rises while training falls since step {turned} ({best['bits']:.3f} bits a token "
-                        f"there, {found:.3f} now): the prior learns its images by heart; the weights of step {best['step']} are kept"
-                    )
-                model.train()
-                since = time.monotonic()
+    recorder = PriorRecorder(accelerator, folder, config, state)
+    state.model.train()
+    with recorder, stop, checkpoints:
+        for step in range(state.step, config.steps):
+            loss, norm = take_step(accelerator, state, loader, config, step)
+            state.step = step + 1
+            stopping = stop.requested(last=state.step == config.steps)
+            due = due_after(state.step, config, stopping)
+            recorder.record(state.step, loss, norm, due)
+            if due.validation:
+                validation_bits = measure(accelerator, average.model, validation, rows, micro_batch).mean
+                if validation_bits < best.bits:
+                    best.replace_(state.step, validation_bits, average.model)
+                recorder.validated(state.step, validation_bits)
+                state.model.train()
             checkpoints.check()
-            if due_checkpoint:
-                save(done, found if due_validation else None)
+            if due.checkpoint:
+                checkpoints.save(state.step, state.state_dict(), validation_bits if due.validation else None)
             if stopping:
-                bar.close()
                 checkpoints.wait()
-                of_all, _, of = name.partition("/level")
-                which = f"--name {of_all}" + (f" --level {of}" if of else "")
-                which += " --compute.sharded true" if recipe.compute.sharded else ""
-                say(f"stopped after step {done} and saved; go on with: {TRAIN_PRIOR} --resume --run {run.path} {which}")
-                finish(accelerator)
-                sys.exit(stop.exit_code)
+                options = f"{name.options()} --compute.sharded true" if recipe.compute.sharded else name.options()
+                recorder.exit_stopped(state.step, f"{TRAIN_PRIOR} --resume --run {run.path} {options}", stop.exit_code)
 
     # --- the result
-    if best["weights"] is None:  # resumed after the last step, before any validation
-        best = {"step": first_step, "bits": None, "weights": best_weights(average.model)}
-    average.model.load_state_dict(best["weights"])
-    likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, validations)
-    result = whole(accelerator, best["weights"])
+    if best.step == 0:  # resumed after the last step, before any validation
+        best.replace_(state.step, best.bits, average.model)
+    average.model.load_state_dict(best.weights)
+    likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, recorder.validations)
+    result = gathered(accelerator, best.weights)
     if accelerator.is_main_process:
         known = prior.num_classes == 0 or config.label_dropout > 0
-        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], _level_of(name))
-        report = {"steps": config.steps, "best_step": best["step"], "minutes": minutes(), "parameters": parameters}
+        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], name.index)
+        report = {"steps": config.steps, "best_step": best.step, "minutes": state.minutes(), "parameters": parameters}
         write_results(run, folder, result, header, report, likelihood)
 
 
-def _level_of(name: str) -> int | None:
-    """The level, from 0 on, that `_name` names; None: all."""
-    level = name.partition("/level")[2]
-    return int(level) - 1 if level else None
-
-
-def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, level: int | None) -> Begun:
-    """The prior with its first weights, its optimiser and its average."""
-    config = recipe.stage2
-    torch.manual_seed(derived_seed(config.seed, "weights"))
+def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeStore, level: int | None) -> PriorState:
+    """Build the training state of a prior with its first weights."""
+    torch.manual_seed(derived_seed(recipe.stage2.seed, "weights"))
     try:
         prior = build_prior(recipe.prior, training.manifest, level)
-    except ValueError as error:  # of fields that do not fit the levels there are
+    except ValueError as error:  # for fields that do not fit the levels
         raise UserError(str(error)) from None
     prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
-    return begun(accelerator, prior, config, recipe.compute)
+    return PriorState(accelerator, prior, recipe.stage2, recipe.compute)
 
 
-def within_budget(accelerator: Accelerator, run: RunDir, name: str, recipe: Recipe, training: CodeStore, validation: CodeStore) -> Recipe:
-    """The recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
-    config, began = recipe.stage2, time.monotonic()
-    prior, model, optimizer, average = build(accelerator, run, recipe, training, _level_of(name))
+def within_budget(
+    accelerator: Accelerator, run: RunDir, name: PriorName, recipe: Recipe, training: CodeStore, validation: CodeStore
+) -> Recipe:
+    """Return the recipe with as many steps as fit its minutes, by a rehearsal that leaves no trace."""
+    config, start = recipe.stage2, time.monotonic()
+    state = build(accelerator, run, recipe, training, name.index)
     if accelerator.is_main_process:
-        write_yaml(run.prior(name) / "recipe.yaml", recipe_dict(recipe))  # a rehearsal may be interrupted
-    loader, every = CodeLoader(training, prior.num_classes, config, accelerator), torch.arange(len(validation))
+        write_yaml(name.folder(run) / "recipe.yaml", recipe_dict(recipe))  # a rehearsal may be interrupted
+    loader, rows = CodeLoader(training, state.prior.num_classes, config, accelerator), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
     def step(number: int) -> None:
-        model.train()
-        take_step(accelerator, model, optimizer, loader, config, number)
+        state.model.train()
+        take_step(accelerator, state, loader, config, number)
 
-    found = fitting_steps(
+    section = fitting_steps(
         accelerator,
         "stage 2",
         config,
-        began,
-        began,
+        start,
+        start,
         [(1.0, step)],
-        lambda: measure(accelerator, average.model, validation, every, micro_batch),
+        lambda: measure(accelerator, state.average.model, validation, rows, micro_batch),
         passes_at_end=2,  # the likelihood report: of the validation images, and of as many training images
     )
-    return dataclasses.replace(recipe, stage2=found)
+    return dataclasses.replace(recipe, stage2=section)
 
 
 def write_results(
     run: RunDir, folder: Path, weights: dict[str, Tensor], header: PriorHeader, report: dict[str, Any], likelihood: dict[str, Any]
 ) -> None:
-    """Reports, pictures, and last the prior, whose presence says that it is finished."""
+    """Write reports and pictures, and last the prior, whose presence marks the stage as finished."""
     write_json(folder / "report.json", report)
     write_report(folder, str(folder.relative_to(run.priors)), likelihood)
     references = {name: likelihood[name] for name in ("unigram", "uniform")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
     evaluate(["--run", str(run.path), "--features", "classifier", "--n", "8"])
     report(["--run", str(run.path)])
     recipe = load_recipe(run.recipe)
-    part = recipe.prior if head["family"] == "prior" else getattr(recipe.tokenizer, head["family"].partition(".")[2])
+    part = attrgetter(head["family"])(recipe)
     assert type(part).__name__ == name
     assert part.kind == head["kind"]
     if head["family"] == "prior":

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from configs import spinning
+from configs.data import TransformPart
 from configs.parts import FAMILIES, part_class
 from configs.run_dir import REPOSITORY
 from configs.schema import AdversarialPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
@@ -46,6 +47,7 @@ def test_nobody_imports_a_script() -> None:
 def test_what_a_recipe_may_choose_is_there() -> None:
     """The tables name classes by address: each in a room of its family, with the fields' base class that the recipe expects."""
     bases = {
+        "data.transform": ("data", TransformPart),
         "tokenizer.quantizer": ("quantizers", QuantizerPart),
         "tokenizer.network": ("networks", NetworkPart),
         "tokenizer.objective": ("objectives", ObjectivePart),

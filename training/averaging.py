@@ -1,4 +1,4 @@
-"""Weight averaging: a moving average of weights, which reconstructs better than any single step's."""
+"""Moving average of weights, which reconstructs better than the weights of any single step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from training.sharding import own_part
+from training.sharding import local_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class WeightAverage(Generic[Model]):
-    """`model`, a copy of a model in training whose parameters are the moving averages of its own.
+    """A copy of a model in training, `model`, whose parameters are moving averages.
 
     Polyak & Juditsky 1992; with exponential weights as in Karras et al. 2018, "Progressive Growing of GANs", section
     4. The decay rises as min(decay, (1 + steps) / (10 + steps)), so that the first weights are soon forgotten.
@@ -24,11 +24,11 @@ class WeightAverage(Generic[Model]):
     def __init__(self, live: Model, decay: float, shared: Sequence[str], copied: Model | None = None) -> None:
         """Args:
         live: the model in training.
-        decay: of the moving averages, once many steps have been taken.
-        shared: names of the submodules that the copy has in common with the model in training, instead of averages.
-        copied: an equal model, to hold the averages; None: a copy is made.
+        decay: of the moving averages after many steps.
+        shared: names of submodules that are not averaged but shared with the model in training.
+        copied: an equal model to hold the averages; None: copy `live`.
         """
-        self.decay, self.steps = decay, 0
+        self.decay, self.steps, self._live = decay, 0, live
         self.model = (copy.deepcopy(live) if copied is None else copied).requires_grad_(False)
         for name in shared:
             self.model.set_submodule(name, live.get_submodule(name))
@@ -37,16 +37,21 @@ class WeightAverage(Generic[Model]):
 
     @torch.no_grad()
     def update_(self) -> None:
-        """After every step of the optimiser."""
+        """Update the averages after an optimizer step."""
         self.steps += 1
-        averages, weights = ([own_part(tensor) for tensor in tensors] for tensors in zip(*self._pairs, strict=True))
+        averages, weights = ([local_tensor(tensor) for tensor in tensors] for tensors in zip(*self._pairs, strict=True))
         torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
 
+    def restart_(self) -> None:
+        """Start again from the present weights of the model in training."""
+        self.steps = 0
+        self.model.load_state_dict(self._live.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
-        """The averages, for a checkpoint."""
+        """Return the averages and their step count."""
         return {"steps": self.steps, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the averages of a checkpoint."""
+        """Load what `state_dict` returned."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])

@@ -1,4 +1,4 @@
-"""Time budgets: how many steps fit so many minutes on this machine; and how long a training has still to go."""
+"""Time budgets: the number of steps that fit into some minutes on this machine; and the time that a training has left."""
 
 from __future__ import annotations
 
@@ -23,44 +23,45 @@ Section = TypeVar("Section", Stage1, Stage2)
 _UNTIMED = 2
 # Steps timed at most, and the share of the budget that they may take.
 _TIMED, _SHARE_FOR_TIMING = 200, 0.03
-# After how many seconds the time left is said, and how many there have to be left.
-_SAID_AFTER, _WORTH_SAYING = 60.0, 600.0
+# Seconds after which the time left is printed, and the least time left that is printed.
+_PRINTED_AFTER, _WORTH_PRINTING = 60.0, 600.0
 
 
 def fitting_steps(
     accelerator: Accelerator,
     stage: str,
     config: Section,
-    began: float,
-    building: float,
+    start: float,
+    build_start: float,
     kinds: Sequence[tuple[float, Callable[[int], object]]],
     validate: Callable[[], object],
     passes_at_end: float = 0.0,
 ) -> Section:
-    """The stage's section with as many steps as fit its minutes, validations among them; the same on all processes, all of which must
-    call it. Says how many. The warm-up is at most a tenth of them, so that the rate has time to fall.
+    """Measure training steps and a validation. Returns: the stage's section with as many steps as fit its minutes, validations included.
+
+    All ranks must call it, and get the same. The warm-up is at most a tenth of the steps, so that the learning rate has time to fall.
 
     Args:
-        stage: what messages call the training.
-        config: its section of the recipe.
-        began: `time.monotonic()` when the minutes began.
-        building: `time.monotonic()` before model and optimiser of the rehearsal were made, which the training after it makes again.
-        kinds: the share of the steps that are of a kind, and what takes the step of that number of a rehearsal; the shares add up to 1.
-            What it trains is thrown away: the steps that are counted here do not depend on how they were counted.
-        validate: one validation pass.
-        passes_at_end: what follows the last step, in validation passes.
+        stage: name of the stage in messages.
+        config: the stage's section of the recipe.
+        start: `time.monotonic()` at the start of the minutes.
+        build_start: `time.monotonic()` before the rehearsed model was built; the training builds it again.
+        kinds: per kind of steps its share of all steps, and a function that takes step number N of a rehearsal; the shares add up to 1.
+            What it trains is discarded, so that results do not depend on the rehearsal.
+        validate: runs one validation pass.
+        passes_at_end: work after the last step, in validation passes.
     """
-    setup = time.monotonic() - building
+    setup = time.monotonic() - build_start
 
     def slowest(taken: float) -> float:
-        """The longest of the processes' times."""
+        """Return the longest of the ranks' times."""
         return float(accelerator.gather(torch.tensor([taken], dtype=widest_float(accelerator.device), device=accelerator.device)).max())
 
     def seconds(work: Callable[[], object]) -> float:
-        start = time.monotonic()
+        before = time.monotonic()
         work()
         wait_for(accelerator.device)
-        return slowest(time.monotonic() - start)
+        return slowest(time.monotonic() - before)
 
     def pace_of(take_step: Callable[[int], object], share: float) -> float:
         def median(first: int, count: int) -> float:
@@ -73,8 +74,8 @@ def fitting_steps(
 
     with keeping_scale(accelerator):
         pace, validation = sum(share * pace_of(take_step, share) for share, take_step in kinds), seconds(validate)
-    # The training that follows is set up as the rehearsal was.
-    left = 60 * config.minutes - slowest(time.monotonic() - began + setup) - passes_at_end * validation
+    # The training after it takes as long to set up as the rehearsal did.
+    left = 60 * config.minutes - slowest(time.monotonic() - start + setup) - passes_at_end * validation
     steps = max(1, int(left / (pace + validation / config.validation_interval)))
     say(f"{stage}: {pace:.3g} s a step on this machine, so {steps:,} steps in {config.minutes:g} minutes")
     return dataclasses.replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps // 10))
@@ -82,7 +83,7 @@ def fitting_steps(
 
 @contextmanager
 def keeping_scale(accelerator: Accelerator) -> Iterator[None]:
-    """Steps of a rehearsal, after which the loss scale of mixed precision is what it was before."""
+    """Restore the loss scale of mixed precision when the block ends."""
     scale = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     yield
     if accelerator.scaler is not None and scale is not None:
@@ -90,20 +91,20 @@ def keeping_scale(accelerator: Accelerator) -> Iterator[None]:
 
 
 class TimeLeft:
-    """Says once, after a minute of training, how long it will take, if that is long."""
+    """The time that a long training has left, printed once after a minute."""
 
     def __init__(self, stage: str, first_step: int, steps: int) -> None:
         self._stage, self._first_step, self._steps = stage, first_step, steps
-        self._began, self._said = time.monotonic(), False
+        self._start, self._printed = time.monotonic(), False
 
-    def line(self, done: int) -> str | None:
-        """The line to say after `done` steps in all, or None."""
-        elapsed = time.monotonic() - self._began
-        if self._said or elapsed < _SAID_AFTER:
+    def line(self, step: int) -> str | None:
+        """Return the line to print after `step` steps in all, or None."""
+        elapsed = time.monotonic() - self._start
+        if self._printed or elapsed < _PRINTED_AFTER:
             return None
-        self._said = True
-        left = elapsed / (done - self._first_step) * (self._steps - done)
-        if left < _WORTH_SAYING:
+        self._printed = True
+        left = elapsed / (step - self._first_step) * (self._steps - step)
+        if left < _WORTH_PRINTING:
             return None
         length = f"{left / 60:.0f} minutes" if left < 2 * 3600 else f"{left / 3600:.1f} hours"
         option = f"--{self._stage.replace(' ', '')}.minutes"

@@ -23,24 +23,24 @@ _READ_AT_ONCE = 1 << 24  # bytes
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint that differs from what was written."""
 
 
 def write_file(path: Path, state: dict[str, Any]) -> None:
-    """Write a state of tensors on the CPU and plain values, and its sum, at once. Errors: OSError with the file's name."""
+    """Write a state of CPU tensors and plain values with its sha256, atomically. Errors: OSError with the file's name."""
     with replacing(path) as file:
-        summing = _Summing(file)
+        hashing = _HashingFile(file)
         try:
-            torch.save(state, summing)  # type: ignore[arg-type]
+            torch.save(state, hashing)  # type: ignore[arg-type]
         except RuntimeError:
-            if summing.failure is not None:
-                raise summing.failure from None
+            if hashing.failure is not None:
+                raise hashing.failure from None
             raise
-        file.write(_MARK + summing.sum.hexdigest().encode())
+        file.write(_MARK + hashing.sum.hexdigest().encode())
 
 
 def read_file(path: Path, stage: str) -> dict[str, Any]:
-    """What `write_file` wrote for a stage. Errors: DamagedCheckpoint; UserError for a file of something else."""
+    """Read what `write_file` wrote for a stage. Errors: DamagedCheckpoint; UserError for another stage's checkpoint."""
     summed = _check_sum(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,15 +56,15 @@ def read_file(path: Path, stage: str) -> dict[str, Any]:
 
 
 def check_kind(path: Path, content: Any, stage: str) -> None:
-    """Errors: UserError if content is no checkpoint of a stage, or of another format."""
+    """Errors: UserError if `content` is no checkpoint of this stage and format."""
     if not isinstance(content, dict) or content.get("stage") != stage or content.get("format") != FORMAT:
         found = f"one of {content.get('stage')}, format {content.get('format')}" if isinstance(content, dict) else type(content).__name__
         wanted = f"expected a checkpoint of {stage}, format {FORMAT}"
         raise UserError(f"{RunDir.show(path)}: {wanted}, found {found}; delete it to go on from the one before")
 
 
-class _Summing(io.RawIOBase):
-    """A file that adds up what is written, and keeps what went wrong: torch says only that something did."""
+class _HashingFile(io.RawIOBase):
+    """A file that hashes what is written and keeps an OSError, which torch would replace by one without a reason."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sum = file, hashlib.sha256()
@@ -80,7 +80,7 @@ class _Summing(io.RawIOBase):
 
 
 def _check_sum(path: Path) -> bool:
-    """Whether a file has its sum at its end. Errors: DamagedCheckpoint if it is another's."""
+    """Return whether a file ends with its sha256. Errors: DamagedCheckpoint if the sum is that of other content."""
     left, found = path.stat().st_size - _TRAILER, hashlib.sha256()
     with open(path, "rb") as file:
         while left > 0:

@@ -1,7 +1,7 @@
-"""A checkpoint of weights that are shared out over processes: a folder to which each process writes what it holds.
+"""A sharded checkpoint: a folder to which every rank writes its shards.
 
-By `torch.distributed.checkpoint`, as safetensors files, so that nothing is executed by reading it; each tensor's parts say where in the
-whole they belong, so that any number of processes may read it, one too. checkpoint.json has the plain values, and each file's sha256.
+The files are safetensors, by `torch.distributed.checkpoint`, so that reading them executes nothing; every shard says where in its tensor
+it belongs, so that any number of ranks can read them, one included. checkpoint.json has the plain values, and each file's sha256.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ from training.checkpoint_file import DamagedCheckpoint, check_kind
 from training.weights_file import fingerprint
 
 _LIST = "checkpoint.json"
-_PATIENCE = timedelta(hours=2)
-# In the list, in a tensor's stead.
+_TIMEOUT = timedelta(hours=2)
+# Key that stands for a tensor in checkpoint.json.
 _TENSOR = "tensor"
 
 
 def shards_group() -> dist.ProcessGroup:
-    """All processes, as a group to write with beside the training, as patient as a slow disk asks for."""
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    """Create a process group of all ranks for writing beside the training, with a timeout for slow disks."""
+    group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def write_shards(path: Path, state: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """Write what each process holds of a state of tensors on the CPU and plain values, at once: its folder takes its name when all of it is
-    on the disk.
+    """Write every rank's shards of a state of CPU tensors and plain values; the folder gets its name when all of it is on the disk.
 
-    All processes must call it, with a group that nothing else uses meanwhile. Errors: OSError with the folder's name, on all of them.
+    All ranks must call it, with a group that nothing else uses meanwhile. Errors: OSError with the folder's name, on all of them.
     """
     temporary = path.with_name(f"{path.name}.tmp-0")
 
@@ -51,14 +50,14 @@ def write_shards(path: Path, state: dict[str, Any], group: dist.ProcessGroup) ->
 
     def end() -> None:
         write_summed_json(temporary / _LIST, {**_without_tensors(state), "sha256": sums})
-        shutil.rmtree(path, ignore_errors=True)  # of a training that went on from an earlier step since
+        shutil.rmtree(path, ignore_errors=True)  # of a training that was since resumed from an earlier step
         os.replace(temporary, path)
         sync(path.parent)
 
     try:
-        _by_the_first(group, begin)
+        _on_rank_0(group, begin)
         sums = _written(temporary, dict(_tensors(state)), group)
-        _by_the_first(group, end)
+        _on_rank_0(group, end)
     except OSError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -67,13 +66,13 @@ def write_shards(path: Path, state: dict[str, Any], group: dist.ProcessGroup) ->
 
 
 def _written(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, str]:
-    """Write what each process holds. Returns the sha256 of all files, by their names. Errors: OSError, on all processes."""
+    """Write every rank's shards. Returns: the sha256 of every file by name. Errors: OSError, on all ranks."""
     try:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
     except CheckpointException as failed:
         raise _first(failed) from None
     found: list[Any] = [None] * dist.get_world_size()
-    # The files of a process bear its number, from 1 on.
+    # File names contain the rank, counted from 1.
     files = sorted(folder.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
     own: dict[str, str] | OSError
     try:
@@ -90,9 +89,9 @@ def _written(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup)
 
 
 def check_shards(path: Path, stage: str, process: int, processes: int) -> None:
-    """Whether a process's share of a checkpoint's files is as it was written; that of all together is all of it.
+    """Verify this rank's share of a checkpoint's files; all ranks together verify all of them.
 
-    Errors: DamagedCheckpoint; UserError for a folder of something else.
+    Errors: DamagedCheckpoint; UserError for another stage's checkpoint.
     """
     content = _list(path, stage)
     for name, written in list(content["sha256"].items())[process::processes]:
@@ -103,9 +102,9 @@ def check_shards(path: Path, stage: str, process: int, processes: int) -> None:
 
 
 def read_shards(path: Path, stage: str, into: dict[str, Any]) -> dict[str, Any]:
-    """What `write_shards` wrote for a stage, each tensor read into that of the same place in `into`, as that one is shared out.
+    """Read what `write_shards` wrote for a stage, each tensor into the one of the same name in `into`, sharded like it.
 
-    Of several processes all must call it. Errors: UserError for a folder of something else, or of other tensors than `into` has.
+    All ranks must call it. Errors: UserError for another stage's checkpoint, or for tensors that `into` lacks.
     """
     content, tensors = _list(path, stage), dict(_tensors(into))
     wanted = {name: tensors.get(name) for name in _names_of_tensors(content)}
@@ -113,7 +112,7 @@ def read_shards(path: Path, stage: str, into: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: expected the tensors of this training, found {missing[0]}")
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what one process wants
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be with one process
         try:
             dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
         except CheckpointException as failed:
@@ -132,7 +131,7 @@ def _list(path: Path, stage: str) -> dict[str, Any]:
 
 
 def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dictionaries, named by the keys on the way."""
+    """Yield all tensors of nested dictionaries, named by their joined keys."""
     for key, value in state.items():
         inside = f"{name}/{key}" if name else key
         if isinstance(value, Tensor):
@@ -142,7 +141,7 @@ def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _without_tensors(state: Any, name: str = "") -> Any:
-    """Nested dictionaries with names instead of tensors."""
+    """Replace the tensors of nested dictionaries by their names."""
     if isinstance(state, Tensor):
         return {_TENSOR: name}
     if isinstance(state, dict):
@@ -169,12 +168,12 @@ def _with_tensors(content: Any, tensors: dict[str, Any]) -> Any:
 
 
 def _first(failed: CheckpointException) -> BaseException:
-    """What went wrong on one of the processes."""
+    """Return the failure of the first rank that has one."""
     return next(iter(failed.failures.values()))[0]
 
 
-def _by_the_first(group: dist.ProcessGroup, work: Callable[[], None]) -> None:
-    """Something that one process does for all. Errors: its OSError, on all of them."""
+def _on_rank_0(group: dist.ProcessGroup, work: Callable[[], None]) -> None:
+    """Run `work` on rank 0. Errors: its OSError, on all ranks."""
     failed: list[OSError | None] = [None]
     if dist.get_rank() == 0:
         try:

@@ -27,7 +27,7 @@ _LONGEST_REASON = 160
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
+def operator(schema: str, fake: Callable[..., Any], exported: Callable[..., Any] | None = None) -> Callable[[Function], Function]:
     """Decorator: register a function as a custom operator, so that torch.compile does not break the graph at it.
 
     For code that the compiler cannot trace (a kernel with a fallback, temporary precision settings) or should not unroll (a loop over
@@ -37,6 +37,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
     Args:
         schema: the operator's name and signature, as "two_stage::nearest_codes(Tensor vectors, Tensor codebook) -> Tensor".
         fake: takes the same arguments; returns empty tensors of the results' shapes, dtypes and devices.
+        exported: takes the same arguments; traced in place of the operator into exported graphs, which have no custom operators.
     """
     name, parenthesis, signature = schema.partition("(")
 
@@ -46,6 +47,8 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
+            if exported is not None and torch.compiler.is_exporting():
+                return exported(*arguments)
             # Fake tensors have no data: launching on them would fail and disable the kernel.
             traced = torch.compiler.is_compiling() or any(isinstance(argument, FakeTensor) for argument in arguments)
             return registered(*arguments) if traced else function(*arguments)
@@ -56,12 +59,12 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Func
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a small function, before anything is written that a compiler's failure would leave behind.
+    """Compile a small function, so that a missing compiler is reported before anything is written.
 
-    Errors: UserError if torch.compile does not work on this machine: it takes a C++ compiler and Python's headers, on a GPU Triton too.
+    Errors: UserError if torch.compile does not work on this machine; it needs a C++ compiler and Python's headers, on a GPU Triton too.
     """
     try:
-        # Of another size each time: what lies compiled in torch's cache would need no compiler.
+        # A random size: a function in torch's cache would need no compiler.
         values = torch.zeros(random.SystemRandom().randrange(2, 1 << 20), device=device)
         torch.compile(lambda tensor: tensor + 1, dynamic=False)(values)
     except torch.OutOfMemoryError:
@@ -80,11 +83,11 @@ class Kernel:
         codes = ...  # the PyTorch fallback
     """
 
-    given_up: ClassVar[list[str]] = []
+    disabled: ClassVar[list[str]] = []
     """Names of the kernels that could not be launched in this process."""
 
     def __init__(self, name: str, load: Callable[[], Callable[..., Any]]) -> None:
-        """`name`: for the warning. `load`: imports and returns the function that launches the kernel."""
+        """`name`: shown in the warning. `load`: imports and returns the function that launches the kernel."""
         self.name = name
         self._load = load
         self._launch: Callable[..., Any] | None = None
@@ -109,7 +112,7 @@ class Kernel:
         # without a driver; Triton's own errors for code that does not compile or needs too much shared memory.
         except Exception as error:
             self._failed = True
-            self.given_up.append(self.name)
+            self.disabled.append(self.name)
             reason = shorten(f"{type(error).__name__}: {error}", _LONGEST_REASON)
             needs = "Triton needs a C compiler and Python's headers"
             say(f"warning: Triton kernel for {self.name} unavailable, using slower PyTorch operators ({reason}); {needs}")

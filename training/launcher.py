@@ -1,7 +1,7 @@
-"""Settings of Accelerate's launcher: those that no training loop here follows are refused, whichever way they come.
+"""A check that refuses settings of Accelerate's launcher which have no effect here.
 
-`accelerate launch` hands most of its settings to its processes by environment variables. Some it keeps to itself where their framework is
-not asked for (`--gradient_accumulation_steps` without DeepSpeed): those stand in its own command line alone.
+`accelerate launch` passes most settings to its processes as environment variables. Some, such as `--gradient_accumulation_steps` without
+DeepSpeed, are only in its own command line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import psutil
 
 from configs.errors import UserError
 
-_SHARDED = "--compute.sharded true shares a prior's weights, gradients and moments out over processes"
+_SHARDED = "--compute.sharded true shards a prior's weights, gradients and moments over processes"
 _ACCUMULATION = "take --stage1.accumulation N or --stage2.accumulation N"
 _CLIPPING = "take --stage1.clip_norm X or --stage2.clip_norm X"
 _NO_TPU = "training runs on CPUs and GPUs"
@@ -33,15 +33,15 @@ _ENVIRONMENT: dict[str, tuple[tuple[str, ...], str]] = {
     "XLA_DOWNCAST_BF16": (_OFF, _NO_TPU),
     "XLA_USE_BF16": (_OFF, _NO_TPU),
 }
-"""Variables, the values that ask for nothing, and what helps where another was found."""
+"""Environment variables: values without effect, and advice for any other value."""
 
-_OF_FSDP: dict[str, tuple[tuple[str, ...], str]] = {
+_FSDP_ENVIRONMENT: dict[str, tuple[tuple[str, ...], str]] = {
     "FSDP_SHARDING_STRATEGY": (("", "full_shard", "1"), _SHARDED),
     "FSDP_RESHARD_AFTER_FORWARD": (("", "true", "full_shard", "1"), _SHARDED),
     "FSDP_OFFLOAD_PARAMS": (_OFF, "--stage2.gradient_checkpointing true takes less memory too"),
     "FSDP_ACTIVATION_CHECKPOINTING": (_OFF, "take --stage2.gradient_checkpointing true"),
 }
-"""The same, of a launcher that asks for FSDP. What else it says of FSDP changes speed alone, and is this project's to choose."""
+"""The same for a launcher with FSDP. Its other FSDP settings affect speed alone, and are ignored."""
 
 _OPTIONS = {
     **{"gradient_accumulation": _ACCUMULATION, "gradient_clipping": _CLIPPING},
@@ -50,33 +50,33 @@ _OPTIONS = {
     **dict.fromkeys(("tpu", "downcast_bf16", "main_training_function"), _NO_TPU),
     "fp8_": "--compute.mixed_precision takes no, fp16 and bf16",
 }
-"""Beginnings of the launcher's options, and what helps."""
+"""Prefixes of the launcher's options, and advice."""
 
 _THREADS = "num_cpu_threads_per_process"
 
 
 def check_launcher(sharded: bool) -> int | None:
-    """The CPU threads of a process that `accelerate launch` was told; None: it was not.
+    """Refuse settings that have no effect here. Returns: CPU threads per process as `accelerate launch` has them; None: not set.
 
-    `sharded`: whether the launcher asks for FSDP. Errors: UserError for a setting that no loop follows.
+    `sharded`: whether the launcher is set to FSDP. Errors: UserError that names the setting.
     """
-    for name, (harmless, advice) in {**_ENVIRONMENT, **(_OF_FSDP if sharded else {})}.items():
+    for name, (allowed, advice) in {**_ENVIRONMENT, **(_FSDP_ENVIRONMENT if sharded else {})}.items():
         value = os.environ.get(name, "")
-        # Accelerate takes bf16 in capitals for no precision that it knows, and casts nothing.
-        if (value if name == "ACCELERATE_MIXED_PRECISION" else value.lower()) not in harmless:
-            expected = " or ".join(word for word in harmless if word) if harmless != _OFF else "no such setting"
+        # Accelerate ignores a precision in capitals.
+        if (value if name == "ACCELERATE_MIXED_PRECISION" else value.lower()) not in allowed:
+            expected = " or ".join(word for word in allowed if word) if allowed != _OFF else "no such setting"
             raise UserError(f"{name}: expected {expected}, found {value}; {advice}")
     options = _launcher_options()
     for name, value in options.items():
-        instead = next((advice for beginning, advice in _OPTIONS.items() if name.startswith(beginning)), None)
-        if instead is not None and (name, value) != ("gradient_accumulation_steps", 1):
-            raise UserError(f"accelerate launch: expected no --{name}, which changes nothing here, found {value}; {instead}")
+        remedy = next((advice for prefix, advice in _OPTIONS.items() if name.startswith(prefix)), None)
+        if remedy is not None and (name, value) != ("gradient_accumulation_steps", 1):
+            raise UserError(f"accelerate launch: expected no --{name}, which changes nothing here, found {value}; {remedy}")
     return options.get(_THREADS)
 
 
 def _launcher_options() -> dict[str, Any]:
-    """Options that were typed to the launcher that started this process, if one did, and that `check_launcher` knows."""
-    words = _parents_words()
+    """Return the launcher's options that differ from their defaults and that `check_launcher` knows; empty without a launcher."""
+    words = _parent_command()
     names = [PurePath(word).name for word in words[:4]]
     start = next((number + 1 for number, name in enumerate(names) if name in ("accelerate-launch", "accelerate.commands.launch")), None)
     if start is None and "launch" in names and names[names.index("launch") - 1] == "accelerate":
@@ -91,8 +91,8 @@ def _launcher_options() -> dict[str, Any]:
     return {name: value for name, value in typed.items() if name.startswith(known) and value != defaults.get(name)}
 
 
-def _parents_words() -> list[str]:
-    """The command line of the process that started this one; none where that is not to be known."""
+def _parent_command() -> list[str]:
+    """Return the parent process's command line; empty if it cannot be read."""
     try:
         parent = psutil.Process().parent()
         return [] if parent is None else list(parent.cmdline())

@@ -1,4 +1,4 @@
-"""metrics.jsonl, always; a tracker beside it when asked. One JSON object a line: step, split, named numbers."""
+"""metrics.jsonl, one JSON object per line (step, split, named numbers); and the recipe's tracker, if it has one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from configs.run_dir import append_json_line, write_text
 
 
 class MetricsLog:
-    """Appends to `path` on the main process. A resumed run cuts it back to the step it goes on from."""
+    """A log that the main process appends to; a resumed training first cuts it back to its checkpoint's step."""
 
     def __init__(self, path: Path, accelerator: Accelerator, first_step: int) -> None:
         self._accelerator = accelerator
         self.path = path
         if accelerator.is_main_process:
-            kept = [record for record in read_metrics(path) if record["step"] <= first_step]
-            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+            records = [record for record in read_metrics(path) if record["step"] <= first_step]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
     def write(self, step: int, split: str, values: Mapping[str, float | str]) -> None:
-        """Note `values` of `split` after `step` steps."""
+        """Log `values` of `split` after `step` steps."""
         if self._accelerator.is_main_process:
             append_json_line(self.path, {"step": step, "split": split, **values})
         if self._accelerator.trackers:
@@ -31,7 +31,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+    """Read the records of a metrics.jsonl, oldest first; a last line cut short by a crash is skipped."""
     if not path.exists():
         return []
     records = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,24 +10,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training.sharding import shared_out_as
+from training.sharding import sharded_like
 
 _WITH_KERNELS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 _FUSED_ON = ("cuda", "xpu", "mps")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are not frozen."""
+    """Return the parameters that are not frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def fused_on(device: torch.device) -> bool | None:
-    """`fused` for AdamW on that device: True where the kernel exists; None (torch's default) on a CPU, which rounds differently."""
+    """Return AdamW's `fused` for a device: True where the kernel exists; None (torch's default) on a CPU, where it rounds differently."""
     return True if device.type in _FUSED_ON else None
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float, fused: bool | None = None) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks.
+    """Build AdamW (Loshchilov & Hutter 2019) that decays kernels and matrices; not biases, gains, embeddings, codebooks.
 
     `fused`: see `fused_on`.
     """
@@ -40,61 +41,56 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, beta2: float, fused:
 
 
 def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tensor:
-    """Scale a model's gradients, averaged over the processes, down to a norm of `clip_norm`, where it is larger; 0 = leave them.
+    """Clip a model's gradients, averaged over the ranks, to a norm of `clip_norm`; 0 = no clipping.
 
-    Returns their norm before (), which is not finite if one of them is not; but 0 in fp16, whose scaler leaves out steps of such gradients.
+    Returns: their norm () before, not finite if one of them is not; but then 0 in fp16, whose scaler skips such steps.
     """
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
-    found = (norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)).detach()
-    return found if accelerator.scaler is None else found.nan_to_num(0.0, 0.0)
+    total = (norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)).detach()
+    return total if accelerator.scaler is None else total.nan_to_num(0.0, 0.0)
 
 
 @torch.no_grad()
 def forget_rows_(optimizer: torch.optim.Optimizer, parameter: Tensor, rows: Tensor) -> None:
-    """Zero the moments of the parameter's rows where the mask (K,) is true: a replaced row has no momentum."""
+    """Zero the moments of a parameter's rows where the mask (K,) is true: a replaced row has no momentum."""
     for moment in optimizer.state.get(parameter, {}).values():
         if moment.shape == parameter.shape:
             moment.masked_fill_(rows.view(-1, *[1] * (moment.dim() - 1)), 0)
 
 
-def load_state_(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load an optimizer state saved on any machine, keeping this machine's `fused` and `foreach`."""
-    groups = [
-        {**saved, "fused": group["fused"], "foreach": group["foreach"]}
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+class OptimizerState:
+    """An optimizer's state by parameter name, for checkpoints; its tensors are sharded like the parameters."""
 
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
 
-Moments = dict[str, dict[str, Tensor]]
-"""What an optimiser keeps of each parameter, by the parameter's name."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state of every trained parameter; before the first step zeros of the same shapes."""
+        optimizer = self._optimizer
+        if not optimizer.state:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["step"].zero_()
+        return {
+            name: dict(optimizer.state[parameter]) for name, parameter in self._model.named_parameters() if parameter in optimizer.state
+        }
 
-
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
-    """What an optimiser keeps of a model's parameters, for a checkpoint; before its first step zeros of the same shapes."""
-    if not optimizer.state:
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-            for parameter in group["params"]:
-                optimizer.state[parameter]["step"].zero_()
-    return {name: dict(optimizer.state[parameter]) for name, parameter in model.named_parameters() if parameter in optimizer.state}
-
-
-def load_moments_(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `moments` returned, of whole tensors or of tensors sharded like the parameters."""
-    parameters = dict(model.named_parameters())
-    kept = {parameters[name]: found for name, found in state.items()}
-    fused = {id(parameter): group["fused"] for group in optimizer.param_groups for parameter in group["params"]}
-    for parameter, found in kept.items():
-        shaped = {key: moment for key, moment in found.items() if moment.shape == parameter.shape}
-        moved = {key: shared_out_as(moment.to(parameter.device), parameter) for key, moment in shaped.items()}
-        if fused[id(parameter)] and "exp_avg_sq" in found:  # the fused AdamW kernel reads the step count on the device
-            moved["step"] = found["step"].to(parameter.device)
-        optimizer.state[parameter] = {**found, **moved}
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Load what `state_dict` returned, of whole tensors or of tensors sharded like the parameters."""
+        parameters = dict(self._model.named_parameters())
+        fused = {id(parameter): group["fused"] for group in self._optimizer.param_groups for parameter in group["params"]}
+        for name, entries in state.items():
+            parameter = parameters[name]
+            moments = {key: entry for key, entry in entries.items() if entry.shape == parameter.shape}
+            moved = {key: sharded_like(moment.to(parameter.device), parameter) for key, moment in moments.items()}
+            if fused[id(parameter)] and "exp_avg_sq" in entries:  # the fused AdamW kernel reads the step count on the device
+                moved["step"] = entries["step"].to(parameter.device)
+            self._optimizer.state[parameter] = {**entries, **moved}

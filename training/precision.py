@@ -1,4 +1,4 @@
-"""Numeric precision: mixed precision of the networks, TF32, and the places that always use full float32."""
+"""Numeric precision: mixed precision of the networks, TF32, and code that always uses full float32."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def set_float32(kind: Float32) -> None:
 
 
 class AutocastTarget(nn.Module):
-    """What Accelerate prepares in place of a model: it patches `forward` for autocast, and the model's own, which validation calls and
-    weight averages copy, stays in the weights' precision.
+    """Wrapper for Accelerate to prepare instead of the model: it patches this `forward` for autocast.
+
+    The model's own `forward`, which validation calls and weight averages copy, stays in the weights' precision.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,17 +75,17 @@ class AutocastTarget(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Any) -> Any:
-        """The model's forward pass."""
+        """Run the model's forward pass."""
         return self.model(*inputs)
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """x in float32 if it is narrower; float64 stays."""
+    """Convert x to float32 if it is narrower; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _IeeeBlocks:
-    """Blocks that run in full float32 now, in all threads: torch's settings belong to the process."""
+    """Count of active full-float32 blocks in all threads, since torch's settings are per process."""
 
     def __init__(self) -> None:
         self._lock, self._count = threading.Lock(), 0
@@ -109,7 +110,7 @@ _BLOCKS = _IeeeBlocks()
 
 @contextmanager
 def ieee_float32(device: torch.device) -> Iterator[None]:
-    """Full float32 matrix products and convolutions on CUDA, even where TF32 is allowed; other threads compute so too meanwhile."""
+    """Use full float32 for matrix products and convolutions on CUDA, even where TF32 is allowed; affects all threads meanwhile."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""Starting the processes of a command, and adding up over them."""
+"""A command's ranks: start, end, errors that only they see, and sums over them."""
 
 from __future__ import annotations
 
@@ -24,46 +24,45 @@ from training.precision import resolve_precision, set_float32
 from training.watch import ENDED_FOR_ANOTHER, Watch, end_with_the_launcher, joining
 
 _COMPILER = "inductor"
-_LETTING_GO = 0.5  # seconds; without, 5 of 34 small commands on a busy machine ended so, with it 0 of 30
-# With another process, in hours: one host may have its images decoded when another begins to. Who hangs is found out earlier (watch.py).
-_PATIENCE = 2.0
+_GLOO_GRACE = 0.5  # seconds; without, 5 of 34 small commands on a busy machine aborted at their end, with it 0 of 30
+# Hours, because one host may have decoded its images when another begins to. watch.py finds hung ranks earlier.
+_COLLECTIVE_TIMEOUT = 2.0
 SMALLER_BATCHES = "take fewer images at once (--batch_size N)"
-"""Advice on a full memory of commands that have this option."""
+"""Out-of-memory advice of commands that have this option."""
 _FEWER_IMAGES = "give it fewer images"
-_WORDS_OF_LOST_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+_LOST_PEER_WORDS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 class _Command:
-    """What this process's command has begun with."""
+    """State of this process's command."""
 
     watch: Watch | None = None
-    lighter = _FEWER_IMAGES
+    oom_hint = _FEWER_IMAGES
     launched_sharded = False
     precision: str | None = None
     """Last precision line printed, so that it is printed once."""
 
 
-def start(compute: Compute, logging_dir: str | None = None, lighter: str = _FEWER_IMAGES) -> Accelerator:
-    """The Accelerator of a command, with this process's share of the cores. Several processes look after one another from here on, until
-    `finish`.
+def start(compute: Compute, logging_dir: str | None = None, oom_hint: str = _FEWER_IMAGES) -> Accelerator:
+    """Start a command's ranks. Returns their Accelerator, with this rank's share of the cores. Until `finish`, ranks watch one another.
 
     Args:
-        compute: the recipe's.
-        logging_dir: for trackers.
-        lighter: what to say of how the command would take less memory, if that is out.
+        compute: the recipe's section.
+        logging_dir: folder of trackers.
+        oom_hint: advice appended to an out-of-memory error.
 
-    Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. Buffers are not
-    broadcast by DDP: the quantizers themselves keep the codebooks of all processes equal. On a GPU the precision is chosen here, and
-    printed (precision.py). Autocast covers what is prepared: training. Validation, extraction and decoding run in float32 with TF32
-    products (likelihoods without): they take a small part of a run's time, and all later commands read their results.
+    Launchers set OMP_NUM_THREADS=1 where nobody set it, which would leave most cores idle on a CPU. DDP does not broadcast buffers: the
+    quantizers themselves keep the codebooks of all ranks equal. On a GPU the precision is chosen here, and printed (precision.py).
+    Autocast covers what is prepared: training. Validation, extraction and decoding run in float32 with TF32 products (likelihoods
+    without): they take a small part of a run's time, and all later commands read their results.
     """
-    patience = timedelta(hours=max(_PATIENCE, compute.patience / 30))
+    timeout = timedelta(hours=max(_COLLECTIVE_TIMEOUT, compute.hang_timeout_minutes / 30))
     on_cpu = not torch.accelerator.is_available()
     if compute.tracker is not None and importlib.util.find_spec(compute.tracker) is None:
         raise UserError(
             f"compute.tracker {compute.tracker}: expected the package {compute.tracker}, found none; pip install {compute.tracker}"
         )
-    # Accelerate's to mend: what it passes on for us has another name since torch 2.14.
+    # Accelerate's own use of a name that torch 2.14 deprecates.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator_device = torch.accelerator.current_accelerator()
     device = "cpu" if on_cpu or accelerator_device is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator_device.type
@@ -76,21 +75,21 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _FEWE
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_the_launcher()
-    _Command.lighter = lighter
-    # Accelerate shards whatever is prepared, and nothing on a CPU: what is sharded is ours to say (sharding.py).
+    _Command.oom_hint = oom_hint
+    # Accelerate would shard whatever is prepared, and nothing on a CPU; sharding.py decides instead.
     _Command.launched_sharded = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or _Command.launched_sharded
     launched_threads = check_launcher(_Command.launched_sharded)
     threads = compute.threads or launched_threads or share_of_cores()
     with joining(launched):
         try:
             accelerator = Accelerator(
-                # Accelerate joins the processes of a launcher on a machine without accelerators only if told so.
+                # Without it Accelerate does not join a launcher's processes on a machine without accelerators.
                 cpu=on_cpu,
                 mixed_precision=precision.networks,
                 log_with=compute.tracker,
                 dynamo_backend=_COMPILER if compute.compile else None,
                 project_dir=logging_dir,
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=patience)],
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timeout)],
             )
         except (ValueError, ImportError, NotImplementedError) as error:  # of a setting that it refuses itself
             raise UserError(f"Accelerate: {error}") from None
@@ -108,48 +107,46 @@ def start(compute: Compute, logging_dir: str | None = None, lighter: str = _FEWE
             say(precision.line)
             _Command.precision = precision.line
         torch.set_num_threads(threads)
-        # What a process found in the run before this line, all found: nobody writes into it earlier.
+        # Before this line every rank sees the run as it was: no rank writes into it earlier.
         accelerator.wait_for_everyone()
         if accelerator.num_processes > 1 and _Command.watch is None:
-            _Command.watch = Watch(accelerator, compute.patience)
+            _Command.watch = Watch(accelerator, compute.hang_timeout_minutes)
     return accelerator
 
 
 def asked_to_shard(accelerator: Accelerator, compute: Compute) -> bool:
-    """Whether several processes are to share out what they train: as the recipe says, or the launcher."""
+    """Return whether several ranks shard the prior that they train: as the recipe says, otherwise as the launcher says."""
     asked = _Command.launched_sharded if compute.sharded is None else compute.sharded
     return asked and accelerator.num_processes > 1
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Let go of the other processes, once all are here: each may end, or go on alone for as long as it takes."""
+    """Wait for all ranks, then detach from them: each may end, or go on alone for as long as it takes."""
     accelerator.wait_for_everyone()  # a launcher that sees one of them end may end the others
     accelerator.end_training()
     if _Command.watch is not None:
         _Command.watch.close()
         _Command.watch = None
     if accelerator.num_processes > 1:
-        let_go()
+        wait_for_gloo()
 
 
-def let_go() -> None:
-    """Give gloo's threads the time to let go of their last collectives, for which they need the interpreter: one that has ended meanwhile
-    ends such a thread, and with it the process (SIGABRT).
-    """
-    time.sleep(_LETTING_GO)
+def wait_for_gloo() -> None:
+    """Give gloo's threads time to finish their last collectives: a thread that outlives the interpreter aborts the process (SIGABRT)."""
+    time.sleep(_GLOO_GRACE)
 
 
 def _out_of_memory(error: Exception) -> tuple[str, int] | None:
-    """In one line, with what takes less."""
+    """Return the line and exit code of an out-of-memory error; None for any other."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if not on_cpu and not isinstance(error, MemoryError | torch.OutOfMemoryError):
         return None
-    return f"out of memory ({str(error).splitlines()[0] if str(error) else 'of this machine'}); {_Command.lighter}", 2
+    return f"out of memory ({str(error).splitlines()[0] if str(error) else 'of this machine'}); {_Command.oom_hint}", 2
 
 
 def _lost_peer(error: Exception) -> tuple[str, int] | None:
-    """Which process was lost, if a collective failed for that."""
-    failed = isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS_OF_LOST_PEERS)
+    """Return the line and exit code of a collective that failed because a rank died; None for any other error."""
+    failed = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER_WORDS)
     if not failed or _Command.watch is None:
         return None
     peer = _Command.watch.silent_peer()
@@ -160,13 +157,13 @@ EXPLANATIONS.extend((_out_of_memory, _lost_peer))
 
 
 def share_of_cores() -> int:
-    """The cores that are this process's, of those that it may use: the processes of a machine share them."""
+    """Return this process's share of the cores, which the processes of a machine divide among them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def average_gradients_(accelerator: Accelerator, module: nn.Module) -> None:
-    """Give all processes the mean of their gradients, by one collective: for a module that nobody has prepared."""
+    """Average a module's gradients over all ranks, by one collective: for modules outside DDP."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     if accelerator.num_processes == 1 or not gradients:
         return
@@ -176,9 +173,9 @@ def average_gradients_(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 def summed(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor's sum over the processes, by one collective; as given on one process.
+    """Sum each tensor over all ranks, by one collective.
 
-    Every process must call it with the same names and shapes.
+    Every rank must call it with the same names and shapes.
     """
     if accelerator.num_processes == 1:
         return dict(tensors)

@@ -1,4 +1,4 @@
-"""The progress bar of every command."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WORTH_SHOWING = 5.0  # seconds
 
 
 class _Bar(tqdm):
-    """A bar, shown or not, whose process is seen to get on."""
+    """A bar, shown or not, that counts as progress of its rank."""
 
     def update(self, n: float | None = 1) -> bool | None:
         progressed()
@@ -22,8 +22,9 @@ class _Bar(tqdm):
 
 
 def progress_bar(total: int, description: str, unit: str, *, initial: int = 0, shown: bool = True, within: bool = False) -> Any:
-    """A tqdm bar counting `unit`s, of a launcher's first process; into a file or pipe it writes a line every ten seconds, not ten a second.
-    One of a step `within` another shows only if that takes more than five seconds, and goes with it.
+    """Create a tqdm bar that counts `unit`s, shown by the first rank; into a file or pipe it writes a line every ten seconds.
+
+    `within`: a bar inside another one's step; it appears after five seconds, and is cleared at its end.
     """
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return _Bar(

@@ -1,6 +1,6 @@
-"""Randomness without hidden state: every draw is a pure function of a seed and of what it is drawn for.
+"""Randomness without hidden state: every draw is a pure function of a seed and of its purpose.
 
-That one rule gives exact resume and the same data at any number of processes: nothing has to be saved or kept in step.
+That one rule gives exact resume and the same data at any number of ranks: nothing has to be saved or synchronised.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from configs.errors import UserError
 
 
 def whole_seed(seed: Any) -> int:
-    """A seed as a plain int, whatever type of number holds it, since seeds are hashed by their text.
-
-    Errors: UserError for what is no whole number.
-    """
+    """Convert a seed of any numeric type to int, because seeds are hashed as text. Errors: UserError if it is no whole number."""
     try:
         number = int(seed)
         if number == seed:  # neither 1.5 nor "1"
@@ -29,13 +26,13 @@ def whole_seed(seed: Any) -> int:
 
 
 def derived_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed from `seed` and what it is for, equal on every machine and process; `seed` of any size and sign."""
+    """Derive a 63-bit seed for a purpose, equal on every machine and rank; `seed` may have any size and sign."""
     digest = hashlib.blake2b(repr((whole_seed(seed), *purpose)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A fresh CPU generator for one purpose."""
+    """Create a CPU generator for one purpose."""
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 
@@ -45,10 +42,10 @@ def seed_layers(seed: int, step: int, micro_step: int, rank: int) -> None:
 
 
 class DataOrder:
-    """The endless order of the training rows: one permutation of 0..count-1 after another.
+    """An endless order of the training rows: one permutation of 0..count-1 after another.
 
-    Step s takes entries [s B, (s + 1) B) of it, so every row is seen once an epoch, batches are all full, a resumed run
-    goes on at its step, and processes only share out a step's rows.
+    Step s takes entries [s B, (s + 1) B), so every row is seen once per epoch, all batches are full, and a resumed run continues at its
+    step.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
@@ -56,15 +53,15 @@ class DataOrder:
         self._epochs: dict[int, Tensor] = {}
 
     def epoch(self, number: int) -> Tensor:
-        """The permutation of one epoch, (count,)."""
+        """Return the permutation (count,) of an epoch."""
         if number not in self._epochs:
-            # A batch may reach into later epochs, never back: what lies behind is dropped.
+            # A batch may reach into later epochs, never back: earlier ones are dropped.
             self._epochs = {old: order for old, order in self._epochs.items() if old >= number - 1}
             self._epochs[number] = torch.randperm(self.count, generator=generator(self.seed, "order", number))
         return self._epochs[number]
 
     def batch(self, step: int) -> Tensor:
-        """The training rows of a step, (B,)."""
+        """Return the training rows (B,) of a step."""
         entries = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = entries // self.count
         parts = [self.epoch(int(number))[entries[epochs == number] % self.count] for number in epochs.unique()]

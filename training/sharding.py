@@ -1,4 +1,4 @@
-"""Weights shared out over processes: each holds a part of every tensor, and a layer is whole only while it is that layer's turn.
+"""Sharded weights: every rank holds a shard of every tensor, and a layer's weights are gathered only while that layer runs.
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", stage 3; by torch's `fully_shard` (FSDP2).
 Accelerate's own sharding is not used: it takes no processes on a CPU, where all of this is tested.
@@ -22,32 +22,31 @@ from configs.errors import UserError
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module], learns: bool = True) -> None:
-    """Share a model's weights out over all processes, along their first axis, and move them to their devices.
+def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module], trained: bool = True) -> None:
+    """Shard a model's weights over all ranks, along their first axis, and move them to the ranks' devices.
 
-    In bf16 the units' weights are sent as such, and gradients in float32; what is in no unit stays in float32, as with autocast, which
-    differs in that the units' norms see their input in bf16 here. A model that does not learn stays in float32, for exact
-    likelihoods.
+    In bf16 the units' weights are sent as such, and gradients in float32; weights in no unit stay in float32, as with autocast, which
+    differs in that the units' norms see their input in bf16 here. A model that is not trained stays in float32, for exact likelihoods.
 
     Args:
-        accelerator: of the processes.
-        model: whole, and equal on all of them; its forward pass is what gathers.
-        units: parts of it that are gathered one at a time.
-        learns: whether it is in training, when what is in no unit stays whole from its forward pass to its backward pass.
-    Errors: UserError for fp16, whose scaler knows nothing of shards.
+        accelerator: of the ranks.
+        model: unsharded, and equal on all ranks; its forward pass gathers.
+        units: submodules that are gathered one at a time.
+        trained: whether it is trained; weights in no unit then stay gathered from the forward pass to the backward pass.
+    Errors: UserError for fp16, whose gradient scaler does not support shards.
     """
     if accelerator.mixed_precision == "fp16":
         raise UserError("compute.mixed_precision: expected no or bf16 with compute.sharded, found fp16")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    sent = torch.bfloat16 if learns and accelerator.mixed_precision == "bf16" else None
+    sent = torch.bfloat16 if trained and accelerator.mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=sent, reduce_dtype=torch.float32 if sent else None, cast_forward_inputs=False)
     compiler = accelerator.state.dynamo_plugin
     for unit in units:
-        if learns and compiler.backend.value != "NO":
+        if trained and compiler.backend.value != "NO":
             unit.compile(**compiler.to_kwargs())
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=None if learns else True)
-    if not learns:
+    fully_shard(model, mesh=mesh, reshard_after_forward=None if trained else True)
+    if not trained:
         return
     forward = model.forward
 
@@ -59,32 +58,32 @@ def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module
 
 
 def without_weights(model: Model) -> Model:
-    """A copy of a model that takes no memory for its weights, and does not learn: to be shared out, and then to be given some."""
+    """Copy a model with weights on `meta`, without gradients: to be sharded before it gets its weights."""
     memo: dict[int, Any] = {id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=False) for weight in model.parameters()}
     return copy.deepcopy(model, memo)
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory; all of one that is not shared out."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, sharing its memory; an unsharded tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors gathered, one after another, on the CPU of the main process; none on the others. All must call it."""
-    found = {}
+def gathered(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gather tensors, one after another, to the CPU of the main process; the other ranks, which must call it too, get none."""
+    unsharded = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if accelerator.is_main_process:
-            found[name] = full.detach().cpu()
-    return found
+            unsharded[name] = full.detach().cpu()
+    return unsharded
 
 
-def shared_out_as(state: Any, into: Any) -> Any:
-    """A state of whole tensors, those of them shared out that are in a state of the same structure."""
+def sharded_like(state: Any, into: Any) -> Any:
+    """Shard those tensors of a state whose counterparts in `into`, a state of the same structure, are sharded."""
     if isinstance(state, Mapping) and isinstance(into, Mapping):
-        return {key: shared_out_as(value, into.get(key)) for key, value in state.items()}
+        return {key: sharded_like(value, into.get(key)) for key, value in state.items()}
     if isinstance(state, Tensor) and isinstance(into, DTensor) and not isinstance(state, DTensor):
-        # Every process has the whole: none has to be sent anything.
+        # Every rank has the whole tensor, so nothing has to be sent.
         part = distribute_tensor(state.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
-        return part.clone()  # or torch 2.9 would keep the whole, of which this is a view
+        return part.clone()  # otherwise torch 2.9 keeps the whole tensor, of which this is a view
     return state

@@ -1,4 +1,4 @@
-"""Files of weights: safetensors with a JSON header that says all there is to know of them."""
+"""Files of weights: safetensors with a JSON header that describes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUM = "sha256"
 
 
 class Header(dict[str, Any]):
-    """A file's header. Errors: UserError that names the file, for a key that it lacks."""
+    """The header of a file. Errors: UserError that names the file, for a missing key."""
 
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         super().__init__(content)
@@ -48,14 +48,14 @@ def check_finite_weights(weights: Mapping[str, Tensor], where: str = "") -> None
 
 
 def read_header(path: Path, kind: str) -> dict[str, Any]:
-    """The header of what `save_weights` wrote. Errors: as `load_weights`."""
+    """Read the header of a file that `save_weights` wrote. Errors: as `load_weights`."""
     return load_weights(path, kind, names=())[1]
 
 
 def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_weights` wrote; of its tensors only `names`, if given, and then without comparing their sum.
+    """Read a file that `save_weights` wrote. `names`: tensors to read, without verifying their sum; None: all.
 
-    Errors: UserError if the file is missing, truncated, of another kind, not as it was written, or its weights are not finite.
+    Errors: UserError if the file is missing, truncated, damaged, of another kind, or its weights are not finite.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -77,7 +77,7 @@ def load_weights(path: Path, kind: str, names: tuple[str, ...] | None = None) ->
 
 @contextmanager
 def built_from(path: Path, kind: str) -> Iterator[None]:
-    """While a file's header and weights become a model. Errors: UserError that names the file, if they do not fit one another."""
+    """Turn errors of the block, which builds a model from a file, into a UserError that names the file."""
     try:
         yield
     except UserError as error:
@@ -90,16 +90,16 @@ def built_from(path: Path, kind: str) -> Iterator[None]:
 
 
 def _sum_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """The sha256 of a header and of tensors, in the order of their names."""
-    found = hashlib.sha256(json.dumps(header).encode())
+    """Return the sha256 of a header and of tensors in the order of their names."""
+    digest = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def fingerprint(path: Path) -> str:
-    """The sha256 of a file, by which codes know their tokenizer and priors their codes."""
+    """Return the sha256 of a file, which links codes to their tokenizer and priors to their codes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

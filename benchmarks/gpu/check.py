@@ -3,8 +3,8 @@
     make gpu
     python -m benchmarks.gpu.check --parts search chain
 
-Speeds stand beside what the same GPU reaches, in the same run, in a bare matrix product and a bare copy: a data sheet's peaks are out of
-reach for both. Exit code 1 if something is not right.
+Speeds are compared with a bare matrix product and a bare copy on the same GPU in the same run, since a data sheet's peaks are out of
+reach. Exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _COMMAND_TIMEOUT = 120
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """Print a row of the table."""
 
     name: str
     measured: str
@@ -63,13 +63,13 @@ class Sizes(NamedTuple):
     """Sizes of the parts."""
 
     side: int
-    """Codes along each side of the sampled grids."""
+    """Codes per side of the sampled grids."""
     num_codes: int
-    """Codes that they are drawn from."""
+    """Number of codes K."""
     preset: dict[str, int | str]
-    """The sampled prior's sizes."""
+    """Sizes of the sampled prior."""
     batches: tuple[int, ...]
-    """Samples at once."""
+    """Samples per batch."""
     product: int
     """Rows and columns of the bare matrix product."""
     searches: tuple[tuple[int, int, int], ...]
@@ -82,11 +82,11 @@ PARTS = ("search", "group_norm", "chain", "sampling", "training")
 _SEARCHES = ((1, 2, 1), (65, 129, 3), (6272, 512, 16), (8192, 512, 64), (8192, 16384, 8), (8192, 8192, 32), (4096, 16384, 256))
 FULL = Sizes(16, 16384, {"preset": "B"}, (64, 256), 8192, _SEARCHES, RECIPES)
 TINY = Sizes(2, 64, {"layers": 2, "width": 32, "heads": 2}, (2,), 64, _SEARCHES[:2], ())
-"""To test the check itself."""
+"""Small sizes, to test this script."""
 
 
 def milliseconds(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
-    """The median time of some work on the GPU, after it has warmed up."""
+    """Measure the median milliseconds of work on the GPU, after warm-up."""
     for _ in range(_WARM_UP):
         work()
     taken = []
@@ -100,7 +100,7 @@ def milliseconds(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
 
 
 def ceilings(device: torch.device, sizes: Sizes) -> Card:
-    """Measure bare matrix products and a bare copy, in place of a data sheet's peaks."""
+    """Measure bare matrix products and a bare copy, as references for speeds."""
     n = sizes.product
     rates = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -114,7 +114,7 @@ def ceilings(device: torch.device, sizes: Sizes) -> Card:
 
 
 def search(device: torch.device, sizes: Sizes) -> Iterator[Row]:
-    """The nearest-code search against float64, on the tiles' borders and at recipes' sizes."""
+    """Check the nearest-code search against float64, at tile borders and at recipes' sizes."""
     for count, num_codes, dim in sizes.searches:
         vectors, codebook = torch.randn(count, dim, device=device), torch.randn(num_codes, dim, device=device)
         nearest = nearest_codes(vectors, codebook)
@@ -134,7 +134,7 @@ def search(device: torch.device, sizes: Sizes) -> Iterator[Row]:
 
 
 def commands(folder: Path) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """The chain of a short run of the digits: what each command shows, its arguments, and its environment."""
+    """List the commands of a short run of the digits: label, arguments, environment."""
     run = ["--run", str(folder / "run")]
     cpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     yield "stage 1", ["stage1_vqvae/train.py", *run, "--stage1.steps", "600"], {}
@@ -151,7 +151,7 @@ def commands(folder: Path) -> Iterator[tuple[str, list[str], dict[str, str]]]:
 
 
 def chain() -> Iterator[Row]:
-    """The commands that every user begins with."""
+    """Check the commands of a first run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for what, arguments, environment in commands(folder):
@@ -182,13 +182,13 @@ def chain() -> Iterator[Row]:
 
 
 def _largest_difference(left: bytes, right: bytes) -> int:
-    """The largest difference of two PNG files' pixels."""
+    """Compute the largest pixel difference of two PNG files."""
     images = [np.asarray(Image.open(io.BytesIO(content))).astype(int) for content in (left, right)]
     return int(np.abs(images[0] - images[1]).max())
 
 
 def group_norm(device: torch.device) -> Iterator[Row]:
-    """The fused normalisation and its gradients in bf16 against plain lines in float64."""
+    """Check the fused normalisation and its gradients in bf16 against PyTorch in float64."""
     torch.manual_seed(0)
     x = torch.randn(2, 128, 33, 31, device=device).to(torch.bfloat16, memory_format=torch.channels_last)
     weight, bias = torch.randn(128, device=device), torch.randn(128, device=device)
@@ -204,7 +204,7 @@ def group_norm(device: torch.device) -> Iterator[Row]:
 
 
 def steps_in_bfloat16(prior: AutoregressivePrior, sequences: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, K), float32, of a prior's static-shape steps in bfloat16 along given sequences (B, T)."""
+    """Compute logits (B, T, K), float32, of static-shape bfloat16 steps along fixed sequences (B, T)."""
     position = torch.zeros(1, dtype=torch.int64, device=sequences.device)
     steps = in_bfloat16(prior).fixed_steps(FixedBatch(sequences, labels, position))
     assert steps is not None
@@ -217,7 +217,7 @@ def steps_in_bfloat16(prior: AutoregressivePrior, sequences: torch.Tensor, label
 
 
 def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
-    """CUDA graphs against eager steps, then codes a second of a class-conditional prior with guidance."""
+    """Check CUDA graphs against eager steps, then measure codes per second of a class-conditional prior with guidance."""
     layout = SequenceLayout([(sizes.side, sizes.side)], [sizes.num_codes])
     kinds = {"transformer": sizes.preset, "pixelcnn": {"layers": 2, "width": 32}}
     guided = Sampling(guidance=1.5)
@@ -258,7 +258,7 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
 
 
 def training(accelerator: Accelerator, sizes: Sizes, card: Card) -> Iterator[Row]:
-    """Steps of each GPU recipe: time and memory beside what was counted, and how often the host waits for the GPU."""
+    """Measure steps of each GPU recipe: time and memory against the counted ones, and host synchronisations."""
     for name in sizes.recipes:
         for stage in (1, 2):
             try:
@@ -337,9 +337,9 @@ def main(argv: list[str] | None = None) -> None:
             failed = True
             traceback.print_exc()
             print(f"| {name} | **failed**: {type(error).__name__} {str(error).splitlines()[:1]} | |", flush=True)
-    given_up = ", ".join(Kernel.given_up)
-    print(f"| Triton kernels that could not be launched | {given_up or 'none'}{' **wrong**' if given_up else ''} | none |")
-    if failed or given_up:
+    disabled = ", ".join(Kernel.disabled)
+    print(f"| Triton kernels that could not be launched | {disabled or 'none'}{' **wrong**' if disabled else ''} | none |")
+    if failed or disabled:
         sys.exit(1)
 
 

@@ -15,24 +15,21 @@ from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from configs.schema import PerceptualPart, Recipe
-from stage1_vqvae.data.variants import num_variants
+from stage1_vqvae.data.variants import VARIANTS
 from stage1_vqvae.features.classifier import CLASSIFIER, Classifier
 from stage1_vqvae.features.networks import Layers
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.objectives.adversarial import Adversary
 from stage1_vqvae.objectives.discriminators import PatchDiscriminator, PatchPart
+from stage1_vqvae.objectives.image_terms import LossTerm, PerceptualTerm
 from stage1_vqvae.objectives.perceptual import FeatureDistance, FeaturesPart, LPIPSDistance, LPIPSPart
-from stage1_vqvae.quantizers.codebook import codebook_names
-from stage1_vqvae.train import Models
-from stage1_vqvae.train import take_step as take_tokenizer_step
+from stage1_vqvae.steps import TokenizerState
+from stage1_vqvae.steps import take_step as take_tokenizer_step
 from stage2_prior.codes.loader import CodeBatch
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.steps import begun
+from stage2_prior.steps import PriorState
 from stage2_prior.steps import take_step as take_prior_step
-from training.averaging import WeightAverage
 from training.devices import channels_last_on_accelerator
-from training.optimizer import adamw, trainable
-from training.precision import AutocastTarget
 
 NUM_CLASSES = {"cifar10": 10, "imagenet256": 1000, "imagenet256_vit": 1000}
 """Number of classes of each labelled recipe; a folder of images is counted without."""
@@ -92,24 +89,22 @@ class _RandomImages:
 def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool = True) -> Step:
     """A step of stage 1, of the recipe's batch in its micro-steps; `adversarial`: with the discriminator, if the recipe has one."""
     data, config, device = recipe.data, recipe.stage1, accelerator.device
-    part, adversary, discriminator_optimizer = config.adversarial, None, None
+    part, terms = config.adversarial, list[LossTerm]()
     with device:
         tokenizer = VQVAE(recipe.tokenizer, data.height, data.width, data.channels)
         perceptual = perceptual_term(config.perceptual, data.channels)
         discriminator = PatchDiscriminator(data.channels, part.channels, part.layers, part.norm) if isinstance(part, PatchPart) else None
+    if perceptual is not None:
+        terms.append(PerceptualTerm(perceptual))
     if isinstance(part, PatchPart) and discriminator is not None and adversarial:
-        adversary = Adversary(part, discriminator, config.steps)  # what it counts stays on the CPU
-        discriminator_optimizer = torch.optim.AdamW(trainable(discriminator), config.lr, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
-    model, optimizer = accelerator.prepare(AutocastTarget(tokenizer), adamw(tokenizer, config.lr, config.weight_decay, 0.99, fused=True))
-    models = Models(tokenizer, model, optimizer, perceptual, adversary, discriminator_optimizer)
-    average = WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer))
+        terms.append(Adversary(part, discriminator))
+    state = TokenizerState(accelerator, tokenizer, config, terms)
     loader = _RandomImages(config.batch_size // config.accumulation, tokenizer.image_shape, device)
     number = config.steps - 1  # after the discriminator's start, and after the last restart
 
     def take() -> None:
-        model.train()
-        take_tokenizer_step(accelerator, models, loader, config, number)  # type: ignore[arg-type]
-        average.update_()
+        state.model.train()
+        take_tokenizer_step(accelerator, state, loader, config, number)  # type: ignore[arg-type]
 
     return Step(tokenizer, take)
 
@@ -119,10 +114,10 @@ def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> St
     data, config, quantizer, device = recipe.data, recipe.stage2, recipe.tokenizer.quantizer, accelerator.device
     steps = recipe.tokenizer.network.downsamplings
     layout = SequenceLayout([(data.height // step, data.width // step) for step in steps], [quantizer.num_codes] * len(steps))
-    variants = num_variants(recipe.extraction.augmentation)
+    variants = len(VARIANTS[recipe.extraction.augmentation])
     with device:
         prior = recipe.prior.build(layout, num_classes, variants)
-    state = begun(accelerator, prior, config, recipe.compute)
+    state = PriorState(accelerator, prior, config, recipe.compute)
     size = config.batch_size // config.accumulation
     codes = tuple(torch.randint(k, (size, *grid), device=device) for k, grid in zip(layout.num_codes, layout.grids, strict=True))
     labels = torch.randint(num_classes, (size,), device=device) if num_classes else None
@@ -130,7 +125,6 @@ def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> St
 
     def take() -> None:
         state.model.train()
-        take_prior_step(accelerator, state.model, state.optimizer, loader, config, config.steps // 2)
-        state.average.update_()
+        take_prior_step(accelerator, state, loader, config, config.steps // 2)
 
     return Step(prior, take)

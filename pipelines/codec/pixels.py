@@ -68,7 +68,7 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
     likelihood = tokenizer.likelihood()
     with progress_bar(len(pixels), "encode pixels", "img", shown=progress) as bar:
         for part in batches(len(pixels), batch):
-            values = likelihood.values_of(pixels[part]).to(next(tokenizer.parameters()).device)
+            values = likelihood.values_from_pixels(pixels[part]).to(next(tokenizer.parameters()).device)
             turns = ((scaled, values[index].flatten().cpu()) for index, scaled in _turns(tokenizer, codes, part, values, batch, bar))
             for scaled, symbols in _stretches(turns):
                 offset, distance = clearest([scaled]) if bool(scaled.isfinite().all()) else (0, math.nan)
@@ -143,7 +143,7 @@ class _Values:
 def pixel_batch_size(tokenizer: VQVAE, requested: int) -> int:
     """Choose the images per batch: the requested number, or fewer if memory demands it."""
     likelihood, (_, height, width) = tokenizer.likelihood(), tokenizer.image_shape
-    numbers = max(likelihood.pixels_at_once * likelihood.num_values, likelihood.output_channels * height * width)
+    numbers = max(likelihood.pixels_per_turn * likelihood.num_values, likelihood.output_channels * height * width)
     return max(1, min(requested, _NUMBERS_AT_ONCE // numbers))
 
 
@@ -154,7 +154,7 @@ def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> i
 
 
 def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int, bar: Any) -> Iterator[tuple[Index, Tensor]]:
-    """Compute the probabilities (N, V) of some images turn by turn, in steps, by `PixelLikelihood.in_turn`, with `at_once` images per pass.
+    """Yield probabilities (N, V) as `PixelLikelihood.sequential_probabilities`, for `at_once` images per pass of the network.
 
     Args:
         values: on the tokenizer's device.
@@ -166,8 +166,8 @@ def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once:
     passes = []
     for piece in batches(len(values), at_once):
         output = tokenizer.outputs(tuple(level[part][piece].to(device) for level in codes))
-        passes.append(tokenizer.likelihood().in_turn(output, values[piece]))
-    count = math.prod(tokenizer.image_shape) // tokenizer.likelihood().pixels_at_once
+        passes.append(tokenizer.likelihood().sequential_probabilities(output, values[piece]))
+    count = math.prod(tokenizer.image_shape) // tokenizer.likelihood().pixels_per_turn
     for number, turns in enumerate(zip(*passes, strict=True)):
         index = turns[0][0]
         yield index, torch.cat([probabilities.flatten(0, 2).cpu() for _, probabilities in turns]) * _STEPS

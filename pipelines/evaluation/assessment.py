@@ -37,10 +37,10 @@ from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, Pixels
-from stage1_vqvae.features.classifier import Classifier, labels_found
+from stage1_vqvae.features.classifier import Classifier, predict_labels
 from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, cached_weights
 from stage1_vqvae.features.networks import FeatureNetwork, Features
-from stage1_vqvae.metrics import perplexity, psnr, psnr_of_each, squared_errors, ssim_of_each, usage
+from stage1_vqvae.metrics import perplexity, psnr, psnr_per_image, squared_errors, ssim_per_image, usage
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import image_grid
 from stage1_vqvae.quantizers.contract import Codes
@@ -182,10 +182,10 @@ class Assessor:
         """
         originals, pictures = self.source.splits[split].pixels, self.coded(split)[1]
         parts = device_batches(float64_device(self.network.device), self.config.batch_size, pictures, originals)
-        errors, similarities = torch.cat([torch.stack([squared_errors(*pair), ssim_of_each(*pair)]).cpu() for _, pair in parts], 1)
+        errors, similarities = torch.cat([torch.stack([squared_errors(*pair), ssim_per_image(*pair)]).cpu() for _, pair in parts], 1)
         values_by_metric = {
             "mse": errors,
-            "psnr": psnr_of_each(errors),
+            "psnr": psnr_per_image(errors),
             "ssim": None if similarities.isnan().any() else similarities,
             "lpips": perceptual_distances(pictures, originals, self.config.batch_size, self.network.device),
         }
@@ -297,7 +297,7 @@ class Assessor:
         labelled[f"{split}, reconstructed"] = (self.coded(split)[1], real_labels)
         for name, (pixels, labels) in labelled.items():
             if labels is not None:
-                predictions = labels_found(classifier, pixels, self.config.batch_size).tolist()
+                predictions = predict_labels(classifier, pixels, self.config.batch_size).tolist()
                 matches = [classifier.label_names[index] == label for index, label in zip(predictions, labels, strict=True)]
                 figures[name]["in_their_class"] = sum(matches) / len(labels)
 

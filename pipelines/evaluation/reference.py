@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from configs.data import Data
+from configs.data import LOCAL_KEYS, Data
+from configs.parts import as_dict
 from pipelines.evaluation.distances import Gaussian, Moments
 from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
@@ -22,8 +22,6 @@ from training.randomness import generator
 
 ROWS = 50_000
 """Largest number of images, drawn at random, whose vectors are stored: 400 MB of Inception's. Moments are of all images."""
-# Settings of the data section that do not change pixels.
-_NOT_PIXELS = ("cache", "decode", "stream", "workers", "most_skipped", "crop")
 
 
 class ReferenceFeatures(NamedTuple):
@@ -41,8 +39,8 @@ class ReferenceFeatures(NamedTuple):
 
 def pixels_identity(data: Data, source: ImageSource, split: str) -> dict[str, Any]:
     """Everything that determines a split's pixels, as a cache key."""
-    keys = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_PIXELS}
-    return {"data": keys, "split": split, "rows": len(source.splits[split]), "files": source.identities, "skipped": source.skipped}
+    keys = {key: value for key, value in as_dict(data).items() if key not in LOCAL_KEYS}
+    return {"data": keys, "split": split, "rows": len(source.splits[split]), "files": source.fingerprints, "skipped": source.skipped}
 
 
 def reference_features(network: FeatureNetwork, source: ImageSource, split: str, data: Data, batch_size: int) -> ReferenceFeatures:

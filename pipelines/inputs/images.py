@@ -53,7 +53,7 @@ def chosen_images(options: Any, data: Data, progress: bool, run: RunDir | None =
         if options.split is not None:
             raise UserError(f"--images: expected no --split beside it, found {options.split}")
         files = load_files(options.images, data, progress, count)
-        return Images(files.pixels, files.paths, files.labels, files.below)
+        return Images(files.pixels, files.paths, files.labels, files.relative_names)
     if split_name not in (TRAIN, VALIDATION, TEST):
         raise UserError(f"--split: expected {TRAIN}, {VALIDATION} or {TEST}, found {split_name}")
 

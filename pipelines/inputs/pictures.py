@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError, say
-from stage1_vqvae.data.decoding import decode_image, pixels_of, to_eight_bits, with_alpha
+from stage1_vqvae.data.decoding import decode_image, image_to_pixels, to_eight_bits, to_rgba
 from stage1_vqvae.pictures import to_pil
 
 Picture = Image.Image | np.ndarray | Tensor | str | Path
@@ -43,13 +43,13 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
     if isinstance(image, str | Path):
         return torch.from_numpy(decode_image(None, str(Path(image).expanduser()), data))
     if isinstance(image, Image.Image):
-        return torch.from_numpy(pixels_of(image, data))
+        return torch.from_numpy(image_to_pixels(image, data))
     array = image.cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))  # a copy: of any strides, and to be written to
     array = array[..., None] if array.dim() == 2 else array
     if array.dtype != torch.uint8 or array.dim() != 3 or array.shape[2] not in (1, 3):
         raise UserError(f"images: expected uint8 (H, W, C) of 1 or 3 channels, found {array.dtype} {tuple(array.shape)}")
     same = tuple(array.shape) == (data.height, data.width, data.channels)
-    return array if same else torch.from_numpy(pixels_of(to_pil(array), data))
+    return array if same else torch.from_numpy(image_to_pixels(to_pil(array), data))
 
 
 def mask_in(mask: Mask, data: Data) -> Tensor:
@@ -80,7 +80,7 @@ def kept_by(mask: Image.Image, what: str) -> Tensor:
         raise UserError(f"{what}: expected a black and white picture of 8 or 16 bits, found one of mode {mask.mode}") from None
     if not mask.has_transparency_data or mask.mode.startswith("I"):
         return grey >= 128
-    opaque = torch.from_numpy(np.array(with_alpha(mask).getchannel("A"))) >= 128
+    opaque = torch.from_numpy(np.array(to_rgba(mask).getchannel("A"))) >= 128
     if bool(opaque.all()):
         return grey >= 128
     shades = grey[opaque]

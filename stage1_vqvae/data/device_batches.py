@@ -15,8 +15,8 @@ from training.prefetch import read_to
 def device_batches(device: torch.device, size: int, *sources: Pixels) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Yield (slice, tensors on the device) for `size` rows at a time; all sources have the same length.
 
-    On an accelerator batches are prefetched (see `read_to`) and copied without waiting: a caller that never waits for its own results
-    lets batches pile up in device memory.
+    On an accelerator batches are prefetched (see `read_to`) and copied asynchronously: a caller that never waits for its own results lets
+    batches pile up in device memory.
     """
     slices = batches(len(sources[0]), size)
     yield from zip(slices, read_to(device, lambda rows: tuple(source[rows] for source in sources), slices), strict=True)

@@ -1,4 +1,4 @@
-"""Images from files and folders that a user names."""
+"""Images from the files and folders that a user names."""
 
 from __future__ import annotations
 
@@ -14,65 +14,63 @@ from torch import Tensor
 from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data.decoding import decode_image
-from stage1_vqvae.data.folders import files_below, images_in, labels_of_folders
-from stage1_vqvae.data.sources import spread
+from stage1_vqvae.data.folders import folder_classes_at_any_depth, list_files, select_images
+from stage1_vqvae.data.sources import evenly_spaced
 from training.progress import progress_bar
 
 
 class ImageFiles(NamedTuple):
-    """Images read from files that the user named."""
+    """Images decoded from the files and folders that a user named."""
 
     pixels: Tensor
     """uint8 (N, H, W, C)."""
     paths: list[str]
-    below: list[str]
-    """The path of each below the folder that was named, with `/` and without ending; of a file that was named, its name."""
+    relative_names: list[str]
+    """Path of each image below the folder that the user named, with `/` and without ending; the name of a file that the user named."""
     labels: list[str] | None
-    """The class of each: the folder that it lies in, below the one that was named, or the outermost of those that hold images; None
-    unless all lie in one.
-    """
+    """Class of each image (`folder_classes_at_any_depth`); None unless every image has one."""
 
 
 def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: int | None = None) -> ImageFiles:
-    """Decode image files, and those in folders (of any depth, by name; as `files_below` lists them), to `data`'s size; `count`: only so
-    many of them, spread evenly.
+    """Decode image files, and all images in folders in the order of their paths, to the recipe's size.
 
-    Errors: UserError for a path that is nothing, holds no image, or cannot be read as one.
+    `count`: decode only so many of them, evenly spaced. Errors: UserError for a path that does not exist or has no image, or an image that
+    cannot be read.
     """
-    found: list[tuple[Path, Path, str | None]] = []
-    for named in paths:
-        path = Path(named).expanduser()
+    entries: list[tuple[Path, Path, str | None]] = []  # file, folder that its name is relative to, class
+    for name in paths:
+        path = Path(name).expanduser()
         if not path.is_dir():
             if not path.is_file():
                 raise UserError(f"{path}: expected an image or a folder of images, found nothing")
-            found.append((path, path.parent, None))
+            entries.append((path, path.parent, None))
             continue
-        tree = files_below(path)
-        images, omitted = images_in(tree)
+        tree = list_files(path)
+        images, others = select_images(tree)
         if not images:
-            others = f" among its files: {omitted}" if omitted else ""
-            raise UserError(f"{path}: expected an image or a folder of images, found no image in it{others}")
-        if omitted:
-            say(f"{path}: {sum(map(len, images.values())):,} images; left out: {omitted}")
-        labels = labels_of_folders(images)
+            among = f" among its files: {others}" if others else ""
+            raise UserError(f"{path}: expected an image or a folder of images, found no image in it{among}")
+        if others:
+            say(f"{path}: {sum(map(len, images.values())):,} images; left out: {others}")
+        labels = folder_classes_at_any_depth(images)
         unlabelled = [folder for folder in images if folder not in labels]
         if labels and unlabelled:
             example = tree.path(unlabelled[0], images[unlabelled[0]][0])
             say(f"{path}: its images have no labels, since some lie beside the folders of classes; one is {example}")
         files = sorted((Path(tree.path(folder, name)), labels.get(folder)) for folder, names in images.items() for name in names)
-        found += [(file, path, label) for file, label in files]
-    all_labelled = all(label is not None for _, _, label in found)
-    found = found if count is None else [found[row] for row in spread(len(found), count)]
-    pixels = np.empty((len(found), data.height, data.width, data.channels), np.uint8)
+        entries += [(file, path, label) for file, label in files]
+    all_labelled = all(label is not None for _, _, label in entries)
+    entries = entries if count is None else [entries[row] for row in evenly_spaced(len(entries), count)]
+    pixels = np.empty((len(entries), data.height, data.width, data.channels), np.uint8)
 
     def decode(number: int) -> None:
-        pixels[number] = decode_image(None, str(found[number][0]), data)
+        pixels[number] = decode_image(None, str(entries[number][0]), data)
 
-    with ThreadPoolExecutor() as pool, progress_bar(len(found), "decode", "img", shown=progress) as bar:
-        for _ in pool.map(decode, range(len(found))):
+    with ThreadPoolExecutor() as pool, progress_bar(len(entries), "decode", "img", shown=progress) as bar:
+        for _ in pool.map(decode, range(len(entries))):
             bar.update()
-    known = [label for _, _, label in found if label is not None]
+    known = [label for _, _, label in entries if label is not None]
     # A name that is not UTF-8 could not be printed, or written into a table.
-    names = [str(path).encode(errors="backslashreplace").decode() for path, _, _ in found]
-    below = [path.relative_to(root).with_suffix("").as_posix() for path, root, _ in found]
-    return ImageFiles(torch.from_numpy(pixels), names, below, known if all_labelled else None)
+    names = [str(path).encode(errors="backslashreplace").decode() for path, _, _ in entries]
+    relative_names = [path.relative_to(root).with_suffix("").as_posix() for path, root, _ in entries]
+    return ImageFiles(torch.from_numpy(pixels), names, relative_names, known if all_labelled else None)

@@ -1,4 +1,4 @@
-"""Folders of images: a class a subfolder, a split a folder of those, where there are such."""
+"""Folders of images: a subfolder per class, perhaps below a folder per split; the one place that walks them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 from configs.data import Data
 from configs.errors import UserError, listed
 from stage1_vqvae.data import tables
-from stage1_vqvae.data.cache import files_identity
+from stage1_vqvae.data.cache import files_fingerprint
 from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
 from stage1_vqvae.data.formats import ending_of, image_endings, package_for
 from stage1_vqvae.data.listings import Listing
-from stage1_vqvae.data.names import NO_LABELS, normalised, our_splits, refuse_keys, splits_by_words, usual_split
-from stage1_vqvae.data.splits import TRAIN, Opened, SourceSplit
+from stage1_vqvae.data.names import NO_LABELS, conventional_split, map_splits, normalised, refuse_keys, splits_of_folders
+from stage1_vqvae.data.splits import TRAIN, OpenedSource, SourceSplit
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Tables that name images (`file_name`) and what is known of them, as `datasets` has it."""
-# What systems and their programs leave beside files: thumbnails, recycle bins, snapshots. (Hidden ones begin with a dot.)
+"""Tables of labels and other columns per image (`file_name`), named as by `datasets`."""
+# Folders and files of operating systems and their programs: thumbnails, recycle bins, snapshots. (Hidden ones begin with a dot.)
 _SYSTEM_NAMES = frozenset(
     (
         *("__macosx", "lost+found", "@eadir", "@__thumb", "@recycle", "#recycle", "$recycle.bin", "@recently-snapshot", "#snapshot"),
@@ -33,39 +33,39 @@ _KINDS_LISTED = 5
 _MERGED = "folders of one name are one class"
 
 Parts = tuple[str, ...]
-"""A folder's path below the one that was named, part by part."""
+"""Path of a folder below the data set's, name by name."""
 
 
 class FileTree(NamedTuple):
-    """The files of a folder and of those below it."""
+    """All files in a folder, at any depth."""
 
     root: str
     files: dict[Parts, list[str]]
-    """Names by folder; folders without files too."""
+    """Names of files per folder; folders without files are keys too."""
     broken: list[str]
-    """Paths of links that lead nowhere."""
+    """Paths of broken links."""
 
     def path(self, folder: Parts, name: str = "") -> str:
-        """The path of a folder, or of a file in it."""
+        """Return the path of a folder, or of a file in it."""
         return os.path.join(self.root, *folder, name) if name else os.path.join(self.root, *folder)
 
-    def paths(self, wanted: Callable[[str], bool]) -> list[str]:
-        """Paths of the files with such names."""
-        return [path for folder, names in self.files.items() for path in _joined(self.path(folder), filter(wanted, names))]
+    def paths(self, matches: Callable[[str], bool]) -> list[str]:
+        """Return the paths of the files whose names match."""
+        return [path for folder, names in self.files.items() for path in _join(self.path(folder), filter(matches, names))]
 
     def endings(self) -> Counter[str]:
-        """How many files there are of each ending, lower-case."""
+        """Count files per ending, lower-case."""
         return Counter(ending_of(name) for names in self.files.values() for name in names)
 
 
-def files_below(folder: str | Path) -> FileTree:
-    """List the files of a folder and of those below it, through links to folders too; without hidden files and what systems leave.
+def list_files(folder: str | Path) -> FileTree:
+    """List all files in a folder at any depth, following links, without hidden files and those of the operating system.
 
-    Errors: UserError for a folder that cannot be read, or that is a link to one above it: images would be missing, and nobody would know.
+    Errors: UserError for a folder that cannot be read, or that is a link to one above it: images would be missing unnoticed.
     """
     files: dict[Parts, list[str]] = {}
     broken: list[str] = []
-    # Each with the real paths above it, where links lead to it.
+    # Folders still to list, each with the real paths above it if it was reached through a link.
     pending: list[tuple[str, Parts, frozenset[Path]]] = [(os.fspath(folder), (), frozenset())]
     while pending:
         parent, parts, above = pending.pop()
@@ -76,7 +76,7 @@ def files_below(folder: str | Path) -> FileTree:
                     if entry.name.startswith(".") or entry.name.casefold() in _SYSTEM_NAMES:
                         continue
                     if entry.is_symlink():
-                        # A link to itself is none to a file or a folder, but an error of `entry`.
+                        # `entry.is_dir()` raises for a link to itself, os.path.isdir returns False.
                         if os.path.isdir(entry.path):
                             real = Path(parent).resolve()
                             within = above | {real, *real.parents}
@@ -100,12 +100,12 @@ def check_utf8(tree: FileTree) -> None:
     """Errors: UserError for a name that is not UTF-8, which no table can hold."""
     for folder, names in tree.files.items():
         for path in (tree.path(folder), *(tree.path(folder, name) for name in names if not name.isascii())):
-            if path != path.encode(errors="ignore").decode():  # what is not UTF-8 is surrogates here
+            if path != path.encode(errors="ignore").decode():  # bytes that are not UTF-8 are surrogates here
                 raise UserError(f"{os.fsencode(path)!r}: expected a name in UTF-8, found another encoding; rename it")
 
 
-def left_out(tree: FileTree, used: Callable[[str], bool]) -> str:
-    """How many files of which kind are not used, as `20 .HEIC (install pillow-heif), 3 .svg`; empty if all are."""
+def describe_other_files(tree: FileTree, used: Callable[[str], bool]) -> str:
+    """Count the unused files per ending, as `20 .HEIC (install pillow-heif), 3 .svg`; empty if all are used."""
     kinds = Counter(os.path.splitext(name)[1] for names in tree.files.values() for name in names if not used(name))
     described = []
     for ending, count in kinds.most_common(_KINDS_LISTED):
@@ -118,35 +118,36 @@ def left_out(tree: FileTree, used: Callable[[str], bool]) -> str:
     return ", ".join(described)
 
 
-def images_in(tree: FileTree, beside: Collection[str] = ()) -> tuple[dict[Parts, list[str]], str]:
-    """Names of images by folder, of folders that hold some; and what is `left_out`, but for files of the names `beside`."""
+def select_images(tree: FileTree, beside: Collection[str] = ()) -> tuple[dict[Parts, list[str]], str]:
+    """Return the names of images per folder that has some, and `describe_other_files` of the rest without files named `beside`."""
     endings = image_endings(tree.endings())
-    images = {folder: found for folder, names in tree.files.items() if (found := [name for name in names if ending_of(name) in endings])}
-    return images, left_out(tree, lambda name: ending_of(name) in endings or name in beside)
+    images = {folder: [name for name in names if ending_of(name) in endings] for folder, names in tree.files.items()}
+    images = {folder: names for folder, names in images.items() if names}
+    return images, describe_other_files(tree, lambda name: ending_of(name) in endings or name in beside)
 
 
-def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
-    """Splits and label names of a folder's images.
+def open_image_folder(path: Path, tree: FileTree, data: Data) -> OpenedSource:
+    """Open a folder of images: splits and label names.
 
-    Folders that are named as splits are splits, at the top or below folders without anything beside them; file names never are, whatever
-    they begin with. Labels are the names of the folders that images lie in (`class_folders`), if there are several; or what a table of
-    metadata says, if there is one.
+    Folders with the names of splits are splits, at the top or below a single chain of folders; names of files never decide a split. Labels
+    are those of a table of metadata, if there is one, or else the names of the folders that images lie in (`folder_classes`), if there are
+    several.
 
-    Errors: UserError for a folder without images, or with some of which it is not plain what split or class they are of.
+    Errors: UserError for a folder without images, or with images whose split or class is ambiguous.
     """
-    images, omitted = images_in(tree, METADATA)
+    images, others = select_images(tree, METADATA)
     table_folders = [folder for folder, names in tree.files.items() if not set(METADATA).isdisjoint(names)]
     if not images:
-        raise UserError(f"data.path {path}: expected images, found none" + (f" among its files: {omitted}" if omitted else ""))
-    read = [*images, *table_folders]
-    root = _root(read, tree, data)
+        raise UserError(f"data.path {path}: expected images, found none" + (f" among its files: {others}" if others else ""))
+    folders_read = [*images, *table_folders]
+    root = _root(folders_read, tree, data)
     depth = len(root)
     candidates = [folder[depth] for folder in tree.files if len(folder) == depth + 1 and folder[:depth] == root]
     top_folders = sorted({folder[depth] if len(folder) > depth else "" for folder in images})
-    names = our_splits(data, sorted(candidates), only=False) or splits_by_words(data, top_folders)
+    names = map_splits(data, sorted(candidates), required=False) or splits_of_folders(data, top_folders)
     if not names:
         _check_no_splits_below(path, images)
-    roots = {split: _unwrapped((*root, name), split, read) for name, split in names.items()} or {TRAIN: root}
+    roots = {split: _unwrap((*root, name), split, folders_read) for name, split in names.items()} or {TRAIN: root}
     split_images: dict[str, dict[Parts, list[str]]] = {split: {} for split in roots}
     beside: dict[Parts, list[str]] = {}
     for folder, files in images.items():
@@ -166,60 +167,60 @@ def image_folder(path: Path, tree: FileTree, data: Data) -> Opened:
     for split, folders in split_images.items():
         if not folders:
             raise UserError(f"data.path {tree.path(roots[split])}: expected images of split {split}, found none")
-    called = {split: "/".join(roots[split]) for split in names.values()}
+    source_names = {split: "/".join(roots[split]) for split in names.values()}
     if table_folders:
-        return Opened(*_with_metadata(path, tree, roots, split_images, table_folders, data, notes), called, omitted, notes)
+        return OpenedSource(*_with_metadata(path, tree, roots, split_images, table_folders, data, notes), source_names, others, notes)
     refuse_keys(data, ("image_column",), f"{path}, a folder of images, which has no columns")
     classes: dict[str, dict[Parts, str]] = {}
     if data.label_column is None:
-        classes = class_folders(split_images, f"data.path {path}", notes)
+        classes = folder_classes(split_images, f"data.path {path}", notes)
     elif data.label_column != NO_LABELS:
         raise UserError(f"data.label_column: expected {NO_LABELS}, or nothing, for a folder of images, found {data.label_column}")
-    label_names = sorted({name for of_split in classes.values() for name in of_split.values()})
+    label_names = sorted({name for split_classes in classes.values() for name in split_classes.values()})
     numbers = {name: number for number, name in enumerate(label_names)}
     splits: dict[str, SourceSplit] = {}
     for split, folders in split_images.items():
         class_of = {tree.path((*roots[split], *folder)): numbers[name] for folder, name in classes.get(split, {}).items()}
         labelled = len(label_names) > 1 and bool(class_of)
-        used = {folder: files for folder, files in folders.items() if not labelled or folder in classes[split]}
-        paths = sorted(path for folder, files in used.items() for path in _joined(tree.path((*roots[split], *folder)), files))
+        kept = {folder: files for folder, files in folders.items() if not labelled or folder in classes[split]}
+        paths = sorted(path for folder, files in kept.items() for path in _join(tree.path((*roots[split], *folder)), files))
         labels = np.asarray([class_of[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
-        splits[split] = EncodedSplit(split, FilePaths(paths), labels, files_identity(map(Path, paths)))
-    return Opened(splits, label_names if len(label_names) > 1 else None, called, omitted, notes)
+        splits[split] = EncodedSplit(split, FilePaths(paths), labels, files_fingerprint(map(Path, paths)))
+    return OpenedSource(splits, label_names if len(label_names) > 1 else None, source_names, others, notes)
 
 
-def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: str, notes: list[str]) -> dict[str, dict[Parts, str]]:
-    """The class of each folder of images, by split; without those whose images are of none.
+def folder_classes(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: str, notes: list[str]) -> dict[str, dict[Parts, str]]:
+    """Return the class of each folder of images per split; folders whose images have no class are missing.
 
-    A class is the folder that images lie in. A folder inside it is part of it; of a folder that bears the same name in all classes
-    (`n01/images`), it is the one above. A few images beside the folders of classes are of none.
+    The class is the name of the folder that images lie in. Folders inside it belong to it; where the innermost folders of all classes have
+    the same name (`n01/images`), the class is the folder above. A few images beside the folders of classes have no class.
 
     Args:
-        splits: file names of each folder, by its path below the split's.
-        what: was named, for messages.
-        notes: gets a line for each thing that might have been meant otherwise.
-    Errors: UserError for images at several depths, of which it is not plain whose class they are of.
+        splits: per split, names of files per folder, by its path below the split's folder.
+        what: name of the data set in messages.
+        notes: is appended a line for each decision that the user may have meant otherwise.
+    Errors: UserError for images at several depths, whose classes are ambiguous.
     """
-    outer = {split: {folder: outermost(folder, folders) for folder in folders if folder} for split, folders in splits.items()}
-    for of_split in outer.values():
-        depths = {len(folder): folder for folder in of_split.values()}
+    outer = {split: {folder: outermost_image_folder(folder, folders) for folder in folders if folder} for split, folders in splits.items()}
+    for split_outer in outer.values():
+        depths = {len(folder): folder for folder in split_outer.values()}
         if len(depths) > 1:
             shallow, deep = ("/".join(depths[depth]) for depth in (min(depths), max(depths)))
             expected = "expected images of all classes in folders of one depth, or images without classes (--data.label_column none)"
             raise UserError(f"{what}: {expected}, found some in {shallow} and some in {deep}")
-        if inside := sorted(folder for folder, above in of_split.items() if folder != above):
-            notes.append(f"folders inside that of a class are part of it, as {'/'.join(inside[0])} of {of_split[inside[0]][-1]}")
-    shared = shared_tail({folder for of_split in outer.values() for folder in of_split.values()})
+        if inside := sorted(folder for folder, above in split_outer.items() if folder != above):
+            notes.append(f"folders inside that of a class are part of it, as {'/'.join(inside[0])} of {split_outer[inside[0]][-1]}")
+    suffix = common_suffix_length({folder for split_outer in outer.values() for folder in split_outer.values()})
     classes: dict[str, dict[Parts, str]] = {}
-    for split, of_split in outer.items():
+    for split, split_outer in outer.items():
         first: dict[str, Parts] = {}
         classes[split] = {}
-        for folder, above in sorted(of_split.items()):
-            if len(above) > shared:
-                classes[split][folder] = name = normalised(above[-1 - shared])
+        for folder, above in sorted(split_outer.items()):
+            if len(above) > suffix:
+                classes[split][folder] = name = normalised(above[-1 - suffix])
                 if first.setdefault(name, above) != above and not any(note.startswith(_MERGED) for note in notes):
                     notes.append(f"{_MERGED}, as {'/'.join(first[name])} and {'/'.join(above)}")
-    if len({name for of_split in classes.values() for name in of_split.values()}) > 1:
+    if len({name for split_classes in classes.values() for name in split_classes.values()}) > 1:
         for split, folders in splits.items():
             if classes[split] and () in folders:
                 notes.append(_note_strays(folders, classes[split], what))
@@ -227,7 +228,7 @@ def class_folders(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: s
 
 
 def _note_strays(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts, str], what: str) -> str:
-    """Describe the images beside the folders of classes. Errors: UserError if they are no fewer than those of some class."""
+    """Describe the images beside the folders of classes. Errors: UserError if they are as many as those of some class."""
     strays = folders[()]
     counts: Counter[str] = Counter()
     for folder, name in classes.items():
@@ -238,61 +239,64 @@ def _note_strays(folders: Mapping[Parts, Collection[str]], classes: Mapping[Part
     return f"left out beside the folders of classes: {len(strays):,}, such as {min(strays)}"
 
 
-def labels_of_folders(images: Mapping[Parts, Collection[str]]) -> dict[Parts, str]:
-    """The class of each folder of images, as `class_folders` has it, of folders that need not be of a whole data set: whatever their depth,
-    and those of splits aside. Without folders whose images are of no class.
+def folder_classes_at_any_depth(images: Mapping[Parts, Collection[str]]) -> dict[Parts, str]:
+    """Return the class of each folder of images as `folder_classes` does, but at any depth, without the folders of splits.
+
+    For images that are not a whole data set. Folders whose images have no class are missing.
     """
     splits: dict[Parts, set[Parts]] = {}
     for folder in images:
-        split = folder[:1] if folder and usual_split(folder[0]) else ()
+        split = folder[:1] if folder and conventional_split(folder[0]) else ()
         splits.setdefault(split, set()).add(folder[len(split) :])
-    outer = {(*split, *folder): outermost(folder, folders) for split, folders in splits.items() for folder in folders if folder}
-    shared = shared_tail(set(outer.values()))
-    return {folder: normalised(above[-1 - shared]) for folder, above in outer.items() if len(above) > shared}
+    outer = {
+        (*split, *folder): outermost_image_folder(folder, folders) for split, folders in splits.items() for folder in folders if folder
+    }
+    suffix = common_suffix_length(set(outer.values()))
+    return {folder: normalised(above[-1 - suffix]) for folder, above in outer.items() if len(above) > suffix}
 
 
-def outermost(folder: Parts, folders: Collection[Parts]) -> Parts:
-    """The first of a folder and those above it (but for the one that was named) that holds images itself."""
+def outermost_image_folder(folder: Parts, folders: Collection[Parts]) -> Parts:
+    """Return the outermost of a folder and those above it (but not the data set's folder) that contains images itself."""
     return next(folder[:depth] for depth in range(1, len(folder) + 1) if folder[:depth] in folders)
 
 
-def shared_tail(folders: Collection[Parts]) -> int:
-    """How many folders at the end of all the paths are called the same, as of `n01/images` and `n02/images`; 0 of a single path."""
-    shared = 0
-    while len(folders) > 1 and all(len(folder) > shared for folder in folders) and len({folder[-1 - shared] for folder in folders}) == 1:
-        shared += 1
-    return shared
+def common_suffix_length(folders: Collection[Parts]) -> int:
+    """Count the names at the end that all paths share: 1 of `n01/images` and `n02/images`; 0 of a single path."""
+    length = 0
+    while len(folders) > 1 and all(len(folder) > length for folder in folders) and len({folder[-1 - length] for folder in folders}) == 1:
+        length += 1
+    return length
 
 
 def _root(folders: Sequence[Parts], tree: FileTree, data: Data) -> Parts:
-    """The folder nearest to the images that is above all of them, and above every one that is named as a split."""
-    named = {normalised(name) for name in (data.train_split, data.validation_split, data.test_split) if name is not None}
+    """Return the innermost folder above all images and above every folder with the name of a split."""
+    split_names = {normalised(name) for name in (data.train_split, data.validation_split, data.test_split) if name is not None}
     root: Parts = ()
-    for part, other in zip(min(folders), max(folders), strict=False):
-        if part != other:
+    for name, other in zip(min(folders), max(folders), strict=False):
+        if name != other:
             break
         inside = [folder[-1] for folder in tree.files if len(folder) == len(root) + 1 and folder[:-1] == root]
-        if any(usual_split(name) or normalised(name) in named for name in inside):
+        if any(conventional_split(child) or normalised(child) in split_names for child in inside):
             break
-        root = (*root, part)
+        root = (*root, name)
     return root
 
 
-def _unwrapped(root: Parts, split: str, folders: Collection[Parts]) -> Parts:
-    """A split's folder; of `test/test`, as some archives unpack, the inner one if it holds all images."""
+def _unwrap(root: Parts, split: str, folders: Collection[Parts]) -> Parts:
+    """Return a split's folder; of `test/test`, as some archives unpack, the inner one if it has all images."""
     inside = {folder[: len(root) + 1] for folder in folders if folder[: len(root)] == root}
     (inner,) = inside if len(inside) == 1 else (root,)
-    is_named = inner != root and (inner[-1] == root[-1] or usual_split(inner[-1]) == split)
-    return _unwrapped(inner, split, folders) if is_named else root
+    is_named = inner != root and (inner[-1] == root[-1] or conventional_split(inner[-1]) == split)
+    return _unwrap(inner, split, folders) if is_named else root
 
 
 def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> None:
-    """Errors: UserError if folders that are named as splits lie inside others: test images would be trained on."""
+    """Refuse folders with the names of splits inside others: test images would be trained on. Errors: UserError."""
     nested = {
         split: folder[: depth + 1]
         for folder in sorted(images, reverse=True)
         for depth, name in enumerate(folder)
-        if (split := usual_split(name))
+        if (split := conventional_split(name))
     }
     if len(nested) > 1:
         found = " and ".join("/".join(folder) for folder in nested.values())
@@ -308,7 +312,7 @@ def _with_metadata(
     data: Data,
     notes: list[str],
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """Splits and label names of images that tables of metadata name; `notes` gets a line for images that they do not."""
+    """Return splits and label names from tables of metadata; `notes` is appended a line about images that they do not name."""
     split_tables = {
         split: [Path(tree.path(at, name)) for at in table_folders if at[: len(root)] == root for name in METADATA if name in tree.files[at]]
         for split, root in roots.items()
@@ -316,22 +320,22 @@ def _with_metadata(
     if not any(split_tables.values()):
         raise UserError(f"data.path {path}: expected metadata in the folder of each split, found it above them")
     images = {
-        split: [Path(file) for folder, names in found.items() for file in _joined(tree.path((*roots[split], *folder)), names)]
-        for split, found in split_images.items()
+        split: [Path(file) for folder, names in folders.items() for file in _join(tree.path((*roots[split], *folder)), names)]
+        for split, folders in split_images.items()
     }
-    for split, found in split_tables.items():
-        if not found:
+    for split, split_paths in split_tables.items():
+        if not split_paths:
             raise UserError(f"data.path {path}: expected metadata in the folder of each split, found none in that of {split}")
-    splits, label_names = tables.of_listings({split: Listing(split_tables[split], found) for split, found in images.items()}, data)
-    for split, of_split in splits.items():
-        if len(of_split) < len(images[split]):
-            notes.append(f"{split}: {len(images[split]) - len(of_split):,} images that the metadata does not name are left out")
-    if label_names is None and any(len(found) > 1 for found in split_images.values()):
+    splits, label_names = tables.open_listings({split: Listing(split_tables[split], paths) for split, paths in images.items()}, data)
+    for split, listed_images in splits.items():
+        if len(listed_images) < len(images[split]):
+            notes.append(f"{split}: {len(images[split]) - len(listed_images):,} images that the metadata does not name are left out")
+    if label_names is None and any(len(folders) > 1 for folders in split_images.values()):
         notes.append("no labels: the metadata, which stands for the folders' names, has no column of them (--data.label_column)")
     return splits, label_names
 
 
-def _joined(folder: str, names: Iterator[str] | Sequence[str]) -> Iterator[str]:
-    """Paths of files of one folder."""
+def _join(folder: str, names: Iterator[str] | Sequence[str]) -> Iterator[str]:
+    """Join a folder's path with names of its files."""
     prefix = os.path.join(folder, "")
     return (prefix + name for name in names)

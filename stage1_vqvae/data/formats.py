@@ -1,4 +1,4 @@
-"""Which files hold images, by their ending; formats that Pillow reads with another package only."""
+"""Endings of image files; formats that Pillow reads only with another package."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-_NOT_ONE_IMAGE = ("HDF5", "MPEG", "PDF")  # formats that Pillow knows, of files that hold none or many
+_NOT_ONE_IMAGE = ("HDF5", "MPEG", "PDF")  # formats that Pillow registers whose files hold no image or many
 _HEIF, _AVIF, _JXL = ("pillow_heif", "pillow-heif"), ("pillow_avif", "pillow-avif-plugin"), ("pillow_jxl", "pillow-jxl-plugin")
 _PLUGINS = {".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".avif": _AVIF, ".jxl": _JXL}
-"""By ending, the module that teaches Pillow a format, and its package; newer versions of Pillow read AVIF without one."""
+"""Module of the Pillow plugin and its package, per ending; newer versions of Pillow read AVIF without one."""
 
 
 def ending_of(name: str) -> str:
-    """The ending of a file's name, lower-case, with its dot."""
+    """Return the ending of a file's name, lower-case, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 
 def image_endings(endings: Iterable[str]) -> frozenset[str]:
-    """Those of the endings that are of images that Pillow reads here; where one takes a plugin that is installed, it is registered."""
+    """Return the endings of images that Pillow can read, and register the installed plugins that they need."""
     return frozenset(ending for ending in endings if _is_read(ending) or (_register(ending) and _is_read(ending)))
 
 
 def register_for(path: str | None) -> None:
-    """Register the plugin that a file's format takes, if it is installed."""
+    """Register the plugin that a file's format needs, if it is installed."""
     if path is not None and (ending := ending_of(path)) in _PLUGINS and not _is_read(ending):
         _register(ending)
 
 
 def package_for(ending: str) -> str | None:
-    """The package to install so that files of that ending can be read; None: none that is known."""
+    """Return the package to install for files of that ending; None: no package is known or needed."""
     return _PLUGINS[ending][1] if ending in _PLUGINS and not _is_read(ending) else None
 
 
@@ -45,7 +45,7 @@ def _register(ending: str) -> bool:
         return False
     try:
         module = importlib.import_module(_PLUGINS[ending][0])
-    except (ImportError, OSError):  # not there, or without the library that it wraps
+    except (ImportError, OSError):  # not installed, or without the library that it wraps
         return False
     getattr(module, "register_heif_opener", lambda: None)()  # the other packages register as they are imported
     return True

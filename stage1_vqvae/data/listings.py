@@ -1,4 +1,4 @@
-"""Tables of metadata beside images (`metadata.csv`, `.jsonl`, `.parquet`), which name files and say what they show."""
+"""Tables of metadata beside images (`metadata.csv`, `.jsonl`, `.parquet`): a row per file, with its name and labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError, listed
-from stage1_vqvae.data.cache import files_identity
+from stage1_vqvae.data.cache import files_fingerprint
 from stage1_vqvae.data.encoded import FilePaths
 from stage1_vqvae.data.names import normalised
 
@@ -21,7 +21,7 @@ _FILE_NAME = "file_name"
 
 
 class Listing:
-    """The rows of a split's tables, as a `Table`. What a CSV file holds is text, whatever it looks like.
+    """Rows of a split's tables, as a `Table`. All values of a CSV file are text.
 
     The column `file_name` becomes a column `image`; `mask_file_name` would become `mask`.
     """
@@ -29,26 +29,26 @@ class Listing:
     def __init__(self, tables: Sequence[Path], images: Sequence[Path]) -> None:
         """
         Args:
-            tables: of one split.
-            images: the split's.
+            tables: files of the tables.
+            images: all image files of the split.
         Errors: UserError for a table that cannot be read, is cut short, or names a file that is not in its folder.
         """
         import datasets
         import pyarrow as pa
 
         known = {normalised(path): path for path in map(str, images)}
-        parts, self._paths = [], dict[str, list[str | None]]()
+        pieces, self._paths = [], dict[str, list[str | None]]()
         for table in sorted(tables):
             rows = _read(table)
             for name in [name for name in rows.column_names if name == _FILE_NAME or name.endswith(f"_{_FILE_NAME}")]:
                 column = name.removesuffix(_FILE_NAME).rstrip("_") or "image"
-                self._paths.setdefault(column, []).extend(_located(rows[name].to_pylist(), table, known))
+                self._paths.setdefault(column, []).extend(_locate(rows[name].to_pylist(), table, known))
                 rows = rows.drop_columns(name)
-            parts.append(rows)
+            pieces.append(rows)
         if not self._paths:
-            raise UserError(f"{tables[0]}: expected a column {_FILE_NAME}, found {listed(parts[0].column_names)}")
+            raise UserError(f"{tables[0]}: expected a column {_FILE_NAME}, found {listed(pieces[0].column_names)}")
         try:
-            self._rows = pa.concat_tables(parts, promote_options="permissive")
+            self._rows = pa.concat_tables(pieces, promote_options="permissive")
         except pa.ArrowException as error:
             raise UserError(f"{tables[0]}: expected columns of the same types as in {tables[-1]}, found: {error}") from None
         if any(len(paths) != len(self._rows) for paths in self._paths.values()):
@@ -61,19 +61,19 @@ class Listing:
         return len(self._rows)
 
     def values(self, column: str) -> list[Any]:
-        """A column of numbers or text."""
+        """Return a column of numbers or text."""
         return self._rows[column].to_pylist()
 
     def images(self, column: str) -> FilePaths:
-        """A column of images."""
+        """Return a column of images."""
         return FilePaths(self._paths[column])
 
-    def identity(self) -> str:
-        """Changes whenever one of the images or tables does."""
-        return f"{len(self)} {files_identity(self._files)}"
+    def fingerprint(self) -> str:
+        """Return a text that changes whenever an image or a table changes."""
+        return f"{len(self)} {files_fingerprint(self._files)}"
 
     def sort_by_path(self, column: str) -> None:
-        """Put the rows in the order of the paths of their images in `column`."""
+        """Sort the rows by the paths of their images in `column`."""
         import pyarrow as pa
 
         order = sorted(range(len(self)), key=lambda row: self._paths[column][row] or "")
@@ -81,19 +81,19 @@ class Listing:
         self._paths = {name: [paths[row] for row in order] for name, paths in self._paths.items()}
 
 
-def _located(names: Sequence[Any], table: Path, known: Mapping[str, str]) -> list[str | None]:
-    """The paths of the images that a table names; None for an empty name."""
-    folder, found = str(table.parent), list[str | None]()
+def _locate(names: Sequence[Any], table: Path, known: Mapping[str, str]) -> list[str | None]:
+    """Return the path of each image that a table names; None for an empty name."""
+    folder, paths = str(table.parent), list[str | None]()
     for name in names:
         path = None
         if name is not None and name != "":
             path = known.get(normalised(f"{folder}/{name}")) or known.get(normalised(os.path.normpath(f"{folder}/{name}")))
-            if path is None:  # an image without the ending of one
+            if path is None:  # an image file without the ending of one
                 path = os.path.normpath(os.path.join(folder, str(name)))
                 if not Path(path).is_relative_to(folder) or not os.path.isfile(path):
                     raise UserError(f"{table}: expected names of files in its folder, found {name!r}, which is none (a table cut short?)")
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def _read(table: Path) -> pa.Table:
@@ -148,5 +148,5 @@ def _json_lines(table: Path) -> dict[str, list[Any]]:
                 try:
                     rows.append(dict(json.loads(line)))
                 except (ValueError, TypeError):
-                    raise ValueError(f"line {number} is no JSON object") from None
+                    raise ValueError(f"line {number} is not a JSON object") from None
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}

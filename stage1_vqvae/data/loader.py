@@ -6,69 +6,75 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.data import Data
+from configs.data import Data, TransformPart
 from configs.schema import Stage1
-from stage1_vqvae.data.crops import crops_from
-from stage1_vqvae.data.order import order_of
+from stage1_vqvae.data.order import build_order
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import CroppablePixels, ImageSplit, Pixels
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.variants import VARIANTS, Variants
 from training.batching import share_of_step
 from training.devices import pinned
 from training.prefetch import StepReader
 from training.randomness import generator
 
 
-def pixels_of(pixels: Pixels, rows: Tensor) -> Tensor:
-    """Images at `rows`, uint8 (B, H, W, C); indexed by numpy, since torch would start an OpenMP team for every calling thread."""
+def read_rows(pixels: Pixels, rows: Tensor) -> Tensor:
+    """Read the images at `rows`, uint8 (B, H, W, C); numpy indexes them, since torch would start an OpenMP team per calling thread."""
     return torch.from_numpy(pixels.numpy()[rows.numpy()]) if isinstance(pixels, Tensor) else pixels[rows]
 
 
-class Loader:
-    """A process's images of every micro-step.
+def crops_vary(transform: TransformPart, variants: Variants) -> bool:
+    """Whether training crops an image in more than one way, so that the pixels kept by data.decode once do not suffice."""
+    return transform.num_draws > 0 or len(variants.crops) > 1
 
-    Which they are, and in which crop and variant, is a function of (seed, step, position in the step's batch): the same whatever the number
-    of processes and threads, and where a training was interrupted.
+
+class Loader:
+    """Training images of this rank per micro-step.
+
+    The image, its crop and its variant are functions of (seed, step, position in the step's batch): they do not depend on the world size,
+    on threads, or on where training was interrupted.
     """
 
     def __init__(self, training: ImageSplit, data: Data, config: Stage1, accelerator: Accelerator, ahead: bool | None = None) -> None:
-        """`ahead`: whether a thread prefetches the next images; None: on accelerators only."""
-        self._training, self._data, self._config = training, data, config
+        """`ahead`: prefetch the next images in a thread; None: on accelerators only."""
+        self._training, self._transform, self._config = training, data.transform, config
+        self._variants = VARIANTS[config.augmentation]
         self._device = accelerator.device
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
-        self._order = order_of(training.pixels, config.batch_size, config.seed)
+        self._order = build_order(training.pixels, config.batch_size, config.seed)
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
 
     def share(self, micro_step: int) -> slice:
-        """This process's part of a step's batch."""
+        """Return this rank's slice of a step's batch."""
         return share_of_step(self._config.batch_size, self._config.accumulation, micro_step, self._processes, self._rank)
 
     def images(self, step: int, micro_step: int) -> Tensor:
-        """The images (B, C, H, W) in [-1, 1] of a micro-step, on the process's device.
+        """Return the images (B, C, H, W) in [-1, 1] of a micro-step, on this rank's device.
 
-        Errors: UserError for one that cannot be read.
+        Errors: UserError for an image that cannot be read.
         """
         pixels, variants = self._reader.at(step, micro_step)
         # Images are copied to the device as bytes, a quarter of the size of floats.
-        return make_variants(to_model(pixels), self._config.augmentation, variants)
+        return self._variants.apply(to_model(pixels), variants)
 
     def uniforms(self, step: int, micro_step: int) -> Tensor:
-        """(B,) in [0, 1), on the process's device: for each image of a micro-step a function of (seed, step, place in the batch)."""
+        """Draw (B,) numbers in [0, 1) on this rank's device, one per image, a function of (seed, step, position in the batch)."""
         draws = torch.rand(self._config.batch_size, generator=generator(self._config.seed, "objective", step))
         return pinned(draws[self.share(micro_step)], self._device).to(self._device, non_blocking=True)
 
     def waited(self) -> float:
-        """Seconds spent waiting for images since the last call."""
+        """Return the seconds spent waiting for images since the last call."""
         return self._reader.waited()
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The pixels (B, H, W, C) and variants (B,) of a micro-step."""
-        (step, micro_step), config, data, pixels = key, self._config, self._data, self._training.pixels
+        """Read the pixels (B, H, W, C) and draw the variants (B,) of a micro-step."""
+        (step, micro_step), seed, transform, pixels = key, self._config.seed, self._transform, self._training.pixels
         batch, share = self._order.batch(step), self.share(micro_step)
-        variants = torch.randint(num_variants(config.augmentation), batch.shape, generator=generator(config.seed, "augmentation", step))
-        if data.crop == "random" and isinstance(pixels, CroppablePixels):
-            draws = torch.rand((len(batch), 3), generator=generator(config.seed, "crop", step))[share]
-            images = pixels.cropped(batch[share], [[crop] for crop in crops_from(draws, data.crop_area)])[:, 0]
-        else:
-            images = pixels_of(pixels, batch[share])
-        return images, variants[share]
+        rows = batch[share]
+        variants = torch.randint(len(self._variants), batch.shape, generator=generator(seed, "augmentation", step))[share]
+        if not crops_vary(transform, self._variants):
+            return read_rows(pixels, rows), variants
+        assert isinstance(pixels, CroppablePixels)
+        draws = torch.rand((len(batch), transform.num_draws), generator=generator(seed, "crop", step))[share].tolist()
+        crops = [self._variants.crops[number % len(self._variants.crops)] for number in variants.tolist()]
+        return pixels.cropped(rows, [[crop or transform.crop(draw)] for crop, draw in zip(crops, draws, strict=True)])[:, 0], variants

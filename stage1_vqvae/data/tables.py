@@ -1,4 +1,4 @@
-"""Data sets of rows: those that `datasets` opens, of the Hub, of Parquet, WebDataset and Arrow files; and tables beside images."""
+"""Data sets of rows: from the Hub, from Parquet, WebDataset and Arrow files by `datasets`, and from tables beside images."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import numpy as np
 
 from configs.data import Data
 from configs.errors import UserError, listed, say
-from stage1_vqvae.data.cache import files_identity
-from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, encoded_image
+from stage1_vqvae.data.cache import files_fingerprint
+from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, parse_encoded_image
 from stage1_vqvae.data.listings import Listing
-from stage1_vqvae.data.names import NO_LABELS, check_labels, normalised, our_splits
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, Opened, SourceSplit
+from stage1_vqvae.data.names import NO_LABELS, check_labels, map_splits, normalised
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, OpenedSource, SourceSplit
 from stage1_vqvae.data.streams import Stream
 from training.watch import at_work
 
-# Where it is needed: it takes a second to import, and most commands read codes, or pixels that have their own decoder.
+# `datasets` is imported inside functions: that takes a second, and most commands read codes or files of images.
 if TYPE_CHECKING:
     import datasets
 
-# What a column of labels is called where its type does not tell, in any case: the last is WebDataset's.
+# Names of columns of labels whose type does not show it, in any case; the last is WebDataset's.
 _LABEL_NAMES = ("label", "labels", "class", "cls")
-# What values of a type can be compared with, by the beginning of the type's name. A column of the type null has no value at all.
+# Kind of labels per beginning of a type's name; only labels of one kind can be compared. A column of the type null has no values.
 _LABEL_KINDS = {
     "int": "numbers",
     "uint": "numbers",
@@ -41,12 +41,12 @@ _LABEL_KINDS = {
     "null": "",
 }
 _BYTES = ("binary", "large_binary")
-# The last bytes of whole files.
+# The last bytes of complete files.
 _ENDS = {".arrow": b"\xff\xff\xff\xff\0\0\0\0", ".parquet": b"PAR1"}
 
 
 class _Column:
-    """A data set's column of images, as `EncodedImages`."""
+    """Column of images of a `datasets.Dataset`, as `EncodedImages`."""
 
     file_lengths = None
 
@@ -61,37 +61,37 @@ class _Column:
         return len(self._rows)
 
     def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
-        return [encoded_image(record) for record in self._rows[rows][self._column]]
+        return [parse_encoded_image(record) for record in self._rows[rows][self._column]]
 
 
 class Table(Protocol):
-    """A split of a data set, as rows with columns."""
+    """Split of a data set as rows with columns."""
 
     @property
     def features(self) -> Mapping[str, Any]:
-        """What each column holds."""
+        """Type of each column, as of `datasets`."""
 
     @property
     def column_names(self) -> Sequence[str]:
-        """Their names."""
+        """Names of the columns."""
 
     def __len__(self) -> int: ...
 
     def values(self, column: str) -> list[Any]:
-        """A column of numbers or text."""
+        """Return a column of numbers or text."""
 
     def images(self, column: str) -> EncodedImages:
-        """A column of images."""
+        """Return a column of images."""
 
-    def identity(self) -> str:
-        """What is another if the files that the rows lie in are."""
+    def fingerprint(self) -> str:
+        """Return a text that changes whenever the files of the rows change."""
 
 
 class _Mapped:
-    """A split whose rows `datasets` has in files of its own, mapped into memory, as `Table`."""
+    """Split in Arrow files that `datasets` maps into memory, as `Table`."""
 
     def __init__(self, rows: datasets.Dataset, files: Sequence[Path] | None = None) -> None:
-        """`files`: from which the rows were loaded; None: from those that `datasets` has fetched."""
+        """`files`: the files that the rows were loaded from; None: those in the cache of `datasets`."""
         self._rows, self._files = rows, files
         self.features, self.column_names = rows.features, rows.column_names
 
@@ -105,83 +105,83 @@ class _Mapped:
         return _Column(self._rows, column)
 
     def files(self) -> Sequence[Path]:
-        """Those that the rows lie in."""
+        """Return the files of the rows."""
         return [Path(file["filename"]) for file in self._rows.cache_files] if self._files is None else self._files
 
-    def identity(self) -> str:
-        return f"{len(self)} {files_identity(self.files())}"
+    def fingerprint(self) -> str:
+        return f"{len(self)} {files_fingerprint(self.files())}"
 
 
-def of_the_hub(data: Data, wanted: set[str]) -> Opened:
+def open_hub(data: Data, names: set[str]) -> OpenedSource:
     """Open a data set of the Hub.
 
-    Errors: UserError for one that cannot be loaded, or whose columns leave open which is meant.
+    Errors: UserError for one that cannot be loaded, or whose columns are ambiguous.
     """
     assert data.name is not None
-    if has_magic(data.name):  # `datasets` would take it for a folder of this machine, and for a pattern
+    if has_magic(data.name):  # `datasets` would read it as a pattern of local folders
         raise UserError(f"data.name {data.name}: expected a data set of the Hub, USER/NAME, found a folder's name; use --data.path")
     what = f"data.name {data.name} (a local copy can be given with --data.path)"
     builder = _hub_builder(data.name, {"name": data.config, "revision": data.revision})
-    found = _streams(builder, what, data) if data.stream else _mapped(_copied(builder, what))
-    return _ours(found, data, wanted)
+    source = _open_streams(builder, what, data) if data.stream else _map(_copy(builder, what))
+    return _with_split_names(source, data, names)
 
 
-def is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` wrote that folder: of several splits, or of one."""
+def is_saved_dataset(path: Path) -> bool:
+    """Return whether `save_to_disk` wrote that folder, of one split or several."""
     return (path / "dataset_dict.json").exists() or all((path / name).exists() for name in ("state.json", "dataset_info.json"))
 
 
-def of_disk(path: Path, data: Data, wanted: set[str]) -> Opened:
-    """Open what `save_to_disk` wrote. Errors: as `of_the_hub`."""
+def open_saved(path: Path, data: Data, names: set[str]) -> OpenedSource:
+    """Open what `save_to_disk` wrote. Errors: as `open_hub`."""
     import datasets
 
-    with _failing_as(f"data.path {path}, which `save_to_disk` wrote", sorted(path.glob("**/data-*.arrow"))):
-        source = datasets.load_from_disk(str(path))
-        found = _mapped({"train": source} if isinstance(source, datasets.Dataset) else source)
-        for file in chain.from_iterable(rows.files() for rows in found.values()):
-            check_whole(file)
-    return _ours(found, data, wanted)
+    with _one_line_errors(f"data.path {path}, which `save_to_disk` wrote", sorted(path.glob("**/data-*.arrow"))):
+        loaded = datasets.load_from_disk(str(path))
+        source = _map({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded)
+        for file in chain.from_iterable(rows.files() for rows in source.values()):
+            check_complete(file)
+    return _with_split_names(source, data, names)
 
 
-def _ours(found: Mapping[str, Table], data: Data, wanted: set[str]) -> Opened:
-    """The data set of splits that go by the source's names."""
-    names = our_splits(data, found)
-    splits, label_names = _found({split: found[name] for name, split in names.items()}, data, wanted)
-    return Opened(splits, label_names, {split: str(name) for name, split in names.items()})
+def _with_split_names(source: Mapping[str, Table], data: Data, names: set[str]) -> OpenedSource:
+    """Open splits that have the source's names."""
+    ours = map_splits(data, source)
+    splits, label_names = _build_splits({split: source[name] for name, split in ours.items()}, data, names)
+    return OpenedSource(splits, label_names, {split: str(name) for name, split in ours.items()})
 
 
-def of_files(
-    kind: str, files: Mapping[str, Sequence[Path]], path: Path, data: Data, wanted: set[str]
+def open_files(
+    kind: str, files: Mapping[str, Sequence[Path]], path: Path, data: Data, names: set[str]
 ) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """Splits and label names of files on this machine.
+    """Open files of rows on this machine: splits and label names.
 
     Args:
-        kind: what `datasets` calls them: parquet, webdataset.
-        files: of each of our splits.
-        path: that the user named.
-        data: the recipe's.
-        wanted: names of splits.
-    Errors: as `of_the_hub`.
+        kind: name of the format in `datasets`: parquet, webdataset.
+        files: files per split of ours.
+        path: the path that the user named.
+        data: the recipe's section.
+        names: names of the splits to open.
+    Errors: as `open_hub`.
     """
     what, builder = f"data.path {path}", _files_builder(kind, files)
     if data.stream:
-        return _found(_streams(builder, what, data, files), data, wanted)
-    return _found(_mapped(_copied(builder, what, list(chain(*files.values()))), files), data, wanted)
+        return _build_splits(_open_streams(builder, what, data, files), data, names)
+    return _build_splits(_map(_copy(builder, what, list(chain(*files.values()))), files), data, names)
 
 
-def of_listings(listings: Mapping[str, Listing], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """All splits, and label names, of tables beside images. Errors: as `of_the_hub`."""
+def open_listings(listings: Mapping[str, Listing], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
+    """Open tables beside images: all splits and label names. Errors: as `open_hub`."""
     for listing in listings.values():
         listing.sort_by_path(_image_column(listing, data))
-    return _found(listings, data, set(listings))
+    return _build_splits(listings, data, set(listings))
 
 
 Builder = Callable[..., "datasets.DatasetBuilder"]
-"""Makes what reads a data set: all of its columns, or those that the argument `columns` names."""
+"""Builds the reader of a data set: of all columns, or of those that the argument `columns` names."""
 
 
 def _files_builder(kind: str, files: Mapping[str, Sequence[Path]]) -> Builder:
-    """Of files by split. Their names are no patterns, as `datasets.load_dataset` would take them."""
+    """Return a builder for files per split, whose names are not patterns as those of `datasets.load_dataset` are."""
 
     def build(**columns: Any) -> datasets.DatasetBuilder:
         from datasets.data_files import DataFilesDict, DataFilesList
@@ -191,11 +191,11 @@ def _files_builder(kind: str, files: Mapping[str, Sequence[Path]]) -> Builder:
         for file in chain.from_iterable(files.values()):
             if "::" in str(file):  # to `datasets`, a file inside an archive
                 raise UserError(f"{file}: expected a path without '::', which `datasets` cannot open, found one; rename it")
-        listed = {split: [(str(file.absolute()), file.stat()) for file in found] for split, found in files.items()}
+        listed = {split: [(str(file.absolute()), file.stat()) for file in paths] for split, paths in files.items()}
         data_files = DataFilesDict(
             {
-                split: DataFilesList([name for name, _ in found], [(str(status.st_mtime_ns), str(status.st_size)) for _, status in found])
-                for split, found in listed.items()
+                split: DataFilesList([name for name, _ in pairs], [(str(status.st_mtime_ns), str(status.st_size)) for _, status in pairs])
+                for split, pairs in listed.items()
             }
         )
         return {"parquet": Parquet, "webdataset": WebDataset}[kind](dataset_name=kind, data_files=data_files, **columns)
@@ -204,7 +204,7 @@ def _files_builder(kind: str, files: Mapping[str, Sequence[Path]]) -> Builder:
 
 
 def _hub_builder(name: str, arguments: Mapping[str, Any]) -> Builder:
-    """Of a repository of the Hub, at one commit from the first time on."""
+    """Return a builder for a repository of the Hub, pinned to the commit of its first call."""
     pinned = dict(arguments)
 
     def build(**columns: Any) -> datasets.DatasetBuilder:
@@ -213,75 +213,75 @@ def _hub_builder(name: str, arguments: Mapping[str, Any]) -> Builder:
 
         from stage1_vqvae.data.readers import WebDataset
 
-        found = datasets.load_dataset_builder(name, **pinned, **columns)
-        listed = found.config.data_files or {}
-        # So that nothing read later is of a newer commit.
+        builder = datasets.load_dataset_builder(name, **pinned, **columns)
+        listed = builder.config.data_files or {}
+        # So that later calls do not read a newer commit.
         commit = re.search("@([0-9a-f]{40})/", str(next(iter(next(iter(listed.values()), [])), "")))
         if commit:
             pinned["revision"] = commit[1]
-        if not isinstance(found, webdataset.WebDataset):
-            return found
-        same = {key: getattr(found, key) for key in ("dataset_name", "base_path", "token", "repo_id", "storage_options", "info")}
-        return WebDataset(config_name=found.config.name, hash=f"{found.hash}-whole", data_files=listed, **same)
+        if not isinstance(builder, webdataset.WebDataset):
+            return builder
+        same = {key: getattr(builder, key) for key in ("dataset_name", "base_path", "token", "repo_id", "storage_options", "info")}
+        return WebDataset(config_name=builder.config.name, hash=f"{builder.hash}-whole", data_files=listed, **same)
 
     return build
 
 
-def _copied(builder: Builder, what: str, files: Sequence[Path] = ()) -> datasets.DatasetDict:
-    """The splits of a data set, of which `datasets` makes a copy; failures are one line that begins with `what`."""
-    with _failing_as(what, files):
+def _copy(builder: Builder, what: str, files: Sequence[Path] = ()) -> datasets.DatasetDict:
+    """Let `datasets` copy the splits of a data set into its cache; failures are one line that begins with `what`."""
+    with _one_line_errors(what, files):
         reader = builder()
         reader.download_and_prepare()
         return reader.as_dataset()
 
 
-def _mapped(source: Mapping[str, datasets.Dataset], files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, _Mapped]:
+def _map(source: Mapping[str, datasets.Dataset], files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, _Mapped]:
     return {split: _Mapped(rows, None if files is None else files[split]) for split, rows in source.items()}
 
 
-def _streams(builder: Builder, what: str, data: Data, files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, Stream]:
-    """The splits of a data set as they are where they lie. `files`: of each split, where they are this machine's."""
-    every = [] if files is None else list(chain(*files.values()))
-    with _failing_as(what, every):
+def _open_streams(builder: Builder, what: str, data: Data, files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, Stream]:
+    """Open the splits of a data set for streaming. `files`: files per split, where they are on this machine."""
+    local_files = [] if files is None else list(chain(*files.values()))
+    with _one_line_errors(what, local_files):
         config = builder().config
     if hasattr(config, "drop_labels"):
         raise UserError(f"{what}: expected Parquet or WebDataset files to stream, found a folder of images; leave data.stream away")
     listed = config.data_files or {}
 
     def opened(columns: list[str] | None = None) -> datasets.IterableDatasetDict:
-        with _failing_as(what, every):
+        with _one_line_errors(what, local_files):
             return builder(**({} if columns is None else {"columns": columns})).as_streaming_dataset()
 
     def stream(name: str) -> Stream:
-        own = listed.get(name, [])
-        origin = files_identity(files[name]) if files is not None else f"{own} {getattr(own, 'origin_metadata', '')}"
-        called = f"{data.path or data.name}, {name}"
-        return Stream(lambda columns: opened(columns)[name], list(own), called, data, origin, columnar=hasattr(config, "columns"))
+        split_files = listed.get(name, [])
+        origin = files_fingerprint(files[name]) if files is not None else f"{split_files} {getattr(split_files, 'origin_metadata', '')}"
+        title = f"{data.path or data.name}, {name}"
+        return Stream(lambda columns: opened(columns)[name], list(split_files), title, data, origin, columnar=hasattr(config, "columns"))
 
     return {name: stream(name) for name in opened()}
 
 
 @contextmanager
-def _failing_as(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
-    """Whatever goes wrong as one line that begins with `what`, or with that of the files which is cut short."""
+def _one_line_errors(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
+    """Turn any failure into one line that begins with `what`, or with the file that is cut short."""
     try:
-        with at_work():  # it may fetch for hours, and shows that by bars of its own
+        with at_work():  # it may download for hours, with progress bars of its own
             yield
     except UserError:
         raise
     except Exception as error:  # of many kinds: no connection, no such repository, no such builder, broken files
         for file in files:
-            check_whole(file)
+            check_complete(file)
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         cause = str(error.__cause__ or error) or type(error).__name__
         raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
 
 
-def check_whole(file: Path) -> None:
-    """Errors: UserError for an Arrow or a Parquet file without its end.
+def check_complete(file: Path) -> None:
+    """Errors: UserError for an Arrow or a Parquet file without its end marker.
 
-    Arrow takes a file that is cut between two batches for a shorter one.
+    Arrow reads a file that is cut between two batches as a shorter one.
     """
     if file.suffix in _ENDS:
         with open(file, "rb") as content:
@@ -290,13 +290,13 @@ def check_whole(file: Path) -> None:
                 raise UserError(f"{file}: expected a whole file, found one without its end marker (cut short?)")
 
 
-def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
-    """The wanted splits of a data set, and the names of its labels, which do not depend on which are wanted.
+def _build_splits(source: Mapping[str, Table], data: Data, names: set[str]) -> tuple[dict[str, SourceSplit], list[str] | None]:
+    """Build the named splits of a data set and the names of its labels, which do not depend on `names`.
 
     Args:
-        source: the data set, by our names.
-        data: the recipe's.
-        wanted: names of splits.
+        source: tables per split of ours.
+        data: the recipe's section.
+        names: names of the splits to build.
     """
     what = str(data.path or data.name)
     first = source[TRAIN] if TRAIN in source else next(iter(source.values()))
@@ -304,24 +304,24 @@ def _found(source: Mapping[str, Table], data: Data, wanted: set[str]) -> tuple[d
     for split, rows in source.items():
         if image_column not in rows.column_names:
             raise UserError(f"{what}: expected a column {image_column} in {split} too, found {listed(rows.column_names)}")
-    names, numbers = None, dict[str, np.ndarray]()
+    label_names, numbers = None, dict[str, np.ndarray]()
     if label_column is not None:
         labelled = {split: rows for split, rows in source.items() if label_column in rows.column_names}
         kinds = {split: rows.features[label_column] for split, rows in labelled.items()}
-        names, numbers = _numbered(kinds, {split: rows.values(label_column) for split, rows in labelled.items()}, label_column, what)
+        label_names, numbers = _numbered(kinds, {split: rows.values(label_column) for split, rows in labelled.items()}, label_column, what)
     splits: dict[str, SourceSplit] = {}
     for split, rows in source.items():
-        if split not in wanted and not (split == TRAIN and VALIDATION in wanted and VALIDATION not in source):
+        if split not in names and not (split == TRAIN and VALIDATION in names and VALIDATION not in source):
             continue
         if len(rows) == 0:
             raise UserError(f"{what}: expected images in split {split}, found none")
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
-        # Which files of the Hub's hold the rows depends on whether they are streamed.
-        identity = f"{origin} {image_column} {rows.identity()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
+        # For the Hub a name stands in for the files, which depend on whether they are streamed.
+        fingerprint = f"{origin} {image_column} {rows.fingerprint()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
         images = rows.images(image_column)
         labels = check_labels(numbers.get(split), split, what, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
-        splits[split] = EncodedSplit(split, images, labels, identity)
-    return splits, names
+        splits[split] = EncodedSplit(split, images, labels, fingerprint)
+    return splits, label_names
 
 
 def _row_name(images: EncodedImages, row: int) -> str:
@@ -332,18 +332,18 @@ def _row_name(images: EncodedImages, row: int) -> str:
 def _image_column(rows: Table, data: Data) -> str:
     import datasets
 
-    # Parquet written without Hugging Face's metadata shows an image as what it is: bytes, or a struct of them and of a path.
+    # In Parquet without Hugging Face's metadata an image is bytes, or a struct of bytes and a path.
     features = rows.features.items()
-    found = [
+    columns = [
         name for name, feature in features if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
     ]
-    found = found or [name for name, feature in features if isinstance(feature, datasets.Value) and feature.dtype in _BYTES]
+    columns = columns or [name for name, feature in features if isinstance(feature, datasets.Value) and feature.dtype in _BYTES]
     if data.image_column is not None:
-        found = [name for name, feature in features if name == data.image_column and (name in found or _may_be_bytes(feature))]
-    if len(found) != 1:
-        expected = f"one column of images (--data.image_column NAME), found {listed(found)} of {listed(rows.column_names)}"
+        columns = [name for name, feature in features if name == data.image_column and (name in columns or _may_be_bytes(feature))]
+    if len(columns) != 1:
+        expected = f"one column of images (--data.image_column NAME), found {listed(columns)} of {listed(rows.column_names)}"
         raise UserError(f"{data.path or data.name}: expected {expected}")
-    return found[0]
+    return columns[0]
 
 
 def _label_column(rows: Table, data: Data) -> str | None:
@@ -369,7 +369,7 @@ def _label_column(rows: Table, data: Data) -> str | None:
 
 
 def _may_be_bytes(feature: Any) -> bool:
-    """Whether a column that the user names can be one of encoded images."""
+    """Return whether a column that the user names can contain encoded images."""
     import datasets
 
     item = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
@@ -377,7 +377,7 @@ def _may_be_bytes(feature: Any) -> bool:
 
 
 def _label_kind(feature: Any) -> str | None:
-    """What a column's labels can be compared with: numbers, text, booleans; "": it has none; None: its values are no labels."""
+    """Return the kind of a column's labels: numbers, text, booleans; "" for a column without values; None for values of other types."""
     import datasets
 
     dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
@@ -385,7 +385,7 @@ def _label_kind(feature: Any) -> str | None:
 
 
 def _label_name(value: Any) -> str | None:
-    """A label as text; None where there is none. Errors: ValueError for a fraction."""
+    """Return a label as text, None for a missing one. Errors: ValueError for a fraction."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float):
@@ -398,16 +398,16 @@ def _label_name(value: Any) -> str | None:
 def _numbered(
     kinds: Mapping[str, Any], values: Mapping[str, Sequence[Any]], column: str, what: str
 ) -> tuple[list[str] | None, dict[str, np.ndarray]]:
-    """The names of labels, and of each split their numbers (N,), -1 for a missing one.
+    """Return the names of labels, and per split the label of each row (N,) as an index of them, -1 for a missing one.
 
-    Names are those of the classes; or of all numbers and texts that occur, in their order, numbers by value.
+    Names are those of the column's classes, or all numbers and texts that occur, numbers in the order of their value, others of their text.
 
     Args:
-        kinds: the column's feature in each split.
-        values: its values there.
-        column: its name.
-        what: the data set is, for messages.
-    Errors: UserError for what is no label, and for splits whose labels cannot be compared.
+        kinds: type of the column per split.
+        values: values of the column per split.
+        column: name of the column.
+        what: name of the data set in messages.
+    Errors: UserError for a value that is not a label, and for splits whose labels cannot be compared.
     """
     import datasets
 
@@ -453,7 +453,7 @@ def _numbered(
 
 
 def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence[Any]], column: str, what: str) -> None:
-    """Decide what -1 is where no list of classes tells: a class, unless the test split alone has it, as contests publish theirs."""
+    """Decide whether -1 is a class or a missing label where the column lists no classes: missing if only the test split has it."""
     unlabelled = [value for value, name in name_of.items() if name == "-1"]
     if not unlabelled:
         return
@@ -465,5 +465,5 @@ def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence
 
 
 def _in_order(names: set[str]) -> list[str]:
-    """Names by their value, if all are whole numbers, or else by their text."""
+    """Sort names by value if all are whole numbers, or else by text."""
     return sorted(names, key=int if all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in names) else None)

@@ -1,1 +1,1 @@
-"""Networks whose features images are compared by: in evaluation, and by terms of training."""
+"""Feature networks that compare images, in evaluation and in loss terms."""

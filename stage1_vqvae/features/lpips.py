@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by a network's features weighed as people judged (Zhang et al. 2018)."""
+"""LPIPS: a perceptual distance of images, calibrated on human judgements (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ import torchvision
 from torch import Tensor, nn
 
 from configs.errors import UserError, brief
-from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.features.weights import read_weights
 from training.devices import channels_last_on_accelerator
 
 Trunk = Literal["alex", "vgg"]
 LEAST_PIXELS = 32
-"""A side of the smallest images: pooling leaves nothing of smaller ones."""
+"""Minimum side in pixels: pooling would leave nothing of smaller images."""
 _TRUNKS = {"alex": torchvision.models.AlexNet_Weights.IMAGENET1K_V1, "vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1}
 
 
 class LPIPS(nn.Module):
-    """The distance, by torchmetrics, in whose package its own few weights are; those of the trunk are torchvision's.
+    """LPIPS of torchmetrics, whose package has its linear weights, over a trunk with torchvision's weights.
 
-    Frozen; a gradient reaches the images. Errors: UserError for a file of other weights than the trunk's.
+    Frozen; differentiable in the images. Errors: UserError for a file that is not the trunk's weights.
     """
 
     def __init__(self, trunk: Trunk, weights: Path) -> None:
         super().__init__()
-        # Slow to import, and only this needs it. Not by its public class, which looks for the trunk in torch's cache alone.
+        # Slow to import. The public class would load the trunk from torch's cache only.
         from torchmetrics.functional.image.lpips import _LPIPS
 
         self.distance = _LPIPS(net=trunk, pnet_rand=True)
-        content = weights_in(weights)
+        content = read_weights(weights)
         names = {name: f"features.{name.split('.', 1)[1]}" for name in self.distance.net.state_dict()}  # slice1.0.weight
         missing = [name for name in names.values() if name not in content]
         if missing:
             raise UserError(f"LPIPS: {weights}: expected torchvision's weights of {trunk}, found no {missing[0]}")
         try:
-            self.distance.net.load_state_dict({own: content[name] for own, name in names.items()})
+            self.distance.net.load_state_dict({ours: content[name] for ours, name in names.items()})
         except RuntimeError as error:
             raise UserError(f"LPIPS: {weights}: expected torchvision's weights of {trunk}, found others ({brief(error)})") from None
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1], grey ones too, and others to compare them with, to (B,)."""
+        """Compute the distance (B,) of images and originals, (B, C, H, W) in [-1, 1], grey or colour."""
         rgb = (channels_last_on_accelerator(batch.expand(-1, 3, -1, -1)) for batch in (images, originals))
         return self.distance(*rgb).flatten()
 
 
 def cached_weights(trunk: Trunk) -> Path:
-    """The file in torch's cache where torchvision keeps the trunk's weights."""
+    """Return the path of the trunk's weights in torch's cache."""
     return Path(torch.hub.get_dir()) / "checkpoints" / _TRUNKS[trunk].url.rsplit("/", 1)[1]
 
 
 def downloaded_weights(trunk: Trunk) -> Path:
-    """The same file, downloaded if it is not there. Errors: UserError if it cannot be."""
+    """Return the path of the trunk's weights, downloaded if missing. Errors: UserError if the download fails."""
     path, url = cached_weights(trunk), _TRUNKS[trunk].url
     if not path.exists():
         try:

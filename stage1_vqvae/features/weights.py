@@ -1,4 +1,4 @@
-"""Weights of networks that others have trained: tensors alone are read, whatever else is in a file."""
+"""Weights of third-party networks: only tensors are read, never executable content."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from configs.errors import UserError, brief
 from training.weights_file import check_finite_weights
 
 
-def weights_in(path: Path) -> dict[str, Tensor]:
-    """Weights in a safetensors file, or in one of torch, of which only tensors are read.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read weights from a safetensors file, or from torch's format with `weights_only`.
 
     Errors: UserError for another file, or weights that are not finite.
     """
-    wanted = f"{path}: expected weights (safetensors, or torch's format with named tensors alone)"
+    expected = f"{path}: expected weights (safetensors, or torch's format with named tensors alone)"
     try:
         is_safetensors = path.suffix == ".safetensors"
-        found = safetensors.torch.load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds: pickle's own, zip's, safetensors'
-        raise UserError(f"{wanted}, found: {brief(error)}") from None
-    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
-        raise UserError(f"{wanted}, found a {type(found).__name__}")
-    check_finite_weights(found, f"{path}: ")
-    return dict(found)
+        content = safetensors.torch.load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each have their own
+        raise UserError(f"{expected}, found: {brief(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        raise UserError(f"{expected}, found a {type(content).__name__}")
+    check_finite_weights(content, f"{path}: ")
+    return dict(content)

@@ -1,1 +1,1 @@
-"""What stage 1 is watched by while it trains."""
+"""Validation, codebook health and logs of stage 1."""

@@ -1,6 +1,6 @@
-"""The codebook doctor: what a split's codes and the codebooks say of their health, and what to change.
+"""Codebook health: usage, perplexity, distances between codes, and warnings of a collapse.
 
-Usage is the share of codes hit at least once; perplexity is 2 to the entropy of how often each is hit.
+Usage is the share of codes that are chosen at least once; perplexity is 2 to the entropy of their frequencies.
 """
 
 from __future__ import annotations
@@ -18,55 +18,54 @@ from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.quantizers.contract import Levels
 from training.devices import as_float64
 
-# A window or split with fewer vectors a code than this says nothing of usage.
+# Least vectors per code for an estimate of usage.
 _ENOUGH_PER_CODE = 4
-# Healthy codebooks were seen to fill half of their codes within the first hundred steps, collapsing ones never.
+# Measured: healthy codebooks use half of their codes within the first hundred steps, collapsing ones never.
 _LOW_USAGE, _LOW_PERPLEXITY_SHARE = 0.5, 0.1
-# Windows in a row, and by how much perplexity has to grow over them to be on its way up.
+# Consecutive windows, and the factor by which a recovering perplexity grows over them.
 _LASTING, _GROWING = 4, 1.1
-# Nearest neighbours of this many codes at most are looked at, each among all.
+# Most codes whose nearest neighbours, among all codes, are measured.
 _MOST_PROBED = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelHealth:
-    """What the codes of one level say over a split."""
+    """Health of the codes of one level over a split."""
 
     num_codes: int
     """K, the size of the level's codebook."""
     usage: float
     """Share of the codes that were chosen at least once."""
     perplexity: float
-    """2 ** entropy of how often each code was chosen."""
+    """2 ** entropy of the codes' frequencies."""
     dead: int
     """Codes that were never chosen."""
     histogram: dict[str, int]
-    """How many codes were chosen so many times: 0, 1, 2-3, 4-7, ..."""
+    """Number of codes per number of choices: 0, 1, 2-3, 4-7, ..."""
     judged: bool
-    """Whether the split had enough vectors to say anything of usage."""
+    """Whether the split has enough vectors for an estimate of usage."""
     nearest_pair: float | None
-    """The least distance of two codes as a share of the codes' root-mean-square distance from their mean; null where the
-    level has no codebook."""
+    """Least distance between two codes, relative to the codes' root-mean-square distance from their mean; null: no codebook."""
     nearest_median: float | None
-    """The median over codes of the distance to the nearest other one, as the same share."""
+    """Median over codes of the distance to the nearest other one, on the same scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """The health of all levels after a training step."""
+    """Health of all levels after a training step."""
 
     step: int
     processes: int
-    """Processes whose quantizers were equal bit for bit."""
+    """Ranks, whose quantizers were equal bit for bit."""
     checksum: str
     """Hash of the quantizer's weights and buffers."""
     levels: list[LevelHealth]
     warning: str | None
-    """Names a collapse and what to change."""
+    """Warning of a collapse, with advice."""
 
 
 def examine(counts: Tensor, vectors: Tensor | None) -> LevelHealth:
-    """The health of a level from its counts (K,) over a split and its codebook's vectors (K, d), if it has one."""
+    """Measure the health of a level from its counts (K,) over a split and its codebook's vectors (K, d), if it has one."""
     distances = None if vectors is None else nearest_distances(vectors)
     return LevelHealth(
         num_codes=len(counts),
@@ -81,7 +80,7 @@ def examine(counts: Tensor, vectors: Tensor | None) -> LevelHealth:
 
 
 def histogram(counts: Tensor) -> dict[str, int]:
-    """Codes by how often they were hit, in bins that double: {"0": 3, "1": 0, "2-3": 12, ...}."""
+    """Count codes by their number of choices, in bins that double: {"0": 3, "1": 0, "2-3": 12, ...}."""
     bins = {"0": int((counts == 0).sum())}
     low = 1
     while low <= float(counts.max()):
@@ -93,25 +92,25 @@ def histogram(counts: Tensor) -> dict[str, int]:
 
 @torch.no_grad()
 def nearest_distances(vectors: Tensor) -> Tensor:
-    """The distance of each code (of the first few thousand) to the nearest other one, as a share of the root-mean-square
-    distance of codes (K, d) from their mean.
+    """Return the distance of each code (of the first few thousand) to the nearest other one, relative to the root-mean-square distance of
+    codes (K, d) from their mean.
     """
     vectors = as_float64(vectors)
     vectors = vectors - vectors.mean(0)
     scale = vectors.square().sum(1).mean().sqrt().clamp(min=1e-30)
-    found: list[Tensor] = []
+    nearest: list[Tensor] = []
     size = max(1, 2**24 // len(vectors))
     for first in range(0, min(len(vectors), _MOST_PROBED), size):
         block = vectors[first : min(first + size, _MOST_PROBED)]
-        # By definition and not by |a|^2 - 2 a.b + |b|^2, which loses just the small distances.
+        # Not by |a|^2 - 2 a.b + |b|^2, which is inexact for small distances.
         distances = torch.cdist(block, vectors, compute_mode="donot_use_mm_for_euclid_dist")
         distances[torch.arange(len(block)), torch.arange(first, first + len(block))] = float("inf")
-        found.append(distances.min(1).values)
-    return torch.cat(found) / scale
+        nearest.append(distances.min(1).values)
+    return torch.cat(nearest) / scale
 
 
 def checksum(module: nn.Module) -> int:
-    """A 63-bit hash of all weights and buffers: equal on processes whose codebooks are equal bit for bit."""
+    """Return a 63-bit hash of all weights and buffers, to compare codebooks bit for bit between ranks."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -120,11 +119,11 @@ def checksum(module: nn.Module) -> int:
 
 
 class CollapseWatch:
-    """Judges window after window of training steps, and names a collapse that lasts.
+    """A detector of lasting collapses, which examines every logged window of training steps.
 
-    A codebook that is little used at one moment may be on its way up: an untrained encoder's latents lie close together, and
-    k-means and restarts need some tens of steps to spread the codes over them. It is collapsing if it was little used in each of
-    the last few windows and its perplexity has not grown over them. A resumed run watches anew.
+    Low usage at one moment may be recovering: an untrained encoder's latents lie close together, and k-means and restarts need some tens
+    of steps to spread the codes over them. A codebook is collapsing if its usage was low in each of the last few windows and its
+    perplexity has not grown over them. A resumed training starts with no windows.
     """
 
     def __init__(self, quantizer: Levels, config: Tokenizer) -> None:
@@ -132,50 +131,50 @@ class CollapseWatch:
         self._low: dict[int, list[float]] = {}
 
     def warning(self, counts: Sequence[Tensor]) -> str | None:
-        """One line that names a collapsing codebook and what to change, or None; counts (K,) a level, of the newest window."""
-        found = None
+        """Return a warning of a collapsing codebook with advice, or None. `counts`: (K,) per level, of the newest window."""
+        warning = None
         for number, used in enumerate(_by_codebook(counts, self._quantizer)):
             if not enough_to_judge(used):
                 continue
-            lasting = self._low.setdefault(number, [])
+            low = self._low.setdefault(number, [])
             spread = perplexity(used)
             if not little_used(usage(used), spread, len(used)):
-                lasting.clear()
+                low.clear()
                 continue
-            lasting.append(spread)
-            if len(lasting) >= _LASTING and lasting[-1] < _GROWING * lasting[-_LASTING] and found is None:
-                found = _named(number, used, self._quantizer, self._config)
-        return found
+            low.append(spread)
+            if len(low) >= _LASTING and low[-1] < _GROWING * low[-_LASTING] and warning is None:
+                warning = _warning_text(number, used, self._quantizer, self._config)
+        return warning
 
 
 def collapse_warning(counts: Sequence[Tensor], quantizer: Levels, config: Tokenizer) -> str | None:
-    """One line that names a collapsed codebook and what to change, or None; counts (K,) a level, of a whole split at one moment."""
+    """Return a warning of a collapsed codebook with advice, or None. `counts`: (K,) per level, of a split at one step."""
     for number, used in enumerate(_by_codebook(counts, quantizer)):
         if enough_to_judge(used) and little_used(usage(used), perplexity(used), len(used)):
-            return _named(number, used, quantizer, config)
+            return _warning_text(number, used, quantizer, config)
     return None
 
 
-def _named(number: int, used: Tensor, quantizer: Levels, config: Tokenizer) -> str:
+def _warning_text(number: int, used: Tensor, quantizer: Levels, config: Tokenizer) -> str:
     codebooks = len(quantizer.codebooks()) or len(quantizer.num_codes)
     name = "the codebook" if codebooks == 1 else f"codebook {number + 1} of {codebooks}"
-    found = f"{int((used > 0).sum())} of {len(used)} codes in use, perplexity {perplexity(used):.1f}"
-    return f"{name} is collapsing: {found}; {config.quantizer.advice_on_collapse}"
+    state = f"{int((used > 0).sum())} of {len(used)} codes in use, perplexity {perplexity(used):.1f}"
+    return f"{name} is collapsing: {state}; {config.quantizer.advice_on_collapse}"
 
 
 def little_used(share: float, spread: float, num_codes: int) -> bool:
-    """Whether few codes are chosen at all (`share` of them), or few of them carry nearly everything (`spread`, their perplexity)."""
+    """Return whether few codes are chosen at all (`share` of them), or few dominate (`spread`, their perplexity)."""
     return share < _LOW_USAGE or spread - 1 < _LOW_PERPLEXITY_SHARE * (num_codes - 1)
 
 
 def enough_to_judge(counts: Tensor) -> bool:
-    """Whether counts (K,) are of enough vectors to say anything of usage."""
+    """Return whether counts (K,) are of enough vectors for an estimate of usage."""
     return float(counts.sum()) >= _ENOUGH_PER_CODE * len(counts)
 
 
 def _by_codebook(counts: Sequence[Tensor], quantizer: Levels) -> list[Tensor]:
-    """Counts (K,) of each codebook, over the levels that use it: what residuals leave to the later levels needs few of its codes.
-    Of each level, where nothing is learned.
+    """Sum counts (K,) per codebook over the levels that share it, because later residual levels need few of its codes; without learned
+    codebooks, return them per level.
     """
     if not quantizer.codebooks():
         return list(counts)
@@ -186,7 +185,7 @@ def _by_codebook(counts: Sequence[Tensor], quantizer: Levels) -> list[Tensor]:
 
 
 def health_table(health: Health) -> str:
-    """The health as plain text for a terminal."""
+    """Format health as plain text for a terminal."""
     same = f", equal on {health.processes} processes" if health.processes > 1 else ""
     lines = [f"codebook over the validation split, after step {health.step} (checksum {health.checksum}{same})"]
     for number, level in enumerate(health.levels):
@@ -208,5 +207,5 @@ def health_table(health: Health) -> str:
 
 
 def health_from_json(content: dict[str, Any]) -> Health:
-    """The inverse of `dataclasses.asdict`."""
+    """Invert `dataclasses.asdict`."""
     return Health(**{**content, "levels": [LevelHealth(**level) for level in content["levels"]]})

@@ -1,4 +1,4 @@
-"""Stage 1's judgement of itself: metrics and the codebook's health over a whole split, their pictures, and its results."""
+"""Validation of stage 1: metrics and codebook health over a split, pictures, and the stage's results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.run_dir import RunDir, write_json
-from stage1_vqvae.data.loader import pixels_of
+from stage1_vqvae.data.loader import read_rows
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import ImageSplit
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, raw_bits, squared_errors, usage
@@ -31,29 +31,29 @@ _SHOWN_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The result of one validation pass."""
+class ValidationResult:
+    """Result of a validation pass."""
 
     metrics: dict[str, float]
-    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which are training's) and the objective's shares of it by their names,
+    """mse (on 8-bit pixels as [0, 1]), loss (without entropy terms, which exist in training alone), the objective's loss terms by name,
     psnr, usage, perplexity.
     """
     counts: list[Tensor]
-    """How often each code was chosen: one tensor (K,) a level."""
+    """Number of times that each code was chosen, (K,) per level."""
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, batch_size: int) -> Judgement:
-    """Metrics over the whole split, each image once, whatever the processes; `batch_size` images at once on each."""
+def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit, batch_size: int) -> ValidationResult:
+    """Measure a split, each image once, divided over the ranks; `batch_size`: images at once per rank."""
     tokenizer.eval()
-    mine = torch.arange(len(validation))[accelerator.process_index :: accelerator.num_processes]  # none, of fewer images than processes
+    mine = torch.arange(len(validation))[accelerator.process_index :: accelerator.num_processes]  # empty with fewer images than ranks
     zero = torch.zeros((), device=accelerator.device)
     names = tokenizer.objective.loss_names
     totals = {"mse": zero.to(float64_device(accelerator.device)), "loss": zero, **dict.fromkeys(names, zero)}
     totals |= {f"counts/{level}": zero.expand(k) for level, k in enumerate(tokenizer.quantizer.num_codes)}
     with progress_bar(len(mine), "validate", "img", within=True) as bar:
         slices = batches(len(mine), batch_size)
-        for (pixels,) in read_to(accelerator.device, lambda rows: (pixels_of(validation.pixels, mine[rows]),), slices):
+        for (pixels,) in read_to(accelerator.device, lambda rows: (read_rows(validation.pixels, mine[rows]),), slices):
             output = tokenizer(to_model(pixels))
             found = {"mse": squared_errors(to_uint8(output.reconstruction), pixels).sum()}
             found["loss"] = torch.stack(list(output.losses.values())).sum() * len(pixels)
@@ -64,11 +64,11 @@ def validate(accelerator: Accelerator, tokenizer: VQVAE, validation: ImageSplit,
     totals = summed(accelerator, totals)
     counts = [totals.pop(f"counts/{level}") for level in range(len(tokenizer.quantizer.num_codes))]
     means = {name: float(total) / len(validation) for name, total in totals.items()}
-    return Judgement({**means, "psnr": psnr(means["mse"]), "usage": usage(*counts), "perplexity": perplexity(*counts)}, counts)
+    return ValidationResult({**means, "psnr": psnr(means["mse"]), "usage": usage(*counts), "perplexity": perplexity(*counts)}, counts)
 
 
 def check_equal_codebooks(accelerator: Accelerator, tokenizer: VQVAE, step: int) -> None:
-    """Errors: UserError if the processes' quantizers are not equal bit for bit."""
+    """Errors: UserError if the ranks' quantizers are not equal bit for bit."""
     mine = torch.tensor([checksum(tokenizer.quantizer)], device=accelerator.device)
     checksums = accelerator.gather(mine).tolist()
     if len(set(checksums)) > 1:
@@ -77,7 +77,7 @@ def check_equal_codebooks(accelerator: Accelerator, tokenizer: VQVAE, step: int)
 
 
 def save_health(run: RunDir, tokenizer: VQVAE, counts: list[Tensor], step: int, processes: int) -> None:
-    """codebook.json, which doctor.py prints, and codebook.png; after `check_equal_codebooks`."""
+    """Write codebook.json, which doctor.py prints, and codebook.png; after `check_equal_codebooks`."""
     quantizer = tokenizer.quantizer
     vectors = [codebook.vectors() for codebook in quantizer.codebooks()]
     levels = [(used, vectors[quantizer.codebook_of(level)].detach() if vectors else None) for level, used in enumerate(counts)]
@@ -94,7 +94,7 @@ def save_health(run: RunDir, tokenizer: VQVAE, counts: list[Tensor], step: int, 
 
 @torch.no_grad()
 def save_reconstructions(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, step: int, device: torch.device) -> None:
-    """Originals over reconstructions, of the same validation images each time."""
+    """Draw originals over reconstructions, of the same validation images each time."""
     rows = torch.arange(len(validation))[:: max(1, len(validation) // _SHOWN_IMAGES)][:_SHOWN_IMAGES]
     originals = validation.pixels[rows]
     pictures = to_uint8(tokenizer(to_model(originals.to(device))).reconstruction).cpu()
@@ -104,7 +104,7 @@ def save_reconstructions(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, 
 
 @torch.no_grad()
 def save_grids(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, device: torch.device) -> None:
-    """Of a hierarchy: originals, and under them what comes of the coarsest grid alone, of the two coarsest, and so on."""
+    """Draw, for several grids: originals, and below them images of the coarsest grid alone, of the two coarsest, and so on."""
     count = len(tokenizer.quantizers)
     if count == 1:
         return
@@ -115,10 +115,10 @@ def save_grids(run: RunDir, tokenizer: VQVAE, validation: ImageSplit, device: to
     save_png(run.stage1 / "grids.png", image_grid(torch.cat([originals, *decoded]), len(originals)), grid_scale(originals.shape[1]))
 
 
-def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
-    """Write stage1/report.json, by which later commands know what stage 1 has come to, and print its first figures."""
+def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, result: ValidationResult) -> None:
+    """Write stage1/report.json, and print its main figures."""
     channels, height, width = tokenizer.image_shape
-    report, num_codes = judgement.metrics, tokenizer.quantizer.num_codes
+    report, num_codes = result.metrics, tokenizer.quantizer.num_codes
     bits = {"raw": raw_bits(height, width, channels), "indices": index_bits(tokenizer.grids, num_codes)}
     write_json(run.stage1 / "report.json", {"steps": steps, "minutes": minutes, "validation": report, "bits_per_image": bits})
     shown = {"mse": ".5f", "psnr": ".2f", "usage": ".1%", "perplexity": ".1f"}
@@ -127,13 +127,13 @@ def save_report(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judge
     print(f"an image: {bits['raw']} bits raw, {bits['indices']:.0f} as {grids}; ratio {bits['raw'] / bits['indices']:.1f}")
 
 
-def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, judgement: Judgement) -> None:
-    """The report, the pictures, and last the tokenizer, whose presence says that stage 1 is finished."""
-    # Validation knows nothing of terms on images: what is drawn of both is the objective's.
+def write_results(run: RunDir, tokenizer: VQVAE, steps: int, minutes: float, result: ValidationResult) -> None:
+    """Write report and pictures, and last the tokenizer, whose presence marks stage 1 as finished."""
+    # Validation has no loss terms on images: with them, the graph shows the objective's loss alone.
     records = read_metrics(run.stage1 / "metrics.jsonl")
     terms = any("perceptual" in record or "adversarial" in record for record in records)
     names = ("reconstruction" if terms else "loss", "psnr", "usage", "perplexity")
     training_graph(run.stage1 / "training.png", records, names, {})
-    save_report(run, tokenizer, steps, minutes, judgement)
+    save_report(run, tokenizer, steps, minutes, result)
     save_tokenizer(run.tokenizer, tokenizer, steps)
     print(f"wrote {run.show(run.tokenizer)}; pictures in {run.show(run.stage1)}: reconstructions, training.png, codebook.png")

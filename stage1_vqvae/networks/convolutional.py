@@ -1,7 +1,7 @@
 """The convolutional family: encoder and decoder of the VQ-VAE paper.
 
-Van den Oord et al. 2017, section 4.1: strided 4x4 convolutions, then residual blocks (ReLU, 3x3, ReLU, 1x1); the decoder
-mirrors it, or upsamples without its transposed convolutions. Fully convolutional, so any height and width divisible by the downsampling.
+Van den Oord et al. 2017, section 4.1: strided 4x4 convolutions, then residual blocks (ReLU, 3x3, ReLU, 1x1); the decoder mirrors
+the encoder, by transposed convolutions or by nearest-neighbour upsampling. Fully convolutional: any size divisible by the downsampling.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ class ConvolutionalPart(NetworkPart):
     """The VQ-VAE paper's convolutions and residual blocks (van den Oord et al. 2017, section 4.1)."""
 
     downsampling: int = 4
-    """Pixels a code spans along each side; a power of two."""
+    """Pixels per code along each side; a power of two."""
     hidden_channels: int = 128
     """Channels of the encoder's and decoder's convolutions."""
     residual_blocks: int = 2
-    """Residual blocks of encoder and of decoder."""
+    """Residual blocks of the encoder, and of the decoder."""
     residual_channels: int = 32
     """Channels inside a residual block."""
     upsampling: Literal["transposed", "nearest"] = "transposed"
-    """How the decoder doubles a side. `transposed`: by the paper's transposed convolutions; the last one makes the image. `nearest`: each
-    position is repeated, then a 3x3 convolution; one more makes the image. That leaves no checkerboard (Odena et al. 2016)."""
+    """How the decoder doubles height and width. `transposed`: by the paper's transposed convolutions, the last of which outputs the image.
+    `nearest`: by nearest-neighbour upsampling and a 3x3 convolution, with one more for the image; without checkerboard artefacts (Odena et
+    al. 2016)."""
 
     def __post_init__(self) -> None:
         where, power = "tokenizer.network", self.downsampling
@@ -48,7 +49,7 @@ class ConvolutionalPart(NetworkPart):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))). The first ReLU is not in place: it would change the skip's input."""
+    """x + conv1x1(relu(conv3x3(relu(x)))). The first ReLU is not in place, which would change the skip connection's input."""
 
     def __init__(self, channels: int, residual_channels: int) -> None:
         super().__init__()
@@ -102,14 +103,14 @@ class Decoder(nn.Sequential):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, hidden, 3, padding=1)]
         layers += _residual_stack(hidden, residual_channels, residual_blocks)
         doublings = downsampling.bit_length() - 1
-        # Half as many next to the image, where positions are most.
+        # Half as many in the two layers next to the image, where feature maps are largest.
         channels = [hidden, *(hidden // 2 if number >= doublings - 2 else hidden for number in range(doublings))]
         if upsampling == "transposed" and doublings > 0:
-            for before, after in pairwise([*channels[:-1], out_channels]):
-                layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
-            del layers[-1]  # what is above 0 alone would be no image
+            for width, next_width in pairwise([*channels[:-1], out_channels]):
+                layers += [nn.ConvTranspose2d(width, next_width, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+            del layers[-1]  # no ReLU after the image
         else:
-            for before, after in pairwise(channels):
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True)]
+            for width, next_width in pairwise(channels):
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, next_width, 3, padding=1), nn.ReLU(inplace=True)]
             layers += [nn.Conv2d(channels[-1], out_channels, 3, padding=1)]
         super().__init__(*layers)

@@ -1,8 +1,8 @@
 """The hierarchical family: several grids of codes, each quantized given the coarser ones.
 
-Razavi et al. 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2", section 3.1: features are made from fine to coarse, and
-quantized from coarse to fine: a grid's latents come from its features and the decoded codes of the grids above. Made of the
-convolutional family's stacks.
+Razavi et al. 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2", section 3.1: features are computed from fine to coarse and
+quantized from coarse to fine; a grid's latents depend on its features and on the decoded codes of the coarser grids. Built from the
+convolutional family's encoders and decoders.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class HierarchicalPart(ConvolutionalPart):
     """Two or more grids of codes, each quantized given the coarser ones (VQ-VAE-2, Razavi et al. 2019)."""
 
     factors: list[int] = field(default_factory=lambda: [2])
-    """Above the finest grid, whose codes span `downsampling` pixels: for each coarser one, how many codes of the grid below one of its
-    own spans along each side; powers of two."""
+    """Further downsampling of each coarser grid relative to the next finer one, fine to coarse; powers of two. `downsampling` is that of
+    the finest grid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,15 +44,15 @@ class HierarchicalPart(ConvolutionalPart):
 
 
 class HierarchicalEncoder(nn.Module):
-    """Images to the latents of each grid, which are quantized on the way."""
+    """Images to the latents of each grid, quantized from coarse to fine on the way."""
 
     def __init__(self, config: HierarchicalPart, image_channels: int, code_dim: int) -> None:
         super().__init__()
         hidden, blocks = config.hidden_channels, (config.residual_blocks, config.residual_channels)
         self.finest = Encoder(image_channels, hidden, hidden, config.downsampling, *blocks)
-        # Fine to coarse; what is coarser sees what is finer.
+        # Fine to coarse; each reads the features of the finer one.
         self.coarser = nn.ModuleList(Encoder(hidden, hidden, hidden, factor, *blocks) for factor in config.factors)
-        # Coarse to fine: what the grids so far say of the next one. Features, in which a checkerboard does no harm.
+        # Coarse to fine: features of the coarser grids for the next one. Checkerboard artefacts do no harm in features.
         self.above = nn.ModuleList(
             Decoder(code_dim + (hidden if number else 0), hidden, hidden, factor, *blocks)
             for number, factor in enumerate(reversed(config.factors))
@@ -60,26 +60,27 @@ class HierarchicalEncoder(nn.Module):
         self.latents = nn.ModuleList(nn.Conv2d(2 * hidden if number else hidden, code_dim, 1) for number in range(1 + len(config.factors)))
 
     def forward(self, images: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
-        """Hand the latents (B, D, h, w) of images (B, C, H, W) to `quantize`, grid by grid, coarse to fine; it gives back the vectors
-        of their codes, of the same shape, on which the next grid's latents depend.
+        """Call `quantize` with the latents (B, D, h, w) of each grid, coarse to fine.
+
+        It returns the vectors of their codes, of the same shape, on which the next grid's latents depend.
         """
         features = [self.finest(images)]
         for layers in self.coarser:
             features.append(layers(features[-1]))
         vectors = quantize(self.latents[0](features[-1]))
-        above: list[Tensor] = []
-        for decoded, latents, own in zip(self.above, self.latents[1:], features[-2::-1], strict=True):
-            above = [decoded(torch.cat([*above, vectors], 1))]
-            vectors = quantize(latents(torch.cat([own, *above], 1)))
+        coarser: list[Tensor] = []
+        for decoder, latents, grid_features in zip(self.above, self.latents[1:], features[-2::-1], strict=True):
+            coarser = [decoder(torch.cat([*coarser, vectors], 1))]
+            vectors = quantize(latents(torch.cat([grid_features, *coarser], 1)))
 
 
 class HierarchicalDecoder(nn.Module):
-    """Vectors of all grids' codes to images."""
+    """Vectors of the codes of all grids to images."""
 
     def __init__(self, config: HierarchicalPart, code_dim: int, output_channels: int) -> None:
         super().__init__()
         hidden, sizes = config.hidden_channels, (config.downsampling, config.residual_blocks, config.residual_channels)
-        # Coarse to fine, without residual blocks, as in the paper: the stack that follows sees all grids.
+        # Coarse to fine, without residual blocks, as in the paper: the last decoder sees all grids.
         self.upsampled = nn.ModuleList(
             Decoder(code_dim * (1 + number), code_dim * (1 + number), hidden, factor, 0, config.residual_channels, config.upsampling)
             for number, factor in enumerate(reversed(config.factors))
@@ -87,8 +88,8 @@ class HierarchicalDecoder(nn.Module):
         self.finest = Decoder(code_dim * (1 + len(config.factors)), output_channels, hidden, *sizes, config.upsampling)
 
     def forward(self, *vectors: Tensor) -> Tensor:
-        """Vectors (B, D, h, w) of each grid, coarse to fine, to what the objective reads (B, output_channels, H, W)."""
+        """Decode vectors (B, D, h, w) of each grid, coarse to fine, to (B, output_channels, H, W)."""
         x = vectors[0]
-        for layers, own in zip(self.upsampled, vectors[1:], strict=True):
-            x = torch.cat([layers(x), own], 1)
+        for layers, grid_vectors in zip(self.upsampled, vectors[1:], strict=True):
+            x = torch.cat([layers(x), grid_vectors], 1)
         return self.finest(x)

@@ -1,9 +1,9 @@
 """The VQGAN family: convolutional ResNets with attention, for photographs.
 
-Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis", appendix; the sizes of Sun et al. 2024, "LlamaGen", are
-other numbers of the same. Residual blocks and attention each normalise first (GroupNorm of 32 groups); downsampling is a convolution
-of stride 2 over an image padded at the right and at the bottom, upsampling the nearest pixel and a convolution. Fully convolutional,
-so any height and width divisible by the downsampling. Layers stand in the order in which they run.
+Esser et al. 2021, "Taming Transformers for High-Resolution Image Synthesis", appendix; Sun et al. 2024, "LlamaGen", is the same network
+in other sizes. Residual blocks and attention are pre-normalised (GroupNorm of 32 groups); downsampling is a convolution of stride 2 over
+an image padded right and bottom, upsampling is nearest-neighbour and a convolution. Fully convolutional: any height and width divisible by
+the downsampling. Layers are listed in the order in which they run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution
 from training.devices import on_accelerator
 
 GROUPS = 32
-"""Groups of a normalisation."""
+"""Channel groups per normalisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,17 @@ class VQGANPart(NetworkPart):
     """VQGAN's residual blocks and attention (Esser et al. 2021)."""
 
     hidden_channels: int = 128
-    """Channels at full size; a multiple of 32, the groups of a normalisation."""
+    """Channels at full size; a multiple of 32, the groups per normalisation."""
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    """Channels at full size, at half of it, at a quarter .., in multiples of `hidden_channels`: one less halvings than numbers."""
+    """Channels at full size, half size, a quarter .., in multiples of `hidden_channels`; n numbers are n - 1 halvings."""
     residual_blocks: int = 2
-    """Residual blocks a size in the encoder; the decoder has one more."""
+    """Residual blocks per size in the encoder; the decoder has one more."""
     attention: list[int] = field(default_factory=lambda: [16])
-    """Pixels that a feature spans along each side where attention follows each residual block; between the halves it always is."""
+    """Downsampling factors at which attention follows each residual block; the middle of encoder and decoder always has it."""
     latent_channels: int = 256
-    """Channels of the last and first 3x3 convolution, between which single maps lead to `code_dim` and back."""
+    """Channels of the encoder's last and the decoder's first 3x3 convolution; 1x1 convolutions map to `code_dim` and back."""
     gradient_checkpointing: bool = False
-    """Compute each block's activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third slower."""
 
     def __post_init__(self) -> None:
         where = "tokenizer.network"
@@ -74,7 +74,7 @@ class VQGANPart(NetworkPart):
             layers += [Downsampling(channels)] if level else []
             layers += self._blocks(level, channels, self.residual_blocks)
             channels = width
-        # SiLU is in the norm; the identity in its place keeps the indices of published state dicts.
+        # SiLU is part of the norm; an identity in its place keeps the layer indices of published state dicts.
         layers += [*_middle(channels), _norm(channels), nn.Identity()]
         layers += [nn.Conv2d(channels, self.latent_channels, 3, padding=1), nn.Conv2d(self.latent_channels, code_dim, 1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
@@ -87,35 +87,35 @@ class VQGANPart(NetworkPart):
             layers += self._blocks(level, channels, self.residual_blocks + 1)
             layers += [Upsampling(width)] if level else []
             channels = width
-        # SiLU is in the norm, as at the encoder's end.
+        # SiLU is part of the norm, as at the encoder's end.
         layers += [_norm(channels), nn.Identity(), nn.Conv2d(channels, output_channels, 3, padding=1)]
         return Stack(*layers, checkpointing=self.gradient_checkpointing)
 
     def _blocks(self, level: int, channels: int, count: int) -> list[nn.Module]:
-        width, found = self.widths[level], list[nn.Module]()
+        width, blocks = self.widths[level], list[nn.Module]()
         for number in range(count):
-            found.append(ResidualBlock(width if number else channels, width))
-            found += [AttentionBlock(width)] if 2**level in self.attention else []
-        return found
+            blocks.append(ResidualBlock(width if number else channels, width))
+            blocks += [AttentionBlock(width)] if 2**level in self.attention else []
+        return blocks
 
 
 class Stack(nn.Sequential):
-    """Layers one after another."""
+    """Layers in sequence, with optional activation checkpointing of blocks."""
 
     def __init__(self, *layers: nn.Module, checkpointing: bool) -> None:
         super().__init__(*layers)
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) through all of them."""
+        """Apply all layers to (B, C, H, W)."""
         for layer in self:
-            again = self.checkpointing and self.training and isinstance(layer, ResidualBlock | AttentionBlock)
-            x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+            recompute = self.checkpointing and self.training and isinstance(layer, ResidualBlock | AttentionBlock)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return x
 
 
 class ResidualBlock(nn.Module):
-    """x, through a 1x1 convolution where channels change, + conv(swish(norm(conv(swish(norm(x))))))."""
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on the skip where the number of channels changes."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + attention over all its pixels, with one head."""
+    """x + single-head attention over all pixels of norm(x)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsampling(nn.Module):
-    """Half the height and width."""
+    """Halves height and width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Downsampling(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Twice the height and width."""
+    """Doubles height and width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Upsampling(nn.Module):
 
 
 def _upsample_nearest(x: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling by two in x's dtype; autocast would use float32."""
+    """Upsample by two, nearest neighbour, in x's dtype; autocast would use float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.interpolate(x, scale_factor=2.0)
 

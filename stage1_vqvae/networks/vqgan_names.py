@@ -1,6 +1,6 @@
-"""VQGAN tokenizers as other projects name their weights: LlamaGen, taming-transformers, diffusers' `VQModel`.
+"""Names of VQGAN weights in other projects: LlamaGen, taming-transformers, diffusers' `VQModel`.
 
-All three have the layers of vqgan.py in the same order, so a project is no more than a spelling of their names.
+All three have the layers of vqgan.py in the same order, so they differ in the spelling of names alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stage1_vqvae.networks.vqgan import AttentionBlock, Downsampling, ResidualBl
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """One project's names. In {level} the full size is 0; in {up} the smallest."""
+    """One project's names. {level} counts sizes from the full one, {up} from the smallest."""
 
     block: str = "encoder.down.{level}.block.{number}"
     attention: str = "encoder.down.{level}.attn.{number}"
@@ -30,17 +30,17 @@ class Spelling:
     shortcut: str = "nin_shortcut"
     attention_parts: tuple[str, str, str, str, str] = ("norm", "q", "k", "v", "proj_out")
     containers: tuple[str, ...] = ()
-    """Under which of a file's keys the weights are, the best first; if none is there, they are the file."""
+    """Keys of the file that may hold the weights, preferred first; without any, the file itself is the weights."""
     unit_length: bool = False
-    """Whether latents and codes are compared, and codes decoded, at unit length."""
+    """Whether latents and codes are compared and decoded at unit length."""
     file: str | None = None
-    """The name of the weights' file where the project keeps them in a folder."""
-    former: tuple[tuple[str, str], ...] = ()
-    """Parts of names as they once were, and what they are today."""
+    """Name of the weights' file, if the project publishes folders."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Parts of names in older files, and their current spelling."""
 
-    def today(self, name: str) -> str:
-        """A name as it is today."""
-        for old, new in self.former:
+    def current_name(self, name: str) -> str:
+        """Translate a name of an older file to the current spelling."""
+        for old, new in self.renames:
             name = name.replace(old, new)
         return name
 
@@ -70,34 +70,34 @@ SPELLINGS = {
         shortcut="conv_shortcut",
         attention_parts=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
         file="diffusion_pytorch_model.safetensors",
-        former=((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
+        renames=((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
     ),
 }
 
 CODEBOOK = "quantize.embedding.weight"
 
 
-def names_of(spelling: Spelling, part: VQGANPart, encoder: Stack, decoder: Stack) -> dict[str, list[str]]:
-    """The project's names of each of our weights `encoder.N...` and `decoder.N...`; queries, keys and values are three there."""
-    found: dict[str, list[str]] = {}
+def weight_names(spelling: Spelling, part: VQGANPart, encoder: Stack, decoder: Stack) -> dict[str, list[str]]:
+    """Map our names `encoder.N...`, `decoder.N...` to the project's; our `qkv` is three weights there."""
+    names: dict[str, list[str]] = {}
     for side, stack, prefixes in (
         ("encoder", encoder, _encoder_names(spelling, part)),
         ("decoder", decoder, _decoder_names(spelling, part)),
     ):
-        # Identities only hold the index of a SiLU in published state dicts.
+        # Identities have no weights: they hold the index of a SiLU in published state dicts.
         layers = [(number, layer) for number, layer in enumerate(stack) if not isinstance(layer, nn.Identity)]
         for (number, layer), prefix in zip(layers, prefixes, strict=True):
-            for own, theirs in _inside(spelling, layer).items():
+            for ours, theirs in _layer_names(spelling, layer).items():
                 for end in ("weight", "bias"):
-                    found[f"{side}.{number}{own}.{end}"] = [f"{prefix}{name}.{end}" for name in theirs]
-    return found
+                    names[f"{side}.{number}{ours}.{end}"] = [f"{prefix}{name}.{end}" for name in theirs]
+    return names
 
 
-def _inside(spelling: Spelling, layer: nn.Module) -> dict[str, list[str]]:
-    """Below a layer: the project's names of each of our modules."""
+def _layer_names(spelling: Spelling, layer: nn.Module) -> dict[str, list[str]]:
+    """Map our names of a layer's modules to the project's."""
     if isinstance(layer, ResidualBlock):
-        kept = {f".{name}": [f".{name}"] for name in ("norm1", "conv1", "norm2", "conv2")}
-        return kept if isinstance(layer.shortcut, nn.Identity) else {**kept, ".shortcut": [f".{spelling.shortcut}"]}
+        names = {f".{name}": [f".{name}"] for name in ("norm1", "conv1", "norm2", "conv2")}
+        return names if isinstance(layer.shortcut, nn.Identity) else {**names, ".shortcut": [f".{spelling.shortcut}"]}
     if isinstance(layer, AttentionBlock):
         norm, *qkv, out = (f".{name}" for name in spelling.attention_parts)
         return {".norm": [norm], ".qkv": qkv, ".out": [out]}
@@ -105,7 +105,7 @@ def _inside(spelling: Spelling, layer: nn.Module) -> dict[str, list[str]]:
 
 
 def _encoder_names(spelling: Spelling, part: VQGANPart) -> Iterator[str]:
-    """Of the encoder's layers in their order, the map to the quantizer last."""
+    """Yield the names of the encoder's layers in order, the 1x1 convolution to the quantizer last."""
     yield "encoder.conv_in"
     for level in range(len(part.multipliers)):
         if level:
@@ -119,7 +119,7 @@ def _encoder_names(spelling: Spelling, part: VQGANPart) -> Iterator[str]:
 
 
 def _decoder_names(spelling: Spelling, part: VQGANPart) -> Iterator[str]:
-    """Of the decoder's layers in their order, the map from the quantizer first."""
+    """Yield the names of the decoder's layers in order, the 1x1 convolution from the quantizer first."""
     yield "post_quant_conv"
     yield from (f"decoder.{name}" for name in ("conv_in", *spelling.middle))
     for up, level in enumerate(reversed(range(len(part.multipliers)))):
@@ -132,54 +132,54 @@ def _decoder_names(spelling: Spelling, part: VQGANPart) -> Iterator[str]:
     yield from (f"decoder.{name}" for name in (spelling.norm, "conv_out"))
 
 
-def part_of_weights(spelling: Spelling, weights: Mapping[str, Tensor]) -> VQGANPart:
-    """The network's sizes, by the shapes of its weights. Errors: UserError for a weight that is missing, or sizes that cannot be."""
+def infer_network(spelling: Spelling, weights: Mapping[str, Tensor]) -> VQGANPart:
+    """Infer the network's sizes from the shapes of its weights. Errors: UserError for a missing weight or impossible sizes."""
 
-    def there(template: str, level: int, number: int = 0, end: str = "") -> bool:
+    def has(template: str, level: int, number: int = 0, end: str = "") -> bool:
         return f"{template.format(level=level, number=number)}{end}" in weights
 
-    hidden = needed(weights, "encoder.conv_in.weight").shape[0]
+    hidden = get_weight(weights, "encoder.conv_in.weight").shape[0]
     levels, blocks = 0, 0
-    while there(spelling.block, levels, end=".conv1.weight"):
+    while has(spelling.block, levels, end=".conv1.weight"):
         levels += 1
-    while there(spelling.block, 0, blocks, ".conv1.weight"):
+    while has(spelling.block, 0, blocks, ".conv1.weight"):
         blocks += 1
     first = spelling.block.format(level=0, number=0)
-    needed(weights, f"{first}.conv1.weight")
-    widths = [needed(weights, f"{spelling.block.format(level=level, number=0)}.conv2.weight").shape[0] for level in range(levels)]
+    get_weight(weights, f"{first}.conv1.weight")
+    widths = [get_weight(weights, f"{spelling.block.format(level=level, number=0)}.conv2.weight").shape[0] for level in range(levels)]
     norm = f".{spelling.attention_parts[0]}.weight"
     return VQGANPart(
         hidden_channels=hidden,
         multipliers=[width // hidden for width in widths],
         residual_blocks=blocks,
-        attention=[2**level for level in range(levels) if there(spelling.attention, level, end=norm)],
-        latent_channels=needed(weights, "encoder.conv_out.weight").shape[0],
+        attention=[2**level for level in range(levels) if has(spelling.attention, level, end=norm)],
+        latent_channels=get_weight(weights, "encoder.conv_out.weight").shape[0],
     )
 
 
-def needed(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    """The weight of that name. Errors: UserError if there is none."""
+def get_weight(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """Look up a weight. Errors: UserError if it is missing."""
     if name not in weights:
         raise UserError(f"expected a weight {name}, found none")
     return weights[name]
 
 
-def translated(theirs: Mapping[str, Tensor], names: Mapping[str, list[str]], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights, from those of a project.
+def convert_weights(theirs: Mapping[str, Tensor], names: Mapping[str, list[str]], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a project's weights to ours.
 
     Args:
         theirs: the project's weights.
-        names: from `names_of`.
-        ours: weights of our shapes.
+        names: from `weight_names`.
+        ours: weights of the expected shapes.
     Errors: UserError, naming the first weight that is missing or of another shape.
     """
-    found = {}
-    for own, pieces in names.items():
-        expected = (ours[own].shape[0] // len(pieces), *ours[own].shape[1:])
+    converted = {}
+    for ours_name, pieces in names.items():
+        expected = (ours[ours_name].shape[0] // len(pieces), *ours[ours_name].shape[1:])
         for name in pieces:
-            shape = tuple(needed(theirs, name).shape)
-            # A linear map of pixels is a convolution of one pixel elsewhere.
+            shape = tuple(get_weight(theirs, name).shape)
+            # Our linear layers over pixels may be 1x1 convolutions there.
             if shape not in (expected, (*expected, 1, 1)) or (len(expected) != 2 and shape != expected):
                 raise UserError(f"expected a weight {name} of shape {expected}, found {shape}")
-        found[own] = torch.cat([theirs[name].view(expected) for name in pieces])
-    return found
+        converted[ours_name] = torch.cat([theirs[name].view(expected) for name in pieces])
+    return converted

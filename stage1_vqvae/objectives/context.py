@@ -1,4 +1,4 @@
-"""What a pixel's neighbours say about it: a small causal network between the decoder's output and p(x | z)."""
+"""Context network: refines the decoder's output for a pixel by the pixels above and to the left of it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch.nn import functional as F
 
 from training.precision import full_precision
 
-_REACH = 3  # pixels to each side and upwards
+_REACH = 3  # pixels to the left, right and upwards
 
 
 class CausalContext(nn.Module):
-    """Brings what the decoder puts out for a pixel up to date with the 24 pixels above and to the left of it.
+    """Refines the decoder's output for a pixel by the 24 earlier pixels of a 4 x 7 window.
 
-    A masked convolution (mask A of van den Oord et al. 2016, "Pixel Recurrent Neural Networks") sees the true pixels that come before
-    in raster order; layers of single pixels follow. Since it is one window deep, a pixel takes no more than that window, and nothing
-    has to be cached while pixels are drawn or decoded. It begins as the identity.
+    A masked convolution (mask A of van den Oord et al. 2016, "Pixel Recurrent Neural Networks") reads the true earlier pixels in raster
+    order; 1x1 convolutions follow. With one convolution of the window a pixel depends on nothing outside it, so sampling and decoding
+    need no cache. Initially the identity.
 
     Args:
         image_shape: channels, height, width.
-        output_channels: P, what the decoder puts out for a pixel.
-        width: channels of its layers.
+        output_channels: P, the decoder's output channels.
+        width: hidden channels.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], output_channels: int, width: int) -> None:
@@ -41,49 +41,49 @@ class CausalContext(nn.Module):
     mask: Tensor
 
     def window(self, rows: slice, columns: slice) -> tuple[slice, slice]:
-        """The rows and columns of an image on which those of the output depend."""
+        """Compute the rows and columns of the image that the output at `rows` and `columns` depends on."""
         width = self.position.shape[-1]
         return slice(max(0, rows.start - _REACH), rows.stop), slice(max(0, columns.start - _REACH), min(width, columns.stop + _REACH))
 
     def forward(self, output: Tensor, images: Tensor, rows: slice, columns: slice) -> Tensor:
-        """What the decoder puts out for these rows and columns of pixels, (B, P, rows, columns), brought up to date.
+        """Refine the output at these rows and columns of pixels, (B, P, rows, columns).
 
         Args:
-            output: of those pixels.
-            images: (B, C, ..) in [-1, 1], their `window`: of it, what comes after a pixel does not count for it.
-            rows, columns: which they are.
+            output: of the decoder, at these pixels.
+            images: (B, C, ..) in [-1, 1], their `window`; pixels later in raster order have no effect.
+            rows, columns: positions of the pixels.
         """
         images = images.to(self.position.dtype)
         window_rows, window_columns = self.window(rows, columns)
-        before, behind = window_columns.start - (columns.start - _REACH), columns.stop + _REACH - window_columns.stop
+        left, right = window_columns.start - (columns.start - _REACH), columns.stop + _REACH - window_columns.stop
         above = window_rows.start - (rows.start - _REACH)
-        return self._updated(output, _padded(images, (before, behind, above, 0)), self.position[:, rows, columns])
+        return self._refine(output, _padded(images, (left, right, above, 0)), self.position[:, rows, columns])
 
     def in_bands(self, output: Tensor, images: Tensor, rows: Tensor) -> Tensor:
-        """The output of other rows in each image, (B, P, R, W), brought up to date.
+        """Refine the output (B, P, R, W) at rows that differ between images.
 
         Args:
-            output: of those rows.
-            images: (B, C, H, W) in [-1, 1], whole.
+            output: of the decoder, at these rows.
+            images: (B, C, H, W) in [-1, 1].
             rows: (B, R), consecutive in each image.
         """
-        seen = _padded(images.to(self.position.dtype), (_REACH, _REACH, _REACH, 0))
-        above = rows[:, :1] + torch.arange(_REACH, device=rows.device)  # counted in the padded image, where all rows lie further down
+        padded = _padded(images.to(self.position.dtype), (_REACH, _REACH, _REACH, 0))
+        above = rows[:, :1] + torch.arange(_REACH, device=rows.device)  # in the padded image all rows lie further down
         position = F.embedding(rows, self.position.movedim(1, 0).flatten(1)).unflatten(2, self.position.shape[::2])
-        return self._updated(output, rows_of(seen, torch.cat([above, rows + _REACH], 1)), position.transpose(1, 2))
+        return self._refine(output, rows_of(padded, torch.cat([above, rows + _REACH], 1)), position.transpose(1, 2))
 
-    def _updated(self, output: Tensor, seen: Tensor, position: Tensor) -> Tensor:
-        """The output given the pixels seen, a channel of ones among them, and what each position has of its own."""
-        hidden = F.conv2d(seen, self.seen.weight * self.mask, self.seen.bias) + self.own(output) + position
+    def _refine(self, output: Tensor, pixels: Tensor, position: Tensor) -> Tensor:
+        """Refine the output by padded pixels, which include a channel of ones, and by a learned vector per position."""
+        hidden = F.conv2d(pixels, self.seen.weight * self.mask, self.seen.bias) + self.own(output) + position
         hidden = hidden + self.inner(F.gelu(hidden))
         return full_precision(output) + full_precision(self.out(F.gelu(hidden)))
 
 
 def _padded(images: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
-    """Images with a channel of ones beside theirs, which is zero, as all channels are, where there is no pixel."""
+    """Append a channel of ones, then pad all channels with zeros: the ones mark where there are pixels."""
     return F.pad(torch.cat([images, torch.ones_like(images[:, :1])], 1), padding)
 
 
 def rows_of(x: Tensor, rows: Tensor) -> Tensor:
-    """Of each image of (B, C, H, W) its own rows (B, R): (B, C, R, W)."""
+    """Gather rows (B, R) of each image of (B, C, H, W): (B, C, R, W)."""
     return x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

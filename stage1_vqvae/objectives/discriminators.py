@@ -1,7 +1,7 @@
-"""Discriminators: `patch`, which sees patches of an image, and `projected`, which sees what a frozen network makes of it.
+"""Discriminators: `patch`, of patches of an image, and `projected`, of a frozen network's features.
 
-None normalises over the batch, whose statistics would differ from process to process, and a forward pass changes nothing: what spectral
-normalisation estimates of a weight is brought up to date once a step, by `Adversary.update_`.
+None normalises over the batch, whose statistics would differ between ranks, and a forward pass changes nothing: `Adversary.update_`
+updates the estimates of spectral normalisation once per step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.devices import channels_last_on_accelerator
 
 _SLOPE = 0.2  # of a leaky ReLU below 0, as published
 _GROUPS = 32
-_LEAST_SIDE = 3  # of what the convolutions of stride 2 leave, for those after them
+_LEAST_SIDE = 3  # pixels after the convolutions of stride 2, which the later ones need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,12 @@ class PatchPart(DiscriminatorPart):
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedPart(DiscriminatorPart):
-    """A small head for each size of a frozen network's features (Sauer et al. 2021)."""
+    """A small head per size of a frozen network's features (Sauer et al. 2021)."""
 
     channels: int = 64
     """Channels that features of each size are projected to, and of the heads."""
     network: str = "classifier"
-    """As `evaluation.features` names them; `classifier` and `rotation` are the perceptual term's, made by it or for this."""
+    """Network, named as in `evaluation.features`; `classifier` and `rotation` are shared with the perceptual term."""
     weights: str | None = None
     """File of the network's weights. Null: inception's are looked for in torch's cache and then downloaded."""
 
@@ -81,18 +81,18 @@ class ProjectedPart(DiscriminatorPart):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Convolutions of stride 2 and two of stride 1, the last of which puts out a logit a position."""
+    """Convolutions of stride 2 and two of stride 1, the last of which has one logit per position."""
 
     def __init__(self, image_channels: int, channels: int, layers: int, norm: Literal["spectral", "group"]) -> None:
-        found: list[nn.Module] = []
+        modules: list[nn.Module] = []
         before = image_channels
         for number in range(layers + 1):
             after = channels * min(2**number, 8)
-            found += [_convolution(before, after, 4, 2 if number < layers else 1, norm == "spectral")]
-            found += [_ChannelsLastGroupNorm(_GROUPS, after)] if norm == "group" and number else []
-            found += [nn.LeakyReLU(_SLOPE)]
+            modules += [_convolution(before, after, 4, 2 if number < layers else 1, norm == "spectral")]
+            modules += [_ChannelsLastGroupNorm(_GROUPS, after)] if norm == "group" and number else []
+            modules += [nn.LeakyReLU(_SLOPE)]
             before = after
-        super().__init__(*found, _convolution(before, 1, 4, 1, norm == "spectral"))
+        super().__init__(*modules, _convolution(before, 1, 4, 1, norm == "spectral"))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) in [-1, 1] to one tensor of logits (B, 1, h, w)."""
@@ -111,10 +111,10 @@ class _ChannelsLastGroupNorm(nn.GroupNorm):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """Features of each size, mixed by random maps that stay as they are, and a head a size.
+    """Features of each size, mixed by random frozen projections, and a head per size.
 
     Sauer et al. 2021, "Projected GANs Converge Faster", section 3: each size's channels are mixed by a 1x1 convolution, and the mixture of
-    the next coarser size is added, enlarged. So a head cannot be content with the few features that are easiest to tell apart.
+    the next coarser size is added, upsampled. So a head cannot rely on the few features that are easiest to tell apart.
     """
 
     def __init__(self, layers: Layers, sizes: list[int], channels: int) -> None:
@@ -133,12 +133,12 @@ class ProjectedDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w) of each size of the features."""
+        """Images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w) per size of the features."""
         mixed: list[Tensor] = []
         pyramid = self.layers(channels_last_on_accelerator(images))
         for features, mixture in reversed(list(zip(pyramid, self.mixtures, strict=True))):
-            own = mixture(features)
-            mixed.append(own + F.interpolate(mixed[-1], own.shape[2:]) if mixed else own)
+            projected = mixture(features)
+            mixed.append(projected + F.interpolate(mixed[-1], projected.shape[2:]) if mixed else projected)
         return [head(features) for head, features in zip(self.heads, reversed(mixed), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Objectives that are likelihoods of 8-bit values: `logistic`, `categorical`, `bernoulli`."""
+"""Likelihoods of 8-bit values: `logistic`, `categorical`, `bernoulli`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
 from training.batching import batches
 from training.precision import full_precision
 
-# A component narrower than e^-7 of half the range lies within one value (Salimans et al. 2017); one wider than e^7 is flat.
-_LARGEST_LOG_SCALE = 7.0
-# Where training begins: components an eighth of half the range wide.
-_FIRST_LOG_SCALE = -2.0
-_CHECKED_AT_ONCE = 1024
+# Log scales are clamped: below e^-7 of half the range a component lies within one value (Salimans et al. 2017), above e^7 it is flat.
+_MAX_LOG_SCALE = 7.0
+# Initial offset of log scales: components an eighth of half the range wide.
+_INITIAL_LOG_SCALE = -2.0
+_CHECK_BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LikelihoodPart(ObjectivePart):
     context: int = 0
-    """Width of a network through which a pixel also depends on the pixels above and to the left; 0 = on z alone."""
+    """Channels of the context network, through which a pixel also depends on those above and to the left; 0 = on z alone."""
 
     def __post_init__(self) -> None:
         require(self.context >= 0, "tokenizer.objective.context", "at least 0", self.context)
@@ -34,7 +34,7 @@ class _LikelihoodPart(ObjectivePart):
     @property
     @override
     def image_is_learned(self) -> bool:
-        return False  # it is the mean of what is learned
+        return False  # it is the mean of the learned distribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class LogisticPart(_LikelihoodPart):
     """A mixture of discretised logistic distributions, for grey and colour images (Salimans et al. 2017)."""
 
     components: int = 5
-    """Components of the mixture, whose choice a pixel's channels share."""
+    """Mixture components; a pixel's channels share the choice of component."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +55,7 @@ class LogisticPart(_LikelihoodPart):
 
 @dataclass(frozen=True, kw_only=True)
 class CategoricalPart(_LikelihoodPart):
-    """256 probabilities a channel, for grey and colour images: nothing is supposed about values that are near one another."""
+    """256 free probabilities per channel, for grey and colour images."""
 
     @override
     def build(self, image_shape: tuple[int, int, int]) -> Objective:
@@ -64,7 +64,7 @@ class CategoricalPart(_LikelihoodPart):
 
 @dataclass(frozen=True, kw_only=True)
 class BernoulliPart(_LikelihoodPart):
-    """The probability of white, for images of black and white alone."""
+    """Probability of white, for black-and-white images only."""
 
     @override
     def build(self, image_shape: tuple[int, int, int]) -> Objective:
@@ -74,9 +74,9 @@ class BernoulliPart(_LikelihoodPart):
 class LogisticMixture(PixelLikelihood):
     """p(x | z) of a pixel is a mixture of logistic distributions, integrated over each value's interval.
 
-    Salimans et al. 2017, "PixelCNN++", section 2: the least and the greatest value's intervals reach to infinity, and each
-    component's mean of a channel is linear in the channels before it. The decoder puts out, component after component, a weight,
-    C means, C log scales and C (C - 1) / 2 coefficients.
+    Salimans et al. 2017, "PixelCNN++", section 2: the intervals of the smallest and largest value extend to infinity, and each
+    component's mean of a channel is linear in the earlier channels. The decoder outputs, per component, a weight, C means, C log scales
+    and C (C - 1) / 2 coefficients.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], components: int, context: int = 0) -> None:
@@ -85,22 +85,22 @@ class LogisticMixture(PixelLikelihood):
         self.components = components
 
     def _mixture(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits (B, M, H, W), means and log scales (B, M, C, H, W), coefficients (B, M, C (C - 1) / 2, H, W)."""
-        # Each parameter's pixels side by side in memory, however the decoder left them: twice as fast on a CPU.
+        """Split the output into logits (B, M, H, W), means and log scales (B, M, C, H, W), coefficients (B, M, C (C - 1) / 2, H, W)."""
+        # Contiguous pixels per parameter: twice as fast on a CPU.
         output = full_precision(output).contiguous().unflatten(1, (self.components, -1))
         channels = self.image_shape[0]
         logits, means, log_scales, coefficients = output.split((1, channels, channels, channels * (channels - 1) // 2), 2)
-        log_scales = (log_scales + _FIRST_LOG_SCALE).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+        log_scales = (log_scales + _INITIAL_LOG_SCALE).clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE)
         return logits[:, :, 0], means, log_scales, coefficients.tanh()
 
     @staticmethod
     def _mean(means: Tensor, coefficients: Tensor, channel: int, before: Tensor) -> Tensor:
-        """Each component's mean (B, M, H, W) of a channel, given the channels before it, (B, M or 1, C, H, W)."""
+        """Compute each component's mean (B, M, H, W) of a channel, given the earlier channels, (B, M or 1, C, H, W)."""
         first = channel * (channel - 1) // 2
         return means[:, :, channel] + (coefficients[:, :, first : first + channel] * before[:, :, :channel]).sum(2)
 
     def _log_probabilities(self, output: Tensor, values: Tensor, channels: int) -> Tensor:
-        """log p of weight, and of the values of the first `channels` channels, of each component: (B, M, H, W)."""
+        """Compute, per component, log weight plus log p of the first `channels` channels' values: (B, M, H, W)."""
         logits, means, log_scales, coefficients = self._mixture(output)
         x = self.images(values).to(logits)[:, None]
         total = logits.log_softmax(1)
@@ -108,7 +108,7 @@ class LogisticMixture(PixelLikelihood):
         for channel in range(channels):
             value, centred = values[:, None, channel], x[:, :, channel] - self._mean(means, coefficients, channel, x)
             sharpness = (-log_scales[:, :, channel]).exp()
-            # log(sigmoid(a) - sigmoid(b)) = -softplus(-a) - softplus(b) + log(1 - exp(b - a)): no difference of near numbers is left.
+            # log(sigmoid(a) - sigmoid(b)) = -softplus(-a) - softplus(b) + log(1 - exp(b - a)), without cancellation.
             above = F.softplus(-(centred + half) * sharpness)
             below = F.softplus((centred - half) * sharpness)
             inside = torch.log(-torch.expm1(-2 * half * sharpness))
@@ -122,7 +122,7 @@ class LogisticMixture(PixelLikelihood):
 
     @override
     def channel_probabilities(self, output: Tensor, values: Tensor, channel: int) -> Tensor:
-        weights = self._log_probabilities(output, values, channel).softmax(1)  # of the components, given the channels before
+        weights = self._log_probabilities(output, values, channel).softmax(1)  # posterior of the components given earlier channels
         _, means, log_scales, coefficients = self._mixture(output)
         mean = self._mean(means, coefficients, channel, self.images(values).to(means)[:, None])
         sharpness = (-log_scales[:, :, channel]).exp()
@@ -136,23 +136,23 @@ class LogisticMixture(PixelLikelihood):
 
     @override
     def mean_image(self, output: Tensor) -> Tensor:
-        """See the contract: of the distributions before they are cut into values, within [-1, 1]."""
+        """See the contract. The mean of the continuous mixture, each component's clamped to [-1, 1]."""
         logits, means, _, coefficients = self._mixture(output)
-        found: list[Tensor] = []
+        channels: list[Tensor] = []
         for channel in range(means.shape[2]):
-            before = torch.stack(found, 2) if found else means[:, :, :0]
-            found.append(self._mean(means, coefficients, channel, before).clamp(-1, 1))
-        return (logits.softmax(1)[:, :, None] * torch.stack(found, 2)).sum(1)
+            earlier = torch.stack(channels, 2) if channels else means[:, :, :0]
+            channels.append(self._mean(means, coefficients, channel, earlier).clamp(-1, 1))
+        return (logits.softmax(1)[:, :, None] * torch.stack(channels, 2)).sum(1)
 
 
 class Categorical(PixelLikelihood):
-    """p(x | z) of a channel is any distribution over its 256 values. The decoder puts out 256 logits a channel."""
+    """p(x | z) of a channel is any distribution over its 256 values. The decoder outputs 256 logits per channel."""
 
     def __init__(self, image_shape: tuple[int, int, int], context: int = 0) -> None:
         super().__init__(image_shape, self.num_values * image_shape[0], context)
 
     def _logits(self, output: Tensor) -> Tensor:
-        """(B, H, W, C, V): a value's logits side by side in memory, as a decoder with channels last leaves them."""
+        """Reshape the output to (B, H, W, C, V), a view if the output is channels last in memory."""
         return full_precision(output).movedim(1, -1).unflatten(-1, (-1, self.num_values))
 
     @override
@@ -172,7 +172,7 @@ class Categorical(PixelLikelihood):
 
 
 class Bernoulli(PixelLikelihood):
-    """p(x | z) of a channel is the probability of white against black. The decoder puts out its logit."""
+    """p(x | z) of a channel is Bernoulli, white or black. The decoder outputs the logit of white."""
 
     num_values = 2
 
@@ -195,10 +195,11 @@ class Bernoulli(PixelLikelihood):
 
     @override
     def check(self, pixels: Pixels) -> None:
-        for part in batches(len(pixels), _CHECKED_AT_ONCE):
+        for part in batches(len(pixels), _CHECK_BATCH):
             values = pixels[part]
             grey = (values != 0) & (values != 255)
             if bool(grey.any()):
-                wanted = "expected images of black and white alone (0 and 255)"
-                found = f"found a value {int(values[grey][0])}; take logistic or categorical"
-                raise UserError(f"tokenizer.objective bernoulli: {wanted}, {found}")
+                expected = "expected images of black and white alone (0 and 255)"
+                raise UserError(
+                    f"tokenizer.objective bernoulli: {expected}, found a value {int(values[grey][0])}; take logistic or categorical"
+                )

@@ -1,4 +1,4 @@
-"""Perceptual terms: how different a reconstruction looks from its original, by what networks see in both."""
+"""Perceptual distances between reconstructions and originals, by features of networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, downloaded_weights
 from stage1_vqvae.features.networks import AUTO, FeatureNetwork, feature_network
 from training.precision import full_precision
 
-# Of the length of a position's features, which are then divided by it.
+# Added to the squared length of a position's features, by which they are divided.
 _EPSILON = 1e-6
 
 
@@ -34,11 +34,11 @@ class _WeightedPart(PerceptualPart):
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesPart(_WeightedPart):
-    """Distance of the features of any network that evaluation knows."""
+    """Distance of features of one of evaluation's networks."""
 
     network: str = "classifier"
-    """As `evaluation.features` names them. `classifier` and `rotation` are made before the tokenizer, from its training images, and are
-    others than evaluation's."""
+    """Network, named as in `evaluation.features`. `classifier` and `rotation` are trained before the tokenizer, on its training images, and
+    differ from evaluation's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,9 +67,9 @@ class LPIPSPart(_WeightedPart):
 
 
 class FeatureDistance(nn.Module):
-    """The mean over sizes and positions of |f(x) / |f(x)| - f(y) / |f(y)||^2, f the features that a frozen network has at a position.
+    """Mean over sizes and positions of |f(x) / |f(x)| - f(y) / |f(y)||^2, where f are a frozen network's features at a position.
 
-    As LPIPS without what people's judgements taught it (Zhang et al. 2018, equation 1).
+    LPIPS without its learned channel weights (Zhang et al. 2018, equation 1).
     """
 
     def __init__(self, network: FeatureNetwork, weight: float) -> None:
@@ -79,14 +79,14 @@ class FeatureDistance(nn.Module):
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
         """Images and originals (B, C, H, W) in [-1, 1] to the weighted distance."""
         with torch.no_grad():
-            wanted = self.layers(originals)
-        pairs = zip(self.layers(images), wanted, strict=True)
-        distances = [(_unit(made) - _unit(of_original)).square().sum(1).mean() for made, of_original in pairs]
+            targets = self.layers(originals)
+        pairs = zip(self.layers(images), targets, strict=True)
+        distances = [(_unit(features) - _unit(target)).square().sum(1).mean() for features, target in pairs]
         return self.weight * torch.stack(distances).mean()
 
 
 class LPIPSDistance(nn.Module):
-    """The mean LPIPS of a batch."""
+    """Mean LPIPS of a batch."""
 
     def __init__(self, network: LPIPS, weight: float) -> None:
         super().__init__()

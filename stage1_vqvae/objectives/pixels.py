@@ -1,4 +1,4 @@
-"""Objectives that judge every pixel by itself: `mse`, `bce`."""
+"""Pixel-wise objectives without a likelihood of 8-bit values: `mse`, `bce`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BCEPart(ObjectivePart):
 
 
 class SquaredError(Objective):
-    """The mean squared error on [-1, 1]: four times that on [0, 1]. The decoder puts out the image itself."""
+    """Mean squared error on [-1, 1], four times that on [0, 1]. The decoder outputs the image itself."""
 
     @override
     def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ class SquaredError(Objective):
 
 
 class BinaryCrossEntropy(Objective):
-    """Mean nats a pixel of black-and-white images under Bernoulli distributions, whose logits the decoder puts out."""
+    """Mean nats per pixel of black-and-white images under Bernoulli distributions. The decoder outputs their logits."""
 
     @override
     def losses(self, output: Tensor, images: Tensor) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
-"""Codebooks: K vectors and the rule by which they learn. How a code is chosen and what passes to the encoder is the
-quantizer's (vector.py); how codes start and restart is for initialisation.py and restart.py, which call `place_`.
+"""Codebooks: K vectors and the rule by which they learn.
+
+The quantizer (vector.py) chooses codes and passes gradients to the encoder; initialisation.py and restart.py set codes by `place_`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -21,15 +21,15 @@ Metric = Literal["euclidean", "cosine"]
 
 
 class Codebook(nn.Module, ABC):
-    """What all rules share: a moving average of each code's use, `cluster_size`.
+    """Base class: a moving average `cluster_size` of how often each code is chosen per step.
 
-    A code is dead when its moving count falls below `restart_below` times the mean count.
+    A code is dead when its average falls below `restart_below` times the mean over codes.
     """
 
     placeable = True
-    """Whether single codes can be put somewhere, by k-means and restarts."""
+    """Whether single codes can be set, by k-means and restarts."""
     needs_sums = False
-    """Whether `update_` needs the sums of the latents, beside their counts."""
+    """Whether `update_` needs the sum of latents per code, beside the counts."""
     cluster_size: Tensor
 
     def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float, metric: Metric = "euclidean") -> None:
@@ -38,37 +38,41 @@ class Codebook(nn.Module, ABC):
         self.decay, self.restart_below = decay, restart_below
         self.register_buffer("cluster_size", torch.ones(num_codes))
 
-    def measured(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, d) as the metric compares them: at unit length under cosine."""
+    def apply_metric(self, vectors: Tensor) -> Tensor:
+        """Scale vectors (N, d) to unit length under the cosine metric; leave them as they are under the euclidean one."""
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
 
     def vectors(self) -> Tensor:
-        """The codes' vectors (K, d), as latents are compared with them, with their gradient if the rule needs it."""
-        return self.measured(self._vectors())
+        """Compute the codes' vectors (K, d) in the metric's scale, differentiable if the rule learns by gradient."""
+        return self.apply_metric(self._vectors())
 
     @abstractmethod
     def _vectors(self) -> Tensor:
-        """The vectors (K, d) as they are kept, before the metric scales them."""
+        """Compute the vectors (K, d) before the metric scales them."""
 
     def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
-        """The loss that teaches the codebook, from latents without gradient and their codes' vectors, (N, d) both: the mean
-        over vectors and channels of |sg(z) - e|^2.
+        """Compute the codebook loss, the mean of |sg(z) - e|^2 over vectors and channels.
+
+        Args:
+            rows: latents (N, d), without gradient.
+            vectors_q: their codes' vectors (N, d).
         """
-        return {"codebook": mean_square(vectors_q, rows)}
+        return {"codebook": mean_squared_error(vectors_q, rows)}
 
     @torch.no_grad()
     def update_(self, counts: Tensor, sums: Tensor | None) -> None:
-        """Learn from one step's counts (K,) of, and sums (K, d) over, the latents that chose each code."""
+        """Learn from one step: counts (K,) and sums (K, d) of the latents that chose each code."""
         self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
 
     def dead_codes(self) -> Tensor:
-        """Mask (K,) of the codes to restart."""
+        """Compute the mask (K,) of the codes to restart."""
         return self.cluster_size < self.restart_below * self.cluster_size.mean()
 
     @abstractmethod
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> Tensor | None:
-        """Put the codes of the mask `where` (K,) at the rows of `vectors` (K, d), as if each had been chosen `counts`
-        (K,) times a step; returns the parameter, if any, whose rows these are.
+        """Set the codes of the mask `where` (K,) to the rows of `vectors` (K, d), with `counts` (K,) as their average use per step.
+
+        Returns: the parameter that holds the codes, if the codebook has one.
         """
 
 
@@ -80,7 +84,7 @@ class GradientCodebook(Codebook):
 
     def __init__(self, num_codes: int, dim: int, decay: float, restart_below: float, metric: Metric = "euclidean") -> None:
         super().__init__(num_codes, dim, decay, restart_below, metric)
-        # Until they are placed: unit variance, as a normalised latent would have.
+        # Unit variance, as of normalised latents, until k-means sets the codes.
         self.weight = nn.Parameter(torch.randn(num_codes, dim))
 
     def _vectors(self) -> Tensor:
@@ -95,10 +99,10 @@ class GradientCodebook(Codebook):
 
 
 class MovingAverageCodebook(Codebook):
-    """A code is the moving average of the latents that choose it.
+    """Each code is the moving average of the latents that choose it.
 
-    Van den Oord et al. 2017, appendix A.1: N <- g N + (1 - g) n, m <- g m + (1 - g) sum(z), e = m / N. The smoothing
-    of N enters e only and is never written back.
+    Van den Oord et al. 2017, appendix A.1: N <- g N + (1 - g) n, m <- g m + (1 - g) sum(z), e = m / N. Laplace smoothing of N
+    enters e alone; the stored N is not smoothed.
     """
 
     needs_sums = True
@@ -114,15 +118,15 @@ class MovingAverageCodebook(Codebook):
         return self.weight
 
     def loss(self, rows: Tensor, vectors_q: Tensor) -> dict[str, Tensor]:
-        """No loss: this codebook learns in `update_`."""
+        """Return no loss: this codebook learns in `update_`."""
         return {}
 
     @torch.no_grad()
     def update_(self, counts: Tensor, sums: Tensor | None) -> None:
-        """Advance the moving count and sum of each code, and with them its vector, if it was chosen.
+        """Advance the moving counts and sums, and the vectors of the codes that were chosen.
 
-        m / N stays as it is where nothing was added to either; but both vanish in time, and the smoothing would then
-        draw the vector to the origin. A code whose sum is not finite, as that of a latent that overflowed in fp16, stays as it is.
+        The vector of a code that was not chosen stays: its m / N would too, but both decay to zero, and the smoothing would then
+        pull it to the origin. A code whose sum is not finite (a latent overflowed in fp16) keeps its count, sum and vector.
         """
         assert sums is not None
         finite = sums.isfinite().all(1)
@@ -136,17 +140,17 @@ class MovingAverageCodebook(Codebook):
 
     @torch.no_grad()
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
-        """See the base class; the moving sums start at the new vectors too."""
+        """See the base class. The moving sums are set to match the new vectors."""
         _replace_rows_(self.weight, where, vectors)
         _replace_rows_(self.cluster_size, where, counts)
         _replace_rows_(self.moving_sum, where, self.weight * self.cluster_size[:, None])
 
 
 class LinearCodebook(Codebook):
-    """SimVQ: one learned linear map W over a frozen random codebook C, so that every code moves whenever one does.
+    """SimVQ: one learned linear map W over a frozen random codebook C, so that every gradient moves all codes.
 
     Zhu et al. 2024, "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer", equation 8:
-    the vectors are C W, and the codebook loss of the paper's quantizer reaches W alone. Its codes are not placed.
+    the vectors are C W, and the codebook loss trains W alone. Single codes cannot be set.
     """
 
     placeable = False
@@ -161,37 +165,21 @@ class LinearCodebook(Codebook):
         return self.frozen @ self.map
 
     def place_(self, where: Tensor, vectors: Tensor, counts: Tensor) -> None:
-        """Errors: TypeError, always: a single code of a linear map cannot be moved without all others."""
+        """Raise TypeError: a single code of a linear map cannot be moved without all others."""
         raise TypeError("the codes of a linear map cannot be placed one by one")
 
 
 def _replace_rows_(tensor: Tensor, mask: Tensor, rows: Tensor) -> None:
-    """Replace the rows where the mask (K,) is true; no host synchronisation."""
+    """Replace the rows where the mask (K,) is true, without waiting for the device."""
     tensor.copy_(torch.where(mask.view(-1, *[1] * (tensor.dim() - 1)), rows.to(tensor), tensor))
 
 
 def codebook_names(model: nn.Module) -> list[str]:
-    """Names of the codebooks among a model's submodules."""
+    """List the names of the codebooks among a model's submodules."""
     return [name for name, module in model.named_modules() if isinstance(module, Codebook)]
 
 
-class _MeanSquare(torch.autograd.Function):
-    """The mean squared difference with fewer passes over memory than `mse_loss`: the difference is taken once, for both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        difference = a - b
-        ctx.save_for_backward(difference)
-        return torch.linalg.vecdot(difference, difference).sum() / max(1, a.numel())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (difference,) = ctx.saved_tensors
-        to_a = difference * (2 / max(1, difference.numel()) * gradient)
-        return to_a if ctx.needs_input_grad[0] else None, -to_a if ctx.needs_input_grad[1] else None
-
-
-def mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """The mean squared difference, 0 for an empty batch."""
-    return _MeanSquare.apply(a, b)
+def mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean of (a - b)^2 over rows and channels, 0 for an empty batch; both (N, d)."""
+    difference = a - b
+    return torch.linalg.vecdot(difference, difference).sum() / max(1, a.numel())

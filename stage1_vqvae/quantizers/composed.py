@@ -1,4 +1,4 @@
-"""Quantizers made of quantizers: residual, product, projected."""
+"""Composed quantizers: residual, product, projected."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, added, numbered, part_of
+from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, sum_by_name, with_prefixes, without_prefix
 from stage1_vqvae.quantizers.gradients import Estimator
 
 
 class ResidualQuantizer(Quantizer):
-    """Each depth quantizes what the depths before have left; a latent's vector is the sum of its codes'.
+    """Each depth quantizes the residual of the depths before; a latent's vector is the sum over depths.
 
-    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization", section 3.1: the codebook may be one
-    for all depths; the commitment of every partial sum is added up (equation 7). The gradient passes to z once.
+    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization", section 3.1: depths may share one codebook, and
+    the commitment losses of all partial sums are added (equation 7). The gradient passes to z once.
     """
 
     def __init__(self, stages: Sequence[Quantizer], depth: int, estimator: Estimator) -> None:
-        """`stages`: one quantizer a depth, or a single one, shared by all."""
+        """`stages`: one quantizer per depth, or a single one shared by all."""
         super().__init__()
         assert len(stages) in (1, depth)
         self.stages = nn.ModuleList(stages)
@@ -34,38 +34,38 @@ class ResidualQuantizer(Quantizer):
 
     @override
     def quantize(self, rows: Tensor) -> Quantized:
-        left, parts = rows, []
+        residual, parts = rows, []
         for level in range(self.depth):
-            parts.append(self._stage(level).quantize(left))
-            left = left - parts[-1].z_q.detach()
-        z_q = self.estimator(rows, sum_of([part.z_q.detach() for part in parts]))
+            parts.append(self._stage(level).quantize(residual))
+            residual = residual - parts[-1].z_q.detach()
+        z_q = self.estimator(rows, sum_in_order([part.z_q.detach() for part in parts]))
         codes = tuple(level for part in parts for level in part.codes)
-        by_depth = [part.latents for part in parts]
+        latents_by_depth = [part.latents for part in parts]
         if len(self.stages) == 1:
-            latents = tuple(torch.stack(depths, 1).flatten(0, 1) for depths in zip(*by_depth, strict=True))
+            latents = tuple(torch.stack(depths, 1).flatten(0, 1) for depths in zip(*latents_by_depth, strict=True))
         else:
-            latents = tuple(vectors for depth in by_depth for vectors in depth)
-        losses = added([part.losses for part in parts])
-        return Quantized(z_q, codes, losses, numbered([part.statistics for part in parts]), latents)
+            latents = tuple(vectors for depth in latents_by_depth for vectors in depth)
+        losses = sum_by_name([part.losses for part in parts])
+        return Quantized(z_q, codes, losses, with_prefixes([part.statistics for part in parts]), latents)
 
     @override
     def lookup_rows(self, codes: Codes) -> Tensor:
         levels = len(codes) // self.depth
         parts = [self._stage(level).lookup_rows(codes[level * levels : (level + 1) * levels]) for level in range(self.depth)]
-        return sum_of(parts)
+        return sum_in_order(parts)
 
     def update_(self, statistics: Statistics) -> None:
-        """See the contract. A shared codebook learns from all depths at once."""
-        parts = [part_of(statistics, level) for level in range(self.depth)]
-        parts = [added(parts)] if len(self.stages) == 1 else parts
+        """See the contract. A shared codebook learns from the sum over all depths."""
+        parts = [without_prefix(statistics, level) for level in range(self.depth)]
+        parts = [sum_by_name(parts)] if len(self.stages) == 1 else parts
         for level, part in enumerate(parts):
             self._stage(level).update_(part)
 
 
 class ProductQuantizer(Quantizer):
-    """The channels in groups, each with a quantizer of its own: K^groups combinations from groups x K codes.
+    """One quantizer per group of channels: K^groups combinations from groups x K codes.
 
-    Jegou et al. 2011, "Product Quantization for Nearest Neighbor Search", section II-B. Losses are the groups' means.
+    Jegou et al. 2011, "Product Quantization for Nearest Neighbor Search", section II-B. Losses are means over groups.
     """
 
     def __init__(self, groups: Sequence[Quantizer]) -> None:
@@ -79,12 +79,12 @@ class ProductQuantizer(Quantizer):
     def quantize(self, rows: Tensor) -> Quantized:
         channels = rows.split([group.dim for group in self._groups], 1)
         parts = [group.quantize(part) for group, part in zip(self._groups, channels, strict=True)]
-        losses = {name: total / len(parts) for name, total in added([part.losses for part in parts]).items()}
+        losses = {name: total / len(parts) for name, total in sum_by_name([part.losses for part in parts]).items()}
         return Quantized(
             torch.cat([part.z_q for part in parts], 1),
             tuple(level for part in parts for level in part.codes),
             losses,
-            numbered([part.statistics for part in parts]),
+            with_prefixes([part.statistics for part in parts]),
             tuple(vectors for part in parts for vectors in part.latents),
         )
 
@@ -100,14 +100,14 @@ class ProductQuantizer(Quantizer):
     @override
     def update_(self, statistics: Statistics) -> None:
         for number, group in enumerate(self._groups):
-            group.update_(part_of(statistics, number))
+            group.update_(without_prefix(statistics, number))
 
 
 class ProjectedQuantizer(Quantizer):
-    """A quantizer of other width between two learned linear maps.
+    """A quantizer between two learned linear maps, to and from its own width.
 
-    Yu et al. 2021, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2, "factorized codes": codes are
-    looked for in few dimensions and decoded from many. FSQ and LFQ, whose width follows from K, need it always.
+    Yu et al. 2021, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2, "factorized codes": few dimensions for the
+    nearest-code search, many for the decoder. FSQ and LFQ, whose width follows from K, usually need it.
     """
 
     def __init__(self, dim: int, inner: Quantizer) -> None:
@@ -117,8 +117,8 @@ class ProjectedQuantizer(Quantizer):
 
     @override
     def quantize(self, rows: Tensor) -> Quantized:
-        found = self.inner.quantize(self.down(rows))
-        return found._replace(z_q=self.up(found.z_q))
+        quantized = self.inner.quantize(self.down(rows))
+        return quantized._replace(z_q=self.up(quantized.z_q))
 
     @override
     def lookup_rows(self, codes: Codes) -> Tensor:
@@ -129,13 +129,13 @@ class ProjectedQuantizer(Quantizer):
         self.inner.update_(statistics)
 
 
-def fitted_to(dim: int, inner: Quantizer) -> Quantizer:
-    """A quantizer of vectors of `dim` channels: the one given, projected unless it has that width."""
+def match_width(dim: int, inner: Quantizer) -> Quantizer:
+    """Return the quantizer if it has `dim` channels; otherwise project it to that width."""
     return inner if inner.dim == dim else ProjectedQuantizer(dim, inner)
 
 
-def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """Added in order, so that `quantize` and `lookup_rows` agree to the last bit."""
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Add tensors in a fixed order, so that `quantize` and `lookup_rows` agree to the last bit."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part

@@ -1,68 +1,45 @@
-"""Gradient estimators: what the decoder's gradient at the code's vector q tells the encoder at z.
+"""Gradient estimators: how the decoder's gradient at a code's vector q reaches the latent z.
 
-Each keeps the value of q to the last bit, so that what is decoded in training is what the codes decode to.
+All of them return q to the last bit, so that training decodes exactly what the codes decode to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# A latent at the origin has no direction to turn from; its gradient must not become the whole step's.
-_LEAST_NORM = 1e-6
+# Lower bound of |z| in a divisor: a latent near the origin must not dominate the step's gradient.
+_SMALLEST_NORM = 1e-6
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
+"""From latents z and their codes' vectors q, rows (N, D) both, to q with a gradient path to z."""
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, q: Tensor) -> Tensor:
-        return q.view_as(q)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+def straight_through(z: Tensor, q: Tensor) -> Tensor:
+    """Return q and pass its gradient to z unchanged (Bengio et al. 2013; van den Oord et al. 2017, section 3.2)."""
+    return q + (z - z.detach())
 
 
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, q: Tensor) -> Tensor:
-        ctx.save_for_backward(z, q)
-        return q.view_as(q)
+def rotation(z: Tensor, q: Tensor) -> Tensor:
+    """Return q and pass its gradient to z as if q were (|q| / |z|) R z, with R, the rotation of z onto q, held constant.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        z, q = ctx.saved_tensors
+    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", equation 4.
+    """
+    with torch.no_grad():
         z_unit, q_unit = F.normalize(z, dim=-1), F.normalize(q, dim=-1)
         middle = F.normalize(z_unit + q_unit, dim=-1)
-        # R = I - 2 m m' + 2 q^ z^' turns z^ to q^; its transpose goes back.
-        turned = gradient - 2 * middle * _dot(middle, gradient) + 2 * z_unit * _dot(q_unit, gradient)
-        scale = q.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True).clamp(min=_LEAST_NORM)
-        return scale * turned, None
+        scale = q.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST_NORM)
+    scaled = scale * z
+    # R = I - 2 m m' + 2 q^ z^'
+    rotated = 2 * q_unit * _dot(z_unit, scaled) - 2 * middle * _dot(middle, scaled) + scaled
+    return straight_through(rotated, q)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
-
-
-def straight_through(z: Tensor, q: Tensor) -> Tensor:
-    """q, whose gradient passes to z unchanged (Bengio et al. 2013; van den Oord et al. 2017, section 3.2). Rows (N, D) both."""
-    return _StraightThrough.apply(z, q)
-
-
-def rotation(z: Tensor, q: Tensor) -> Tensor:
-    """q, whose gradient passes to z as if q = (|q| / |z|) R z with R, the rotation of z onto q, held constant.
-
-    Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick", equation 4. Rows (N, D) both.
-    """
-    return _Rotation.apply(z, q)
 
 
 ESTIMATORS: dict[str, Estimator] = {"straight_through": straight_through, "rotation": rotation}

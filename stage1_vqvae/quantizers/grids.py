@@ -1,4 +1,4 @@
-"""Several grids, a quantizer each, as one: their levels follow one another, coarse to fine."""
+"""One quantizer per grid, as one list of levels, coarse to fine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stage1_vqvae.quantizers.codebook import Codebook
-from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer, Statistics, added, numbered, part_of
+from stage1_vqvae.quantizers.contract import Codes, Levels, Quantized, Quantizer, Statistics, sum_by_name, with_prefixes, without_prefix
 
 
 class GridQuantizers(Levels):
-    """A quantizer a grid. All that concerns codes and codebooks treats their levels as one list."""
+    """One quantizer per grid; codes and codebooks of all grids are one list."""
 
     def __init__(self, parts: Sequence[Quantizer]) -> None:
         super().__init__()
@@ -23,16 +23,16 @@ class GridQuantizers(Levels):
     parts: Sequence[Quantizer]
 
     @staticmethod
-    def joined(found: Sequence[Quantized]) -> tuple[Codes, dict[str, Tensor], Statistics, tuple[Tensor, ...]]:
-        """Codes, losses, statistics and latents of all grids, of what each grid's quantizer made of its own latents; losses add up."""
-        codes = tuple(level for part in found for level in part.codes)
-        latents = tuple(vectors for part in found for vectors in part.latents)
-        return codes, added([part.losses for part in found]), numbered([part.statistics for part in found]), latents
+    def merge(grids: Sequence[Quantized]) -> tuple[Codes, dict[str, Tensor], Statistics, tuple[Tensor, ...]]:
+        """Merge codes, losses, statistics and latents of all grids; losses are summed."""
+        codes = tuple(level for part in grids for level in part.codes)
+        latents = tuple(vectors for part in grids for vectors in part.latents)
+        return codes, sum_by_name([part.losses for part in grids]), with_prefixes([part.statistics for part in grids]), latents
 
     @override
     def update_(self, statistics: Statistics) -> None:
         for number, part in enumerate(self.parts):
-            part.update_(part_of(statistics, number))
+            part.update_(without_prefix(statistics, number))
 
     @override
     def codebooks(self) -> tuple[Codebook, ...]:
@@ -40,12 +40,12 @@ class GridQuantizers(Levels):
 
     @override
     def codebook_of(self, level: int) -> int:
-        before = 0
+        first = 0
         for part in self.parts:
             if level < len(part.num_codes):
-                return before + part.codebook_of(level)
+                return first + part.codebook_of(level)
             level -= len(part.num_codes)
-            before += len(part.codebooks())
+            first += len(part.codebooks())
         raise IndexError(level)
 
     @override

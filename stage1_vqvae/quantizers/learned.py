@@ -1,6 +1,6 @@
-"""Quantizers whose codebooks are learned, as a recipe chooses them: `ema`, `gradient`, `simvq`.
+"""Recipe parts of quantizers with learned codebooks: `ema`, `gradient`, `simvq`.
 
-There is one codebook a level and group: residual over depths, product over groups, projected where the widths differ.
+One codebook per depth and group: residual over depths, product over groups, projected where the widths differ.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from stage1_vqvae.quantizers.vector import VectorQuantizer
 
 @dataclass(frozen=True, kw_only=True)
 class _LearnedPart(QuantizerPart):
-    """What all quantizers with learned codebooks have."""
+    """Fields of all quantizers with learned codebooks."""
 
     num_codes: int = 512
-    """K, the size of a codebook."""
+    """Codes per codebook, K."""
     codebook_dim: int = 0
-    """Channels of a codebook's vectors, between two learned linear maps from and to the latents' channels; 0 = as many as the
-    latents, no maps."""
+    """Channels of the codebook's vectors, with a learned linear map from and to the latents' channels; 0 = those of the latents, without
+    maps."""
     depth: int = 1
-    """Residual quantization: codes a position, each of what those before have left (Lee et al. 2022)."""
+    """Residual quantization: codes per position, each of the residual of those before (Lee et al. 2022); 1 = off."""
     shared_codebook: bool = False
-    """One codebook for all depths."""
+    """Whether all depths share one codebook."""
     groups: int = 1
-    """Product quantization: groups of channels, each with a codebook of its own (Jegou et al. 2011)."""
+    """Product quantization: groups of channels, each with its own codebook (Jegou et al. 2011); 1 = off."""
     metric: Metric = "euclidean"
-    """Which code is near; `cosine` scales latents and codes to unit length, best with a `codebook_dim` of 8 to 32 (Yu et al.
+    """Distance between latents and codes; `cosine` scales both to unit length, best with a `codebook_dim` of 8 to 32 (Yu et al.
     2021)."""
     gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
-    """How the decoder's gradient passes the quantizer: unchanged, or turned as the latent would be to reach its code (Fifty et
+    """How the decoder's gradient passes the quantizer: unchanged, or by the rotation that takes the latent to its code (Fifty et
     al. 2024)."""
     commitment: float = 0.25
-    """Beta, the weight of the commitment loss, which draws the encoder to the codes."""
+    """Beta, the weight of the commitment loss, which pulls latents to their codes."""
     entropy_weight: float = 0.0
-    """Weight of the entropy term, which makes each latent sure of its code and all codes used alike; 0 = none."""
+    """Weight of the entropy term, for confident assignments and evenly used codes; 0 = none."""
     entropy_temperature: float = 1.0
-    """Temperature of the soft assignments in that term, in squared units of the latents."""
+    """Temperature of the entropy term's soft assignments, in squared units of the latents."""
 
     def __post_init__(self) -> None:
         where = "tokenizer.quantizer"
@@ -99,14 +99,14 @@ class _LearnedPart(QuantizerPart):
 
 @dataclass(frozen=True, kw_only=True)
 class _PlacedPart(_LearnedPart):
-    """What quantizers have whose codes can be placed one by one."""
+    """Fields of quantizers whose codes can be set one by one."""
 
     initialisation: Literal["kmeans", "random"] = "kmeans"
-    """Where the codes start: k-means of the first batches' latents, or normal draws."""
+    """Initial codes: k-means of the first batches' latents, or normal draws."""
     decay: float = 0.95
-    """Decay a step of the moving average of each code's use; under `ema`, of its vector too."""
+    """Decay per step of the moving average of each code's use; under `ema`, of its vector too."""
     restart_below: float = 0.05
-    """A code used less than this share of the mean use is restarted on a latent of the batch (Dhariwal et al. 2020); 0 = never."""
+    """Share of the mean use below which a code restarts on a latent of the batch (Dhariwal et al. 2020); 0 = never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,5 +163,5 @@ class SimVQPart(_LearnedPart):
         return f"raise tokenizer.quantizer.entropy_weight, for instance to {2 * self.entropy_weight}"
 
     def _codebook(self, width: int) -> Codebook:
-        # Its codes cannot restart, so how fast the average of their use follows decides nothing.
+        # Its codes cannot restart, so the decay of their use has no effect.
         return LinearCodebook(self.num_codes, width, decay=0.95, restart_below=0.0, metric=self.metric)

@@ -1,6 +1,6 @@
-"""Quantizers without a codebook to learn: every channel is rounded by itself, and the codes are all combinations.
+"""Quantizers without a learned codebook: every channel is rounded by itself, and each combination is a code.
 
-Their width follows from the number of codes; where latents have another, two learned linear maps stand between.
+Their width follows from the number of codes; latents of another width are projected by two learned linear maps.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing_extensions import override
 
 from configs.errors import require
 from configs.schema import QuantizerPart
-from stage1_vqvae.quantizers.codebook import mean_square
-from stage1_vqvae.quantizers.composed import fitted_to
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, counted
+from stage1_vqvae.quantizers.codebook import mean_squared_error
+from stage1_vqvae.quantizers.composed import match_width
+from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, count_codes
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import straight_through
 
-# Keeps the outermost level within reach of tanh, by this share of the range.
+# Widens the range of tanh by this share, so that the outermost level can be reached.
 _MARGIN = 1e-3
 
 
@@ -30,7 +30,7 @@ class FSQPart(QuantizerPart):
     """Each of a few channels is rounded to one of its levels (Mentzer et al. 2023)."""
 
     levels: list[int] = field(default_factory=lambda: [8, 8, 8])
-    """Values each channel may take; their product is K, the number of codes."""
+    """Number of values per channel; their product is K, the number of codes."""
 
     def __post_init__(self) -> None:
         within = min(self.levels, default=0) >= 2 and max(self.levels) <= 256
@@ -43,7 +43,7 @@ class FSQPart(QuantizerPart):
 
     @override
     def build(self, dim: int) -> Quantizer:
-        return fitted_to(dim, FiniteScalarQuantizer(self.levels))
+        return match_width(dim, FiniteScalarQuantizer(self.levels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,11 @@ class LFQPart(QuantizerPart):
     num_codes: int = 512
     """K, a power of two."""
     commitment: float = 0.25
-    """Weight of the commitment loss, which draws the latents to their signs."""
+    """Weight of the commitment loss, which pulls latents to their signs."""
     entropy_weight: float = 0.05
-    """Weight of the entropy term, which alone keeps the codes in use: above 0."""
+    """Weight of the entropy term, above 0: nothing else keeps the codes in use."""
     entropy_temperature: float = 0.3
-    """Temperature of the soft assignments in that term, in squared units of the latents."""
+    """Temperature of the entropy term's soft assignments, in squared units of the latents."""
 
     def __post_init__(self) -> None:
         where, k = "tokenizer.quantizer", self.num_codes
@@ -84,15 +84,14 @@ class LFQPart(QuantizerPart):
             entropy_weight=self.entropy_weight,
             entropy_temperature=self.entropy_temperature,
         )
-        return fitted_to(dim, inner)
+        return match_width(dim, inner)
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """FSQ: channel i is squashed and rounded to one of L_i levels; K is the product of the L_i.
+    """FSQ: channel i is squashed and rounded to one of L_i evenly spaced levels; K is the product of the L_i.
 
-    The levels lie in even steps from -1 to 1, an even number of them from -1 to 1 - 2 / L.
-
-    Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3. No losses, and no codebook that could collapse.
+    Levels run from -1 to 1 for odd L, from -1 to 1 - 2 / L for even L. No losses, and no codebook that could collapse.
+    Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3.
     """
 
     sizes: Tensor
@@ -113,27 +112,27 @@ class FiniteScalarQuantizer(Quantizer):
         digits = squashed.detach().round()
         codes = ((digits.long() + self.sizes // 2) * self.strides).sum(1)
         z_q = straight_through(squashed / (self.sizes // 2), self.lookup_rows((codes,)).to(rows.dtype))
-        return Quantized(z_q, (codes,), {}, {"counts": counted(codes, self.num_codes[0])}, ())
+        return Quantized(z_q, (codes,), {}, {"counts": count_codes(codes, self.num_codes[0])}, ())
 
     def lookup_rows(self, codes: Codes) -> Tensor:
-        """See the contract: digits from -floor(L / 2) on, divided by floor(L / 2)."""
+        """See the contract. Digits start at -floor(L / 2) and are divided by floor(L / 2)."""
         digits = codes[0][:, None] // self.strides % self.sizes
         return (digits - self.sizes // 2) / self.halves
 
     def _squashed(self, rows: Tensor) -> Tensor:
-        """Into the open interval whose rounding gives L integers; an even L has one more of them below 0 than above."""
+        """Squash rows into the interval that rounds to L integers; for even L, one more below 0 than above."""
         reach = (self.sizes - 1) * (1 + _MARGIN) / 2
         offset = (self.sizes % 2 == 0).to(rows.dtype) / 2
-        # Zero is where an even L has a level, but for L = 2, whose levels would then lie at zero and out of reach.
+        # Latent 0 lies on a level for even L, except L = 2: there one level would be 0 and the other out of reach.
         shift = torch.where(self.sizes > 2, (offset / reach).atanh(), 0.0)
         return (rows + shift).tanh() * reach - offset
 
 
 class LookupFreeQuantizer(Quantizer):
-    """LFQ: the signs of log2 K channels are the code's bits, and its vector.
+    """LFQ: the signs of log2 K channels are the code's bits and its vector.
 
     Yu et al. 2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.1, equations 3
-    to 5: an entropy term keeps the codes in use, a commitment term the latents near their signs.
+    to 5: an entropy term keeps the codes in use, a commitment term keeps latents near their signs.
     """
 
     powers: Tensor
@@ -151,10 +150,10 @@ class LookupFreeQuantizer(Quantizer):
         """See the contract. Losses: `commitment` and `entropy`."""
         codes = ((rows.detach() > 0) * self.powers).sum(1)
         vectors_q = self.signs[codes].to(rows.dtype)
-        losses = {"commitment": self.commitment * mean_square(rows, vectors_q)}
+        losses = {"commitment": self.commitment * mean_squared_error(rows, vectors_q)}
         if self.training and self.entropy_weight > 0:
             losses["entropy"] = self.entropy_weight * entropy_loss(rows, self.signs.to(rows.dtype), self.entropy_temperature)
-        return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": counted(codes, self.num_codes[0])}, ())
+        return Quantized(straight_through(rows, vectors_q), (codes,), losses, {"counts": count_codes(codes, self.num_codes[0])}, ())
 
     @override
     def lookup_rows(self, codes: Codes) -> Tensor:

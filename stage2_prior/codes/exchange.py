@@ -23,7 +23,7 @@ from torch import Tensor
 from configs.errors import UserError
 from stage1_vqvae.data.names import composed_names, normalised
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
-from stage1_vqvae.data.tables import check_whole
+from stage1_vqvae.data.tables import check_complete
 from stage2_prior.codes.store import MANIFEST, CodeStore, Manifest, read_manifest, smallest_dtype, write_manifest, write_shard
 from training.progress import progress_bar
 
@@ -145,7 +145,7 @@ def _of_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] 
     except Exception as error:  # of many kinds
         raise UserError(f"{folder}: expected a data set that `save_to_disk` wrote, found: {error}") from None
     for file in rows.cache_files:
-        check_whole(Path(file["filename"]))
+        check_complete(Path(file["filename"]))
     levels: list[Rows] = []
     while f"level{len(levels)}" in rows.column_names:
         levels.append(_Column(rows, f"level{len(levels)}"))

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.data import StoredAugmentation
+from configs.data import Augmentation
 from configs.errors import UserError, brief, listed
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
 from stage1_vqvae.data.names import class_numbers
@@ -49,7 +49,7 @@ class Manifest:
     """K, the number of codes, of each level."""
     label_names: list[str] | None
     """Null: the images have no labels."""
-    augmentation: StoredAugmentation
+    augmentation: Augmentation
     """What the variant axis enumerates."""
     variants: int
     """How many variants of each image are stored."""

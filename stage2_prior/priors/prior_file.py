@@ -12,6 +12,7 @@ from torch import Tensor
 
 from configs.errors import UserError, listed
 from configs.parts import as_dict
+from configs.prior_name import UNIFORM
 from configs.run_dir import RunDir
 from configs.schema import PriorPart, prior_from
 from stage2_prior.codes.sequence import SequenceLayout
@@ -21,9 +22,6 @@ from stage2_prior.priors.levelwise import build_level
 from training.weights_file import built_from, load_weights, read_header, save_weights
 
 _FORMAT = 1
-
-UNIFORM = "uniform"
-"""The prior that needs no file: every code equally likely."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
@@ -343,23 +342,6 @@ class Block(nn.Module):
         return x + self.mlp.step(self.mlp_norm(x))
 
 
-class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) * up, with as few passes through memory as its gradient needs; shapes all alike."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (gradient,), (gate, up) = gradients, ctx.saved_tensors
-        of_gate = gradient * up
-        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_gate, F.silu(gate).mul_(gradient)
-
-
 class SwiGLU(nn.Module):
     """out(silu(gate(x)) * up(x)), its width 8/3 of x's, so that it has the parameters of a 4x MLP; a multiple of 128."""
 
@@ -372,7 +354,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP on (B, T, C); the shape stays."""
-        return self.out(_GatedSiLU.apply(self.gate(x), self.up(x)))
+        return self.out(F.silu(self.gate(x)) * self.up(x))
 
     def step(self, x: Tensor) -> Tensor:
         """(B, C) to the same shape, without gradient."""

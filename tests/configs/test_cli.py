@@ -18,7 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from configs.cli import SECTIONS, differences, flattened, load_recipe, parse, recipe_dict
-from configs.data import AT_HAND
+from configs.data import LOCAL_KEYS
 from configs.errors import UserError
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import COMMANDS, REPOSITORY, RunDir
@@ -227,11 +227,11 @@ MAY_CHANGE = {
     "gradient_checkpointing",
     "sampling": "batch_size",
     "evaluation": "features weights n seed batch_size",
-    "compute": "threads mixed_precision compile sharded patience tracker",
+    "compute": "threads mixed_precision compile sharded hang_timeout_minutes tracker",
 }
 FIXED = {
     "data": "name config revision image_column label_column train_split validation_split test_split height width channels background white "
-    "validation_share seed crop crop_area on_error most_skipped",
+    "validation_share seed transform.* on_error most_skipped",
     "tokenizer": "code_dim quantizer.* network.* objective.*",
     "stage1": "seed minutes batch_size warmup_steps final_lr_share weight_decay weight_average restart_interval augmentation trained "
     "perceptual.* adversarial.*",
@@ -350,7 +350,14 @@ def options() -> dict[str, set[str]]:
         sections, asked = parsed.value.args
         recorder = Recorder()
         asked.get("options", lambda _: None)(recorder)
-        names = {"config", "run", "print_recipe", "help", *recorder.names, *(f"data.{key}" for key in AT_HAND if asked.get("reads_images"))}
+        names = {
+            "config",
+            "run",
+            "print_recipe",
+            "help",
+            *recorder.names,
+            *(f"data.{key}" for key in LOCAL_KEYS if asked.get("reads_images")),
+        }
         for section in sections:
             families = {family: kinds for family, kinds in FAMILIES.items() if family.partition(".")[0] == section}
             classes = [(family, part_class(family, kind)) for family, kinds in families.items() for kind in kinds]

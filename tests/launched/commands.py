@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from configs.errors import run_entry
-from training.processes import let_go
+from training.processes import wait_for_gloo
 
 NEXT = "NEXT"
 
@@ -39,7 +39,7 @@ def staying_joined() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-        let_go()
+        wait_for_gloo()
 
 
 def main() -> None:

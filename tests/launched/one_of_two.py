@@ -35,7 +35,7 @@ def main() -> None:
     watch._JOINING = 5.0
     if fault == "never come" and os.environ["RANK"] == str(victim):
         time.sleep(1000)
-    accelerator = start(Compute(threads=1, patience=0.06 if fault == "hang" else 5))
+    accelerator = start(Compute(threads=1, hang_timeout_minutes=0.06 if fault == "hang" else 5))
     print("they have met", flush=True)
     for step in range(10**6 if fault == "go on" else 12):
         watch.progressed(together=True)

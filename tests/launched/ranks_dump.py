@@ -31,7 +31,8 @@ def main() -> None:
     script = importlib.import_module(module)
     # Pictures take longer than the steps, and nobody looks at them here.
     judging = importlib.import_module("stage1_vqvae.monitoring.validation")
-    for user, drawn in product((script, judging), ("training_graph", "save_health", "save_reconstructions", "save_grids")):
+    recorder = importlib.import_module("stage1_vqvae.monitoring.recorder")
+    for user, drawn in product((script, judging, recorder), ("training_graph", "save_health", "save_reconstructions", "save_grids")):
         setattr(user, drawn, lambda *_, **__: None)
     script.write_results = lambda *_: None  # type: ignore[attr-defined]
     script.likelihood_report = lambda *_: {"validation": 0.0}  # type: ignore[attr-defined]
@@ -46,11 +47,10 @@ def main() -> None:
 
             def dump(self: Checkpoints, step: int, state: dict[str, Any], score: float | None = None, number: int = number) -> None:
                 # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
-                kept = state["optimizer"].get("state", state["optimizer"])
-                moments = {f"moment of {name}": found["exp_avg"] for name, found in kept.items()}
-                adversary = {f"adversary.{name}": value for name, value in state.get("adversary", {}).get("model", {}).items()}
-                averages = {f"average.{name}": value for name, value in (state.get("average") or {}).get("model", {}).items()}
-                best = {f"best.{name}": value for name, value in ((state.get("best") or {}).get("weights") or {}).items()}
+                moments = {f"moment of {name}": found["exp_avg"] for name, found in state["optimizer"].items()}
+                adversary = {f"adversary.{name}": value for name, value in state.get("adversarial", {}).get("model", {}).items()}
+                averages = {f"average.{name}": value for name, value in state.get("average", {}).get("model", {}).items()}
+                best = {f"best.{name}": value for name, value in state.get("best", {}).get("weights", {}).items()}
                 own = {**state["model"], **moments, **adversary, **averages, **best}
                 assert any(isinstance(tensor, DTensor) for tensor in own.values()) == (self._group is not None), "not shared out"
                 gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in own.items()}

@@ -17,9 +17,9 @@ from torch import nn
 from configs.errors import UserError, run_entry
 from configs.schema import Compute
 from training.checkpoint import Checkpoints
-from training.optimizer import adamw, moments
+from training.optimizer import OptimizerState, adamw
 from training.processes import finish, start
-from training.sharding import own_part, shard_, whole
+from training.sharding import gathered, local_tensor, shard_
 
 
 def net() -> nn.Sequential:
@@ -34,11 +34,11 @@ def main() -> None:
     model = net()
     shard_(accelerator, model, [model[1]])
     optimizer = adamw(model, 1e-2, 0.1, beta2=0.95)
-    checkpoints = Checkpoints(folder, "stage 2", 2, accelerator, shared_out=True)
+    checkpoints = Checkpoints(folder, "stage 2", 2, accelerator, sharded=True)
     last = accelerator.process_index == accelerator.num_processes - 1
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "optimizer": moments(model, optimizer)}
+        state = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()}
         checkpoints.save(step, {**state, "best": {"step": step, "bits": float("inf")}})
 
     for step in (1, 2, 3):
@@ -47,7 +47,7 @@ def main() -> None:
         optimizer.zero_grad()
         save(step)
     checkpoints.wait()
-    expected = whole(accelerator, model.state_dict())
+    expected = gathered(accelerator, model.state_dict())
     if accelerator.is_main_process:
         torch.save(expected, folder / "expected.pt")
     say(accelerator, "on the disk", sorted(path.name for path in folder.glob("step-*")))
@@ -64,7 +64,7 @@ def main() -> None:
 
     with torch.no_grad():
         if last:
-            own_part(model[1].weight)[0] = float("nan")
+            local_tensor(model[1].weight)[0] = float("nan")
     try:
         save(5)
     except UserError as error:

@@ -30,7 +30,7 @@ from pipelines.sample import main as sample
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, ImageSource, ImageSplit
 from stage1_vqvae.features import classifier
-from stage1_vqvae.features.classifier import labels_found, run_classifier
+from stage1_vqvae.features.classifier import load_classifier, predict_labels
 from stage1_vqvae.features.networks import FeatureNetwork, Features, Layers
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
@@ -282,11 +282,11 @@ def test_labels_of_real_images_in_folders(run_copy: Path, pictures: Path, tmp_pa
 def test_the_classifier_is_trained_once_and_learns(run_copy: Path, source: ImageSource) -> None:
     run, device = RunDir(run_copy), torch.device("cpu")
     before = (run.path / "classifier.safetensors").read_bytes()
-    classifier = run_classifier(run.path, source, device)
+    classifier = load_classifier(run.path, source, device)
     assert (run.path / "classifier.safetensors").read_bytes() == before
     train = source.splits[TRAIN]
     assert train.labels is not None
-    assert (labels_found(classifier, train.pixels, 7) == train.labels).double().mean() > 0.9
+    assert (predict_labels(classifier, train.pixels, 7) == train.labels).double().mean() > 0.9
 
 
 def test_without_a_prior_reconstructions_are_judged(run_copy: Path) -> None:
@@ -505,4 +505,4 @@ def test_the_classifier_needs_labels(run_copy: Path, source: ImageSource) -> Non
 
     unlabelled = ImageSource({TRAIN: ImageSplit(source.splits[TRAIN].pixels, None)}, None)
     with pytest.raises(UserError, match="features classifier: expected images with labels"):
-        run_classifier(run_copy, unlabelled, torch.device("cpu"))
+        load_classifier(run_copy, unlabelled, torch.device("cpu"))

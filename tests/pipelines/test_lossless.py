@@ -71,7 +71,7 @@ def independent_bits(run: Path, pixels: torch.Tensor, with_class: bool) -> dict[
     output = tokenizer.decoder(tokenizer.quantizer.lookup(codes))
     values = pixels.long().movedim(-1, 1)
     of_pixels = torch.zeros(len(pixels), dtype=torch.float64)
-    for index, p in tokenizer.likelihood().in_turn(output, values):
+    for index, p in tokenizer.likelihood().sequential_probabilities(output, values):
         of_pixels -= p.gather(-1, values[index][..., None]).log2().flatten(1).sum(1)
     store = CodeStore(run / "codes" / "train")
     seen = store.counts()[0] + 1.0

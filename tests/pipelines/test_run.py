@@ -35,7 +35,7 @@ from training.processes import share_of_cores
 
 
 def chain(*arguments: object) -> Command:
-    return parse("", tuple(SECTIONS), list(map(str, arguments)), starts_run=True, begun_in=lambda run, *_: run.stage1)
+    return parse("", tuple(SECTIONS), list(map(str, arguments)), starts_run=True, training_folder=lambda run, *_: run.stage1)
 
 
 def typed(*arguments: object) -> list[str]:

@@ -21,7 +21,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from configs.cli import load_recipe
-from configs.schema import Augmentation, Stage1, Stage2
+from configs.data import Augmentation
+from configs.schema import Stage1, Stage2
 from tests.launched.commands import staying_joined
 from tests.launched.plots import leave_blank
 from tests.pretended import apple

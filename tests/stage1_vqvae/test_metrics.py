@@ -9,7 +9,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from stage1_vqvae.metrics import index_bits, perplexity, psnr, psnr_of_each, raw_bits, squared_errors, ssim_of_each, usage
+from stage1_vqvae.metrics import index_bits, perplexity, psnr, psnr_per_image, raw_bits, squared_errors, ssim_per_image, usage
 
 
 def test_errors_and_psnr_are_of_8_bit_pixels_as_unit_range() -> None:
@@ -45,7 +45,7 @@ def test_psnr_and_ssim_of_each_image_are_scikit_images(channels: int) -> None:
     originals = torch.randint(256, (4, 14, 23, channels), dtype=torch.uint8, generator=draws)
     strength = torch.tensor([0.0, 0.1, 0.5, 1.0]).view(4, 1, 1, 1)
     pictures = (originals * (1 - strength) + torch.randint(256, originals.shape, generator=draws) * strength).to(torch.uint8)
-    of_psnr, of_ssim = psnr_of_each(squared_errors(pictures, originals)), ssim_of_each(pictures, originals)
+    of_psnr, of_ssim = psnr_per_image(squared_errors(pictures, originals)), ssim_per_image(pictures, originals)
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1, "data_range": 255}
     for picture, original, found_psnr, found_ssim in zip(pictures.numpy(), originals.numpy(), of_psnr, of_ssim, strict=True):
         if not np.array_equal(picture, original):
@@ -56,4 +56,4 @@ def test_psnr_and_ssim_of_each_image_are_scikit_images(channels: int) -> None:
 
 
 def test_ssim_is_not_defined_below_its_window() -> None:
-    assert ssim_of_each(torch.zeros(2, 10, 30, 1, dtype=torch.uint8), torch.zeros(2, 10, 30, 1, dtype=torch.uint8)).isnan().all()
+    assert ssim_per_image(torch.zeros(2, 10, 30, 1, dtype=torch.uint8), torch.zeros(2, 10, 30, 1, dtype=torch.uint8)).isnan().all()

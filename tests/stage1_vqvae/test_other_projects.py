@@ -26,10 +26,10 @@ from pipelines.reconstruct import main as reconstruct
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from pipelines.summary import main as summary
-from stage1_vqvae.export_tokenizer import for_diffusers
 from stage1_vqvae.export_tokenizer import main as export_tokenizer
+from stage1_vqvae.export_tokenizer import to_diffusers
+from stage1_vqvae.import_tokenizer import build_tokenizer
 from stage1_vqvae.import_tokenizer import main as import_tokenizer
-from stage1_vqvae.import_tokenizer import tokenizer_of
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vqgan import VQGANPart
 from stage1_vqvae.networks.vqgan_names import SPELLINGS
@@ -114,7 +114,7 @@ def test_sizes_of_public_checkpoints_follow_from_their_shapes(file: str) -> None
     shapes = json.loads((REFERENCES / "state_dicts.json").read_text())[file]
     with torch.device("meta"):
         weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-        tokenizer, unused = tokenizer_of(weights, SPELLINGS[file.split()[0]], load_recipe(REPOSITORY / "configs" / "imagefolder.yaml"))
+        tokenizer, unused = build_tokenizer(weights, SPELLINGS[file.split()[0]], load_recipe(REPOSITORY / "configs" / "imagefolder.yaml"))
     network, quantizer = tokenizer.config.network, tokenizer.quantizer
     assert isinstance(network, VQGANPart)
     assert (network.multipliers, network.attention, *quantizer.num_codes, tokenizer.config.code_dim) == PUBLIC[file]
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, t
     import_tokenizer(["--from", "taming", str(tmp_path / "last.ckpt"), "--config", str(tiny_recipe), "--run", run])
     printed = capsys.readouterr().out
     for name in ("epoch", "callbacks", "args", "optimizer_states", "loss.*"):
-        assert printed.count(f"left aside: {name}\n") == 1
+        assert printed.count(f"ignored: {name}\n") == 1
     extract_codes(["--run", run])
     train_prior(["--run", run])
     sample(["--run", run, "--n", "2"])
@@ -273,7 +273,7 @@ def test_what_diffusers_does_not_know_is_refused(run_copy: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("part", "fields", "said"),
     [
-        ("objective", {"kind": "bce"}, "expected mse, where the decoder puts out the image itself, found bce"),
+        ("objective", {"kind": "bce"}, "expected mse, where the decoder outputs the image itself, found bce"),
         ("quantizer", {"kind": "ema", "depth": 2}, "neither residual nor in groups nor projected, found ema of 2 levels"),
         ("quantizer", {"kind": "fsq", "levels": [3, 3]}, "expected one learned codebook"),
     ],
@@ -282,7 +282,7 @@ def test_parts_that_diffusers_does_not_know_are_refused(part: str, fields: dict[
     network = VQGANPart(hidden_channels=32, multipliers=[1], attention=[], residual_blocks=1, latent_channels=4)
     chosen: Any = {part: part_from(f"tokenizer.{part}", fields)}
     with pytest.raises(UserError, match=said):
-        for_diffusers(VQVAE(Tokenizer(code_dim=2, network=network, **chosen), 8, 12, 3))
+        to_diffusers(VQVAE(Tokenizer(code_dim=2, network=network, **chosen), 8, 12, 3))
 
 
 def test_settings_beside_the_weights_are_read(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:

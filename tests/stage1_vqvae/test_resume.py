@@ -61,7 +61,7 @@ def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
     main([*settings, "--run", str(run), "--resume"])
     out = capsys.readouterr().out
     assert re.search(r"going on after step (40|80)", out)
-    assert out.count("48 images in 2 classes; train 36, validation 12 (held out)") == 1
+    assert out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 1
     assert (run / "tokenizer.safetensors").read_bytes() == (tmp_path / "whole" / "tokenizer.safetensors").read_bytes()
     timeless = [
         [

@@ -97,13 +97,11 @@ def test_the_tokenizer_is_the_same_however_images_are_read(
 
 
 def test_random_crops_are_made_of_whole_images(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--stage1.steps", "4", "--data.crop", "random"]
-    line = one_line_error(main, *settings, "--data.crop_area", "0.5")
-    assert "data.decode: expected each_time with data.crop random" in line
-    main([*settings, "--data.crop_area", "0.5", "--data.decode", "each_time"])
+    settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--stage1.steps", "4", "--data.transform", "random_crop"]
+    line = one_line_error(main, *settings, "--data.transform.min_area", "0.5")
+    assert "data.decode: expected each_time with data.transform random_crop and stage1.augmentation horizontal_flip" in line
+    main([*settings, "--data.transform.min_area", "0.5", "--data.decode", "each_time"])
     assert (tmp_path / "run/tokenizer.safetensors").exists()
-    line = one_line_error(main, "--config", tiny_recipe, "--run", tmp_path / "other", "--data.crop_area", "0.5")
-    assert "data.crop: expected random with data.crop_area 0.5" in line
 
 
 def test_a_batch_that_does_not_divide_is_named(
@@ -121,7 +119,7 @@ def test_accumulation_changes_memory_and_not_the_result(tiny_recipe: Path, tmp_p
         settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / name), "--stage1.steps", "1", *ADVERSARY]
         main([*settings, "--stage1.adversarial.start", "0", "--stage1.accumulation", str(accumulation)])
     states = [torch.load(tmp_path / name / "stage1/checkpoints/step-000000001.pt", weights_only=True) for name in ("one", "four")]
-    one, four = ({**state["model"], **state["adversary"]["model"]} for state in states)
+    one, four = ({**state["model"], **state["adversarial"]["model"]} for state in states)
     assert bool((one["norms"] > 0).all())
     for name in one:
         assert torch.allclose(one[name], four[name], atol=1e-5), name

@@ -19,7 +19,8 @@ from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.monitoring.validation import validate
-from stage1_vqvae.train import Models, build, main
+from stage1_vqvae.steps import TokenizerState, build_state
+from stage1_vqvae.train import main
 from training.metrics_log import read_metrics
 
 # A discriminator that begins at step 30 of 120, learns alone for 6 and then pulls, with something to remember besides.
@@ -50,11 +51,11 @@ def test_of_a_budget_networks_take_their_time_once(tiny_recipe: Path, tmp_path: 
     monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
     network, found = tmp_path / "run/stage1/classifier.safetensors", []
 
-    def building(*arguments: Any) -> Models:
+    def building(*arguments: Any) -> TokenizerState:
         found.append(network.read_bytes())
-        return build(*arguments)
+        return build_state(*arguments)
 
-    monkeypatch.setattr("stage1_vqvae.train.build", building)
+    monkeypatch.setattr("stage1_vqvae.train.build_state", building)
     budget = ["--stage1.minutes", "0.02", "--stage1.perceptual", "features"]
     main(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), *budget])
     assert found == [network.read_bytes()] * 2

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from configs.cli import load_recipe
 from configs.run_dir import RunDir
-from stage1_vqvae.data.crops import FIVE
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN, VALIDATION, CroppablePixels
+from stage1_vqvae.data.variants import VARIANTS
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior import extract_codes
 from stage2_prior.codes.store import CodeStore, read_manifest
@@ -65,7 +65,7 @@ def test_crops_are_variants_made_of_whole_images(augmentation: str, run_copy: Pa
     stored = CodeStore(run.codes / TRAIN)
     pixels = load_images(dataclasses.replace(data, decode="each_time")).splits[TRAIN].pixels
     assert isinstance(pixels, CroppablePixels)
-    crops = pixels.cropped(torch.arange(len(stored)), [FIVE] * len(stored))
+    crops = pixels.cropped(torch.arange(len(stored)), [VARIANTS["five_crops"].crops] * len(stored))
     assert torch.equal(crops[:, 0], pixels[:])
     if augmentation == "ten_crops":
         crops = torch.cat([crops, crops.flip(3)], 1)
@@ -116,7 +116,7 @@ def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pyt
     main(["--run", str(run_copy)])
     out = capsys.readouterr().out
     assert "extracting anew" in out
-    assert out.count("48 images in 2 classes; train 36, validation 12 (held out)") == 2  # of the training, and of this
+    assert out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 2  # of the training, and of this
     assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
 
 

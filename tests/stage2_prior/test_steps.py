@@ -7,7 +7,7 @@ import torch
 
 from configs.schema import Compute, Stage2, prior_from
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.steps import begun
+from stage2_prior.steps import PriorState
 from training.processes import start
 
 LAYOUT = SequenceLayout([(2, 3)], [16])
@@ -20,6 +20,6 @@ def test_likelihoods_are_full_float32_where_networks_train_in_another(kind: str)
     codes, labels = (torch.randint(16, (4, 2, 3)),), torch.tensor([0, 1, 2, 3])
     expected = prior.eval().log_prob(codes, labels)
     compute = Compute(mixed_precision="bf16", threads=1)
-    parts = begun(start(compute), prior, Stage2(), compute)
-    assert torch.equal(parts.average.model.eval().log_prob(codes, labels), expected)
-    assert not torch.equal(parts.model(codes, labels)[0], parts.average.model(codes, labels)[0])  # the first runs in bf16
+    state = PriorState(start(compute), prior, Stage2(), compute)
+    assert torch.equal(state.average.model.eval().log_prob(codes, labels), expected)
+    assert not torch.equal(state.model(codes, labels)[0], state.average.model(codes, labels)[0])  # the first runs in bf16

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 from configs.cli import load_recipe
 from configs.errors import UserError
+from configs.prior_name import PriorName
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
 from pipelines.anomalies import validation_bits
@@ -108,11 +109,11 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     line = one_line_error(main, *arguments, "--resume", "--stage2.steps", "12")
     assert re.search(r'expected codes of the classes that its training began with, found .*class "aside" is new', line)
     shutil.copytree(run.prior("transformer"), run.prior("joined/level1"))
-    check_levels(run, "joined/level2", ["across", "down"])
-    check_levels(run, "joined/level1", names)  # which is to be trained again
+    check_levels(run, PriorName("joined", 2), ["across", "down"])
+    check_levels(run, PriorName("joined", 1), names)  # which is to be trained again
     for classes, found in ((names, "expected all levels trained on the same classes, across, aside, down"), (None, "or none, found both")):
         with pytest.raises(UserError, match=found):
-            check_levels(run, "joined/level2", classes)
+            check_levels(run, PriorName("joined", 2), classes)
 
 
 def test_references_by_hand(finished_run: Path) -> None:
@@ -167,11 +168,11 @@ def test_codes_that_have_changed_since_a_prior_began_are_said(
     assert "36 images, was 30" in one_line_error(report, "--run", run_copy)
     resume = ["--run", run_copy, "--resume", "--stage2.steps", "12"]
     assert "found train: 36 images, was 30; put it back, train another with --name NAME" in one_line_error(main, *resume)
-    check_codes(run, "transformer", recipe, stores, accept=True)
+    check_codes(run, PriorName("transformer"), recipe, stores, accept=True)
     assert capsys.readouterr().out.endswith("going on with data that has changed: train: 36 images, was 30\n")
     write_json(path, {**known, "train": {**known["train"], "classes": {"across": 18, "bird": 18}}})
     with pytest.raises(UserError, match=r'expected codes of the classes .*, found .*class "bird" is gone'):
-        check_codes(run, "transformer", recipe, stores, accept=True)
+        check_codes(run, PriorName("transformer"), recipe, stores, accept=True)
     write_json(path, known)
     extract(["--run", str(run_copy), "--overwrite", "--extraction.augmentation", "horizontal_flip"])
     assert "expected codes of augmentation none, with which its training began, found horizontal_flip" in one_line_error(main, *resume)

@@ -67,7 +67,7 @@ def test_what_the_launcher_keeps_to_itself(typed: str, said: str | None, began: 
     for name, value in HARMLESS.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     words = [sys.executable, *began, *typed.split(), "stage1_vqvae/train.py", "--gradient_clipping", "8", "--tpu"]
-    monkeypatch.setattr(launcher, "_parents_words", lambda: words)
+    monkeypatch.setattr(launcher, "_parent_command", lambda: words)
     before = torch.get_num_threads()
     if said is None:
         start(Compute())
@@ -81,5 +81,5 @@ def test_what_the_launcher_keeps_to_itself(typed: str, said: str | None, began: 
 def test_nobody_else_is_taken_for_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher.check_launcher(False) is None
     for words in ([], ["bash"], ["make", "launch", "--tpu"], ["python", "accelerate", "config", "--tpu"]):
-        monkeypatch.setattr(launcher, "_parents_words", lambda words=words: words)
+        monkeypatch.setattr(launcher, "_parent_command", lambda words=words: words)
         assert launcher.check_launcher(False) is None

@@ -19,7 +19,7 @@ from configs.schema import Compute
 from tests.conftest import Script
 from tests.launched.shards import net
 from training.checkpoint import Checkpoints
-from training.optimizer import adamw, load_moments_, moments
+from training.optimizer import OptimizerState, adamw
 from training.processes import asked_to_shard, start
 
 RANKS = range(3)
@@ -48,7 +48,7 @@ def alone(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def read(folder: Path, stage: str = "stage 2") -> tuple[dict[str, Any] | None, torch.nn.Module, torch.optim.Optimizer]:
     model = net()
     optimizer = adamw(model, 1e-2, 0.1, beta2=0.95)
-    into = {"model": model.state_dict(), "optimizer": moments(model, optimizer)}
+    into = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()}
     return Checkpoints(folder, stage, 2, Accelerator(cpu=True)).load_latest(into), model, optimizer
 
 
@@ -58,7 +58,7 @@ def test_one_process_reads_what_three_have_written(saved: tuple[Path, list[str]]
     assert state["step"] == 3
     assert state["best"] == {"step": 3, "bits": float("inf")}
     model.load_state_dict(state["model"])
-    load_moments_(model, optimizer, state["optimizer"])
+    OptimizerState(model, optimizer).load_state_dict(state["optimizer"])
     whole = torch.load(saved[0] / "expected.pt")
     expected, stepped = alone(3)
     for (name, weight), (_, reference) in zip(model.named_parameters(), expected.named_parameters(), strict=True):

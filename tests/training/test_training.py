@@ -22,7 +22,7 @@ from torch import nn
 
 from configs.errors import UserError, run_entry
 from configs.schema import Compute
-from stage1_vqvae.features.weights import weights_in
+from stage1_vqvae.features.weights import read_weights
 from training import checkpoint
 from training.batching import check_divides, share_of_step
 from training.checkpoint import Checkpoints
@@ -344,13 +344,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str
     weights = {"good": torch.ones(3), "steps": torch.ones(2, dtype=torch.int64), "bad": torch.tensor([1.0, value]).bfloat16()}
     save_weights(tmp_path / "own.safetensors", weights, {"kind": "prior"})
     torch.save(weights, tmp_path / "theirs.pth")
-    for read in (lambda: load_weights(tmp_path / "own.safetensors", "prior"), lambda: weights_in(tmp_path / "theirs.pth")):
+    for read in (lambda: load_weights(tmp_path / "own.safetensors", "prior"), lambda: read_weights(tmp_path / "theirs.pth")):
         with pytest.raises(UserError, match=rf"\.\w+: expected finite weights, found {name} in bad$"):
             read()
 
 
 def test_no_memory_is_one_line_with_what_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
-    start(Compute(threads=1), lighter="take fewer")
+    start(Compute(threads=1), oom_hint="take fewer")
     with pytest.raises(SystemExit) as ended:
         run_entry(lambda: print(torch.empty(1 << 60)))
     assert ended.value.code == 2

@@ -295,7 +295,7 @@ async function redrawPart() {
   await pictures(redraw, "complete", { ...drawing, codes: chosen.codes, painted }, labelsIn(redraw.form, count));
 }
 
-/** Read a file as an image (H * W * C) of the run's size: scaled to cover it and cropped at the centre. */
+/** Read a file as an image (H * W * C) of the run's size: its crop (stage1_vqvae/data/crops.py) scaled to that. */
 async function pixelsOf(opened) {
   const [height, width, channels] = model.image_shape;
   let source;
@@ -304,9 +304,10 @@ async function pixelsOf(opened) {
   } catch {
     throw new Error(`${opened.name}: expected a picture that this browser can read, found something else.`);
   }
-  const scale = Math.min(source.width / width, source.height / height);
+  const { area, across, down } = model.crop;
+  const scale = Math.min(source.width / width, source.height / height) * Math.sqrt(area);
   const [cropWidth, cropHeight] = [width * scale, height * scale];
-  let crop = [(source.width - cropWidth) / 2, (source.height - cropHeight) / 2, cropWidth, cropHeight];
+  let crop = [(source.width - cropWidth) * across, (source.height - cropHeight) * down, cropWidth, cropHeight];
   // Browsers alias when they shrink by more than two, so halve repeatedly.
   let halvings = Math.max(0, Math.floor(Math.log2(scale)));
   for (; ; halvings--) {

@@ -26,7 +26,7 @@ from pipelines.inputs.pictures import kept_by
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
-from stage1_vqvae.data.sources import load_images, spread
+from stage1_vqvae.data.sources import evenly_spaced, load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
 from stage2_prior.codes.store import CodeStore
@@ -187,7 +187,7 @@ def test_wrong_splits_get_one_line(pictures: Path) -> None:
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [0]), (3, [0, 3, 6]), (9, list(range(9))), (20, list(range(9)))])
 def test_spread_takes_images_at_equal_distances(count: int, rows: list[int]) -> None:
-    assert spread(9, count).tolist() == rows
+    assert evenly_spaced(9, count).tolist() == rows
 
 
 @pytest.mark.parametrize("split", [TRAIN, VALIDATION, "files"])
@@ -203,7 +203,7 @@ def test_few_images_are_taken_without_the_others(split: str, pictures: Path, tmp
     assert len(decoded) == 5
     assert not (tmp_path / "cache").exists()
     whole = chosen_images(asked, data, progress=False)
-    rows = spread(len(whole.pixels), 5).tolist()
+    rows = evenly_spaced(len(whole.pixels), 5).tolist()
     assert torch.equal(few.pixels, whole.pixels[rows])
     assert few.labels is not None
     assert whole.labels is not None
@@ -268,7 +268,7 @@ LEFT = np.repeat(np.asarray([[255, 255, 0, 0]], np.uint8), 2, 0)
 WHITE, BLACK = np.full_like(LEFT, 255), np.zeros_like(LEFT)
 
 
-def with_alpha(grey: np.ndarray, alpha: np.ndarray, mode: str) -> Image.Image:
+def to_rgba(grey: np.ndarray, alpha: np.ndarray, mode: str) -> Image.Image:
     return Image.fromarray(np.dstack([grey, grey, grey, alpha])).convert(mode)
 
 
@@ -276,12 +276,12 @@ def with_alpha(grey: np.ndarray, alpha: np.ndarray, mode: str) -> Image.Image:
 def test_a_masks_transparent_parts_are_drawn_anew(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     left = torch.from_numpy(LEFT >= 128)
     for grey, alpha in ((LEFT, WHITE), (WHITE, LEFT), (LEFT, LEFT)):
-        assert torch.equal(kept_by(with_alpha(grey, alpha, mode), "--mask"), left)
+        assert torch.equal(kept_by(to_rgba(grey, alpha, mode), "--mask"), left)
     assert not capsys.readouterr().out
-    assert torch.equal(kept_by(with_alpha(np.full_like(LEFT, 100), LEFT, mode), "--mask"), left)
+    assert torch.equal(kept_by(to_rgba(np.full_like(LEFT, 100), LEFT, mode), "--mask"), left)
     assert "--mask: a picture with transparent parts: those are drawn again, the others kept" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--mask: expected white where .*; found black and transparent parts alone"):
-        kept_by(with_alpha(BLACK, LEFT, mode), "--mask")
+        kept_by(to_rgba(BLACK, LEFT, mode), "--mask")
 
 
 def test_masks_may_be_of_any_depth() -> None:

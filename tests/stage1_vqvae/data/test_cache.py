@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import shutil
 import threading
 import time
@@ -14,12 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.data import Data
+from configs.data import LOCAL_KEYS, SELECTION_KEYS, Data, pixel_settings
 from configs.errors import UserError
+from configs.parts import FAMILIES, part_class
 from stage1_vqvae.data import cache, encoded
 from stage1_vqvae.data.cache import cached_images
+from stage1_vqvae.data.encoded import EncodedSplit, FilePaths
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TRAIN, VALIDATION, Readable
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, ReadableImages
+from stage1_vqvae.data.transforms.random_crop import RandomCropPart
 
 
 def data(path: Path, kept: Path, **settings: object) -> Data:
@@ -28,7 +33,7 @@ def data(path: Path, kept: Path, **settings: object) -> Data:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The paths of all images that are decoded."""
+    """Paths of all images that are decoded."""
     found: list[str] = []
     real = encoded.decode_image
 
@@ -52,7 +57,7 @@ def test_images_are_decoded_once(pictures: Path, tmp_path: Path, decoded: list[s
     assert len(decoded) == 48
 
 
-def test_validation_images_alone_leave_the_others_encoded(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_loading_validation_images_decodes_no_others(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
     (only,) = load_images(data(pictures, tmp_path), [VALIDATION]).splits.values()
     assert len(decoded) == len(only) == 12
     assert torch.equal(only.pixels, load_images(data(pictures, tmp_path)).splits[VALIDATION].pixels)
@@ -67,7 +72,7 @@ def test_validation_images_alone_leave_the_others_encoded(pictures: Path, tmp_pa
         lambda folder: (folder / "across/000.png").rename(folder / "down/000a.png"),
     ],
 )
-def test_images_that_change_are_decoded_anew(change: Callable[[Path], None], pictures: Path, tmp_path: Path) -> None:
+def test_changed_images_are_decoded_again(change: Callable[[Path], None], pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     before = load_images(data(folder, tmp_path / "cache")).splits
     change(folder)
@@ -76,22 +81,69 @@ def test_images_that_change_are_decoded_anew(change: Callable[[Path], None], pic
     assert any(not torch.equal(after[name].pixels, before[name].pixels) for name in after)
 
 
-@pytest.mark.parametrize("settings", [{"height": 16}, {"channels": 1}, {"background": "black"}, {"seed": 1}, {"validation_share": 0.5}])
-def test_what_a_recipe_asks_of_images_is_what_it_gets(settings: dict[str, object], tmp_path: Path) -> None:
-    """Pictures half of which are transparent."""
-    for number in range(8):
-        picture = Image.new("RGBA", (12, 8), (number * 30, 90, 200, 255))
-        picture.paste((0, 0, 0, 0), (0, 0, 6, 8))
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        picture.save(tmp_path / f"pictures/{number}.png")
-    load_images(data(tmp_path / "pictures", tmp_path / "cache"))
-    after, fresh = (load_images(data(tmp_path / "pictures", tmp_path / name, **settings)).splits for name in ("cache", "fresh"))
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"validation_share": 0.5}])
+def test_other_rows_are_not_served_from_the_cache(settings: dict[str, object], pictures: Path, tmp_path: Path) -> None:
+    load_images(data(pictures, tmp_path / "cache"))
+    after, fresh = (load_images(data(pictures, tmp_path / name, **settings)).splits for name in ("cache", "fresh"))
     assert all(torch.equal(after[name].pixels, fresh[name].pixels) for name in (TRAIN, VALIDATION))
 
 
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> EncodedSplit:
+    """Images in which every setting of pixels shows: half transparent, of 16 bits, a JPEG that its decoder scales down."""
+    folder = tmp_path_factory.mktemp("varied")
+    transparent = Image.new("RGBA", (24, 16), (30, 90, 200, 255))
+    transparent.paste((0, 0, 0, 0), (0, 0, 12, 16))
+    transparent.save(folder / "transparent.png")
+    Image.fromarray(np.full((16, 24), 500, np.uint16)).save(folder / "16_bits.png")
+    Image.effect_noise((400, 300), 90).convert("RGB").save(folder / "noise.jpg")
+    return EncodedSplit(VALIDATION, FilePaths(sorted(map(str, folder.iterdir()))), None, "varied")
+
+
+OTHER_VALUES: dict[str, Any] = {
+    **dict.fromkeys(("name", "config", "revision", "path", "image_column", "label_column"), "other"),
+    **dict.fromkeys(("train_split", "validation_split", "test_split"), "other"),
+    **{"height": 9, "width": 13, "channels": 1, "background": "black", "white": 1000.0, "transform": RandomCropPart(min_area=0.5)},
+    **{"validation_share": 0.2, "seed": 1, "on_error": "skip", "most_skipped": 0.5},
+    **{"decode": "each_time", "stream": True, "workers": 0, "cache": "other"},
+}
+DECIDE_PIXELS = ("height", "width", "channels", "background", "white", "transform")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Data)])
+def test_the_cache_serves_no_pixels_of_other_settings(name: str, varied: EncodedSplit, tmp_path: Path) -> None:
+    """Each setting alone; those that decide no pixels use the file in the cache. A new setting has to be added to these tables."""
+    settings = Data(height=8, width=12, cache=str(tmp_path / "cache"))
+    before = varied.read(None, settings, False).pixels
+    changed = dataclasses.replace(settings, **{name: str(tmp_path / "other") if name == "cache" else OTHER_VALUES[name]})
+    cached, fresh = (varied.read(None, dataclasses.replace(changed, decode=how), False).pixels[:] for how in ("once", "each_time"))  # type: ignore[arg-type]
+    assert torch.equal(cached, fresh)
+    assert (cached.shape == before.shape and torch.equal(cached, before[:])) == (name not in DECIDE_PIXELS)
+    files = len(list(tmp_path.glob("cache/*.pixels")))
+    assert files == (1 if name in (*LOCAL_KEYS, *SELECTION_KEYS) else 2)
+
+
+def test_every_field_of_a_transform_is_part_of_the_key() -> None:
+    transforms = [part_class("data.transform", kind)() for kind in FAMILIES["data.transform"]]
+    for part in list(transforms):
+        transforms += [dataclasses.replace(part, **{field.name: getattr(part, field.name) / 2}) for field in dataclasses.fields(part)]
+    keys = [pixel_settings(Data(transform=part)) for part in transforms]  # type: ignore[arg-type]
+    assert all(one != other for one, other in itertools.combinations(keys, 2))
+
+
+def test_unreadable_images_are_cached_per_settings(tmp_path: Path) -> None:
+    """An image of floating point cannot be read without data.white."""
+    Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)).save(tmp_path / "float.tiff")
+    split = EncodedSplit(VALIDATION, FilePaths([str(tmp_path / "float.tiff")]), None, "float")
+    settings = Data(height=8, width=12, cache=str(tmp_path / "cache"), decode="each_time", on_error="skip", most_skipped=0.0)
+    with pytest.raises(UserError, match="none of which is known to be white"):
+        split.read(None, settings, False)
+    assert not split.read(None, dataclasses.replace(settings, white=1.0), False).skipped
+
+
 @pytest.mark.parametrize("left", ["a part", "too little"])
-def test_half_a_file_is_none(left: str, pictures: Path, tmp_path: Path) -> None:
-    """What a killed command leaves under another name, and a file that something has cut short."""
+def test_an_incomplete_file_is_written_again(left: str, pictures: Path, tmp_path: Path) -> None:
+    """The partial file of a killed command, and a file that was cut short."""
     whole = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
     for path in tmp_path.glob("*.pixels"):
         content = path.read_bytes()
@@ -101,7 +153,7 @@ def test_half_a_file_is_none(left: str, pictures: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_an_image_that_cannot_be_read_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_leaves_no_file(pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     (folder / "down/003.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"003\.png: expected a readable image"):
@@ -109,10 +161,8 @@ def test_an_image_that_cannot_be_read_leaves_nothing(pictures: Path, tmp_path: P
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
-def test_images_that_cannot_be_read_can_be_left_out(
-    pictures: Path, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Then labels are those of the images that are there, found in the cache or not."""
+def test_unreadable_images_can_be_skipped(pictures: Path, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels stay with their images, whether decoded now or cached."""
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     for name in ("across/003.png", "down/002.png", "down/011.png"):
         (folder / name).write_bytes(b"no picture")
@@ -138,14 +188,14 @@ def test_images_that_cannot_be_read_can_be_left_out(
         load_images(data(folder, tmp_path / "cache", most_skipped=0.3))
 
 
-def test_no_room_is_said_before_anything_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 9_000, 9_000))
     with pytest.raises(UserError, match=r"expected room for 0\.0 MB of decoded images of .*, found 0\.0 MB free; make room"):
         load_images(data(pictures, tmp_path))
     assert not list(tmp_path.glob("*.pixels"))
 
 
-def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
+def test_one_of_several_concurrent_readers_decodes(tmp_path: Path) -> None:
     decoding, found = [], []
 
     def decode() -> Iterator[np.ndarray]:
@@ -167,13 +217,13 @@ def test_of_several_that_ask_at_once_one_decodes(tmp_path: Path) -> None:
     assert all(torch.equal(images[:, 0, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], dtype=torch.uint8)) for images in found)
 
 
-def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the one that shows how far it is; but what it does not decode, they do."""
+def test_other_local_ranks_let_the_first_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first shows the progress bar; the others decode what it does not."""
     monkeypatch.setattr(cache, "_HEAD_START", 0.3)
     monkeypatch.setenv("LOCAL_RANK", "1")
     decoding, found = [], []
 
-    def by(name: str) -> Readable:
+    def by(name: str) -> ReadableImages:
         def decode() -> Iterator[np.ndarray]:
             decoding.append(name)
             yield np.full((2, 2, 1), 7, np.uint8)
@@ -192,7 +242,7 @@ def test_the_other_processes_of_a_launcher_leave_it_to_the_first(tmp_path: Path,
     assert cached_images(tmp_path, {"source": "y"}, (1, 2, 2, 1), lambda: iter([np.zeros((2, 2, 1), np.uint8)]), "y").pixels.sum() == 0
 
 
-def test_a_cache_that_has_them_need_not_be_writable(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_cache_may_be_read_only(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
 
     def refused(*_: object, **__: object) -> None:
@@ -202,8 +252,8 @@ def test_a_cache_that_has_them_need_not_be_writable(pictures: Path, tmp_path: Pa
     assert torch.equal(load_images(data(pictures, tmp_path)).splits[TRAIN].pixels, before)
 
 
-def test_what_passes_is_not_remembered(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that may not be opened today is not one that cannot be read: it is not left out, today or later."""
+def test_temporary_errors_are_not_cached(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image without permission is not skipped, neither now nor later."""
     real = Image.open
 
     def refused(path: object) -> Image.Image:
@@ -219,8 +269,8 @@ def test_what_passes_is_not_remembered(pictures: Path, tmp_path: Path, monkeypat
     assert not load_images(settings).skipped
 
 
-def test_decoded_images_are_shared_not_copied(tmp_path: Path) -> None:
-    """Of a hundred MB this process has as its own but what it writes into."""
+def test_decoded_images_are_mapped_not_copied(tmp_path: Path) -> None:
+    """Mapping 100 MB adds almost no private memory."""
 
     def own() -> int:
         rollup = Path("/proc/self/smaps_rollup").read_text()

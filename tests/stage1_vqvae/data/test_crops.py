@@ -1,4 +1,4 @@
-"""Which part of an image is taken, and what a codec that scales leaves of it."""
+"""Boxes of an image, and decoding at a reduced size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import torchvision.transforms.functional as reference
 from PIL import Image, ImageOps
 
 from configs.data import Data
-from stage1_vqvae.data.crops import CENTRE, FIVE, Crop, crops_from
+from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.decoding import decode_crops, decode_image
+from stage1_vqvae.data.transforms.random_crop import RandomCropPart
+from stage1_vqvae.data.variants import VARIANTS
+
+FIVE = VARIANTS["five_crops"].crops
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -22,14 +26,14 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes
 
 
 def coordinates(width: int, height: int) -> Image.Image:
-    """Red says how far to the right a pixel's centre is, green how far down, in 255ths of the sides."""
+    """A picture whose red is the x of a pixel's centre and whose green is its y, in 255ths of the sides."""
     across, down = ((np.arange(side) + 0.5) / side * 255 for side in (width, height))
     pixels = np.stack(np.broadcast_arrays(across[None], down[:, None], 0), -1)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def seen(pixels: np.ndarray) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what is seen of `coordinates`, as shares of its sides."""
+def visible_box(pixels: np.ndarray) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the visible box of `coordinates`, as shares of its sides."""
     height, width = pixels.shape[:2]
     across, down = pixels[..., 0].mean(0) / 255, pixels[..., 1].mean(1) / 255
     half_across, half_down = (across[-1] - across[0]) / (width - 1) / 2, (down[-1] - down[0]) / (height - 1) / 2
@@ -37,18 +41,18 @@ def seen(pixels: np.ndarray) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (64, 64), (90, 60)])
-@pytest.mark.parametrize("crop", [CENTRE, Crop(0.5, 0.0, 1.0), Crop(0.25, 1.0, 0.3), *FIVE[1:]])
-def test_a_crop_shows_the_part_that_it_names(crop: Crop, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("crop", [Crop(), Crop(0.5, 0.0, 1.0), Crop(0.25, 1.0, 0.3), *FIVE[1:]])
+def test_a_crop_is_the_box_that_it_describes(crop: Crop, size: tuple[int, int]) -> None:
     data = Data(height=20, width=30)
     (found,) = decode_crops(encoded(coordinates(*size)), "", data, [crop])
     largest = min(size[0] / 30, size[1] / 20)
     width, height = 30 * largest * crop.area**0.5, 20 * largest * crop.area**0.5
     left, top = (size[0] - width) * crop.across, (size[1] - height) * crop.down
     expected = np.array([left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1]])
-    assert np.abs(np.array(seen(found.astype(float))) - expected).max() < 0.02
+    assert np.abs(np.array(visible_box(found.astype(float))) - expected).max() < 0.02
 
 
-def test_the_centre_is_what_pillow_fits() -> None:
+def test_the_center_crop_equals_pillows_fit() -> None:
     picture = Image.effect_noise((97, 61), 80).convert("RGB")
     fitted = ImageOps.fit(picture, (24, 16), Image.Resampling.LANCZOS)
     found = decode_image(encoded(picture), "", Data(height=16, width=24)).astype(int)
@@ -64,9 +68,9 @@ def test_five_crops_are_the_centre_and_the_corners_of_an_enlarged_image() -> Non
         assert np.abs(one - np.asarray(other).astype(int)).mean() < 2
 
 
-def test_random_crops_reach_all_that_they_may_and_no_further() -> None:
+def test_random_crops_cover_their_range_and_stay_inside() -> None:
     draws = torch.rand((2000, 3), generator=torch.Generator().manual_seed(0))
-    crops = crops_from(draws, 0.3)
+    crops = [RandomCropPart(min_area=0.3).crop(draw) for draw in draws.tolist()]
     areas = np.array([crop.area for crop in crops])
     assert areas.min() >= 0.3
     assert areas.max() <= 1
@@ -76,27 +80,27 @@ def test_random_crops_reach_all_that_they_may_and_no_further() -> None:
         assert 0 <= left < right <= 50
         assert 0 <= top < bottom <= 40
         assert (right - left) / (bottom - top) == pytest.approx(1.5)
-    whole = crops_from(draws, 1.0)
-    assert {crop.area for crop in whole} == {1.0}
+    assert {RandomCropPart().crop(draw).area for draw in draws.tolist()} == {1.0}
+    assert RandomCropPart(min_area=0.3).crop() == Crop()
 
 
 @pytest.mark.parametrize("side", [64, 256, 300, 1024])
-def test_the_image_itself_is_the_same_beside_its_corners(side: int) -> None:
-    """Whatever a codec scales down by itself."""
+def test_the_first_crop_does_not_depend_on_the_others(side: int) -> None:
+    """At any reduction by the codec."""
     picture = Image.effect_noise((side // 4, side // 4), 60).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     content, data = encoded(picture, "JPEG", quality=90), Data(height=64, width=64)
     assert np.array_equal(decode_crops(content, None, data, FIVE)[0], decode_image(content, None, data))
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_a_jpeg_scales_itself_is_what_scaling_it_afterwards_gives(turned: bool) -> None:
-    """To within what nobody sees; and it is the part that was asked for."""
+def test_reduced_jpeg_decoding_equals_scaling_afterwards(turned: bool) -> None:
+    """Up to differences that nobody sees, and for the right box."""
     noise = Image.effect_noise((40, 30), 60).convert("RGB").resize((1600, 1200), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     if turned:
         exif[0x0112] = 6
     content, data = encoded(noise, "JPEG", quality=90, exif=exif), Data(height=48, width=64)
-    crops = [CENTRE, Crop(0.5, 0.9, 0.2)]
+    crops = [Crop(), Crop(0.5, 0.9, 0.2)]
     found = decode_crops(content, "", data, crops).astype(float)
     whole = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     assert whole.size == ((1200, 1600) if turned else (1600, 1200))

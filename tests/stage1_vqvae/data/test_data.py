@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 from pathlib import Path
+from typing import get_args
 
 import datasets
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.data import Data
+from configs.data import Augmentation, Data
 from configs.errors import UserError
 from configs.run_dir import REPOSITORY
+from stage1_vqvae.data.crops import Crop
 from stage1_vqvae.data.pixels import to_model, to_uint8, to_unit
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
-from stage1_vqvae.data.variants import make_variants, num_variants
+from stage1_vqvae.data.variants import VARIANTS, Variants
 from tests.conftest import write_pictures
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -30,7 +32,7 @@ def data(path: Path | None = None, **settings: object) -> Data:
     return Data(**{**defaults, **settings})  # type: ignore[arg-type]
 
 
-def test_pixels_survive_the_way_into_the_model_and_back() -> None:
+def test_pixels_survive_conversion_for_the_model_and_back() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, 16, 16, 3)
     images = to_model(pixels)
     assert images.shape == (2, 3, 16, 16)
@@ -42,8 +44,8 @@ def test_pixels_survive_the_way_into_the_model_and_back() -> None:
 
 def test_shifts_are_the_nine_offsets_with_edges_repeated() -> None:
     image = torch.rand(1, 2, 5, 7)
-    count = num_variants("shift")
-    variants = make_variants(image.expand(count, -1, -1, -1), "shift", torch.arange(count))
+    count = len(VARIANTS["shift"])
+    variants = VARIANTS["shift"].apply(image.expand(count, -1, -1, -1), torch.arange(count))
     assert torch.equal(variants[0], image[0])
     padded = np.pad(image[0].numpy(), ((0, 0), (1, 1), (1, 1)), mode="edge")
     windows = {padded[:, top : top + 5, left : left + 7].tobytes() for top in range(3) for left in range(3)}
@@ -52,10 +54,25 @@ def test_shifts_are_the_nine_offsets_with_edges_repeated() -> None:
 
 def test_flip_mirrors_the_width() -> None:
     images = torch.rand(2, 3, 4, 6)
-    variants = make_variants(images, "horizontal_flip", torch.tensor([0, 1]))
+    variants = VARIANTS["horizontal_flip"].apply(images, torch.tensor([0, 1]))
     assert torch.equal(variants[0], images[0])
     assert np.array_equal(variants[1].numpy(), images[1].numpy()[:, :, ::-1])
-    assert make_variants(images, "none", torch.tensor([0, 0])) is images
+    assert VARIANTS["none"].apply(images, torch.tensor([0, 0])) is images
+
+
+def test_variants_are_all_combinations_of_crop_shift_and_mirror_image() -> None:
+    """The crop counts fastest, then the shift, then the mirror image."""
+    crops = torch.rand(2, 1, 3, 4)
+    both = Variants((None, Crop(0.5)), shifted=True, mirrored=True)
+    found = [both.apply(crops, torch.tensor([number, number + 1])) for number in range(0, len(both), 2)]
+    shifted = [VARIANTS["shift"].apply(crops, torch.full((2,), shift)) for shift in range(9)]
+    assert len(both) == 36
+    assert torch.equal(torch.stack(found), torch.stack([*shifted, *(images.flip(-1) for images in shifted)]))
+
+
+def test_every_augmentation_that_a_recipe_may_name_has_variants() -> None:
+    assert set(VARIANTS) == set(get_args(Augmentation))
+    assert all(variants.crops[0] is None for variants in VARIANTS.values())  # variant 0 is the image itself
 
 
 def test_a_folder_of_folders_has_labels_and_a_validation_split_of_its_own(pictures: Path) -> None:
@@ -75,7 +92,7 @@ def test_a_folder_of_folders_has_labels_and_a_validation_split_of_its_own(pictur
     assert TEST not in source.splits
 
 
-def test_the_drawn_split_depends_on_its_seed_alone(pictures: Path) -> None:
+def test_the_drawn_validation_split_depends_on_the_seed_alone(pictures: Path) -> None:
     def drawn(seed: int) -> torch.Tensor:
         return load_images(data(pictures, seed=seed)).splits[VALIDATION].pixels
 
@@ -92,7 +109,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path, pictures: Path) -> None:
     assert len(source.splits[TRAIN]) == 18
 
 
-def test_file_names_are_no_splits(tmp_path: Path, pictures: Path) -> None:
+def test_file_names_decide_no_split(tmp_path: Path, pictures: Path) -> None:
     """A library that guesses splits from names would keep the one `train_` picture and drop the rest."""
     for number, path in enumerate(sorted(pictures.rglob("*.png"))[::2]):
         name = ("train_1.png", "test-1.png")[number] if number < 2 else f"{number}.png"
@@ -122,7 +139,7 @@ def test_labels_of_few_images_are_drawn_from_all_together(tmp_path: Path) -> Non
     assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 2}
 
 
-def test_given_splits_are_kept(tmp_path: Path) -> None:
+def test_a_sources_own_splits_are_kept(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("validation", 2), ("test", 3)):
         write_pictures(tmp_path / split, count)
     source = load_images(data(tmp_path))
@@ -181,8 +198,25 @@ def test_idx_files_gzipped_or_not(tmp_path: Path) -> None:
     assert source.label_names == ["0", "1", "2", "3", "4"]
     assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 15, VALIDATION: 5, TEST: 3}
     assert np.array_equal(source.splits[TEST].pixels[..., 0].numpy(), pixels[:3])
-    (tmp_path / "t10k-images-idx3-ubyte").write_bytes((tmp_path / "t10k-images-idx3-ubyte").read_bytes()[:-1])
-    with pytest.raises(UserError, match="expected an IDX file"):
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("header", "bytes_behind", "found"),
+    [
+        ([0, 0, 8, 3, 2, 8, 12], 191, r"not the 192 bytes that its header names \(truncated\?\)"),
+        ([0, 0, 8, 3, 2, 8, 12], 193, "more than the 192 bytes that its header names"),
+        ([0, 0, 8, 3, 2**31, 2**31, 2**31], 9, r"not the 9,903,520,314,283,042,199,192,993,792 bytes that its header names"),
+        ([0, 0, 8, 1, 192], 192, "another header"),
+        ([0, 0, 8, 3, 2], 0, "another header"),
+    ],
+)
+def test_an_idx_file_is_as_long_as_its_header_says(ending: str, header: list[int], bytes_behind: int, found: str, tmp_path: Path) -> None:
+    """At most one byte more is unpacked, since a few bytes of gzip may unpack to gigabytes."""
+    content = bytes(header[:4]) + b"".join(size.to_bytes(4, "big") for size in header[4:]) + bytes(bytes_behind)
+    path = tmp_path / f"train-images-idx3-ubyte{ending}"
+    path.write_bytes(gzip.compress(content) if ending else content)
+    with pytest.raises(UserError, match=f"expected an IDX file of bytes in 3 dimensions, found {found}"):
         load_images(data(tmp_path, channels=1))
 
 
@@ -251,12 +285,12 @@ def test_bad_data_gets_one_line_with_its_path(kind: str, tmp_path: Path, picture
     assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_no_source_at_all_asks_for_one() -> None:
+def test_a_missing_source_is_reported() -> None:
     with pytest.raises(UserError, match=r"--data\.path FOLDER"):
         load_images(Data())
 
 
-def test_a_hub_name_out_of_reach_points_to_the_local_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_name_suggests_a_local_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"--data\.path"):
         load_images(Data(name="nobody/nothing"))

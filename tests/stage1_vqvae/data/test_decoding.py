@@ -40,7 +40,7 @@ def hidden(mode: str, path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 @pytest.mark.parametrize(("background", "colour"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48))])
-def test_hidden_pixels_never_show(mode: str, background: str, colour: tuple[int, int, int], tmp_path: Path) -> None:
+def test_colours_of_transparent_pixels_never_show(mode: str, background: str, colour: tuple[int, int, int], tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     hidden(mode, path)
     found = decode_image(None, str(path), Data(height=SIZE[1], width=SIZE[0], background=background))
@@ -59,7 +59,7 @@ def test_half_transparent_pixels_are_mixed_before_scaling_and_before_grey(tmp_pa
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_what_is_white_of_16_bits_can_be_said(ending: str, tmp_path: Path) -> None:
+def test_the_white_of_16_bits_can_be_set(ending: str, tmp_path: Path) -> None:
     values = np.linspace(0, 4095, 24).astype(np.uint16).reshape(SIZE[1], SIZE[0])
     path = tmp_path / f"a.{ending}"
     Image.fromarray(values).save(path)
@@ -85,7 +85,7 @@ def test_what_is_white_of_16_bits_can_be_said(ending: str, tmp_path: Path) -> No
         (3900, 1023, "values up to 3,900, where 1,023 is white, in 8 images of more than 8 bits: all above are white too"),
     ],
 )
-def test_a_range_far_from_full_is_said(
+def test_a_mostly_unused_range_is_reported(
     highest: int, white: float | None, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(8):
@@ -95,7 +95,7 @@ def test_a_range_far_from_full_is_said(
     assert said in printed if said else "more than 8 bits" not in printed
 
 
-def test_a_background_that_is_no_colour_is_named(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_a_background_that_is_not_a_colour_is_refused(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     from stage1_vqvae.train import main
 
     line = one_line_error(main, "--run", tmp_path / "new", "--data.background", "windy")

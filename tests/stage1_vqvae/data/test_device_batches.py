@@ -1,4 +1,4 @@
-"""Batches on a device: rows in order, of every source the same, read in a thread if they are prefetched."""
+"""Batches on a device: rows in order, the same of every source, read in a thread if prefetched."""
 
 from __future__ import annotations
 

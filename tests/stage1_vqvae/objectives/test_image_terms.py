@@ -21,7 +21,7 @@ from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.objectives.adversarial import Adversary, last_layer
 from stage1_vqvae.objectives.discriminators import PatchDiscriminator, ProjectedDiscriminator
-from stage1_vqvae.objectives.image_terms import pull
+from stage1_vqvae.objectives.image_terms import PerceptualTerm, image_losses
 from stage1_vqvae.objectives.perceptual import FeatureDistance, LPIPSPart
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_a_logit_is_of_a_patch(layers: int, pixels: int) -> None:
 
 def test_spectral_normalisation_follows_the_weights_once_a_step() -> None:
     torch.manual_seed(0)
-    adversary = Adversary(patch(), PatchDiscriminator(3, 4, 1, "spectral"), 100)
+    adversary = Adversary(patch(), PatchDiscriminator(3, 4, 1, "spectral"))
     convolutions = [module for module in adversary.modules() if isinstance(module, nn.Conv2d)]
     with torch.no_grad():
         for layer in convolutions:
@@ -134,14 +134,14 @@ def test_spectral_normalisation_follows_the_weights_once_a_step() -> None:
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(convolutions, before, strict=True))  # forward is pure
     zero = torch.zeros((), dtype=torch.float64)
     for _ in range(200):
-        adversary.update_({f"adversary/{name}": zero for name in ("real", "made", "others", "pull")}, 1)
+        adversary.update_({f"adversary/{name}": zero for name in ("real", "fake", "others", "own")}, 1)
     for layer in convolutions:
         assert float(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0]) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
 def test_losses_of_both_sides(loss: Literal["hinge", "non_saturating"]) -> None:
-    adversary = Adversary(patch(loss=loss), Linear(3, 4, 4), 100)
+    adversary = Adversary(patch(loss=loss), Linear(3, 4, 4))
     images, made = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     real, of_made = ((of * adversary.discriminator.weight).sum((1, 2, 3)) for of in (images, made))  # type: ignore[operator]
     if loss == "hinge":
@@ -155,23 +155,23 @@ def test_losses_of_both_sides(loss: Literal["hinge", "non_saturating"]) -> None:
 def test_penalties() -> None:
     """R1's gradient at real images is the linear discriminator's weight; LeCam's anchors are moving averages of logits."""
     images, made = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    plain, r1, lecam = (Adversary(patch(penalty=kind, penalty_weight=3.0), Linear(3, 4, 4), 100) for kind in ("none", "r1", "lecam"))
+    plain, r1, lecam = (Adversary(patch(penalty=kind, penalty_weight=3.0), Linear(3, 4, 4)) for kind in ("none", "r1", "lecam"))
     loss = plain.discriminator_loss(images, made)[0]
     weight = plain.discriminator.weight
     assert torch.allclose(r1.discriminator_loss(images, made)[0] - loss, 3 / 2 * weight.square().sum())  # type: ignore[operator]
     zero = torch.zeros((), dtype=torch.float64)
-    sums = {"adversary/real": zero + 8, "adversary/made": zero - 4, "adversary/others": zero, "adversary/pull": zero}
-    lecam.update_(sums, parts=2)  # means 4 and -2
+    sums = {"adversary/real": zero + 8, "adversary/fake": zero - 4, "adversary/others": zero, "adversary/own": zero}
+    lecam.update_(sums, micro_batches=2)  # means 4 and -2
     real, of_made = ((of * weight).sum((1, 2, 3)) for of in (images, made))  # type: ignore[operator]
     wanted = 3 * ((real + 0.01 * 2).square().mean() + (of_made - 0.01 * 4).square().mean())
     assert torch.allclose(lecam.discriminator_loss(images, made)[0] - loss, wanted)
 
 
 def test_it_begins_learns_alone_and_rises() -> None:
-    adversary = Adversary(patch(start=0.25, ramp=0.1, weight=0.5), Linear(3, 4, 4), steps=100)
-    assert [adversary.begin_(step) for step in (0, 24, 25, 26)] == [False, False, True, True]
-    assert int(adversary.begun) == 25
-    adversary.steps = 1000  # as when a finished training goes on: its ramp stays what it was
+    adversary = Adversary(patch(start=0.25, ramp=0.1, weight=0.5), Linear(3, 4, 4))
+    assert [adversary.begin_(step, 100) for step in (0, 24, 25, 26)] == [False, False, True, True]
+    assert (int(adversary.started_at), adversary.first_step(100)) == (25, 25)
+    assert adversary.begin_(26, 1000)  # when a finished training goes on for longer, start and ramp stay
     adversary.norms.copy_(torch.tensor([6.0, 2.0]))
     weights = [float(adversary.weight(step)) for step in range(25, 100)]
     assert weights[:11] == [0.0] * 11
@@ -185,7 +185,7 @@ def test_no_image_is_pulled_harder_than_the_bound_however_the_batch_is_shared(pa
     images = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=draws)
     spread = torch.tensor([1e-6, 0.01, 1.0, 100.0], dtype=torch.float64)[:, None, None, None]
     made = (images + spread * torch.randn(images.shape, dtype=torch.float64, generator=draws)).requires_grad_()
-    free, held = (Adversary(patch(bound=bound), Linear(3, 4, 4), 100) for bound in (1e9, 0.5))
+    free, held = (Adversary(patch(bound=bound), Linear(3, 4, 4)) for bound in (1e9, 0.5))
     pulls, wanted, factors = [], [], []
     for some, originals in zip(made.chunk(parts), images.chunk(parts), strict=True):
         (error,) = torch.autograd.grad(nn.functional.mse_loss(some, originals), some)
@@ -205,16 +205,18 @@ def test_no_image_is_pulled_harder_than_the_bound_however_the_batch_is_shared(pa
 def test_a_bounded_pull_raises_the_squared_error_by_no_more_than_promised(bound: float) -> None:
     """One image is decoded for many, and the term says that one is better still, a thousand times as loudly as their squared error."""
     images = torch.randn(32, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    adversary = Adversary(patch(start=0.0, ramp=0.0, weight=0.9, bound=bound), Linear(1, 4, 4), 100)
-    adversary.begin_(0)
+    adversary = Adversary(patch(start=0.0, ramp=0.0, weight=0.9, bound=bound), Linear(1, 4, 4))
+    adversary.begin_(0, 100)
     adversary.norms.copy_(torch.tensor([1000.0, 1.0]))
     decoded = images.mean(0, keepdim=True)
     least = float((images - decoded).square().mean())
     layer = nn.Conv2d(1, 1, 1).double()
     for _ in range(300):
         made = layer(torch.zeros_like(images)) * 0 + decoded
-        pulled = pull(made, images, {"reconstruction": made.detach().square().mean() + 0 * layer.weight.sum()}, layer, None, adversary, 50)
-        decoded = decoded - ((2 * (decoded - images) / images.numel()) + pulled.gradient).sum(0, keepdim=True) * 4
+        losses = {"reconstruction": made.detach().square().mean() + 0 * layer.weight.sum()}
+        gradient = image_losses([adversary], made, images, losses, layer, 50).gradient
+        assert gradient is not None
+        decoded = decoded - ((2 * (decoded - images) / images.numel()) + gradient).sum(0, keepdim=True) * 4
     assert 1.01 * least < float((images - decoded).square().mean()) <= least / (1 - bound**2) * (1 + 1e-9)
 
 
@@ -227,14 +229,15 @@ def test_the_pull_is_the_gradient_of_the_weighted_terms_and_the_ratio_that_at_th
     tokenizer = VQVAE(Tokenizer(code_dim=4, network=part), 8, 12, 3).double().train()
     images = torch.rand(3, 3, 8, 12, dtype=torch.float64) * 2 - 1
     perceptual = nn.L1Loss()
-    adversary = Adversary(patch(start=0.0, ramp=0.0, weight=0.7, bound=1e6), PatchDiscriminator(3, 4, 1, "spectral").double(), 100)
-    adversary.begin_(0)
+    adversary = Adversary(patch(start=0.0, ramp=0.0, weight=0.7, bound=1e6), PatchDiscriminator(3, 4, 1, "spectral").double())
+    adversary.begin_(0, 100)
     adversary.norms.copy_(torch.tensor([2.0, 1.0]))
     layer = last_layer(tokenizer.decoder)
 
     output = tokenizer(images)
-    pulled = pull(output.reconstruction, images, output.losses, tokenizer.decoder, perceptual, adversary, step=5)
-    total = sum(output.losses.values()) + (output.reconstruction * pulled.gradient).sum()
+    terms = [PerceptualTerm(perceptual), adversary]
+    found_terms = image_losses(terms, output.reconstruction, images, output.losses, tokenizer.decoder, step=5)
+    total = sum(output.losses.values()) + found_terms.surrogate(output.reconstruction)
     found = torch.autograd.grad(total, list(tokenizer.decoder.parameters()))
     _, statistics = adversary.discriminator_loss(images, output.reconstruction)
 
@@ -244,9 +247,9 @@ def test_the_pull_is_the_gradient_of_the_weighted_terms_and_the_ratio_that_at_th
     wanted = torch.autograd.grad(others + 0.7 * 2.0 * term, list(tokenizer.decoder.parameters()), retain_graph=True)
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
-    assert torch.allclose(pulled.losses["adversarial"], 1.4 * term)
+    assert torch.allclose(found_terms.losses["adversarial"], 1.4 * term)
     adversary.norms.fill_(-1)
-    adversary.update_(pulled.statistics | statistics, 1)
+    adversary.update_(found_terms.statistics | statistics, 1)
     norms = [torch.autograd.grad(value, layer, retain_graph=True)[0].norm() for value in (others, term)]
     assert float(adversary.weight(5)) == pytest.approx(0.7 * float(norms[0] / norms[1]), rel=1e-9)
 

@@ -189,12 +189,12 @@ def test_every_value_is_recognised_in_what_models_see() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
     for objective in (LogisticMixture((1, 16, 16), 2), Categorical((1, 16, 16))):
         assert torch.equal(objective.values(to_model(pixels)), pixels.long().movedim(-1, 1))
-        assert torch.equal(objective.values_of(pixels), objective.values(to_model(pixels)))
-        assert torch.equal(objective.pixels(objective.values_of(pixels)), pixels)
-        assert torch.allclose(objective.images(objective.values_of(pixels)), to_model(pixels).double(), atol=1e-6)
+        assert torch.equal(objective.values_from_pixels(pixels), objective.values(to_model(pixels)))
+        assert torch.equal(objective.pixels(objective.values_from_pixels(pixels)), pixels)
+        assert torch.allclose(objective.images(objective.values_from_pixels(pixels)), to_model(pixels).double(), atol=1e-6)
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1)
     assert Bernoulli((1, 1, 2)).values(to_model(black_and_white)).flatten().tolist() == [0, 1]
-    assert torch.equal(Bernoulli((1, 1, 2)).pixels(Bernoulli((1, 1, 2)).values_of(black_and_white)), black_and_white)
+    assert torch.equal(Bernoulli((1, 1, 2)).pixels(Bernoulli((1, 1, 2)).values_from_pixels(black_and_white)), black_and_white)
 
 
 @each_kind
@@ -223,7 +223,7 @@ def test_in_context_turn_by_turn_it_is_the_same(kind: str, channels: int) -> Non
     objective = objective_of(kind, channels, height=5, width=9)
     output, values = output_for(objective, scale=0.5), values_for(objective)
     known, logs = torch.zeros_like(values), torch.zeros(len(values), dtype=torch.float64)
-    for index, found in objective.in_turn(output, known):
+    for index, found in objective.sequential_probabilities(output, known):
         assert found.shape == (2, 1, 1, objective.num_values)
         logs += found.gather(-1, values[index][..., None])[..., 0].log().flatten(1).sum(1)
         known[index] = values[index]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, MovingAverageCodebook
-from stage1_vqvae.quantizers.contract import added, level_counts
+from stage1_vqvae.quantizers.contract import level_counts, sum_by_name
 from stage1_vqvae.quantizers.initialisation import kmeans
 from stage1_vqvae.quantizers.restart import Restart, candidate_rows
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, D, build
@@ -67,8 +67,8 @@ def test_a_latent_that_overflowed_moves_no_code(kind: str, broken: float) -> Non
     z[1, 7, 2] = broken
     overflowed = [sound[0], quantizer(z[1]).statistics]
     before = [copy.deepcopy(codebook.state_dict()) for codebook in without.codebooks()]
-    quantizer.update_(added(overflowed))
-    without.update_(added(sound))
+    quantizer.update_(sum_by_name(overflowed))
+    without.update_(sum_by_name(sound))
     for codebook, reference, start in zip(quantizer.codebooks(), without.codebooks(), before, strict=True):
         found, expected = codebook.state_dict(), reference.state_dict()
         assert all(bool(value.isfinite().all()) for value in found.values())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stage1_vqvae.quantizers.codebook import GradientCodebook, LinearCodebook, MovingAverageCodebook
 from stage1_vqvae.quantizers.composed import ProductQuantizer, ProjectedQuantizer, ResidualQuantizer
-from stage1_vqvae.quantizers.contract import Quantizer, added, level_counts
+from stage1_vqvae.quantizers.contract import Quantizer, level_counts, sum_by_name
 from stage1_vqvae.quantizers.initialisation import place_by_kmeans_
 from stage1_vqvae.quantizers.restart import Restart
 from stage1_vqvae.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
@@ -167,7 +167,7 @@ def test_statistics_of_two_passes_add_up(kind: str) -> None:
     quantizer = build(kind).double()
     z = latents(6, D, 3, 3, dtype=torch.float64)
     whole, first, second = (quantizer(part).statistics for part in (z, z[:2], z[2:]))
-    both = added([first, second])
+    both = sum_by_name([first, second])
     assert set(whole) == set(both)
     assert all(torch.allclose(whole[name], both[name]) for name in whole)
     counts = level_counts(whole)
@@ -227,7 +227,7 @@ def test_kmeans_places_every_codebook_and_lowers_the_error(kind: str) -> None:
     before = error()
     place_by_kmeans_(quantizer, batches, len(batches), 0, gather=lambda rows: rows, agree=lambda tensor: tensor)
     assert error() < 0.5 * before
-    counts = [level.sum() for level in level_counts(added([quantizer(z).statistics for z in batches]))]
+    counts = [level.sum() for level in level_counts(sum_by_name([quantizer(z).statistics for z in batches]))]
     for codebook in codebooks:
         # As often as they are chosen in a batch, over the levels that share the codebook.
         assert float(codebook.cluster_size.sum()) == pytest.approx(float(sum(counts)) / len(codebooks) / len(batches), rel=1e-5)
@@ -266,7 +266,7 @@ def test_restart_candidates_are_the_same_however_the_batch_is_shared_out(kind: s
     for parts in (2, 3, 6):
         size = 6 // parts
         shares = [restart.candidates(quantizer(share).latents, n * size, size) for n, share in enumerate(z.chunk(parts))]
-        both = added(shares)
+        both = sum_by_name(shares)
         assert set(both) == set(whole)
         assert all(torch.allclose(whole[name], both[name], atol=1e-6) for name in whole)
 

@@ -66,7 +66,7 @@ def test_a_coded_vector_finds_its_own_code_in_any_block(monkeypatch: pytest.Monk
 def test_an_accelerator_takes_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of any make; a device that holds no data stands for one."""
     monkeypatch.setattr(search, "cache_bytes", lambda: 2**10)
-    on_cpu, elsewhere = (search.rows_a_block(torch.empty(64, 4, device=device)) for device in ("cpu", "meta"))
+    on_cpu, elsewhere = (search.block_rows(torch.empty(64, 4, device=device)) for device in ("cpu", "meta"))
     assert on_cpu == torch.get_num_threads() * 2**10 // (4 * 64)
     assert elsewhere == 2**28 // (4 * 64)
 

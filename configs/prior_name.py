@@ -1,0 +1,62 @@
+"""What priors of a run are called, and where they lie in it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.run_dir import RunDir
+
+UNIFORM = "uniform"
+"""Name of the prior that draws every code equally often; no run has it as a file."""
+LEVELWISE = "levelwise"
+"""Default name of priors that are trained level by level."""
+
+
+@dataclass(frozen=True)
+class PriorName:
+    """The name of a prior in its run. Errors: UserError for a name that cannot be a folder's."""
+
+    name: str
+    level: int | None = None
+    """The one level of codes that the prior models, 1 for the coarsest; None: all levels."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) or self.name == UNIFORM:
+            raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {self.name}")
+
+    @classmethod
+    def of_options(cls, name: str | None, level: int | None, kind: str) -> PriorName:
+        """Return the name that `--name` and `--level` choose; by default that of the prior's kind."""
+        return cls(name or (kind if level is None else LEVELWISE), level)
+
+    def __str__(self) -> str:
+        """The path below `priors/`."""
+        return self.name if self.level is None else f"{self.name}/level{self.level}"
+
+    @property
+    def index(self) -> int | None:
+        """The level counted from 0; None: all levels."""
+        return None if self.level is None else self.level - 1
+
+    def options(self) -> str:
+        """Return the options that choose this prior."""
+        return f"--name {self.name}" + ("" if self.level is None else f" --level {self.level}")
+
+    def at_level(self, level: int | None) -> PriorName:
+        """Return the name of a level's prior beside this one; None: that of all levels."""
+        return PriorName(self.name, level)
+
+    def folder(self, run: RunDir) -> Path:
+        """Return the prior's folder."""
+        return run.prior(str(self))
+
+    def check_free(self, run: RunDir) -> None:
+        """Errors: UserError if the name is taken in the run: by priors of single levels, or by one of all levels."""
+        folder = self.at_level(None).folder(run)
+        if self.level is not None and (folder / "recipe.yaml").exists():
+            raise UserError(f"--name {self.name}: expected a name for priors of single levels, found that of a prior of all levels")
+        if self.level is None and any(folder.glob("level*")):
+            raise UserError(f"--name {self.name}: expected a name for a prior of all levels, found that of priors of single levels")

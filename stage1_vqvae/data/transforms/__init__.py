@@ -1,0 +1,1 @@
+"""Boxes of an image, a kind per file."""
