@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.cli import parse
-from configs.schema import Sampling
 from pipelines.drawing import draw_images
 from pipelines.evaluation.distances import Reference
 from stage1_vqvae.data.pixels import to_model, to_uint8
@@ -22,15 +21,16 @@ from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.features.classifier import CLASSIFIER, ROTATION
 from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import load_tokenizer
-from stage2_prior.priors.prior_file import finished_prior, load_prior
+from stage2_prior.draw import StepwiseSampling
+from stage2_prior.priors.prior_file import load_finished
+from stage2_prior.priors.uniform import UniformPrior
 from stage2_prior.sampler import Sampler
-from training.weights_file import fingerprint
 
 SETTINGS = {
     "samples as the recipe says": None,
-    "samples, no guidance": Sampling(),
-    "samples, temperature 1.5": Sampling(temperature=1.5),
-    "samples, temperature 0.3": Sampling(temperature=0.3),
+    "samples, no guidance": StepwiseSampling(),
+    "samples, temperature 1.5": StepwiseSampling(temperature=1.5),
+    "samples, temperature 0.3": StepwiseSampling(temperature=0.3),
 }
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     command = parse(__doc__, ("sampling",))
     run, recipe, accelerator = command.run, command.recipe, Accelerator(cpu=True)
     source, tokenizer = load_images(recipe.data, (TRAIN, VALIDATION)), load_tokenizer(run)
-    prior, header = load_prior(finished_prior(run, None, "stage 2"), fingerprint(run.tokenizer))
+    prior, header, _ = load_finished(run, None, "stage 2")
     real = source.splits[VALIDATION].pixels[:]
     count = len(real)
     labels = torch.arange(count) % len(header.label_names) if header.label_names else None
@@ -49,7 +49,8 @@ def main() -> None:
     sets: dict[str, Tensor] = {"real, validation": real, "the same, reconstructed": reconstructed}
     for name, sampling in SETTINGS.items():
         sets[name] = draw_images(accelerator, tokenizer, sampler, labels, count, 0, sampling or recipe.sampling)[1]
-    sets["samples of the uniform prior"] = draw_images(accelerator, tokenizer, None, None, count, 0, Sampling())[1]
+    uniform = Sampler(UniformPrior(prior.layout))
+    sets["samples of the uniform prior"] = draw_images(accelerator, tokenizer, uniform, None, count, 0, StepwiseSampling())[1]
     sets["noise"] = torch.randint(256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     kinds = [*([CLASSIFIER] if source.label_names else []), ROTATION]
     found: dict[str, list[float]] = {name: [] for name in sets}

@@ -52,8 +52,8 @@ def pieces(size: dict[str, Any]) -> Pieces:
     with torch.device("meta"):
         prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), _CLASSES, _VARIANTS)
     whole = sum(parameter.numel() for parameter in prior.parameters())
-    inside = sum(parameter.numel() for unit in prior.units() for parameter in unit.parameters())
-    return Pieces(len(prior.units()), part.sizes().width, inside, whole - inside)
+    inside = sum(parameter.numel() for module in prior.fsdp_modules() for parameter in module.parameters())
+    return Pieces(len(prior.fsdp_modules()), part.sizes().width, inside, whole - inside)
 
 
 def kept_by_a_layer(width: int = 256, heads: int = 4, side: int = 8) -> float:

@@ -33,7 +33,8 @@ from pipelines.codec.pixels import decode_pixels
 from pipelines.inputs.images import Images, chosen_images, labels_for
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
-from stage2_prior.priors.prior_file import finished_prior, load_prior
+from stage2_prior.priors.prior_file import finished_prior, load_finished
+from stage2_prior.priors.stepwise import stepwise
 from training.weights_file import fingerprint
 
 _FORMATS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,8 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     """Format rows of our file, its parts and the bound."""
     tokenizer = load_tokenizer(run)
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
-    prior, header = load_prior(path, fingerprint(run.tokenizer))
+    loaded, header, _ = load_finished(run, prior_name, TRAIN_PRIOR)
+    prior = stepwise(loaded, "compress", header.config.kind)
     prior.double()
     pixels, labels = images.pixels, labels_for(None, images, header)
     made_by = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path)), path.parent.name

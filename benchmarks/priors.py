@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import draw, generate, uniforms, warp
-from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from stage2_prior.draw import StepwiseSampling, draw, uniforms, warp
 from stage2_prior.priors.pixelcnn import PixelCNNPart
+from stage2_prior.priors.stepwise import StepwisePrior
 from stage2_prior.priors.transformer import Transformer, TransformerPart
 from training.optimizer import adamw
 
@@ -35,12 +34,12 @@ _STEPS = 4
 
 
 @torch.no_grad()
-def full_passes(prior: AutoregressivePrior, labels: Tensor, uniform: Tensor) -> Tensor:
+def full_passes(prior: StepwisePrior, labels: Tensor, uniform: Tensor) -> Tensor:
     """Sample codes (B, T) with a full pass per position."""
     sequences = torch.zeros(len(labels), _LAYOUT.length, dtype=torch.int64)
     for position in range(_LAYOUT.length):
-        logits = prior(_LAYOUT.grids_of(sequences), labels)[0][:, position]
-        sequences[:, position] = draw(warp(logits, Sampling()), uniform[:, position])
+        logits = prior.logits(_LAYOUT.grids_of(sequences), labels)[0][:, position]
+        sequences[:, position] = draw(warp(logits, StepwiseSampling()), uniform[:, position])
     return sequences
 
 
@@ -106,11 +105,11 @@ def sampling(rounds: int) -> None:
     print("| prior | parameters | cached s | chain of its products s | ratio | full pass a position s | ratio | same codes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", attending)):
-        codes = generate(prior, labels, uniform, Sampling())
+        codes = prior.sample(labels, uniform, StepwiseSampling())
         began = time.perf_counter()
         same = torch.equal(_LAYOUT.flat(codes), full_passes(prior, labels, uniform))
         full = time.perf_counter() - began
-        contestants: dict[str, Callable[[], object]] = {"cached": lambda p=prior: generate(p, labels, uniform, Sampling())}
+        contestants: dict[str, Callable[[], object]] = {"cached": lambda p=prior: p.sample(labels, uniform, StepwiseSampling())}
         if isinstance(prior, Transformer):
             contestants["chain"] = lambda p=prior: chain(p)
         found = medians(contestants, rounds)
@@ -128,7 +127,7 @@ def memory() -> None:
     held = []
     for batch in range(16):
         numbers = torch.arange(batch * 16, (batch + 1) * 16)
-        generate(prior, numbers % 10, uniforms(0, numbers, _LAYOUT.length), Sampling())
+        prior.sample(numbers % 10, uniforms(0, numbers, _LAYOUT.length), StepwiseSampling())
         held.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     shown = ", ".join(f"{held[done - 1]:.0f}" for done in (1, 2, 4, 8, 16))
     print(f"peak resident MiB after 1, 2, 4, 8 and 16 batches of 16 images (transformer, 6 x 384): {shown}\n")
@@ -141,7 +140,7 @@ def training(rounds: int) -> None:
     codes = _LAYOUT.grids_of(sequences)
     optimizers = [adamw(model, 1e-3, 0.05, beta2=0.95) for model in (ours, plain)]
     contestants: dict[str, Callable[[], object]] = {
-        "ours": lambda: training_steps(ours, lambda: code_losses(ours(codes, None), codes)[0].mean(), optimizers[0]),
+        "ours": lambda: training_steps(ours, lambda: ours(codes, None), optimizers[0]),
         "nn.TransformerEncoder": lambda: training_steps(
             plain, lambda: F.cross_entropy(plain(sequences).flatten(0, 1), sequences.flatten()), optimizers[1]
         ),

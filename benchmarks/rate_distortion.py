@@ -38,7 +38,8 @@ from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_per_imag
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage1_vqvae.plots import save_figure
-from stage2_prior.priors.prior_file import finished_prior, load_prior
+from stage2_prior.priors.prior_file import finished_prior, load_finished
+from stage2_prior.priors.stepwise import stepwise
 from training.weights_file import fingerprint
 
 _QUALITIES = (1, 5, 10, 15, 20, 30, 40, 55, 70, 85)
@@ -71,7 +72,8 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Poin
     """Compute our points (indices, payload, file; equal distortion), and a line on the weights."""
     tokenizer = load_tokenizer(run)
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
-    prior, header = load_prior(path, fingerprint(run.tokenizer))
+    loaded, header, _ = load_finished(run, prior_name, TRAIN_PRIOR)
+    prior = stepwise(loaded, "compress", header.config.kind)
     labels = labels_for(None, images, header)
     codes, decoded = encode_and_decode(tokenizer, images.pixels, _BATCH)
     coded = encode(prior.double(), codes, labels, batch_images(prior.layout, _BATCH), progress=True).coded

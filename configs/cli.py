@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -24,9 +24,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 from configs.data import LOCAL_KEYS, Data
 from configs.errors import UserError, fail, require_text
 from configs.hub import run_of
-from configs.parts import FAMILIES, as_dict, default_kind, of_kind, part_class
+from configs.parts import FAMILIES, as_class, as_dict, default_kind, part_class
 from configs.run_dir import RunDir, checkout, read_yaml, runs_folder, typed
-from configs.schema import Recipe
+from configs.schema import PriorPart, Recipe, with_prior
 
 RECIPES = Path(__file__).resolve().parent
 DEFAULT_RECIPE = RECIPES / "digits.yaml"
@@ -39,7 +39,7 @@ EVALUATE = typed("pipelines/evaluate.py")
 REPORT = typed("pipelines/report.py")
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Recipe)
-"""Section -> its class; for a section that is a part, the base of all its kinds."""
+"""Section -> its class; for a part, and for `sampling`, the base of all kinds."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,20 @@ def _parts_of(sections: Sequence[str]) -> list[str]:
     return [family for family in FAMILIES if family.partition(".")[0] in sections]
 
 
+def _section_class(name: str, kinds: Mapping[str, str]) -> type:
+    """Return the class of a section's fields under these kinds of parts."""
+    if name == "sampling":
+        return typing.cast(type[PriorPart], part_class("prior", kinds["prior"])).SAMPLING
+    return part_class(name, kinds[name]) if name in FAMILIES else SECTIONS[name]
+
+
 def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = None, reads_images: bool = False, **kwargs: Any) -> _Parser:
     """Build a parser of the sections' keys, those of the parts' kinds included. `reads_images`: with the local keys of `data`."""
     parser = _Parser(parser_mode="typed", allow_abbrev=False, print_config=None, add_help=bool(kwargs), **kwargs)
     for name in sections:
         if name not in FAMILIES:
             inside = {family.partition(".")[2] for family in FAMILIES if family.startswith(f"{name}.")}
-            parser.add_class_arguments(SECTIONS[name], None if name == flat else name, skip=inside)
+            parser.add_class_arguments(_section_class(name, kinds), None if name == flat else name, skip=inside)
     if reads_images:
         parser.add_class_arguments(Data, "data", skip={field.name for field in dataclasses.fields(Data)} - set(LOCAL_KEYS))
     for family in _parts_of(sections):
@@ -123,26 +130,29 @@ def _recipe_parser(kinds: tuple[tuple[str, str], ...]) -> _Parser:
 def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: Recipe | None) -> Recipe:
     """Build a recipe: `sections` from parsed values, the others from `base`."""
     built: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
+    for name in SECTIONS:  # the prior, which says of which class `sampling` is, comes before it
+        if name not in sections:
+            assert base is not None
+            built[name] = getattr(base, name)
+            continue
+        section = built["prior"].SAMPLING if name == "sampling" else SECTIONS[name]
         if name == flat:
             names = [field.name for field in dataclasses.fields(section)]
             built[name] = section(**{key: values[key] for key in names})
-        elif name in sections:
-            built[name] = _built(name, values[name])
-        elif base is not None:
-            built[name] = getattr(base, name)
+        else:
+            built[name] = _built(name, section, values[name])
     recipe = Recipe(**built)
     for key, value in flattened(recipe_dict(recipe)).items():
         require_text(key, value)
     return recipe
 
 
-def _built(name: str, values: Any) -> Any:
-    """Build a section or a part from parsed values; other values stay as they are."""
+def _built(name: str, section: type, values: Any) -> Any:
+    """Build a section, of that class, or a part from parsed values; other values stay as they are."""
     if not isinstance(values, Namespace):
         return values
-    fields = {key: _built(f"{name}.{key}", value) for key, value in vars(values).items()}
-    return part_class(name, fields.pop("kind"))(**fields) if name in FAMILIES else SECTIONS[name](**fields)
+    fields = {key: _built(f"{name}.{key}", section, value) for key, value in vars(values).items()}
+    return part_class(name, fields.pop("kind"))(**fields) if name in FAMILIES else section(**fields)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -185,12 +195,12 @@ def _check_keys(content: dict[str, Any], kinds: dict[str, str]) -> None:
             *((f"{name}.{key}", value) for key, value in section.items() if f"{name}.{key}" in FAMILIES),
         ):
             is_part = where in FAMILIES
-            found = part_class(where, kinds[where]) if is_part else SECTIONS[name]
-            known = [*(["kind"] if is_part else []), *(f.name for f in dataclasses.fields(found))]
+            section_class = part_class(where, kinds[where]) if is_part else _section_class(name, kinds)
+            known = [*(["kind"] if is_part else []), *(f.name for f in dataclasses.fields(section_class))]
             unknown = [key for key in values if key not in known]
             if unknown:
-                of_kind = f" of kind {kinds[where]}" if is_part else ""
-                raise UserError(f"unknown key {where}.{unknown[0]}; known{of_kind} are {', '.join(known)}")
+                kind = f" of kind {kinds[where]}" if is_part else f" for prior {kinds['prior']}" if name == "sampling" else ""
+                raise UserError(f"unknown key {where}.{unknown[0]}; known{kind} are {', '.join(known)}")
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
@@ -225,6 +235,7 @@ def parse(
     flat: str | None = None,
     starts_run: bool = False,
     training_folder: Callable[[RunDir, str | None, str | None], Path] | None = None,
+    drawn_prior: Callable[[RunDir, str | None], PriorPart | None] | None = None,
     reads_images: bool = False,
     options: Callable[[ArgumentParser], None] = lambda parser: None,
     check: bool = True,
@@ -239,6 +250,8 @@ def parse(
         starts_run: whether this script may begin a run (stage 1) or needs one.
         training_folder: for a training script, from the run, `--name` (by default `--prior.kind`, unless there is a level) and `--level` to
             its folder. A training that was started there continues with its own recipe, and `--config` only selects the run.
+        drawn_prior: for a script that draws, from the run and `--prior` to the fields of the prior, whose kind decides on the settings of
+            `sampling`; None: the recipe's own prior.
         reads_images: whether this script may override the local keys of `data`: where the data set is on this machine, and how it is read.
         options: adds the script's own options.
         check: whether the recipe's sections must fit one another; False where the script replaces some.
@@ -251,6 +264,7 @@ def parse(
     where.add_argument("--name")
     where.add_argument("--level")
     where.add_argument("--prior.preset", dest="preset")
+    where.add_argument("--prior", dest="prior_name")
     where.add_argument("--stage1.init_from", dest="init_from")
     where.add_argument("--resume", action="store_true")
     families = _parts_of(sections)
@@ -266,7 +280,9 @@ def parse(
         if starts_run and not started:
             base = _with_tokenizer_of(known, base, own)
         base = _with_parts(base if started else _with_counted_steps(base, argv), known)
-        kinds = {family: _part(base, family).kind for family in families}
+        if drawn_prior is not None and (drawn := drawn_prior(run, known.prior_name)) is not None:
+            base = with_prior(base, drawn)
+        kinds = {family: _part(base, family).kind for family in FAMILIES}
         usage = "%(prog)s [--option value ...]"
         parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=_localised(description), formatter_class=_Help)
         parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
@@ -448,10 +464,12 @@ def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:
     for family in FAMILIES:
         kind, (section, _, key) = getattr(known, family, None), family.partition(".")
         if kind is not None:
-            part = of_kind(_part(recipe, family), family, kind)
-            chosen: Any = dataclasses.replace(getattr(recipe, section), **{key: part}) if key else part
-            changed: dict[str, Any] = {section: chosen}
-            recipe = dataclasses.replace(recipe, **changed)
+            part: Any = as_class(_part(recipe, family), part_class(family, kind))
+            if family == "prior":
+                recipe = with_prior(recipe, part)
+            else:
+                changed: dict[str, Any] = {section: dataclasses.replace(getattr(recipe, section), **{key: part})}
+                recipe = dataclasses.replace(recipe, **changed)
     if known.preset is not None and hasattr(recipe.prior, "preset"):
         sizes: dict[str, Any] = dict.fromkeys(("layers", "width", "heads"), 0)
         recipe = dataclasses.replace(recipe, prior=dataclasses.replace(recipe.prior, **sizes))

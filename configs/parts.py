@@ -12,10 +12,12 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from configs.errors import UserError
 from configs.run_dir import ROOT
+
+Section = TypeVar("Section")
 
 FAMILIES: dict[str, dict[str, str]] = {
     "data.transform": {
@@ -113,15 +115,15 @@ def as_dict(section: Any) -> dict[str, Any]:
     return kind | {name: as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
-def of_kind(part: Part, family: str, kind: str) -> Part:
-    """The part as another kind: fields that both inherit from one class keep their values; all others, even of the same name, take the
-    kind's defaults.
+def as_class(section: Any, target: type[Section]) -> Section:
+    """Convert a section to another class: fields that both inherit from one class keep their values; all others, even of the same name,
+    take the target's defaults.
     """
-    wanted = part_class(family, kind)
-    if type(part) is wanted:
-        return part
-    shared = {field.name for field in dataclasses.fields(wanted) if _defined_in(wanted, field.name) is _defined_in(type(part), field.name)}
-    return wanted(**{name: getattr(part, name) for name in shared})
+    if type(section) is target:
+        return section
+    fields = dataclasses.fields(target)  # type: ignore[arg-type]  # of dataclasses alone
+    shared = {field.name for field in fields if _defined_in(target, field.name) is _defined_in(type(section), field.name)}
+    return target(**{name: getattr(section, name) for name in shared})
 
 
 def _defined_in(part: type, field: str) -> object:

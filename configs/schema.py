@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from configs.data import Augmentation, Data
 from configs.errors import require
-from configs.parts import Part, default_part, part_from
+from configs.parts import Part, as_class, default_part, part_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +239,43 @@ class Extraction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How codes are drawn: what all kinds of prior take. A kind with settings of its own adds them in a class that its part names."""
+
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
+    temperature: float = 1.0
+    """Divides the logits; below 1 is safer, above 1 more varied; 0 takes the likeliest code."""
+    guidance: float = 1.0
+    """Classifier-free guidance s: logits(no label) + s (logits(label) - logits(no label)); 1 = off, any real number."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Guidance while an image is drawn: s throughout, or rising from 1 at the first position to s at the last."""
+    batch_size: int = 64
+    """Samples drawn at once; it does not change them."""
+    precision: Literal["float64", "float32", "bfloat16"] | None = None
+    """Precision of the prior while drawing. Null: float64 on a CPU, where it takes 1.7 times as long as float32 and makes samples
+    independent of the batch size; on a GPU bfloat16 if it has it, otherwise, and with compute.mixed_precision no, float32. Codes drawn in
+    bfloat16 may differ from those of float32, and in both another batch size may change a sample."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
+        require(abs(self.guidance) < float("inf"), "guidance", "a finite number", self.guidance)
+        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        for name, known in (
+            ("guidance_schedule", ("constant", "linear", "cosine")),
+            ("precision", ("float64", "float32", "bfloat16", None)),
+        ):
+            require(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PriorPart(Part):
-    """The autoregressive model of the codes. `build(layout, num_classes, num_variants)` makes it; a kind that may be given levels has
-    one more, `build(.., given)`: the layout of the levels above those of `layout`.
+    """The model of the codes. `build(layout, num_classes, num_variants)` makes it; a kind that may be given levels has one more argument,
+    `build(.., given)`: the layout of the levels above those of `layout`.
     """
 
+    # Without an annotation: jsonargparse resolves those in the module of a subclass, which need not know the name.
+    SAMPLING = Sampling
+    """The class of the recipe's section `sampling` beside this kind."""
     MAY_BE_GIVEN_LEVELS: ClassVar[bool] = False
     dropout: float = 0.1
     """Share of activations dropped in training, where the kind says."""
@@ -279,44 +311,6 @@ class Stage2(_Loop):
         super().__post_init__()
         require(0 <= self.weight_average < 1, "stage2.weight_average", "0 <= decay < 1", self.weight_average)
         require(0 <= self.label_dropout < 1, "stage2.label_dropout", "0 <= share < 1", self.label_dropout)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How codes are drawn from the prior."""
-
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
-    temperature: float = 1.0
-    """Divides the logits; below 1 is safer, above 1 more varied; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Draw among the k likeliest codes only; 0 = all."""
-    top_p: float = 1.0
-    """Draw among the fewest codes whose probability reaches p; 1 = all."""
-    min_p: float = 0.0
-    """Draw only codes at least this share as likely as the likeliest; 0 = all."""
-    guidance: float = 1.0
-    """Classifier-free guidance s: logits(no label) + s (logits(label) - logits(no label)); 1 = off, any real number."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Guidance over the positions: s throughout, or rising from 1 at the first to s at the last."""
-    batch_size: int = 64
-    """Samples drawn at once; it does not change them."""
-    precision: Literal["float64", "float32", "bfloat16"] | None = None
-    """Precision of the prior while drawing. Null: float64 on a CPU, where it takes 1.7 times as long as float32 and makes samples
-    independent of the batch size; on a GPU bfloat16 if it has it, otherwise, and with compute.mixed_precision no, float32. Codes drawn in
-    bfloat16 may differ from those of float32, and in both another batch size may change a sample."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
-        require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
-        require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
-        require(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
-        require(abs(self.guidance) < float("inf"), "guidance", "a finite number", self.guidance)
-        require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        for name, known in (
-            ("guidance_schedule", ("constant", "linear", "cosine")),
-            ("precision", ("float64", "float32", "bfloat16", None)),
-        ):
-            require(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,7 +373,7 @@ class Recipe:
     extraction: Extraction = Extraction()
     prior: PriorPart = field(default_factory=lambda: default_part("prior"))
     stage2: Stage2 = Stage2()
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=lambda: default_part("prior").SAMPLING())
     evaluation: Evaluation = Evaluation()
     compute: Compute = Compute()
 
@@ -393,10 +387,17 @@ class Recipe:
             chosen = getattr(self.stage1, name).kind
             fits = chosen == "none" or self.tokenizer.objective.image_is_learned
             require(fits, f"stage1.{name}", f"none with the objective {self.tokenizer.objective.kind}, which is a likelihood", chosen)
+        fits = type(self.sampling) is self.prior.SAMPLING
+        require(fits, "sampling", f"settings for a prior of kind {self.prior.kind}", type(self.sampling).__name__)
         step = max(self.tokenizer.network.downsamplings)
         for name in ("height", "width"):
             pixels = getattr(self.data, name)
             require(pixels % step == 0, f"tokenizer.network.downsampling {step}", f"a divisor of data.{name}", pixels)
+
+
+def with_prior(recipe: Recipe, prior: PriorPart) -> Recipe:
+    """Return the recipe with another prior; settings of `sampling` that both kinds share keep their values."""
+    return replace(recipe, prior=prior, sampling=as_class(recipe.sampling, prior.SAMPLING))
 
 
 _NO_PART_OF_TRAINING = ("evaluation", "compute")

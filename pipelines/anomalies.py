@@ -25,20 +25,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, Command, parse
+from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, read_json
 from pipelines.encoding import encode_and_decode
 from pipelines.inputs.images import chosen_images, image_options, known_labels_for
 from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
 from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
-from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
+from pipelines.scoring.surprisals import BATCH_SIZE, surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage1_vqvae.metrics import squared_errors
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import LoadedPrior, load_finished
+from stage2_prior.priors.stepwise import stepwise
 from training.batching import batches
 from training.processes import finish, start
 from training.weights_file import fingerprint
@@ -52,8 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     if command.options.top < 1:
         raise UserError(f"--top: expected at least 1 image, found {command.options.top}")
-    if command.options.prior == UNIFORM:
-        raise UserError(f"--prior {UNIFORM}: expected a learned prior; under the uniform one all images cost the same")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute)
     finish(accelerator)  # the work takes one process
@@ -70,7 +69,8 @@ def _options(parser: Any) -> None:
 
 def _find(command: Command, device: torch.device) -> None:
     run, options = command.run, command.options
-    scorer = scoring_prior(command, device)
+    scorer = load_finished(run, options.prior, command.next(TRAIN_PRIOR), device)
+    stepwise(scorer.prior, "anomalies", scorer.header.config.kind)  # bits of a code given those before it
     tokenizer = load_tokenizer(run, device)
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
     labels = known_labels_for(options.label, images, scorer.header)
@@ -125,7 +125,7 @@ def _find(command: Command, device: torch.device) -> None:
     print(f"ranked {len(rows)} images by their bits under the prior {scorer.name}: {where}")
 
 
-def validation_bits(command: Command, scorer: ScoringPrior, labelled: bool) -> Tensor | None:
+def validation_bits(command: Command, scorer: LoadedPrior, labelled: bool) -> Tensor | None:
     """Bits (N,) of the validation images, with labels or without; None if their codes are missing or no label is known."""
     folder = command.run.codes / VALIDATION
     if not folder.is_dir():

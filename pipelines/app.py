@@ -21,11 +21,11 @@ from typing import Any
 
 from PIL import Image
 
-from configs.cli import parse
+from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.generator import Generator, command_sampling
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import finished_prior
 from training.processes import start
 
 # Limits of an uploaded picture.
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     run, options, recipe = command.run, command.options, command.recipe
     if options.port is not None and not 0 < options.port < 65536:
         raise UserError(f"--port: expected 1 to 65535, found {options.port}")
-    if options.prior == UNIFORM:
-        raise UserError(f"--prior: expected a learned prior, found {UNIFORM}")
+    if options.prior is not None:
+        finished_prior(run, options.prior, command.next(TRAIN_PRIOR))
     if (launched := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UserError(f"app: expected to be started once, found {launched} processes")
     _check_free(options.host, options.port)

@@ -29,9 +29,9 @@ from configs.run_dir import program, write_json
 from pipelines.encoding import encode_and_decode
 from pipelines.generator import load_generator
 from pipelines.inputs.images import chosen_images, image_options, labels_for
-from pipelines.inputs.pictures import kept_by
-from stage1_vqvae.data.decoding import read_image
+from pipelines.inputs.pictures import mask_in
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
+from stage2_prior.priors.prior_file import drawn_prior
 from training.processes import SMALLER_BATCHES, finish, start
 
 _GREY = 128
@@ -41,18 +41,24 @@ _SHOWN = 32
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", reads_images=True, options=_options)
+    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", drawn_prior=drawn_prior, reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.sampling, command.options
     for name in ("n", "continuations"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name}: expected at least 1, found {getattr(options, name)}")
+    for name in ("prefix_rows", "keep_rows"):
+        if options.mask is not None and getattr(options, name) is not None:
+            raise UserError(f"--mask: expected no --{name.replace('_', '-')} beside it, found {getattr(options, name)}")
     command.need_tokenizer()
     accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     generator = load_generator(command, accelerator, options.prior)
     tokenizer = generator.tokenizer
     _, *size = tokenizer.image_shape
-    rows = None if options.mask is not None else kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
-    kept = rows_of_pixels(rows, *size) if rows is not None else mask_in(options, *size)
+    if options.mask is not None:
+        rows, kept = None, mask_in(Path(options.mask).expanduser(), command.recipe.data, "--mask")
+    else:
+        rows = kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
+        kept = rows_of_pixels(rows, *size)
     images = chosen_images(options, command.recipe.data, accelerator.is_main_process, command.run, options.n)
     pixels, count = images.pixels, len(images.pixels)
     if count < options.n:
@@ -117,21 +123,6 @@ def kept_rows(prefix: int | None, listed: str | None, rows: int) -> list[bool]:
 def rows_of_pixels(rows: list[bool], height: int, width: int) -> Tensor:
     """Mask (H, W) of the pixels in the kept rows of the coarsest grid."""
     return torch.tensor(rows)[torch.arange(height) * len(rows) // height][:, None].expand(height, width)
-
-
-def mask_in(options: Any, height: int, width: int) -> Tensor:
-    """Load the mask (H, W) of `--mask`. Errors: UserError for another size, or rows as well as a mask."""
-    for name in ("prefix_rows", "keep_rows"):
-        if getattr(options, name) is not None:
-            raise UserError(f"--mask: expected no --{name.replace('_', '-')} beside it, found {getattr(options, name)}")
-    try:
-        picture = read_image(None, str(Path(options.mask).expanduser()))
-    except UserError as error:
-        raise UserError(f"--mask {error}") from None
-    mask = kept_by(picture, f"--mask {options.mask}")
-    if mask.shape != (height, width):
-        raise UserError(f"--mask {options.mask}: expected {width} x {height} pixels, found {mask.shape[1]} x {mask.shape[0]}")
-    return mask
 
 
 def masked_pictures(pictures: Tensor, kept: Tensor) -> Tensor:

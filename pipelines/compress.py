@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.cli import Command, parse
+from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.data import Data
 from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
@@ -31,7 +31,7 @@ from pipelines.generator import load_generator
 from pipelines.inputs.images import Images, chosen_images, image_options, known_labels_for, unique_names
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import finished_prior
 from training.processes import SMALLER_BATCHES, finish, start
 
 
@@ -42,13 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, found {options.batch_size}")
     output = None if options.output is None else _free(Path(options.output).expanduser())
-    if options.prior == UNIFORM:
-        raise UserError(f"--prior: expected a trained one, found {UNIFORM}, under which codes cost what their indices do")
     command.need_tokenizer()
+    prior = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
     accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}: codes are coded one after another")
-    generator = load_generator(command, accelerator, options.prior)
+    generator = load_generator(command, accelerator, prior)
+    generator.exact_prior("compress")
     if options.lossless:
         generator.tokenizer.likelihood()
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)

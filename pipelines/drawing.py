@@ -17,8 +17,8 @@ from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import uniform_codes, uniforms
+from stage2_prior.draw import uniforms
+from stage2_prior.priors.contract import Keep
 from stage2_prior.priors.prior_file import PriorHeader
 from stage2_prior.sampler import Sampler
 from training.progress import progress_bar
@@ -75,13 +75,12 @@ def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:
 def draw_images(
     accelerator: Accelerator | None,
     tokenizer: VQVAE,
-    sampler: Sampler | None,
+    sampler: Sampler,
     labels: Tensor | None,
     count: int,
     seed: int,
     config: Sampling,
-    given: Codes | None = None,
-    kept: Codes | None = None,
+    keep: Keep | None = None,
     progress: bool = False,
     folder: Path | None = None,
 ) -> tuple[Codes, Tensor]:
@@ -92,13 +91,13 @@ def draw_images(
 
     Args:
         accelerator: None: this process draws alone.
-        sampler: None: the uniform prior.
-        given: codes (N, h, w) per level, of which those that `kept`, masks (h, w) per level, marks are kept.
+        keep: of all samples.
         progress: show a bar.
         folder: where pictures lie in a temporary file; None: in memory.
     Returns: codes, int64 (N, h, w) per level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
-    layout = sampler.layout if sampler is not None else SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
+    prior = sampler.prior
+    layout = prior.layout
     processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     device, main = next(tokenizer.parameters()).device, rank == 0
     size = min(config.batch_size, count)
@@ -111,16 +110,10 @@ def draw_images(
             # Numbers from `count` on are drawn, as the first sample again, and thrown away.
             numbers = torch.arange(first + rank * size, first + (rank + 1) * size)
             numbers = numbers.where(numbers < count, 0)
-            uniform = uniforms(seed, numbers, layout.length)
-            batch_given = None if given is None else tuple(level[numbers] for level in given)
-            if sampler is None:
-                codes = uniform_codes(layout, uniform)
-                if batch_given is not None and kept is not None:
-                    codes = tuple(torch.where(*level) for level in zip(kept, batch_given, codes, strict=True))
-            else:
-                batch_labels = None if labels is None else labels[numbers].to(device)
-                codes = sampler(batch_labels, uniform, config, batch_given, kept)
-            codes = tuple(level.to(device) for level in codes)
+            noise = uniforms(seed, numbers, prior.num_noise)
+            batch_keep = None if keep is None else keep._replace(codes=tuple(level[numbers] for level in keep.codes))
+            condition = None if labels is None else labels[numbers].to(device)
+            codes = tuple(level.to(device) for level in sampler(condition, noise, config, batch_keep))
             found = (layout.flat(codes), to_uint8(tokenizer.decode(codes)))
             found = found if accelerator is None else accelerator.gather(found)
             if main:

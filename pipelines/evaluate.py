@@ -36,7 +36,6 @@ from pipelines.evaluation.reference_batch import load_reference_batch
 from pipelines.evaluation.tables import markdown, notes, tables
 from pipelines.generator import load_generator
 from pipelines.provenance import base_name, contains, describe_weights, model_fingerprints
-from pipelines.scoring.surprisals import ScoringPrior, scoring_prior
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.names import normalised
 from stage1_vqvae.data.record import Record, check_unchanged
@@ -49,14 +48,15 @@ from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.objectives.contract import PixelLikelihood
 from stage1_vqvae.pictures import grid_scale, save_png
 from stage2_prior.codes.store import CodeStore, read_manifest
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import UNIFORM, LoadedPrior, drawn_prior, learned_name, load_finished
 from training.processes import SMALLER_BATCHES, finish, start
 from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("evaluation", "sampling", "compute"), argv, flat="evaluation", reads_images=True, options=_options)
+    sections = ("evaluation", "sampling", "compute")
+    command = parse(__doc__, sections, argv, flat="evaluation", drawn_prior=drawn_prior, reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.evaluation, command.options
     if options.samples is not None and options.prior is not None:
         raise UserError(f"--samples: expected no --prior beside it, found {options.prior}")
@@ -222,14 +222,14 @@ def training_codes(run: RunDir, source: ImageSource) -> CodeStore | None:
     return CodeStore(folder, sha256) if (manifest.tokenizer_sha256, manifest.rows) == (sha256, len(source.splits[TRAIN])) else None
 
 
-def code_models(command: Command, device: torch.device) -> tuple[ScoringPrior | None, CodeStore | None]:
+def code_models(command: Command, device: torch.device) -> tuple[LoadedPrior | None, CodeStore | None]:
     """Load the two models of the run's codes: the prior that `--prior` names or the one last finished, and the training codes with their
     frequencies; None for what the run does not have.
     """
     run, sha256 = command.run, fingerprint(command.run.tokenizer)
-    trained = command.options.prior != UNIFORM and run.last_prior() is not None
-    codes = run.codes / TRAIN
-    return scoring_prior(command, device) if trained else None, CodeStore(codes, sha256) if codes.is_dir() else None
+    learned, codes = learned_name(run, command.options.prior), run.codes / TRAIN
+    prior = None if learned is None else load_finished(run, learned, command.next(TRAIN_PRIOR), device)
+    return prior, CodeStore(codes, sha256) if codes.is_dir() else None
 
 
 def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
             and contains(samples.details, model_fingerprints(run, samples.details["prior"]))
         ):
             likelihood = read_json(likelihood_file)
-            results["likelihood"] = {key: likelihood[key] for key in ("validation", "unigram", "uniform", "codes_bits_per_dim")}
+            results["likelihood"] = {key: likelihood[key] for key in ("exact", "validation", "unigram", "uniform", "codes_bits_per_dim")}
     return results | {"tables": tables(results), "notes": notes(results)}
 
 

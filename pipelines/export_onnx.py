@@ -24,7 +24,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir, new_folder, not_there_yet, program, write_json
 from pipelines.exporting.folder import drift, exact_generator, export_graphs, need_packages
 from pipelines.generator import Generator
-from stage2_prior.priors.prior_file import learned_prior
+from stage2_prior.priors.prior_file import finished_prior
 from stage2_prior.priors.transformer import Transformer
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--precision: expected float32 or float64, found {options.precision}")
     command.need_tokenizer()
     need_packages()
-    name = learned_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
+    name = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
     generator = Generator.from_pretrained(run.path, prior=name, device="cpu", precision=options.precision)
     if options.precision == "float64" and not isinstance(generator.prior, Transformer):
         raise UserError(

@@ -24,7 +24,7 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import COMMANDS, RunDir, new_folder, not_there_yet, program, write_json
 from pipelines.exporting.folder import drift, encoder_disagreement, exact_generator, excess_bits, export_graphs, need_packages
 from pipelines.generator import Generator
-from stage2_prior.priors.prior_file import learned_prior
+from stage2_prior.priors.prior_file import finished_prior
 
 PAGE = Path(__file__).parent / "exporting" / "page"
 """Static files of the page."""
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--bits: expected 16 or 8, found {options.bits}")
     command.need_tokenizer()
     need_packages()
-    name = learned_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
+    name = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
     generator = Generator.from_pretrained(run.path, prior=name, device="cpu", precision="float32")
     with new_folder(output) as folder:
         loss = write_page(generator, folder, options.bits)

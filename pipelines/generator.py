@@ -24,6 +24,7 @@ from configs.cli import TRAIN_PRIOR, Command, load_recipe
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.hub import run_of
+from configs.parts import as_class
 from configs.run_dir import RunDir
 from configs.schema import Recipe, Sampling
 from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, insert_stored, pack, run_fingerprint, unpack
@@ -36,10 +37,12 @@ from pipelines.inputs.pictures import Mask, Pictures, mask_in, pictures_out, pix
 from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
-from stage2_prior.generate import default_precision, in_bfloat16
-from stage2_prior.priors.contract import AutoregressivePrior
-from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, load_prior
-from stage2_prior.sampler import Sampler
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.priors.contract import Keep, Prior
+from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, learned_name, load_finished
+from stage2_prior.priors.stepwise import StepwisePrior, stepwise
+from stage2_prior.priors.uniform import UniformPrior
+from stage2_prior.sampler import Sampler, default_precision, in_bfloat16
 from training.devices import float64_copy, float64_device, numbered
 from training.weights_file import fingerprint
 
@@ -75,7 +78,7 @@ class Generator:
         self,
         run: RunDir,
         tokenizer: VQVAE,
-        prior: AutoregressivePrior | None,
+        prior: Prior | None,
         header: PriorHeader | None,
         prior_name: str | None,
         data: Data,
@@ -137,13 +140,14 @@ class Generator:
         # A draw flips where its uniform falls within the rounding of the probabilities, which depends on the batch's shape.
         # In float32 one of 64 digits changed between batches of 64 and of 1; in float64 the rounding is 10^9 times finer.
         sampling = dataclasses.replace(sampling, precision=sampling.precision or default_precision(device))
-        if prior == UNIFORM or (prior is None and run.last_prior() is None):
-            return cls(run, tokenizer, None, None, prior, data, sampling, accelerator)
-        path = finished_prior(run, prior, f"{TRAIN_PRIOR} --run {run}")
-        found, header = load_prior(path, fingerprint(run.tokenizer), device)
+        learned = learned_name(run, prior)
+        if learned is None:
+            uniform = UniformPrior(SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)) if prior == UNIFORM else None
+            return cls(run, tokenizer, uniform, None, prior, data, sampling, accelerator)
+        loaded, header, name = load_finished(run, learned, f"{TRAIN_PRIOR} --run {run}", device)
         if sampling.precision == "float64":
-            found.to(float64_device(device)).double()
-        return cls(run, tokenizer, found, header, path.parent.name, data, sampling, accelerator)
+            loaded.to(float64_device(device)).double()
+        return cls(run, tokenizer, loaded, header, name, data, as_class(sampling, header.config.SAMPLING), accelerator)
 
     def __repr__(self) -> str:
         height, width, channels = self.image_shape
@@ -199,7 +203,8 @@ class Generator:
             label: of all of them, or of each; None: the classes take turns.
             seed: of the draws.
             output: `pil` or `tensor`.
-            settings: `temperature`, `top_k`, `top_p`, `min_p`, `guidance`, `guidance_schedule`, `batch_size`, in place of the recipe's.
+            settings: in place of the recipe's, `temperature`, `guidance`, `guidance_schedule`, `batch_size` and those of the prior's kind,
+                such as `top_k`, `top_p`, `min_p`.
         """
         return pictures_out(self.draw(n, label, seed, **settings).pixels, output)
 
@@ -219,7 +224,7 @@ class Generator:
         """
         if n < 1:
             raise UserError(f"n: expected at least 1 image, found {n}")
-        sampler, labels = self._drawing_sampler(), labels_of(label, n, self.header)
+        sampler, labels = self._sampler, labels_of(label, n, self.header)
         config = self._sampling(settings)
         check_guidance(config, labels, self.header)
         codes, pixels = draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config, progress=progress, folder=folder)
@@ -293,9 +298,9 @@ class Generator:
         self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, *, progress: bool = False, **settings: Any
     ) -> Tensor:
         """`complete` for codes, a mask (H, W), and labels in the prior's numbering: uint8 (N, H, W, C), whole on the main process alone."""
-        sampler, config, kept = self._drawing_sampler(), self._sampling(settings), kept_codes(self.tokenizer, keep)
+        sampler, config, kept = self._sampler, self._sampling(settings), Keep(codes, kept_codes(self.tokenizer, keep))
         check_guidance(config, labels, self.header)
-        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, codes, kept, progress)[1]
+        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, kept, progress)[1]
 
     # --- what images are worth
 
@@ -305,7 +310,7 @@ class Generator:
 
     def surprisals(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> tuple[Tensor, ...]:
         """-log2 p of each code given those before it, in bits: float64 (N, h, w) a level."""
-        prior, codes = self.exact_prior, images if _is_codes(images) else self.encode(images)
+        prior, codes = self.exact_prior("surprisals"), images if _is_codes(images) else self.encode(images)
         self._check(codes)
         return prior.layout.grids_of(surprisals(prior, codes, self.labels_given(label, len(codes[0])), "bits"))
 
@@ -335,7 +340,7 @@ class Generator:
 
         Errors: UserError if they do not give what was encoded.
         """
-        prior = self.exact_prior
+        prior = self.exact_prior("compress")
         if lossless:
             self.tokenizer.likelihood().check(pixels)
         encoded = encode_images(self.tokenizer, prior, pixels, labels, names, self._made_by, batch_size, lossless, progress)
@@ -365,7 +370,7 @@ class Generator:
 
         `where`: of what messages speak.
         """
-        prior = self.exact_prior
+        prior = self.exact_prior("decompress")
         check_made_by(content, self._made_by, str(self.run), where)
         known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
         if content.image_shape != self.image_shape or not known:
@@ -392,7 +397,7 @@ class Generator:
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
         """The recipe's settings with others in their place."""
-        known = {field.name for field in dataclasses.fields(Sampling)} - {"precision"}
+        known = {field.name for field in dataclasses.fields(self.sampling)} - {"precision"}
         if unknown := sorted(settings.keys() - known):
             raise UserError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}, found no such setting")
         try:
@@ -400,30 +405,32 @@ class Generator:
         except ValueError as error:
             raise UserError(str(error)) from None
 
-    def _drawing_sampler(self) -> Sampler | None:
-        """Sampler of the prior; None: the uniform prior was chosen. Errors: UserError if the run has no finished prior."""
-        return None if self.prior_name == UNIFORM else self._sampler
-
     @cached_property
     def _sampler(self) -> Sampler:
         prior = self._need_prior()
-        if self.sampling.precision != "bfloat16":
+        if self.header is None or self.sampling.precision != "bfloat16":
             return Sampler(prior)
         say("sampling in bfloat16: codes may differ from --precision float32")
         return Sampler(in_bfloat16(prior))
 
-    def _need_prior(self) -> AutoregressivePrior:
+    def _need_prior(self) -> Prior:
         if self.prior is None:
-            raise UserError(f"{self.run}: it has no finished prior" if self.prior_name is None else f"prior: expected one, found {UNIFORM}")
+            raise UserError(f"{self.run}: it has no finished prior")
         return self.prior
 
+    def stepwise_prior(self, purpose: str) -> StepwisePrior:
+        """Return the prior, which has to draw codes in turn. Errors: UserError, naming the purpose, for another or none."""
+        return stepwise(self._need_prior(), purpose, UNIFORM if self.header is None else self.header.config.kind)
+
+    def exact_prior(self, purpose: str) -> StepwisePrior:
+        """Return `stepwise_prior` in float64, whatever it draws in."""
+        prior = self.stepwise_prior(purpose)
+        return prior if next(prior.parameters()).dtype == torch.float64 else self._float64_prior
+
     @cached_property
-    def exact_prior(self) -> AutoregressivePrior:
-        """The prior in float64, whatever it draws in."""
-        prior = self._need_prior()
-        if next(prior.parameters()).dtype == torch.float64:
-            return prior
-        return float64_copy(prior)
+    def _float64_prior(self) -> StepwisePrior:
+        assert isinstance(self.prior, StepwisePrior)
+        return float64_copy(self.prior)
 
     def _check(self, codes: Codes) -> None:
         expected = [(len(codes[0]), *grid) for grid in self.tokenizer.grids] if len(codes) else []

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.cli import Command, parse
+from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
 from pipelines.encoding import encode_and_decode
 from pipelines.inputs.images import chosen_images, image_options, known_labels_for
 from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
-from pipelines.scoring.surprisals import BATCH_SIZE, ScoringPrior, scoring_prior, surprisals
+from pipelines.scoring.surprisals import BATCH_SIZE, surprisals
 from stage1_vqvae.metrics import index_bits, psnr, psnr_per_image, squared_errors, ssim_per_image
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import save_png
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import UNIFORM, learned_name, load_finished
 from training.batching import batches
 from training.processes import finish, start
 from training.progress import progress_bar
@@ -62,8 +62,8 @@ def _options(parser: Any) -> None:
 def _reconstruct(command: Command, device: torch.device) -> None:
     run, options = command.run, command.options
     tokenizer = load_tokenizer(run, device)
-    without = options.prior == UNIFORM or (options.prior is None and run.last_prior() is None)
-    scorer: ScoringPrior | None = None if without else scoring_prior(command, device)
+    learned = learned_name(run, options.prior)
+    scorer = None if learned is None else load_finished(run, learned, command.next(TRAIN_PRIOR), device)
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run, count=options.n)
     labels = known_labels_for(options.label, images, scorer.header if scorer is not None else None)
 
@@ -94,7 +94,7 @@ def _reconstruct(command: Command, device: torch.device) -> None:
     error = float(scores["mse"].mean())
     coded = f"{rows[0]['bits_as_indices']:.0f} bits as indices"
     if scorer is not None and bits is not None:
-        coded += f", {float(bits.mean()):.0f} under the prior {scorer.name}"
+        coded += f", {'' if scorer.prior.exact else 'at most '}{float(bits.mean()):.0f} under the prior {scorer.name}"
     print(f"mean of {len(rows)} images: MSE {error:.5f} (PSNR {psnr(error):.2f} dB), SSIM {float(scores['ssim'].mean()):.3f}, {coded}")
     print("worst: " + ", ".join(f"{row['name']} ({row['psnr']:.1f} dB)" for row in rows[:3]))
     print(f"wrote {run.show(folder / 'reconstructions.csv')}; look at {run.show(folder / 'reconstructions.png')}")

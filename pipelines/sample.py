@@ -29,7 +29,7 @@ from pipelines.generator import load_generator
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.likelihood.bits import mean_over_tokens, uniform_bits
-from stage2_prior.priors.prior_file import UNIFORM
+from stage2_prior.priors.prior_file import UNIFORM, drawn_prior
 from training.processes import SMALLER_BATCHES, finish, start
 
 # Largest number of pictures in grid.png.
@@ -38,7 +38,7 @@ _SHOWN = 256
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", options=_options)
+    command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", drawn_prior=drawn_prior, options=_options)
     run, config, options = command.run, command.recipe.sampling, command.options
     if options.n < 1:
         raise UserError(f"--n: expected at least 1 image, found {options.n}")
@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             write(folder, codes, pictures, labels, details, options.npz)
     if folder is not None:
-        kind = f"{generator.prior_name} prior, {details['bits_per_token']:.3f} bits a token"
+        at_most = "" if generator.prior is None or generator.prior.exact else "at most "
+        kind = f"{generator.prior_name} prior, {at_most}{details['bits_per_token']:.3f} bits a token"
         print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
         print(f"next: {command.next(SUMMARY)}")
     finish(accelerator)

@@ -62,9 +62,9 @@ def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
     if not (run.prior(name) / "likelihood.json").exists():
         return [(f"bits a token: prior {name}", f"not known; {typed('stage2_prior/report.py')} --prior {name} --run {run}")]
     report, likelihood = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
-    bits = likelihood["bits_per_image"]
+    bits, at_most = likelihood["bits_per_image"], "" if likelihood["exact"] else "at most "
     return [
-        (f"bits a token: prior {name}", f"{likelihood['validation']:.3f}"),
+        (f"bits a token: prior {name}", f"{at_most}{likelihood['validation']:.3f}"),
         ("bits a token: unigram", f"{likelihood['unigram']:.3f}"),
         ("bits a token: uniform (log2 K)", f"{likelihood['uniform']:.3f}"),
         ("bits an image under the prior", f"{bits['prior']:.0f} ({compression_ratio(bits['raw'], bits['prior']):.1f} : 1)"),

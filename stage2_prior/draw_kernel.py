@@ -1,6 +1,6 @@
 """Triton kernel that draws a code from logits: guidance, temperature, softmax and inversion of the cumulative distribution.
 
-`draw_position` in generate.py is its fallback and reference. Sums are in float64, in the order of the codes.
+`draw_position` in draw.py is its fallback and reference. Sums are in float64, in the order of the codes.
 """
 
 from __future__ import annotations

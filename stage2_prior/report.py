@@ -20,10 +20,9 @@ from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage2_prior.codes.record import CODES, codes_record
 from stage2_prior.codes.store import CodeStore
 from stage2_prior.likelihood.tables import likelihood_report, markdown, write_report
-from stage2_prior.priors.prior_file import finished_prior, load_prior
+from stage2_prior.priors.prior_file import load_finished
 from training.metrics_log import read_metrics
 from training.processes import finish, start
-from training.weights_file import fingerprint
 
 _BATCH_SIZE = 64
 
@@ -36,10 +35,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{run}: stage 1 has not finished; run first: {TRAIN_TOKENIZER} --resume --run {run}")
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
-    path = finished_prior(run, command.options.prior, command.next(TRAIN_PRIOR))
-    folder, name, sha256 = path.parent, path.parent.name, fingerprint(run.tokenizer)
     accelerator = start(command.recipe.compute)
-    prior, header = load_prior(path, sha256, accelerator.device)
+    prior, header, name = load_finished(run, command.options.prior, command.next(TRAIN_PRIOR), accelerator.device)
+    folder, sha256 = run.prior(name), header.tokenizer_sha256
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
     recorded = min(folder.rglob(CODES), default=folder / CODES)  # of a prior of levels, in the folder of each
     stores = {TRAIN: training, VALIDATION: validation}

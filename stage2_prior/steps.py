@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from configs.schema import Compute, Stage2
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.muon import muon
-from stage2_prior.priors.contract import AutoregressivePrior, code_losses
+from stage2_prior.priors.contract import Prior
 from training.averaging import WeightAverage
 from training.optimizer import OptimizerState, adamw, clip_, fused_on
 from training.processes import asked_to_shard
@@ -55,17 +56,18 @@ def _copied_weights(model: nn.Module) -> dict[str, Tensor]:
 class PriorState(TrainState):
     """Training state of a prior: model, optimizer, weight average and the best weights so far; sharded or equal on every rank."""
 
-    def __init__(self, accelerator: Accelerator, prior: AutoregressivePrior, config: Stage2, compute: Compute) -> None:
+    def __init__(self, accelerator: Accelerator, prior: Prior, config: Stage2, compute: Compute) -> None:
         """Shard the prior over the ranks if `compute` or the launcher says so."""
         super().__init__(accelerator)
         for module in prior.modules():
-            if isinstance(module, AutoregressivePrior):
+            if isinstance(module, Prior):
                 module.checkpointing = config.gradient_checkpointing
         self.sharded = asked_to_shard(accelerator, compute)
         averaged = without_weights(prior) if self.sharded else None
         if averaged is not None:
-            shard_(accelerator, prior, prior.units())
-            shard_(accelerator, averaged, averaged.units(), trained=False)
+            shard_(accelerator, prior, prior.fsdp_modules())
+            shard_(accelerator, averaged, averaged.fsdp_modules(), trained=False)
+            register_fsdp_forward_method(averaged, "nats")  # which gathers weights as a forward pass does
             averaged.load_state_dict({name: weight.clone() for name, weight in prior.state_dict().items()}, assign=True)
         else:
             prior.to(accelerator.device)
@@ -95,14 +97,14 @@ def take_step(accelerator: Accelerator, state: PriorState, loader: CodeLoader, c
 
     Returns: this rank's loss (), nats per token, and the norm () of the gradient over all ranks before clipping.
     """
-    prior, model, optimizer = state.prior, state.model, state.optimizer
+    model, optimizer = state.model, state.optimizer
     step_loss = torch.zeros((), device=accelerator.device)
     set_learning_rate(optimizer, scheduled_rate(config, step))
     for micro_step in range(config.accumulation):
-        codes, labels, variants = loader.batch(step, micro_step)
+        batch = loader.batch(step, micro_step)
         seed_layers(config.seed, step, micro_step, accelerator.process_index)
         with nullcontext() if micro_step + 1 == config.accumulation else accelerator.no_sync(model):
-            loss = torch.cat(code_losses(model(codes, labels, variants), codes[prior.levels]), 1).mean() / config.accumulation
+            loss = model(*batch) / config.accumulation
             accelerator.backward(loss)
         step_loss += loss.detach()
     norm = clip_(accelerator, model, config.clip_norm)

@@ -201,9 +201,9 @@ def train(
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
     say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
-    for remark in prior.remarks():
-        say(remark)
-    loader = CodeLoader(training, prior.num_classes, config, accelerator)
+    for line in prior.training_warnings():
+        say(line)
+    loader = CodeLoader(training, prior.num_classes, config, accelerator, prior.num_draws)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, state.sharded)
     if resume:
         state.resume(checkpoints, config.steps, run.show(folder))
@@ -253,7 +253,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
         prior = build_prior(recipe.prior, training.manifest, level)
     except ValueError as error:  # for fields that do not fit the levels
         raise UserError(str(error)) from None
-    prior.begin_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
+    prior.initialise_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
     return PriorState(accelerator, prior, recipe.stage2, recipe.compute)
 
 
@@ -265,7 +265,7 @@ def within_budget(
     state = build(accelerator, run, recipe, training, name.index)
     if accelerator.is_main_process:
         write_yaml(name.folder(run) / "recipe.yaml", recipe_dict(recipe))  # a rehearsal may be interrupted
-    loader, rows = CodeLoader(training, state.prior.num_classes, config, accelerator), torch.arange(len(validation))
+    loader, rows = CodeLoader(training, state.prior.num_classes, config, accelerator, state.prior.num_draws), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
     def step(number: int) -> None:
@@ -294,10 +294,12 @@ def write_results(
     references = {name: likelihood[name] for name in ("unigram", "uniform")}
     training_graph(folder / "training.png", read_metrics(folder / "metrics.jsonl"), ("bits_per_token",), references)
     save_prior(folder / "prior.safetensors", weights, header)
-    learned = f"learned prior {likelihood['validation']:.3f} (step {report['best_step']})"
+    at_most = "" if likelihood["exact"] else "at most "
+    learned = f"learned prior {at_most}{likelihood['validation']:.3f} (step {report['best_step']})"
     print(f"validation bits a token: {learned}, unigram {likelihood['unigram']:.3f}, uniform {likelihood['uniform']:.3f}")
     raw, indices, coded = likelihood["bits_per_image"].values()
-    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {coded:.0f} under the prior; ratio {compression_ratio(raw, coded):.1f}")
+    ratio = f"ratio {compression_ratio(raw, coded):.1f}"
+    print(f"an image: {raw} bits raw, {indices:.0f} as indices, {at_most}{coded:.0f} under the prior; {ratio}")
     print(f"wrote {run.show(folder / 'prior.safetensors')}; beside it likelihood.md, likelihood.png, training.png")
 
 

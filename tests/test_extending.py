@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from configs.cli import load_recipe
 from configs.parts import FAMILIES
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from pipelines.anomalies import main as anomalies
+from pipelines.complete import main as complete
 from pipelines.compress import main as compress
 from pipelines.evaluate import main as evaluate
+from pipelines.reconstruct import main as reconstruct
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
@@ -26,36 +31,44 @@ from training.metrics_log import read_metrics
 # A file's path, the family, and the table's line, as each block's first line says.
 _HEAD = re.compile(r'# (?P<path>[\w/]+)\.py; .*under "(?P<family>[\w.]+)": "(?P<kind>\w+)": "(?P<address>[\w.:]+)"')
 BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
+MASKED = BLOCKS[-1]
 
 
 def test_every_family_has_its_block() -> None:
     heads = [_HEAD.match(block) for block in BLOCKS]
-    assert [head["family"] for head in heads if head] == list(FAMILIES)
+    assert list(dict.fromkeys(head["family"] for head in heads if head)) == list(FAMILIES)
     for head in heads:
         assert head is not None
         assert head["address"].startswith(head["path"].replace("/", ".") + ":")
         assert (REPOSITORY / head["path"]).parent.is_dir()
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1])
-def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(block: str, most_lines: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> re.Match[str]:
+    """Register a block's part as its file and its line in the table would; returns what its first line says."""
     code = block.partition("\n")[2].strip()
     # Without what any file has: imports and blank lines.
-    assert sum(bool(line.strip()) and not line.startswith(("from", "import")) for line in code.splitlines()) < 30
+    assert sum(bool(line.strip()) and not line.startswith(("from", "import")) for line in code.splitlines()) < most_lines
     head = _HEAD.match(block)
     assert head is not None
-    module, _, name = head["address"].partition(":")
+    module = head["address"].partition(":")[0]
     # The file is not in the package's folder, but it is imported by the address it would have.
-    (tmp_path / "part.py").write_text(code)
-    spec = importlib.util.spec_from_file_location(module, tmp_path / "part.py")
+    (folder / "part.py").write_text(code)
+    spec = importlib.util.spec_from_file_location(module, folder / "part.py")
     assert spec is not None
     assert spec.loader is not None
     monkeypatch.setitem(sys.modules, module, loaded := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(loaded)
     monkeypatch.setitem(FAMILIES[head["family"]], head["kind"], head["address"])
+    return head
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block != MASKED], ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1])
+def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = registered(block, 30, tmp_path, monkeypatch)
+    name = head["address"].partition(":")[2]
 
     # The classifier need not be a good one here.
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
 
     run = RunDir(tmp_path / "run")
     chosen = [f"--{head['family']}.kind", head["kind"]]
@@ -80,3 +93,36 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
         found = read_json(run.prior(head["kind"]) / "likelihood.json")
         assert found["validation"] < found["uniform"]
     assert f"kind: {head['kind']}" in (run.path / "report.html").read_text()
+
+
+def test_a_prior_that_draws_in_rounds_goes_through_all_that_needs_no_order(
+    run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    """Trained beside another kind, its likelihood said to be a bound, drawn from by settings of its own, evaluated; refused where a prior
+    has to draw codes in turn.
+    """
+    registered(MASKED, 80, tmp_path, monkeypatch)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
+    here = ["--run", str(run_copy)]
+    train_prior([*here, "--prior.kind", "masked", "--stage2.steps", "60", "--stage2.lr", "0.01"])
+    found = read_json(run_copy / "priors/masked/likelihood.json")
+    assert found["exact"] is False
+    assert found["validation"] < found["uniform"]
+    assert "at most" in (run_copy / "priors/masked/likelihood.md").read_text()
+    drawn = []
+    for number, options in enumerate([["--rounds", "3"], ["--rounds", "3", "--batch-size", "2"], ["--seed", "1"]]):
+        sample([*here, "--n", "5", "--guidance", "1.5", *options])
+        drawn.append(load_file(run_copy / f"samples/{number:03d}/codes.safetensors")["level0"])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert read_json(run_copy / "samples/000/samples.json")["sampling"]["rounds"] == 3
+    complete([*here, "--n", "2", "--continuations", "2", "--prefix-rows", "1"])
+    evaluate([*here, "--features", "classifier", "--n", "8"])
+    assert "at most" in (run_copy / "evaluations/000/evaluation.md").read_text()
+    report(here)
+    assert "rounds 3" in (run_copy / "report.html").read_text()
+    reconstruct(here)
+    sample([*here, "--n", "2", "--prior", "transformer", "--top-k", "3"])
+    assert "top_k" in one_line_error(sample, *here, "--top-k", "3")
+    for command, refused in (("compress", compress), ("anomalies", anomalies)):
+        assert f"{command}: expected a prior that draws codes in turn, found masked" in one_line_error(refused, *here)

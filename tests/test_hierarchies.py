@@ -110,7 +110,7 @@ def test_a_mask_of_pixels_keeps_codes_of_both_grids(run: Path, pictures: Path, t
 def test_bits_of_both_grids_add_up_in_heat_maps_and_reports(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     anomalies(["--run", str(run)])
     reconstruct(["--run", str(run)])
     evaluate(["--run", str(run), "--features", "classifier", "--n", "8", "--prior", "transformer"])

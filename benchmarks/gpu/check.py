@@ -35,13 +35,13 @@ from benchmarks.gpu.steps import NUM_CLASSES, prior_step, tokenizer_step
 from configs.errors import UserError, run_entry
 from configs.parts import part_from
 from configs.run_dir import REPOSITORY
-from configs.schema import Compute, Sampling
+from configs.schema import Compute
 from stage1_vqvae.networks import group_norm as norm
 from stage1_vqvae.quantizers.search import nearest_codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import in_bfloat16, uniforms
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
-from stage2_prior.sampler import Sampler
+from stage2_prior.draw import StepwiseSampling, uniforms
+from stage2_prior.priors.stepwise import FixedBatch, StepwisePrior
+from stage2_prior.sampler import Sampler, in_bfloat16
 from training.kernels import Kernel
 from training.precision import ieee_float32
 from training.processes import start
@@ -203,7 +203,7 @@ def group_norm(device: torch.device) -> Iterator[Row]:
         yield Row(f"group normalisation in bf16, {name}", f"{apart:.2f} roundings apart", "at most 2", apart <= 2)
 
 
-def steps_in_bfloat16(prior: AutoregressivePrior, sequences: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def steps_in_bfloat16(prior: StepwisePrior, sequences: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Compute logits (B, T, K), float32, of static-shape bfloat16 steps along fixed sequences (B, T)."""
     position = torch.zeros(1, dtype=torch.int64, device=sequences.device)
     steps = in_bfloat16(prior).fixed_steps(FixedBatch(sequences, labels, position))
@@ -220,7 +220,7 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
     """Check CUDA graphs against eager steps, then measure codes per second of a class-conditional prior with guidance."""
     layout = SequenceLayout([(sizes.side, sizes.side)], [sizes.num_codes])
     kinds = {"transformer": sizes.preset, "pixelcnn": {"layers": 2, "width": 32}}
-    guided = Sampling(guidance=1.5)
+    guided = StepwiseSampling(guidance=1.5)
     for kind, fields in kinds.items():
         torch.manual_seed(0)
         prior = part_from("prior", {"kind": kind, **fields}).build(layout, 1000).to(device).eval().requires_grad_(False)
@@ -235,9 +235,9 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
     prior = part_from("prior", {"kind": "transformer", **sizes.preset}).build(layout, 1000).to(device).eval().requires_grad_(False)
     sequences, labels = torch.randint(sizes.num_codes, (8, layout.length), device=device), torch.arange(8, device=device)
     with torch.no_grad(), ieee_float32(device):
-        exact = prior(layout.grids_of(sequences), labels)[0]
+        exact = prior.logits(layout.grids_of(sequences), labels)[0]
         # By as much as one rounding of each weight to bf16 changes them: what the kernels may add is no more than that.
-        rounded = in_bfloat16(prior).float()(layout.grids_of(sequences), labels)[0]
+        rounded = in_bfloat16(prior).float().logits(layout.grids_of(sequences), labels)[0]
         apart = float((steps_in_bfloat16(prior, sequences, labels) - exact).norm() / (rounded - exact).norm())
     yield Row("logits of sampling steps in bf16", f"{apart:.2f} x the error of rounded weights", "at most 4", apart <= 4)
     del by_graphs, eager, expected, exact, rounded  # whose memory would count as sampling's

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from configs.errors import UserError
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.stepwise import StepwisePrior
 from training.batching import batches
 from training.progress import progress_bar
 
@@ -86,7 +86,7 @@ def batch_images(layout: SequenceLayout, wanted: int) -> int:
 
 
 @torch.no_grad()
-def encode(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, batch: int, progress: bool = False) -> Encoding:
+def encode(prior: StepwisePrior, codes: Codes, labels: Tensor | None, batch: int, progress: bool = False) -> Encoding:
     """Encode the codes of images under a prior.
 
     Args:
@@ -121,7 +121,7 @@ def encode(prior: AutoregressivePrior, codes: Codes, labels: Tensor | None, batc
 
 
 @torch.no_grad()
-def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_once: int | None = None, progress: bool = False) -> Codes:
+def decode(prior: StepwisePrior, coded: Coded, labels: Tensor | None, at_once: int | None = None, progress: bool = False) -> Codes:
     """The codes again, int64 (N, h, w) a level, on the CPU.
 
     Args:
@@ -166,7 +166,7 @@ def decode(prior: AutoregressivePrior, coded: Coded, labels: Tensor | None, at_o
     return layout.grids_of(sequences)
 
 
-def _steps(prior: AutoregressivePrior, labels: Tensor | None, images: int, at_once: int) -> Callable[[Tensor | None], Tensor]:
+def _steps(prior: StepwisePrior, labels: Tensor | None, images: int, at_once: int) -> Callable[[Tensor | None], Tensor]:
     """`prior.step` of one batch on the CPU: from the codes (B,) of the position before to the next position's logits (B, K)."""
     assert not prior.training
     assert next(prior.parameters()).dtype == torch.float64

@@ -17,7 +17,7 @@ from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.pictures import png
 from stage1_vqvae.quantizers.contract import Codes
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.stepwise import StepwisePrior
 from training.devices import float64_copy
 
 
@@ -36,7 +36,7 @@ class EncodedImages(NamedTuple):
 
 def encode_images(
     tokenizer: VQVAE,
-    prior: AutoregressivePrior,
+    prior: StepwisePrior,
     pixels: Tensor,
     labels: Tensor | None,
     names: list[str] | None,
@@ -80,9 +80,7 @@ def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
     return {number: data for number, (data, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(data) <= cost}
 
 
-def verify(
-    data: bytes, encoded: EncodedImages, tokenizer: VQVAE, prior: AutoregressivePrior, pixels: Tensor, progress: bool = False
-) -> None:
+def verify(data: bytes, encoded: EncodedImages, tokenizer: VQVAE, prior: StepwisePrior, pixels: Tensor, progress: bool = False) -> None:
     """Decode a new file's bytes in smaller batches than they were encoded in, so that the arithmetic differs, and compare.
 
     `pixels`: the images, uint8 (N, H, W, C), which a lossless file must restore. Errors: UserError if anything differs.

@@ -31,7 +31,6 @@ from pipelines.evaluation.distances import (
 from pipelines.evaluation.reference import ReferenceFeatures, pixels_identity, reference_features
 from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
 from pipelines.scoring.bound import image_bits
-from pipelines.scoring.surprisals import ScoringPrior
 from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
 from stage1_vqvae.data.names import class_numbers
@@ -46,6 +45,7 @@ from stage1_vqvae.pictures import image_grid
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.priors.prior_file import LoadedPrior
 from training.batching import batches
 from training.devices import float64_device
 from training.precision import ieee_float32
@@ -196,7 +196,7 @@ class Assessor:
         made, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
         return figures | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
 
-    def bound(self, split: str, prior: ScoringPrior | None, training: CodeStore | None) -> dict[str, Any]:
+    def bound(self, split: str, prior: LoadedPrior | None, training: CodeStore | None) -> dict[str, Any]:
         """Bound on bits per dimension of a split's images for each p(z) of `image_bits`, pixels alone first, with 95 % intervals; `learned`
         is the prior's, `unigram` that of the training codes.
         """

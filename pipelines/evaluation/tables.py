@@ -69,7 +69,8 @@ def _codes(results: dict[str, Any]) -> dict[str, Any]:
         "codes_bits_per_dim": "bits a dimension of the codes under the prior, validation",
     }
     likelihood = results.get("likelihood", {})
-    rows += [[name, number(likelihood[key])] for key, name in names.items() if key in likelihood]
+    at_most = {"validation", "codes_bits_per_dim"} if likelihood and not likelihood["exact"] else set()
+    rows += [[name, ("at most " if key in at_most else "") + number(likelihood[key])] for key, name in names.items() if key in likelihood]
     return table("Codes", ["", ""], rows)
 
 

@@ -33,8 +33,7 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
 
     Returns the content of model.json, of which the sampler reads everything but the fingerprints.
     """
-    prior, header = generator.prior, generator.header
-    assert prior is not None
+    prior, header = generator.stepwise_prior("export"), generator.header
     assert header is not None
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)

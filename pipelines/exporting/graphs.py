@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from stage1_vqvae.model import VQVAE
 from stage2_prior.priors.attention import KeyValueCache
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.stepwise import StepwisePrior
 from stage2_prior.priors.transformer import Transformer, TransformerCache
 
 # Batches that graphs are traced with: of 1 a batch's axis would be taken for a fixed one.
@@ -46,7 +46,7 @@ class CachedStep(nn.Module):
     def __init__(self, prior: Transformer) -> None:
         super().__init__()
         self.prior = prior
-        self.register_buffer("positions", prior._embedded_positions())
+        self.register_buffer("positions", prior.position_embeddings())
 
     positions: Tensor
 
@@ -57,23 +57,23 @@ class CachedStep(nn.Module):
             cache = KeyValueCache.__new__(KeyValueCache)
             cache.keys, cache.values = (tensor.clone() for tensor in of_layer)
             layers.append(cache)
-        x = torch.where(position == 0, prior.start, prior.token(tokens)) + prior.label(labels)
-        x = prior.last_features(x, TransformerCache(layers, self.positions, None), position)
-        logits = F.linear(prior.norm(x), prior.head.weight)
+        whole = TransformerCache(layers, self.positions, None)
+        x = prior.embed_step(torch.where(position == 0, prior.start, prior.token(tokens)), labels, whole, position)
+        logits = F.linear(prior.norm(prior.features(x, whole, position)), prior.head.weight)
         return logits, torch.stack([cache.keys for cache in layers], 1), torch.stack([cache.values for cache in layers], 1)
 
 
 class WholeStep(nn.Module):
     """The logits of one position by a prior that computes those of all: whatever the prior, the codes so far are its cache."""
 
-    def __init__(self, prior: AutoregressivePrior) -> None:
+    def __init__(self, prior: StepwisePrior) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, codes: Tensor, labels: Tensor, position: Tensor) -> Tensor:
         """See the module's docstring; of the levels that the position is not of, the logits are those of some other position."""
         found, start = [], 0
-        for logits in self.prior(self.prior.layout.grids_of(codes), labels):
+        for logits in self.prior.logits(self.prior.layout.grids_of(codes), labels):
             index = (position - start).clamp(0, logits.shape[1] - 1)
             found.append(logits.index_select(1, index)[:, 0])
             start += logits.shape[1]
@@ -88,7 +88,7 @@ def export_tokenizer(tokenizer: VQVAE, folder: Path) -> None:
     _export(Method(tokenizer, "decode"), (codes,), names, ["images"], folder / "decoder.onnx")
 
 
-def export_prior(prior: AutoregressivePrior, folder: Path) -> list[int] | None:
+def export_prior(prior: StepwisePrior, folder: Path) -> list[int] | None:
     """Write prior.onnx of a prior in eval mode, on the CPU, in its own precision.
 
     Returns the shape of its keys and values for one sequence; None: it has none.

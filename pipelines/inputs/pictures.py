@@ -13,14 +13,14 @@ from torch import Tensor
 
 from configs.data import Data
 from configs.errors import UserError, say
-from stage1_vqvae.data.decoding import decode_image, image_to_pixels, to_eight_bits, to_rgba
+from stage1_vqvae.data.decoding import decode_image, image_to_pixels, read_image, to_eight_bits, to_rgba
 from stage1_vqvae.pictures import to_pil
 
 Picture = Image.Image | np.ndarray | Tensor | str | Path
 """An image: Pillow's, uint8 (H, W, C), or a file."""
 Pictures = Picture | Sequence[Picture]
 """One, several, or uint8 (N, H, W, C)."""
-Mask = Image.Image | np.ndarray | Tensor
+Mask = Image.Image | np.ndarray | Tensor | Path
 """Mask of the pixels (H, W) to keep: true, or white and opaque."""
 Output = Literal["pil", "tensor"]
 # Smallest share of nearly black or white pixels in a mask; the others may be blurred edges.
@@ -52,18 +52,28 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
     return array if same else torch.from_numpy(image_to_pixels(to_pil(array), data))
 
 
-def mask_in(mask: Mask, data: Data) -> Tensor:
-    """Convert a mask to booleans (H, W). Errors: UserError for another size than the recipe's."""
+def mask_in(mask: Mask, data: Data, name: str = "mask") -> Tensor:
+    """Convert a mask to booleans (H, W). `name`: the mask's in messages.
+
+    Errors: UserError for a mask of another size than the recipe's, or a file that cannot be read.
+    """
+    if isinstance(mask, Path):
+        try:
+            mask, name = read_image(None, str(mask)), f"{name} {mask}"
+        except UserError as error:
+            raise UserError(f"{name} {error}") from None
     if isinstance(mask, Image.Image):
-        mask = kept_by(mask, "mask")
-    found = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
-    if tuple(found.shape) != (data.height, data.width):
-        raise UserError(f"mask: expected {data.width} x {data.height} pixels, found {' x '.join(map(str, reversed(found.shape)))}")
-    if found.dtype == torch.bool:
-        return found
-    if found.dtype != torch.uint8 or (found.any() and int(found.max()) == 1):
-        raise UserError(f"mask: expected true and false, or uint8 from black to white (0 to 255), found {found.dtype} up to {found.max()}")
-    return found >= 128
+        mask = kept_by(mask, name)
+    pixels = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    if tuple(pixels.shape) != (data.height, data.width):
+        raise UserError(f"{name}: expected {data.width} x {data.height} pixels, found {' x '.join(map(str, reversed(pixels.shape)))}")
+    if pixels.dtype == torch.bool:
+        return pixels
+    if pixels.dtype != torch.uint8 or (pixels.any() and int(pixels.max()) == 1):
+        raise UserError(
+            f"{name}: expected true and false, or uint8 from black to white (0 to 255), found {pixels.dtype} up to {pixels.max()}"
+        )
+    return pixels >= 128
 
 
 def kept_by(mask: Image.Image, what: str) -> Tensor:

@@ -14,6 +14,7 @@ from pipelines.playground.fields import Fields, bind
 from pipelines.playground.maps import code_at, code_map
 from stage1_vqvae.pictures import to_pil
 from stage1_vqvae.quantizers.contract import Codes
+from stage2_prior.priors.stepwise import StepwisePrior
 
 _OFFERED = 8  # alternatives of each kind
 
@@ -50,13 +51,13 @@ class CodesTab:
                 with gr.Row():
                     undo, over = gr.Button("Undo", size="sm", min_width=100), gr.Button("Start over", size="sm", min_width=100)
             with gr.Column(scale=2, min_width=320):
-                bright = ", the brighter the more bits they cost" if self._generator.prior is not None else ""
+                in_turn = isinstance(self._generator.prior, StepwisePrior)
+                bright = ", the brighter the more bits they cost" if in_turn else ""
                 gr.Markdown(f"Its codes{bright}: click one.")
                 code_image = gr.Image(alt_text="codes", show_label=False, format="png", buttons=[])
                 status = gr.Markdown()
                 nearest = fields.gallery("Exchange it for one of the codes nearest to it")
-                has_prior = self._generator.prior is not None
-                likeliest = fields.gallery("Or for one of those likeliest after the codes before it", visible=has_prior)
+                likeliest = fields.gallery("Or for one of those likeliest after the codes before it", visible=in_turn)
         state = gr.State(None)
         inputs, outputs = [state, label, level], [state, rebuilt, code_image, status, nearest, likeliest]
 
@@ -115,12 +116,13 @@ class CodesTab:
         place = state.place if state.place is not None and state.place.level == level else None
         state = state._replace(place=place)
         label_or_none = self._fields.label(label)
-        bits = None if generator.prior is None else generator.surprisals(codes, label_or_none)
+        in_turn = isinstance(generator.prior, StepwisePrior)
+        bits = generator.surprisals(codes, label_or_none) if in_turn else None
         picture = generator.decode(codes, output="tensor")[0]
         near, likely = [], []
         if place is not None:
             near = nearest_codes(generator.tokenizer, level, place.of(codes), _OFFERED)
-            likely = likeliest_codes(generator, codes, label_or_none, place, _OFFERED) if generator.prior is not None else []
+            likely = likeliest_codes(generator, codes, label_or_none, place, _OFFERED) if in_turn else []
             state = state._replace(nearest=tuple(near), likeliest=tuple(likely))
         mark = None if place is None else (place.row, place.column)
         level_bits = None if bits is None else bits[level][0]

@@ -15,6 +15,7 @@ from pipelines.generator import Generator
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes, Levels
 from stage1_vqvae.quantizers.search import nearest_codes as nearest_vectors
+from stage2_prior.priors.stepwise import StepwisePrior
 
 
 class Place(NamedTuple):
@@ -63,8 +64,9 @@ def nearest_codes(tokenizer: VQVAE, level: int, code: int, count: int) -> list[i
 @torch.no_grad()
 def likeliest_codes(generator: Generator, codes: Codes, label: Label | None, place: Place, count: int) -> list[int]:
     """List the likeliest codes at a position of an image (1, h, w) per level under the prior, given those before it, likeliest first."""
-    prior, labels = generator.exact_prior, generator.labels_given(label, 1)
-    logits = prior(tuple(level.to(prior.device) for level in codes), None if labels is None else labels.to(prior.device))[place.level]
+    prior, condition = generator.exact_prior("likeliest codes"), generator.labels_given(label, 1)
+    condition = None if condition is None else condition.to(prior.device)
+    logits = prior.logits(tuple(level.to(prior.device) for level in codes), condition)[place.level]
     logits_here = logits[0, place.row * codes[place.level].shape[2] + place.column]
     return logits_here.topk(min(count, len(logits_here))).indices.tolist()
 
@@ -75,7 +77,7 @@ def candidates(generator: Generator, codes: Codes, label: Label | None, place: P
         return []
     changed = tuple(torch.cat(level) for level in zip(*(exchanged(codes, place, code) for code in alternatives), strict=True))
     pictures = generator.decode(changed, output="tensor")
-    if generator.prior is None:
+    if not isinstance(generator.prior, StepwisePrior):
         return [Candidate(code, picture, None, None) for code, picture in zip(alternatives, pictures, strict=True)]
     bits = generator.surprisals(changed, label)
     bits_here = bits[place.level][:, place.row, place.column].tolist()

@@ -175,7 +175,7 @@ class Fields:
         """Create fields for seed, temperature, top-p and guidance with the recipe's values; `seed_and_settings` reads them."""
         sampling = self.generator.sampling
         # A prior trained without label dropout takes no guidance, whatever the recipe says.
-        temperature, top_p, guidance = sampling.temperature, sampling.top_p, sampling.guidance if self.guides else 1.0
+        temperature, top_p, guidance = sampling.temperature, getattr(sampling, "top_p", 1.0), sampling.guidance if self.guides else 1.0
         about = (
             "below 1 safer, above 1 more varied",
             "draw from the likeliest codes of this total probability",
@@ -184,19 +184,19 @@ class Fields:
         return [
             gr.Number(0, label="Seed", precision=0),
             gr.Slider(0, max(2, temperature), temperature, step=0.01, label="Temperature", info=about[0]),
-            gr.Slider(min(0.01, top_p), 1, top_p, step=0.01, label="Top-p", info=about[1]),
+            gr.Slider(min(0.01, top_p), 1, top_p, step=0.01, label="Top-p", info=about[1], visible=hasattr(sampling, "top_p")),
             gr.Slider(min(0, guidance), max(5, guidance), guidance, step=0.01, label="Guidance", info=about[2], visible=self.guides),
         ]
 
-    @staticmethod
-    def seed_and_settings(values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
+    def seed_and_settings(self, values: tuple[float | None, ...]) -> tuple[int, dict[str, Any]]:
         """Read the seed and the settings by name. Errors: UserError for an empty field or a seed below 0."""
         names = ("seed", "temperature", "top_p", "guidance")
         settings: dict[str, Any] = {}
         for name, value in zip(names, values, strict=True):
             if value is None:
                 raise UserError(f"{name}: expected a number, found none")
-            settings[name] = value
+            if name == "seed" or hasattr(self.generator.sampling, name):
+                settings[name] = value
         seed = int(settings.pop("seed"))
         if seed < 0:
             raise UserError(f"seed: expected a whole number of at least 0, found {seed}")

@@ -93,8 +93,9 @@ def _prior_facts(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
     if not path.exists():
         return []
     found = read_json(path)
+    at_most = "" if found["exact"] else "at most "
     how = f"mean over the codes of {found['images']['validation']} validation images"
-    rows = [(f"bits a token, prior {name}", f"{found['validation']:.3f}", f"{how}, labels given" if found["labels"] else how)]
+    rows = [(f"bits a token, prior {name}", f"{at_most}{found['validation']:.3f}", f"{how}, labels given" if found["labels"] else how)]
     rows.append(("the same, unigram; uniform", f"{found['unigram']:.3f}; {found['uniform']:.3f}", "training frequencies; log2 K"))
-    rows.append((f"bits an image, prior {name}", f"{found['bits_per_image']['prior']:.0f}", "its codes alone"))
+    rows.append((f"bits an image, prior {name}", f"{at_most}{found['bits_per_image']['prior']:.0f}", "its codes alone"))
     return rows

@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
-from configs.schema import Recipe, Sampling, prior_from
+from configs.schema import PriorPart, Recipe, prior_from
 from pipelines.provenance import base_name, model_fingerprints, outputs, publishable_argument, publishable_recipe, significant
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
@@ -309,12 +309,14 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
     )
     if report["best_step"] is not None:  # None for levels trained separately, which have one each
         description += f", best at step {report['best_step']:,}"
-    saved, images = measured["saved_percent"], measured["images"]
+    saved, images, at_most = measured["saved_percent"], measured["images"], "" if measured["exact"] else "at most "
     rows = [
         ["uniform (log2 K)", f"{measured['uniform']:.3f}", f"{saved['uniform']:.1f} %"],
         ["unigram (training frequencies)", f"{measured['unigram']:.3f}", f"{saved['unigram']:.1f} %"],
-        [f"prior, {images['validation']:,} validation images", f"{measured['validation']:.3f}", ""],
-        [f"prior, {images['train']:,} training images", f"{measured['train']:.3f}", ""],
+        *(
+            [f"prior, {images[split]:,} {name} images", f"{at_most}{measured[split]:.3f}", ""]
+            for split, name in (("validation", "validation"), ("train", "training"))
+        ),
     ]
     grids = measured["positions"]
     flat = [bits for grid in grids for row in grid for bits in row]
@@ -363,12 +365,18 @@ def samples(run: RunDir, folder: Path) -> Samples:
         # By the number in its name, since some pictures may have been deleted.
         paths_by_label = {label: [path for path in files if labels[int(path.stem)] == label][:per_label] for label in labels_shown}
         classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in paths_by_label.items()]
-    neutral = vars(Sampling())
+    neutral = neutral_sampling()
     warped = [f"{key.replace('_', ' ')} {value}" for key, value in significant(details["sampling"]).items() if value != neutral.get(key)]
     drawn_as = "every code equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the prior as it is"
     description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"
     columns = max(len(group.tiles) for group in classes)
     return Samples(folder.name, details["prior"], description, classes, columns, remarks)
+
+
+def neutral_sampling() -> dict[str, Any]:
+    """Return the default of every setting of drawing, of all kinds of prior."""
+    parts = (cast(type[PriorPart], part_class("prior", kind)) for kind in FAMILIES["prior"])
+    return {name: value for part in parts for name, value in vars(part.SAMPLING()).items()}
 
 
 def staleness_warnings(run: RunDir, details: dict[str, Any]) -> list[str]:

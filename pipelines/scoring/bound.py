@@ -19,7 +19,7 @@ from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.metrics import index_bits
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.contract import Prior
 from training.devices import float64_copy
 from training.progress import progress_bar
 
@@ -48,7 +48,7 @@ def image_bits(
     codes: Codes,
     pixels: Pixels,
     counts: Sequence[np.ndarray] | None,
-    prior: AutoregressivePrior | None,
+    prior: Prior | None,
     labels: Tensor | None,
     knows_no_label: bool = True,
     progress: bool = False,

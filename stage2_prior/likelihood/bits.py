@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.contract import Prior
 from training.batching import batches
 from training.devices import as_float64, float64_device
 from training.prefetch import read_to
@@ -62,7 +62,7 @@ class Likelihood:
 
 
 @torch.no_grad()
-def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
+def measure(accelerator: Accelerator, prior: Prior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
     """Measure the likelihood of these rows, each counted once at any number of processes; `batch_size` per rank and batch."""
     prior.eval()
     device, known = accelerator.device, store.labels if prior.num_classes > 0 else None
@@ -83,11 +83,11 @@ def measure(accelerator: Accelerator, prior: AutoregressivePrior, store: CodeSto
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
         parts = batches(len(mine), batch_size)
         for part, tensors in zip(parts, read_to(device, read, parts), strict=True):
-            codes, labels = (tensors, None) if known is None else (tensors[:-1], tensors[-1])
-            losses = as_float64(-prior.log_prob(codes, labels))
+            codes, condition = (tensors, None) if known is None else (tensors[:-1], tensors[-1])
+            losses = as_float64(prior.nats(codes, condition))
             weights = row_weights[part]
             nats += weights @ losses
-            index = prior.labels_or_null(labels, len(losses)).to(exact)
+            index = prior.condition_or_null(condition, len(losses)).to(exact)
             label_nats.index_add_(0, index, weights * losses.mean(1))
             images.index_add_(0, index, weights)
             bar.update(len(losses))

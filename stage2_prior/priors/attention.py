@@ -43,20 +43,23 @@ class CachedAttention(Attention):
         """An empty key-value cache for sequences of `length` positions."""
         return KeyValueCache(batch, self.heads, length, self.head_width, self.out.weight)
 
-    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """Apply the whole layer to one position, (B, C) to (B, C); appends its key and value to the cache. See `attend`."""
-        return of_few_rows(self.out, self.attend(of_few_rows(self.qkv, x), rotation, cache, position))
+    def step_(self, x: Tensor, normed: Tensor, rotations: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
+        """Add the attention of one position to x (B, C), in place; the cache takes in its key and value. No gradient.
 
-    def attend(self, projected: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """Attend from one position: projected (B, 3 C) to (B, C); appends its key and value to the cache.
+        On a GPU, and at a position that is a tensor, attention is one Triton kernel, which reads only the filled part of the cache.
 
         Args:
-            projected: query, key and value, the output of `qkv`.
-            rotation: (1, d / 2, 2) of this position.
-            position: an int reads the cache up to it; a tensor (1,) reads all of it under a mask, with the same shapes at every position.
+            normed: (B, C), the layer's input.
+            rotations: (T, d / 2, 2) of all positions.
+            position: an int reads the cache up to it; a tensor (1,) makes shapes the same at every position, for CUDA graphs.
         """
-        query, key, value = self._separated(projected[:, None], rotation)
-        keys, values = cache.keys, cache.values
+        projected, keys, values = product(self.qkv, normed), cache.keys, cache.values
+        kernel_types = keys.dtype == projected.dtype != torch.float64 and rotations.dtype == torch.float32
+        if isinstance(position, Tensor) and kernel_types and _ATTEND.usable(keys.device):
+            attended = _ATTEND(projected, rotations, keys, values, position)
+            if attended is not None:
+                return add_product_(x, attended, self.out)
+        query, key, value = self._separated(projected[:, None], select(rotations, position)[None])
         if isinstance(position, int):
             keys[:, :, position : position + 1] = key
             values[:, :, position : position + 1] = value
@@ -66,7 +69,7 @@ class CachedAttention(Attention):
             values.index_copy_(2, position, value)
             mask = torch.arange(keys.shape[2], device=keys.device)[None] <= position
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        return attended.flatten(1)
+        return add_product_(x, attended.flatten(1), self.out)
 
     def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int) -> Tensor:
         """Apply the whole layer to some rows' positions from `start` on, (B, n, C) to the same shape; caches their keys and values.
@@ -80,18 +83,6 @@ class CachedAttention(Attention):
         mask = None if start == 0 else torch.ones(count, stop, dtype=torch.bool, device=x.device).tril(start)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=start == 0)
         return self.out(attended.transpose(1, 2).flatten(2))
-
-    def fixed_attend(self, projected: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
-        """Attend with static shapes, for CUDA graphs; `rotations` (T, d / 2, 2) are of all positions.
-
-        On a GPU one Triton kernel, which reads only the filled part of the cache.
-        """
-        keys, values = cache.keys, cache.values
-        if _ATTEND.usable(keys.device) and keys.dtype == projected.dtype != torch.float64 and rotations.dtype == torch.float32:
-            attended = _ATTEND(projected, rotations, keys, values, position)
-            if attended is not None:
-                return attended
-        return self.attend(projected, rotations.index_select(0, position), cache, position)
 
 
 class GridAttention(nn.Module):
@@ -112,21 +103,30 @@ class GridAttention(nn.Module):
         """An empty key-value cache for a grid of `length` positions."""
         return self.attention.new_cache(batch, length)
 
-    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int) -> Tensor:
-        """(B, C) of one position to the same shape."""
-        return x + self.attention.step(self.norm(x), rotation, cache, position)
+    def step_(self, x: Tensor, rotations: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
+        """Apply the layer to one position, (B, C), in place; see `CachedAttention.step_`."""
+        return self.attention.step_(x, self.norm(x), rotations, cache, position)
 
     def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, start: int) -> Tensor:
         """(B, n, C) of the positions from `start` on to the same shape; their keys and values are cached."""
         return x + self.attention.prefill(self.norm(x), rotation, cache, slice(None), start)
 
-    def fixed_step(self, x: Tensor, rotations: Tensor, cache: KeyValueCache, position: Tensor) -> Tensor:
-        """Static-shape `step`, for CUDA graphs; `rotations` (T, d / 2, 2) are of all positions."""
-        attention = self.attention
-        return x + attention.out(attention.fixed_attend(attention.qkv(self.norm(x)), rotations, cache, position))
+
+def product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear map without bias to few rows (B, C), B much smaller than C, without gradient."""
+    return torch.mm(linear.weight, x.t()).t() if _weight_first(x) else linear(x)
 
 
-def of_few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear map without bias of (B, C), B much smaller than C, without gradient: on a CPU, the weight from the left."""
-    # The same product; with its long side first, MKL takes a sixth less time.
-    return torch.mm(linear.weight, x.t()).t() if x.device.type == "cpu" else linear(x)
+def add_product_(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
+    """Add `product(linear, y)` to x (B, C) in place; one kernel on a GPU."""
+    return x.add_(product(linear, y)) if _weight_first(x) else x.addmm_(y, linear.weight.t())
+
+
+def _weight_first(x: Tensor) -> bool:
+    """Whether a product with few rows has the weight on its left: with the long side first, MKL takes a sixth less time."""
+    return x.device.type == "cpu"
+
+
+def select(x: Tensor, index: int | Tensor, axis: int = 0) -> Tensor:
+    """Return `x.select(axis, index)`, also for an index tensor (1,)."""
+    return x.select(axis, index) if isinstance(index, int) else x.index_select(axis, index).squeeze(axis)

@@ -1,28 +1,21 @@
-"""What every prior is: an autoregressive model of codes, p(level 1) p(level 2 | level 1) ..., each level in raster order.
+"""The contract of a prior: a probability model of an image's codes, with its own loss, sampler and likelihood.
 
-It sees integers only, never images or files. Training asks for all positions at once (`forward`); sampling asks for one
-position after another (`step`), and a cache holds what the positions before it have left; codes that are known go into it at once
-(`prefill`). Both give the same logits, and so do `FixedSteps`: the same steps with static shapes, for CUDA graphs.
+It sees integers only, never images or files. Priors that draw one code after another share all three: see stepwise.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from configs.errors import require
+from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from training.precision import full_precision, ieee_float32
-
-Logits = tuple[Tensor, ...]
-"""(B, h w, K) a level: position by position in raster order, over that level's own codes."""
 
 
 class Sizes(NamedTuple):
@@ -36,7 +29,7 @@ class Sizes(NamedTuple):
 
 
 class SizedByPreset:
-    """For a prior's fields `preset`, `layers`, `width` and `heads`: what is 0 takes the preset's size."""
+    """Fields `preset`, `layers`, `width` and `heads` of a prior's part: a 0 takes the preset's size."""
 
     PRESETS: ClassVar[dict[str, Sizes]]
     preset: str
@@ -45,17 +38,17 @@ class SizedByPreset:
     heads: int
 
     def sizes(self) -> Sizes:
-        """The sizes to build. Errors: ValueError, naming the key, for one that cannot be."""
+        """Return the sizes to build. Errors: ValueError, naming the key, for an impossible one."""
         for name in ("layers", "width", "heads"):
             require(getattr(self, name) >= 0, f"prior.{name}", "at least 0", getattr(self, name))
         preset = self.PRESETS[self.preset]
-        found = Sizes(self.layers or preset.layers, self.width or preset.width, self.heads or preset.heads)
-        require(found.width % (4 * found.heads) == 0, "prior.width", f"a multiple of 4 x {found.heads} heads", found.width)
-        return found
+        sizes = Sizes(self.layers or preset.layers, self.width or preset.width, self.heads or preset.heads)
+        require(sizes.width % (4 * sizes.heads) == 0, "prior.width", f"a multiple of 4 x {sizes.heads} heads", sizes.width)
+        return sizes
 
 
 class VariantEmbedding(nn.Embedding):
-    """Embeds which augmented variant of an image codes are of; variant 0, the image itself, stays zero.
+    """Embedding of the augmented variant of an image that codes belong to; variant 0, the image itself, stays zero.
 
     Non-leaking augmentation (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", appendix
     F.2): a prior that knows that codes are of a shifted image need not believe that images are shifted, and draws none that is.
@@ -67,148 +60,100 @@ class VariantEmbedding(nn.Embedding):
         nn.init.zeros_(self.weight)
 
 
-@dataclass(frozen=True)
-class FixedBatch:
-    """Preallocated input tensors of a sampling batch, overwritten in place so that a CUDA graph can read them."""
+class Keep(NamedTuple):
+    """Codes to keep while the others are drawn."""
 
-    sequences: Tensor
-    """(B, T) int64 codes; only those before the current position are read."""
-    labels: Tensor
-    """(R,) int64 class labels. R = B, or 2 B under guidance, where rows r and B + r share their codes."""
-    position: Tensor
-    """(1,) int64: current position, counted over all levels."""
-    first: int = 0
-    """Offset of these sequences in the full sequence (a prior of one level sees only its own)."""
-
-    def local_position(self) -> Tensor:
-        """(1,) position within `sequences`."""
-        return self.position - self.first if self.first else self.position
-
-    def shared(self, codes: Tensor) -> Tensor:
-        """Repeat codes (B, ...) for all rows, (R, ...)."""
-        copies = len(self.labels) // len(codes)
-        return codes if copies == 1 else torch.cat([codes] * copies)
+    codes: Codes
+    """int64 (B, h, w) per level; only those under the masks matter."""
+    masks: Codes
+    """bool (h, w) per level: true where codes are kept."""
 
 
-class FixedSteps(ABC):
-    """One-position steps on a `FixedBatch` with static shapes. State lives in tensors allocated once, as CUDA graphs require."""
+class Prior(nn.Module, ABC):
+    """A probability model of codes, p(codes | condition)."""
 
-    def __init__(self, batch: FixedBatch) -> None:
-        self.batch = batch
-
-    @abstractmethod
-    def prepare(self, position: int, above: Codes = ()) -> None:
-        """Eager work before a position's step: at a level's first position, reset the caches and embed the levels above.
-
-        `above`: codes (R, h, w) per level above that the prior is conditioned on.
-        """
-
-    def prefill(self, stop: int, above: Codes = ()) -> int:
-        """Take in the batch's first codes, which are known, up to position `stop`, as far as that can be done at once.
-
-        `above`: as in `prepare`. Returns: the position to go on from, at most `stop`.
-        """
-        return 0
-
-    @abstractmethod
-    def phase(self, position: int) -> Hashable:
-        """Key of the graph for this position; positions with equal keys run the same kernels on the same tensors."""
-
-    @abstractmethod
-    def logits(self, phase: Hashable) -> Tensor:
-        """Logits (R, K) at the current position, which has this phase. Capturable: no host synchronisation."""
-
-
-class AutoregressivePrior(nn.Module, ABC):
-    """The contract that every prior keeps."""
+    exact: ClassVar[bool]
+    """Whether `nats` is the exact negative log-likelihood; otherwise it is an upper bound."""
 
     checkpointing: bool
-    """Whether training computes each layer's inside twice instead of keeping it (Chen et al. 2016)."""
+    """Whether training recomputes each layer's activations in the backward pass (Chen et al. 2016)."""
+    num_draws: int
+    """Uniform random numbers per sample that the training loss takes."""
+    num_noise: int
+    """Uniform random numbers per sample that `sample` takes."""
 
     def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
-        """`layout`: the levels that it models. `num_classes` 0: unconditional. The label index `num_classes` means none, and always has
-        its embedding. `num_variants`: how many variants of each image the training codes hold, the image itself included. `given`: the
-        levels above, where it models p(levels | levels above).
+        """Args:
+        layout: the levels that it models.
+        num_classes: 0: unconditional. The label index `num_classes` is the null condition and always has an embedding.
+        num_variants: variants of each image in the training codes, the image itself included.
+        given: the levels above, for a model of p(levels | levels above).
         """
         super().__init__()
         self.layout, self.num_classes, self.num_variants, self.given = layout, num_classes, num_variants, given
-        self.checkpointing = False
+        self.checkpointing, self.num_draws, self.num_noise = False, 0, layout.length
 
     @property
     def levels(self) -> slice:
-        """Which of an image's levels it models; those above it is given."""
+        """The modelled levels among an image's; those before them are given."""
         first = 0 if self.given is None else len(self.given.grids)
         return slice(first, first + len(self.layout.grids))
 
     @abstractmethod
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        """Logits of every position of its own levels given the codes before it, and the label.
+    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+        """Return the training loss (): mean nats per code, or a bound on it, which a training step minimises.
+
+        It is `forward` because training calls the prepared module, so that DDP, FSDP, autocast and torch.compile apply.
 
         Args:
-            codes: int64 (B, h, w) a level, all positions, of the levels above and its own.
-            labels: (B,) int64, `num_classes` where there is none; None: none anywhere.
-            variants: (B,) int64, which variant of its image each row is of, in training; None: the images themselves.
+            codes: int64 (B, h, w) per level: all positions of the given levels and its own.
+            condition: (B, ...), today class labels (B,) int64; None: the null condition throughout.
+            variants: (B,) int64, the augmented variant of each row; None: the images themselves.
+            draws: (B, num_draws) float32 in [0, 1), a function of (seed, step, sample); None if it takes none.
         """
 
     @abstractmethod
-    def new_cache(self, batch: int, above: Codes = ()) -> Any:
-        """An empty cache for `batch` sequences, given the codes (B, h, w) of the levels above, if it has such."""
-
-    @abstractmethod
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: Any) -> Tensor:
-        """Logits (B, K) of the next position over the codes of its level, from the code (B,) of the position before (None at
-        the first) and the cache, which moves on by one position.
-        """
-
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: Any) -> None:
-        """Take in positions whose codes are known: the cache is then as after a step through each, as it is where a kind of prior has no
-        way of taking them in at once, without logits.
+    def sample(self, condition: Tensor | None, noise: Tensor, settings: Sampling, keep: Keep | None = None) -> Codes:
+        """Draw codes, one image per row, without gradient; eval mode only.
 
         Args:
-            sequences: (B, T) int64, of which the codes before `stop` are read.
-            start: the position that the cache is at.
-            stop: a later one, from which `step` goes on.
-            labels, cache: as in `step`.
-        """
-        for position in range(start, stop):
-            self.step(sequences[:, position - 1] if position else None, labels, cache)
-
-    def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
-        """Static-shape steps for CUDA graphs; None if this kind has only `step`."""
-        return None
-
-    def begin_from(self, vectors: Sequence[Tensor]) -> None:
-        """Let training begin from what the tokenizer knows of its codes: their vectors, (K, D) a level, with mean 0. Not all priors
-        have a use for them.
+            condition: (B, ...), or None.
+            noise: (B, num_noise) float64 in [0, 1), a function of (seed, sample number) from `uniforms`.
+            settings: of the class that the prior's part names.
+            keep: codes to keep.
+        Returns: int64 (B, h, w) per level.
+        Errors: UserError for probabilities that are not finite.
         """
 
-    def units(self) -> list[nn.Module]:
-        """Its layers, if it has such: what is gathered one at a time where weights are shared out over processes."""
+    @abstractmethod
+    def nats(self, codes: Codes, condition: Tensor | None) -> Tensor:
+        """Negative log-likelihood of each code, or an upper bound if not `exact`: (B, T) in nats, float32 or wider, without TF32."""
+
+    def initialise_from(self, vectors: Sequence[Tensor]) -> None:
+        """Initialise embeddings from the tokenizer's code vectors, (K, D) per level, with mean 0; by default a no-op."""
+
+    def fsdp_modules(self) -> list[nn.Module]:
+        """Submodules that FSDP gathers one by one."""
         return []
 
-    def remarks(self) -> list[str]:
-        """Lines that whoever trains it should read."""
+    def training_warnings(self) -> list[str]:
+        """Warnings to print before training."""
         return []
-
-    def log_prob(self, codes: Codes, labels: Tensor | None) -> Tensor:
-        """log p of each code given those before it, (B, T), in nats, float32 or wider; without TF32."""
-        with ieee_float32(codes[0].device):
-            return -torch.cat(code_losses(self(codes, labels), codes[self.levels]), 1)
 
     @property
     def device(self) -> torch.device:
-        """The device that the weights are on."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
-    def labels_or_null(self, labels: Tensor | None, batch: int) -> Tensor:
-        """Labels (B,) as given, or the index that means none."""
-        return torch.full((batch,), self.num_classes, device=self.device) if labels is None else labels
+    def null_condition(self, batch: int) -> Tensor:
+        """Return the condition (B,) of samples without one: the label index `num_classes`."""
+        return torch.full((batch,), self.num_classes, device=self.device)
 
+    def condition_or_null(self, condition: Tensor | None, batch: int) -> Tensor:
+        """Return the condition (B, ...), or the null condition for None."""
+        return self.null_condition(batch) if condition is None else condition
 
-def code_losses(logits: Logits, codes: Codes) -> list[Tensor]:
-    """-log p in nats of codes (B, h, w) a level under their logits: (B, h w) a level, float32 or wider."""
-    losses = []
-    for found, grid in zip(logits, codes, strict=True):
-        nats = F.cross_entropy(full_precision(found).flatten(0, 1), grid.flatten(), reduction="none")
-        losses.append(nats.view(found.shape[:2]))
-    return losses
+    def sampling_condition(self, condition: Tensor | None, batch: int, guided: bool) -> Tensor:
+        """Return the condition of all rows of a sampling batch: (B, ...), or (2 B, ...) under guidance, the second half null."""
+        condition = self.condition_or_null(condition, batch).to(self.device)
+        return torch.cat([condition, self.null_condition(batch)]) if guided else condition

@@ -15,11 +15,11 @@ from configs.parts import as_dict
 from configs.schema import PriorPart, prior_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits
+from stage2_prior.priors.stepwise import FixedBatch, FixedSteps, Logits, StepwisePart, StepwisePrior
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevelwisePart(PriorPart):
+class LevelwisePart(StepwisePart):
     """A prior of its own for each level of codes, given the levels above (Razavi et al. 2019, section 3.2)."""
 
     levels: list[dict[str, Any]] = field(default_factory=list)
@@ -37,12 +37,13 @@ class LevelwisePart(PriorPart):
         return Levelwise(layout, num_classes, num_variants, parts)
 
 
-def build_level(config: PriorPart, layout: SequenceLayout, level: int, num_classes: int, num_variants: int = 1) -> AutoregressivePrior:
-    """A prior with fresh weights of one level, from 0 on, given those above.
+def build_level(config: PriorPart, layout: SequenceLayout, level: int, num_classes: int, num_variants: int = 1) -> StepwisePrior:
+    """Build a prior with fresh weights of one level, from 0 on, given those above.
 
-    Errors: ValueError for a kind that cannot be given levels.
+    Errors: ValueError for a kind that cannot be given levels, or does not draw codes in turn.
     """
     own = SequenceLayout([layout.grids[level]], [layout.num_codes[level]])
+    require(isinstance(config, StepwisePart), "prior.kind", "one that draws codes in turn, for a prior per level", config.kind)
     if level == 0:
         return config.build(own, num_classes, num_variants)
     require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)
@@ -60,39 +61,39 @@ class LevelwiseCache:
     """The position whose logits come next."""
 
 
-class Levelwise(AutoregressivePrior):
+class Levelwise(StepwisePrior):
     """Priors of single levels as a prior of all of them."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int, parts: Sequence[AutoregressivePrior]) -> None:
+    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int, parts: Sequence[StepwisePrior]) -> None:
         """`parts`: of each level, coarse to fine, given those above; the rest as in the contract."""
         super().__init__(layout, num_classes, num_variants)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
-    parts: Sequence[AutoregressivePrior]
+    parts: Sequence[StepwisePrior]
 
     @override
-    def begin_from(self, vectors: Sequence[Tensor]) -> None:
+    def initialise_from(self, vectors: Sequence[Tensor]) -> None:
         for part, of_level in zip(self.parts, vectors, strict=True):
-            part.begin_from([of_level])
+            part.initialise_from([of_level])
 
     @override
-    def units(self) -> list[nn.Module]:
-        return [unit for part in self.parts for unit in part.units()]
+    def fsdp_modules(self) -> list[nn.Module]:
+        return [module for part in self.parts for module in part.fsdp_modules()]
 
     @override
-    def remarks(self) -> list[str]:
-        return [f"level {number}: {remark}" for number, part in enumerate(self.parts, 1) for remark in part.remarks()]
+    def training_warnings(self) -> list[str]:
+        return [f"level {number}: {line}" for number, part in enumerate(self.parts, 1) for line in part.training_warnings()]
 
     @override
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        return tuple(part(codes[: level + 1], labels, variants)[0] for level, part in enumerate(self.parts))
+    def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
+        return tuple(part.logits(codes[: level + 1], condition, variants)[0] for level, part in enumerate(self.parts))
 
     @override
     def new_cache(self, batch: int, above: Codes = ()) -> LevelwiseCache:
         return LevelwiseCache(torch.zeros(batch, self.layout.length, dtype=torch.int64, device=self.device))
 
     @override
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: LevelwiseCache) -> Tensor:
+    def step(self, code: Tensor | None, condition: Tensor | None, cache: LevelwiseCache) -> Tensor:
         if code is not None:
             cache.codes[:, cache.position - 1] = code
         level, index = self.layout.level_and_index(cache.position)
@@ -100,10 +101,10 @@ class Levelwise(AutoregressivePrior):
         if index == 0:
             cache.of_level, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
         cache.position += 1
-        return part.step(code, labels, cache.of_level)
+        return part.step(code, condition, cache.of_level)
 
     @override
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: LevelwiseCache) -> None:
+    def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: LevelwiseCache) -> None:
         cache.codes.copy_(sequences)
         cache.position = stop
         level, index = self.layout.level_and_index(stop)
@@ -113,7 +114,7 @@ class Levelwise(AutoregressivePrior):
         if start <= first:
             cache.of_level = self.parts[level].new_cache(len(sequences), self.layout.grids_of(sequences)[:level])
         own = sequences[:, first : first + self.layout.lengths[level]]
-        self.parts[level].prefill(own, max(0, start - first), index, labels, cache.of_level)
+        self.parts[level].prefill(own, max(0, start - first), index, condition, cache.of_level)
 
     @override
     def fixed_steps(self, batch: FixedBatch) -> LevelwiseSteps | None:
@@ -121,7 +122,7 @@ class Levelwise(AutoregressivePrior):
         for level, (part, length) in enumerate(zip(self.parts, self.layout.lengths, strict=True)):
             first = self.layout.first_position(level)
             sequences = batch.sequences[:, first : first + length]
-            parts.append(part.fixed_steps(FixedBatch(sequences, batch.labels, batch.position, batch.first + first)))
+            parts.append(part.fixed_steps(FixedBatch(sequences, batch.condition, batch.position, batch.first + first)))
         steps = [part for part in parts if part is not None]
         return LevelwiseSteps(self.layout, batch, steps) if len(steps) == len(parts) else None
 

@@ -24,19 +24,19 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import PriorPart
 from stage1_vqvae.attention import RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.attention import GridAttention
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.attention import GridAttention, select
+from stage2_prior.priors.contract import SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.stepwise import FixedBatch, FixedSteps, Logits, StepwisePart, StepwisePrior
 from stage2_prior.priors.upper_levels import UpperLevels
 
 _FIRST_KERNEL = 7
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelCNNPart(SizedByPreset, PriorPart):
+class PixelCNNPart(SizedByPreset, StepwisePart):
     """The Gated PixelCNN, masked convolutions over the grid of codes. Dropout is of what gated layers add."""
 
     MAY_BE_GIVEN_LEVELS = True
@@ -75,7 +75,7 @@ class PixelCNNPart(SizedByPreset, PriorPart):
         return PixelCNN(self.resolved(), layout, num_classes, num_variants, given)
 
 
-class PixelCNN(AutoregressivePrior):
+class PixelCNN(StepwisePrior):
     """p(level 1 | label) p(level 2 | level 1, label) ..., a network a level."""
 
     def __init__(
@@ -98,19 +98,19 @@ class PixelCNN(AutoregressivePrior):
     networks: Sequence[LevelNetwork]
 
     @override
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
-        labels = self.labels_or_null(labels, codes[0].shape[0])
+    def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
+        condition = self.condition_or_null(condition, codes[0].shape[0])
         return tuple(
-            network(codes[level], network.context(codes[:level], labels, variants), self.checkpointing and self.training)
+            network(codes[level], network.context(codes[:level], condition, variants), self.checkpointing and self.training)
             for level, network in enumerate(self.networks, self.levels.start)
         )
 
     @override
-    def units(self) -> list[nn.Module]:
+    def fsdp_modules(self) -> list[nn.Module]:
         return [layer for network in self.networks for layer in network.layers]
 
-    def remarks(self) -> list[str]:
-        """A stack too shallow for its grid is told of."""
+    @override
+    def training_warnings(self) -> list[str]:
         reach = _FIRST_KERNEL // 2 + (self.config.layers - 1) * (self.config.kernel_size // 2)
         furthest = max(max(grid) for grid in self.layout.grids) - 1
         if self.config.attention_interval or reach >= furthest:
@@ -122,12 +122,12 @@ class PixelCNN(AutoregressivePrior):
         return PixelCNNCache(self, batch, above)
 
     @override
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: PixelCNNCache) -> Tensor:
-        return cache.step(code, labels)
+    def step(self, code: Tensor | None, condition: Tensor | None, cache: PixelCNNCache) -> Tensor:
+        return cache.step(code, condition)
 
     @override
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: PixelCNNCache) -> None:
-        cache.prefill(sequences, start, stop, labels)
+    def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: PixelCNNCache) -> None:
+        cache.prefill(sequences, start, stop, condition)
 
     @override
     def fixed_steps(self, batch: FixedBatch) -> PixelCNNSteps:
@@ -173,9 +173,9 @@ class LevelNetwork(nn.Module):
         kernel = config.kernel_size if number else _FIRST_KERNEL
         return GatedLayer(config.width, kernel, number == 0, config.dropout, config.heads if attends else 0)
 
-    def context(self, above: Codes, labels: Tensor, variants: Tensor | None = None) -> Tensor:
-        """What every position is given: (B, 1, 1, C) from labels and variants (B,), or (B, h, w, C) with codes of the levels above."""
-        context = self.label(labels)[:, None, None]
+    def context(self, above: Codes, condition: Tensor, variants: Tensor | None = None) -> Tensor:
+        """What every position is given: (B, 1, 1, C) from condition and variants (B,), or (B, h, w, C) with codes of the levels above."""
+        context = self.label(condition)[:, None, None]
         if variants is not None and self.variant is not None:
             context = context + self.variant(variants)[:, None, None]
         return context if self.above is None else context + self.above(above, self.rotations)
@@ -248,22 +248,22 @@ class PixelCNNCache:
         self._codes = [torch.zeros(batch, *grid, dtype=torch.int64, device=prior.device) for grid in prior.layout.grids]
         self._position = 0
 
-    def step(self, code: Tensor | None, labels: Tensor | None) -> Tensor:
-        """Logits (B, K) of the next position, from the code (B,) of the one before (None at the first) and labels (B,)."""
+    def step(self, code: Tensor | None, condition: Tensor | None) -> Tensor:
+        """Logits (B, K) of the next position, from the code (B,) of the one before (None at the first) and condition (B,)."""
         if code is not None:
             self._note(code)
         level, row, column = self._coordinates(self._position)
         network = self._prior.networks[level]
         if row == column == 0:
             code = None
-            self._begin_level(level, labels)
+            self._begin_level(level, condition)
         if column == 0:
             self._rows.begin_row(row, None if row == 0 else self._codes[level][:, row - 1])
         logits = self._rows.next_position(column, code if column or network.wraps else None)
         self._position += 1
         return logits
 
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None) -> None:
+    def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None) -> None:
         """Take in the positions from `start` to `stop`, of known codes (B, T): row by row, those of `stop`'s level."""
         for codes, known in zip(self._codes, self._prior.layout.grids_of(sequences), strict=True):
             codes.copy_(known)
@@ -271,7 +271,7 @@ class PixelCNNCache:
         level, stop = self._prior.layout.level_and_index(stop)
         start -= self._prior.layout.first_position(level)
         if stop > 0 and start <= 0:
-            self._begin_level(level, labels)
+            self._begin_level(level, condition)
         network, codes = self._prior.networks[level], self._codes[level]
         width = network.grid[1]
         for row in range(max(0, start) // width, -(-stop // width)):
@@ -284,9 +284,9 @@ class PixelCNNCache:
                 begins = before < 0 or (first == 0 and not network.wraps)
                 self._rows.next_positions(first, last, codes.flatten(1)[:, before + begins : before + last - first])
 
-    def _begin_level(self, level: int, labels: Tensor | None) -> None:
+    def _begin_level(self, level: int, condition: Tensor | None) -> None:
         network = self._prior.networks[level]
-        context = network.context((*self._above, *self._codes[:level]), self._prior.labels_or_null(labels, self._batch))
+        context = network.context((*self._above, *self._codes[:level]), self._prior.condition_or_null(condition, self._batch))
         self._rows = RowState(network, context)
 
     def _coordinates(self, position: int) -> tuple[int, int, int]:
@@ -322,10 +322,10 @@ class RowState:
         A `row` given as a tensor (1,), here and in `next_position`, makes every row run the same kernels, so that a CUDA graph can replay.
         """
         network, self._row = self._network, row
-        x = _selected(network.positions[0], row).expand(len(self._left[0]), -1, -1)
+        x = select(network.positions[0], row).expand(len(self._left[0]), -1, -1)
         if codes_above is not None:
             x = x + network.token(codes_above)  # (B, w, C)
-        context = self._context[:, 0] if self._context.shape[1] == 1 else _selected(self._context, row, 1)  # (B, 1 or w, C)
+        context = self._context[:, 0] if self._context.shape[1] == 1 else select(self._context, row, 1)  # (B, 1 or w, C)
         for layer, rows, down in zip(network.layers, self._above, self._down, strict=True):
             to_vertical, to_horizontal = layer.context(context).chunk(2, -1)
             rows.copy_(rows.roll(-1, 1))
@@ -337,7 +337,7 @@ class RowState:
     def next_position(self, column: int, code_left: Tensor | None, row: int | Tensor | None = None) -> Tensor:
         """Logits (B, K) of a position, from the code (B,) to its left, or None. `row`: None means the row last begun."""
         network, row = self._network, self._row if row is None else row
-        x = _selected(network.positions[1, :, column], row).expand(len(self._left[0]), -1)
+        x = select(network.positions[1, :, column], row).expand(len(self._left[0]), -1)
         if code_left is not None:
             x = x + network.token(code_left)  # (B, C)
         position = row * network.grid[1] + column
@@ -348,10 +348,7 @@ class RowState:
             x = x + layer.out(gated(torch.addmm(down[:, column], window, kernel)))
             if layer.attention is None or attended is None:
                 continue
-            if isinstance(position, Tensor):
-                x = layer.attention.fixed_step(x, network.rotations, attended, position)
-            else:
-                x = layer.attention.step(x, network.rotations[position : position + 1], attended, position)
+            x = layer.attention.step_(x, network.rotations, attended, position)
         return network.head(x)
 
     def next_positions(self, first: int, last: int, codes_left: Tensor) -> None:
@@ -380,11 +377,6 @@ class RowState:
                 cache.reset()
 
 
-def _selected(x: Tensor, index: int | Tensor, axis: int = 0) -> Tensor:
-    """`x.select(axis, index)`, also for a (1,) index tensor."""
-    return x.select(axis, index) if isinstance(index, int) else x.index_select(axis, index).squeeze(axis)
-
-
 class PixelCNNSteps(FixedSteps):
     """Static-shape steps of a PixelCNN.
 
@@ -393,7 +385,7 @@ class PixelCNNSteps(FixedSteps):
 
     def __init__(self, prior: PixelCNN, batch: FixedBatch) -> None:
         super().__init__(batch)
-        self._prior, rows = prior, len(batch.labels)
+        self._prior, rows = prior, len(batch.condition)
         self._states = []
         for network in prior.networks:
             grid = (1, 1) if network.above is None else network.grid
@@ -404,7 +396,7 @@ class PixelCNNSteps(FixedSteps):
         level, index = self._prior.layout.level_and_index(position)
         if index == 0:
             codes = self._prior.layout.grids_of(self.batch.shared(self.batch.sequences))[:level]
-            self._states[level].restart(self._prior.networks[level].context((*above, *codes), self.batch.labels))
+            self._states[level].restart(self._prior.networks[level].context((*above, *codes), self.batch.condition))
 
     @override
     def prefill(self, stop: int, above: Codes = ()) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from configs.run_dir import RunDir
 from configs.schema import PriorPart, prior_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.contract import Prior
 from stage2_prior.priors.levelwise import build_level
-from training.weights_file import built_from, load_weights, read_header, save_weights
+from training.weights_file import built_from, fingerprint, load_weights, read_header, save_weights
 
 _FORMAT = 1
 
@@ -64,13 +64,13 @@ class PriorHeader:
         )
 
 
-def build_prior(config: PriorPart, manifest: Manifest, level: int | None = None) -> AutoregressivePrior:
+def build_prior(config: PriorPart, manifest: Manifest, level: int | None = None) -> Prior:
     """A prior for codes of that manifest, or for one level of them given those above, with fresh weights."""
     labels = manifest.label_names if config.conditional else None
     return _built(config, SequenceLayout(manifest.grids, manifest.num_codes), level, len(labels or ()), manifest.variants)
 
 
-def _built(config: PriorPart, layout: SequenceLayout, level: int | None, num_classes: int, num_variants: int) -> AutoregressivePrior:
+def _built(config: PriorPart, layout: SequenceLayout, level: int | None, num_classes: int, num_variants: int) -> Prior:
     if level is None:
         return config.build(layout, num_classes, num_variants)
     return build_level(config, layout, level, num_classes, num_variants)
@@ -88,13 +88,20 @@ def save_prior(path: Path, weights: dict[str, Tensor], header: PriorHeader) -> N
     save_weights(path, weights, {"kind": "prior", "format": _FORMAT, **as_dict(header)})
 
 
-def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
-    """The file of the run's prior of that name; None: of the last finished one.
+def learned_name(run: RunDir, name: str | None) -> str | None:
+    """Return the name of the learned prior that an option `--prior NAME` means, by default the last finished; None if there is none."""
+    return None if name == UNIFORM else name or run.last_prior()
 
-    Errors: UserError if there is none; it names the `command` that trains one.
+
+def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
+    """Return the file of the run's prior of that name; None: of the last finished one.
+
+    Errors: UserError if there is none, naming the `command` that trains one, and for the uniform prior, which has no file.
     """
+    if name == UNIFORM:
+        raise UserError(f"--prior: expected a learned prior, found {UNIFORM}")
     finished = run.finished_priors()
-    name = name or run.last_prior()
+    name = learned_name(run, name)
     if name is None:
         raise UserError(f"{run}: it has no finished prior; run first: {command}")
     if name not in finished:
@@ -102,11 +109,25 @@ def finished_prior(run: RunDir, name: str | None, command: str) -> Path:
     return run.prior(name) / "prior.safetensors"
 
 
-def learned_prior(run: RunDir, name: str | None, command: str) -> Path:
-    """As `finished_prior`, for what the uniform one has no file for. Errors: UserError for that one, too."""
-    if name == UNIFORM:
-        raise UserError(f"--prior: expected a learned prior, found {UNIFORM}")
-    return finished_prior(run, name, command)
+class LoadedPrior(NamedTuple):
+    """A finished prior of a run, in eval mode."""
+
+    prior: Prior
+    header: PriorHeader
+    name: str
+
+
+def load_finished(run: RunDir, name: str | None, command: str, device: torch.device | str = "cpu") -> LoadedPrior:
+    """Load the prior of `finished_prior`. Errors: as there, and UserError if its codes are another tokenizer's."""
+    path = finished_prior(run, name, command)
+    return LoadedPrior(*load_prior(path, fingerprint(run.tokenizer), device), path.parent.name)
+
+
+def drawn_prior(run: RunDir, name: str | None) -> PriorPart | None:
+    """Return the fields of the prior that a command with the option `--prior NAME` draws from; None: not a learned one, or not finished."""
+    name = learned_name(run, name)
+    path = None if name is None else run.prior(name) / "prior.safetensors"
+    return None if path is None or not path.exists() else prior_from(read_prior_header(path)["config"])
 
 
 def read_prior_header(path: Path) -> dict[str, Any]:
@@ -122,7 +143,7 @@ def _check_format(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"{RunDir.show(path)}: expected a prior of format {_FORMAT}, found {found}; train another with --name NAME")
 
 
-def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[AutoregressivePrior, PriorHeader]:
+def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[Prior, PriorHeader]:
     """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
     weights, content = load_weights(path, "prior")
     _check_format(path, content)

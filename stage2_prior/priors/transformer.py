@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from configs.schema import PriorPart
 from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.attention import CachedAttention, KeyValueCache, of_few_rows
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch, FixedSteps, Logits, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.attention import CachedAttention, KeyValueCache, add_product_, product, select
+from stage2_prior.priors.contract import SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.stepwise import FixedBatch, FixedSteps, Logits, StepwisePart, StepwisePrior
 from stage2_prior.priors.upper_levels import UpperLevels
 from training.batching import batches
 from training.kernels import Kernel
@@ -52,7 +52,7 @@ _GATE = Kernel("the MLP while sampling", _load_gate)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerPart(SizedByPreset, PriorPart):
+class TransformerPart(SizedByPreset, StepwisePart):
     """A decoder-only transformer over the sequence of codes. Dropout is of embedded codes, attention and MLP."""
 
     MAY_BE_GIVEN_LEVELS = True
@@ -98,7 +98,7 @@ class TransformerCache:
     """The position whose logits come next."""
 
 
-class Transformer(AutoregressivePrior):
+class Transformer(StepwisePrior):
     """p(codes | label), one position after another."""
 
     def __init__(
@@ -149,7 +149,7 @@ class Transformer(AutoregressivePrior):
 
     @override
     @torch.no_grad()
-    def begin_from(self, vectors: Sequence[Tensor]) -> None:
+    def initialise_from(self, vectors: Sequence[Tensor]) -> None:
         """Codes of near vectors get near embeddings, and near rows of the map to logits, so that what is learned of one code holds for
         those that look alike: both begin as a random map of the vectors, with a remainder of their own and the scale of before.
         """
@@ -160,10 +160,10 @@ class Transformer(AutoregressivePrior):
                 rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
 
     @override
-    def units(self) -> list[nn.Module]:
+    def fsdp_modules(self) -> list[nn.Module]:
         return list(self.blocks)
 
-    def _embedded_positions(self) -> Tensor:
+    def position_embeddings(self) -> Tensor:
         """(T, C): of each position's level, row and column."""
         level, row, column = self.coordinates.unbind(1)
         return self.level(level) + self.row(row) + self.column(column)
@@ -173,24 +173,24 @@ class Transformer(AutoregressivePrior):
         return None if self.above is None else self.above(above, self.rotations).flatten(1, 2)
 
     @override
-    def forward(self, codes: Codes, labels: Tensor | None, variants: Tensor | None = None) -> Logits:
+    def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
         tokens = self.layout.to_tokens(codes[self.levels])
         batch = tokens.shape[0]  # len would fix the batch of an exported graph
         start = self.start.expand(batch, 1, -1)
-        x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self._embedded_positions()  # (B, T, C)
-        given = self.label(self.labels_or_null(labels, batch))
+        x = torch.cat([start, self.token(tokens[:, :-1])], 1) + self.position_embeddings()  # (B, T, C)
+        embedded = self.label(self.condition_or_null(condition, batch))
         if variants is not None and self.variant is not None:
-            given = given + self.variant(variants)
+            embedded = embedded + self.variant(variants)
         above = self._upper_level_features(codes[: self.levels.start])
-        x = self.dropout(x + given[:, None] if above is None else x + given[:, None] + above)
+        x = self.dropout(x + embedded[:, None] if above is None else x + embedded[:, None] + above)
         for block in self.blocks:
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, self.rotations, use_reentrant=False)
             else:
                 x = block(x, self.rotations)
-        return tuple(self._logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
+        return tuple(self.head_logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
 
-    def _logits(self, x: Tensor, level: int) -> Tensor:
+    def head_logits(self, x: Tensor, level: int) -> Tensor:
         """(..., C) at positions of one level to logits (..., K) over its codes."""
         offset = self.layout.offsets[level]
         return F.linear(self.norm(x), self.head.weight[offset : offset + self.layout.num_codes[level]])
@@ -198,58 +198,46 @@ class Transformer(AutoregressivePrior):
     @override
     def new_cache(self, batch: int, above: Codes = ()) -> TransformerCache:
         layers = [block.attention.new_cache(batch, self.layout.length) for block in self.blocks]
-        return TransformerCache(layers, self._embedded_positions(), self._upper_level_features(above))
+        return TransformerCache(layers, self.position_embeddings(), self._upper_level_features(above))
 
     @override
-    def step(self, code: Tensor | None, labels: Tensor | None, cache: TransformerCache) -> Tensor:
+    def step(self, code: Tensor | None, condition: Tensor | None, cache: TransformerCache) -> Tensor:
         position = cache.position
         cache.position += 1
         batch = len(cache.layers[0].keys)
-        x = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(position))
-        x = x + self.label(self.labels_or_null(labels, batch))
-        return self._logits(self.last_features(x, cache, position), self.layout.level_of(position))
+        token = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(position))
+        x = self.embed_step(token, self.condition_or_null(condition, batch), cache, position)
+        return self.head_logits(self.features(x, cache, position), self.layout.level_of(position))
+
+    def embed_step(self, token: Tensor, condition: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
+        """Sum (B, C) of the embeddings at a position: the previous token's (B, C), condition's (B,), position's and upper levels'."""
+        x = token + self.label(condition) + select(cache.embedded_positions, position)
+        return x if cache.above is None else x + select(cache.above, position, 1)
+
+    def features(self, x: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
+        """Features (B, C) of the last layer at a position from `embed_step`'s sum, which they overwrite; without gradient."""
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block.step_(x, self.rotations, layer, position)
+        return x
 
     @override
-    def prefill(self, sequences: Tensor, start: int, stop: int, labels: Tensor | None, cache: TransformerCache) -> None:
-        self.fill(sequences, start, stop, self.labels_or_null(labels, len(sequences)), cache.layers, cache.embedded_positions, cache.above)
-        cache.position = stop
-
-    def fill(
-        self,
-        sequences: Tensor,
-        start: int,
-        stop: int,
-        labels: Tensor,
-        layers: Sequence[KeyValueCache],
-        embedded_positions: Tensor,
-        above: Tensor | None,
-    ) -> None:
-        """Put keys and values of the positions from `start` to `stop` into the caches, of known `sequences` (B, T) and `labels` (B,)."""
+    def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: TransformerCache) -> None:
+        condition = self.condition_or_null(condition, len(sequences))
         offsets = [self.layout.offset_before(position) for position in range(max(1, start), stop)]
         tokens = sequences[:, max(0, start - 1) : stop - 1] + torch.tensor(offsets, dtype=torch.int64, device=sequences.device)
         for rows in batches(len(sequences), max(1, _FILLED_AT_ONCE // (stop - start))):
             x = self.token(tokens[rows])
             if start == 0:
                 x = torch.cat([self.start.expand(len(x), 1, -1), x], 1)
-            x = x + self.label(labels[rows])[:, None] + embedded_positions[start:stop]
-            x = x if above is None else x + above[rows, start:stop]
-            for block, cache in zip(self.blocks, layers, strict=True):
-                x = block.prefill(x, self.rotations[start:stop], cache, rows, start)
+            x = x + self.label(condition[rows])[:, None] + cache.embedded_positions[start:stop]
+            x = x if cache.above is None else x + cache.above[rows, start:stop]
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                x = block(x, self.rotations[start:stop], layer, rows, start)
+        cache.position = stop
 
     @override
     def fixed_steps(self, batch: FixedBatch) -> TransformerSteps:
         return TransformerSteps(self, batch)
-
-    def last_features(self, x: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
-        """Features (B, C) of the last layer at a position, from the sum (B, C) of its code and label embeddings."""
-        at = slice(position, position + 1) if isinstance(position, int) else position
-        x = x + cache.embedded_positions[at]
-        if cache.above is not None:
-            x = x + cache.above[:, position]
-        rotation = self.rotations[at]
-        for block, kept in zip(self.blocks, cache.layers, strict=True):
-            x = block.step(x, rotation, kept, position)
-        return x
 
 
 class TransformerSteps(FixedSteps):
@@ -260,10 +248,10 @@ class TransformerSteps(FixedSteps):
 
     def __init__(self, prior: Transformer, batch: FixedBatch) -> None:
         super().__init__(batch)
-        self._prior, layout, rows = prior, prior.layout, len(batch.labels)
-        self._layers = [block.attention.new_cache(rows, layout.length) for block in prior.blocks]
-        self._positions = prior._embedded_positions()
-        self._above = None if prior.above is None else self._positions.new_zeros(rows, *self._positions.shape)
+        self._prior, layout, rows = prior, prior.layout, len(batch.condition)
+        layers = [block.attention.new_cache(rows, layout.length) for block in prior.blocks]
+        positions = prior.position_embeddings()
+        self._cache = TransformerCache(layers, positions, None if prior.above is None else positions.new_zeros(rows, *positions.shape))
         offsets = [layout.offsets[layout.level_of(position)] for position in range(layout.length)]
         self._offsets = torch.tensor(offsets, device=prior.device)
 
@@ -271,18 +259,17 @@ class TransformerSteps(FixedSteps):
     def prepare(self, position: int, above: Codes = ()) -> None:
         if position > 0:
             return
-        for layer in self._layers:
+        for layer in self._cache.layers:
             layer.reset()
         features = self._prior._upper_level_features(above)
-        if self._above is not None and features is not None:
-            self._above.copy_(features)
+        if self._cache.above is not None and features is not None:
+            self._cache.above.copy_(features)
 
     @override
     def prefill(self, stop: int, above: Codes = ()) -> int:
         if stop > 0:
             self.prepare(0, above)
-            sequences = self.batch.shared(self.batch.sequences)
-            self._prior.fill(sequences, 0, stop, self.batch.labels, self._layers, self._positions, self._above)
+            self._prior.prefill(self.batch.shared(self.batch.sequences), 0, stop, self.batch.condition, self._cache)
         return stop
 
     @override
@@ -292,27 +279,20 @@ class TransformerSteps(FixedSteps):
     @override
     def logits(self, phase: Any) -> Tensor:
         prior, position = self._prior, self.batch.local_position()
-        x = self._embedded(position)
-        for block, cache in zip(prior.blocks, self._layers, strict=True):
-            attention, mlp = block.attention, block.mlp
-            projected = attention.qkv(block.attention_norm(x))
-            x.addmm_(attention.fixed_attend(projected, prior.rotations, cache, position), attention.out.weight.t())
-            x.addmm_(mlp.fixed_hidden(block.mlp_norm(x)), mlp.out.weight.t())
-        return prior._logits(x, phase)
+        return prior.head_logits(prior.features(self._embedded(position), self._cache, position), phase)
 
     def _embedded(self, position: Tensor) -> Tensor:
-        """(R, C): sum of the previous code's, label, position and upper-level embeddings."""
-        prior, batch = self._prior, self.batch
+        """`embed_step` at the batch's position; one Triton kernel below float64."""
+        prior, batch, cache = self._prior, self.batch, self._cache
         if _EMBED.usable(position.device) and prior.start.dtype != torch.float64:
-            embeddings = prior.token.weight, prior.start, prior.label.weight, batch.labels, self._positions, self._above
+            embeddings = prior.token.weight, prior.start, prior.label.weight, batch.condition, cache.embedded_positions, cache.above
             embedded = _EMBED(batch.sequences, self._offsets, *embeddings, position)
             if embedded is not None:
                 return embedded
         before = (position - 1).clamp_(min=0)
         tokens = batch.sequences.index_select(1, before)[:, 0] + self._offsets.index_select(0, before)
-        x = torch.where(position == 0, prior.start, prior.token(batch.shared(tokens))) + prior.label(batch.labels)
-        x = x + self._positions.index_select(0, position)
-        return x if self._above is None else x + self._above.index_select(1, position)[:, 0]
+        token = torch.where(position == 0, prior.start, prior.token(batch.shared(tokens)))
+        return prior.embed_step(token, batch.condition, cache, position)
 
 
 class Block(nn.Module):
@@ -326,20 +306,20 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """(B, T, C) to the same shape; causal."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotation))
+    def forward(self, x: Tensor, rotation: Tensor, cache: KeyValueCache | None = None, rows: slice = slice(None), start: int = 0) -> Tensor:
+        """(B, T, C) to the same shape; causal. With a cache, whose `rows` they are: T positions from `start` on, which it takes in."""
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, rotation) if cache is None else self.attention.prefill(normed, rotation, cache, rows, start)
+        x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
-    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int) -> Tensor:
-        """(B, n, C), the positions from `start` on of some rows; their keys and values are added to the cache."""
-        x = x + self.attention.prefill(self.attention_norm(x), rotation, cache, rows, start)
-        return x + self.mlp(self.mlp_norm(x))
+    def step_(self, x: Tensor, rotations: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
+        """Apply the block to one position, (B, C), in place; the cache takes in its key and value. No gradient.
 
-    def step(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """(B, C), one position alone; its key and value are added to the cache."""
-        x = x + self.attention.step(self.attention_norm(x), rotation, cache, position)
-        return x + self.mlp.step(self.mlp_norm(x))
+        `rotations`, `position`: as in `CachedAttention.step_`.
+        """
+        self.attention.step_(x, self.attention_norm(x), rotations, cache, position)
+        return add_product_(x, self.mlp.hidden(self.mlp_norm(x)), self.mlp.out)
 
 
 class SwiGLU(nn.Module):
@@ -356,14 +336,10 @@ class SwiGLU(nn.Module):
         """The MLP on (B, T, C); the shape stays."""
         return self.out(F.silu(self.gate(x)) * self.up(x))
 
-    def step(self, x: Tensor) -> Tensor:
-        """(B, C) to the same shape, without gradient."""
-        return of_few_rows(self.out, F.silu(of_few_rows(self.gate, x)).mul_(of_few_rows(self.up, x)))
-
-    def fixed_hidden(self, x: Tensor) -> Tensor:
-        """Gated hidden activations (B, H) of (B, C), without gradient; one Triton kernel with 16-bit weights."""
+    def hidden(self, x: Tensor) -> Tensor:
+        """Gated hidden activations (B, H) of few rows (B, C), without gradient; one Triton kernel with 16-bit weights."""
         if _GATE.usable(x.device) and x.element_size() == 2:
             hidden = _GATE(x, self.gate.weight, self.up.weight)
             if hidden is not None:
                 return hidden
-        return F.silu(self.gate(x)).mul_(self.up(x))
+        return F.silu(product(self.gate, x)).mul_(product(self.up, x))

@@ -73,7 +73,12 @@ def test_shipped_recipes_state_command_hardware_time_and_figures(path: Path) -> 
 def chosen_classes() -> list[type]:
     """The sections, and every kind of every part."""
     kinds = [part_class(family, kind) for family, found in FAMILIES.items() for kind in found]
-    return [*(section for name, section in SECTIONS.items() if name not in FAMILIES), *kinds]
+    return [*(section for name, section in SECTIONS.items() if name not in FAMILIES), *kinds, *sampling_classes()]
+
+
+def sampling_classes() -> list[type]:
+    """The classes of the section `sampling`, one for each way in which priors draw."""
+    return list({part_class("prior", kind).SAMPLING: None for kind in FAMILIES["prior"]})  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("section", chosen_classes(), ids=lambda section: section.__name__)
@@ -362,6 +367,7 @@ def options() -> dict[str, set[str]]:
             families = {family: kinds for family, kinds in FAMILIES.items() if family.partition(".")[0] == section}
             classes = [(family, part_class(family, kind)) for family, kinds in families.items() for kind in kinds]
             classes += [(section, SECTIONS[section])] if section not in FAMILIES else []
+            classes += [(section, found) for found in sampling_classes()] if section == "sampling" else []
             keys = {f"{where}.{field.name}" for where, fields in classes for field in dataclasses.fields(fields)}
             names |= {key.removeprefix(f"{section}.") for key in keys} if section == asked.get("flat") else keys
             names |= {key for family in families for key in (family, f"{family}.kind")}

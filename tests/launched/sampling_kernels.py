@@ -18,19 +18,20 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from configs.schema import Sampling
 from stage1_vqvae.attention import rotations
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.draw import StepwiseSampling, draw, guided, uniforms, warp
 from stage2_prior.draw_kernel import draw_code
-from stage2_prior.generate import draw, generate, guided, uniforms, warp
+from stage2_prior.priors import attention
 from stage2_prior.priors.attention import _ATTEND, CachedAttention
-from stage2_prior.priors.contract import AutoregressivePrior, FixedBatch
+from stage2_prior.priors.contract import Keep
 from stage2_prior.priors.levelwise import build_level
 from stage2_prior.priors.step_kernels import attend, gate
+from stage2_prior.priors.stepwise import FixedBatch, StepwisePrior
 from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
 from stage2_prior.sampler import _DRAW, Sampler
 from training.kernels import Kernel
@@ -111,11 +112,14 @@ def check_attention() -> None:
         angles = rotations(torch.rand(length, 2) * 9, width).float()
         cache, exact = attention.new_cache(rows, length), copy.deepcopy(attention).double()
         reference = exact.new_cache(rows, length)
+        # Its layer is then the attention alone.
+        exact.qkv.weight, exact.out.weight = (nn.Parameter(torch.eye(size).double()) for size in (3 * heads * width, heads * width))
         cache.keys.fill_(torch.nan)
         cache.values.fill_(torch.nan)
         for position in range(length):
             projected = (torch.randn(rows, 3 * heads * width) * 3).to(dtype)
-            expected = exact.attend(projected.double(), angles.double()[position : position + 1], reference, position)
+            nothing = torch.zeros(rows, heads * width).double()
+            expected = exact.step_(nothing, projected.double(), angles.double(), reference, position)
             if position not in (0, 1, length // 2, length - 1):
                 for mine, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
                     mine[:, :, position] = theirs[:, :, position]
@@ -149,7 +153,7 @@ def check_draw() -> None:
         uniform = torch.rand(batch, 2, dtype=torch.float64)
         uniform[:3], uniform[3:6] = 0, 1 - 2**-53
         wide = logits.double() if scale is None else guided(logits[:batch].double(), logits[batch:].double(), scale)
-        probabilities = warp(wide, Sampling(temperature=temperature))
+        probabilities = warp(wide, StepwiseSampling(temperature=temperature))
         sequences, failed = torch.full((batch, 2), -1), torch.zeros(batch, dtype=torch.int32)
         settings = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([temperature or 1.0], dtype=torch.float64), temperature == 0
         scales = None if scale is None else torch.tensor([9, scale], dtype=torch.float64)
@@ -172,7 +176,7 @@ def check_draw() -> None:
         assert ((sequences[:, 1] >= 0) & (sequences[:, 1] < num_codes)).all()
 
 
-def small(layout: SequenceLayout, given: bool = False) -> AutoregressivePrior:
+def small(layout: SequenceLayout, given: bool = False) -> StepwisePrior:
     torch.manual_seed(0)
     part = TransformerPart(layers=1, width=24, heads=2)
     prior = build_level(part, layout, 1, 3) if given else part.build(layout, 3)
@@ -185,13 +189,13 @@ def check_whole_samples() -> None:
     """All kernels together draw the codes of eager float64 steps: two levels, guidance, an odd batch, kept codes."""
     layout = SequenceLayout([(1, 2), (1, 3)], [4, 6])
     prior = small(layout)
-    labels, config = torch.arange(3), Sampling(guidance=2.0, guidance_schedule="linear", temperature=0.8)
+    labels, config = torch.arange(3), StepwiseSampling(guidance=2.0, guidance_schedule="linear", temperature=0.8)
     given = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
     kept = layout.grids_of(torch.arange(layout.length)[None] % 3 == 1)
     uniform = uniforms(0, torch.arange(3), layout.length)
-    expected = generate(copy.deepcopy(prior).double(), labels, uniform, config, given, kept)
+    expected = copy.deepcopy(prior).double().sample(labels, uniform, config, Keep(given, kept))
     with kernels_on_the_cpu():
-        found = Sampler(prior, graphs=True)(labels, uniform, config, given, kept)
+        found = Sampler(prior, graphs=True)(labels, uniform, config, Keep(given, kept))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -201,7 +205,7 @@ def check_steps_below_a_level() -> None:
     prior = small(layout, given=True)
     codes = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
     labels = torch.tensor([2, 0, 3])
-    (expected,) = copy.deepcopy(prior).double()(codes, labels)
+    (expected,) = copy.deepcopy(prior).double().logits(codes, labels)
     batch = FixedBatch(codes[1].flatten(1), labels, torch.tensor([7]), first=7)
     with kernels_on_the_cpu():
         steps = prior.fixed_steps(batch)
@@ -212,7 +216,7 @@ def check_steps_below_a_level() -> None:
             batch.position.add_(1)
 
 
-def counted(prior: Transformer, config: Sampling, usable: bool) -> Counter[str]:
+def counted(prior: Transformer, config: StepwiseSampling, usable: bool) -> Counter[str]:
     """Launches per code at batch size 1, from the second position on."""
     with kernels_on_the_cpu(usable):
         sampler = Sampler(prior, graphs=True)
@@ -225,13 +229,13 @@ def counted(prior: Transformer, config: Sampling, usable: bool) -> Counter[str]:
     return counts
 
 
-def eager(prior: Transformer, config: Sampling) -> Counter[str]:
-    """Launches per code of `generate`: the difference between sequences of 3 and of 2 codes."""
+def eager(prior: Transformer, config: StepwiseSampling) -> Counter[str]:
+    """Launches per code of eager sampling: the difference between sequences of 3 and of 2 codes."""
     totals = []
     for length in (2, 3):
         prior.layout = SequenceLayout([(1, length)], prior.layout.num_codes)
         with launches() as counts:
-            generate(prior, torch.zeros(1, dtype=torch.int64), uniforms(0, torch.arange(1), length), config)
+            prior.sample(torch.zeros(1, dtype=torch.int64), uniforms(0, torch.arange(1), length), config)
         totals.append(counts)
     return totals[1] - totals[0]
 
@@ -250,14 +254,15 @@ def main() -> None:
             function()
 
     sampling.Graphs = EagerGraphs  # type: ignore[misc, assignment]
+    attention._weight_first = lambda _: False  # as on a GPU
     for check in (check_attention, check_gate, check_draw, check_whole_samples, check_steps_below_a_level):
         check()
     # LlamaGen-B's number of layers; width and codebook size do not change the number of launches.
     prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), 3).eval().requires_grad_(False)
     for parameter in prior.parameters():
         parameter.data = parameter.data.half()
-    guidance = Sampling(guidance=1.5, temperature=0.9)
-    limits = Sampling(guidance=1.5, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
+    guidance = StepwiseSampling(guidance=1.5, temperature=0.9)
+    limits = StepwiseSampling(guidance=1.5, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
     counts = {
         "kernels": counted(prior, guidance, True),
         "kernels, top_k, top_p, min_p": counted(prior, limits, True),

@@ -22,7 +22,7 @@ from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.exporting.sampler import Sampler, draw, uniforms, warp
 from stage1_vqvae.model import VQVAE
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.priors.stepwise import StepwisePrior
 from tests.browser import Visit
 from tests.stage1_vqvae.quantizers.quantizer_kinds import D, part
 from tests.stage2_prior.priors.prior_kinds import build
@@ -137,7 +137,7 @@ def other_tokenizer(kind: str = "residual_shared") -> VQVAE:
     return VQVAE(Tokenizer(code_dim=D, quantizer=part(kind), network=network), 8, 12, 3).eval().requires_grad_(False)
 
 
-def other_prior() -> AutoregressivePrior:
+def other_prior() -> StepwisePrior:
     """A PixelCNN over the codes of `other_tokenizer`, with six labels."""
     tokenizer = other_tokenizer()
     layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)

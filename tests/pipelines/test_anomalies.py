@@ -22,8 +22,8 @@ from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.data.splits import VALIDATION
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
-from stage2_prior.priors.contract import AutoregressivePrior
 from stage2_prior.priors.prior_file import load_prior
+from stage2_prior.priors.stepwise import StepwisePrior
 from training.weights_file import fingerprint
 
 Row = dict[str, str]
@@ -37,7 +37,7 @@ def found_in(run: Path, *arguments: object) -> tuple[Path, list[Row]]:
         return new, list(csv.DictReader(file))
 
 
-def loaded(run: Path, name: str = "transformer") -> tuple[AutoregressivePrior, CodeStore]:
+def loaded(run: Path, name: str = "transformer") -> tuple[StepwisePrior, CodeStore]:
     prior, _ = load_prior(run / "priors" / name / "prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
     return prior, CodeStore(run / "codes" / VALIDATION)
 
@@ -86,7 +86,7 @@ def test_noise_among_a_run_s_own_images_shows_in_its_error(run_copy: Path, pictu
     assert len(errors) == 9
     assert errors.pop("noise.png") > 2 * max(errors.values())
     prior, store = loaded(run_copy)
-    usual = -prior.log_prob(store.codes(torch.arange(len(store))), None).sum(1).double().numpy() / math.log(2)
+    usual = prior.nats(store.codes(torch.arange(len(store))), None).sum(1).double().numpy() / math.log(2)
     for row in rows:
         assert float(row["percent_of_validation_below"]) == pytest.approx(100 * np.mean(usual < float(row["bits"]) - 1e-3))
 
@@ -180,7 +180,7 @@ def test_a_label_is_what_images_are_scored_as(run_copy: Path, pictures: Path) ->
     ("arguments", "parts"),
     [
         (["--top", "0"], ["--top", "at least 1"]),
-        (["--prior", "uniform"], ["--prior uniform", "learned"]),
+        (["--prior", "uniform"], ["--prior", "learned", "uniform"]),
         (["--prior", "best"], ["--prior best"]),
         (["--split", "dev"], ["--split", "dev"]),
         (["--images", "nowhere"], ["nowhere"]),

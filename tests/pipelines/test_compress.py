@@ -91,7 +91,7 @@ def test_a_split_is_coded_with_its_labels_at_the_priors_own_bits(
     path = run_copy / "priors" / "transformer" / "prior.safetensors"
     prior, _ = load_prior(path, fingerprint(run_copy / "tokenizer.safetensors"))
     codes = store.codes(torch.arange(len(store)))
-    own = float(-prior.double().log_prob(codes, store.labels).sum() / np.log(2) / 8)
+    own = float(prior.double().nats(codes, store.labels).sum() / np.log(2) / 8)
     assert len(content.coded.payload) <= 1.01 * own + 4
     assert float(re.search(r"-log2 p: ([\d.]+) bytes", printed)[1]) == pytest.approx(own, abs=0.06)  # type: ignore[index]
     header, labels, names, payload = map(int, re.search(r"header (\d+), labels (\d+), names (\d+), payload (\d+)", printed).groups())  # type: ignore[union-attr]

@@ -17,12 +17,11 @@ import pytest
 import torch
 
 from configs.run_dir import read_json
-from configs.schema import Sampling
 from pipelines import Generator
 from pipelines.export_onnx import main
 from pipelines.exporting import sampler as exported
 from pipelines.exporting.graphs import export_tokenizer
-from stage2_prior import generate
+from stage2_prior import draw
 from stage2_prior.train import main as train_prior
 from tests.conftest import check_names_no_place
 from tests.pipelines.exported_page import other_prior, other_tokenizer
@@ -79,7 +78,7 @@ def test_a_step_of_another_prior_takes_the_codes_so_far(exported_other: Path) ->
     codes = random_codes(layout, 3)
     assert read_json(exported_other / "other.json")["cache"] is None
     step, flat = session(exported_other / "prior.onnx"), layout.flat(codes).numpy()
-    expected = [logits for level in prior(codes, labels) for logits in level.unbind(1)]
+    expected = [logits for level in prior.logits(codes, labels) for logits in level.unbind(1)]
     for position, logits in enumerate(expected):
         so_far = np.where(np.arange(layout.length) < position, flat, 0)
         level = layout.level_of(position)
@@ -118,14 +117,14 @@ def test_without_torch_the_same_codes_are_drawn_for_the_same_seed(graphs: tuple[
 def test_its_draws_are_ours(settings: dict[str, Any]) -> None:
     torch.manual_seed(1)
     logits = (torch.randn(200, 9, dtype=torch.float64) * 2).round(decimals=1)  # with ties
-    config = Sampling(**settings)
+    config = draw.StepwiseSampling(**settings)
     own = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
-    probabilities = generate.warp(logits, config)
+    probabilities = draw.warp(logits, config)
     found = exported.warp(logits.numpy(), own)
     assert np.allclose(found, probabilities.numpy(), atol=1e-12)
-    uniform = torch.stack([generate.uniforms(7, torch.tensor([number]), 1)[0, 0] for number in range(200)])
+    uniform = torch.stack([draw.uniforms(7, torch.tensor([number]), 1)[0, 0] for number in range(200)])
     assert np.array_equal(uniform.numpy(), np.stack([exported.uniforms(7, number, 1)[0] for number in range(200)]))
-    assert np.array_equal(exported.draw(found, uniform.numpy()), generate.draw(probabilities, uniform).numpy())
+    assert np.array_equal(exported.draw(found, uniform.numpy()), draw.draw(probabilities, uniform).numpy())
 
 
 def test_its_model_says_what_it_is_of(graphs: tuple[Path, Generator]) -> None:

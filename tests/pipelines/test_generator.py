@@ -127,7 +127,7 @@ def test_bits_are_the_priors_and_what_compressing_takes(generator: Generator, re
     bits = generator.surprisals(codes, "down")
     assert [tuple(level.shape) for level in bits] == [(12, 2, 3)]
     assert generator.prior is not None
-    expected = generator.prior.log_prob(codes, torch.ones(12, dtype=torch.int64))
+    expected = -generator.prior.nats(codes, torch.ones(12, dtype=torch.int64))
     assert torch.allclose(bits[0].flatten(1) * -math.log(2), expected)
     assert torch.allclose(generator.log_prob(real, labels), expected.sum(1))
     data = generator.compress(real, "down")
@@ -162,7 +162,7 @@ def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tenso
             ask()
     uniform = Generator.from_pretrained(run_copy, prior="uniform", device="cpu")
     assert len(uniform.sample(3)) == 3
-    with pytest.raises(UserError, match="prior: expected one, found uniform"):
+    with pytest.raises(UserError, match="surprisals: expected a prior that draws codes in turn, found uniform"):
         uniform.log_prob(real)
 
 

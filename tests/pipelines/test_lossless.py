@@ -89,7 +89,7 @@ def independent_bits(run: Path, pixels: torch.Tensor, with_class: bool) -> dict[
 def test_the_bound_is_the_sum_of_its_parts(
     run: Path, validation: torch.Tensor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)  # the classifier need not be a good one here
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)  # the classifier need not be a good one here
     evaluate_main(["--run", str(run), "--features", "classifier", "--n", "8"])
     found = read_json(run / "evaluations/000/evaluation.json")["bound"]
     assert (found["n"], found["dimensions"], found["prior"]) == (len(validation), 8 * 12 * 3, "transformer")

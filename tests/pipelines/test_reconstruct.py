@@ -50,7 +50,7 @@ def test_a_split_is_measured_image_by_image_worst_first(run_copy: Path) -> None:
     assert store.labels is not None
     codes = store.codes(torch.arange(len(store)))
     prior, _ = load_prior(run_copy / "priors" / "transformer" / "prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))
-    (logits,) = prior(codes, store.labels)
+    (logits,) = prior.logits(codes, store.labels)
     log_probabilities = logits.double().log_softmax(-1).gather(-1, codes[0].flatten(1)[..., None])[..., 0]
     assert sorted(row["name"] for row in rows) == sorted(f"validation/{number}" for number in range(12))
     assert {path.name for path in (folder / "images").iterdir()} == {Path(row["file"]).name for row in rows}

@@ -19,7 +19,7 @@ from pipelines import Generator
 from pipelines.sample import main
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import load_tokenizer
-from stage2_prior.priors.prior_file import load_prior
+from stage2_prior.priors.prior_file import load_finished
 from stage2_prior.priors.transformer import Transformer
 from stage2_prior.train import main as train_prior
 from tests.stage2_prior.test_train import change_bytes
@@ -101,17 +101,17 @@ def test_the_device_decides_on_the_precision(
     run_copy: Path, device: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Default precision per device, with the weights on the CPU; likelihoods and coding keep full-precision weights."""
-    for name, load in (("load_prior", load_prior), ("load_tokenizer", load_tokenizer)):
+    for name, load in (("load_finished", load_finished), ("load_tokenizer", load_tokenizer)):
         monkeypatch.setattr(f"pipelines.generator.{name}", lambda *given, load=load: load(*given[:-1]))
     monkeypatch.setattr("pipelines.generator.default_precision", lambda device: {"cpu": "float64", "cuda": "bfloat16"}[device.type])
-    exact = Generator.from_pretrained(run_copy, device="cpu").exact_prior.state_dict()
+    exact = Generator.from_pretrained(run_copy, device="cpu").exact_prior("test").state_dict()
     generator = Generator.from_pretrained(run_copy, device=device)
     assert generator.origin["sampling"]["precision"] == precision
     generator.sample(2)
     assert ("bfloat16" in capsys.readouterr().out) == (precision == "bfloat16")
     assert next(generator._sampler.prior.parameters()).dtype == getattr(torch, precision)
     assert not generator._sampler.prior.training
-    assert all(torch.equal(tensor, exact[name]) for name, tensor in generator.exact_prior.state_dict().items())
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in generator.exact_prior("test").state_dict().items())
 
 
 def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:

@@ -30,7 +30,7 @@ ADVERSARY += ["--stage1.adversarial.start", "0.25", "--stage1.adversarial.penalt
 
 def test_networks_made_before_it_are_kept_for_going_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A perceptual term and a projected discriminator by one classifier, which is not evaluation's."""
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 2)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 2)
     settings = ["--config", str(tiny_recipe), "--stage1.steps", "8", "--stage1.checkpoint_interval", "4", "--stage1.perceptual", "features"]
     settings += ["--stage1.adversarial", "projected", "--stage1.adversarial.start", "0.25", "--stage1.adversarial.channels", "4"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -48,7 +48,7 @@ def test_networks_made_before_it_are_kept_for_going_on(tiny_recipe: Path, tmp_pa
 
 def test_of_a_budget_networks_take_their_time_once(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are there before anything is built whose time the rehearsal counts twice, and are what training goes by."""
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     network, found = tmp_path / "run/stage1/classifier.safetensors", []
 
     def building(*arguments: Any) -> TokenizerState:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import default_precision, generate, in_bfloat16, uniforms
+from stage2_prior.draw import StepwiseSampling, uniforms
 from stage2_prior.priors.attention import KeyValueCache
-from stage2_prior.priors.contract import FixedBatch
+from stage2_prior.priors.contract import Keep
 from stage2_prior.priors.cuda_graphs import Graphs
 from stage2_prior.priors.pixelcnn import PixelCNN
-from stage2_prior.sampler import Sampler
+from stage2_prior.priors.stepwise import FixedBatch
+from stage2_prior.sampler import Sampler, default_precision, in_bfloat16
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
 from tests.stage2_prior.simulated_graphs import SimulatedCuda, simulated_cuda
 
@@ -40,7 +40,9 @@ def spoil(state: Any) -> int:
     if isinstance(state, list | tuple):
         return sum(map(spoil, state))
     # Weights and tensors derived from them are no state.
-    kept = {name: value for name, value in getattr(state, "__dict__", {}).items() if name not in ("_positions", "_kernels", "batch")}
+    kept = {
+        name: value for name, value in getattr(state, "__dict__", {}).items() if name not in ("embedded_positions", "_kernels", "batch")
+    }
     return 0 if isinstance(state, nn.Module | SequenceLayout) else sum(map(spoil, kept.values()))
 
 
@@ -52,18 +54,20 @@ def test_graphs_draw_the_codes_of_eager_steps(kind: str, layout: SequenceLayout,
     """
     prior = build(kind, layout).double()
     sampler = Sampler(prior, graphs=True)
-    rising = Sampling(guidance=2.5, guidance_schedule="cosine", temperature=0.8)
+    rising = StepwiseSampling(guidance=2.5, guidance_schedule="cosine", temperature=0.8)
     positions = torch.arange(layout.length)[None]
     kept = layout.grids_of((positions < 3) | (positions % 4 == 1))
+    two, against, three = (StepwiseSampling(guidance=guidance) for guidance in (2.0, -1.0, 3.0))
+    limited = StepwiseSampling(top_k=3, top_p=0.9, min_p=0.05)
     for number, (batch, config, keeps, labelled) in enumerate(
         [
-            *((3, Sampling(guidance=2.0), False, True), (3, Sampling(guidance=-1.0), True, True), (3, Sampling(guidance=3.0), False, True)),
-            *((2, rising, True, True), (2, rising, False, True), (2, Sampling(top_k=3, top_p=0.9, min_p=0.05), False, False)),
+            *((3, two, False, True), (3, against, True, True), (3, three, False, True)),
+            *((2, rising, True, True), (2, rising, False, True), (2, limited, False, False)),
         ]
     ):
-        given = (random_codes(layout, batch), kept) if keeps else ()
+        keep = Keep(random_codes(layout, batch), kept) if keeps else None
         labels, uniform = torch.arange(batch) if labelled else None, uniforms(number, torch.arange(batch), layout.length)
-        assert equal(sampler(labels, uniform, config, *given), generate(prior, labels, uniform, config, *given))
+        assert equal(sampler(labels, uniform, config, keep), prior.sample(labels, uniform, config, keep))
         assert sampler._steps is not None
         assert spoil(sampler._steps._steps) > 0
     assert simulated_cuda.graphs
@@ -95,15 +99,15 @@ def test_a_position_is_one_replay(kind: str, simulated_cuda: SimulatedCuda) -> N
     for batch in range(3):
         before = sum(graph.replays for graph in simulated_cuda.graphs)
         captured = len(simulated_cuda.graphs)
-        sampler(torch.arange(2), uniforms(batch, torch.arange(2), layout.length), Sampling(guidance=2.0))
+        sampler(torch.arange(2), uniforms(batch, torch.arange(2), layout.length), StepwiseSampling(guidance=2.0))
     assert len(simulated_cuda.graphs) == captured
     assert sum(graph.replays for graph in simulated_cuda.graphs) - before == layout.length
     if kind == "transformer":
         assert captured == len(layout.grids)
     # Of kept codes none behind the last drawn one; of those before the first a transformer takes all in at once, others whole levels.
-    given, kept = random_codes(layout, 2), layout.grids_of(torch.tensor([[True] * 4 + [False] * 2 + [True] * 4]))
+    keep = Keep(random_codes(layout, 2), layout.grids_of(torch.tensor([[True] * 4 + [False] * 2 + [True] * 4])))
     before = sum(graph.replays for graph in simulated_cuda.graphs)
-    sampler(torch.arange(2), uniforms(0, torch.arange(2), layout.length), Sampling(guidance=2.0), given, kept)
+    sampler(torch.arange(2), uniforms(0, torch.arange(2), layout.length), StepwiseSampling(guidance=2.0), keep)
     assert sum(graph.replays for graph in simulated_cuda.graphs) - before == (2 if kind == "transformer" else 4)
 
 
@@ -113,13 +117,13 @@ def test_non_finite_probabilities_are_reported_and_the_next_batch_is_drawn(kind:
     prior = build(kind, layout).double()
     sampler, labels, uniform = Sampler(prior, graphs=True), torch.arange(2), uniforms(0, torch.arange(2), layout.length)
     (weight, *_) = (parameter for name, parameter in prior.named_parameters() if name.endswith("label.weight"))
-    good, config = weight.detach().clone(), Sampling(guidance=2.0)
+    good, config = weight.detach().clone(), StepwiseSampling(guidance=2.0)
     for _ in range(3):
         weight.data[1] = torch.nan
         with pytest.raises(UserError, match="finite"):
             sampler(labels, uniform, config)
         weight.data.copy_(good)
-        assert equal(sampler(labels, uniform, config), generate(prior, labels, uniform, config))
+        assert equal(sampler(labels, uniform, config), prior.sample(labels, uniform, config))
 
 
 def test_sampling_continues_without_graphs_if_a_capture_fails(
@@ -130,15 +134,15 @@ def test_sampling_continues_without_graphs_if_a_capture_fails(
     sampler, uniform = Sampler(prior, graphs=True), uniforms(0, torch.arange(2), layout.length)
     simulated_cuda.error = RuntimeError("operation not permitted\nwhen stream is capturing")
     for _ in range(2):
-        assert equal(sampler(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
+        assert equal(sampler(None, uniform, StepwiseSampling()), prior.sample(None, uniform, StepwiseSampling()))
     assert capsys.readouterr().out == "warning: sampling without CUDA graphs (RuntimeError: operation not permitted)\n"
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "Stream", lambda device: torch.zeros(1).view(2))
-        assert equal(Sampler(prior, graphs=True)(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
+        assert equal(Sampler(prior, graphs=True)(None, uniform, StepwiseSampling()), prior.sample(None, uniform, StepwiseSampling()))
     assert "without CUDA graphs" in capsys.readouterr().out
     simulated_cuda.error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        Sampler(prior, graphs=True)(None, uniform, Sampling())
+        Sampler(prior, graphs=True)(None, uniform, StepwiseSampling())
 
 
 def test_a_prior_without_static_shape_steps_is_sampled_eagerly(
@@ -148,7 +152,7 @@ def test_a_prior_without_static_shape_steps_is_sampled_eagerly(
     monkeypatch.setattr(PixelCNN, "fixed_steps", lambda *_: None)
     for kind in ("pixelcnn", "levelwise"):
         prior, uniform = build(kind, layout).double(), uniforms(0, torch.arange(2), layout.length)
-        assert equal(Sampler(prior, graphs=True)(None, uniform, Sampling()), generate(prior, None, uniform, Sampling()))
+        assert equal(Sampler(prior, graphs=True)(None, uniform, StepwiseSampling()), prior.sample(None, uniform, StepwiseSampling()))
         assert "does not support them" in capsys.readouterr().out
     assert not simulated_cuda.graphs
 
@@ -202,11 +206,11 @@ def test_bfloat16_is_the_prior_in_fewer_bits(kind: str, layout: SequenceLayout) 
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(KeyValueCache, "__init__", recorded)
-        codes = generate(narrow, torch.arange(3), uniforms(0, torch.arange(3), layout.length), Sampling(guidance=1.5))
+        codes = narrow.sample(torch.arange(3), uniforms(0, torch.arange(3), layout.length), StepwiseSampling(guidance=1.5))
     assert caches or kind != "transformer"
     assert all(cache.keys.dtype == cache.values.dtype == torch.bfloat16 for cache in caches)
     assert all(0 <= int(level.min()) <= int(level.max()) < k for level, k in zip(codes, layout.num_codes, strict=True))
-    for found, expected in zip(narrow(codes, torch.arange(3)), prior(codes, torch.arange(3)), strict=True):
+    for found, expected in zip(narrow.logits(codes, torch.arange(3)), prior.logits(codes, torch.arange(3)), strict=True):
         assert found.dtype == torch.bfloat16
         assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 

@@ -22,14 +22,13 @@ from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
 from pipelines.anomalies import validation_bits
 from pipelines.sample import main as sample
-from pipelines.scoring.surprisals import ScoringPrior
 from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
 from stage2_prior.extract_codes import main as extract
 from stage2_prior.joining import check_levels
 from stage2_prior.likelihood.bits import mean_over_tokens, turning_point, uniform_bits, unigram_bits
 from stage2_prior.priors.pixelcnn import PixelCNN
-from stage2_prior.priors.prior_file import load_prior
+from stage2_prior.priors.prior_file import LoadedPrior, load_prior
 from stage2_prior.report import main as report
 from stage2_prior.train import check_codes, main, oom_hint
 from tests.conftest import Killed, failing
@@ -63,7 +62,7 @@ def check_likelihood(path: Path, name: str) -> None:
     prior, header = load_prior(folder / "prior.safetensors", fingerprint(run.tokenizer))
     store = CodeStore(run.codes / "validation")
     assert store.labels is not None
-    nats = [-prior.log_prob(store.codes(torch.tensor([row])), store.labels[row : row + 1]) for row in range(len(store))]
+    nats = [prior.nats(store.codes(torch.tensor([row])), store.labels[row : row + 1]) for row in range(len(store))]
     bits = torch.cat(nats).mean().item() / math.log(2)
     report = read_json(folder / "likelihood.json")
     assert report["validation"] == header.bits_per_token == pytest.approx(bits, rel=1e-5)
@@ -80,7 +79,7 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     names = ["across", "aside", "down"]
     before = read_json(run.prior("transformer") / "likelihood.json")
     path, command = run.prior("transformer") / "prior.safetensors", Namespace(run=run)
-    scorer = ScoringPrior(*load_prior(path, fingerprint(run.tokenizer)), "transformer")
+    scorer = LoadedPrior(*load_prior(path, fingerprint(run.tokenizer)), "transformer")
     usual = validation_bits(command, scorer, labelled=True)
 
     def store_again(first: int | None) -> None:

@@ -19,7 +19,7 @@ from pipelines.codec.pixels import decode_pixels, encode_pixels
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.priors.contract import AutoregressivePrior, Logits
+from stage2_prior.priors.stepwise import Logits, StepwisePrior
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
 from training.devices import float64_copy
 
@@ -27,7 +27,7 @@ _STEP = 2.0**-10
 _LONELY = SequenceLayout([(1, 2), (2, 2), (1, 3)], [1, 6, 300])
 
 
-def prior_of(kind: str, layout: SequenceLayout) -> AutoregressivePrior:
+def prior_of(kind: str, layout: SequenceLayout) -> StepwisePrior:
     return build(kind, layout).double()
 
 
@@ -76,11 +76,11 @@ def test_a_file_decodes_by_another_machines_cosines(kind: str, dtype: torch.dtyp
     """Tables of positions are made where a prior is loaded; in float32 one of them may differ by a rounding."""
     layout = LAYOUTS["top and bottom"]
     prior, codes = prior_of(kind, layout), random_codes(layout, 11)
-    coded, logits = encode(prior, codes, None, 11).coded, torch.cat([level.flatten() for level in prior(codes, None)]).detach()
+    coded, logits = encode(prior, codes, None, 11).coded, torch.cat([level.flatten() for level in prior.logits(codes, None)]).detach()
     by_another_library(monkeypatch, dtype)
     for there in (prior_of(kind, layout), float64_copy(build(kind, layout))):
         assert all(torch.equal(*level) for level in zip(decode(there, coded, None), codes, strict=True))
-        assert float((torch.cat([level.flatten() for level in there(codes, None)]).detach() - logits).abs().max()) < MARGIN
+        assert float((torch.cat([level.flatten() for level in there.logits(codes, None)]).detach() - logits).abs().max()) < MARGIN
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "fsq", "lfq"])
@@ -99,16 +99,16 @@ def test_so_do_pixels(quantizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(decode_pixels(float64_copy(tokenizer), codes, coded), pixels)
 
 
-class Disturbed(AutoregressivePrior):
+class Disturbed(StepwisePrior):
     """A prior whose logits are off by up to `by`: a stand-in for another machine's arithmetic."""
 
-    def __init__(self, prior: AutoregressivePrior, by: float) -> None:
+    def __init__(self, prior: StepwisePrior, by: float) -> None:
         super().__init__(prior.layout, prior.num_classes)
         self.prior, self.by = prior, by
         self.generator = torch.Generator().manual_seed(0)
 
-    def forward(self, codes: Codes, labels: torch.Tensor | None) -> Logits:
-        return self.prior(codes, labels)
+    def logits(self, codes: Codes, labels: torch.Tensor | None, variants: torch.Tensor | None = None) -> Logits:
+        return self.prior.logits(codes, labels)
 
     def new_cache(self, batch: int) -> object:
         return self.prior.new_cache(batch)
@@ -220,7 +220,7 @@ def test_the_payload_is_what_the_prior_says_within_a_percent_and_four_bytes(kind
             logits = prior.step(drawn[-1] if drawn else None, labels, cache)
             drawn.append(torch.multinomial(logits.softmax(1), 1)[:, 0])
         codes = prior.layout.grids_of(torch.stack(drawn, 1))
-        own = float(-prior.log_prob(codes, labels).sum()) / math.log(2)
+        own = float(prior.nats(codes, labels).sum()) / math.log(2)
     encoding = encode(prior, codes, labels, batch_images(prior.layout, 64))
     assert encoding.bits == pytest.approx(own, rel=1e-9)
     assert len(encoding.coded.payload) <= 1.01 * own / 8 + 4

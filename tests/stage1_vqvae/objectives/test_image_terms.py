@@ -268,7 +268,7 @@ def test_the_projected_discriminator_judges_each_size_and_sends_a_gradient_to_th
 
 def test_a_projected_discriminator_begins_alike_whoever_made_its_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process trains the network and the others read it; all draw the same first weights."""
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     pixels = torch.randint(256, (4, 16, 16, 1), dtype=torch.uint8)
     source = ImageSource({TRAIN: ImageSplit(pixels, torch.tensor([0, 1, 0, 1]).numpy())}, ["a", "b"])
     states = []

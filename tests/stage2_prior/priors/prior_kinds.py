@@ -9,7 +9,8 @@ import torch
 from configs.parts import part_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
-from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding
+from stage2_prior.priors.contract import VariantEmbedding
+from stage2_prior.priors.stepwise import StepwisePrior
 from stage2_prior.priors.transformer import Transformer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -27,7 +28,7 @@ LAYOUTS = {
 }
 
 
-def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> AutoregressivePrior:
+def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> StepwisePrior:
     """In eval mode, with weights large enough for a difference to show. `levelwise`: a transformer and a PixelCNN by turns."""
     torch.manual_seed(0)
     sizes = {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0}

@@ -11,14 +11,13 @@ import torch
 
 from configs.parts import part_from
 from configs.run_dir import read_json
-from configs.schema import Sampling
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.draw import StepwiseSampling, uniforms
 from stage2_prior.extract_codes import main as extract_codes
-from stage2_prior.generate import generate, uniforms
 from stage2_prior.priors.levelwise import Levelwise
 from stage2_prior.priors.prior_file import load_prior
 from stage2_prior.train import main as train_prior
@@ -54,9 +53,9 @@ def test_bits_of_the_levels_add_up_and_no_level_learns_from_another() -> None:
     prior = build(KIND, layout).double()
     assert isinstance(prior, Levelwise)
     codes, labels = random_codes(layout, 4), torch.tensor([0, 1, 5, 2])
-    whole = prior.log_prob(codes, labels).split(layout.lengths, 1)
+    whole = prior.nats(codes, labels).split(layout.lengths, 1)
     for level, part in enumerate(prior.parts):
-        assert torch.equal(part.log_prob(codes[: level + 1], labels), whole[level])
+        assert torch.equal(part.nats(codes[: level + 1], labels), whole[level])
         gradients = torch.autograd.grad(whole[level].sum(), list(prior.parameters()), allow_unused=True, retain_graph=True)
         named = zip(prior.named_parameters(), gradients, strict=True)
         names = [name for (name, _), gradient in named if gradient is not None and bool((gradient != 0).any())]
@@ -69,10 +68,10 @@ def test_a_sample_is_the_same_whatever_it_is_batched_with(guidance: float) -> No
     layout = LAYOUTS["top and bottom"]
     prior = build(KIND, layout).double()
     uniform, labels = uniforms(0, torch.arange(5), layout.length), torch.arange(5)
-    config = Sampling(guidance=guidance)
-    together = generate(prior, labels, uniform, config)
+    config = StepwiseSampling(guidance=guidance)
+    together = prior.sample(labels, uniform, config)
     for row in range(5):
-        alone = generate(prior, labels[row : row + 1], uniform[row : row + 1], config)
+        alone = prior.sample(labels[row : row + 1], uniform[row : row + 1], config)
         assert all(torch.equal(level[row : row + 1], of_one) for level, of_one in zip(together, alone, strict=True))
 
 
@@ -117,7 +116,7 @@ def test_levels_trained_apart_are_joined_once_all_are_there(
     assert (own.config.kind, own.level) == ("pixelcnn", 1)
     store = CodeStore(run / "codes/validation")
     codes = store.codes(torch.arange(len(store)))
-    assert torch.equal(prior.log_prob(codes, store.labels)[:, 6:], part.log_prob(codes, store.labels))
+    assert torch.equal(prior.nats(codes, store.labels)[:, 6:], part.nats(codes, store.labels))
 
     sample(["--run", str(run), "--n", "3"])
     assert read_json(run / "samples/000/samples.json")["prior"] == "levelwise"

@@ -84,7 +84,7 @@ def test_shifted_convolutions_are_the_papers_masked_ones(first: bool) -> None:
 def test_a_stack_too_shallow_for_its_grid_says_so() -> None:
     layout = SequenceLayout([(16, 16)], [8])
     told = [
-        build_prior(PixelCNNPart(layers=layers, width=16, heads=4, attention_interval=attention), manifest(layout)).remarks()
+        build_prior(PixelCNNPart(layers=layers, width=16, heads=4, attention_interval=attention), manifest(layout)).training_warnings()
         for layers, attention in ((5, 0), (13, 0), (5, 5))
     ]
     assert told[0] == ["a position sees 7 codes far, of 15; more --prior.layers or a larger --prior.kernel_size see further"]

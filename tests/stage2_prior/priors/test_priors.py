@@ -11,20 +11,20 @@ import torch
 
 from configs.errors import UserError
 from configs.parts import part_from
-from configs.schema import Sampling
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import draw, generate, guidance_scales, guided, uniforms, warp
-from stage2_prior.priors.contract import AutoregressivePrior, VariantEmbedding
+from stage2_prior.draw import StepwiseSampling, draw, guidance_scales, guided, uniforms, warp
+from stage2_prior.priors.contract import Keep, VariantEmbedding
 from stage2_prior.priors.prior_file import build_prior
+from stage2_prior.priors.stepwise import StepwisePrior
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, manifest, random_codes
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
-def rows_of(prior: AutoregressivePrior, codes: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> list[torch.Tensor]:
+def rows_of(prior: StepwisePrior, codes: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> list[torch.Tensor]:
     """Logits (B, K) of each position."""
-    return [row for level in prior(codes, labels) for row in level.unbind(1)]
+    return [row for level in prior.logits(codes, labels) for row in level.unbind(1)]
 
 
 @layouts
@@ -42,14 +42,14 @@ def test_each_position_depends_on_every_position_before_it_and_on_no_other(kind:
 
 @pytest.mark.parametrize("sizes", [(3,), (3, 2), (2, 3)])
 def test_probabilities_sum_to_one_over_all_codes(kind: str, sizes: tuple[int, ...]) -> None:
-    """The chain of conditionals is one distribution: the sum of exp(log_prob) over all grids there are is 1."""
+    """The chain of conditionals is one distribution: the sum of exp(-nats) over all grids there are is 1."""
     layout = SequenceLayout([(1, 2)] * len(sizes) if len(sizes) > 1 else [(2, 2)], sizes)
     prior = build(kind, layout).double()
     ranges = [torch.arange(layout.num_codes[layout.level_of(position)]) for position in range(layout.length)]
     every = layout.grids_of(torch.cartesian_prod(*ranges))
-    log_prob = prior.log_prob(every, torch.full((len(every[0]),), 1))
-    assert log_prob.shape == (len(every[0]), layout.length)
-    assert log_prob.sum(1).exp().sum().item() == pytest.approx(1, abs=1e-9)
+    nats = prior.nats(every, torch.full((len(every[0]),), 1))
+    assert nats.shape == (len(every[0]), layout.length)
+    assert (-nats).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
 @layouts
@@ -73,16 +73,16 @@ def test_labels_matter_at_every_place_and_no_label_is_not_a_label(kind: str) -> 
     codes = tuple(level[:1].expand(6, -1, -1) for level in random_codes(layout, 6))
     for logits in rows_of(prior, codes, torch.arange(6)):
         assert all(not torch.allclose(logits[a], logits[b], atol=1e-4) for a, b in itertools.combinations(range(6), 2))
-    for of_none, of_index in zip(prior(codes, None), prior(codes, torch.full((6,), 5)), strict=True):
+    for of_none, of_index in zip(prior.logits(codes, None), prior.logits(codes, torch.full((6,), 5)), strict=True):
         assert torch.equal(of_none, of_index)
 
 
 def test_dropout_is_off_in_eval(kind: str) -> None:
     prior = build(kind, LAYOUTS["one level"], dropout=0.5)
     codes = random_codes(prior.layout, 2)
-    assert torch.equal(prior(codes, None)[0], prior(codes, None)[0])
+    assert torch.equal(prior.logits(codes, None)[0], prior.logits(codes, None)[0])
     prior.train()
-    assert not torch.equal(prior(codes, None)[0], prior(codes, None)[0])
+    assert not torch.equal(prior.logits(codes, None)[0], prior.logits(codes, None)[0])
 
 
 def test_it_begins_near_the_uniform_prior(kind: str) -> None:
@@ -90,7 +90,7 @@ def test_it_begins_near_the_uniform_prior(kind: str) -> None:
     config = part_from("prior", {"layers": 6, "width": 64, "heads": 4, **KINDS[kind]})
     layout = SequenceLayout([(4, 4)], [512])
     prior = build_prior(config, manifest(layout, 10)).eval()
-    nats = -prior.log_prob(random_codes(layout, 32), torch.arange(32) % 10).mean().item()
+    nats = prior.nats(random_codes(layout, 32), torch.arange(32) % 10).mean().item()
     assert nats == pytest.approx(math.log(512), rel=0.02)
 
 
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, layout: SequenceL
         prior = build(kind, layout, dropout=0.2).train()
         prior.checkpointing = checkpointing
         torch.manual_seed(1)
-        prior.log_prob(codes, labels).sum().backward()
+        prior(codes, labels).backward()
         gradients.append([parameter.grad for parameter in prior.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
         assert plain is not None
@@ -126,7 +126,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(kind: str) -> None:
 
         codes = random_codes(prior.layout, 16)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            prior.log_prob(codes, None).sum()
+            prior(codes, None)
         return total
 
     assert saved(True) < saved(False) / 2
@@ -136,21 +136,21 @@ def test_mixed_precision_on_tiny_tensors(kind: str) -> None:
     prior = build(kind, LAYOUTS["one level"])
     codes, labels = random_codes(prior.layout, 2), torch.tensor([0, 1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = prior.log_prob(codes, labels)
+        half = prior.nats(codes, labels)
     assert half.dtype == torch.float32
-    assert torch.allclose(half, prior.log_prob(codes, labels), atol=0.3, rtol=0.1)
+    assert torch.allclose(half, prior.nats(codes, labels), atol=0.3, rtol=0.1)
 
 
 def test_samples_follow_the_priors_own_probabilities(kind: str) -> None:
-    """Frequencies of all 2^4 grids of two levels in 8,000 samples against exp(log_prob); 15 degrees of freedom, 99.9 % point 37.7."""
+    """Frequencies of all 2^4 grids of two levels in 8,000 samples against exp(-nats); 15 degrees of freedom, 99.9 % point 37.7."""
     layout = SequenceLayout([(1, 2), (1, 2)], [2, 2])
     prior = build(kind, layout, num_classes=0)
     for parameter in prior.parameters():
         parameter.data *= 0.5
-    codes = generate(prior, None, uniforms(0, torch.arange(8_000), 4), Sampling())
+    codes = prior.sample(None, uniforms(0, torch.arange(8_000), 4), StepwiseSampling())
     index = (layout.flat(codes) * torch.tensor([8, 4, 2, 1])).sum(1)
     every = layout.grids_of(torch.tensor(list(itertools.product([0, 1], repeat=4))))
-    expected = 8_000 * prior.log_prob(every, None).sum(1).exp()
+    expected = 8_000 * (-prior.nats(every, None)).sum(1).exp()
     assert expected.min() > 5
     statistic = ((torch.bincount(index, minlength=16) - expected).square() / expected).sum()
     assert statistic < 37.7
@@ -161,12 +161,12 @@ def test_samples_follow_the_priors_own_probabilities(kind: str) -> None:
 def test_a_sample_is_the_same_whatever_it_is_batched_with(kind: str, layout: SequenceLayout, guidance: float) -> None:
     prior = build(kind, layout).double()
     numbers, labels = torch.arange(12), torch.arange(12) % 5
-    config = Sampling(guidance=guidance, top_p=0.95)
-    together = generate(prior, labels, uniforms(7, numbers, layout.length), config)
+    config = StepwiseSampling(guidance=guidance, top_p=0.95)
+    together = prior.sample(labels, uniforms(7, numbers, layout.length), config)
     for size in (1, 5):
-        parts = [generate(prior, labels[part], uniforms(7, part, layout.length), config) for part in numbers.split(size)]
+        parts = [prior.sample(labels[part], uniforms(7, part, layout.length), config) for part in numbers.split(size)]
         assert all(torch.equal(torch.cat(level), whole) for level, whole in zip(zip(*parts, strict=True), together, strict=True))
-    other = generate(prior, labels, uniforms(8, numbers, layout.length), config)
+    other = prior.sample(labels, uniforms(8, numbers, layout.length), config)
     assert not torch.equal(other[0], together[0])
 
 
@@ -188,7 +188,7 @@ def test_a_batch_leaves_nothing_behind(kind: str) -> None:
 
     counts = []
     for batch in range(4):
-        codes = generate(prior, torch.arange(3), uniforms(batch, torch.arange(3), prior.layout.length), Sampling(guidance=2.0))
+        codes = prior.sample(torch.arange(3), uniforms(batch, torch.arange(3), prior.layout.length), StepwiseSampling(guidance=2.0))
         counts.append(alive())
     assert counts[0] > 0
     assert len(codes) == 2
@@ -201,7 +201,7 @@ def test_kept_codes_stay_and_the_others_follow_from_them(kind: str, layout: Sequ
     prior = build(kind, layout).double()
     given, labels = random_codes(layout, 4), torch.tensor([0, 1, 4, 5])
     kept = layout.grids_of(torch.arange(layout.length)[None] % 3 != 1)
-    found = generate(prior, labels, uniforms(0, torch.arange(4), layout.length), Sampling(temperature=0), given, kept)
+    found = prior.sample(labels, uniforms(0, torch.arange(4), layout.length), StepwiseSampling(temperature=0), Keep(given, kept))
     likeliest = torch.stack([row.argmax(-1) for row in rows_of(prior, found, labels)], 1)
     mask = layout.flat(kept)[0]
     assert 0 < int(mask.sum()) < layout.length - 1
@@ -214,11 +214,11 @@ def test_everything_together_is_what_full_passes_give(kind: str, layout: Sequenc
     """Guidance on a schedule, temperature, top-k, top-p, min-p and kept codes, position by position without a cache."""
     prior = build(kind, layout).double()
     settings = {"guidance": 2.5, "guidance_schedule": "cosine", "temperature": 0.8, "top_k": 4, "top_p": 0.9, "min_p": 0.05}
-    config = Sampling(**settings)  # type: ignore[arg-type]
+    config = StepwiseSampling(**settings)  # type: ignore[arg-type]
     given, labels, none = random_codes(layout, 4), torch.tensor([0, 1, 2, 4]), torch.full((4,), 5)
     kept = layout.grids_of(torch.arange(layout.length)[None] % 4 == 1)
     uniform = uniforms(3, torch.arange(4), layout.length)
-    found = layout.flat(generate(prior, labels, uniform, config, given, kept))
+    found = layout.flat(prior.sample(labels, uniform, config, Keep(given, kept)))
     sequences = layout.flat(given)
     for position, scale in enumerate(guidance_scales(config, layout.length)):
         if not layout.flat(kept)[0, position]:
@@ -231,14 +231,14 @@ def test_everything_together_is_what_full_passes_give(kind: str, layout: Sequenc
 def test_what_is_not_finite_is_not_drawn_from(kind: str) -> None:
     prior = build(kind, LAYOUTS["one level"])
     with pytest.raises(UserError, match="finite"):
-        generate(prior, torch.tensor([0]), uniforms(0, torch.arange(1), 12), Sampling(guidance=1e308))
+        prior.sample(torch.tensor([0]), uniforms(0, torch.arange(1), 12), StepwiseSampling(guidance=1e308))
 
 
 def test_everything_kept_is_given_back(kind: str) -> None:
     layout = LAYOUTS["top and bottom"]
     given = random_codes(layout, 3)
     kept = tuple(torch.ones(grid, dtype=torch.bool) for grid in layout.grids)
-    found = generate(build(kind, layout), None, uniforms(0, torch.arange(3), layout.length), Sampling(), given, kept)
+    found = build(kind, layout).sample(None, uniforms(0, torch.arange(3), layout.length), StepwiseSampling(), Keep(given, kept))
     assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
 
 
@@ -246,7 +246,7 @@ def test_all_its_weights_learn(kind: str) -> None:
     """With labels hidden for some, every parameter gets a gradient; DDP would wait for one that does not."""
     for layout in LAYOUTS.values():
         prior = build(kind, layout).train()
-        prior.log_prob(random_codes(layout, 6), torch.arange(6)).sum().backward()
+        prior(random_codes(layout, 6), torch.arange(6)).backward()
         assert not [name for name, parameter in prior.named_parameters() if parameter.grad is None]
 
 
@@ -255,10 +255,10 @@ def test_variants_move_the_logits_and_the_image_itself_needs_no_telling(kind: st
     """Non-leaking augmentation: variant 0 is what sampling and likelihoods assume, and training keeps it so."""
     prior = build(kind, layout, num_variants=3).train()
     codes, labels = random_codes(layout, 4), torch.arange(4)
-    untold, itself, shifted = (prior(codes, labels, told) for told in (None, torch.zeros(4).long(), torch.full((4,), 2)))
+    untold, itself, shifted = (prior.logits(codes, labels, told) for told in (None, torch.zeros(4).long(), torch.full((4,), 2)))
     assert all(torch.equal(a, b) for a, b in zip(untold, itself, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(itself, shifted, strict=True))
-    torch.cat([level.flatten() for level in prior(codes, labels, torch.arange(4) % 3)]).square().sum().backward()
+    torch.cat([level.flatten() for level in prior.logits(codes, labels, torch.arange(4) % 3)]).square().sum().backward()
     gradients = [module.weight.grad for module in prior.modules() if isinstance(module, VariantEmbedding)]
     assert gradients
     assert all(gradient is not None and not gradient[0].any() and gradient[1:].any() for gradient in gradients)

@@ -24,7 +24,7 @@ def test_a_position_knows_its_level_row_and_column() -> None:
     """With all codes alike, no two positions of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
     prior = build("transformer", LAYOUTS["top and bottom"])
     assert isinstance(prior, Transformer)
-    embedded = prior._embedded_positions()
+    embedded = prior.position_embeddings()
     assert len(embedded.unique(dim=0)) == prior.layout.length
     assert prior.layout.centres()[:2].tolist() == [[0.5, 0.5], [0.5, 2.5]]  # one row of two, over two rows of four
     assert prior.layout.centres()[2:4].tolist() == [[0, 0], [0, 1]]
@@ -49,7 +49,7 @@ def test_training_begins_with_codes_of_near_vectors_near_one_another() -> None:
     plain = TransformerPart(layers=1, width=64, heads=1).build(layout, 0).state_dict()
     prior = TransformerPart(layers=1, width=64, heads=1).build(layout, 0)
     vectors = [torch.randn(k, 8) * scale for k, scale in zip(layout.num_codes, (0.01, 100), strict=True)]
-    prior.begin_from(vectors)
+    prior.initialise_from(vectors)
     for name in ("token.weight", "head.weight"):
         found = prior.state_dict()[name]
         assert found.std().item() == pytest.approx(plain[name].std().item(), rel=0.1)

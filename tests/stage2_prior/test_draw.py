@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.generate import draw, draw_position, generate, guidance_scales, guided, uniform_codes, uniforms, warp
-from stage2_prior.priors.contract import AutoregressivePrior
+from stage2_prior.draw import StepwiseSampling, draw, draw_position, guidance_scales, guided, uniforms, warp
+from stage2_prior.priors.contract import Keep
+from stage2_prior.priors.stepwise import StepwisePrior
+from stage2_prior.priors.uniform import UniformPrior
 from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_codes
 
 
-def reference_warp(logits: list[float], config: Sampling) -> list[float]:
+def reference_warp(logits: list[float], config: StepwiseSampling) -> list[float]:
     """By the definitions, one code at a time, on Python floats."""
     order = sorted(range(len(logits)), key=lambda code: -logits[code])
     if config.temperature == 0:
@@ -45,7 +46,7 @@ def test_warping_alone_and_together_against_the_definitions(temperature: float) 
     logits = torch.randn(20, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
     logits[0], logits[1, 2:5] = 0.0, 3.0  # ties: all, and three at the top
     for top_k, top_p, min_p in itertools.product([0, 1, 3, 100], [1.0, 0.9, 0.3, 1e-6], [0.0, 0.01, 0.2, 1.0]):
-        config = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        config = StepwiseSampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         within = dataclasses.replace(config, top_k=min(top_k, 7))
         expected = torch.tensor([reference_warp(row, within) for row in logits.tolist()])
         assert torch.allclose(warp(logits, config), expected.double(), atol=1e-6), config
@@ -76,24 +77,24 @@ def test_every_guidance_scale_is_honoured(scale: float, schedule: str, kind: str
     layout = SequenceLayout([(2, 3)], [7])
     prior = build(kind, layout, num_classes=3).double()
     labels, none = torch.tensor([0, 1, 2]), torch.full((3,), 3)
-    config = Sampling(guidance=scale, guidance_schedule=schedule, temperature=0)  # type: ignore[arg-type]
-    (grid,) = generate(prior, labels, uniforms(0, torch.arange(3), 6), config)
+    config = StepwiseSampling(guidance=scale, guidance_schedule=schedule, temperature=0)  # type: ignore[arg-type]
+    (grid,) = prior.sample(labels, uniforms(0, torch.arange(3), 6), config)
     sequences = torch.zeros(3, 6, dtype=torch.int64)
     for position in range(6):
         way = {"constant": 1.0, "linear": position / 5, "cosine": 0.5 - 0.5 * math.cos(math.pi * position / 5)}[schedule]
         here = 1 + way * (scale - 1)
-        conditional, unconditional = (prior(layout.grids_of(sequences), given)[0][:, position] for given in (labels, none))
+        conditional, unconditional = (prior.logits(layout.grids_of(sequences), given)[0][:, position] for given in (labels, none))
         sequences[:, position] = (unconditional + here * (conditional - unconditional)).argmax(-1)
     assert torch.equal(grid.flatten(1), sequences)
 
 
 def test_guidance_schedules_rise_from_none_to_all() -> None:
     for schedule in ("linear", "cosine"):
-        scales = guidance_scales(Sampling(guidance=4.0, guidance_schedule=schedule), 9)  # type: ignore[arg-type]
+        scales = guidance_scales(StepwiseSampling(guidance=4.0, guidance_schedule=schedule), 9)  # type: ignore[arg-type]
         assert (scales[0], scales[4], scales[8]) == (1, pytest.approx(2.5), pytest.approx(4))
         assert scales == sorted(scales)
-    assert guidance_scales(Sampling(guidance=4.0), 3) == [4.0] * 3
-    assert guidance_scales(Sampling(guidance=4.0, guidance_schedule="linear"), 1) == [1.0]
+    assert guidance_scales(StepwiseSampling(guidance=4.0), 3) == [4.0] * 3
+    assert guidance_scales(StepwiseSampling(guidance=4.0, guidance_schedule="linear"), 1) == [1.0]
 
 
 def test_guidance_formula_at_its_fixed_points() -> None:
@@ -104,7 +105,7 @@ def test_guidance_formula_at_its_fixed_points() -> None:
 
 def test_the_uniform_prior_is_uniform_within_each_level() -> None:
     layout = SequenceLayout([(2, 2), (2, 4)], [3, 5])
-    top, bottom = uniform_codes(layout, uniforms(0, torch.arange(3_000), 12))
+    top, bottom = UniformPrior(layout).sample(None, uniforms(0, torch.arange(3_000), 12), StepwiseSampling())
     assert top.shape == (3_000, 2, 2)
     assert bottom.shape == (3_000, 2, 4)
     for grid, k, limit in ((top, 3, 13.8), (bottom, 5, 18.5)):  # 99.9 % points for k - 1 degrees of freedom
@@ -135,10 +136,10 @@ def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
         uniforms(seed, torch.arange(2), 3)
 
 
-def stepped(prior: AutoregressivePrior, labels: torch.Tensor, uniform: torch.Tensor, config: Sampling, given: Codes, kept: Codes) -> Codes:
+def stepped(prior: StepwisePrior, labels: torch.Tensor, uniform: torch.Tensor, config: StepwiseSampling, keep: Keep) -> Codes:
     """Completion by its definition: a step at every position, kept or drawn."""
     layout, both = prior.layout, torch.cat([labels, torch.full_like(labels, prior.num_classes)])
-    cache, sequences, keeps = prior.new_cache(len(both)), layout.flat(given).clone(), layout.flat(kept)[0]
+    cache, sequences, keeps = prior.new_cache(len(both)), layout.flat(keep.codes).clone(), layout.flat(keep.masks)[0]
     with torch.no_grad():
         for position, scale in enumerate(guidance_scales(config, layout.length)):
             logits = prior.step(sequences[:, position - 1].repeat(2) if position else None, both, cache)
@@ -151,7 +152,8 @@ def stepped(prior: AutoregressivePrior, labels: torch.Tensor, uniform: torch.Ten
 def test_completing_computes_logits_where_codes_are_drawn_and_nowhere_else(kind: str) -> None:
     """The codes are those of a step at every position, whatever is kept."""
     layout = LAYOUTS["top and bottom"]
-    prior, labels, config = build(kind, layout).double(), torch.tensor([1, 4, 0]), Sampling(guidance=2.0, guidance_schedule="cosine")
+    prior, labels = build(kind, layout).double(), torch.tensor([1, 4, 0])
+    config = StepwiseSampling(guidance=2.0, guidance_schedule="cosine")
     given, uniform, positions = random_codes(layout, 3), uniforms(5, torch.arange(3), layout.length), torch.arange(layout.length)
     steps = count_steps(prior)
     for kept in (
@@ -162,15 +164,15 @@ def test_completing_computes_logits_where_codes_are_drawn_and_nowhere_else(kind:
         positions < layout.lengths[0],
         positions >= 0,
     ):
-        mask = layout.grids_of(kept[None])
-        expected = stepped(prior, labels, uniform, config, given, mask)
+        keep = Keep(given, layout.grids_of(kept[None]))
+        expected = stepped(prior, labels, uniform, config, keep)
         steps.clear()
-        found = generate(prior, labels, uniform, config, given, mask)
+        found = prior.sample(labels, uniform, config, keep)
         assert len(steps) == int((~kept).sum())
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def count_steps(prior: AutoregressivePrior) -> list[int]:
+def count_steps(prior: StepwisePrior) -> list[int]:
     """A list that gets longer with every eager step of a prior or of its parts: where logits are computed."""
     steps: list[int] = []
     for part in getattr(prior, "parts", [prior]):

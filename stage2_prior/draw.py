@@ -1,0 +1,127 @@
+"""From logits to codes: guidance, warp, draw.
+
+A sample is a function of (seed, its number, condition, weights): its uniforms are drawn once, on the CPU, and turned into
+codes by inverting the cumulative distribution. So it is the same whatever it is batched with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError, require
+from configs.schema import Sampling
+from training.devices import as_float64
+from training.randomness import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepwiseSampling(Sampling):
+    """How codes are drawn in turn: limits on the codes that may be drawn at a position."""
+
+    top_k: int = 0
+    """Draw among the k likeliest codes only; 0 = all."""
+    top_p: float = 1.0
+    """Draw among the fewest codes whose probability reaches p; 1 = all."""
+    min_p: float = 0.0
+    """Draw only codes at least this share as likely as the likeliest; 0 = all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
+        require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
+        require(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
+
+
+def uniforms(seed: int, numbers: Tensor, length: int) -> Tensor:
+    """The uniforms (B, T), float64 in [0, 1), of the samples of those numbers."""
+    rows = [torch.rand(length, generator=generator(seed, "sample", number), dtype=torch.float64) for number in numbers.tolist()]
+    return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.float64)
+
+
+def is_guided(condition: Tensor | None, settings: Sampling) -> bool:
+    """Whether a batch is drawn with classifier-free guidance, so that each sample has a second, unconditional row."""
+    return condition is not None and settings.guidance != 1
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022) on logits: unconditional at scale 0, conditional at 1; any real scale."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guidance_scales(settings: Sampling, length: int) -> list[float]:
+    """The guidance scale of each of `length` positions: settings.guidance, or on the way to it from 1 at the first position.
+
+    A rising scale (Chang et al. 2023, "Muse", section 2.7) leaves the first codes, which decide the rest, their variety.
+    """
+    way = [position / max(1, length - 1) for position in range(length)]
+    if settings.guidance_schedule == "constant":
+        return [settings.guidance] * length
+    if settings.guidance_schedule == "cosine":
+        way = [(1 - math.cos(math.pi * share)) / 2 for share in way]
+    return [1 + share * (settings.guidance - 1) for share in way]
+
+
+def warp(logits: Tensor, settings: StepwiseSampling) -> Tensor:
+    """Probabilities (B, K), float64, of logits (B, K): temperature, then what may be drawn at all.
+
+    The three limits that follow each look at what those before have left:
+    top_k keeps the k likeliest, and those equal to the k-th; top_p the fewest likeliest whose probability reaches p
+    (Holtzman et al. 2020); min_p those at least that share as likely as the likeliest (Nguyen et al. 2024).
+    """
+    logits = as_float64(logits)
+    if settings.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    if settings.temperature != 1:
+        logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        least = logits.topk(settings.top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if settings.min_p > 0:
+        least = logits.amax(-1, keepdim=True) + math.log(settings.min_p)
+        below = logits < least
+    probabilities = logits.softmax(-1)
+    if settings.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        # A token is kept if those before it have not yet reached p: the first always is.
+        # Less the sum's rounding, which is not to bring in another token where p is just reached.
+        kept = ordered.cumsum(-1) - ordered < settings.top_p - 1e-12
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
+    if settings.min_p > 0:
+        probabilities = probabilities.masked_fill(below, 0)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The code (B,) at which the cumulative distribution of (B, K) first exceeds the uniform (B,)."""
+    cumulative = probabilities.cumsum(-1)
+    # The last sum may be 1 - 1e-16; scaling the uniform by it keeps every draw on a code that has probability.
+    threshold = (uniform.to(cumulative) * cumulative[..., -1])[..., None]
+    return torch.searchsorted(cumulative, threshold, right=True)[..., 0].clamp_(max=probabilities.shape[-1] - 1)
+
+
+def draw_position(logits: Tensor, uniform: Tensor, settings: StepwiseSampling, scale: float | Tensor | None) -> tuple[Tensor, Tensor]:
+    """Draw the codes of one position: guidance, warp, draw.
+
+    Args:
+        logits: (B, K), float32 or wider; under guidance (2 B, K), conditional rows first.
+        uniform: (B,) float64.
+        settings: temperature, top_k, top_p, min_p.
+        scale: guidance scale, of the logits' dtype if a tensor (1,); None: no guidance.
+    Returns: codes (B,), int64, and whether a row's probabilities are finite, (B,).
+    """
+    if scale is not None:
+        batch = len(uniform)
+        logits = guided(logits[:batch], logits[batch:], scale)
+    probabilities = warp(logits, settings)
+    # A softmax over a NaN is NaN throughout, so one entry of a row tells.
+    return draw(probabilities, uniform), probabilities[:, 0].isfinite()
+
+
+def check_finite(finite: bool, settings: Sampling) -> None:
+    """Errors: UserError unless all probabilities were finite."""
+    if not finite:
+        raise UserError(f"guidance, temperature: expected finite probabilities, found some that are not ({settings})")
