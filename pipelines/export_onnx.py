@@ -29,7 +29,7 @@ from stage2_prior.priors.transformer import Transformer
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
     output = not_there_yet("output", options.output)

@@ -32,7 +32,7 @@ _GRAPHS = ("encoder.onnx", "decoder.onnx", "prior.onnx")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
     output = not_there_yet("output", options.output)

@@ -37,7 +37,7 @@ _MESSAGE = "A run of the two-stage image generator"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
     repository = hub_repository(options.to)

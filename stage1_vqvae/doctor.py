@@ -17,7 +17,7 @@ from stage1_vqvae.monitoring.health import health_from_json, health_table
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     run = parse(__doc__, (), argv).run
     if not run.codebook_health.exists():
         raise UserError(f"{run}: stage 1 has not been validated yet; run first: {TRAIN_TOKENIZER} --resume --run {run}")

@@ -27,7 +27,7 @@ from stage1_vqvae.quantizers.vector import VectorQuantizer
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
     if options.to != "diffusers":

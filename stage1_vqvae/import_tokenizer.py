@@ -48,7 +48,7 @@ _DEFAULT_SIZE = 256
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     argv = sys.argv[1:] if argv is None else argv
     has_recipe = any(argument.partition("=")[0] == "--config" for argument in argv)
     if not has_recipe:

@@ -22,7 +22,7 @@ from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
     if options.to not in FORMS:

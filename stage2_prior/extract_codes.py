@@ -51,7 +51,7 @@ _PLAN = "plan.json"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("condition", "extraction", "compute"), argv, reads_images=True, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()

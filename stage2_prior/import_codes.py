@@ -29,7 +29,7 @@ from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, recipe, options, form = command.run, command.recipe, command.options, getattr(command.options, "from")
     if form not in FORMS:

@@ -28,7 +28,7 @@ _BATCH_SIZE = 64
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("compute",), argv, options=_options)
     run = command.run
     if not run.tokenizer.exists():
