@@ -203,5 +203,5 @@ def test_a_run_without_a_prior_says_what_trains_one(run_copy: Path, one_line_err
 def test_codes_of_another_tokenizer_are_no_comparison(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     path = run_copy / "codes" / VALIDATION / "manifest.json"
     write_summed_json(path, {**read_summed_json(path), "tokenizer_sha256": "0" * 64})
-    assert "extract them anew" in one_line_error(main, "--run", run_copy)
+    assert "extract them again" in one_line_error(main, "--run", run_copy)
     assert not (run_copy / "anomalies").exists()

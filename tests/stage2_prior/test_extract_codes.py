@@ -115,7 +115,7 @@ def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pyt
         train_prior(["--run", str(run_copy), "--name", "second"])
     main(["--run", str(run_copy)])
     out = capsys.readouterr().out
-    assert "extracting anew" in out
+    assert "extracting again" in out
     assert out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 2  # of the training, and of this
     assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
 
@@ -158,7 +158,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "write_shard", lambda *arguments: (written.append(arguments), write(*arguments)))
         main([*words[:-1], "2"])  # as one whose memory was full is advised to
-    assert (f"going on, {good} of 11 files" in capsys.readouterr().out) == (good > 0)
+    assert (f"resuming, {good} of 11 files" in capsys.readouterr().out) == (good > 0)
     assert len(written) == 11 + (damaged is not None)
     assert contents(run_copy / "codes") == whole
     assert not list(run_copy.glob("codes.*"))
@@ -214,7 +214,7 @@ def test_codes_that_decode_to_something_else_are_caught(
     assert contents(run_copy / "codes") == before
     capsys.readouterr()
     main(["--run", str(run_copy), "--overwrite"])
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     assert contents(run_copy / "codes") == before
 
 
