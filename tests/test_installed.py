@@ -122,7 +122,7 @@ def test_a_stranger_draws_from_a_run_that_was_given_to_them(environment: Path, r
 
 
 def test_the_whole_chain_starts_its_own_scripts(environment: Path, tmp_path: Path) -> None:
-    line = "from two_stage.pipelines.run import Step; print(Step('report', 'pipelines/report.py', []).started()[1])"
+    line = "from two_stage.pipelines.run import Step; print(Step('report', 'pipelines/report.py', []).command_line()[1])"
     done = run(environment, tmp_path, "python", "-c", line)
     (site,) = environment.parent.glob("lib/python*/site-packages")
     assert done.stdout.strip() == str(site / "two_stage/pipelines/report.py"), done.stderr
