@@ -155,7 +155,7 @@ class Reference:
         return Spread(float(np.mean(distances)), float(np.std(distances)))
 
     def precision_recall(self, images: Tensor) -> tuple[float, float] | None:
-        """Compute precision, the share of images inside a ball around some vector of the reference, and recall, the reverse. A ball's radius
+        """Compute precision, the share of images in a ball around any vector of the reference, and recall, the reverse. A ball's radius
         is the distance to its centre's third neighbour (Kynkaanniemi et al. 2019).
         """
         if min(len(images), len(self.vectors)) <= _PRECISION_K:

@@ -11,7 +11,7 @@ import torch
 from configs.parts import part_from
 from configs.schema import Tokenizer
 from pipelines import Generator
-from pipelines.playground.edits import Place, candidates, code_patches, exchanged, likeliest_codes, nearest_codes, walk
+from pipelines.playground.edits import Place, candidates, code_patches, most_likely_codes, nearest_codes, replaced, walk
 from pipelines.playground.maps import code_at, code_map, patch_at, patch_sheet
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.train import main as train_tokenizer
@@ -35,7 +35,7 @@ def test_a_candidate_is_the_image_with_that_code(generator: Generator) -> None:
     codes, place = generator.draw(1, "down", seed=2).codes, Place(1, 3, 4)
     found = candidates(generator, codes, "down", place, [5, 0, 11])
     for each, code in zip(found, [5, 0, 11], strict=True):
-        changed = exchanged(codes, place, code)
+        changed = replaced(codes, place, code)
         assert each.code == place.of(changed) == code
         assert sum(int((one != other).sum()) for one, other in zip(changed, codes, strict=True)) <= 1
         assert torch.equal(each.picture, generator.decode(changed, output="tensor")[0])
@@ -48,7 +48,7 @@ def test_a_candidate_is_the_image_with_that_code(generator: Generator) -> None:
 def test_the_likeliest_are_those_of_fewest_bits(generator: Generator, place: Place) -> None:
     codes = generator.draw(1, "across", seed=1).codes
     bits = {each.code: each.bits for each in candidates(generator, codes, "across", place, list(range(16)))}
-    assert likeliest_codes(generator, codes, "across", place, 6) == sorted(bits, key=lambda code: bits[code] or 0.0)[:6]
+    assert most_likely_codes(generator, codes, "across", place, 6) == sorted(bits, key=lambda code: bits[code] or 0.0)[:6]
 
 
 def test_the_nearest_are_nearest_in_what_they_add_to_the_latents(generator: Generator) -> None:
