@@ -255,7 +255,10 @@ class ConditionPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How codes are drawn: what all kinds of prior take. A kind with settings of its own adds them in a class that its part names."""
+    """How codes are drawn from the prior.
+
+    These settings are for all kinds of prior; a kind adds its own in a subclass that its part names.
+    """
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
     temperature: float = 1.0

@@ -1,4 +1,4 @@
-"""Priors of single levels, trained one by one, as one prior of all."""
+"""Joining priors of single levels, trained one by one, to one prior of all levels."""
 
 from __future__ import annotations
 
