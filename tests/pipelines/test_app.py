@@ -5,6 +5,7 @@ RUN=FOLDER tries another run than the tests' own; with SCREENSHOTS=FOLDER and -s
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shlex
@@ -72,10 +73,12 @@ def address(run: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process's gradio keeps its files with the test's."""
+def gradio_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Set up gradio in this process; it warns about its own calls and leaves sockets open, which are closed under the test's filter."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -354,7 +357,8 @@ def test_what_is_no_picture_or_too_large_gets_a_line(browser: Browser, address: 
             expect(panel.get_by_text("All its codes cost")).to_be_visible()
 
 
-@pytest.mark.usefixtures("uploads")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("gradio_here")
 def test_what_the_recipe_asks_for_is_drawn_whatever_it_is(browser: Browser, run_copy: Path) -> None:
     """Settings beyond what the fields offer; and guidance, by a prior that has not learned p(codes)."""
     train_prior(["--run", str(run_copy), "--name", "insisting", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
@@ -378,7 +382,8 @@ def test_what_the_recipe_asks_for_is_drawn_whatever_it_is(browser: Browser, run_
             expect(panel.get_by_text("All its codes cost")).to_be_visible()
 
 
-@pytest.mark.usefixtures("uploads")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("gradio_here")
 def test_without_a_prior_it_takes_pictures_apart(browser: Browser, tiny_recipe: Path, picture: Path, tmp_path: Path) -> None:
     """Of two levels."""
     hierarchy = ["--tokenizer.network.kind", "hierarchical", "--tokenizer.network.downsampling", "2"]
