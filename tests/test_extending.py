@@ -168,6 +168,6 @@ def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
     anomalies(here)
     compress(here)  # without the condition, of which files have no place
     assert "conditioned on classes" in one_line_error(compress, *here, "--condition", "0 0")
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     evaluate([*here, "--features", "classifier", "--n", "8"])
     report(here)

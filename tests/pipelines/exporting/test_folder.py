@@ -43,7 +43,7 @@ def test_bits_lost_are_the_divergence(exact: Generator, generator: Generator, fo
     assert generator.prior is not None
     drawn = exact.draw(3000, seed=7, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, guidance=1.0)
     with torch.no_grad():
-        own, other = (prior.logits(drawn.codes, drawn.labels)[0].double().log_softmax(-1) for prior in (exact.prior, generator.prior))
+        own, other = (prior.logits(drawn.codes, drawn.condition)[0].double().log_softmax(-1) for prior in (exact.prior, generator.prior))
     divergence = float((own.exp() * (own - other)).sum(-1).mean()) / math.log(2)
     bits, found, error = excess_bits(exact, folder)
     assert divergence > 20 * error

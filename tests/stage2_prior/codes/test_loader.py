@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> CodeStore:
 
 def loader(store: CodeStore, rank: int = 0, processes: int = 1, ahead: bool | None = None, condition: Condition = CONDITION) -> CodeLoader:
     accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-    return CodeLoader(store, condition, CONFIG, accelerator, ahead)
+    return CodeLoader(store, condition, CONFIG, accelerator, ahead=ahead)
 
 
 def steps(found: CodeLoader, first: int = 0) -> list[CodeBatch]:
