@@ -1,1 +1,1 @@
-"""What a run is: its recipe and its paths. The lowest layer; it never imports torch."""
+"""A run's recipe and paths, and every command line. The lowest layer; it never imports torch."""

@@ -49,7 +49,7 @@ class Command:
     run: RunDir
     recipe: Recipe
     options: Namespace
-    """Options of this script alone."""
+    """The script's options outside the recipe."""
     arguments: list[str]
     """Arguments as typed."""
 
@@ -69,7 +69,7 @@ class Command:
 
 
 def _typed_value(text: str) -> Any:
-    """Parse an option's value. `null` never gets here; other texts that YAML reads as null (`~`, `#1`) stay text."""
+    """Parse an option's value. `null` is parsed before; other texts that YAML reads as null (`~`, `#1`) stay text."""
     value = get_loader("yaml")(text)
     return text if value is None else value
 
@@ -91,7 +91,7 @@ def _reworded(message: str) -> str:
     return f"{match['key']}: expected {expected}, found {match['value']}"
 
 
-def _parts_of(sections: Sequence[str]) -> list[str]:
+def _families(sections: Sequence[str]) -> list[str]:
     """Return the families whose parts are chosen in these sections."""
     return [family for family in FAMILIES if family.partition(".")[0] in sections]
 
@@ -104,7 +104,7 @@ def _section_class(name: str, kinds: Mapping[str, str]) -> type:
 
 
 def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = None, reads_images: bool = False, **kwargs: Any) -> _Parser:
-    """Build a parser of the sections' keys, those of the parts' kinds included. `reads_images`: with the local keys of `data`."""
+    """Build a parser of the sections' keys, including those of the parts' kinds. `reads_images`: add the local keys of `data`."""
     parser = _Parser(parser_mode="typed", allow_abbrev=False, print_config=None, add_help=bool(kwargs), **kwargs)
     for name in sections:
         if name not in FAMILIES:
@@ -112,12 +112,12 @@ def _parser(sections: Sequence[str], kinds: dict[str, str], flat: str | None = N
             parser.add_class_arguments(_section_class(name, kinds), None if name == flat else name, skip=inside)
     if reads_images:
         parser.add_class_arguments(Data, "data", skip={field.name for field in dataclasses.fields(Data)} - set(LOCAL_KEYS))
-    for family in _parts_of(sections):
+    for family in _families(sections):
         parser.add_class_arguments(part_class(family, kinds[family]), family)
         # A kind without fields has no group of options.
         group: Any = (parser.groups or {}).get(family, parser)
         names = ", ".join(FAMILIES[family])
-        group.add_argument(f"--{family}.kind", type=str, default=kinds[family], help=f"{names}; each has options of its own")
+        group.add_argument(f"--{family}.kind", type=str, default=kinds[family], help=f"{names}; each has its own options")
     return parser
 
 
@@ -130,7 +130,7 @@ def _recipe_parser(kinds: tuple[tuple[str, str], ...]) -> _Parser:
 def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: Recipe | None) -> Recipe:
     """Build a recipe: `sections` from parsed values, the others from `base`."""
     built: dict[str, Any] = {}
-    for name in SECTIONS:  # the prior, which says of which class `sampling` is, comes before it
+    for name in SECTIONS:  # the prior, which decides the class of `sampling`, comes first
         if name not in sections:
             assert base is not None
             built[name] = getattr(base, name)
@@ -148,7 +148,7 @@ def _build(values: Namespace, sections: Sequence[str], flat: str | None, base: R
 
 
 def _built(name: str, section: type, values: Any) -> Any:
-    """Build a section, of that class, or a part from parsed values; other values stay as they are."""
+    """Build a part, or a section of that class, from parsed values; other values stay as they are."""
     if not isinstance(values, Namespace):
         return values
     fields = {key: _built(f"{name}.{key}", section, value) for key, value in vars(values).items()}
@@ -175,18 +175,18 @@ def _spelled_out(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
     content, kinds = dict(content), {}
     for family in FAMILIES:
         section, _, key = family.partition(".")
-        found = content.get(section, {})
-        if key and key in found:
-            # A copy: what was read stays as it is.
-            content[section] = found = {**found, key: {"kind": found[key]} if isinstance(found[key], str) else found[key]}
-            if not isinstance(found[key], dict):
-                raise UserError(f"{family}: expected a kind, or a kind with its fields, found {found[key]!r}")
-        kinds[family] = (found.get(key, {}) if key else found).get("kind", default_kind(family))
+        values = content.get(section, {})
+        if key and key in values:
+            # A copy, so that the argument does not change.
+            content[section] = values = {**values, key: {"kind": values[key]} if isinstance(values[key], str) else values[key]}
+            if not isinstance(values[key], dict):
+                raise UserError(f"{family}: expected a kind, or a kind with its fields, found {values[key]!r}")
+        kinds[family] = (values.get(key, {}) if key else values).get("kind", default_kind(family))
     return content, kinds
 
 
 def _check_keys(content: dict[str, Any], kinds: dict[str, str]) -> None:
-    """Errors: UserError for a key that no section, or not the chosen kind of a part, has."""
+    """Errors: UserError for a key that is unknown in its section, or for the chosen kind of its part."""
     for name, section in content.items():
         if name not in SECTIONS:
             raise UserError(f"unknown key {name}; known are {', '.join(SECTIONS)}")
@@ -210,21 +210,21 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 
 def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested dictionaries into one with dotted keys."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in content.items():
-        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        result |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
 
 
 def differences(recipe: Recipe, other: Recipe, ignored: Sequence[str] = ()) -> list[str]:
     """Return the keys in which two recipes differ, as `section.key: A, not B`; `ignored`: sections and dotted keys to skip."""
     ours, theirs = flattened(recipe_dict(recipe)), flattened(recipe_dict(other))
-    found = []
+    lines = []
     for key, value in ours.items():
-        # Fields of one kind alone are skipped: that the kinds differ is listed already.
+        # Fields that only one of two kinds has are skipped: the line of the kind itself tells it.
         if key in theirs and value != theirs[key] and key not in ignored and key.partition(".")[0] not in ignored:
-            found.append(f"{key}: {value}, not {theirs[key]}")
-    return found
+            lines.append(f"{key}: {value}, not {theirs[key]}")
+    return lines
 
 
 def parse(
@@ -245,51 +245,36 @@ def parse(
     Args:
         description: the script's docstring.
         sections: the recipe's sections that this script may override.
-        argv: arguments; None = the process's.
-        flat: the one of `sections` whose options have no prefix.
-        starts_run: whether this script may begin a run (stage 1) or needs one.
-        training_folder: for a training script, from the run, `--name` (by default `--prior.kind`, unless there is a level) and `--level` to
-            its folder. A training that was started there continues with its own recipe, and `--config` only selects the run.
-        drawn_prior: for a script that draws, from the run and `--prior` to the fields of the prior, whose kind decides on the settings of
-            `sampling`; None: the recipe's own prior.
+        argv: arguments; None: those of the process.
+        flat: the section of `sections` whose options have no prefix.
+        starts_run: whether this script may start a run (stage 1) or needs an existing one.
+        training_folder: for a training script, returns the training's folder from the run, `--name` (by default `--prior.kind`, unless
+            there is a level) and `--level`. A training started there continues with its own recipe, and `--config` only selects the run.
+        drawn_prior: for a script that draws samples, returns the fields of the prior from the run and `--prior`; its kind decides the
+            settings of `sampling`. None: the recipe's own prior.
         reads_images: whether this script may override the local keys of `data`: where the data set is on this machine, and how it is read.
         options: adds the script's own options.
         check: whether the recipe's sections must fit one another; False where the script replaces some.
     Errors: exits with code 2 and one line on any mistake.
     """
     argv = [_spelled(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    where = _WhereParser(add_help=False, allow_abbrev=False)
-    where.add_argument("--config", type=_recipe_path)
-    where.add_argument("--run")
-    where.add_argument("--name")
-    where.add_argument("--level")
-    where.add_argument("--prior.preset", dest="preset")
-    where.add_argument("--prior", dest="prior_name")
-    where.add_argument("--stage1.init_from", dest="init_from")
-    where.add_argument("--resume", action="store_true")
-    families = _parts_of(sections)
-    for family in families:
-        where.add_argument(f"--{family}.kind", dest=family)
-    help_wanted = "--help" in argv or "-h" in argv
+    shows_help = "--help" in argv or "-h" in argv
     # The fields' docstrings are their help. Extracting them is slow, so it is done for --help alone.
-    set_parsing_settings(docstring_parse_attribute_docstrings=help_wanted)
+    set_parsing_settings(docstring_parse_attribute_docstrings=shows_help)
     try:
         _refuse_empty(argv)
-        known, _ = where.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
-        run, base, own, started = _locate(known, starts_run, help_wanted, training_folder)
+        run_parser = _run_parser(_families(sections))
+        known, _ = run_parser.parse_known_args([argument for argument in argv if argument not in ("--help", "-h")])
+        run, base, saved, started = _locate(known, starts_run, shows_help, training_folder)
         if starts_run and not started:
-            base = _with_tokenizer_of(known, base, own)
+            base = _with_tokenizer_of(known, base, saved)
         base = _with_parts(base if started else _with_counted_steps(base, argv), known)
-        if drawn_prior is not None and (drawn := drawn_prior(run, known.prior_name)) is not None:
-            base = with_prior(base, drawn)
+        if drawn_prior is not None and (prior := drawn_prior(run, known.prior_name)) is not None:
+            base = with_prior(base, prior)
         kinds = {family: _part(base, family).kind for family in FAMILIES}
         usage = "%(prog)s [--option value ...]"
         parser = _parser(sections, kinds, flat, reads_images, usage=usage, description=_localised(description), formatter_class=_Help)
-        parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
-        parser.add_argument(
-            "--run", help="name of a run in runs/, a path, or hf:USER/NAME (default: the recipe's, else the run last touched)"
-        )
-        parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
+        _add_run_options(parser)
         options(parser)
         if reads_images or training_folder is not None:
             accept_option(parser)
@@ -312,6 +297,29 @@ def parse(
     return Command(run, recipe, values, list(argv))
 
 
+def _run_parser(families: Sequence[str]) -> _RunParser:
+    """Build a parser of the options that select the run, its recipe and the kinds of parts, which decide all other options."""
+    parser = _RunParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=_recipe_path)
+    parser.add_argument("--run")
+    parser.add_argument("--name")
+    parser.add_argument("--level")
+    parser.add_argument("--prior.preset", dest="preset")
+    parser.add_argument("--prior", dest="prior_name")
+    parser.add_argument("--stage1.init_from", dest="init_from")
+    parser.add_argument("--resume", action="store_true")
+    for family in families:
+        parser.add_argument(f"--{family}.kind", dest=family)
+    return parser
+
+
+def _add_run_options(parser: ArgumentParser) -> None:
+    """Add the options of every script: the recipe, the run, and printing the resolved recipe."""
+    parser.add_argument("--config", metavar="FILE", help="recipe; its run is runs/NAME (default: configs/digits.yaml)")
+    parser.add_argument("--run", help="name of a run in runs/, a path, or hf:USER/NAME (default: the recipe's, else the run last touched)")
+    parser.add_argument("--print_recipe", action="store_true", help="print the resolved recipe and do nothing")
+
+
 def accept_option(parser: ArgumentParser) -> None:
     """Add the option that accepts changed data."""
     accepted = "go on although images, classes or codes have changed since training started (data.json)"
@@ -321,10 +329,10 @@ def accept_option(parser: ArgumentParser) -> None:
 def _localised(description: str | None) -> str | None:
     """Return a script's docstring with its commands as they are typed on this installation."""
 
-    def command(found: re.Match[str]) -> str:
-        return typed(found["script"], found["how"] != "python") if checkout() is None else found[0]
+    def command(match: re.Match[str]) -> str:
+        return typed(match["script"], match["program"] != "python") if checkout() is None else match[0]
 
-    return re.sub(r"(?P<how>python|accelerate launch) (?P<script>(stage\d_\w+|pipelines)/\w+\.py)", command, description or "") or None
+    return re.sub(r"(?P<program>python|accelerate launch) (?P<script>(stage\d_\w+|pipelines)/\w+\.py)", command, description or "") or None
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -374,10 +382,10 @@ def _recipe_path(typed: str) -> Path:
 
 def _part(recipe: Recipe, family: str) -> Any:
     """Return a recipe's part of a family."""
-    found: Any = recipe
+    part: Any = recipe
     for name in family.split("."):
-        found = getattr(found, name)
-    return found
+        part = getattr(part, name)
+    return part
 
 
 def _defaults(base: Recipe, sections: Sequence[str], flat: str | None) -> dict[str, Any]:
@@ -390,14 +398,14 @@ class _Base(NamedTuple):
 
     run: RunDir
     recipe: Recipe
-    own: bool = False
-    """Whether the recipe comes from the run or the prior itself."""
+    saved: bool = False
+    """Whether the recipe was read from the run's or the prior's folder."""
     started: bool = False
-    """Whether there is a checkpoint or a result of it."""
+    """Whether the training has a checkpoint or a result."""
 
 
 def _locate(
-    known: argparse.Namespace, starts_run: bool, help_wanted: bool, training_folder: Callable[[RunDir, str | None, str | None], Path] | None
+    known: argparse.Namespace, starts_run: bool, shows_help: bool, training_folder: Callable[[RunDir, str | None, str | None], Path] | None
 ) -> _Base:
     """Return the run of a command line, and the recipe that its options override.
 
@@ -421,13 +429,13 @@ def _locate(
         return _Base(run, load_recipe(known.config or DEFAULT_RECIPE))
     if exists:
         return _Base(run, load_recipe(run.recipe))
-    if help_wanted:
+    if shows_help:
         return _Base(run, load_recipe(known.config or DEFAULT_RECIPE))
     raise UserError(f"{run}: there is no such run; start it with: {TRAIN_TOKENIZER}")
 
 
 def _prior_kind(known: argparse.Namespace) -> str | None:
-    """Return the prior's kind of the command line; None: it has none that exists."""
+    """Return the kind of prior that the command line names; None: none, or an unknown one."""
     kind = getattr(known, "prior", None)
     return kind if kind in FAMILIES["prior"] else None
 
@@ -442,13 +450,14 @@ def _with_counted_steps(recipe: Recipe, argv: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe, own: bool) -> Recipe:
+def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe, saved: bool) -> Recipe:
     """Return the recipe with the tokenizer section of the run of `--init-from`; without `--config`, that run's complete recipe.
 
-    `own`: the recipe is the run's own, which has them already. Errors: UserError if there is no such run, or the new run has no name.
+    `saved`: the recipe was read from the run and already contains them. Errors: UserError if there is no such run, or the new run has no
+    name.
     """
     source = known.init_from or recipe.stage1.init_from
-    if source is None or (own and known.init_from is None):
+    if source is None or (saved and known.init_from is None):
         return recipe
     if known.run is None and known.config is None:
         raise UserError("--init-from: expected a name for the new run beside it (--run NAME), found none")
@@ -456,7 +465,7 @@ def _with_tokenizer_of(known: argparse.Namespace, recipe: Recipe, own: bool) -> 
     if not run.tokenizer.exists():
         raise UserError(f"--init-from {source}: expected a run with a finished tokenizer, found none at {run}")
     source_recipe = load_recipe(run.recipe)
-    return source_recipe if known.config is None and not own else dataclasses.replace(recipe, tokenizer=source_recipe.tokenizer)
+    return source_recipe if known.config is None and not saved else dataclasses.replace(recipe, tokenizer=source_recipe.tokenizer)
 
 
 def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:
@@ -476,7 +485,7 @@ def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:
     return recipe
 
 
-class _WhereParser(argparse.ArgumentParser):
+class _RunParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 

@@ -30,15 +30,15 @@ class TransformPart(Part):
     """The box of an image that is scaled to data.height x data.width. It is stateless, so `build()` returns the part itself."""
 
     num_draws: ClassVar[int] = 0
-    """Uniform random numbers that `crop` takes per training image; 0: training sees the same box as every other command."""
+    """Uniform random numbers that `crop` takes per training image; 0: training takes the same box as every other command."""
 
     @abstractmethod
     def crop(self, draws: Sequence[float] | None = None) -> Any:
-        """The box, a `Crop` of stage1_vqvae/data/crops.py: from `num_draws` numbers in [0, 1) in training, from None elsewhere."""
+        """Return the box, a `Crop` of stage1_vqvae/data/crops.py. `draws`: `num_draws` numbers in [0, 1) in training; None elsewhere."""
 
     @property
     def smallest_area(self) -> float:
-        """Least share of the largest box's area that `crop` returns; decoders that scale keep enough pixels for it."""
+        """Smallest area of a box that `crop` returns, as a share of the largest box; decoders that scale keep enough pixels for it."""
         return 1.0
 
     @override
@@ -114,9 +114,9 @@ class Data:
 
 
 def pixel_settings(data: Data) -> dict[str, Any]:
-    """Every setting that decides the pixels of an image, the transform's included, for the keys of caches.
+    """Return every setting that decides the pixels of an image, including the transform's, as a cache key.
 
-    A new setting counts unless it is listed among those that describe the local copy or select images.
+    A new setting is part of it unless LOCAL_KEYS or SELECTION_KEYS list it.
     """
     return {key: value for key, value in as_dict(data).items() if key not in (*LOCAL_KEYS, *SELECTION_KEYS)}
 

@@ -1,4 +1,4 @@
-"""User errors: one line with the place, what was expected and what was found."""
+"""User errors: one line that names the option or file, the expected value and the actual one."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def shortened(text: str, longest: int = _LONGEST_MESSAGE) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """Return another library's error (its first paragraph) in one short line; the name of its class if it has no message."""
+    """Return the first paragraph of another library's error in one short line; the name of its class if it has no message."""
     return shortened(str(error).strip().split("\n\n")[0], _LONGEST_REASON) or type(error).__name__
 
 
 def listed(names: Iterable[object], most: int = _MOST_LISTED) -> str:
     """Join the first names of a list for a message: `a, b, c and 90 more`; `none` if it is empty."""
-    each = [shortened(str(name), _LONGEST_NAME) for name in names]
-    more = f" and {len(each) - most:,} more" if len(each) > most else ""
-    return ", ".join(each[:most]) + more or "none"
+    short = [shortened(str(name), _LONGEST_NAME) for name in names]
+    more = f" and {len(short) - most:,} more" if len(short) > most else ""
+    return ", ".join(short[:most]) + more or "none"
 
 
 def require(holds: bool, key: str, expected: str, found: object) -> None:

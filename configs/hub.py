@@ -10,14 +10,14 @@ from configs.errors import UserError, brief
 from configs.run_dir import BUNDLE, RunDir, read_json, runs_folder
 
 PREFIX = "hf:"
-# Files of a bundle that are fetched; none is ever executed.
+# Files of a bundle that are downloaded; none is ever executed.
 _PATTERNS = ("recipe.yaml", "*.json", "*.md", "*.png", "*.safetensors")
 
 
 def run_of(name: str) -> RunDir:
-    """Return the run of a name. A run of the Hub is fetched into `runs_folder`, as USER--NAME, or updated if it is there.
+    """Return the run of a name. A run of the Hub is downloaded into `runs_folder` as USER--NAME, or updated if it exists there.
 
-    A fetched run also works without a connection. Errors: UserError if it cannot be fetched, or is no such run.
+    A downloaded run also works without a connection. Errors: UserError if it cannot be downloaded, or is no such run.
     """
     if not name.startswith(PREFIX):
         return RunDir.named(name)
@@ -30,7 +30,7 @@ def run_of(name: str) -> RunDir:
         _fetch(name, match[1], match[2], run)
     except UserError:
         if not existed:
-            shutil.rmtree(run.path, ignore_errors=True)  # parts of something else
+            shutil.rmtree(run.path, ignore_errors=True)  # an incomplete download, or another repository's files
         raise
     return run
 
@@ -57,7 +57,7 @@ def _fetch(name: str, repository: str, revision: str | None, run: RunDir) -> Non
         if not (run.prior(prior) / "prior.safetensors").exists():
             raise UserError(f"{name}: expected its prior {prior}, found that it has not been fetched; try again with a connection")
     if new and priors:
-        # The prior that is listed first is the one finished last, whatever the order of downloads.
+        # The first one listed is the default; commands take the prior with the newest file, whatever the order of downloads.
         os.utime(run.prior(next(iter(priors))) / "prior.safetensors")
 
 

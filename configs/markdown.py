@@ -11,7 +11,7 @@ _SPECIAL = re.compile(r"[\\|<&`*]|\](?=[\[(])|(?<![^\W_])_+|_+(?![^\W_])")
 
 def escaped(text: str) -> str:
     """Escape a text for Markdown, table cells included: special characters are escaped, line breaks become spaces."""
-    return _SPECIAL.sub(lambda found: "".join(f"\\{character}" for character in found[0]), " ".join(text.split("\n")))
+    return _SPECIAL.sub(lambda match: "".join(f"\\{character}" for character in match[0]), " ".join(text.split("\n")))
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Parts: what a recipe chooses by `kind`, where every kind has fields of its own.
+"""Parts: the choices of a recipe by `kind`, where every kind has its own fields.
 
-The fields of a kind are a frozen dataclass that stands beside the code they are for, and that builds it: so a new part is
-one new file and one line in a table here. The tables name classes by address, as Python's entry points do. An address is
-imported when a recipe chooses it, and not before: this package by itself needs no torch.
+The fields of a kind are a frozen dataclass, defined beside the code that it builds: a new part is one new file and one line
+in a table here. The tables name classes by address, as Python's entry points do. An address is imported only when a recipe
+chooses it, so this package needs no torch.
 """
 
 from __future__ import annotations
@@ -64,72 +64,72 @@ FAMILIES: dict[str, dict[str, str]] = {
         "levelwise": "stage2_prior.priors.levelwise:LevelwisePart",
     },
 }
-"""Where in a recipe a part is chosen, and its kinds: name -> module:class. The first kind is the default."""
+"""Kinds per family, the key of the recipe that chooses a part: name -> module:class. The first kind is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part(ABC):
-    """One kind's fields in a recipe. Values that cannot work are refused when it is made."""
+    """Fields of one kind in a recipe, which refuses invalid values when it is created."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ()
     """Fields that a resumed training may change; see `keys_that_may_change`."""
 
     @property
     def kind(self) -> str:
-        """The name under which its class stands in the tables."""
+        """Name of the class in the tables."""
         address = f"{type(self).__module__.removeprefix(ROOT)}:{type(self).__qualname__}"
-        return next(kind for kinds in FAMILIES.values() for kind, found in kinds.items() if found == address)
+        return next(kind for kinds in FAMILIES.values() for kind, kind_address in kinds.items() if kind_address == address)
 
     @abstractmethod
     def build(self, *arguments: Any) -> Any:
-        """The code that the fields are for; what it is given is its family's contract."""
+        """Build the object that the fields configure; its family's base class documents the arguments."""
 
 
 def part_class(family: str, kind: str) -> type[Part]:
-    """The class with the fields of a kind. Errors: UserError for a kind there is not."""
+    """Return the class with the fields of a kind. Errors: UserError for an unknown kind."""
     kinds = FAMILIES[family]
     if kind not in kinds:
         raise UserError(f"{family}.kind: expected one of {', '.join(kinds)}, found {kind}")
     module, _, name = kinds[kind].partition(":")
-    found = getattr(importlib.import_module(ROOT + module), name)
-    assert issubclass(found, Part)
-    return found
+    part: type[Part] = getattr(importlib.import_module(ROOT + module), name)
+    assert issubclass(part, Part)
+    return part
 
 
 def default_kind(family: str) -> str:
-    """The kind of a recipe that names none."""
+    """Return the kind for recipes that name none."""
     return next(iter(FAMILIES[family]))
 
 
 def default_part(family: str) -> Any:
-    """The default kind with its default fields."""
+    """Build the default kind with its default fields."""
     return part_class(family, default_kind(family))()
 
 
 def part_from(family: str, content: dict[str, Any]) -> Any:
-    """The inverse of `as_dict` for one part. Errors: UserError for an unknown kind, TypeError for an unknown field."""
+    """Build a part from the dictionary that `as_dict` returns. Errors: UserError for an unknown kind, TypeError for an unknown field."""
     fields = {name: value for name, value in content.items() if name != "kind"}
     return part_class(family, content.get("kind", default_kind(family)))(**fields)
 
 
 def as_dict(section: Any) -> dict[str, Any]:
-    """A dataclass as plain dictionaries, for YAML and JSON; a part has its kind before its fields."""
+    """Convert a dataclass to plain dictionaries, for YAML and JSON; a part's kind comes before its fields."""
     kind = {"kind": section.kind} if isinstance(section, Part) else {}
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     return kind | {name: as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
 def as_class(section: Any, target: type[Section]) -> Section:
-    """Convert a section to another class: fields that both inherit from one class keep their values; all others, even of the same name,
-    take the target's defaults.
+    """Convert a section to another class. Fields that both classes inherit from the same base keep their values; all others take the
+    target's defaults, even if the names are equal.
     """
     if type(section) is target:
         return section
-    fields = dataclasses.fields(target)  # type: ignore[arg-type]  # of dataclasses alone
+    fields = dataclasses.fields(target)  # type: ignore[arg-type]  # all targets are dataclasses
     shared = {field.name for field in fields if _defined_in(target, field.name) is _defined_in(type(section), field.name)}
     return target(**{name: getattr(section, name) for name in shared})
 
 
 def _defined_in(part: type, field: str) -> object:
-    """The class whose body has the field; each class itself, if none has."""
+    """Return the class whose body defines the field; `part` itself, if none does."""
     return next((base for base in part.__mro__ if field in inspect.get_annotations(base)), part)

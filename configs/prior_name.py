@@ -1,4 +1,4 @@
-"""What priors of a run are called, and where they lie in it."""
+"""Names of a run's priors, and their folders."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from configs.errors import UserError
 from configs.run_dir import RunDir
 
 UNIFORM = "uniform"
-"""Name of the prior that draws every code equally often; no run has it as a file."""
+"""Name of the prior under which all codes are equally likely; it has no file."""
 LEVELWISE = "levelwise"
 """Default name of priors that are trained level by level."""
 
 
 @dataclass(frozen=True)
 class PriorName:
-    """The name of a prior in its run. Errors: UserError for a name that cannot be a folder's."""
+    """The name of a prior in its run. Errors: UserError for a name that cannot name a folder."""
 
     name: str
     level: int | None = None
@@ -28,8 +28,8 @@ class PriorName:
             raise UserError(f"--name: expected letters, digits, '_', '-' and '.', and not {UNIFORM}, found {self.name}")
 
     @classmethod
-    def of_options(cls, name: str | None, level: int | None, kind: str) -> PriorName:
-        """Return the name that `--name` and `--level` choose; by default that of the prior's kind."""
+    def from_options(cls, name: str | None, level: int | None, kind: str) -> PriorName:
+        """Return the name that `--name` and `--level` choose; the default is the prior's kind."""
         return cls(name or (kind if level is None else LEVELWISE), level)
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class PriorName:
         return f"--name {self.name}" + ("" if self.level is None else f" --level {self.level}")
 
     def at_level(self, level: int | None) -> PriorName:
-        """Return the name of a level's prior beside this one; None: that of all levels."""
+        """Return the name of the prior of one level under the same name; None: the prior of all levels."""
         return PriorName(self.name, level)
 
     def folder(self, run: RunDir) -> Path:
@@ -54,7 +54,7 @@ class PriorName:
         return run.prior(str(self))
 
     def check_free(self, run: RunDir) -> None:
-        """Errors: UserError if the name is taken in the run: by priors of single levels, or by one of all levels."""
+        """Errors: UserError if priors of single levels and a prior of all levels would share the name in the run."""
         folder = self.at_level(None).folder(run)
         if self.level is not None and (folder / "recipe.yaml").exists():
             raise UserError(f"--name {self.name}: expected a name for priors of single levels, found that of a prior of all levels")

@@ -1,4 +1,4 @@
-"""The reference of all settings, docs/settings.md, generated from the recipe's classes: `make settings` writes it."""
+"""Generator of docs/settings.md, the reference of all settings, from the recipe's classes: `make settings` runs it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _settings_by_kind(name: str, column: str, kinds: Mapping[str, type]) -> Iter
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table, and an empty one."""
+    """Yield the lines of a Markdown table and an empty line."""
     for cells in (columns, ["---"] * len(columns), *rows):
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
@@ -118,12 +118,12 @@ def _values(hint: Any) -> str:
 @functools.cache
 def _explanations(section: type) -> dict[str, str]:
     """Return the strings below the fields of a dataclass and its bases, on one line each."""
-    found = {}
+    explanations = {}
     for base in filter(dataclasses.is_dataclass, reversed(section.__mro__)):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(definition, ast.ClassDef)
         for entry, text in itertools.pairwise(definition.body):
             match entry, text:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(explanation))):
-                    found[name] = " ".join(explanation.split())
-    return found
+                    explanations[name] = " ".join(explanation.split())
+    return explanations

@@ -2,15 +2,15 @@
 
 runs/NAME/
   recipe.yaml            the resolved recipe of stage 1, which fixes the run
-  data.json              the data that stage 1 was started with: images per class and split, and a fingerprint
+  data.json              record of the data of stage 1: images per class and split, and fingerprints
   history.jsonl          one line per command: arguments, resolved settings, versions, time
   tokenizer.safetensors  stage 1's result, its config in the header
   stage1/                metrics.jsonl, report.json, codebook.json, checkpoints, pictures
-  codes/SPLIT/           manifest.json and the codes; codes.unfinished/ while they are being extracted
+  codes/SPLIT/           manifest.json and the codes; codes.unfinished/ during extraction
   priors/NAME/           prior.safetensors, metrics.jsonl, report.json, recipe.yaml, data.json, checkpoints, pictures
   samples/NNN/           grid.png, images, codes, samples.json; likewise completions, evaluations, compressed and
-                         what other pipelines leave
-  classifier.safetensors, rotation.safetensors   what evaluations with their features compare images by
+                         the outputs of other pipelines
+  classifier.safetensors, rotation.safetensors   feature networks trained for evaluation
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from filelock import FileLock, Timeout
 from configs.errors import UserError, require_text
 
 ROOT = __name__.removesuffix("configs.run_dir")
-"""Prefix of the packages' names: empty in a checkout; `two_stage.` in a wheel, which holds them as one package."""
+"""Prefix of the packages' names: empty in a checkout; `two_stage.` in a wheel, where they are subpackages of one package."""
 COMMANDS = {
     "stage1_vqvae/train.py": "train-tokenizer",
     "stage1_vqvae/doctor.py": "doctor",
@@ -89,14 +89,14 @@ def runs_folder() -> Path:
 
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` when the block succeeds: readers and crashes see the old file or the new one, never a part.
+    """Open a file that replaces `path` when the block succeeds: even after a crash, `path` is the complete old file or the new one.
 
     `durable`: wait for the disk, so that this also holds after a power failure.
 
     Errors: OSError with the file's name (no space, no permission); the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the whole name, which with a suffix may be longer than a file system allows.
+    # The name is cut: with a suffix it may be longer than a file system allows.
     temporary = path.with_name(f"{path.name[:40]}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -203,11 +203,11 @@ def write_summed_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_summed_json(path: Path) -> dict[str, Any]:
-    """Read what `write_summed_json` wrote. Errors: as `read_json`; UserError if its sha256 is missing or differs."""
+    """Read a file of `write_summed_json`. Errors: as `read_json`; UserError if its sha256 is missing or differs."""
     content = read_json(path)
     written = content.pop(_SUM, None) if isinstance(content, dict) else None
     if written != _sum_of(content):
-        raise UserError(f"{path}: expected JSON as it was written, found other content than its sum is of")
+        raise UserError(f"{path}: expected JSON as it was written, found content that its sha256 does not match")
     return dict(content)
 
 
@@ -220,8 +220,8 @@ def natural(name: str | Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(name))]
 
 
-def not_there_yet(option: str, typed: str) -> Path:
-    """Return the path of an option, for `new_folder`. Errors: UserError if it exists."""
+def unused_path(option: str, typed: str) -> Path:
+    """Return the path that an option names, for `new_folder`. Errors: UserError if it exists."""
     path = Path(typed).expanduser()
     if path.exists():
         raise UserError(f"--{option} {path}: expected a folder that does not exist yet, found one")
@@ -232,7 +232,7 @@ def not_there_yet(option: str, typed: str) -> Path:
 def new_folder(path: Path) -> Iterator[Path]:
     """Create a temporary folder that is renamed to `path` when the block succeeds, and deleted when it fails.
 
-    Errors: OSError with the name, if `path` exists by then.
+    Errors: OSError with the name, if `path` has been created meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{path.name[:40]}.tmp-", dir=path.parent))
@@ -245,8 +245,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def replace_folder(path: Path, by: Path) -> None:
-    """Replace the folder `path` by another one beside it.
+def replace_folder(path: Path, replacement: Path) -> None:
+    """Replace the folder `path` by another folder beside it.
 
     The caller holds the run's lock, so leftovers of killed commands may be deleted.
     """
@@ -255,12 +255,12 @@ def replace_folder(path: Path, by: Path) -> None:
     outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")
     if path.exists():
         os.rename(path, outgoing)
-    os.rename(by, path)
+    os.rename(replacement, path)
     shutil.rmtree(outgoing, ignore_errors=True)
 
 
 class RunDir:
-    """Paths of a run. It does not know their content."""
+    """Paths of a run; it does not read the files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -277,12 +277,12 @@ class RunDir:
         self.evaluations = path / "evaluations"
 
     def __str__(self) -> str:
-        """Return the path as a user would type it: relative to the working directory if it lies below it."""
+        """Return the path as a user would type it: relative to the working directory if it is inside."""
         return self.show(self.path)
 
     @staticmethod
     def show(path: Path) -> str:
-        """Return a path for messages: relative to the working directory if it lies below it."""
+        """Return a path for messages: relative to the working directory if it is inside."""
         resolved = path.resolve()
         if not resolved.is_relative_to(Path.cwd()):
             return str(path)
@@ -292,14 +292,14 @@ class RunDir:
 
     @classmethod
     def named(cls, run: str) -> RunDir:
-        """Return the run of a bare name in `runs_folder`, or of a path with a separator. Errors: UserError for an empty text."""
+        """Return the run with this name in `runs_folder`, or at this path if it has a separator. Errors: UserError for an empty text."""
         require_text("--run", run)
         is_path = _has_separator(run) or run in (".", "..") or run.startswith("~")
         return cls(Path(run).expanduser() if is_path else runs_folder() / run)
 
     @classmethod
     def last_touched(cls) -> RunDir | None:
-        """Return the run of `runs_folder` that was used last; None: there is none."""
+        """Return the run in `runs_folder` that was used last; None: there is none."""
         runs = [cls(recipe.parent) for recipe in runs_folder().glob("*/recipe.yaml")]
         return max(runs, key=RunDir._touched, default=None)
 

@@ -1,10 +1,10 @@
-"""The recipe: frozen dataclasses, one a section, every field with its unit and what its special values mean.
+"""The recipe: one frozen dataclass per section; each field's docstring gives its unit and special values.
 
-Quantizer, network, objective and prior are parts: their fields stand beside their code (parts.py), and only what a recipe
-asks of all kinds stands here.
+Quantizer, network, objective and prior are parts: the fields of a kind are defined beside its code (parts.py), and only the
+base classes of all kinds are here.
 
-A `configs/NAME.yaml` names only what differs from the defaults here. Values that cannot work are refused when the
-section is built, with the key's name; what takes two sections to judge is refused by `Recipe.check`.
+A `configs/NAME.yaml` names only the settings that differ from the defaults here. Invalid values are refused when the section
+is built, with the key's name; invalid combinations of two sections by `Recipe.check`.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from configs.parts import Part, as_class, default_part, part_from
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerPart(Part):
-    """How latents become codes. `build(dim)` makes the quantizer of vectors of `dim` channels."""
+    """The vector quantizer. `build(dim)` returns the quantizer of vectors of `dim` channels."""
 
     def check(self, dim: int) -> None:
         """Errors: ValueError that names the key, if the fields do not fit latents of `dim` channels."""
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether its loss is of a step's batch as one, so that the batch cannot be accumulated from micro-steps."""
+        """Whether its loss depends on the batch of a step as a whole, which rules out gradient accumulation."""
         return False
 
     @property
     def starts_by_kmeans(self) -> bool:
-        """Whether its codebooks start at k-means centroids of the first batches' latents."""
+        """Whether its codebooks are initialised with k-means centroids of the first batches' latents."""
         return False
 
     @property
     def advice_on_collapse(self) -> str:
-        """What to change first if few of its codes are in use."""
+        """Advice for a codebook of which few codes are in use."""
         return "lower stage1.lr"
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkPart(Part):
-    """Encoder and decoder. `build(image_channels, code_dim, output_channels)` makes both. An encoder of several grids is called with a
-    function besides, to which it hands each grid's latents, coarse to fine, and which gives back their codes' vectors; its decoder takes
-    the vectors of all grids.
+    """Encoder and decoder. `build(image_channels, code_dim, output_channels)` returns both. An encoder of several grids also takes a
+    function that quantizes: from a grid's latents, coarse to fine, to the vectors of their codes. Its decoder takes the vectors of all
+    grids.
     """
 
     MAY_CHANGE = ("gradient_checkpointing",)
@@ -54,29 +54,28 @@ class NetworkPart(Part):
     @property
     @abstractmethod
     def downsampling(self) -> int:
-        """Pixels a code of the finest grid spans along each side."""
+        """Pixels per side that a code of the finest grid spans."""
 
     @property
     def downsamplings(self) -> list[int]:
-        """Pixels that a code of each grid spans, coarse to fine; most networks have but one grid."""
+        """Pixels per side that a code spans, per grid, coarse to fine; most networks have one grid."""
         return [self.downsampling]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivePart(Part):
-    """What a reconstruction is judged by in training. `build(image_shape)` makes the objective of images of (channels, height, width)."""
+    """The training loss of reconstructions. `build(image_shape)` returns the objective for images of (channels, height, width)."""
 
     @property
     def image_is_learned(self) -> bool:
-        """Whether a gradient at the image that it shows reaches the decoder, so that terms on whole images can be added."""
+        """Whether a gradient at the reconstructed image reaches the decoder, so that loss terms on images can be added."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerceptualPart(Part):
-    """How different a reconstruction looks from its original, added to the objective. `build(folder, source, device, seed)` makes a module,
-    from images and originals (B, C, H, W) in [-1, 1] to the scalar to add, or None: there is no such term. It may keep a network that it
-    trains on the source's images in the folder.
+    """The perceptual loss, added to the objective. `build(folder, source, device, seed)` returns a module from images and originals
+    (B, C, H, W) in [-1, 1] to a scalar; None: no such loss. It may train a network on the source's images and save it in the folder.
     """
 
     MAY_CHANGE = ("weights",)
@@ -84,8 +83,8 @@ class PerceptualPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialPart(Part):
-    """Who tells reconstructions from real images while the tokenizer learns to be taken for real; kinds with a discriminator are
-    `DiscriminatorPart`s.
+    """The adversarial loss: a discriminator learns to tell reconstructions from real images, and the tokenizer to deceive it. Kinds with a
+    discriminator are `DiscriminatorPart`s.
     """
 
     MAY_CHANGE = ("weights",)
@@ -93,30 +92,31 @@ class AdversarialPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorPart(AdversarialPart):
-    """`build(channels, folder, source, device, seed)` makes the discriminator: images (B, C, H, W) in [-1, 1] to a list of logits, each
-    (B, ..), one for each scale at which it judges.
+    """A discriminator. `build(channels, folder, source, device, seed)` returns it: images (B, C, H, W) in [-1, 1] to a list of logits, one
+    tensor (B, ..) per scale.
     """
 
     weight: float = 0.5
-    """How strong its pull at the decoder's last layer is beside that of all other terms, once it is fully there, before `bound`."""
+    """Norm of the adversarial gradient at the decoder's last layer, relative to that of all other loss terms; after the ramp, before
+    `bound`."""
     start: float = 0.5
-    """Share of the steps after which it begins: by then reconstructions are good."""
+    """Share of the steps before the discriminator starts, so that reconstructions are good by then."""
     ramp: float = 0.05
-    """Share of the steps that it first learns alone, and over which its weight then rises from 0."""
+    """Share of the steps in which only the discriminator learns; over as many more steps, the adversarial weight rises from 0."""
     loss: Literal["hinge", "non_saturating"] = "hinge"
-    """Hinge loss (Lim & Ye 2017) or the logistic one whose gradient does not vanish (Goodfellow et al. 2014)."""
+    """Loss: hinge (Lim & Ye 2017), or the non-saturating logistic loss (Goodfellow et al. 2014)."""
     bound: float = 0.3
-    """The strongest pull at an image beside that of its squared error; what is stronger is shortened."""
+    """Cap on the adversarial gradient at an image, relative to the gradient of its squared error."""
     penalty: Literal["none", "r1", "lecam"] = "none"
-    """What keeps it from being too sure: R1, its gradient at real images (Mescheder et al. 2018), or LeCam (Tseng et al. 2021)."""
+    """Regularisation of the discriminator: R1, its gradient at real images (Mescheder et al. 2018), or LeCam (Tseng et al. 2021)."""
     penalty_weight: float = 1.0
-    """Weight of the penalty in its loss."""
+    """Weight of the penalty in the discriminator's loss."""
     lr_share: float = 0.5
-    """Its learning rate as a share of the tokenizer's."""
+    """Learning rate of the discriminator as a share of the tokenizer's."""
 
     def __post_init__(self) -> None:
         where = "stage1.adversarial"
-        # From 1 on it would win over all other terms, and what it ruins makes their gradients, and so its weight, larger still.
+        # From 1 on it would outweigh all other terms; worse reconstructions raise their gradients, and with these its own.
         require(0 <= self.weight < 1, f"{where}.weight", "at least 0, below 1", self.weight)
         require(0 <= self.penalty_weight < float("inf"), f"{where}.penalty_weight", "at least 0, and finite", self.penalty_weight)
         require(0 <= self.start < 1, f"{where}.start", "0 <= share < 1", self.start)
@@ -131,7 +131,7 @@ class Tokenizer:
     """The VQ-VAE (van den Oord et al. 2017): encoder, vector quantizer, decoder."""
 
     code_dim: int = 64
-    """D, the channels of the latents that are quantized, and of what the decoder gets."""
+    """D, channels of the quantized latents, which the decoder takes."""
     quantizer: QuantizerPart = field(default_factory=lambda: default_part("tokenizer.quantizer"))
     network: NetworkPart = field(default_factory=lambda: default_part("tokenizer.network"))
     objective: ObjectivePart = field(default_factory=lambda: default_part("tokenizer.objective"))
@@ -143,7 +143,7 @@ class Tokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Loop:
-    """What the sections of both training loops have in common."""
+    """Settings of both training loops."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *("steps", "lr", "clip_norm"),  # to train longer, or to tame a loss that diverges
@@ -152,13 +152,13 @@ class _Loop:
     seed: int = 0
     """Seed of initial weights, order, augmentation, dropout and restarts."""
     steps: int = 10_000
-    """Optimiser steps in all."""
+    """Number of optimizer steps."""
     minutes: float = 0.0
-    """Time budget: when the stage begins, a step is measured on this machine, and `steps` becomes what fits; 0 = `steps` as given."""
+    """Time budget: the stage measures a step on this machine when it starts and sets `steps` to the number that fits; 0 = take `steps`."""
     batch_size: int = 128
-    """Images a step, over all processes and accumulation."""
+    """Images per step, over all processes and micro-steps."""
     accumulation: int = 1
-    """Micro-steps a step: their gradients are averaged, so memory falls and the result stays (but for the prior's dropout)."""
+    """Micro-steps per step, whose gradients are averaged: more take less memory, and change nothing but the prior's dropout."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 100
@@ -176,7 +176,7 @@ class _Loop:
     checkpoint_interval: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints kept, the newest ones."""
+    """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
         section = type(self).__name__.lower()
@@ -198,7 +198,7 @@ class Stage1(_Loop):
 
     MAY_CHANGE = (*_Loop.MAY_CHANGE, "init_from")  # the run may have moved
     weight_average: float = 0.999
-    """Decay a step of the moving average of encoder's and decoder's weights, which validation and extraction use; 0 = the
+    """Decay per step of the moving average of the encoder's and decoder's weights, which validation and extraction use; 0 = the
     last step's weights."""
     restart_interval: int = 10
     """Steps between restarts of dead codes; none in the last tenth of the steps, so that the decoder knows every code."""
@@ -207,9 +207,9 @@ class Stage1(_Loop):
     crops, the image and the four corners of the image enlarged by a tenth; ten crops, these five and their mirror images. Crops need
     data.decode each_time."""
     init_from: str | None = None
-    """Run with whose tokenizer training begins (--init-from); its section `tokenizer` becomes this run's. Null: random weights."""
+    """Run whose tokenizer initialises this one (--init-from); its section `tokenizer` becomes this run's. Null: random weights."""
     trained: Literal["all", "decoder"] = "all"
-    """What learns: of `decoder`, codes stay what they are in the run that `init_from` names."""
+    """Trained weights: with `decoder`, codes stay equal to those of the run that `init_from` names."""
     perceptual: PerceptualPart = field(default_factory=lambda: default_part("stage1.perceptual"))
     adversarial: AdversarialPart = field(default_factory=lambda: default_part("stage1.adversarial"))
 
@@ -223,15 +223,15 @@ class Stage1(_Loop):
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """Turning every image into its codes."""
+    """Extraction: every image's codes are written to disk."""
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
     augmentation: Augmentation = "none"
     """Variants whose codes are stored for each training image, as in stage1.augmentation; for crops, images are decoded each time."""
     batch_size: int = 256
-    """Images a pass, of each process."""
+    """Images per pass on each process."""
     shard_rows: int = 4096
-    """Images a shard: a file, which one process writes at once; an interrupted extraction begins again at the shards that are missing."""
+    """Images per shard, a file that one process writes at once; an interrupted extraction resumes with the missing shards."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "extraction.batch_size", "at least 1", self.batch_size)
@@ -240,7 +240,7 @@ class Extraction:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionPart(Part):
-    """What the prior's codes are conditioned on, and what is stored with them. `build(source)` completes it with what a data set says."""
+    """The prior's condition, which is stored with the codes. `build(source)` completes it from the data set, such as the class names."""
 
     @property
     def columns(self) -> Sequence[str]:
@@ -255,20 +255,20 @@ class ConditionPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How codes are drawn from the prior.
+    """Sampling settings of all kinds of prior.
 
-    These settings are for all kinds of prior; a kind adds its own in a subclass that its part names.
+    A kind with more settings adds them in a subclass, which its part names.
     """
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
     temperature: float = 1.0
-    """Divides the logits; below 1 is safer, above 1 more varied; 0 takes the likeliest code."""
+    """Divisor of the logits; below 1: less varied, above 1: more varied; 0: the most likely code."""
     guidance: float = 1.0
     """Classifier-free guidance s: logits(no label) + s (logits(label) - logits(no label)); 1 = off, any real number."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Guidance while an image is drawn: s throughout, or rising from 1 at the first position to s at the last."""
     batch_size: int = 64
-    """Samples drawn at once; it does not change them."""
+    """Samples per batch; on a CPU, it does not change them."""
     precision: Literal["float64", "float32", "bfloat16"] | None = None
     """Precision of the prior while drawing. Null: float64 on a CPU, where it takes 1.7 times as long as float32 and makes samples
     independent of the batch size; on a GPU bfloat16 if it has it, otherwise, and with compute.mixed_precision no, float32. Codes drawn in
@@ -287,8 +287,8 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorPart(Part):
-    """The model of the codes. `build(layout, condition, num_variants)` makes it; a kind that may be given levels has one more argument,
-    `build(.., given)`: the layout of the levels above those of `layout`.
+    """The model of codes. `build(layout, condition, num_variants)` returns it; kinds conditioned on coarser levels take one more
+    argument, `build(.., given)`: the layout of the levels above those of `layout`.
     """
 
     # Without an annotation: jsonargparse resolves those in the module of a subclass, which need not know the name.
@@ -296,13 +296,13 @@ class PriorPart(Part):
     """The class of the recipe's section `sampling` beside this kind."""
     MAY_BE_GIVEN_LEVELS: ClassVar[bool] = False
     dropout: float = 0.1
-    """Share of activations dropped in training, where the kind says."""
+    """Share of activations dropped in training."""
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
 
     def resolved(self) -> PriorPart:
-        """The part with all sizes written out, as a prior file keeps it."""
+        """Return the part with all sizes filled in, as in the prior's file."""
         return self
 
 
@@ -312,16 +312,16 @@ class Stage2(_Loop):
 
     MAY_CHANGE = (*_Loop.MAY_CHANGE, "gradient_checkpointing")
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the steps of the hidden matrices: far fewer steps, each a sixth dearer in a small transformer (Jordan et
-    al. 2024); the rest stays with AdamW. Where a GPU trains in bf16, so are its matrix products; several processes share them out."""
+    """`muon` orthogonalises the updates of the hidden matrices: far fewer steps, each a sixth slower in a small transformer (Jordan et
+    al. 2024); other weights use AdamW. Its matrix products are in bf16 if the training is, and distributed over the processes."""
     weight_decay: float = 0.05
     """Decay of matrices (not of gains and embeddings)."""
     condition_dropout: float = 0.1
     """Share of conditions replaced by the null in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
     weight_average: float = 0.999
-    """Decay a step of the moving average of the weights, which validation and sampling use; 0 = the last step's weights."""
+    """Decay per step of the moving average of the weights, which validation and sampling use; 0 = the last step's weights."""
     gradient_checkpointing: bool = False
-    """Keep no layer's inside for the backward pass but compute it twice: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -331,20 +331,21 @@ class Stage2(_Loop):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a run is judged by."""
+    """Settings of evaluate.py."""
 
     features: str = "auto"
-    """What images are compared by: `inception` (FID's own network); `classifier` (a small one, trained once on the run's labelled
-    training images); `rotation` (the same without labels: it tells how images were turned); `auto` (inception where its weights
-    are at hand or can be fetched, otherwise rotation); or a network of torchvision by its name, such as resnet50, with `weights`."""
+    """Network whose features compare images: `inception` (FID's); `classifier` (a small one, trained once on the run's labelled
+    training images); `rotation` (the same without labels: it predicts by how much images were rotated); `auto` (inception if its
+    weights are cached or can be downloaded, otherwise rotation); or a network of torchvision by its name, such as resnet50, with
+    `weights`."""
     weights: str | None = None
-    """File of the network's weights. Null: inception's are looked for in the cache and then downloaded."""
+    """File of the network's weights. Null: for inception, the cached weights, or else a download."""
     n: int = 10_000
-    """Samples to draw, labels in turns; Fréchet distances are comparable at equal numbers only."""
+    """Samples to draw, labels taking turns; Fréchet distances are comparable at equal numbers only."""
     seed: int = 0
     """Seed of the samples and of all random subsets."""
     batch_size: int = 256
-    """Images at once through tokenizer and network."""
+    """Images per pass of the tokenizer and the network."""
 
     def __post_init__(self) -> None:
         require(self.n >= 2, "n", "at least 2", self.n)
@@ -354,24 +355,24 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """How the machine is used. Any command may set it: it is no part of what a run is."""
+    """Use of the machine. Every command may set it, since it is not a property of the run."""
 
     threads: int = 0
-    """CPU threads a process; 0 = the cores it may use, shared by the processes of this machine."""
+    """CPU threads per process; 0 = the available cores, divided among the processes of this machine."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the networks in training, by autocast. Null: fp16 or bf16 as `accelerate config` or `accelerate launch` say; if they
-    say nothing, or no, which `accelerate launch` also hands on if nobody said anything: bf16 on a GPU that has it, otherwise float32. On
-    such a GPU all other float32 products are TF32 (10 of 23 bits), but for the nearest-code search, likelihoods and evaluation. `no` is
-    exact: full float32 everywhere, draws too. Extraction and decoding are float32 (by default with TF32 products)."""
+    """Autocast precision of the networks in training. Null: fp16 or bf16 if `accelerate config` or `accelerate launch` set one; if unset,
+    or `no`, which `accelerate launch` also passes when it is unset: bf16 on a GPU that supports it, otherwise float32. On such a GPU all
+    other float32 products are TF32 (10 of 23 bits), except in the nearest-code search, likelihoods and evaluation. `no` is exact: full
+    float32 everywhere, in sampling too. Extraction and decoding are float32 (by default with TF32 products)."""
     compile: bool = False
-    """Train through torch.compile."""
+    """Compile the trained modules with torch.compile."""
     sharded: bool | None = None
-    """Whether several processes share out a prior's weights, gradients and moments in training (FSDP2), which then take less memory on
-    each; null = as `accelerate config` or `accelerate launch` say."""
+    """Whether the prior's weights, gradients and optimizer states are sharded over the processes in training (FSDP2), which takes less
+    memory on each; null = as set by `accelerate config` or `accelerate launch`."""
     hang_timeout_minutes: float = 30.0
-    """Minutes without progress on any rank after which the slowest is named and all ranks end."""
+    """Abort all ranks after this many minutes without progress, naming the slowest."""
     tracker: Literal["tensorboard"] | None = None
-    """Also log there through Accelerate's tracker; metrics.jsonl is always written."""
+    """Also log to this tracker through Accelerate; metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, "compute.threads", "at least 0", self.threads)
@@ -381,7 +382,7 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run's whole recipe."""
+    """A run's recipe."""
 
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
@@ -395,11 +396,12 @@ class Recipe:
     compute: Compute = Compute()
 
     def check(self) -> None:
-        """Errors: ValueError that names the key, for sections that do not go together. Not when a recipe is made: on the way to the one
-        that the user asks for, parts are exchanged one by one.
+        """Errors: ValueError that names the key, for sections that contradict one another.
+
+        This is not checked when a recipe is created, since command lines replace its parts one by one.
         """
-        whole = not self.tokenizer.quantizer.needs_whole_batch or self.stage1.accumulation == 1
-        require(whole, "stage1.accumulation", "1 with an entropy term, which needs the whole batch at once", self.stage1.accumulation)
+        fits = not self.tokenizer.quantizer.needs_whole_batch or self.stage1.accumulation == 1
+        require(fits, "stage1.accumulation", "1 with an entropy term, which needs the whole batch at once", self.stage1.accumulation)
         for name in ("perceptual", "adversarial"):
             chosen = getattr(self.stage1, name).kind
             fits = chosen == "none" or self.tokenizer.objective.image_is_learned
@@ -421,8 +423,8 @@ _NO_PART_OF_TRAINING = ("evaluation", "compute")
 
 
 def keys_that_may_change(recipe: Recipe, sections: Sequence[str]) -> list[str]:
-    """Dotted keys of the sections, or a section as a whole, that a resumed training may change: what leaves its result as it is, how long
-    it takes, what tames a loss that diverges, and where this machine has files.
+    """Return the dotted keys of the sections, or names of complete sections, that a resumed training may change: those that do not affect
+    the result, the training's length, remedies for a diverging loss, and paths on this machine.
     """
 
     def keys(part: Any, prefix: str) -> Iterator[str]:
@@ -437,16 +439,16 @@ def keys_that_may_change(recipe: Recipe, sections: Sequence[str]) -> list[str]:
 
 
 def tokenizer_from(content: dict[str, Any]) -> Tokenizer:
-    """The inverse of `as_dict` for a tokenizer section."""
+    """Build a tokenizer section from the dictionary that `as_dict` returns."""
     parts = {name: part_from(f"tokenizer.{name}", content[name]) for name in ("quantizer", "network", "objective")}
     return Tokenizer(**{**content, **parts})
 
 
 def condition_from(content: dict[str, Any]) -> ConditionPart:
-    """The inverse of `as_dict` for a condition."""
+    """Build a condition from the dictionary that `as_dict` returns."""
     return part_from("condition", content)
 
 
 def prior_from(content: dict[str, Any]) -> PriorPart:
-    """The inverse of `as_dict` for a prior section."""
+    """Build a prior section from the dictionary that `as_dict` returns."""
     return part_from("prior", content)

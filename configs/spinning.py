@@ -1,8 +1,8 @@
 """A limit on how long OpenMP's threads spin while they wait for one another.
 
 libgomp, the OpenMP of torch's wheels for Linux, lets a waiting thread spin for some ten milliseconds before it sleeps. If another process
-uses the same cores, the thread that is waited for may have no core meanwhile, and a training with two threads falls to a fraction of its
-speed. libgomp reads its settings when it is loaded, so every script imports this module before torch.
+uses the same cores, a spinning thread can keep the thread it waits for from running, and a training with two threads falls to a fraction of
+its speed. libgomp reads its settings when it is loaded, so every script imports this module before torch.
 """
 
 from __future__ import annotations
@@ -14,5 +14,5 @@ SPIN_COUNT = 10_000
 another process; benchmarks/company.py measures both.
 """
 
-if "OMP_WAIT_POLICY" not in os.environ:  # the same setting, which this would override
+if "OMP_WAIT_POLICY" not in os.environ:  # this would override the user's policy
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))

@@ -50,7 +50,7 @@ _ROUNDING = 1e-3
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     if command.options.top < 1:
         raise UserError(f"--top: expected at least 1 image, found {command.options.top}")

@@ -36,7 +36,7 @@ _MAX_WAITING = 32
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("compute",), argv, options=_options)
     run, options, recipe = command.run, command.options, command.recipe
     if options.port is not None and not 0 < options.port < 65536:

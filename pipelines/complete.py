@@ -41,7 +41,7 @@ _SHOWN = 32
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", drawn_prior=drawn_prior, reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.sampling, command.options
     for name in ("n", "continuations"):

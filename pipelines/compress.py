@@ -37,7 +37,7 @@ from training.processes import SMALLER_BATCHES, finish, start
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     run, options = command.run, command.options
     if options.batch_size < 1:

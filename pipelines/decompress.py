@@ -32,7 +32,7 @@ from training.weights_file import fingerprint
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("compute",), argv, options=_options)
     run, options = command.run, command.options
     if options.file is None:

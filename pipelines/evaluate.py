@@ -18,6 +18,7 @@ from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 import dataclasses
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
 from configs.schema import Stage1, condition_from
+from pipelines.encoding import allocate_pixels
 from pipelines.evaluation.assessment import Assessor, Samples, local_lpips, pixels_hash
 from pipelines.evaluation.npz import array_in
 from pipelines.evaluation.reference_batch import load_reference_batch
@@ -54,7 +56,7 @@ from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     sections = ("evaluation", "sampling", "compute")
     command = parse(__doc__, sections, argv, flat="evaluation", drawn_prior=drawn_prior, reads_images=True, options=_options)
     run, config, options = command.run, command.recipe.evaluation, command.options
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
                 network = None if features == AUTO else feature_network(*network_arguments, may_train=False)
         samples = None
         if options.samples is not None:
-            samples = load_samples(command, options.samples, source.label_names) if folder is not None else None
+            samples = load_samples(command, options.samples, source.label_names, folder) if folder is not None else None
         elif options.prior is not None or run.last_prior() is not None:
             samples = draw_samples(command, accelerator, folder)
         finish(accelerator)  # the rest takes one process; the others need not wait
@@ -156,15 +158,16 @@ def class_balance(labels: Tensor, classes: int) -> str:
     return f"{numbers} of each of {classes} classes"
 
 
-def load_samples(command: Command, path: str, label_names: list[str] | None) -> Samples:
+def load_samples(command: Command, path: str, label_names: list[str] | None, folder: Path | None = None) -> Samples:
     """Load images made elsewhere or by sample.py, with the labels in samples.json or of their folders, if the run has these classes.
 
-    Errors: UserError for a missing path, a file that is no image, or an npz of another image size.
+    `folder`: folder of a temporary file for the decoded pixels; None: in memory. Errors: UserError for a missing path, a file that is no
+    image, or an npz of another image size.
     """
     data, source = command.recipe.data, Path(path).expanduser()
     details: dict[str, Any] = {"source": f"images in {base_name(path)}"}
     details |= dict.fromkeys(("prior", "prior_sha256", "sampling", "tokenizer_sha256"))
-    codes, labels = None, None
+    codes, labels, allocate = None, None, partial(allocate_pixels, folder=folder)
     if source.suffix == ".npz":
         array = array_in(source, "arr_0", "--samples")
         if array.dtype != np.uint8 or array.ndim != 4:
@@ -175,7 +178,7 @@ def load_samples(command: Command, path: str, label_names: list[str] | None) -> 
             raise UserError(f"--samples {path}: {expected}, found {tuple(pixels.shape)}")
     elif (source / "samples.json").exists():
         manifest = read_json(source / "samples.json")
-        pixels = load_files([str(source / "images")], data, progress=True).pixels
+        pixels = load_files([str(source / "images")], data, progress=True, allocate=allocate).pixels
         if len(pixels) != manifest["n"]:
             raise UserError(f"--samples {path}: expected the {manifest['n']} images that its samples.json lists, found {len(pixels)}")
         names = () if manifest["condition"] is None else condition_from(manifest["condition"]).class_names
@@ -185,7 +188,7 @@ def load_samples(command: Command, path: str, label_names: list[str] | None) -> 
             tensors = read_weights(source / "codes.safetensors")
             codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("condition" in tensors)))
     else:
-        files = load_files([path], data, progress=True)
+        files = load_files([path], data, progress=True, allocate=allocate)
         pixels, labels = files.pixels, files.labels
     if len(pixels) < 2:
         raise UserError(f"--samples {path}: expected at least 2 images, found {len(pixels)}")

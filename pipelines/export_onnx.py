@@ -21,7 +21,7 @@ from typing import Any
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import RunDir, new_folder, not_there_yet, program, write_json
+from configs.run_dir import RunDir, new_folder, program, unused_path, write_json
 from pipelines.exporting.folder import drift, exact_generator, export_graphs, need_packages
 from pipelines.generator import Generator
 from stage2_prior.priors.prior_file import finished_prior
@@ -29,10 +29,10 @@ from stage2_prior.priors.transformer import Transformer
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
-    output = not_there_yet("output", options.output)
+    output = unused_path("output", options.output)
     if options.precision not in ("float32", "float64"):
         raise UserError(f"--precision: expected float32 or float64, found {options.precision}")
     command.need_tokenizer()

@@ -21,7 +21,7 @@ from typing import Any
 
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import COMMANDS, RunDir, new_folder, not_there_yet, program, write_json
+from configs.run_dir import COMMANDS, RunDir, new_folder, program, unused_path, write_json
 from pipelines.exporting.folder import drift, encoder_disagreement, exact_generator, excess_bits, export_graphs, need_packages
 from pipelines.generator import Generator
 from stage2_prior.priors.prior_file import finished_prior
@@ -32,10 +32,10 @@ _GRAPHS = ("encoder.onnx", "decoder.onnx", "prior.onnx")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
-    output = not_there_yet("output", options.output)
+    output = unused_path("output", options.output)
     if options.bits not in (8, 16):
         raise UserError(f"--bits: expected 16 or 8, found {options.bits}")
     command.need_tokenizer()

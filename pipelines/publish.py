@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, brief, run_entry
 from configs.hub import PREFIX, is_connection_error
-from configs.run_dir import RunDir, new_folder, not_there_yet, program, typed
+from configs.run_dir import RunDir, new_folder, program, typed, unused_path
 from pipelines.publishing.bundle import write_bundle
 from stage2_prior.priors.prior_file import finished_prior
 
@@ -37,11 +37,11 @@ _MESSAGE = "A run of the two-stage image generator"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
     repository = hub_repository(options.to)
-    folder = None if repository is not None else not_there_yet("to", options.to)
+    folder = None if repository is not None else unused_path("to", options.to)
     command.need_tokenizer()
     names = options.prior if options.prior is not None else [run.last_prior()] if run.last_prior() is not None else []
     priors = [finished_prior(run, name, command.next(TRAIN_PRIOR)).parent.name for name in names]

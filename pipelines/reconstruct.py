@@ -41,7 +41,7 @@ _SHOWN = 32
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("compute",), argv, reads_images=True, options=_options)
     options = command.options
     if options.n is not None and options.n < 1:

@@ -25,7 +25,7 @@ _TEMPLATE = "report.html.jinja"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv)
     run = command.run
     command.need_tokenizer()

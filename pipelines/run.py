@@ -118,7 +118,7 @@ class Step:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     argv = with_budgets(sys.argv[1:] if argv is None else argv)
     command = parse(__doc__, tuple(SECTIONS), argv, starts_run=True, training_folder=lambda run, *_: run.stage1, options=_options)
     check_options(command)

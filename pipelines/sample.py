@@ -40,7 +40,7 @@ _SHOWN = 256
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("sampling", "compute"), argv, flat="sampling", drawn_prior=drawn_prior, options=_options)
     run, config, options = command.run, command.recipe.sampling, command.options
     if options.n < 1:

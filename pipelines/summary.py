@@ -19,7 +19,7 @@ from stage2_prior.codes.store import read_manifest
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv)
     run = command.run
     command.need_tokenizer()

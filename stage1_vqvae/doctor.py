@@ -1,9 +1,9 @@
-"""Print the health of a run's codebook, as its last validation found it: usage, perplexity, histogram, nearest codes.
+"""Print the health of a run's codebook at the last validation: usage, perplexity, histogram, nearest codes.
 
     python stage1_vqvae/doctor.py
     python stage1_vqvae/doctor.py --run my_digits
 
-Works while stage 1 is still training. The picture beside it is stage1/codebook.png.
+Also works during stage 1. The same as a picture: stage1/codebook.png.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stage1_vqvae.monitoring.health import health_from_json, health_table
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     run = parse(__doc__, (), argv).run
     if not run.codebook_health.exists():
         raise UserError(f"{run}: stage 1 has not been validated yet; run first: {TRAIN_TOKENIZER} --resume --run {run}")

@@ -3,8 +3,8 @@
     python stage1_vqvae/export_tokenizer.py --to diffusers --output photos_vq
     python stage1_vqvae/export_tokenizer.py --run photos --to diffusers --output photos_vq
 
-Images in [-1, 1] get the same codes there, and codes decode to the same images. Supported: network `vqgan`, objective `mse`, a quantizer
-of one learned codebook.
+The exported model gives images in [-1, 1] the same codes, and decodes codes to the same images. Supported: network `vqgan`, objective
+`mse`, a quantizer with one learned codebook.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.cli import parse
 from configs.errors import UserError, run_entry
-from configs.run_dir import new_folder, not_there_yet, write_json
+from configs.run_dir import new_folder, unused_path, write_json
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.networks.vqgan import GROUPS, Stack, VQGANPart
 from stage1_vqvae.networks.vqgan_names import CODEBOOK, SPELLINGS, weight_names
@@ -27,12 +27,12 @@ from stage1_vqvae.quantizers.vector import VectorQuantizer
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, options = command.run, command.options
     if options.to != "diffusers":
         raise UserError(f"--to: expected diffusers, found {options.to}")
-    output = not_there_yet("output", options.output)
+    output = unused_path("output", options.output)
     command.need_tokenizer()
     tokenizer = load_tokenizer(run)
     weights, config = to_diffusers(tokenizer)
@@ -48,23 +48,23 @@ def _options(parser: Any) -> None:
 
 
 def to_diffusers(tokenizer: VQVAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert to weights and config of an equal `diffusers.VQModel`. Errors: UserError if there is no equal one."""
+    """Convert to the weights and config of an equivalent `diffusers.VQModel`. Errors: UserError if there is none."""
     part, quantizer = tokenizer.config.network, tokenizer.quantizer
     if not isinstance(part, VQGANPart):
         raise UserError(f"tokenizer.network: expected vqgan, which diffusers has too, found {part.kind}")
     if not isinstance(tokenizer.objective, SquaredError):
-        found = tokenizer.config.objective.kind
-        raise UserError(f"tokenizer.objective: expected mse, where the decoder outputs the image itself, found {found}")
+        kind = tokenizer.config.objective.kind
+        raise UserError(f"tokenizer.objective: expected mse, where the decoder outputs the image itself, found {kind}")
     if not isinstance(quantizer, VectorQuantizer):
-        found = tokenizer.config.quantizer.kind
+        kind = tokenizer.config.quantizer.kind
         expected = "expected one learned codebook, neither residual nor in groups nor projected"
-        raise UserError(f"tokenizer.quantizer: {expected}, found {found} of {len(quantizer.num_codes)} levels")
+        raise UserError(f"tokenizer.quantizer: {expected}, found {kind} of {len(quantizer.num_codes)} levels")
     assert isinstance(tokenizer.encoder, Stack)
     assert isinstance(tokenizer.decoder, Stack)
     state, weights = tokenizer.state_dict(), dict[str, Tensor]()
     for name, pieces in weight_names(SPELLINGS["diffusers"], part, tokenizer.encoder, tokenizer.decoder).items():
         weights |= {piece: value.contiguous() for piece, value in zip(pieces, state[name].chunk(len(pieces)), strict=True)}
-    # Among unit vectors the nearest is that of the smallest angle, at any length of the latent, as under the cosine metric.
+    # diffusers searches by Euclidean distance; among unit vectors it agrees with the cosine metric.
     weights[CODEBOOK] = quantizer.codebook.vectors().detach().clone()
     channels, height, width = tokenizer.image_shape
     attends = [2**level in part.attention for level in range(len(part.multipliers))]

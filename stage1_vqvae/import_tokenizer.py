@@ -4,10 +4,10 @@
     python stage1_vqvae/import_tokenizer.py --from diffusers diffusion_pytorch_model.safetensors --run photos --data.path DIR
 
 FILE is a safetensors or torch.save file, of which only tensors are read. Sizes are inferred from the weights' shapes; other content
-(discriminator, losses, weights beside their average) is listed and ignored. The recipe names the run's images, of any size that the
-tokenizer's downsampling divides; the default is configs/imagefolder.yaml. Where neither recipe nor command line states them, channels are
-those of the weights, and the size is that of diffusers' config.json, otherwise 256 x 256. The tokenizer is evaluated on the validation
-split. Stage 1 is then finished: extract the codes, train a prior.
+(discriminator, losses, raw weights if there are averaged ones) is listed and ignored. The recipe names the run's images, of any size that
+the tokenizer's downsampling divides; the default is configs/imagefolder.yaml. If neither recipe nor command line states them, channels are
+taken from the weights, and the size from diffusers' config.json, otherwise 256 x 256. The tokenizer is evaluated on the validation split.
+Stage 1 is then finished: extract the codes, train a prior.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _DEFAULT_SIZE = 256
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     argv = sys.argv[1:] if argv is None else argv
     has_recipe = any(argument.partition("=")[0] == "--config" for argument in argv)
     if not has_recipe:
@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         check_finite_weights({name: weight for name, weight in weights.items() if name not in unused and not name.startswith("loss.")})
         recipe = dataclasses.replace(recipe, tokenizer=tokenizer.config)
         recipe.check()
-    except ValueError as error:  # of sizes too
+    except ValueError as error:  # a UserError, or one of `recipe.check`
         raise UserError(f"{path}: {error}") from None
-    began, accelerator = time.monotonic(), start(recipe.compute, oom_hint="take fewer images at once (--extraction.batch_size N)")
+    started, accelerator = time.monotonic(), start(recipe.compute, oom_hint="take fewer images at once (--extraction.batch_size N)")
     if accelerator.num_processes > 1:
         raise UserError(f"expected one process, found {accelerator.num_processes}")
     images = load_images(recipe.data, (VALIDATION,), progress=True)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         run.stage1.mkdir(parents=True, exist_ok=True)
         save_health(run, tokenizer, result.counts, 0, 1)
         save_reconstructions(run, tokenizer, validation, 0, accelerator.device)
-        save_report(run, tokenizer, 0, (time.monotonic() - began) / 60, result)
+        save_report(run, tokenizer, 0, (time.monotonic() - started) / 60, result)
         save_tokenizer(run.tokenizer, tokenizer, steps=0)
     for name in (*ignored, *unused):
         print(f"ignored: {name}")
@@ -127,7 +127,7 @@ def _completed(data: Data, stated: set[str], weights: Mapping[str, Tensor], path
 
 
 def _file(path: Path, spelling: Spelling) -> Path:
-    """Find the file of weights, in a folder too. Errors: UserError if there is none, or its config is not supported."""
+    """Return the path of the weights from its path or its folder. Errors: UserError if there are none, or for an unsupported config."""
     if path.is_dir():
         if spelling.file is None or not (path / spelling.file).is_file():
             expected = "a file of weights" if spelling.file is None else f"a file of weights, or a folder with {spelling.file}"
@@ -135,15 +135,15 @@ def _file(path: Path, spelling: Spelling) -> Path:
         path = path / spelling.file
     config = path.with_name("config.json")
     if path.name == spelling.file and config.is_file():
-        found = read_json(config)
+        settings = read_json(config)
         for key, supported in (("norm_num_groups", GROUPS), ("act_fn", "silu"), ("norm_type", "group")):
-            if found.get(key, supported) != supported:
-                raise UserError(f"{config}: expected {key} {supported}, found {found[key]}")
+            if settings.get(key, supported) != supported:
+                raise UserError(f"{config}: expected {key} {supported}, found {settings[key]}")
     return path
 
 
 def read(path: Path, spelling: Spelling) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the weights in a file, and the names of its other content. Errors: UserError if there are no weights."""
+    """Read the weights of a file, and the names of its other entries. Errors: UserError if there are no weights."""
     try:
         content: Any = safetensors.torch.load_file(path)
     except OSError as error:
@@ -183,7 +183,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def build_tokenizer(weights: Mapping[str, Tensor], spelling: Spelling, recipe: Recipe) -> tuple[VQVAE, list[str]]:
-    """Build the tokenizer of the weights for the recipe's images; also returns the names of unused weights, those of losses as one.
+    """Build the tokenizer from the weights for the recipe's images; also return the names of unused weights, those of losses as one.
 
     Errors: UserError, naming the first weight that is missing or of the wrong shape.
     """

@@ -1,11 +1,11 @@
-"""Write every image's codes to disk, all splits, for stage 2 to learn from.
+"""Write the codes of every image of all splits to disk, for stage 2.
 
     python stage2_prior/extract_codes.py
     python stage2_prior/extract_codes.py --extraction.augmentation shift
     accelerate launch stage2_prior/extract_codes.py        (all GPUs)
 
-The codes are written to the run, one folder per split, then read back and compared with the tokenizer's own reconstructions. Each process
-writes its own files; an interrupted command, run again, writes the missing ones.
+The codes are written to the run, one folder per split, then read back, decoded and compared with the tokenizer's reconstructions. Each
+process writes its own files; after an interruption, the same command writes the missing ones.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _PLAN = "plan.json"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("condition", "extraction", "compute"), argv, reads_images=True, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_as(recipe: Recipe) -> Data:
-    """Return the settings by which images are read: variants that are crops need whole images, not the decoded ones of the cache."""
+    """Return the settings for reading images: for variants that are crops, images are decoded each time instead of cached."""
     crops = VARIANTS[recipe.extraction.augmentation].crops
     return dataclasses.replace(recipe.data, decode="each_time") if len(crops) > 1 else recipe.data
 
@@ -97,22 +97,20 @@ def verify(command: Command) -> None:
     for folder in folders:
         store = CodeStore(folder, fingerprint(run.tokenizer))
         store.verify()
-        sums = "as they were written" if store.manifest.sha256 else "all in range, whose sums were not written down"
+        sums = "as they were written" if store.manifest.sha256 else "all in range; no sha256 was recorded"
         say(f"{folder.name}: {len(store):,} images in {store.manifest.num_shards:,} files, {sums}")
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="extract anew, in place of codes of the same tokenizer")
-    parser.add_argument(
-        "--verify", action="store_true", help="read the codes that are there through, and compare their sums with those written"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="extract again, replacing codes of the same tokenizer")
+    parser.add_argument("--verify", action="store_true", help="read all existing codes and compare them with their recorded sha256")
 
 
 def _is_done(run: RunDir, recipe: Recipe) -> bool:
-    """Whether the run has the recipe's codes. Errors: UserError if it has codes of the same tokenizer by other settings."""
+    """Return whether the run has the recipe's codes. Errors: UserError if it has the same tokenizer's codes with other settings."""
     manifest = read_manifest(run.codes / TRAIN)
     if manifest.tokenizer_sha256 != fingerprint(run.tokenizer):
-        say(f"{run}: the codes are another tokenizer's; extracting anew")
+        say(f"{run}: the codes are another tokenizer's; extracting again")
         return False
     if manifest.augmentation != recipe.extraction.augmentation:
         expected = f"expected codes of augmentation {recipe.extraction.augmentation}, found {manifest.augmentation}"
@@ -128,38 +126,38 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
     """
     config, folder, main = recipe.extraction, run.unfinished_codes, accelerator.is_main_process
     condition, sha256 = recipe.condition.build(source), fingerprint(run.tokenizer)
-    manifests = {name: manifest_of(name, source, condition, tokenizer, config, sha256) for name in source.splits}
+    manifests = {name: build_manifest(name, source, condition, tokenizer, config, sha256) for name in source.splits}
     shards = [(name, shard) for name, manifest in manifests.items() for shard in range(manifest.num_shards)]
-    missing = [begin(folder, recipe, source, manifests, shards) if main else []]
-    broadcast_object_list(missing)  # one process looks: several might see different files
+    missing = [prepare_folder(folder, recipe, source, manifests, shards) if main else []]
+    broadcast_object_list(missing)  # one rank checks, since ranks might see different files
     if main and len(missing[0]) < len(shards):
-        print(f"{run}: going on, {len(shards) - len(missing[0])} of {len(shards)} files of codes are there")
+        print(f"{run}: resuming, {len(shards) - len(missing[0])} of {len(shards)} files of codes exist")
     # Consecutive shards per process, so that each streamed file is read by one process.
     bounds = [len(missing[0]) * part // accelerator.num_processes for part in range(accelerator.num_processes + 1)]
     mine = missing[0][bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
     total = sum(len(manifests[name].shard_rows(shard)) for name, shard in mine)
-    whose = "" if accelerator.num_processes == 1 else f" (one process of {accelerator.num_processes})"
-    with progress_bar(total, f"extract{whose}", "img", shown=main) as bar:
+    ranks = "" if accelerator.num_processes == 1 else f" (one process of {accelerator.num_processes})"
+    with progress_bar(total, f"extract{ranks}", "img", shown=main) as bar:
         for number, (name, shard) in enumerate(mine):
             split, manifest = source.splits[name], manifests[name]
-            rows, variants, found = manifest.shard_rows(shard), VARIANTS[manifest.augmentation], []
+            rows, variants, encoded = manifest.shard_rows(shard), VARIANTS[manifest.augmentation], []
             for pixels in crops_on(accelerator.device, split.pixels, rows, variants, config.batch_size):
-                found.append(encode(tokenizer, pixels, variants))
+                encoded.append(encode(tokenizer, pixels, variants))
                 bar.update(len(pixels))
-            codes = [torch.cat(level) for level in zip(*found, strict=True)]
+            codes = [torch.cat(level) for level in zip(*encoded, strict=True)]
             write_shard(folder / name, manifest, shard, codes, encode_condition(manifest.condition, split, rows))
             if number in (0, len(mine) - 1):
                 try:
                     check_decodes(tokenizer, folder / name, manifest, shard, split, config.batch_size, accelerator.device)
                 except UserError:
-                    (folder / _PLAN).unlink(missing_ok=True)  # so that these shards are not kept
+                    (folder / _PLAN).unlink(missing_ok=True)  # so that the next command starts over
                     raise
     accelerator.wait_for_everyone()
     if main:
-        unseen = [name for name, shard in shards if not (folder / name / manifests[name].shard_name(shard)).exists()]
-        if unseen:
+        absent = [name for name, shard in shards if not (folder / name / manifests[name].shard_name(shard)).exists()]
+        if absent:
             raise UserError(
-                f"{folder}: expected files of codes of all processes, found {len(unseen)} missing; they must share the run's disk"
+                f"{folder}: expected files of codes of all processes, found {len(absent)} missing; they must share the run's disk"
             )
         for name, manifest in manifests.items():
             write_manifest(folder / name, manifest)
@@ -179,8 +177,8 @@ def encode_condition(condition: Condition, split: ImageSplit, rows: range) -> Te
     return encoded
 
 
-def manifest_of(name: str, source: ImageSource, condition: Condition, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
-    """Describe a split's codes before they are made."""
+def build_manifest(name: str, source: ImageSource, condition: Condition, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
+    """Build the manifest of a split's codes before extraction."""
     # Only training codes are augmented.
     augmentation: Augmentation = config.augmentation if name == TRAIN else "none"
     split = source.splits[name]
@@ -199,10 +197,10 @@ def manifest_of(name: str, source: ImageSource, condition: Condition, tokenizer:
     )
 
 
-def begin(
+def prepare_folder(
     folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str, Manifest], shards: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
-    """Make the folder of an extraction, unless it exists with the same images, tokenizer, condition and variants.
+    """Create the folder of an extraction, unless it exists with the same images, tokenizer, condition and variants.
 
     Returns: the missing shards.
     """
@@ -214,7 +212,7 @@ def begin(
     }
     same = (folder / _PLAN).exists() and read_json(folder / _PLAN) == json.loads(json.dumps(plan))
     if folder.exists() and not same:
-        say(f"{folder}: what is there is of other images, settings or of another tokenizer; beginning anew")
+        say(f"{folder}: the unfinished extraction has other images, other settings or another tokenizer; starting over")
         shutil.rmtree(folder)
     for name in manifests:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -223,18 +221,18 @@ def begin(
     if not same:
         write_json(folder / _PLAN, plan)
 
-    def whole(name: str, shard: int) -> bool:
+    def is_complete(name: str, shard: int) -> bool:
         try:
             open_shard(folder / name, manifests[name], shard)
         except UserError:
             return False
         return True
 
-    return [(name, shard) for name, shard in shards if not whole(name, shard)]
+    return [(name, shard) for name, shard in shards if not is_complete(name, shard)]
 
 
 def crops_at(pixels: Pixels, rows: Tensor, variants: Variants) -> Tensor:
-    """Of each row (B,) the crops that its variants are made from: uint8 (B, crops, H, W, C)."""
+    """Read the crops of rows (B,) from which their variants are computed: uint8 (B, crops, H, W, C)."""
     if len(variants.crops) == 1:
         return read_rows(pixels, rows)[:, None]
     assert isinstance(pixels, CroppablePixels)
@@ -250,7 +248,7 @@ def crops_on(device: torch.device, pixels: Pixels, rows: range, variants: Varian
 
 @torch.no_grad()
 def encode(tokenizer: VQVAE, pixels: Tensor, variants: Variants) -> list[Tensor]:
-    """Codes (B, variants, h, w) a level, on the CPU, of crops uint8 (B, crops, H, W, C): see `crops_at`."""
+    """Encode crops, uint8 (B, crops, H, W, C), of `crops_at`: codes (B, variants, h, w) per level, on the CPU."""
     encoded = []
     for number in range(len(variants)):
         images = to_model(pixels[:, number % pixels.shape[1]])
@@ -262,18 +260,18 @@ def encode(tokenizer: VQVAE, pixels: Tensor, variants: Variants) -> list[Tensor]
 def check_decodes(
     tokenizer: VQVAE, folder: Path, manifest: Manifest, shard: int, split: ImageSplit, batch_size: int, device: torch.device
 ) -> None:
-    """Decode the first batch of a shard that this process has just written, and compare with the tokenizer's own reconstructions.
+    """Decode the first batch of a shard that this process has just written, and compare it with the tokenizer's reconstructions.
 
     Errors: UserError if they differ by more than one step of 255.
     """
     content, rows = open_shard(folder, manifest, shard), manifest.shard_rows(shard)[:batch_size]
     levels = [content[f"level{level}"][: len(rows), 0].astype("int64") for level in range(len(manifest.grids))]
     stored = to_uint8(tokenizer.decode(tuple(torch.from_numpy(level).to(device) for level in levels))).int()
-    own = to_uint8(tokenizer(to_model(split.pixels[rows.start : rows.stop].to(device))).reconstruction).int()
-    apart = int((stored - own).abs().max())
-    if apart > 1:
+    reconstructions = to_uint8(tokenizer(to_model(split.pixels[rows.start : rows.stop].to(device))).reconstruction).int()
+    difference = int((stored - reconstructions).abs().max())
+    if difference > 1:
         expected = "expected stored codes to decode to the tokenizer's own reconstructions"
-        raise UserError(f"{manifest.split}: {expected}, found pixels {apart} of 255 apart")
+        raise UserError(f"{manifest.split}: {expected}, found pixels {difference} of 255 apart")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Import a run's codes from another tool instead of extracting them.
 
     python stage2_prior/import_codes.py --folder codes                       NumPy arrays: codes/train/level0.npy, labels.npy
-    python stage2_prior/import_codes.py --from datasets --folder codes       what `save_to_disk` wrote: codes/train, columns level0, label
+    python stage2_prior/import_codes.py --from datasets --folder codes       from `save_to_disk`: codes/train, columns level0, label
 
-They must be codes of the run's tokenizer, which is checked where there is a manifest. The folder has one folder per split, train and
-validation among them; levels are (rows, h, w), or (rows, h * w), or have an axis of variants after the first.
+The codes must come from the run's tokenizer, which is checked if there is a manifest. The folder has one folder per split, at least train
+and validation. Levels are (rows, h, w) or (rows, h * w), with an optional axis of variants after the first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from training.weights_file import fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, (), argv, options=_options)
     run, recipe, options, form = command.run, command.recipe, command.options, getattr(command.options, "from")
     if form not in FORMS:
         raise UserError(f"--from: expected one of {', '.join(FORMS)}, found {form}")
     command.need_tokenizer()
     if run.codes.exists() and not options.overwrite:
-        raise UserError(f"{run}: its codes are there; add --overwrite to replace them")
+        raise UserError(f"{run}: it has codes already; add --overwrite to replace them")
     source, tokenizer = Path(options.folder).expanduser(), load_tokenizer(run)
     splits = {name: read_external(source / name, form) for name in (TRAIN, VALIDATION, TEST) if name != TEST or (source / name).exists()}
     names, labels = read_classes(splits, source)

@@ -1,4 +1,4 @@
-"""Joining priors of single levels, trained one by one, to one prior of all levels."""
+"""Joining priors of single levels, trained one by one, into one prior of all levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stage2_prior.likelihood.tables import likelihood_report, write_report
 from stage2_prior.priors.levelwise import LevelwisePart
 from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior, read_prior_header, save_prior
 
-# Images at once for the likelihood.
+# Images per batch for the likelihood.
 _BATCH_SIZE = 64
 
 
@@ -33,12 +33,12 @@ def check_levels(run: RunDir, name: PriorName, condition: Condition) -> None:
 
 
 def join_levels(accelerator: Accelerator, run: RunDir, name: PriorName, training: CodeStore, validation: CodeStore) -> int | None:
-    """Once all levels have a prior under that name, write a prior of all of them beside, with its likelihood, to which theirs add up.
-    Returns the first level, from 1 on, that has none yet; None: the prior is written.
+    """Join the priors of single levels of a name into a prior of all levels, and write it with its likelihood report.
 
-    Errors: UserError as `check_levels`, and for codes of classes that the levels do not know.
+    Returns the first level, from 1 on, without a prior yet; None: the joined prior is written.
+    Errors: as `check_levels`; UserError for codes of classes that the levels do not know.
     """
-    whole, sha256 = name.at_level(None).folder(run), training.manifest.tokenizer_sha256
+    target, sha256 = name.at_level(None).folder(run), training.manifest.tokenizer_sha256
     accelerator.wait_for_everyone()
     folders = [name.at_level(number).folder(run) for number in range(1, 1 + len(training.manifest.grids))]
     for number, folder in enumerate(folders, 1):
@@ -54,11 +54,11 @@ def join_levels(accelerator: Accelerator, run: RunDir, name: PriorName, training
     likelihood = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, [])
     if accelerator.is_main_process:
         reports = [read_json(folder / "report.json") for folder in folders]
-        added = {key: sum(report[key] for report in reports) for key in ("steps", "minutes", "parameters")}
-        known = all(header.supports_unconditional for header in headers)
-        header = PriorHeader.of(config, condition, training.manifest, known, added["steps"], likelihood["validation"])
-        write_json(whole / "report.json", {**added, "best_step": None})
-        write_report(whole, whole.name, likelihood)
-        save_prior(whole / "prior.safetensors", weights, header)
-        print(f"all levels: {likelihood['validation']:.3f} bits a token; wrote {run.show(whole / 'prior.safetensors')}")
+        totals = {key: sum(report[key] for report in reports) for key in ("steps", "minutes", "parameters")}
+        unconditional = all(header.supports_unconditional for header in headers)
+        header = PriorHeader.of(config, condition, training.manifest, unconditional, totals["steps"], likelihood["validation"])
+        write_json(target / "report.json", {**totals, "best_step": None})
+        write_report(target, target.name, likelihood)
+        save_prior(target / "prior.safetensors", weights, header)
+        print(f"all levels: {likelihood['validation']:.3f} bits a token; wrote {run.show(target / 'prior.safetensors')}")
     return None

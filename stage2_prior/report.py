@@ -1,10 +1,10 @@
-"""The likelihood report of a trained prior: bits a token beside uniform and unigram, by position, level and label.
+"""Measure the likelihood of a trained prior: bits per token, by position, level and label, compared with uniform and unigram.
 
     python stage2_prior/report.py
     python stage2_prior/report.py --prior pixelcnn
 
-Training ends with it; on its own it measures the finished prior again. Writes likelihood.json, likelihood.md and
-likelihood.png into priors/NAME of the run, and prints the second.
+Training ends with this report; the command measures a finished prior again. Writes likelihood.json, likelihood.md and likelihood.png into
+priors/NAME of the run, and prints the Markdown.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BATCH_SIZE = 64
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command = parse(__doc__, ("compute",), argv, options=_options)
     run = command.run
     if not run.tokenizer.exists():
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     prior, header, name = load_finished(run, command.options.prior, command.next(TRAIN_PRIOR), accelerator.device)
     folder, sha256 = run.prior(name), header.tokenizer_sha256
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
-    recorded = min(folder.rglob(CODES), default=folder / CODES)  # of a prior of levels, in the folder of each
+    recorded = min(folder.rglob(CODES), default=folder / CODES)  # priors of single levels have one each
     stores = {TRAIN: training, VALIDATION: validation}
     check_unchanged(recorded, codes_record(stores), run.show(folder), command.options.accept_changed_data, "another with --name NAME")
     validations = [record for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (run.codes / TRAIN).is_dir():
         raise UserError(f"{run}: its codes have not been extracted; run first: {command.next(EXTRACT_CODES)}")
     level = command.options.level
-    name = PriorName.of_options(command.options.name, level, recipe.prior.kind)
+    name = PriorName.from_options(command.options.name, level, recipe.prior.kind)
     name.check_free(run)
     sha256, folder = fingerprint(run.tokenizer), name.folder(run)
     joined = name.at_level(None).folder(run) / "prior.safetensors" if level is not None else None
@@ -154,7 +154,7 @@ def _options(parser: Any) -> None:
 def _training_folder(run: RunDir, name: str | None, level: str | None) -> Path:
     """Return the prior's folder, in which a started training continues."""
     number = int(level) if level is not None and level.isdecimal() else None
-    prior = PriorName.of_options(name, number, name or load_recipe(run.recipe).prior.kind)
+    prior = PriorName.from_options(name, number, name or load_recipe(run.recipe).prior.kind)
     prior.check_free(run)
     return prior.folder(run)
 

@@ -66,7 +66,7 @@ def cached_images(
     key: dict[str, Any],
     shape: tuple[int, ...],
     decode: Callable[[], Iterable[np.ndarray | str]],
-    what: str,
+    title: str,
 ) -> ReadableImages:
     """Map images from their file in the cache, which is written first if it is missing.
 
@@ -77,15 +77,15 @@ def cached_images(
         key: all that decides the pixels.
         shape: (N, H, W, C) of the images.
         decode: yields each image in order, or the reason why it cannot be decoded.
-        what: name of the images in messages.
+        title: name of the images in messages.
     Errors: UserError if the disk has no room for them; OSError with the file's name.
     """
     path = _pixels_path(folder, key, shape)
     description = path.with_suffix(".json")
 
     def make() -> None:
-        skipped = _write(path, math.prod(shape), decode(), what)
-        write_json(description, {"what": what, "shape": shape, **key, "skipped": skipped})
+        skipped = _write(path, math.prod(shape), decode(), title)
+        write_json(description, {"what": title, "shape": shape, **key, "skipped": skipped})
 
     _write_once(path, lambda: are_cached(folder, key, shape), make)
     skipped = _skipped(description)
@@ -110,14 +110,14 @@ def _pixels_path(folder: Path, key: dict[str, Any], shape: tuple[int, ...]) -> P
     return folder / f"{_file_stem({**key, 'shape': shape})}.pixels"
 
 
-def cached_unreadable(folder: Path, key: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], what: str) -> dict[int, str]:
+def cached_unreadable(folder: Path, key: dict[str, Any], decode: Callable[[], Iterable[np.ndarray | str]], title: str) -> dict[int, str]:
     """Return the reason for each row that cannot be decoded, from the cache or by decoding all images without keeping them."""
 
-    def find() -> dict[str, Any]:
-        say(f"{what}: looking for images that cannot be read, once for all commands")
-        return {"what": what, "skipped": {row: image for row, image in enumerate(decode()) if isinstance(image, str)}}
+    def compute() -> dict[str, Any]:
+        say(f"{title}: looking for images that cannot be read, once for all commands")
+        return {"what": title, "skipped": {row: image for row, image in enumerate(decode()) if isinstance(image, str)}}
 
-    return {int(row): reason for row, reason in cached_json(folder, {**key, "kept": "reasons"}, find)["skipped"].items()}
+    return {int(row): reason for row, reason in cached_json(folder, {**key, "kept": "reasons"}, compute)["skipped"].items()}
 
 
 def cached_json(folder: Path, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -171,15 +171,15 @@ def _write_once(path: Path, is_complete: Callable[[], bool], make: Callable[[], 
                 make()
 
 
-def _write(path: Path, size: int, images: Iterable[np.ndarray | str], what: str) -> dict[int, str]:
+def _write(path: Path, size: int, images: Iterable[np.ndarray | str], title: str) -> dict[int, str]:
     unfinished, skipped = path.with_suffix(".unfinished"), {}
     unfinished.unlink(missing_ok=True)  # left by a command that was killed
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        expected = f"expected room for {_amount(size)} of decoded images of {what}"
+        expected = f"expected room for {_amount(size)} of decoded images of {title}"
         ways = "make room, name another folder, or keep none (--data.decode each_time)"
         raise UserError(f"data.cache {path.parent}: {expected}, found {_amount(free)} free; {ways}")
-    say(f"{what}: keeping decoded images in {path.parent}, {_amount(size)}")
+    say(f"{title}: keeping decoded images in {path.parent}, {_amount(size)}")
     try:
         with open(unfinished, "wb") as file:
             for row, image in enumerate(images):

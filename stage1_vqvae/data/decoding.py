@@ -47,28 +47,28 @@ class UnreadableImage(UserError):
     """Bytes that were read but are not an image; trying again would not help."""
 
 
-def decode_image(content: bytes | None, path: str | None, data: Data, what: str = "") -> np.ndarray:
+def decode_image(content: bytes | None, path: str | None, data: Data, name: str = "") -> np.ndarray:
     """Decode an image (`content`, or the file at `path`) to uint8 (H, W, C): turned upright, composed over `data.background` where it is
     transparent, converted to `data.channels`, cropped as `data.transform` says and scaled to height x width.
 
-    Errors: UserError with its path, or `what` it is, if it cannot be read; UnreadableImage if its content is at fault.
+    Errors: UserError with its path, or its `name`, if it cannot be read; UnreadableImage if its content is at fault.
     """
-    return decode_crops(content, path, data, [None], what)[0]
+    return decode_crops(content, path, data, [None], name)[0]
 
 
-def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Sequence[Crop | None], what: str = "") -> np.ndarray:
+def decode_crops(content: bytes | None, path: str | None, data: Data, crops: Sequence[Crop | None], name: str = "") -> np.ndarray:
     """Decode several crops of one image (None: the transform's) as `decode_image` does: uint8 (crops, H, W, C)."""
     # Turning it upright may exchange its sides.
     side = math.ceil(_DRAFT_FACTOR * max(data.height, data.width) / math.sqrt(data.transform.smallest_area))
-    image = read_image(content, path, what, side)
+    image = read_image(content, path, name, side)
     try:
         image = _convert(image, data)
     except ValueError as error:
-        raise UnreadableImage(f"{_where(content, path, what)}: expected a readable image, found: {error}") from None
+        raise UnreadableImage(f"{_where(content, path, name)}: expected a readable image, found: {error}") from None
     return np.stack([_fit(image, data, crop) for crop in crops])
 
 
-def read_image(content: bytes | None, path: str | None, what: str = "", side: int | None = None) -> Image.Image:
+def read_image(content: bytes | None, path: str | None, name: str = "", side: int | None = None) -> Image.Image:
     """Decode an image (`content`, or the file at `path`) in the mode that it is stored in, turned upright.
 
     Of its metadata only the orientation is read; broken metadata is no error.
@@ -76,12 +76,12 @@ def read_image(content: bytes | None, path: str | None, what: str = "", side: in
     Args:
         content: the encoded image.
         path: path or name of its file.
-        what: name of the image in messages.
+        name: name of the image in messages.
         side: JPEG's decoder may scale it down to no less than so many pixels per side.
     Errors: UserError, as `decode_image`.
     """
     if content is None and path is None:
-        raise UnreadableImage(f"{what}: expected an image, found none")
+        raise UnreadableImage(f"{name}: expected an image, found none")
     register_for(path)
     try:
         try:
@@ -95,13 +95,13 @@ def read_image(content: bytes | None, path: str | None, what: str = "", side: in
         kind = UserError if temporary else UnreadableImage
         package = None if path is None else package_for(ending_of(path))
         reader = f"Pillow cannot read without {package}" if package else "Pillow cannot identify"
-        found = f"one that {reader}" if isinstance(error, UnidentifiedImageError) else error
+        reason = f"one that {reader}" if isinstance(error, UnidentifiedImageError) else error
         advice = "; scale it down first" if isinstance(error, Image.DecompressionBombError) else ""
-        raise kind(f"{_where(content, path, what)}: expected a readable image, found: {found}{advice}") from None
+        raise kind(f"{_where(content, path, name)}: expected a readable image, found: {reason}{advice}") from None
 
 
-def _where(content: bytes | None, path: str | None, what: str) -> str:
-    return str(path) if content is None else what + (f" ({path})" if path else "")
+def _where(content: bytes | None, path: str | None, name: str) -> str:
+    return str(path) if content is None else name + (f" ({path})" if path else "")
 
 
 def _open(source: io.BytesIO | str, side: int | None) -> Image.Image:
@@ -171,8 +171,8 @@ def _jpeg_parts(content: bytes) -> Iterator[bytes]:
     while content[position : position + 1] == b"\xff" and (marker := content[position + 1 : position + 2]) not in (b"\xda", b""):
         end = position + 2 + int.from_bytes(content[position + 2 : position + 4])
         segment = content[position:end]
-        kept = segment[4:10] == b"Exif\0\0" or (segment[4:9] == b"Adobe" and len(segment) >= 16)
-        if kept or not (b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"):
+        needed = segment[4:10] == b"Exif\0\0" or (segment[4:9] == b"Adobe" and len(segment) >= 16)
+        if needed or not (b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"):
             yield segment
         position = end
     yield content[position:]

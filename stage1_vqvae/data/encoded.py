@@ -82,9 +82,9 @@ def num_decoding_threads(data: Data) -> int:
 class EncodedPixels(CroppablePixels):
     """Pixels of some rows of encoded images, decoded in threads each time they are read."""
 
-    def __init__(self, images: EncodedImages, rows: np.ndarray, data: Data, what: str) -> None:
+    def __init__(self, images: EncodedImages, rows: np.ndarray, data: Data, title: str) -> None:
         super().__init__(len(rows), data)
-        self._images, self._rows, self._data, self._what = images, rows, data, what
+        self._images, self._rows, self._data, self._title = images, rows, data, title
         threads = num_decoding_threads(data)
         self._pool = ThreadPoolExecutor(threads) if threads > 0 else None
         self.file_lengths: np.ndarray | None = None
@@ -98,7 +98,7 @@ class EncodedPixels(CroppablePixels):
         source_rows = self._rows[rows.numpy()].tolist()
 
         def decode(index: int, image: EncodedImage) -> None:
-            pixels[index] = decode_crops(image.content, image.path, self._data, crops[index], f"{self._what}: image {source_rows[index]}")
+            pixels[index] = decode_crops(image.content, image.path, self._data, crops[index], f"{self._title}: image {source_rows[index]}")
 
         for _ in (map if self._pool is None else self._pool.map)(decode, range(len(source_rows)), self._images[source_rows]):
             pass
@@ -141,24 +141,24 @@ class EncodedSplit(SourceSplit):
 
     @override
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
-        rows, what = np.arange(len(self)) if rows is None else rows, f"{data.path or data.name}, {self.name}"
+        rows, title = np.arange(len(self)) if rows is None else rows, f"{data.path or data.name}, {self.name}"
         key, folder = self._cache_key(rows, data), cache_folder(data)
 
         def decode_all() -> Iterator[np.ndarray | str]:
-            return self._decode_all(rows, data, what, progress)
+            return self._decode_all(rows, data, title, progress)
 
         if data.decode == "each_time":
             # Which images cannot be read is known only after all have been decoded.
-            skipped = cached_unreadable(folder, key, decode_all, what) if data.on_error == "skip" else {}
-            images = ReadableImages(EncodedPixels(self.images, np.delete(rows, list(skipped)), data, what), skipped)
+            skipped = cached_unreadable(folder, key, decode_all, title) if data.on_error == "skip" else {}
+            images = ReadableImages(EncodedPixels(self.images, np.delete(rows, list(skipped)), data, title), skipped)
         else:
-            images = cached_images(folder, key, _shape(rows, data), decode_all, what)
-        _check_skipped(images.skipped.values(), len(rows), data, what)
+            images = cached_images(folder, key, _shape(rows, data), decode_all, title)
+        _check_skipped(images.skipped.values(), len(rows), data, title)
         if self.name == TRAIN and not self._range_checked:  # validation images may be drawn from this split too
-            self._say_range(rows, folder, data, what)
+            self._say_range(rows, folder, data, title)
         return images
 
-    def _say_range(self, rows: np.ndarray, folder: Path, data: Data, what: str) -> None:
+    def _say_range(self, rows: np.ndarray, folder: Path, data: Data, title: str) -> None:
         """Print a line if images of more than 8 bits use little of their range, or are clipped by `data.white`."""
         self._range_checked = True
         if self.images.file_lengths is None:
@@ -170,7 +170,7 @@ class EncodedSplit(SourceSplit):
             return
         highest, grey = max(value for value, _ in largest), all(grey for _, grey in largest)
         white = _SIXTEEN_BITS if data.white is None or not grey else data.white
-        values = f"{what}: values up to {highest:,g}, where {white:,g} is white, in {len(largest)} images of more than 8 bits"
+        values = f"{title}: values up to {highest:,g}, where {white:,g} is white, in {len(largest)} images of more than 8 bits"
         if grey and data.white is not None and highest > white:
             say(f"{values}: all above are white too (data.white)")
         elif highest * _DARK <= white:
@@ -183,12 +183,12 @@ class EncodedSplit(SourceSplit):
         values = [largest_value(*image) for image in self.images[rows[:_RANGE_SAMPLES].tolist()]]
         return [value for value in values if value is not None]
 
-    def _decode_all(self, rows: np.ndarray, data: Data, what: str, progress: bool) -> Iterator[np.ndarray | str]:
+    def _decode_all(self, rows: np.ndarray, data: Data, title: str, progress: bool) -> Iterator[np.ndarray | str]:
         skipped: list[str] = []
 
         def decode(row: int, image: EncodedImage) -> np.ndarray | str:
             try:
-                return decode_image(image.content, image.path, data, f"{what}: image {row}")
+                return decode_image(image.content, image.path, data, f"{title}: image {row}")
             except UnreadableImage as error:
                 if data.on_error == "raise":
                     raise
@@ -200,7 +200,7 @@ class EncodedSplit(SourceSplit):
             for start in range(0, len(rows), _DECODED_AT_ONCE):
                 chunk = rows[start : start + _DECODED_AT_ONCE]
                 yield from pool.map(decode, chunk.tolist(), self.images[chunk.tolist()])
-                _check_skipped(skipped, len(rows), data, what)
+                _check_skipped(skipped, len(rows), data, title)
                 bar.update(len(chunk))
 
 
@@ -208,8 +208,8 @@ def _shape(rows: np.ndarray, data: Data) -> tuple[int, int, int, int]:
     return (len(rows), data.height, data.width, data.channels)
 
 
-def _check_skipped(skipped: Collection[str], count: int, data: Data, what: str) -> None:
+def _check_skipped(skipped: Collection[str], count: int, data: Data, title: str) -> None:
     """Errors: UserError if more of `count` images cannot be read than `data.most_skipped` allows."""
     if len(skipped) > data.most_skipped * count:
         expected = f"expected at most {data.most_skipped:.1%} of {count:,} images that cannot be read (--data.most_skipped)"
-        raise UserError(f"{what}: {expected}, found {len(skipped):,}; one is {next(iter(skipped))}")
+        raise UserError(f"{title}: {expected}, found {len(skipped):,}; one is {next(iter(skipped))}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +30,22 @@ class ImageFiles(NamedTuple):
     """Class of each image (`folder_classes_at_any_depth`); None unless every image has one."""
 
 
-def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: int | None = None) -> ImageFiles:
+def load_files(
+    paths: Sequence[str],
+    data: Data,
+    progress: bool = False,
+    count: int | None = None,
+    allocate: Callable[[Sequence[int]], Tensor] | None = None,
+) -> ImageFiles:
     """Decode image files, and all images in folders in the order of their paths, to the recipe's size.
 
-    `count`: decode only so many of them, evenly spaced. Errors: UserError for a path that does not exist or has no image, or an image that
-    cannot be read.
+    Args:
+        paths: image files and folders.
+        data: the recipe's section.
+        progress: show a bar.
+        count: number of images to decode, evenly spaced; None: all.
+        allocate: returns a uint8 tensor of a shape, for the pixels; None: in memory.
+    Errors: UserError for a path that does not exist or has no image, or an image that cannot be read.
     """
     entries: list[tuple[Path, Path, str | None]] = []  # file, folder that its name is relative to, class
     for name in paths:
@@ -61,10 +71,11 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: 
         entries += [(file, path, label) for file, label in files]
     all_labelled = all(label is not None for _, _, label in entries)
     entries = entries if count is None else [entries[row] for row in evenly_spaced(len(entries), count)]
-    pixels = np.empty((len(entries), data.height, data.width, data.channels), np.uint8)
+    shape = (len(entries), data.height, data.width, data.channels)
+    pixels = torch.empty(shape, dtype=torch.uint8) if allocate is None else allocate(shape)
 
     def decode(number: int) -> None:
-        pixels[number] = decode_image(None, str(entries[number][0]), data)
+        pixels[number] = torch.from_numpy(decode_image(None, str(entries[number][0]), data))
 
     with ThreadPoolExecutor() as pool, progress_bar(len(entries), "decode", "img", shown=progress) as bar:
         for _ in pool.map(decode, range(len(entries))):
@@ -73,4 +84,4 @@ def load_files(paths: Sequence[str], data: Data, progress: bool = False, count: 
     # A name that is not UTF-8 could not be printed, or written into a table.
     names = [str(path).encode(errors="backslashreplace").decode() for path, _, _ in entries]
     relative_names = [path.relative_to(root).with_suffix("").as_posix() for path, root, _ in entries]
-    return ImageFiles(torch.from_numpy(pixels), names, relative_names, known if all_labelled else None)
+    return ImageFiles(pixels, names, relative_names, known if all_labelled else None)

@@ -148,21 +148,15 @@ def open_image_folder(path: Path, tree: FileTree, data: Data) -> OpenedSource:
     if not names:
         _check_no_splits_below(path, images)
     roots = {split: _unwrap((*root, name), split, folders_read) for name, split in names.items()} or {TRAIN: root}
-    split_images: dict[str, dict[Parts, list[str]]] = {split: {} for split in roots}
-    beside: dict[Parts, list[str]] = {}
-    for folder, files in images.items():
-        split = next((split for split, root in roots.items() if folder[: len(root)] == root), "")
-        if split:
-            split_images[split][folder[len(roots[split]) :]] = files
-        else:
-            beside[folder] = files
+    split_images, beside = _group_by_split(images, roots)
     notes = []
     if beside:
-        example, count = next(tree.path(folder, files[0]) for folder, files in beside.items()), sum(map(len, beside.values()))
+        example = next(tree.path(folder, files[0]) for folder, files in beside.items())
         if len(names) == 1 and data.train_split is None and any(folder != root for folder in beside):  # a class called `train`?
             ways = "if those are classes, rename that one, else --data.train_split NAME"
             expected = "expected all images in the folders of their splits"
             raise UserError(f"{example}: {expected}, found some in {next(iter(names))} and others beside it; {ways}")
+        count = sum(map(len, beside.values()))
         notes.append(f"left out beside the splits' folders ({listed(names)}): {count:,} images, such as {example}")
     for split, folders in split_images.items():
         if not folders:
@@ -176,20 +170,45 @@ def open_image_folder(path: Path, tree: FileTree, data: Data) -> OpenedSource:
         classes = folder_classes(split_images, f"data.path {path}", notes)
     elif data.label_column != NO_LABELS:
         raise UserError(f"data.label_column: expected {NO_LABELS}, or nothing, for a folder of images, found {data.label_column}")
+    return OpenedSource(*_build_splits(tree, roots, split_images, classes), source_names, others, notes)
+
+
+def _group_by_split(
+    images: Mapping[Parts, list[str]], roots: Mapping[str, Parts]
+) -> tuple[dict[str, dict[Parts, list[str]]], dict[Parts, list[str]]]:
+    """Return, per split, the names of images per folder below the split's folder; and those of folders outside all splits."""
+    split_images: dict[str, dict[Parts, list[str]]] = {split: {} for split in roots}
+    beside: dict[Parts, list[str]] = {}
+    for folder, files in images.items():
+        split = next((split for split, root in roots.items() if folder[: len(root)] == root), "")
+        if split:
+            split_images[split][folder[len(roots[split]) :]] = files
+        else:
+            beside[folder] = files
+    return split_images, beside
+
+
+def _build_splits(
+    tree: FileTree,
+    roots: Mapping[str, Parts],
+    split_images: Mapping[str, Mapping[Parts, list[str]]],
+    classes: Mapping[str, Mapping[Parts, str]],
+) -> tuple[dict[str, SourceSplit], list[str] | None]:
+    """Build splits and label names from the classes of folders per split; in a split with classes, other folders are left out."""
     label_names = sorted({name for split_classes in classes.values() for name in split_classes.values()})
     numbers = {name: number for number, name in enumerate(label_names)}
     splits: dict[str, SourceSplit] = {}
     for split, folders in split_images.items():
         class_of = {tree.path((*roots[split], *folder)): numbers[name] for folder, name in classes.get(split, {}).items()}
         labelled = len(label_names) > 1 and bool(class_of)
-        kept = {folder: files for folder, files in folders.items() if not labelled or folder in classes[split]}
-        paths = sorted(path for folder, files in kept.items() for path in _join(tree.path((*roots[split], *folder)), files))
+        folders_read = {folder: files for folder, files in folders.items() if not labelled or folder in classes[split]}
+        paths = sorted(path for folder, files in folders_read.items() for path in _join(tree.path((*roots[split], *folder)), files))
         labels = np.asarray([class_of[os.path.dirname(file)] for file in paths], np.int64) if labelled else None
         splits[split] = EncodedSplit(split, FilePaths(paths), labels, files_fingerprint(map(Path, paths)))
-    return OpenedSource(splits, label_names if len(label_names) > 1 else None, source_names, others, notes)
+    return splits, label_names if len(label_names) > 1 else None
 
 
-def folder_classes(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: str, notes: list[str]) -> dict[str, dict[Parts, str]]:
+def folder_classes(splits: Mapping[str, Mapping[Parts, Collection[str]]], data_name: str, notes: list[str]) -> dict[str, dict[Parts, str]]:
     """Return the class of each folder of images per split; folders whose images have no class are missing.
 
     The class is the name of the folder that images lie in. Folders inside it belong to it; where the innermost folders of all classes have
@@ -197,7 +216,7 @@ def folder_classes(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: 
 
     Args:
         splits: per split, names of files per folder, by its path below the split's folder.
-        what: name of the data set in messages.
+        data_name: name of the data set in messages.
         notes: is appended a line for each decision that the user may have meant otherwise.
     Errors: UserError for images at several depths, whose classes are ambiguous.
     """
@@ -207,7 +226,7 @@ def folder_classes(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: 
         if len(depths) > 1:
             shallow, deep = ("/".join(depths[depth]) for depth in (min(depths), max(depths)))
             expected = "expected images of all classes in folders of one depth, or images without classes (--data.label_column none)"
-            raise UserError(f"{what}: {expected}, found some in {shallow} and some in {deep}")
+            raise UserError(f"{data_name}: {expected}, found some in {shallow} and some in {deep}")
         if inside := sorted(folder for folder, above in split_outer.items() if folder != above):
             notes.append(f"folders inside that of a class are part of it, as {'/'.join(inside[0])} of {split_outer[inside[0]][-1]}")
     suffix = common_suffix_length({folder for split_outer in outer.values() for folder in split_outer.values()})
@@ -223,11 +242,11 @@ def folder_classes(splits: Mapping[str, Mapping[Parts, Collection[str]]], what: 
     if len({name for split_classes in classes.values() for name in split_classes.values()}) > 1:
         for split, folders in splits.items():
             if classes[split] and () in folders:
-                notes.append(_note_strays(folders, classes[split], what))
+                notes.append(_note_strays(folders, classes[split], data_name))
     return classes
 
 
-def _note_strays(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts, str], what: str) -> str:
+def _note_strays(folders: Mapping[Parts, Collection[str]], classes: Mapping[Parts, str], data_name: str) -> str:
     """Describe the images beside the folders of classes. Errors: UserError if they are as many as those of some class."""
     strays = folders[()]
     counts: Counter[str] = Counter()
@@ -235,7 +254,7 @@ def _note_strays(folders: Mapping[Parts, Collection[str]], classes: Mapping[Part
         counts[name] += len(folders[folder])
     if len(strays) >= min(counts.values()):
         expected = "expected images in folders of classes, or images without classes (--data.label_column none)"
-        raise UserError(f"{what}: {expected}, found {len(strays):,} beside the folders; one is {min(strays)}")
+        raise UserError(f"{data_name}: {expected}, found {len(strays):,} beside the folders; one is {min(strays)}")
     return f"left out beside the folders of classes: {len(strays):,}, such as {min(strays)}"
 
 
@@ -299,8 +318,8 @@ def _check_no_splits_below(path: Path, images: Mapping[Parts, list[str]]) -> Non
         if (split := conventional_split(name))
     }
     if len(nested) > 1:
-        found = " and ".join("/".join(folder) for folder in nested.values())
-        raise UserError(f"data.path {path}: expected the folders of splits at the top, found {found}; name the folder above, or move them")
+        paths = " and ".join("/".join(folder) for folder in nested.values())
+        raise UserError(f"data.path {path}: expected the folders of splits at the top, found {paths}; name the folder above, or move them")
 
 
 def _with_metadata(

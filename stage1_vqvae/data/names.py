@@ -58,23 +58,23 @@ def map_splits(data: Data, names: Collection[str], required: bool = True) -> dic
     Errors: UserError for a setting that the source does not have, or several names for one split.
     """
     configured = {TRAIN: data.train_split, VALIDATION: data.validation_split, TEST: data.test_split}
-    what, available = data.path or data.name, listed([str(name) for name in names]) or "none"
+    data_name, available = data.path or data.name, listed([str(name) for name in names]) or "none"
     spelling = {normalised(str(name)): name for name in names}
     splits: dict[str, str] = {}
     for ours, setting in configured.items():
         if setting is not None and normalised(setting) not in spelling:
-            raise UserError(f"data.{ours}_split: expected a split of {what}, {available}, found {setting}")
+            raise UserError(f"data.{ours}_split: expected a split of {data_name}, {available}, found {setting}")
         if setting is not None and splits.setdefault(spelling[normalised(setting)], ours) != ours:
             raise UserError(f"data.train_split: expected another split than for validation and test, found {available} named twice")
     conventional = {
         name: split for name in names if name not in splits and (split := conventional_split(name)) and configured[split] is None
     }
-    _check_distinct(conventional, what)
+    _check_distinct(conventional, data_name)
     splits |= conventional
     if not splits and required and len(names) == 1:
         return {next(iter(names)): TRAIN}
     if not splits and required:
-        raise UserError(f"{what}: expected a split to train on (--data.train_split NAME), found {available}")
+        raise UserError(f"{data_name}: expected a split to train on (--data.train_split NAME), found {available}")
     return splits
 
 
@@ -94,12 +94,12 @@ def splits_of_folders(data: Data, folders: Collection[str]) -> dict[str, str]:
     return splits
 
 
-def _check_distinct(splits: dict[str, str], what: str | None) -> None:
+def _check_distinct(splits: dict[str, str], data_name: str | None) -> None:
     """Errors: UserError if several names map to one split."""
     for ours in _CONVENTIONAL_NAMES:
         names = [name for name, split in splits.items() if split == ours]
         if len(names) > 1:
-            raise UserError(f"{what}: expected one {ours} split (--data.{ours}_split NAME), found {listed(names)}")
+            raise UserError(f"{data_name}: expected one {ours} split (--data.{ours}_split NAME), found {listed(names)}")
 
 
 def words(name: str) -> list[str]:
@@ -135,14 +135,16 @@ def group_files_by_split(files: Iterable[Path], root: Path, data: Data) -> dict[
     return {ours: sorted(groups[name]) for name, ours in map_splits(data, groups).items()}
 
 
-def refuse_keys(data: Data, keys: Iterable[str], what: str) -> None:
+def refuse_keys(data: Data, keys: Iterable[str], data_name: str) -> None:
     """Refuse settings that this kind of source has no use for. Errors: UserError for one that is set."""
     for key in keys:
         if getattr(data, key) not in (None, False):
-            raise UserError(f"data.{key}: expected nothing for {what}, found {getattr(data, key)}")
+            raise UserError(f"data.{key}: expected nothing for {data_name}, found {getattr(data, key)}")
 
 
-def check_labels(labels: np.ndarray | None, split: str, what: str, row_name: Callable[[int], str] = "row {}".format) -> np.ndarray | None:
+def check_labels(
+    labels: np.ndarray | None, split: str, data_name: str, row_name: Callable[[int], str] = "row {}".format
+) -> np.ndarray | None:
     """Return a split's labels (N,), in which -1 is a missing one, or None if all are missing, or some of a test split.
 
     Errors: UserError if some are missing in another split, with the `row_name` of the first.
@@ -151,10 +153,10 @@ def check_labels(labels: np.ndarray | None, split: str, what: str, row_name: Cal
         return None
     missing = np.flatnonzero(labels < 0)
     if len(missing) and split == TEST:  # contests publish their test images so
-        say(f"{what}: {len(missing):,} of {len(labels):,} images of {split} have no label: the others' are not used either")
+        say(f"{data_name}: {len(missing):,} of {len(labels):,} images of {split} have no label: the others' are not used either")
         return None
     if len(missing):
-        found = f"found {len(missing)} without, the first {row_name(int(missing[0]))}"
+        detail = f"found {len(missing)} without, the first {row_name(int(missing[0]))}"
         way = f"--data.label_column {NO_LABELS} leaves all labels away"
-        raise UserError(f"{what}: expected a label for every image of {split}, {found}; {way}")
+        raise UserError(f"{data_name}: expected a label for every image of {split}, {detail}; {way}")
     return labels

@@ -85,8 +85,8 @@ class Parquet(parquet.Parquet):
         except (ValueError, OSError) as error:  # the base classes of Arrow's errors
             if isinstance(error, OSError) and error.errno is not None:  # no file, no connection
                 raise
-            found = str(error).splitlines()[0]  # the other lines list columns
-            raise UserError(f"{place}: expected a whole Parquet file with the columns of the others, found: {found}") from error
+            reason = str(error).splitlines()[0]  # the other lines list columns
+            raise UserError(f"{place}: expected a whole Parquet file with the columns of the others, found: {reason}") from error
 
 
 class WebDataset(webdataset.WebDataset):
@@ -132,8 +132,8 @@ class WebDataset(webdataset.WebDataset):
         for key, sample in super()._generate_examples(tar_paths, tar_iterators):
             for field in sample.keys() - self.info.features.keys():
                 if field in _NAMES_OR_NUMBERS or _ending(field) in self.IMAGE_EXTENSIONS:
-                    found = f"{sample['__key__']}.{field}, which none of the first {_FIRST} has"
-                    raise UserError(f"{sample['__url__']}: expected the same fields in all samples, found {found}")
+                    unknown_field = f"{sample['__key__']}.{field}, which none of the first {_FIRST} has"
+                    raise UserError(f"{sample['__url__']}: expected the same fields in all samples, found {unknown_field}")
             yield key, {field: sample[field] for field in self.info.features}
 
 

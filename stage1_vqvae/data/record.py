@@ -56,11 +56,11 @@ def changes(recorded: Record, current: Record) -> list[str]:
         elif now["classes"] != before["classes"] or any(_differs(before[key], now[key]) for key in ("files", "rows")):
             lines.append(f"{name}: not the same {now['images']:,} images (names, sizes, order or labels differ)")
     old, new = (list(dict.fromkeys(label for name in both for label in record[name]["classes"] or ())) for record in (recorded, current))
-    for labels, others, what in ((new, old, "new"), (old, new, "gone")):
+    for labels, others, change in ((new, old, "new"), (old, new, "gone")):
         different = [f'"{label}"' for label in labels if label not in set(others)]
         if different:
             more = f" and {len(different) - _NAMED:,} more" if len(different) > _NAMED else ""
-            lines.append(f"class {', '.join(different[:_NAMED])}{more} {'is' if len(different) == 1 else 'are'} {what}")
+            lines.append(f"class {', '.join(different[:_NAMED])}{more} {'is' if len(different) == 1 else 'are'} {change}")
     if set(old) == set(new) and old != new:
         lines.append("the classes are in another order")
     return lines
@@ -89,13 +89,13 @@ def check_unchanged(path: Path, current: Record, where: str, accept: bool, elsew
     different = changes(recorded, current)
     if not different:
         return
-    what = "; ".join(different)
+    summary = "; ".join(different)
     if not accept:
         ways = f"put it back, train {elsewhere}, or go on all the same with --accept-changed-data"
-        raise UserError(f"{where}: expected the data that its training began with, found {what}; {ways}")
+        raise UserError(f"{where}: expected the data that its training began with, found {summary}; {ways}")
     mixed = any(line.startswith(VALIDATION) for line in different)
     held_out = "; images that it was trained on may be among those held out now" if mixed else ""
-    say(f"{where}: going on with data that has changed: {what}{held_out}")
+    say(f"{where}: going on with data that has changed: {summary}{held_out}")
 
 
 def read_record(path: Path) -> Record:

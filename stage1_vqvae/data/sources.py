@@ -134,8 +134,8 @@ def _open(
     data: Data, names: set[str], hold_out: bool
 ) -> tuple[OpenedSource, dict[str, tuple[SourceSplit, np.ndarray | None]], list[str] | None]:
     """Open the source without decoding: itself, its splits with their rows (None: all), and the names of the labels."""
-    what = data.path or data.name
-    if what is None:
+    data_name = data.path or data.name
+    if data_name is None:
         raise UserError("data.path: expected a folder of images (--data.path FOLDER), found none, and no data.name either")
     if data.path is not None:
         opened = _open_path(Path(data.path).expanduser(), data, names)
@@ -148,7 +148,7 @@ def _open(
     if TRAIN in splits and VALIDATION in splits and (splits[TRAIN].labels is None) != (splits[VALIDATION].labels is None):
         without = min(split for split in (TRAIN, VALIDATION) if splits[split].labels is None)
         neither = "or for neither (--data.label_column none)"
-        raise UserError(f"{what}: expected labels for training and validation images, {neither}, found none for {without}")
+        raise UserError(f"{data_name}: expected labels for training and validation images, {neither}, found none for {without}")
     chosen: dict[str, tuple[SourceSplit, np.ndarray | None]] = {name: (split, None) for name, split in splits.items()}
     if hold_out and TRAIN in splits and VALIDATION not in splits:
         train = splits[TRAIN]
@@ -161,7 +161,7 @@ def _open(
     missing = names.intersection((TRAIN, VALIDATION)) - set(chosen) if hold_out else set()
     if missing:
         expected = f"expected a split {min(missing)} (--data.{min(missing)}_split NAME)"
-        raise UserError(f"{what}: {expected}, found {', '.join(chosen) or 'none'}")
+        raise UserError(f"{data_name}: {expected}, found {', '.join(chosen) or 'none'}")
     return opened, chosen, label_names
 
 

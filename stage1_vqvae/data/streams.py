@@ -38,7 +38,7 @@ class Stream:
         self,
         open_rows: Callable[[list[str] | None], datasets.IterableDataset],
         files: Sequence[str],
-        what: str,
+        title: str,
         data: Data,
         origin: str,
         columnar: bool,
@@ -47,16 +47,16 @@ class Stream:
         Args:
             open_rows: opens the rows with the named columns, or all.
             files: their names in messages, where they are known.
-            what: name of the split in messages.
+            title: name of the split in messages.
             data: the recipe's section.
             origin: fingerprint of the files.
             columnar: whether a column can be read without the others.
         """
-        self._open_rows, self._files, self._what, self._data, self._origin = open_rows, files, what, data, origin
+        self._open_rows, self._files, self._title, self._data, self._origin = open_rows, files, title, data, origin
         self._columnar = columnar
         rows = open_rows(None)
         if rows.features is None:
-            raise UserError(f"{what}: expected columns that are known before they are read, found others; leave data.stream away")
+            raise UserError(f"{title}: expected columns that are known before they are read, found others; leave data.stream away")
         self.features: dict[str, Any] = rows.features
         self.column_names = list(rows.features)
         self._lengths: np.ndarray | None = None
@@ -97,10 +97,10 @@ class Stream:
         return f"{len(self)} {self._origin}"
 
     def _file_name(self, file: int) -> str:
-        return f"{self._what}, {self._files[file] if file < len(self._files) else f'file {file}'}"
+        return f"{self._title}, {self._files[file] if file < len(self._files) else f'file {file}'}"
 
     def _read_through(self, column: str, keep: bool) -> dict[str, Any]:
-        say(f"{self._what}: reading its files through, once for all commands, to know how many images each has, and their labels")
+        say(f"{self._title}: reading its files through, once for all commands, to know how many images each has, and their labels")
         import datasets
 
         rows = self._open_rows([column] if self._columnar else None)
@@ -231,10 +231,10 @@ class StreamedImages:
 
     def _read_sparse(self, file: int, offsets: Sequence[int]) -> dict[int, EncodedImage]:
         """Read ascending rows of a file without keeping the rows between them."""
-        requested, found = set(offsets), dict[int, EncodedImage]()
+        requested, result = set(offsets), dict[int, EncodedImage]()
         for _, images in self._read_forwards(file, sorted({offset // _BLOCK for offset in offsets})):
-            found |= {offset: image for offset, image in images.items() if offset in requested}
-        return found
+            result |= {offset: image for offset, image in images.items() if offset in requested}
+        return result
 
     def _read_forwards(self, file: int, blocks: Sequence[int]) -> Iterator[tuple[int, dict[int, EncodedImage]]]:
         """Yield ascending blocks of a file with their images by row of the file; before the last one, the open file is stored.

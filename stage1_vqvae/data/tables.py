@@ -121,9 +121,9 @@ def open_hub(data: Data, names: set[str]) -> OpenedSource:
     assert data.name is not None
     if has_magic(data.name):  # `datasets` would read it as a pattern of local folders
         raise UserError(f"data.name {data.name}: expected a data set of the Hub, USER/NAME, found a folder's name; use --data.path")
-    what = f"data.name {data.name} (a local copy can be given with --data.path)"
+    data_name = f"data.name {data.name} (a local copy can be given with --data.path)"
     builder = _hub_builder(data.name, {"name": data.config, "revision": data.revision})
-    source = _open_streams(builder, what, data) if data.stream else _map(_copy(builder, what))
+    source = _open_streams(builder, data_name, data) if data.stream else _map(_copy(builder, data_name))
     return _with_split_names(source, data, names)
 
 
@@ -164,10 +164,10 @@ def open_files(
         names: names of the splits to open.
     Errors: as `open_hub`.
     """
-    what, builder = f"data.path {path}", _files_builder(kind, files)
+    data_name, builder = f"data.path {path}", _files_builder(kind, files)
     if data.stream:
-        return _build_splits(_open_streams(builder, what, data, files), data, names)
-    return _build_splits(_map(_copy(builder, what, list(chain(*files.values()))), files), data, names)
+        return _build_splits(_open_streams(builder, data_name, data, files), data, names)
+    return _build_splits(_map(_copy(builder, data_name, list(chain(*files.values()))), files), data, names)
 
 
 def open_listings(listings: Mapping[str, Listing], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
@@ -228,9 +228,9 @@ def _hub_builder(name: str, arguments: Mapping[str, Any]) -> Builder:
     return build
 
 
-def _copy(builder: Builder, what: str, files: Sequence[Path] = ()) -> datasets.DatasetDict:
-    """Let `datasets` copy the splits of a data set into its cache; failures are one line that begins with `what`."""
-    with _one_line_errors(what, files):
+def _copy(builder: Builder, data_name: str, files: Sequence[Path] = ()) -> datasets.DatasetDict:
+    """Let `datasets` copy the splits of a data set into its cache; failures are one line that begins with `data_name`."""
+    with _one_line_errors(data_name, files):
         reader = builder()
         reader.download_and_prepare()
         return reader.as_dataset()
@@ -240,17 +240,17 @@ def _map(source: Mapping[str, datasets.Dataset], files: Mapping[str, Sequence[Pa
     return {split: _Mapped(rows, None if files is None else files[split]) for split, rows in source.items()}
 
 
-def _open_streams(builder: Builder, what: str, data: Data, files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, Stream]:
+def _open_streams(builder: Builder, data_name: str, data: Data, files: Mapping[str, Sequence[Path]] | None = None) -> dict[str, Stream]:
     """Open the splits of a data set for streaming. `files`: files per split, where they are on this machine."""
     local_files = [] if files is None else list(chain(*files.values()))
-    with _one_line_errors(what, local_files):
+    with _one_line_errors(data_name, local_files):
         config = builder().config
     if hasattr(config, "drop_labels"):
-        raise UserError(f"{what}: expected Parquet or WebDataset files to stream, found a folder of images; leave data.stream away")
+        raise UserError(f"{data_name}: expected Parquet or WebDataset files to stream, found a folder of images; leave data.stream away")
     listed = config.data_files or {}
 
     def opened(columns: list[str] | None = None) -> datasets.IterableDatasetDict:
-        with _one_line_errors(what, local_files):
+        with _one_line_errors(data_name, local_files):
             return builder(**({} if columns is None else {"columns": columns})).as_streaming_dataset()
 
     def stream(name: str) -> Stream:
@@ -263,8 +263,8 @@ def _open_streams(builder: Builder, what: str, data: Data, files: Mapping[str, S
 
 
 @contextmanager
-def _one_line_errors(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
-    """Turn any failure into one line that begins with `what`, or with the file that is cut short."""
+def _one_line_errors(data_name: str, files: Sequence[Path] = ()) -> Iterator[None]:
+    """Turn any failure into one line that begins with `data_name`, or with the file that is cut short."""
     try:
         with at_work():  # it may download for hours, with progress bars of its own
             yield
@@ -276,7 +276,7 @@ def _one_line_errors(what: str, files: Sequence[Path] = ()) -> Iterator[None]:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         cause = str(error.__cause__ or error) or type(error).__name__
-        raise UserError(f"{what}: expected a data set that can be loaded, found: {cause}") from None
+        raise UserError(f"{data_name}: expected a data set that can be loaded, found: {cause}") from None
 
 
 def check_complete(file: Path) -> None:
@@ -299,36 +299,37 @@ def _build_splits(source: Mapping[str, Table], data: Data, names: set[str]) -> t
         data: the recipe's section.
         names: names of the splits to build.
     """
-    what = str(data.path or data.name)
+    data_name = str(data.path or data.name)
     first = source[TRAIN] if TRAIN in source else next(iter(source.values()))
     image_column, label_column = _image_column(first, data), _label_column(first, data)
     for split, rows in source.items():
         if image_column not in rows.column_names:
-            raise UserError(f"{what}: expected a column {image_column} in {split} too, found {listed(rows.column_names)}")
+            raise UserError(f"{data_name}: expected a column {image_column} in {split} too, found {listed(rows.column_names)}")
     label_names, numbers = None, dict[str, np.ndarray]()
     if label_column is not None:
         labelled = {split: rows for split, rows in source.items() if label_column in rows.column_names}
         kinds = {split: rows.features[label_column] for split, rows in labelled.items()}
-        label_names, numbers = _numbered(kinds, {split: rows.values(label_column) for split, rows in labelled.items()}, label_column, what)
+        values = {split: rows.values(label_column) for split, rows in labelled.items()}
+        label_names, numbers = _number_labels(kinds, values, label_column, data_name)
     splits: dict[str, SourceSplit] = {}
     for split, rows in source.items():
         if split not in names and not (split == TRAIN and VALIDATION in names and VALIDATION not in source):
             continue
         if len(rows) == 0:
-            raise UserError(f"{what}: expected images in split {split}, found none")
+            raise UserError(f"{data_name}: expected images in split {split}, found none")
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
         # For the Hub a name stands in for the files, which depend on whether they are streamed.
         fingerprint = f"{origin} {image_column} {rows.fingerprint()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
         images = rows.images(image_column)
-        labels = check_labels(numbers.get(split), split, what, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
-        splits[split] = EncodedSplit(split, images, labels, fingerprint, partial(_values, rows, what, split))
+        labels = check_labels(numbers.get(split), split, data_name, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
+        splits[split] = EncodedSplit(split, images, labels, fingerprint, partial(_values, rows, data_name, split))
     return splits, label_names
 
 
-def _values(rows: Table, what: str, split: str, column: str) -> list[Any]:
+def _values(rows: Table, data_name: str, split: str, column: str) -> list[Any]:
     """Read a column. Errors: UserError if there is none of that name."""
     if column not in rows.column_names:
-        raise UserError(f"{what}: expected a column {column} in {split} for the condition, found {listed(rows.column_names)}")
+        raise UserError(f"{data_name}: expected a column {column} in {split} for the condition, found {listed(rows.column_names)}")
     return rows.values(column)
 
 
@@ -364,16 +365,16 @@ def _label_column(rows: Table, data: Data) -> str | None:
             expected = f"a column {data.label_column} (data.label_column), found {listed(rows.column_names)}"
             raise UserError(f"{data.path or data.name}: expected {expected}")
         return data.label_column
-    found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     called = [name for name in rows.column_names if name.lower() in _LABEL_NAMES]
-    found = found or [name for name in called if _label_kind(rows.features[name]) is not None]
-    if len(found) > 1:
+    columns = columns or [name for name in called if _label_kind(rows.features[name]) is not None]
+    if len(columns) > 1:
         expected = f"one column of labels (--data.label_column NAME, or {NO_LABELS})"
-        raise UserError(f"{data.path or data.name}: expected {expected}, found {listed(found)}")
-    if called and not found:
+        raise UserError(f"{data.path or data.name}: expected {expected}, found {listed(columns)}")
+    if called and not columns:
         holds = f"holds no classes, whole numbers or text, but {rows.features[called[0]]}"
         say(f"{data.path or data.name}: no labels: the column {called[0]} {holds}")
-    return found[0] if found else None
+    return columns[0] if columns else None
 
 
 def _may_be_bytes(feature: Any) -> bool:
@@ -403,8 +404,8 @@ def _label_name(value: Any) -> str | None:
     return normalised(str(value).strip()) or None
 
 
-def _numbered(
-    kinds: Mapping[str, Any], values: Mapping[str, Sequence[Any]], column: str, what: str
+def _number_labels(
+    kinds: Mapping[str, Any], values: Mapping[str, Sequence[Any]], column: str, data_name: str
 ) -> tuple[list[str] | None, dict[str, np.ndarray]]:
     """Return the names of labels, and per split the label of each row (N,) as an index of them, -1 for a missing one.
 
@@ -414,7 +415,7 @@ def _numbered(
         kinds: type of the column per split.
         values: values of the column per split.
         column: name of the column.
-        what: name of the data set in messages.
+        data_name: name of the data set in messages.
     Errors: UserError for a value that is not a label, and for splits whose labels cannot be compared.
     """
     import datasets
@@ -424,52 +425,58 @@ def _numbered(
     name_of: dict[Any, str | None] = {None: None, -1: None}
     if isinstance(first, datasets.ClassLabel):
         if any(names != first.names for names in classes):
-            raise UserError(f"{what}: expected the same classes in all splits, found others")
+            raise UserError(f"{data_name}: expected the same classes in all splits, found others")
         name_of |= {number: _label_name(name) for number, name in enumerate(first.names)}
         names = [name for name in dict.fromkeys(name_of.values()) if name is not None]
     else:
-        comparable = {split: _label_kind(kind) for split, kind in kinds.items()}
-        for split, kind in comparable.items():
-            if kind is None:
-                expected = "labels that are classes, whole numbers or text (data.label_column)"
-                raise UserError(f"{what}: expected {expected}, found {kinds[split]} in {column} of {split}")
-        if len(set(comparable.values()) - {""}) > 1:
-            found = ", ".join(f"{kind} in {split}" for split, kind in comparable.items() if kind)
-            raise UserError(f"{what}: expected labels of one kind in all splits, found in {column} {found}")
+        _check_label_kinds(kinds, column, data_name)
         name_of = {}
-        for split, of_split in values.items():
-            for value in set(of_split):
+        for split, split_values in values.items():
+            for value in set(split_values):
                 try:
                     name_of[value] = _label_name(value)
                 except ValueError:
                     expected = f"whole numbers or text in {column} (--data.label_column NAME, or {NO_LABELS})"
-                    raise UserError(f"{what}: expected {expected}, found {value} in row {of_split.index(value)} of {split}") from None
-        _set_minus_one(name_of, values, column, what)
+                    row = split_values.index(value)
+                    raise UserError(f"{data_name}: expected {expected}, found {value} in row {row} of {split}") from None
+        _set_minus_one(name_of, values, column, data_name)
         names = _in_order({name for name in name_of.values() if name is not None})
     number_of = {name: number for number, name in enumerate(names)}
     numbers = {value: -1 if name is None else number_of[name] for value, name in name_of.items()}
     result = {}
-    for split, of_split in values.items():
+    for split, split_values in values.items():
         try:
-            result[split] = np.fromiter((numbers[value] for value in of_split), np.int64, len(of_split))
+            result[split] = np.fromiter((numbers[value] for value in split_values), np.int64, len(split_values))
         except KeyError as error:
-            raise UserError(f"{what}: expected numbers of {len(names)} classes in {column} of {split}, found {error}") from None
-    if not any((found >= 0).any() for found in result.values()):
-        say(f"{what}: no labels: the column {column} has none")
+            raise UserError(f"{data_name}: expected numbers of {len(names)} classes in {column} of {split}, found {error}") from None
+    if not any((split_numbers >= 0).any() for split_numbers in result.values()):
+        say(f"{data_name}: no labels: the column {column} has none")
         return None, {}
     return names, result
 
 
-def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence[Any]], column: str, what: str) -> None:
+def _check_label_kinds(kinds: Mapping[str, Any], column: str, data_name: str) -> None:
+    """Errors: UserError for a column that holds no labels, or labels that cannot be compared between splits."""
+    comparable = {split: _label_kind(kind) for split, kind in kinds.items()}
+    for split, kind in comparable.items():
+        if kind is None:
+            expected = "labels that are classes, whole numbers or text (data.label_column)"
+            raise UserError(f"{data_name}: expected {expected}, found {kinds[split]} in {column} of {split}")
+    if len(set(comparable.values()) - {""}) > 1:
+        listing = ", ".join(f"{kind} in {split}" for split, kind in comparable.items() if kind)
+        raise UserError(f"{data_name}: expected labels of one kind in all splits, found in {column} {listing}")
+
+
+def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence[Any]], column: str, data_name: str) -> None:
     """Decide whether -1 is a class or a missing label where the column lists no classes: missing if only the test split has it."""
     unlabelled = [value for value, name in name_of.items() if name == "-1"]
     if not unlabelled:
         return
-    if not any(value in of_split for value in unlabelled for split, of_split in values.items() if split != TEST):
+    if not any(value in split_values for value in unlabelled for split, split_values in values.items() if split != TEST):
         name_of |= dict.fromkeys(unlabelled)
-        say(f"{what}: -1 in {column} of {TEST} is taken for a missing label, since no other split has it")
+        say(f"{data_name}: -1 in {column} of {TEST} is taken for a missing label, since no other split has it")
     elif len(set(name_of.values()) - {None}) > 2:
-        say(f"{what}: -1 in {column} is taken for a class like the others; --data.label_column {NO_LABELS} leaves all labels away")
+        say(f"{data_name}: -1 in {column} is taken for a class like the others; --data.label_column {NO_LABELS} leaves all labels away")
 
 
 def _in_order(names: set[str]) -> list[str]:

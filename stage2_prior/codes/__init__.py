@@ -1,1 +1,1 @@
-"""Codes on disk, and as sequences."""
+"""Codes on disk, as batches and as sequences."""

@@ -2,9 +2,9 @@
 
     FOLDER/train/level0.npy        (rows, variants, h, w), the smallest unsigned dtype; level1.npy and so on of a hierarchy
     FOLDER/train/labels.npy        (rows,), of classes; condition.npy (rows, ...) of another condition
-    FOLDER/train/manifest.json     the store's own
+    FOLDER/train/manifest.json     the store's manifest
 
-A data set has the same as columns `level0` .. and `label`.
+A data set has the same content in the columns `level0` .. and `label`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMS = ("npy", "datasets")
 
 
 class Rows(Protocol):
-    """An array of rows, some of which are read at a time."""
+    """An array whose rows are read slice by slice."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class ExternalCodes(NamedTuple):
 
 
 def export(stores: Mapping[str, CodeStore], folder: Path, form: str) -> None:
-    """Write each split of codes to a folder of its name, in the memory of one shard."""
+    """Write each split of codes to a folder of its name. Takes the memory of one shard."""
     for name, store in stores.items():
         (folder / name).mkdir(parents=True)
         _export_npy(store, folder / name) if form == "npy" else _export_dataset(store, folder / name)
@@ -76,7 +76,7 @@ def _export_npy(store: CodeStore, folder: Path) -> None:
 
 
 def _condition_name(manifest: Manifest, plural: str = "") -> str:
-    """Return the name of the exported condition: labels, or `condition` for other kinds than classes."""
+    """Return the name of the exported condition: `label` for classes, `condition` for other kinds."""
     return f"label{plural}" if manifest.condition.class_names else "condition"
 
 
@@ -94,7 +94,7 @@ def _export_dataset(store: CodeStore, folder: Path) -> None:
         features[_condition_name(manifest)] = datasets.ClassLabel(names=names) if names else datasets.List(stored)
 
     cache = folder / ".cache"
-    # The folder, not the store: `datasets` hashes all arguments.
+    # Pass the folder instead of the store, because `datasets` hashes all arguments.
     rows = datasets.Dataset.from_generator(_rows, datasets.Features(features), str(cache), gen_kwargs={"folder": str(store.folder)})
     rows.save_to_disk(str(folder))
     shutil.rmtree(cache)
@@ -152,7 +152,7 @@ def _read_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str
 
     try:
         rows = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of any kind
+    except Exception as error:  # `datasets` raises many kinds
         raise UserError(f"{folder}: expected a data set that `save_to_disk` wrote, found: {error}") from None
     for file in rows.cache_files:
         check_complete(Path(file["filename"]))
@@ -168,9 +168,9 @@ def import_split(external: ExternalCodes, labels: Tensor | None, folder: Path, w
     """Write a split's codes as a store, shard by shard.
 
     Args:
-        external: each level of shape (rows, [variants,] h, w), or with the positions of a grid as one axis in raster order.
+        external: levels of shape (rows, [variants,] h, w), or with the positions of a grid as one axis in raster order.
         labels: (rows,) class numbers of the manifest's condition; None: unlabelled.
-        folder: of the store; exists.
+        folder: existing folder of the store.
         where: source of the codes, for messages.
         template: the manifest, with placeholders for the numbers of images and variants.
     Returns: the manifest.
@@ -209,7 +209,7 @@ def import_split(external: ExternalCodes, labels: Tensor | None, folder: Path, w
 def read_classes(splits: Mapping[str, ExternalCodes], where: Path) -> tuple[list[str] | None, dict[str, Tensor]]:
     """Return the names of the classes, and each labelled split's class numbers (rows,).
 
-    Names are those that the splits have, or else the label values that occur in any of them. A test split may be unlabelled.
+    The names are the splits' own or, without any, the label values that occur in any split. A test split may be unlabelled.
 
     Errors: UserError for labels that are no whole numbers, different names, or labels of only one of training and validation.
     """
@@ -218,8 +218,8 @@ def read_classes(splits: Mapping[str, ExternalCodes], where: Path) -> tuple[list
         raise UserError(f"{where}: expected labels of training and validation images, or of none, found them of {', '.join(labelled)}")
     for name, labels in labelled.items():
         if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or labels.size == 0 or int(labels.min()) < 0:
-            found = f"{list(labels.shape)} of {labels.dtype}" + (", some below 0" if labels.dtype.kind == "i" and labels.size else "")
-            raise UserError(f"{where / name}: expected labels that are whole numbers from 0 on, one an image, found {found}")
+            actual = f"{list(labels.shape)} of {labels.dtype}" + (", some below 0" if labels.dtype.kind == "i" and labels.size else "")
+            raise UserError(f"{where / name}: expected labels that are whole numbers from 0 on, one an image, found {actual}")
     named = [[*map(normalised, names)] for name in labelled if (names := splits[name].label_names) is not None]
     if any(names != named[0] for names in named):
         raise UserError(f"{where}: expected the same names of labels of all splits, found {named[0]} and others")
@@ -236,11 +236,11 @@ def read_classes(splits: Mapping[str, ExternalCodes], where: Path) -> tuple[list
     }
 
 
-def _checked(values: np.ndarray, number: int, what: str, where: Path) -> Tensor:
+def _checked(values: np.ndarray, number: int, name: str, where: Path) -> Tensor:
     """Convert codes or labels to int64. Errors: UserError for values outside 0..number-1."""
     if not np.issubdtype(values.dtype, np.integer) or int(values.min()) < 0 or int(values.max()) >= number:
         bad = f"some of {values.dtype}" if values.dtype.kind not in "iuf" else f"{values.min()} to {values.max()} of {values.dtype}"
-        raise UserError(f"{where}: expected {what}, whole numbers from 0 to {number - 1}, found {bad}")
+        raise UserError(f"{where}: expected {name}, whole numbers from 0 to {number - 1}, found {bad}")
     return torch.from_numpy(values.astype(np.int64))
 
 

@@ -23,7 +23,7 @@ class CodeBatch(NamedTuple):
     codes: Codes
     """int64 (b, h, w) per level."""
     condition: Tensor | None
-    """(b, ...), the null where dropout hides it; None: an unconditional prior."""
+    """(b, ...), replaced by the null where it is dropped; None: an unconditional prior."""
     variants: Tensor
     """(b,) int64: augmentation variant of each row."""
     draws: Tensor | None
@@ -33,8 +33,8 @@ class CodeBatch(NamedTuple):
 class CodeLoader:
     """Loads this rank's codes for every micro-step.
 
-    Row, variant, dropout of the condition and draws are a function of (seed, step, position in the step's batch): the same for any number
-    of processes and threads, and after a resume.
+    Rows, variants, condition dropout and draws are functions of (seed, step, position in the step's batch): the same for any number of
+    processes and threads, and after a resume.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class CodeLoader:
         """Open the loader of a prior.
 
         Args:
-            training: the codes to learn from.
-            condition: the prior's.
+            training: the training codes.
+            condition: the prior's condition.
             config: the recipe's section.
-            accelerator: whose ranks share the batches.
-            num_draws: the prior's; see `Prior.num_draws`.
+            accelerator: Accelerator of the ranks, over which batches are distributed.
+            num_draws: `Prior.num_draws` of the prior.
             ahead: prefetch in a thread; None: on accelerators.
         Errors: as `CodeStore.condition_for`.
         """
@@ -64,7 +64,7 @@ class CodeLoader:
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
 
     def batch(self, step: int, micro_step: int) -> CodeBatch:
-        """Codes of a micro-step, on this rank's device. Errors: UserError for a code outside the codebook."""
+        """Return the batch of a micro-step on this rank's device. Errors: UserError for a code outside the codebook."""
         variants, *tensors = self._reader.at(step, micro_step)
         draws = tensors.pop() if self._num_draws else None
         condition = None if self._rows is None else tensors.pop()

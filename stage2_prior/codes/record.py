@@ -14,7 +14,7 @@ CODES = "data.json"
 
 
 def codes_record(stores: Mapping[str, CodeStore]) -> Record:
-    """The record of splits of codes, with their augmentation, condition and the tokenizer that made them."""
+    """Build the record of splits of codes, with their augmentation, condition and tokenizer."""
     record: Record = {}
     for name, store in stores.items():
         manifest = store.manifest
@@ -22,6 +22,6 @@ def codes_record(stores: Mapping[str, CodeStore]) -> Record:
         labels = None if store.condition is None or names is None else store.condition.numpy()
         sums = hashlib.sha256("".join(manifest.sha256).encode()).hexdigest()
         condition = as_dict(manifest.condition)
-        own = {"augmentation": manifest.augmentation, "tokenizer_sha256": manifest.tokenizer_sha256, "condition": condition}
-        record[name] = split_record(len(store), labels, names, sums) | own
+        origin = {"augmentation": manifest.augmentation, "tokenizer_sha256": manifest.tokenizer_sha256, "condition": condition}
+        record[name] = split_record(len(store), labels, names, sums) | origin
     return record

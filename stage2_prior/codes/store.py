@@ -1,11 +1,11 @@
-"""The code store, written and read: a folder with a manifest and shards of a fixed number of images.
+"""The code store: a folder with a manifest and shards of a fixed number of images.
 
     codes/train/manifest.json
     codes/train/codes-00000-of-00011.safetensors    level0 (rows, variants, h, w), the smallest unsigned dtype; condition (rows, ...)
 
-Rows are in data-set order, exactly one per sample; the second axis holds its augmentation's variants, the first of which is the image
-itself. Stage 2 learns grids, code numbers and the condition from the manifest alone. Writing needs the memory of one shard, reading that of
-the requested rows.
+Rows are in data-set order, exactly one per sample; the second axis holds the variants of the augmentation, the first of which is the image
+itself. Stage 2 reads grids, numbers of codes and the condition from the manifest alone. Writing takes the memory of one shard, reading that
+of the requested rows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _FORMAT = 1
 MANIFEST = "manifest.json"
 """Name of the file that describes a split's shards."""
 _MADE_BY = "tokenizer_sha256"
+_EXTRACT_AGAIN = "extract the codes again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,15 @@ class Manifest:
     rows: int
     """Number of images."""
     grids: list[tuple[int, int]]
-    """(h, w) of each level, coarse to fine."""
+    """(h, w) per level, coarse to fine."""
     num_codes: list[int]
-    """K, the number of codes, of each level."""
+    """K, the number of codes, per level."""
     condition: Condition
     """Condition that is stored with the codes, such as the classes and their names."""
     augmentation: Augmentation
-    """What the variant axis enumerates."""
+    """Augmentation whose variants the second axis holds."""
     variants: int
-    """How many variants of each image are stored."""
+    """Number of stored variants per image."""
     image_shape: tuple[int, int, int]
     """Channels, height and width of the images."""
     tokenizer_sha256: str
@@ -67,7 +68,7 @@ class Manifest:
     format: int = _FORMAT
 
     def condition_of_prior(self, chosen: ConditionPart) -> Condition:
-        """Return the condition of a prior of these codes, by a recipe's choice: the stored one, or none.
+        """Return the condition of a prior of these codes that a recipe chooses: the stored one, or none.
 
         Errors: UserError if the codes are stored with another one.
         """
@@ -75,7 +76,7 @@ class Manifest:
         if isinstance(chosen, NoCondition):
             return chosen
         if not chosen.accepts(self.condition):
-            way = "extract the codes anew, with --overwrite and the same options"
+            way = "extract the codes again, with --overwrite and the same options"
             raise UserError(f"condition: expected {self.condition}, with which the codes are stored, or none, found {chosen}; {way}")
         return self.condition
 
@@ -85,16 +86,16 @@ class Manifest:
         return -(-self.rows // self.rows_per_shard)
 
     def shard_rows(self, shard: int) -> range:
-        """The rows of a shard."""
+        """Return the rows of a shard."""
         return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.rows))
 
     def shard_name(self, shard: int) -> str:
-        """The name of a shard's file."""
+        """Return the name of a shard's file."""
         return f"codes-{shard:05d}-of-{self.num_shards:05d}.safetensors"
 
 
 def smallest_dtype(num_codes: int) -> np.dtype:
-    """The smallest unsigned integer that holds 0..num_codes-1."""
+    """Return the smallest unsigned integer type that holds 0..num_codes-1."""
     return np.min_scalar_type(num_codes - 1)
 
 
@@ -130,19 +131,19 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.nda
         expected["condition"] = f"{manifest.condition.disk_dtype} {(rows, *manifest.condition.shape)}"
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
             made_by = (file.metadata() or {}).get(_MADE_BY, "")
     except FileNotFoundError:
-        raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
-    except (SafetensorError, TypeError) as error:  # or of a dtype that numpy does not have
+        raise UserError(f"{path}: expected a file of codes, found nothing; {_EXTRACT_AGAIN}, with --overwrite") from None
+    except (SafetensorError, TypeError) as error:  # a TypeError for a dtype that numpy does not have
         raise UserError(
-            f"{path}: expected a file of codes, found a truncated or foreign one ({brief(error)}); extract the codes anew, with --overwrite"
+            f"{path}: expected a file of codes, found a truncated or foreign one ({brief(error)}); {_EXTRACT_AGAIN}, with --overwrite"
         ) from None
-    shapes = {name: f"{array.dtype} {array.shape}" for name, array in found.items()}
+    shapes = {name: f"{array.dtype} {array.shape}" for name, array in arrays.items()}
     if shapes != expected or made_by != manifest.tokenizer_sha256:
-        wanted, there = (f"{what} of tokenizer {sha[:12]}" for what, sha in ((expected, manifest.tokenizer_sha256), (shapes, made_by)))
-        raise UserError(f"{path}: expected {wanted}, found {there}; extract the codes anew, with --overwrite")
-    return found
+        described = f"{expected} of tokenizer {manifest.tokenizer_sha256[:12]}, found {shapes} of tokenizer {made_by[:12]}"
+        raise UserError(f"{path}: expected {described}; {_EXTRACT_AGAIN}, with --overwrite")
+    return arrays
 
 
 def _sha256(path: Path) -> str:
@@ -151,43 +152,42 @@ def _sha256(path: Path) -> str:
 
 
 class CodeStore:
-    """A split's codes. Its files are mapped into memory: only pages that were read take any, shared by all processes of a machine."""
+    """A split's codes, mapped into memory: only pages that are read take memory, once for all processes of a machine."""
 
     def __init__(self, folder: Path, tokenizer_sha256: str | None = None) -> None:
         """Open a split's codes.
 
         Args:
-            folder: the split's.
+            folder: the split's folder.
             tokenizer_sha256: refuse codes of another tokenizer.
-        Errors: UserError for what is missing, truncated, or does not fit the manifest.
+        Errors: UserError for a file that is missing, truncated, or does not fit the manifest.
         """
         self.folder = folder
         self.manifest = read_manifest(folder)
-        found = self.manifest.tokenizer_sha256
-        if tokenizer_sha256 is not None and found != tokenizer_sha256:
-            raise UserError(
-                f"{folder}: expected codes of the run's tokenizer {tokenizer_sha256[:12]}, found codes of {found[:12]}; extract them anew"
-            )
+        made_by = self.manifest.tokenizer_sha256
+        if tokenizer_sha256 is not None and made_by != tokenizer_sha256:
+            expected = f"expected codes of the run's tokenizer {tokenizer_sha256[:12]}"
+            raise UserError(f"{folder}: {expected}, found codes of {made_by[:12]}; extract them again")
         opened = [open_shard(folder, self.manifest, shard) for shard in range(self.manifest.num_shards)]
         self._shards = [[content[f"level{level}"] for level in range(len(self.manifest.grids))] for content in opened]
         stored = [torch.from_numpy(content["condition"]) for content in opened if "condition" in content]
         self.condition = torch.cat(stored).to(self.manifest.condition.null(0).dtype) if stored else None
-        """(rows, ...), as the manifest's condition encodes it; None: the codes have none."""
+        """(rows, ...), encoded by the manifest's condition; None: the codes have none."""
 
     def __len__(self) -> int:
         return self.manifest.rows
 
     def translated(self, condition: Condition) -> Tensor | None:
-        """Convert the condition to rows (rows, ...) of a prior's; the store may have been extracted with other classes.
+        """Convert the stored condition to rows (rows, ...) of a prior's condition, which may have other classes.
 
-        Returns: None if the two cannot be compared. `condition.known` tells which rows the prior's condition has.
+        Returns: None if the two cannot be compared. `condition.known` marks the rows that have a counterpart.
         """
         return None if self.condition is None else condition.translate(self.condition, self.manifest.condition)
 
     def condition_for(self, condition: Condition) -> Tensor | None:
-        """Convert the condition to rows (rows, ...) of a prior's; None for an unconditional prior.
+        """Convert the stored condition to rows (rows, ...) of a prior's condition; None for an unconditional prior.
 
-        Errors: UserError for rows that the prior's condition does not have.
+        Errors: UserError for rows without a counterpart.
         """
         if isinstance(condition, NoCondition):
             return None
@@ -203,19 +203,19 @@ class CodeStore:
         return self.manifest.condition.show(self.condition[~condition.known(rows)][0])
 
     def codes(self, rows: Tensor, variants: Tensor | None = None) -> Codes:
-        """Read the codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) per level.
+        """Read the codes of rows, each in its variant (default: the image itself): int64 (B, h, w) per level.
 
-        Errors: UserError for a code that the codebook does not have.
+        Errors: UserError for a code outside the codebook.
         """
         shards, within = np.divmod(rows.numpy(), self.manifest.rows_per_shard)
         chosen = np.zeros(len(rows), np.int64) if variants is None else variants.numpy()
         levels = [np.empty((len(rows), *grid), np.int64) for grid in self.manifest.grids]
-        for place, (shard, row, variant) in enumerate(zip(shards.tolist(), within.tolist(), chosen.tolist(), strict=True)):
+        for index, (shard, row, variant) in enumerate(zip(shards.tolist(), within.tolist(), chosen.tolist(), strict=True)):
             for level, codes in enumerate(self._shards[shard]):
-                levels[level][place] = codes[row, variant]
-        for level, (found, number) in enumerate(zip(levels, self.manifest.num_codes, strict=True)):
-            self._check_below(number, found, level)
-        return tuple(torch.from_numpy(found) for found in levels)
+                levels[level][index] = codes[row, variant]
+        for level, (level_codes, number) in enumerate(zip(levels, self.manifest.num_codes, strict=True)):
+            self._check_below(number, level_codes, level)
+        return tuple(map(torch.from_numpy, levels))
 
     def shard(self, number: int) -> list[np.ndarray]:
         """Return the codes (rows, variants, h, w) per level of one shard, in their dtype on disk; read-only."""
@@ -224,7 +224,7 @@ class CodeStore:
     def counts(self) -> list[np.ndarray]:
         """Count the occurrences of each code over all rows and variants, (K,) per level.
 
-        Errors: UserError for a code that the codebook does not have.
+        Errors: UserError for a code outside the codebook.
         """
         counted = [np.zeros(number, np.int64) for number in self.manifest.num_codes]
         with progress_bar(len(self), f"count codes of {self.manifest.split}", "img", within=True) as bar:
@@ -239,19 +239,19 @@ class CodeStore:
         """Read all shards and check their sha256 and codes. Errors: UserError for the first damaged one."""
         if len(self.manifest.sha256) != self.manifest.num_shards:
             sums = f"{self.manifest.num_shards} sums, one a file"
-            raise UserError(f"{self.folder / MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; extract the codes anew")
+            raise UserError(f"{self.folder / MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; {_EXTRACT_AGAIN}")
         with progress_bar(len(self.manifest.sha256), f"verify {self.manifest.split}", "file", within=True) as bar:
             for shard, sha256 in enumerate(self.manifest.sha256):
                 path = self.folder / self.manifest.shard_name(shard)
-                found = _sha256(path)
-                if found != sha256:
-                    raise UserError(f"{path}: expected sha256 {sha256[:12]}, as it was written, found {found[:12]}; extract the codes anew")
+                actual = _sha256(path)
+                if actual != sha256:
+                    raise UserError(f"{path}: expected sha256 {sha256[:12]}, as it was written, found {actual[:12]}; {_EXTRACT_AGAIN}")
                 bar.update()
         self.counts()
 
     def _check_below(self, number: int, codes: np.ndarray, level: int) -> None:
         if codes.size and codes.max() >= number:
-            raise UserError(f"{self.folder}: expected codes of level {level} below {number}, found {codes.max()}; extract the codes anew")
+            raise UserError(f"{self.folder}: expected codes of level {level} below {number}, found {codes.max()}; {_EXTRACT_AGAIN}")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -260,19 +260,19 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_summed_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
     if set(content) != fields or content["format"] != _FORMAT or not _well_formed(content):
-        raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew, with --overwrite")
+        raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; {_EXTRACT_AGAIN}, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]
     content["image_shape"] = tuple(content["image_shape"])
     try:
         condition = condition_from(content["condition"])
     except (UserError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected a condition of the codes, found another thing ({error}); extract the codes anew") from None
+        raise UserError(f"{path}: expected a condition of the codes, found another thing ({error}); {_EXTRACT_AGAIN}") from None
     assert isinstance(condition, Condition)
     return Manifest(**{**content, "condition": condition})
 
 
 def _well_formed(content: dict[str, Any]) -> bool:
-    """Whether a manifest's sizes are positive integers that fit together; checked before anything is allocated by them."""
+    """Return whether a manifest's sizes are consistent positive integers; checked before anything is allocated by them."""
     try:
         sides = [side for h, w in content["grids"] for side in (h, w)]
         sizes = [

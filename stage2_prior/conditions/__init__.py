@@ -1,1 +1,1 @@
-"""What codes are conditioned on, one kind per file."""
+"""Conditions of codes, one kind per file."""

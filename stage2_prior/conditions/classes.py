@@ -1,4 +1,4 @@
-"""Classes: one of a number of names per image."""
+"""Class labels: one class per image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from stage2_prior.conditions.none import NoCondition
 class Classes(Condition):
     """The class of each image, from the labels of the data set, if it has any.
 
-    Rows are class numbers (B,) int64, the null is the number of classes. Numbers count within one data set only: codes, priors and images
-    of different sources are compared by the names.
+    Rows are class numbers (B,) int64; the null is the number of classes. Numbers are valid within one data set only: classes of codes,
+    priors and images from different sources are compared by name.
     """
 
     names: list[str] = field(default_factory=list)
-    """Classes in the order of their numbers. Empty: those of the data set."""
+    """Classes in the order of their numbers. Empty: the classes of the data set."""
 
     @override
     def build(self, source: ImageSource) -> Condition:

@@ -1,7 +1,7 @@
-"""The contract of conditions: how one is read from a data set, stored with the codes, embedded, and written by a user.
+"""The contract of conditions: reading one from a data set, storing it with the codes, embedding it, and parsing a user's text.
 
-A condition is chosen by the recipe (`condition: {kind: classes}`) and completed by `build` with what the data set says, such as the names
-of its classes. The manifest of the codes and the header of a prior hold it in that form, and `translate` is where the two meet.
+The recipe chooses a condition (`condition: {kind: classes}`), and `build` completes it from the data set, for instance with the names of
+its classes. The manifest of the codes and the header of a prior contain the completed condition; `translate` converts between the two.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from configs.schema import ConditionPart
 from stage1_vqvae.data.splits import ImageSource, ImageSplit
 
 Label = str | int
-"""A condition as a user writes it: for classes a name, or a number, which may be text where no class has it for a name."""
+"""A user's text for a condition: for classes a name, or a number, also as text unless a class has this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition(ConditionPart):
     """The condition of a prior: a row of numbers per image, stored with its codes.
 
-    Rows are tensors (B, *shape) of the dtype that `null` has; `disk_dtype` is theirs on disk. Priors add one vector per image, so that
-    an embedding maps rows to (B, C); tokens (B, L, C) need a prior that attends to them, which no kind here does.
+    Rows are tensors (B, *shape) of the dtype of `null`, and of `disk_dtype` on disk. Priors add one vector per image, so an embedding maps
+    rows to (B, C); tokens (B, L, C) would need a prior that attends to them, and there is none yet.
     """
 
     @abstractmethod
     def build(self, source: ImageSource) -> Condition:
-        """Return the condition as this data set has it; `NoCondition` if the data set has none."""
+        """Return the condition completed from a data set; `NoCondition` if the data set has none."""
 
     def accepts(self, stored: ConditionPart) -> bool:
-        """Whether codes stored with that condition are those that the recipe, which chose this one, is after."""
+        """Return whether codes stored with that condition can be used where the recipe chooses this one."""
         return self == stored
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Condition(ConditionPart):
 
     @abstractmethod
     def null(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
-        """Rows (B, *shape) that mean "no condition"."""
+        """Return rows (B, *shape) that mean "no condition"."""
 
     @abstractmethod
     def embedding(self, width: int) -> nn.Module:
@@ -71,9 +71,9 @@ class Condition(ConditionPart):
         return self.kind
 
     def translate(self, rows: Tensor, source: ConditionPart) -> Tensor | None:
-        """Convert rows that another data set or prior has stored, under its condition `source`, to rows of this one.
+        """Convert rows of another data set's or prior's condition, `source`, to rows of this one.
 
-        Returns: (B, *shape); None if the two conditions cannot be compared. Which rows have a counterpart here, `known` tells.
+        Returns: (B, *shape); None if the two conditions cannot be compared. `known` marks the rows that have a counterpart.
         """
         return rows if source == self else None
 
@@ -86,5 +86,5 @@ class Condition(ConditionPart):
         return torch.where(mask.view(-1, *[1] * len(self.shape)), self.null(len(rows), rows.device), rows)
 
     def in_turn(self, count: int) -> Tensor | None:
-        """Rows of samples for which nothing is requested: the classes in turn; None: no condition."""
+        """Return default rows (count, *shape) of samples: the classes in turn; None: no condition."""
         return torch.arange(count) % len(self.class_names) if self.class_names else None

@@ -18,7 +18,7 @@ from stage2_prior.conditions.contract import Condition, Label
 class NoCondition(Condition):
     """No condition: unconditional priors.
 
-    The null alone is embedded, so that networks have the same form with a condition and without.
+    Only the null is embedded, so that networks have the same structure with a condition and without.
     """
 
     @override

@@ -1,1 +1,1 @@
-"""How many bits the codes cost under a prior."""
+"""The likelihood of codes under a prior, in bits."""

@@ -1,4 +1,4 @@
-"""How many bits a code costs: under a prior, by position and by class, and under references that know no context."""
+"""Bits per code under a prior, by position and by class, and under references without context."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def bits(nats: float) -> float:
 
 
 def uniform_bits(num_codes: Sequence[int]) -> list[float]:
-    """The bits of a code when all K are equally likely, log2 K: one number a level."""
+    """Compute the bits per code if all K codes are equally likely, log2 K, per level."""
     return [math.log2(k) for k in num_codes]
 
 
 def unigram_bits(training: CodeStore, validation: CodeStore) -> list[float]:
-    """Cross-entropy of the validation codes under the training codes' frequencies, each count plus one: of each level."""
+    """Compute the cross-entropy of the validation codes under the training codes' frequencies, each count plus one, per level."""
     levels = []
-    for learned, seen in zip(training.counts(), validation.counts(), strict=True):
-        probabilities = torch.from_numpy(learned).double() + 1
-        nats = -float((torch.from_numpy(seen) * (probabilities / probabilities.sum()).log()).sum())
-        levels.append(bits(nats / int(seen.sum())))
+    for training_counts, counts in zip(training.counts(), validation.counts(), strict=True):
+        probabilities = torch.from_numpy(training_counts).double() + 1
+        nats = -float((torch.from_numpy(counts) * (probabilities / probabilities.sum()).log()).sum())
+        levels.append(bits(nats / int(counts.sum())))
     return levels
 
 
 def mean_over_tokens(levels: Sequence[float], grids: Sequence[tuple[int, int]]) -> float:
-    """Bits a token of all levels together, of each level's."""
+    """Average bits per token, given per level, over the tokens of all levels."""
     tokens = [h * w for h, w in grids]
     return sum(count * level for count, level in zip(tokens, levels, strict=True)) / sum(tokens)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Bits per token over some images, given their condition where the prior has one."""
+    """Bits per token over some images, conditioned if the prior has a condition."""
 
     images: int
     positions: Tensor
@@ -57,7 +57,7 @@ class Likelihood:
 
     @property
     def mean(self) -> float:
-        """Mean bits a token over all positions."""
+        """Mean bits per token over all positions."""
         return float(self.positions.mean())
 
 
@@ -101,13 +101,13 @@ def measure(accelerator: Accelerator, prior: Prior, store: CodeStore, rows: Tens
 
 
 def turning_point(validation: Sequence[float], training: Sequence[float]) -> int | None:
-    """The index of the best validation, if at least two have followed it and the training mean has since fallen below what it was then:
-    from there on the prior learned its images by heart. Otherwise None.
+    """Return the index of the best validation, if overfitting began there: at least two validations have followed it, and the training mean
+    has fallen since. Otherwise None.
 
     Args:
-        validation: bits a token at each validation, oldest first.
-        training: the training mean before each of them.
+        validation: bits per token at each validation, oldest first.
+        training: mean training bits per token before each validation.
     """
     best = min(range(len(validation)), key=validation.__getitem__)
-    turned = len(validation) - 1 - best >= 2 and training[-1] < training[best]
-    return best if turned else None
+    overfits = len(validation) - 1 - best >= 2 and training[-1] < training[best]
+    return best if overfits else None

@@ -1,4 +1,4 @@
-"""The likelihood report of a prior: JSON for machines, Markdown and a picture for people."""
+"""The likelihood report of a prior: as JSON, as Markdown and as a picture."""
 
 from __future__ import annotations
 
@@ -28,62 +28,62 @@ def likelihood_report(
     batch_size: int,
     validations: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """All of it, as JSON will have it: bits a token, of the levels that the prior models, unless a name says otherwise.
+    """Compute the content of likelihood.json: bits per token of the levels that the prior models, unless a name says otherwise.
 
-    Training's figure is over as many images as validation has, drawn once and for all.
+    The training figure is over a fixed random subset of as many images as validation has.
 
     Args:
-        batch_size: images at once on each process.
-        validations: their records in metrics.jsonl, for the step at which they turned.
+        batch_size: images per batch on each process.
+        validations: records of validation in metrics.jsonl, for the step at which overfitting began.
     """
     manifest, levels = validation.manifest, prior.levels
     grids, num_codes = manifest.grids[levels], manifest.num_codes[levels]
-    chosen = torch.randperm(len(training), generator=generator(0, "likelihood of training images"))[: len(validation)]
-    seen = measure(accelerator, prior, training, chosen.sort().values, batch_size)
-    found = measure(accelerator, prior, validation, torch.arange(len(validation)), batch_size)
+    subset = torch.randperm(len(training), generator=generator(0, "likelihood of training images"))[: len(validation)]
+    on_training = measure(accelerator, prior, training, subset.sort().values, batch_size)
+    on_validation = measure(accelerator, prior, validation, torch.arange(len(validation)), batch_size)
     uniform, unigram = uniform_bits(num_codes), unigram_bits(training, validation)[levels]
     references = {"unigram": mean_over_tokens(unigram, grids), "uniform": mean_over_tokens(uniform, grids)}
     channels, height, width = manifest.image_shape
     raw = raw_bits(height, width, channels)
-    coded = found.mean * prior.layout.length
-    positions = found.positions.split(prior.layout.lengths)
+    coded = on_validation.mean * prior.layout.length
+    positions = on_validation.positions.split(prior.layout.lengths)
     return {
         "exact": prior.exact,
-        "images": {"train": seen.images, "validation": found.images},
-        "train": seen.mean,
-        "validation": found.mean,
+        "images": {"train": on_training.images, "validation": on_validation.images},
+        "train": on_training.mean,
+        "validation": on_validation.mean,
         **references,
-        "saved_percent": {name: 100 * (1 - found.mean / reference) for name, reference in references.items()},
+        "saved_percent": {name: 100 * (1 - on_validation.mean / reference) for name, reference in references.items()},
         "bits_per_image": {"raw": raw, "indices": index_bits(grids, num_codes), "prior": coded},
-        # Of the codes alone. What the decoder leaves open is not in it; evaluate.py has the whole, if the objective is a likelihood.
+        # Codes only. evaluate.py adds the pixels given the codes, if the objective is a likelihood.
         "codes_bits_per_dim": coded / (channels * height * width),
         "levels": [
             {"grid": grid, "num_codes": k, "uniform": flat, "unigram": frequent, "validation": float(bits.mean())}
             for grid, k, flat, frequent, bits in zip(grids, num_codes, uniform, unigram, positions, strict=True)
         ],
         "positions": [bits.view(grid).tolist() for grid, bits in zip(grids, positions, strict=True)],
-        "labels": found.classes,
+        "labels": on_validation.classes,
         "validation_turned_at_step": turned_at(validations),
     }
 
 
 def turned_at(validations: Sequence[dict[str, Any]]) -> int | None:
-    """The step of the validation after which the prior learned by heart; None: it has not."""
+    """Return the step of the validation after which the prior overfits; None: it does not."""
     if not validations:
         return None
-    turned = turning_point(*([record[key] for record in validations] for key in ("bits_per_token", "train_bits_per_token")))
-    return None if turned is None else validations[turned]["step"]
+    index = turning_point(*([record[key] for record in validations] for key in ("bits_per_token", "train_bits_per_token")))
+    return None if index is None else validations[index]["step"]
 
 
 def write_report(folder: Path, name: str, report: dict[str, Any]) -> None:
-    """likelihood.json, likelihood.md and likelihood.png into the prior's folder."""
+    """Write likelihood.json, likelihood.md and likelihood.png into the prior's folder."""
     write_json(folder / "likelihood.json", report)
     write_text(folder / "likelihood.md", markdown(name, report))
     picture(folder / "likelihood.png", report)
 
 
 def markdown(name: str, report: dict[str, Any]) -> str:
-    """The report as Markdown tables."""
+    """Render the report as Markdown tables."""
     saved, images, per_image = report["saved_percent"], report["images"], report["bits_per_image"]
     at_most = "" if report["exact"] else "at most "
     rows = [
@@ -95,16 +95,16 @@ def markdown(name: str, report: dict[str, Any]) -> str:
     lines = [
         f"# Likelihood of prior {escaped(name)}",
         "",
-        *([] if report["exact"] else ["Figures of the prior are a bound: no code costs more bits on average, some may cost fewer.", ""]),
+        *([] if report["exact"] else ["The prior's figures are upper bounds of its bits per token.", ""]),
         *markdown_table(["bits a token", "", "saved by the prior"], rows),
         "",
         f"An image: {per_image['raw']} bits raw, {per_image['indices']:.0f} as indices, {at_most}{per_image['prior']:.0f} under the prior; "
-        f"the codes are {report['codes_bits_per_dim']:.4f} bits a dimension (the codes alone: the pixels they leave open are not counted).",
+        f"the codes are {report['codes_bits_per_dim']:.4f} bits a dimension (codes only, without the pixels given the codes).",
         "",
     ]
     turned = report["validation_turned_at_step"]
     lines += (
-        [f"Validation turned after step {turned}: from there on the prior learned its images by heart.", ""] if turned is not None else []
+        [f"Validation turned after step {turned}: from then on the prior memorised its training images.", ""] if turned is not None else []
     )
     figures = ("uniform", "unigram", "validation")
     levels = [
@@ -118,7 +118,7 @@ def markdown(name: str, report: dict[str, Any]) -> str:
 
 
 def picture(path: Path, report: dict[str, Any]) -> None:
-    """A heat map a level, of the bits of each position, on one scale; then a bar a label."""
+    """Save a heat map of the bits of each position per level, on one scale, and a bar per label."""
     panels = len(report["positions"]) + bool(report["labels"])
     figure = Figure(figsize=(4.4 * panels, 3.8), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]

@@ -201,5 +201,5 @@ def test_without_a_prior_the_error_names_the_command_to_run(run_copy: Path, one_
 def test_codes_of_another_tokenizer_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     path = run_copy / "codes" / VALIDATION / "manifest.json"
     write_summed_json(path, {**read_summed_json(path), "tokenizer_sha256": "0" * 64})
-    assert "extract them anew" in one_line_error(main, "--run", run_copy)
+    assert "extract them again" in one_line_error(main, "--run", run_copy)
     assert not (run_copy / "anomalies").exists()

@@ -115,10 +115,8 @@ def test_codes_of_another_tokenizer_are_extracted_again(run_copy: Path, capsys: 
         train_prior(["--run", str(run_copy), "--name", "second"])
     main(["--run", str(run_copy)])
     out = capsys.readouterr().out
-    assert "extracting anew" in out
-    assert (
-        out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 2
-    )  # by the training and by this command
+    assert "extracting again" in out
+    assert out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 2  # by the training and this command
     assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
 
 
@@ -160,7 +158,7 @@ def test_an_interrupted_extraction_resumes_to_the_same_codes(
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "write_shard", lambda *arguments: (written.append(arguments), write(*arguments)))
         main([*command[:-1], "2"])  # as advised when memory is full
-    assert (f"going on, {good} of 11 files" in capsys.readouterr().out) == (good > 0)
+    assert (f"resuming, {good} of 11 files" in capsys.readouterr().out) == (good > 0)
     assert len(written) == 11 + (damaged is not None)
     assert contents(run_copy / "codes") == complete
     assert not list(run_copy.glob("codes.*"))
@@ -216,7 +214,7 @@ def test_codes_that_decode_to_other_images_are_refused(
     assert contents(run_copy / "codes") == before
     capsys.readouterr()
     main(["--run", str(run_copy), "--overwrite"])
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     assert contents(run_copy / "codes") == before
 
 
