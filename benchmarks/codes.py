@@ -34,6 +34,7 @@ from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.extract_codes import extract
 from stage2_prior.priors.prior_file import build_prior
 from stage2_prior.steps import PriorState, take_step
@@ -131,7 +132,7 @@ def random_store(rows: int, tokens: int, folder: Path) -> None:
         rows=rows,
         grids=[(side, side)],
         num_codes=[16_384],
-        label_names=None,
+        condition=NoCondition(),
         augmentation="none",
         variants=1,
         image_shape=(3, 256, 256),
@@ -156,10 +157,10 @@ def prior_steps(rows: int, tokens: int, folder: Path) -> None:
     in_memory = copy.copy(on_disk)
     in_memory._shards = [[np.array(level) for level in on_disk.shard(shard)] for shard in range(on_disk.manifest.num_shards)]
     part = part_from("prior", {**as_dict(recipe.prior), "layers": 4, "width": 256, "heads": 4})
-    prior = build_prior(part, on_disk.manifest, None)
+    prior = build_prior(part, NoCondition(), on_disk.manifest)
     state = PriorState(accelerator, prior, config, Compute())
     stores = {"on disk": on_disk, "in memory": in_memory}
-    loaders = {name: CodeLoader(store, prior.num_classes, config, accelerator) for name, store in stores.items()}
+    loaders = {name: CodeLoader(store, prior.condition, config, accelerator) for name, store in stores.items()}
     seconds, memory = dict[str, list[float]](), list[float]()
     for step in range(120):
         for name, loader in loaders.items():

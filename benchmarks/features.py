@@ -42,7 +42,7 @@ def main() -> None:
     prior, header, _ = load_finished(run, None, "stage 2")
     real = source.splits[VALIDATION].pixels[:]
     count = len(real)
-    labels = torch.arange(count) % len(header.label_names) if header.label_names else None
+    labels = header.condition.in_turn(count)
     sampler = Sampler(prior)
     with torch.no_grad():
         reconstructed = to_uint8(tokenizer(to_model(real)).reconstruction)

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from configs.parts import part_from
 from stage1_vqvae.attention import rotations
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.classes import Classes
 from stage2_prior.priors.transformer import Block
 
 _CODES, _SIDE, _CLASSES, _VARIANTS, _BATCH = 16384, 16, 1000, 10, 256  # those of configs/imagenet256.yaml
@@ -50,7 +51,7 @@ def count_parameters(size: dict[str, Any]) -> ParameterCounts:
     """Count the parameters of a transformer of that size, on the meta device."""
     part = part_from("prior", {"kind": "transformer", **size})
     with torch.device("meta"):
-        prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), _CLASSES, _VARIANTS)
+        prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), Classes(names=[*map(str, range(_CLASSES))]), _VARIANTS)
     total = sum(parameter.numel() for parameter in prior.parameters())
     inside = sum(parameter.numel() for module in prior.fsdp_modules() for parameter in module.parameters())
     return ParameterCounts(len(prior.fsdp_modules()), part.sizes().width, inside, total - inside)

@@ -30,7 +30,8 @@ from pipelines.codec.code_file import insert_stored, pack, run_fingerprint
 from pipelines.codec.coder import decode
 from pipelines.codec.image_coder import encode_images
 from pipelines.codec.pixels import decode_pixels
-from pipelines.inputs.images import Images, chosen_images, labels_for
+from pipelines.conditioning import image_condition
+from pipelines.inputs.images import Images, chosen_images
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
 from stage2_prior.priors.prior_file import finished_prior, load_finished
@@ -58,7 +59,7 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     loaded, header, _ = load_finished(run, prior_name, TRAIN_PRIOR)
     prior = stepwise(loaded, "compress", header.config.kind)
     prior.double()
-    pixels, labels = images.pixels, labels_for(None, images, header)
+    pixels, labels = images.pixels, image_condition(header, None, images)
     source = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path)), path.parent.name
 
     def decompress() -> Tensor:

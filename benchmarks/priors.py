@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.draw import StepwiseSampling, draw, uniforms, warp
 from stage2_prior.priors.pixelcnn import PixelCNNPart
 from stage2_prior.priors.stepwise import StepwisePrior
@@ -30,6 +32,7 @@ from training.optimizer import adamw
 _IMAGES, _K, _GRID = 64, 512, (8, 8)
 _SIZES = {"layers": 6, "width": 384, "heads": 6}
 _LAYOUT = SequenceLayout([_GRID], [_K])
+_CONDITION = Classes(names=[*map(str, range(10))])
 _STEPS = 4
 
 
@@ -99,9 +102,9 @@ def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dic
 def sampling(rounds: int) -> None:
     """Print the table of sampling times."""
     labels, uniform = torch.arange(_IMAGES) % 10, uniforms(0, torch.arange(_IMAGES), _LAYOUT.length)
-    transformer = TransformerPart(**_SIZES).build(_LAYOUT, 10).eval()
-    pixelcnn = PixelCNNPart().build(_LAYOUT, 10).eval()
-    with_attention = PixelCNNPart(attention_interval=5).build(_LAYOUT, 10).eval()
+    transformer = TransformerPart(**_SIZES).build(_LAYOUT, _CONDITION).eval()
+    pixelcnn = PixelCNNPart().build(_LAYOUT, _CONDITION).eval()
+    with_attention = PixelCNNPart(attention_interval=5).build(_LAYOUT, _CONDITION).eval()
     print("| prior | parameters | cached s | chain of its products s | ratio | full pass a position s | ratio | same codes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", with_attention)):
@@ -124,7 +127,7 @@ def sampling(rounds: int) -> None:
 
 def memory() -> None:
     """Print the process's peak memory while 256 images are sampled in batches of 16."""
-    prior = TransformerPart(**_SIZES).build(_LAYOUT, 10).eval()
+    prior = TransformerPart(**_SIZES).build(_LAYOUT, _CONDITION).eval()
     held = []
     for batch in range(16):
         numbers = torch.arange(batch * 16, (batch + 1) * 16)
@@ -136,7 +139,7 @@ def memory() -> None:
 
 def training(rounds: int) -> None:
     """Print the table of training speeds."""
-    ours, plain = TransformerPart(**_SIZES, dropout=0.0).build(_LAYOUT, 0), PlainTransformer(**_SIZES)
+    ours, plain = TransformerPart(**_SIZES, dropout=0.0).build(_LAYOUT, NoCondition()), PlainTransformer(**_SIZES)
     sequences = torch.randint(_K, (_IMAGES, _LAYOUT.length))
     codes = _LAYOUT.grids_of(sequences)
     optimizers = [adamw(model, 1e-3, 0.05, beta2=0.95) for model in (ours, plain)]

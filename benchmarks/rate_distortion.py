@@ -32,8 +32,9 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir
 from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
 from pipelines.codec.coder import batch_images, encode
+from pipelines.conditioning import image_condition
 from pipelines.encoding import encode_and_decode
-from pipelines.inputs.images import Images, chosen_images, labels_for
+from pipelines.inputs.images import Images, chosen_images
 from stage1_vqvae.metrics import index_bits, psnr, squared_errors, ssim_per_image
 from stage1_vqvae.model import load_tokenizer
 from stage1_vqvae.pictures import square_columns
@@ -74,7 +75,7 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Poin
     path = finished_prior(run, prior_name, TRAIN_PRIOR)
     loaded, header, _ = load_finished(run, prior_name, TRAIN_PRIOR)
     prior = stepwise(loaded, "compress", header.config.kind)
-    labels = labels_for(None, images, header)
+    labels = image_condition(header, None, images)
     codes, decoded = encode_and_decode(tokenizer, images.pixels, _BATCH)
     coded = encode(prior.double(), codes, labels, batch_images(prior.layout, _BATCH), progress=True).coded
     height, width, channels = images.pixels.shape[1:]

@@ -26,6 +26,7 @@ from configs.schema import Compute, Stage2
 from stage2_prior.codes.loader import CodeLoader
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import CodeStore, Manifest, write_manifest, write_shard
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.steps import PriorState, take_step
 from training.processes import finish, start
 
@@ -77,7 +78,7 @@ def write_codes(folder: Path, codes: int, side: int) -> None:
         rows=_ROWS,
         grids=[(side, side)],
         num_codes=[codes],
-        label_names=None,
+        condition=NoCondition(),
         augmentation="none",
         variants=1,
         image_shape=(256, 256, 3),
@@ -95,12 +96,12 @@ def measure(options: argparse.Namespace) -> None:
     accelerator = start(compute)
     config = Stage2(batch_size=options.batch * options.processes, optimizer=options.optimizer)
     before, memory = _memory_mib(), _PeakMemory()
-    prior = part_from("prior", {"kind": "transformer", "preset": options.preset, "conditional": False}).build(
-        SequenceLayout([(options.side, options.side)], [options.codes]), 0
+    prior = part_from("prior", {"kind": "transformer", "preset": options.preset}).build(
+        SequenceLayout([(options.side, options.side)], [options.codes]), NoCondition()
     )
     state = PriorState(accelerator, prior, config, compute)
     built = memory.take()
-    loader, seconds = CodeLoader(CodeStore(options.folder), prior.num_classes, config, accelerator), []
+    loader, seconds = CodeLoader(CodeStore(options.folder), prior.condition, config, accelerator), []
     state.model.train()
     for step in range(_STEPS):
         if step == _UNTIMED:

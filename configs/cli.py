@@ -468,7 +468,7 @@ def _with_parts(recipe: Recipe, known: argparse.Namespace) -> Recipe:
             if family == "prior":
                 recipe = with_prior(recipe, part)
             else:
-                changed: dict[str, Any] = {section: dataclasses.replace(getattr(recipe, section), **{key: part})}
+                changed: dict[str, Any] = {section: dataclasses.replace(getattr(recipe, section), **{key: part}) if key else part}
                 recipe = dataclasses.replace(recipe, **changed)
     if known.preset is not None and hasattr(recipe.prior, "preset"):
         sizes: dict[str, Any] = dict.fromkeys(("layers", "width", "heads"), 0)

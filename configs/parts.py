@@ -54,6 +54,10 @@ FAMILIES: dict[str, dict[str, str]] = {
         "patch": "stage1_vqvae.objectives.discriminators:PatchPart",
         "projected": "stage1_vqvae.objectives.discriminators:ProjectedPart",
     },
+    "condition": {
+        "classes": "stage2_prior.conditions.classes:Classes",
+        "none": "stage2_prior.conditions.none:NoCondition",
+    },
     "prior": {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",
         "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",

@@ -239,8 +239,26 @@ class Extraction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionPart(Part):
+    """What the prior's codes are conditioned on, and what is stored with them. `build(source)` completes it with what a data set says."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Columns of the data set that it is read from, other than the images and their labels."""
+        return ()
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, where stored rows are their numbers; empty for other kinds."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How codes are drawn: what all kinds of prior take. A kind with settings of its own adds them in a class that its part names."""
+    """How codes are drawn from the prior.
+
+    These settings are for all kinds of prior; a kind adds its own in a subclass that its part names.
+    """
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
     temperature: float = 1.0
@@ -269,7 +287,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class PriorPart(Part):
-    """The model of the codes. `build(layout, num_classes, num_variants)` makes it; a kind that may be given levels has one more argument,
+    """The model of the codes. `build(layout, condition, num_variants)` makes it; a kind that may be given levels has one more argument,
     `build(.., given)`: the layout of the levels above those of `layout`.
     """
 
@@ -279,8 +297,6 @@ class PriorPart(Part):
     MAY_BE_GIVEN_LEVELS: ClassVar[bool] = False
     dropout: float = 0.1
     """Share of activations dropped in training, where the kind says."""
-    conditional: bool = True
-    """Condition on classes where the codes have them."""
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, "prior.dropout", "0 <= dropout < 1", self.dropout)
@@ -300,8 +316,8 @@ class Stage2(_Loop):
     al. 2024); the rest stays with AdamW. Where a GPU trains in bf16, so are its matrix products; several processes share them out."""
     weight_decay: float = 0.05
     """Decay of matrices (not of gains and embeddings)."""
-    label_dropout: float = 0.1
-    """Share of labels hidden in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
+    condition_dropout: float = 0.1
+    """Share of conditions replaced by the null in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
     weight_average: float = 0.999
     """Decay a step of the moving average of the weights, which validation and sampling use; 0 = the last step's weights."""
     gradient_checkpointing: bool = False
@@ -310,7 +326,7 @@ class Stage2(_Loop):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.weight_average < 1, "stage2.weight_average", "0 <= decay < 1", self.weight_average)
-        require(0 <= self.label_dropout < 1, "stage2.label_dropout", "0 <= share < 1", self.label_dropout)
+        require(0 <= self.condition_dropout < 1, "stage2.condition_dropout", "0 <= share < 1", self.condition_dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +386,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     stage1: Stage1 = field(default_factory=Stage1)
+    condition: ConditionPart = field(default_factory=lambda: default_part("condition"))
     extraction: Extraction = Extraction()
     prior: PriorPart = field(default_factory=lambda: default_part("prior"))
     stage2: Stage2 = Stage2()
@@ -423,6 +440,11 @@ def tokenizer_from(content: dict[str, Any]) -> Tokenizer:
     """The inverse of `as_dict` for a tokenizer section."""
     parts = {name: part_from(f"tokenizer.{name}", content[name]) for name in ("quantizer", "network", "objective")}
     return Tokenizer(**{**content, **parts})
+
+
+def condition_from(content: dict[str, Any]) -> ConditionPart:
+    """The inverse of `as_dict` for a condition."""
+    return part_from("condition", content)
 
 
 def prior_from(content: dict[str, Any]) -> PriorPart:

@@ -28,8 +28,9 @@ from torch import Tensor
 from configs.cli import EXTRACT_CODES, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, read_json
+from pipelines.conditioning import image_condition, label_option
 from pipelines.encoding import encode_and_decode
-from pipelines.inputs.images import chosen_images, image_options, known_labels_for
+from pipelines.inputs.images import chosen_images, image_options
 from pipelines.scoring.heat_maps import colour_scale, heat_maps, overlaid
 from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
 from pipelines.scoring.surprisals import BATCH_SIZE, surprisals
@@ -64,7 +65,7 @@ def _options(parser: Any) -> None:
     image_options(parser)
     parser.add_argument("--top", type=int, default=16, help="images with most bits in anomalies.png, and half as many of each other kind")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
-    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
+    label_option(parser, "all images", "their own, if they have any")
 
 
 def _find(command: Command, device: torch.device) -> None:
@@ -72,17 +73,17 @@ def _find(command: Command, device: torch.device) -> None:
     scorer = load_finished(run, options.prior, command.next(TRAIN_PRIOR), device)
     stepwise(scorer.prior, "anomalies", scorer.header.config.kind)  # bits of a code given those before it
     tokenizer = load_tokenizer(run, device)
-    images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
-    labels = known_labels_for(options.label, images, scorer.header)
+    images = chosen_images(options, command.recipe.data, progress=True, run=command.run, columns=scorer.header.condition.columns)
+    condition = image_condition(scorer.header, options.label, images, lenient=True)
     mean_error = read_json(run.stage1 / "report.json")["validation"]["mse"]
-    usual = validation_bits(command, scorer, labelled=labels is not None)
+    usual = validation_bits(command, scorer, conditional=condition is not None)
     if usual is None:
         print(f"no comparison with the validation images: there are no codes of any that the prior knows; {command.next(EXTRACT_CODES)}")
 
     with run.numbered("anomalies") as folder:
         assert folder is not None
         codes, pictures = encode_and_decode(tokenizer, images.pixels, BATCH_SIZE, progress=True)
-        bits = surprisals(scorer.prior, codes, labels, "bits", progress=True)
+        bits = surprisals(scorer.prior, codes, condition, "bits", progress=True)
         totals = bits.sum(1)
         errors = torch.cat([squared_errors(pictures[part], images.pixels[part]) for part in batches(len(pictures), BATCH_SIZE)])
         percent = torch.full_like(totals, torch.nan) if usual is None else percent_below(totals, usual)
@@ -125,20 +126,20 @@ def _find(command: Command, device: torch.device) -> None:
     print(f"ranked {len(rows)} images by their bits under the prior {scorer.name}: {where}")
 
 
-def validation_bits(command: Command, scorer: LoadedPrior, labelled: bool) -> Tensor | None:
-    """Bits (N,) of the validation images, with labels or without; None if their codes are missing or no label is known."""
+def validation_bits(command: Command, scorer: LoadedPrior, conditional: bool) -> Tensor | None:
+    """Bits (N,) of the validation images, with their condition or without; None if their codes are missing or no class is known."""
     folder = command.run.codes / VALIDATION
     if not folder.is_dir():
         return None
     store = CodeStore(folder, fingerprint(command.run.tokenizer))
-    labels, rows = None, torch.arange(len(store))
-    if labelled and scorer.header.label_names is not None:
-        numbers = store.labels_among(scorer.header.label_names)
-        rows = rows[:0] if numbers is None else torch.nonzero(numbers >= 0)[:, 0]
-        labels = None if numbers is None else numbers[rows]
+    condition, rows = None, torch.arange(len(store))
+    if conditional:
+        stored = store.translated(scorer.header.condition)
+        rows = rows[:0] if stored is None else torch.nonzero(scorer.header.condition.known(stored))[:, 0]
+        condition = None if stored is None else stored[rows]
         if len(rows) < len(store):
             say(f"compared with {len(rows):,} of {len(store):,} validation images: the others' labels the prior does not know")
-    return surprisals(scorer.prior, store.codes(rows), labels, "bits of validation", progress=True).sum(1) if len(rows) else None
+    return surprisals(scorer.prior, store.codes(rows), condition, "bits of validation", progress=True).sum(1) if len(rows) else None
 
 
 def percent_below(values: Tensor, usual: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ from torch import Tensor
 from configs.cli import parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import program, write_json
+from pipelines.conditioning import image_condition, label_option
 from pipelines.encoding import encode_and_decode
 from pipelines.generator import load_generator
-from pipelines.inputs.images import chosen_images, image_options, labels_for
+from pipelines.inputs.images import chosen_images, image_options
 from pipelines.inputs.pictures import mask_in
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage2_prior.priors.prior_file import drawn_prior
@@ -59,12 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         rows = kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
         kept = rows_of_pixels(rows, *size)
-    images = chosen_images(options, command.recipe.data, accelerator.is_main_process, command.run, options.n)
+    images = chosen_images(options, command.recipe.data, accelerator.is_main_process, command.run, options.n, generator.columns)
     pixels, count = images.pixels, len(images.pixels)
     if count < options.n:
         say(f"--n {options.n}: there are {count} images")
-    labels = labels_for(options.label, images, generator.header)
-    repeated = None if labels is None else labels.repeat_interleave(options.continuations)
+    condition = image_condition(generator.header, options.label, images)
+    repeated = None if condition is None else condition.repeat_interleave(options.continuations, 0)
 
     with run.numbered("completions", accelerator.is_main_process) as folder:
         codes, reconstructions = encode_and_decode(tokenizer, pixels, config.batch_size)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
                 "mask": options.mask,
                 "seed": options.seed,
                 **generator.origin,
-                "labels": None if labels is None else labels.tolist(),
+                "labels": None if condition is None else condition.tolist(),
             }
             write_json(folder / "completions.json", details)
     if folder is not None:
@@ -102,7 +103,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--mask", type=str, help="a picture of the images' size instead: white is kept, black or transparent drawn")
     image_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
+    label_option(parser, "all images", "their own, if they have any")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished), or `uniform`")
 
 

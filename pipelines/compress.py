@@ -27,8 +27,9 @@ from configs.errors import UserError, run_entry
 from configs.run_dir import program, typed, write_bytes
 from pipelines.codec.code_file import SUFFIX, Sizes
 from pipelines.codec.image_coder import EncodedImages
+from pipelines.conditioning import image_condition, label_option
 from pipelines.generator import load_generator
-from pipelines.inputs.images import Images, chosen_images, image_options, known_labels_for, unique_names
+from pipelines.inputs.images import Images, chosen_images, image_options, unique_names
 from stage1_vqvae.data.decoding import read_image
 from stage1_vqvae.metrics import psnr, squared_errors
 from stage2_prior.priors.prior_file import finished_prior
@@ -54,11 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     images = chosen_images(options, command.recipe.data, progress=True, run=command.run)
     if options.lossless:
         check_exact(images, command.recipe.data)
-    labels = known_labels_for(options.label, images, generator.header)
+    condition = image_condition(generator.header, options.label, images, lenient=True)
 
     # Images of a split are named by their row number.
     names = None if images.below is None else unique_names(images.below)
-    data, sizes, encoded = generator.compressed(images.pixels, labels, names, options.batch_size, options.lossless, progress=True)
+    data, sizes, encoded = generator.compressed(images.pixels, condition, names, options.batch_size, options.lossless, progress=True)
 
     with run.numbered("compressed", output is None) as folder:
         output = output or (folder or run.path) / f"images{SUFFIX}"
@@ -76,7 +77,7 @@ def _options(parser: Any) -> None:
     parser.add_argument("--lossless", action="store_true", help="also code the pixels, so that all are restored exactly")
     parser.add_argument("--output", type=str, help="the file to write; must not exist (default: compressed/NNN in the run)")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
-    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, where known)")
+    label_option(parser, "all images", "their own, where known")
     parser.add_argument("--batch_size", type=int, default=64, help="images at once, while encoding and decoding")
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
 from configs.errors import UserError, run_entry, say
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
-from configs.schema import Stage1
+from configs.schema import Stage1, condition_from
 from pipelines.evaluation.assessment import Assessor, Samples, local_lpips, pixels_hash
 from pipelines.evaluation.npz import array_in
 from pipelines.evaluation.reference_batch import load_reference_batch
@@ -128,7 +128,8 @@ def load_splits(command: Command, progress: bool) -> ImageSource:
     def check(record: Record) -> None:
         check_unchanged(command.run.data, record, str(command.run), command.options.accept_changed_data)
 
-    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *named.values()}, progress, check=check)
+    columns = command.recipe.condition.columns
+    source = load_images(command.recipe.data, {TRAIN, VALIDATION, *named.values()}, progress, check=check, columns=columns)
     for name, split in named.items():
         if split not in source.splits:
             raise UserError(f"--{name} {split}: expected one of {', '.join(source.splits)}, the splits of the run's data")
@@ -139,11 +140,12 @@ def draw_samples(command: Command, accelerator: Accelerator, folder: Path | None
     """Draw samples of a prior of the run, their pixels in a temporary file in the folder; complete on the main process alone."""
     config = command.recipe.evaluation
     generator = load_generator(command, accelerator, command.options.prior)
-    codes, pixels, labels = generator.draw(config.n, seed=config.seed, progress=True, folder=folder)
-    label_names = None if labels is None else [generator.label_names[label] for label in labels.tolist()]
-    balance = "no labels" if labels is None else f"labels in turns: {class_balance(labels, len(generator.label_names))}"
+    codes, pixels, condition = generator.draw(config.n, seed=config.seed, progress=True, folder=folder)
+    names = generator.label_names
+    labels = None if condition is None or not names else [names[label] for label in condition.tolist()]
+    balance = "no labels" if condition is None else f"labels in turns: {class_balance(condition, len(names))}"
     origin = {"source": f"drawn from prior {generator.prior_name}, {balance}", "tokenizer_sha256": generator.tokenizer_sha256}
-    return Samples(pixels, codes, label_names, origin | generator.origin)
+    return Samples(pixels, codes, labels, origin | generator.origin)
 
 
 def class_balance(labels: Tensor, classes: int) -> str:
@@ -176,11 +178,12 @@ def load_samples(command: Command, path: str, label_names: list[str] | None) -> 
         pixels = load_files([str(source / "images")], data, progress=True).pixels
         if len(pixels) != manifest["n"]:
             raise UserError(f"--samples {path}: expected the {manifest['n']} images that its samples.json lists, found {len(pixels)}")
-        labels = None if manifest["labels"] is None else [manifest["label_names"][label] for label in manifest["labels"]]
+        names = () if manifest["condition"] is None else condition_from(manifest["condition"]).class_names
+        labels = [names[label] for label in manifest["labels"]] if manifest["labels"] is not None and names else None
         details |= {key: manifest.get(key) for key in ("prior", "prior_sha256", "sampling", "tokenizer_sha256")}
         if details["tokenizer_sha256"] == fingerprint(command.run.tokenizer):
             tensors = read_weights(source / "codes.safetensors")
-            codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("labels" in tensors)))
+            codes = tuple(tensors[f"level{level}"] for level in range(len(tensors) - ("condition" in tensors)))
     else:
         files = load_files([path], data, progress=True)
         pixels, labels = files.pixels, files.labels

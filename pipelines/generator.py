@@ -31,13 +31,15 @@ from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, insert_sto
 from pipelines.codec.coder import decode as decode_codes
 from pipelines.codec.image_coder import EncodedImages, encode_images, verify
 from pipelines.codec.pixels import decode_pixels
-from pipelines.drawing import Label, check_guidance, draw_images, kept_codes, labels_of
+from pipelines.conditioning import requested_condition, sample_condition
+from pipelines.drawing import check_guidance, draw_images, kept_codes
 from pipelines.encoding import decode, encode
 from pipelines.inputs.pictures import Mask, Pictures, mask_in, pictures_out, pixels_in
 from pipelines.scoring.surprisals import surprisals
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Label
 from stage2_prior.priors.contract import Keep, Prior
 from stage2_prior.priors.prior_file import UNIFORM, PriorHeader, finished_prior, learned_name, load_finished
 from stage2_prior.priors.stepwise import StepwisePrior, stepwise
@@ -54,8 +56,8 @@ class Drawn(NamedTuple):
     """int64 (N, h, w) a level."""
     pixels: Tensor
     """uint8 (N, H, W, C)."""
-    labels: Tensor | None
-    """(N,), in the prior's numbering; None: it knows none."""
+    condition: Tensor | None
+    """(N, ...) rows of the prior's condition; None: it has none."""
 
 
 class Compressed(NamedTuple):
@@ -166,9 +168,14 @@ class Generator:
         return {"prior": self.prior_name, "prior_sha256": self._prior_sha256, "sampling": dataclasses.asdict(self.sampling)}
 
     @property
+    def columns(self) -> Sequence[str]:
+        """Columns of the data set that the prior's condition is read from."""
+        return self.header.condition.columns if self.header is not None else ()
+
+    @property
     def label_names(self) -> list[str]:
-        """The classes that the prior knows; none, if it knows no classes."""
-        return list(self.header.label_names or []) if self.header is not None else []
+        """Names of the classes that the prior is conditioned on; empty if it is not."""
+        return list(self.header.condition.class_names) if self.header is not None else []
 
     # --- out of nothing
 
@@ -218,17 +225,17 @@ class Generator:
         folder: Path | None = None,
         **settings: Any,
     ) -> Drawn:
-        """Draw codes, pixels and labels as `sample` does; complete on the main process alone.
+        """Draw codes, pixels and conditions as `sample` does; complete on the main process alone.
 
         `progress`: show a bar. `folder`: keep the pixels in a temporary file there instead of memory.
         """
         if n < 1:
             raise UserError(f"n: expected at least 1 image, found {n}")
-        sampler, labels = self._sampler, labels_of(label, n, self.header)
+        sampler, condition = self._sampler, sample_condition(self.header, label, n)
         config = self._sampling(settings)
-        check_guidance(config, labels, self.header)
-        codes, pixels = draw_images(self._accelerator, self.tokenizer, sampler, labels, n, seed, config, progress=progress, folder=folder)
-        return Drawn(codes, pixels, labels)
+        check_guidance(config, condition, self.header)
+        drawn = draw_images(self._accelerator, self.tokenizer, sampler, condition, n, seed, config, progress=progress, folder=folder)
+        return Drawn(*drawn, condition)
 
     # --- out of images, and back
 
@@ -290,17 +297,17 @@ class Generator:
             settings: as in `sample`.
         """
         pixels = self.pixels(images)
-        labels = self.labels_given(label, len(pixels))
+        condition = requested_condition(self.header, label, len(pixels))
         codes = encode(self.tokenizer, pixels, self.sampling.batch_size)
-        return pictures_out(self.continuations(codes, mask_in(keep, self.data), labels, seed, **settings), output)
+        return pictures_out(self.continuations(codes, mask_in(keep, self.data), condition, seed, **settings), output)
 
     def continuations(
-        self, codes: Codes, keep: Tensor, labels: Tensor | None, seed: int, *, progress: bool = False, **settings: Any
+        self, codes: Codes, keep: Tensor, condition: Tensor | None, seed: int, *, progress: bool = False, **settings: Any
     ) -> Tensor:
-        """`complete` for codes, a mask (H, W), and labels in the prior's numbering: uint8 (N, H, W, C), whole on the main process alone."""
+        """`complete` for codes, a mask (H, W), and rows of the prior's condition: uint8 (N, H, W, C), whole on the main process alone."""
         sampler, config, kept = self._sampler, self._sampling(settings), Keep(codes, kept_codes(self.tokenizer, keep))
-        check_guidance(config, labels, self.header)
-        return draw_images(self._accelerator, self.tokenizer, sampler, labels, len(codes[0]), seed, config, kept, progress)[1]
+        check_guidance(config, condition, self.header)
+        return draw_images(self._accelerator, self.tokenizer, sampler, condition, len(codes[0]), seed, config, kept, progress)[1]
 
     # --- what images are worth
 
@@ -312,7 +319,7 @@ class Generator:
         """-log2 p of each code given those before it, in bits: float64 (N, h, w) a level."""
         prior, codes = self.exact_prior("surprisals"), images if _is_codes(images) else self.encode(images)
         self._check(codes)
-        return prior.layout.grids_of(surprisals(prior, codes, self.labels_given(label, len(codes[0])), "bits"))
+        return prior.layout.grids_of(surprisals(prior, codes, requested_condition(self.header, label, len(codes[0])), "bits"))
 
     # --- bytes
 
@@ -325,25 +332,28 @@ class Generator:
             lossless: every pixel comes back; takes a tokenizer whose objective is a likelihood.
         """
         pixels = self.pixels(images)
-        return self.compressed(pixels, self.labels_given(label, len(pixels)), lossless=lossless).data
+        return self.compressed(pixels, requested_condition(self.header, label, len(pixels)), lossless=lossless).data
 
     def compressed(
         self,
         pixels: Tensor,
-        labels: Tensor | None,
+        condition: Tensor | None,
         names: list[str] | None = None,
         batch_size: int = 64,
         lossless: bool = False,
         progress: bool = False,
     ) -> Compressed:
-        """`compress` for uint8 (N, H, W, C), labels in the prior's numbering, and names as `CodeFile` has them. The bytes are decoded once.
+        """`compress` for uint8 (N, H, W, C), rows of the prior's condition, and names as `CodeFile` has them. The bytes are decoded once.
 
-        Errors: UserError if they do not give what was encoded.
+        Errors: UserError if they do not give what was encoded, and for a condition of another kind than classes.
         """
         prior = self.exact_prior("compress")
+        if condition is not None and not self.label_names:
+            found = prior.condition.kind
+            raise UserError(f"label: expected none, or a prior conditioned on classes, since files hold no others, found {found}")
         if lossless:
             self.tokenizer.likelihood().check(pixels)
-        encoded = encode_images(self.tokenizer, prior, pixels, labels, names, self._made_by, batch_size, lossless, progress)
+        encoded = encode_images(self.tokenizer, prior, pixels, condition, names, self._made_by, batch_size, lossless, progress)
         data, sizes = pack(encoded.content)
         verify(data, encoded, self.tokenizer, prior, pixels, progress)
         return Compressed(data, sizes, encoded)
@@ -372,7 +382,7 @@ class Generator:
         """
         prior = self.exact_prior("decompress")
         check_made_by(content, self._made_by, str(self.run), where)
-        known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) <= prior.num_classes
+        known = content.labels is None or len(content.labels) == 0 or int(content.labels.max()) < max(1, len(self.label_names))
         if content.image_shape != self.image_shape or not known:
             raise UserError(f"{where}: expected images and labels of run {self.run}, found a header that contradicts its fingerprint")
         codes = decode_codes(prior, content.coded, content.labels, progress=progress)
@@ -386,14 +396,6 @@ class Generator:
     def pixels(self, images: Pictures) -> Tensor:
         """Images as uint8 (N, H, W, C) of the run's size. Errors: UserError for what is no image."""
         return pixels_in(images, self.data)
-
-    def labels_given(self, label: Label | Sequence[Label] | None, count: int) -> Tensor | None:
-        """Labels of given images: those asked for, or none."""
-        if label is not None or self.header is None or self.header.label_names is None:
-            return labels_of(label, count, self.header)
-        if not self.header.knows_no_label:
-            raise UserError("label: expected one, for a prior trained with stage2.label_dropout 0, found none")
-        return None
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
         """The recipe's settings with others in their place."""

@@ -23,8 +23,9 @@ from torch import Tensor
 from configs.cli import TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
+from pipelines.conditioning import image_condition, label_option
 from pipelines.encoding import encode_and_decode
-from pipelines.inputs.images import chosen_images, image_options, known_labels_for
+from pipelines.inputs.images import chosen_images, image_options
 from pipelines.scoring.panels import Panel, file_names, panels_picture, short, write_table
 from pipelines.scoring.surprisals import BATCH_SIZE, surprisals
 from stage1_vqvae.metrics import index_bits, psnr, psnr_per_image, squared_errors, ssim_per_image
@@ -56,7 +57,7 @@ def _options(parser: Any) -> None:
     image_options(parser)
     parser.add_argument("--n", type=int | None, help="how many of them, spread evenly (default: all)")
     parser.add_argument("--prior", type=str, help=f"prior for the bits (default: the last finished, if any), or `{UNIFORM}`")
-    parser.add_argument("--label", type=str, help="label of all images, by name or number (default: their own, if they have any)")
+    label_option(parser, "all images", "their own, if they have any")
 
 
 def _reconstruct(command: Command, device: torch.device) -> None:
@@ -64,15 +65,17 @@ def _reconstruct(command: Command, device: torch.device) -> None:
     tokenizer = load_tokenizer(run, device)
     learned = learned_name(run, options.prior)
     scorer = None if learned is None else load_finished(run, learned, command.next(TRAIN_PRIOR), device)
-    images = chosen_images(options, command.recipe.data, progress=True, run=command.run, count=options.n)
-    labels = known_labels_for(options.label, images, scorer.header if scorer is not None else None)
+    header = None if scorer is None else scorer.header
+    columns = () if header is None else header.condition.columns
+    images = chosen_images(options, command.recipe.data, progress=True, run=command.run, count=options.n, columns=columns)
+    condition = image_condition(header, options.label, images, lenient=True)
 
     with run.numbered("reconstructions") as folder:
         assert folder is not None
         codes, pictures = encode_and_decode(tokenizer, images.pixels, BATCH_SIZE, progress=True)
         scores = quality(pictures, images.pixels, progress=True)
         scores["bits_as_indices"] = torch.full((len(pictures),), index_bits(tokenizer.grids, tokenizer.quantizer.num_codes))
-        bits = None if scorer is None else surprisals(scorer.prior, codes, labels, "bits under the prior", progress=True).sum(1)
+        bits = None if scorer is None else surprisals(scorer.prior, codes, condition, "bits under the prior", progress=True).sum(1)
         scores["bits_under_prior"] = torch.full((len(pictures),), torch.nan) if bits is None else bits
         order = scores["mse"].argsort(descending=True, stable=True).tolist()
         files = file_names(images.names)

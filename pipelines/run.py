@@ -37,7 +37,7 @@ from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recip
 from configs.data import LOCAL_KEYS
 from configs.errors import UserError, run_entry
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
-from configs.schema import Stage1, Stage2, keys_that_may_change
+from configs.schema import Stage1, Stage2, condition_from, keys_that_may_change
 from pipelines.provenance import contains, describe_weights, model_fingerprints, outputs, significant
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage2_prior.priors.prior_file import UNIFORM
@@ -285,8 +285,9 @@ def current_samples(run: RunDir, prior: str) -> Path | None:
         details = read_json(path)
         if not contains(details, expected) or (prior != UNIFORM and not contains(details["sampling"], significant(sampling))):
             continue
-        # Not samples of a single label.
-        if details["labels"] is None or len(set(details["labels"])) == min(_SAMPLES, len(details["label_names"])):
+        # Not samples of a single class.
+        names = condition_from(details["condition"] or {"kind": "none"}).class_names
+        if not names or len(set(details["labels"])) == min(_SAMPLES, len(names)):
             return path.parent
     return None
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from configs import spinning  # noqa: F401  # isort: skip  # before torch
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from configs.cli import SUMMARY, parse
 from configs.errors import UserError, run_entry
+from configs.parts import as_dict
 from configs.run_dir import program, replacing, write_bytes, write_json
+from pipelines.conditioning import label_option
 from pipelines.generator import load_generator
 from stage1_vqvae.pictures import grid_scale, image_grid, save_png, square_columns
 from stage1_vqvae.quantizers.contract import Codes
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Create the folder first, so that one that cannot be written is an error before the draws.
     with run.numbered("samples", accelerator.is_main_process) as folder:
-        codes, pictures, labels = generator.draw(options.n, options.label, options.seed, progress=True, folder=folder)
+        codes, pictures, condition = generator.draw(options.n, options.label, options.seed, progress=True, folder=folder)
         if folder is not None:
             run.record(program(), command.arguments, dataclasses.asdict(config))
             uniform = mean_over_tokens(uniform_bits(tokenizer.quantizer.num_codes), tokenizer.grids)
@@ -57,12 +60,12 @@ def main(argv: list[str] | None = None) -> None:
                 "n": options.n,
                 "seed": options.seed,
                 **generator.origin,
-                "labels": None if labels is None else labels.tolist(),
-                "label_names": header.label_names if header is not None else None,
+                "labels": None if condition is None else condition.tolist(),
+                "condition": None if header is None else as_dict(header.condition),
                 "tokenizer_sha256": generator.tokenizer_sha256,
                 "bits_per_token": header.bits_per_token if header is not None else uniform,
             }
-            write(folder, codes, pictures, labels, details, options.npz)
+            write(folder, codes, pictures, condition, generator.label_names, details, options.npz)
     if folder is not None:
         at_most = "" if generator.prior is None or generator.prior.exact else "at most "
         kind = f"{generator.prior_name} prior, {at_most}{details['bits_per_token']:.3f} bits a token"
@@ -74,22 +77,29 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     parser.add_argument("--n", type=int, default=64, help="images to sample")
     parser.add_argument("--seed", type=int, default=0, help="seed; sample i of a seed always has the same codes")
-    parser.add_argument("--label", type=str, help="label of all samples, by name or number (default: labels take turns)")
+    label_option(parser, "all samples", "labels take turns")
     parser.add_argument("--prior", type=str, help=f"name of a prior of the run (default: the last finished), or `{UNIFORM}`")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: uint8 arr_0 of (N, H, W, C)")
 
 
-def write(folder: Path, codes: Codes, pictures: Tensor, labels: Tensor | None, details: dict[str, Any], npz: bool) -> None:
-    """Write samples into their folder."""
-    names = details["label_names"]
-    # Labels take turns: with one column per label, each column shows one label.
-    columns = len(names) if names is not None and len(names) <= 16 else square_columns(min(len(pictures), _SHOWN))
+def write(
+    folder: Path,
+    codes: Codes,
+    pictures: Tensor,
+    condition: Tensor | None,
+    names: Sequence[str],
+    details: dict[str, Any],
+    npz: bool,
+) -> None:
+    """Write a call's samples into their folder; `names`: of the classes, if there are any."""
+    # Classes take turns: with a column per class, each column shows one.
+    columns = len(names) if names and len(names) <= 16 else square_columns(min(len(pictures), _SHOWN))
     save_png(folder / "grid.png", image_grid(pictures[:_SHOWN], min(columns, len(pictures))), grid_scale(pictures.shape[1]))
     digits = max(5, len(str(len(pictures))))
     for number, picture in enumerate(pictures):
         save_png(folder / "images" / f"{number:0{digits}d}.png", picture)
     tensors = {f"level{level}": grid.contiguous() for level, grid in enumerate(codes)}
-    write_bytes(folder / "codes.safetensors", safetensors.torch.save(tensors | ({} if labels is None else {"labels": labels})))
+    write_bytes(folder / "codes.safetensors", safetensors.torch.save(tensors | ({} if condition is None else {"condition": condition})))
     if npz:
         with replacing(folder / "samples.npz") as file:  # streamed: 50,000 images of 256x256 are 10 GB
             np.savez(file, pictures.numpy())

@@ -1,4 +1,4 @@
-"""Write a run's codes for other tools, a folder a split.
+"""Write a run's codes for other tools, one folder per split.
 
     python stage2_prior/export_codes.py --output codes                    NumPy arrays: level0.npy, labels.npy
     python stage2_prior/export_codes.py --to datasets --output codes      what `datasets.load_from_disk` opens: level0, label

@@ -4,8 +4,8 @@
     python stage2_prior/extract_codes.py --extraction.augmentation shift
     accelerate launch stage2_prior/extract_codes.py        (all GPUs)
 
-The codes lie in the run, a folder a split, and are read back and compared with the tokenizer's own reconstructions. Each process writes
-files of its own, and a command that was interrupted goes on, when it is given again, with those that are missing.
+The codes are written to the run, one folder per split, then read back and compared with the tokenizer's own reconstructions. Each process
+writes its own files; an interrupted command, run again, writes the missing ones.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from stage1_vqvae.data.variants import VARIANTS, Variants
 from stage1_vqvae.metrics import perplexity, usage
 from stage1_vqvae.model import VQVAE, load_tokenizer
 from stage2_prior.codes.store import CodeStore, Manifest, open_shard, read_manifest, write_manifest, write_shard
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.none import NoCondition
 from training.batching import batches
 from training.prefetch import read_to
 from training.processes import finish, start
@@ -50,13 +52,13 @@ _PLAN = "plan.json"
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    command = parse(__doc__, ("extraction", "compute"), argv, reads_images=True, options=_options)
+    command = parse(__doc__, ("condition", "extraction", "compute"), argv, reads_images=True, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if command.options.verify:
         verify(command)
         return
-    if run.codes.exists() and not command.options.overwrite and _is_done(run, recipe.extraction):
+    if run.codes.exists() and not command.options.overwrite and _is_done(run, recipe):
         say(f"{run}: the codes are already extracted")
         say(f"next: {command.next(TRAIN_PRIOR)}")
         return
@@ -67,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         def check(record: Record) -> None:
             check_unchanged(run.data, record, str(run), command.options.accept_changed_data)
 
-        source = load_images(read_as(recipe), progress=accelerator.is_main_process, announce=True, check=check)
+        columns = recipe.condition.columns
+        source = load_images(read_as(recipe), progress=accelerator.is_main_process, announce=True, check=check, columns=columns)
         accelerator.wait_for_everyone()  # before it is written
         if accelerator.is_main_process:
             write_json(run.data, {**source.record, **read_record(run.data)})
@@ -80,13 +83,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_as(recipe: Recipe) -> Data:
-    """How images are read: variants that are crops are made of whole images, so that those kept decoded are none to make them from."""
+    """Return the settings by which images are read: variants that are crops need whole images, not the decoded ones of the cache."""
     crops = VARIANTS[recipe.extraction.augmentation].crops
     return dataclasses.replace(recipe.data, decode="each_time") if len(crops) > 1 else recipe.data
 
 
 def verify(command: Command) -> None:
-    """Read a run's codes through and say how many there are. Errors: UserError for the first file that is not as it was written."""
+    """Check a run's codes against their sha256 and report their number. Errors: UserError for the first damaged file."""
     run = command.run
     folders = sorted(path for path in run.codes.glob("*") if path.is_dir())
     if not folders:
@@ -105,31 +108,33 @@ def _options(parser: Any) -> None:
     )
 
 
-def _is_done(run: RunDir, config: Extraction) -> bool:
-    """Whether the codes there are what is asked for. Errors: UserError if they are good codes of another kind."""
+def _is_done(run: RunDir, recipe: Recipe) -> bool:
+    """Whether the run has the recipe's codes. Errors: UserError if it has codes of the same tokenizer by other settings."""
     manifest = read_manifest(run.codes / TRAIN)
     if manifest.tokenizer_sha256 != fingerprint(run.tokenizer):
         say(f"{run}: the codes are another tokenizer's; extracting anew")
         return False
-    if manifest.augmentation != config.augmentation:
-        found = f"the codes there have augmentation {manifest.augmentation}, asked for was {config.augmentation}"
-        raise UserError(f"{run}: {found}; add --overwrite to replace them")
+    if manifest.augmentation != recipe.extraction.augmentation:
+        expected = f"expected codes of augmentation {recipe.extraction.augmentation}, found {manifest.augmentation}"
+        raise UserError(f"{run}: {expected}; add --overwrite to replace them")
+    manifest.condition_of_prior(recipe.condition)
     return True
 
 
 def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: ImageSource, recipe: Recipe) -> None:
-    """Encode all splits, a shard after another, each process its own; shards of the same extraction that are there already are kept.
+    """Encode all splits shard by shard, each process its own shards; finished shards of the same extraction are kept.
 
-    Errors: UserError for codes that do not decode to the tokenizer's own reconstructions, and a disk that the processes do not share.
+    Errors: UserError for codes that do not decode to the tokenizer's reconstructions, or processes without a shared disk.
     """
     config, folder, main = recipe.extraction, run.unfinished_codes, accelerator.is_main_process
-    manifests = {name: manifest_of(name, source, tokenizer, config, fingerprint(run.tokenizer)) for name in source.splits}
+    condition, sha256 = recipe.condition.build(source), fingerprint(run.tokenizer)
+    manifests = {name: manifest_of(name, source, condition, tokenizer, config, sha256) for name in source.splits}
     shards = [(name, shard) for name, manifest in manifests.items() for shard in range(manifest.num_shards)]
     missing = [begin(folder, recipe, source, manifests, shards) if main else []]
-    broadcast_object_list(missing)  # one process looks, since several might see different things
+    broadcast_object_list(missing)  # one process looks: several might see different files
     if main and len(missing[0]) < len(shards):
         print(f"{run}: going on, {len(shards) - len(missing[0])} of {len(shards)} files of codes are there")
-    # Beside one another, so that of files that are streamed each is read by one process.
+    # Consecutive shards per process, so that each streamed file is read by one process.
     bounds = [len(missing[0]) * part // accelerator.num_processes for part in range(accelerator.num_processes + 1)]
     mine = missing[0][bounds[accelerator.process_index] : bounds[accelerator.process_index + 1]]
     total = sum(len(manifests[name].shard_rows(shard)) for name, shard in mine)
@@ -142,13 +147,12 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
                 found.append(encode(tokenizer, pixels, variants))
                 bar.update(len(pixels))
             codes = [torch.cat(level) for level in zip(*found, strict=True)]
-            labels = None if split.labels is None else split.labels[rows.start : rows.stop]
-            write_shard(folder / name, manifest, shard, codes, labels)
+            write_shard(folder / name, manifest, shard, codes, encode_condition(manifest.condition, split, rows))
             if number in (0, len(mine) - 1):
                 try:
                     check_decodes(tokenizer, folder / name, manifest, shard, split, config.batch_size, accelerator.device)
                 except UserError:
-                    (folder / _PLAN).unlink(missing_ok=True)  # so that nothing goes on with these
+                    (folder / _PLAN).unlink(missing_ok=True)  # so that these shards are not kept
                     raise
     accelerator.wait_for_everyone()
     if main:
@@ -166,9 +170,18 @@ def extract(accelerator: Accelerator, run: RunDir, tokenizer: VQVAE, source: Ima
         (run.codes / _PLAN).unlink()
 
 
-def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
-    """The manifest of a split's codes, which are still to be made."""
-    # Variants are for learning from; what measures stays as it is.
+def encode_condition(condition: Condition, split: ImageSplit, rows: range) -> Tensor | None:
+    """Encode the condition of consecutive rows. Errors: UserError for a class that the recipe's condition does not name."""
+    encoded = condition.encode(split, slice(rows.start, rows.stop))
+    if encoded is not None and not bool(condition.known(encoded).all()):
+        row = rows[int(condition.known(encoded).int().argmin())]
+        raise UserError(f"condition: expected {condition.describe()} of all images, found another one in row {row}")
+    return encoded
+
+
+def manifest_of(name: str, source: ImageSource, condition: Condition, tokenizer: VQVAE, config: Extraction, sha256: str) -> Manifest:
+    """Describe a split's codes before they are made."""
+    # Only training codes are augmented.
     augmentation: Augmentation = config.augmentation if name == TRAIN else "none"
     split = source.splits[name]
     return Manifest(
@@ -176,7 +189,7 @@ def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extrac
         rows=len(split),
         grids=tokenizer.grids,
         num_codes=list(tokenizer.quantizer.num_codes),
-        label_names=source.label_names if split.labels is not None else None,
+        condition=NoCondition() if condition.encode(split, slice(0, 1)) is None else condition,
         augmentation=augmentation,
         variants=len(VARIANTS[augmentation]),
         image_shape=tokenizer.image_shape,
@@ -189,14 +202,15 @@ def manifest_of(name: str, source: ImageSource, tokenizer: VQVAE, config: Extrac
 def begin(
     folder: Path, recipe: Recipe, source: ImageSource, manifests: dict[str, Manifest], shards: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
-    """Make the folder of an extraction, or leave it if it is of this one: the same images, to be encoded by the same tokenizer in the
-    same variants. Returns which of the shards are still to be made.
+    """Make the folder of an extraction, unless it exists with the same images, tokenizer, condition and variants.
+
+    Returns: the missing shards.
     """
     plan = {
         "data": {key: value for key, value in as_dict(recipe.data).items() if key not in LOCAL_KEYS},
         "images": source.fingerprints,
         "augmentation": recipe.extraction.augmentation,
-        "splits": [dataclasses.asdict(manifest) for manifest in manifests.values()],
+        "splits": [as_dict(manifest) for manifest in manifests.values()],
     }
     same = (folder / _PLAN).exists() and read_json(folder / _PLAN) == json.loads(json.dumps(plan))
     if folder.exists() and not same:
@@ -204,7 +218,7 @@ def begin(
         shutil.rmtree(folder)
     for name in manifests:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for leftover in folder.rglob("*.tmp-*"):  # of a command that was killed while it wrote
+    for leftover in folder.rglob("*.tmp-*"):  # left by a killed command
         leftover.unlink()
     if not same:
         write_json(folder / _PLAN, plan)

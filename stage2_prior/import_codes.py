@@ -1,10 +1,10 @@
-"""Take a run's codes from another tool, in place of extracting them.
+"""Import a run's codes from another tool instead of extracting them.
 
     python stage2_prior/import_codes.py --folder codes                       NumPy arrays: codes/train/level0.npy, labels.npy
     python stage2_prior/import_codes.py --from datasets --folder codes       what `save_to_disk` wrote: codes/train, columns level0, label
 
-They must be those of the run's tokenizer, which only a manifest can tell. The folder has a folder a split, train and validation among them;
-levels are (rows, h, w), or (rows, h * w), or with an axis of variants after the first.
+They must be codes of the run's tokenizer, which is checked where there is a manifest. The folder has one folder per split, train and
+validation among them; levels are (rows, h, w), or (rows, h * w), or have an axis of variants after the first.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from configs.run_dir import program, replace_folder
 from stage1_vqvae.data.record import check_unchanged, split_record
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
-from stage2_prior.codes.exchange import FORMS, import_split, labels_of, read
+from stage2_prior.codes.exchange import FORMS, import_split, read_classes, read_external
 from stage2_prior.codes.store import Manifest
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.none import NoCondition
 from training.weights_file import fingerprint
 
 
@@ -36,20 +38,20 @@ def main(argv: list[str] | None = None) -> None:
     if run.codes.exists() and not options.overwrite:
         raise UserError(f"{run}: its codes are there; add --overwrite to replace them")
     source, tokenizer = Path(options.folder).expanduser(), load_tokenizer(run)
-    splits = {name: read(source / name, form) for name in (TRAIN, VALIDATION, TEST) if name != TEST or (source / name).exists()}
-    names, labels = labels_of(splits, source)
+    splits = {name: read_external(source / name, form) for name in (TRAIN, VALIDATION, TEST) if name != TEST or (source / name).exists()}
+    names, labels = read_classes(splits, source)
     record = {}
     imported = run.codes.with_name("codes.imported")
     with run.lock():
-        shutil.rmtree(imported, ignore_errors=True)  # of a command that was killed
+        shutil.rmtree(imported, ignore_errors=True)  # left by a killed command
         try:
-            for name, found in splits.items():
-                like = Manifest(
+            for name, external in splits.items():
+                template = Manifest(
                     split=name,
                     rows=0,
                     grids=tokenizer.grids,
                     num_codes=list(tokenizer.quantizer.num_codes),
-                    label_names=names if name in labels else None,
+                    condition=Classes(names=names) if names is not None and name in labels else NoCondition(),
                     augmentation="none",
                     variants=1,
                     image_shape=tokenizer.image_shape,
@@ -58,13 +60,13 @@ def main(argv: list[str] | None = None) -> None:
                     sha256=[],
                 )
                 (imported / name).mkdir(parents=True)
-                manifest = import_split(found, labels.get(name), imported / name, source / name, like)
+                manifest = import_split(external, labels.get(name), imported / name, source / name, template)
                 record[name] = split_record(manifest.rows, labels[name].numpy() if name in labels else None, names)
                 print(f"{name}: {manifest.rows:,} images" + (f" x {manifest.variants} variants" if manifest.variants > 1 else ""))
         except BaseException:
             shutil.rmtree(imported)
             raise
-        check_unchanged(run.data, record, str(run), accept=True)  # codes of a folder that the user names are meant, whatever they are of
+        check_unchanged(run.data, record, str(run), accept=True)  # the user named the folder
         replace_folder(run.codes, imported)
         run.record(program(), command.arguments, {})
     print(f"wrote {run.show(run.codes)}")
@@ -73,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     parser.add_argument("--from", default=FORMS[0], help=f"form: {' or '.join(FORMS)}")
-    parser.add_argument("--folder", required=True, help="folder with a folder a split")
-    parser.add_argument("--overwrite", action="store_true", help="in place of the codes that are there")
+    parser.add_argument("--folder", required=True, help="folder with one folder per split")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run's codes")
 
 
 if __name__ == "__main__":

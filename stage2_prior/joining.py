@@ -1,14 +1,16 @@
-"""Priors of single levels, trained one by one, as one prior of all."""
+"""Joining priors of single levels, trained one by one, to one prior of all levels."""
 
 from __future__ import annotations
 
 from accelerate import Accelerator
 
-from configs.errors import UserError, listed
+from configs.errors import UserError
 from configs.parts import as_dict
 from configs.prior_name import PriorName
 from configs.run_dir import RunDir, read_json, write_json
+from configs.schema import condition_from
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.conditions.contract import Condition
 from stage2_prior.likelihood.tables import likelihood_report, write_report
 from stage2_prior.priors.levelwise import LevelwisePart
 from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior, read_prior_header, save_prior
@@ -17,23 +19,17 @@ from stage2_prior.priors.prior_file import PriorHeader, build_prior, load_prior,
 _BATCH_SIZE = 64
 
 
-def check_levels(run: RunDir, name: PriorName, label_names: list[str] | None) -> None:
-    """Check that those levels of a prior that are finished, but for the one of that name, are conditioned on the same classes.
+def check_levels(run: RunDir, name: PriorName, condition: Condition) -> None:
+    """Check that all finished levels of a prior, except the named one, have the same condition.
 
-    Args:
-        run: the prior's.
-        name: of one level's prior.
-        label_names: the classes; None: no classes.
-    Errors: UserError if some are conditioned on others.
+    Errors: UserError if one has another.
     """
     for path in sorted(name.at_level(None).folder(run).glob("level*/prior.safetensors")):
-        found = read_prior_header(path)["label_names"]
-        if path.parent == name.folder(run) or found == label_names:
-            continue
-        where, ways = run.show(path.parent), "train all levels under another --name"
-        if found is None or label_names is None:
-            raise UserError(f"{where}: expected all levels with prior.conditional, or none, found both; {ways}")
-        raise UserError(f"{where}: expected all levels trained on the same classes, {listed(label_names)}, found {listed(found)}; {ways}")
+        other = condition_from(read_prior_header(path)["condition"])
+        if path.parent != name.folder(run) and other != condition:
+            assert isinstance(other, Condition)
+            expected = f"expected all levels trained on the same condition, {condition.describe()}, found {other.describe()}"
+            raise UserError(f"{run.show(path.parent)}: {expected}; train all levels under another --name")
 
 
 def join_levels(accelerator: Accelerator, run: RunDir, name: PriorName, training: CodeStore, validation: CodeStore) -> int | None:
@@ -49,21 +45,18 @@ def join_levels(accelerator: Accelerator, run: RunDir, name: PriorName, training
         if not (folder / "prior.safetensors").exists():
             return number
     parts, headers = zip(*(load_prior(folder / "prior.safetensors", sha256, accelerator.device) for folder in folders), strict=True)
-    names = headers[0].label_names
-    check_levels(run, name, names)
-    if names is not None:
-        for store in (training, validation):
-            store.number_by(names)
-    config = LevelwisePart(conditional=headers[0].config.conditional, levels=[as_dict(header.config) for header in headers])
-    prior = build_prior(config, training.manifest).to(accelerator.device)
+    condition = headers[0].condition
+    check_levels(run, name, condition)
+    config = LevelwisePart(levels=[as_dict(header.config) for header in headers])
+    prior = build_prior(config, condition, training.manifest).to(accelerator.device)
     weights = {f"parts.{number}.{key}": value for number, part in enumerate(parts) for key, value in part.state_dict().items()}
     prior.load_state_dict(weights)
     likelihood = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, [])
     if accelerator.is_main_process:
         reports = [read_json(folder / "report.json") for folder in folders]
         added = {key: sum(report[key] for report in reports) for key in ("steps", "minutes", "parameters")}
-        known = all(header.knows_no_label for header in headers)
-        header = PriorHeader.of(config, training.manifest, known, added["steps"], likelihood["validation"])
+        known = all(header.supports_unconditional for header in headers)
+        header = PriorHeader.of(config, condition, training.manifest, known, added["steps"], likelihood["validation"])
         write_json(whole / "report.json", {**added, "best_step": None})
         write_report(whole, whole.name, likelihood)
         save_prior(whole / "prior.safetensors", weights, header)

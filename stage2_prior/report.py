@@ -42,9 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     recorded = min(folder.rglob(CODES), default=folder / CODES)  # of a prior of levels, in the folder of each
     stores = {TRAIN: training, VALIDATION: validation}
     check_unchanged(recorded, codes_record(stores), run.show(folder), command.options.accept_changed_data, "another with --name NAME")
-    if header.label_names is not None:
-        for store in (training, validation):
-            store.number_by(header.label_names)
     validations = [record for record in read_metrics(folder / "metrics.jsonl") if record["split"] == "validation"]
     report = likelihood_report(accelerator, prior, training, validation, _BATCH_SIZE, validations)
     if accelerator.is_main_process:

@@ -59,12 +59,12 @@ from training.sharding import gathered
 from training.stopping import GracefulStop
 from training.weights_file import fingerprint
 
-_OWN_SECTIONS = ("prior", "stage2")
+_OWN_SECTIONS = ("condition", "prior", "stage2")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    command = parse(__doc__, ("prior", "stage2", "compute"), argv, training_folder=_training_folder, options=_options)
+    command = parse(__doc__, ("condition", "prior", "stage2", "compute"), argv, training_folder=_training_folder, options=_options)
     run, recipe = command.run, command.recipe
     command.need_tokenizer()
     if not (run.codes / TRAIN).is_dir():
@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     training, validation = CodeStore(run.codes / TRAIN, sha256), CodeStore(run.codes / VALIDATION, sha256)
     if level is not None and not 1 <= level <= len(training.manifest.grids):
         raise UserError(f"--level: expected 1 to {len(training.manifest.grids)}, the levels of codes from the coarsest on, found {level}")
-    label_names = training.manifest.label_names if recipe.prior.conditional else None
+    condition = training.manifest.condition_of_prior(recipe.condition)
     if level is not None and not done:
-        check_levels(run, name, label_names)  # early: levels are joined at the end
+        check_levels(run, name, condition)  # early: levels are joined at the end
     stores = {TRAIN: training, VALIDATION: validation}
     if run.started(folder):
         check_codes(run, name, recipe, stores, command.options.accept_changed_data)
@@ -128,9 +128,9 @@ def check_codes(run: RunDir, name: PriorName, recipe: Recipe, stores: Mapping[st
             f"{where}: expected codes of augmentation {was['augmentation']}, with which its training began, found {now['augmentation']}; "
             f"extract them so again ({as_before}), or {another}"
         )
-    if recipe.prior.conditional and list(was["classes"] or ()) != list(now["classes"] or ()):
-        what = "; ".join(changes(recorded, current))
-        raise UserError(f"{where}: expected codes of the classes that its training began with, found {what}; {another}")
+    if recipe.condition.kind != "none" and was["condition"] != now["condition"]:
+        what = "; ".join(changes(recorded, current)) or str(now["condition"])
+        raise UserError(f"{where}: expected codes of the condition that its training began with, found {what}; {another}")
     check_unchanged(name.folder(run) / CODES, current, where, accept, "another with --name NAME")
 
 
@@ -199,11 +199,12 @@ def train(
     state = build(accelerator, run, recipe, training, name.index)
     prior, average, best = state.prior, state.average, state.best
     parameters = sum(parameter.numel() for parameter in prior.parameters())
-    classes = f"{prior.num_classes} classes" if prior.num_classes else "no classes"
-    say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {classes}")
+    names = prior.condition.class_names
+    condition = f"{len(names)} classes" if names else f"condition {prior.condition.kind}"
+    say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {condition}")
     for line in prior.training_warnings():
         say(line)
-    loader = CodeLoader(training, prior.num_classes, config, accelerator, prior.num_draws)
+    loader = CodeLoader(training, prior.condition, config, accelerator, prior.num_draws)
     checkpoints = Checkpoints(folder / "checkpoints", "stage 2", config.keep_checkpoints, accelerator, state.sharded)
     if resume:
         state.resume(checkpoints, config.steps, run.show(folder))
@@ -240,8 +241,9 @@ def train(
     likelihood = likelihood_report(accelerator, average.model, training, validation, micro_batch, recorder.validations)
     result = gathered(accelerator, best.weights)
     if accelerator.is_main_process:
-        known = prior.num_classes == 0 or config.label_dropout > 0
-        header = PriorHeader.of(recipe.prior, training.manifest, known, config.steps, likelihood["validation"], name.index)
+        known = prior.condition.kind == "none" or config.condition_dropout > 0
+        measured = config.steps, likelihood["validation"]
+        header = PriorHeader.of(recipe.prior, prior.condition, training.manifest, known, *measured, name.index)
         report = {"steps": config.steps, "best_step": best.step, "minutes": state.minutes(), "parameters": parameters}
         write_results(run, folder, result, header, report, likelihood)
 
@@ -250,7 +252,7 @@ def build(accelerator: Accelerator, run: RunDir, recipe: Recipe, training: CodeS
     """Build the training state of a prior with its first weights."""
     torch.manual_seed(derived_seed(recipe.stage2.seed, "weights"))
     try:
-        prior = build_prior(recipe.prior, training.manifest, level)
+        prior = build_prior(recipe.prior, training.manifest.condition_of_prior(recipe.condition), training.manifest, level)
     except ValueError as error:  # for fields that do not fit the levels
         raise UserError(str(error)) from None
     prior.initialise_from(load_tokenizer(run).quantizer.code_vectors()[prior.levels])
@@ -265,7 +267,7 @@ def within_budget(
     state = build(accelerator, run, recipe, training, name.index)
     if accelerator.is_main_process:
         write_yaml(name.folder(run) / "recipe.yaml", recipe_dict(recipe))  # a rehearsal may be interrupted
-    loader, rows = CodeLoader(training, state.prior.num_classes, config, accelerator, state.prior.num_draws), torch.arange(len(validation))
+    loader, rows = CodeLoader(training, state.prior.condition, config, accelerator, state.prior.num_draws), torch.arange(len(validation))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
 
     def step(number: int) -> None:

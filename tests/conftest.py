@@ -73,7 +73,7 @@ TINY = {
         "log_interval": 2,
         "validation_interval": 4,
         "checkpoint_interval": 4,
-        "label_dropout": 0.3,
+        "condition_dropout": 0.3,
     },
     # Tests run in parallel, and work this small gains nothing from a second thread.
     "compute": {"threads": 1},

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from configs.cli import load_recipe
@@ -20,10 +24,12 @@ from pipelines.anomalies import main as anomalies
 from pipelines.complete import main as complete
 from pipelines.compress import main as compress
 from pipelines.evaluate import main as evaluate
+from pipelines.generator import Generator
 from pipelines.reconstruct import main as reconstruct
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
+from stage2_prior.codes.store import read_manifest
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 from training.metrics_log import read_metrics
@@ -32,6 +38,7 @@ from training.metrics_log import read_metrics
 _HEAD = re.compile(r'# (?P<path>[\w/]+)\.py; .*under "(?P<family>[\w.]+)": "(?P<kind>\w+)": "(?P<address>[\w.:]+)"')
 BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
 MASKED = BLOCKS[-1]
+(NUMBERS,) = [block for block in BLOCKS if "conditions/numbers" in block.partition("\n")[0]]
 
 
 def test_every_family_has_a_block() -> None:
@@ -62,7 +69,9 @@ def register(block: str, most_lines: int, folder: Path, monkeypatch: pytest.Monk
     return head
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block != MASKED], ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1])
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block not in (MASKED, NUMBERS)], ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1]
+)
 def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = register(block, 30, tmp_path, monkeypatch)
     name = head["address"].partition(":")[2]
@@ -126,3 +135,39 @@ def test_a_prior_without_an_order_works_where_none_is_needed(
     assert "top_k" in one_line_error(sample, *run_option, "--top-k", "3")
     for command, main in (("compress", compress), ("anomalies", anomalies)):
         assert f"{command}: expected a prior that draws codes in turn, found masked" in one_line_error(main, *run_option)
+
+
+def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
+    pictures: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
+) -> None:
+    """Two numbers of each image, how red and how blue it is: a prior that has learned finds images likelier beside their own."""
+    register(NUMBERS, 40, tmp_path, monkeypatch)
+    folder, run = tmp_path / "pictures", RunDir(tmp_path / "run")
+    shutil.copytree(pictures, folder)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
+    numbers = [(np.asarray(Image.open(folder / file)).mean((0, 1)) / 64 - 2).round(2)[[0, 2]].tolist() for file in files]
+    pairs = zip(files, numbers, strict=True)
+    lines = [{"file_name": str(file), "label": file.parts[0], "red": red, "blue": blue} for file, (red, blue) in pairs]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    here, kind = ["--run", str(run.path)], ["--condition.kind", "numbers", "--condition.names", "[red,blue]"]
+    train_tokenizer(["--config", str(tiny_recipe), *here, "--data.path", str(folder), "--stage1.steps", "30"])
+    assert "expected a column lost in" in one_line_error(extract_codes, *here, *kind[:2], "--condition.names", "[lost]")
+    extract_codes([*here, *kind])
+    assert read_manifest(run.codes / "train").condition.kind == "numbers"
+    assert "condition: expected Numbers" in one_line_error(train_prior, *here)
+    train_prior([*here, *kind, "--stage2.steps", "60"])
+
+    generator = Generator.from_pretrained(run.path)
+    images = [folder / file for file in files]
+    own, other = ([f"{red} {blue}" for red, blue in rows] for rows in (numbers, numbers[::-1]))
+    assert generator.log_prob(images, own).mean() > generator.log_prob(images, other).mean()
+    sample([*here, "--n", "3", "--condition", "-1 0.5", "--guidance", "1.5"])
+    assert read_json(run.path / "samples/000/samples.json")["labels"] == [[-1.0, 0.5]] * 3
+    assert "label: expected 2 numbers (red, blue), found 1" in one_line_error(sample, *here, "--label", "1")
+    complete([*here, "--n", "2", "--prefix-rows", "1"])
+    anomalies(here)
+    compress(here)  # without the condition, of which files have no place
+    assert "conditioned on classes" in one_line_error(compress, *here, "--condition", "0 0")
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
+    evaluate([*here, "--features", "classifier", "--n", "8"])
+    report(here)

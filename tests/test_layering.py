@@ -17,7 +17,7 @@ from configs import spinning
 from configs.data import TransformPart
 from configs.parts import FAMILIES, part_class
 from configs.run_dir import REPOSITORY
-from configs.schema import AdversarialPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
+from configs.schema import AdversarialPart, ConditionPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
 
 PACKAGES = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["root_packages"]
 SCRIPTS = [
@@ -53,6 +53,7 @@ def test_parts_of_recipes_exist_with_the_right_base_class() -> None:
         "tokenizer.objective": ("objectives", ObjectivePart),
         "stage1.perceptual": ("objectives", PerceptualPart),
         "stage1.adversarial": ("objectives", AdversarialPart),
+        "condition": ("conditions", ConditionPart),
         "prior": ("priors", PriorPart),
     }
     for family, kinds in FAMILIES.items():

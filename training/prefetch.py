@@ -26,17 +26,17 @@ def read_ahead(read: Callable[[Key], Value], keys: Iterable[Key], ahead: bool) -
     if not ahead:
         yield from map(read, keys)
         return
-    remaining, pending = iter(keys), deque[Future[Value]]()
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            pending.extend(thread.submit(read, key) for key in itertools.islice(remaining, _DEPTH))
-            while pending:
-                value = pending.popleft().result()
-                pending.extend(thread.submit(read, key) for key in itertools.islice(remaining, 1))
-                yield value
-        finally:
-            for future in pending:
-                future.cancel()
+    remaining, pending, thread = iter(keys), deque[Future[Value]](), ThreadPoolExecutor(1)
+    try:
+        pending.extend(thread.submit(read, key) for key in itertools.islice(remaining, _DEPTH))
+        while pending:
+            value = pending.popleft().result()
+            pending.extend(thread.submit(read, key) for key in itertools.islice(remaining, 1))
+            yield value
+    finally:
+        # Not waiting: the garbage collector may close this generator in a thread that is just starting, and to join another thread there
+        # would wait for a lock of `threading` that it holds itself.
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def read_to(

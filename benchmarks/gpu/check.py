@@ -39,6 +39,7 @@ from configs.schema import Compute
 from stage1_vqvae.networks import group_norm as norm
 from stage1_vqvae.quantizers.search import nearest_codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.classes import Classes
 from stage2_prior.draw import StepwiseSampling, uniforms
 from stage2_prior.priors.stepwise import FixedBatch, StepwisePrior
 from stage2_prior.sampler import Sampler, in_bfloat16
@@ -48,6 +49,7 @@ from training.processes import start
 
 _ROUNDS, _WARM_UP = 5, 3
 _COMMAND_TIMEOUT = 120
+_CONDITION = Classes(names=[*map(str, range(1000))])
 
 
 class Row(NamedTuple):
@@ -223,7 +225,7 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
     guided = StepwiseSampling(guidance=1.5)
     for kind, fields in kinds.items():
         torch.manual_seed(0)
-        prior = part_from("prior", {"kind": kind, **fields}).build(layout, 1000).to(device).eval().requires_grad_(False)
+        prior = part_from("prior", {"kind": kind, **fields}).build(layout, _CONDITION).to(device).eval().requires_grad_(False)
         uniform, labels = uniforms(0, torch.arange(8), layout.length), torch.arange(8, device=device)
         by_graphs, eager = Sampler(prior, graphs=True), Sampler(prior, graphs=False)
         with ieee_float32(device):
@@ -232,7 +234,7 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
                 same = float((by_graphs(labels, uniform, guided)[0] == expected).double().mean())
                 # Kernels sum in another order: a draw near a boundary may change, and with it later draws.
                 yield Row(f"{kind}, graphs and eager steps, {run} batch", f"{same:.1%} equal codes", "at least 90 %", same >= 0.9)
-    prior = part_from("prior", {"kind": "transformer", **sizes.preset}).build(layout, 1000).to(device).eval().requires_grad_(False)
+    prior = part_from("prior", {"kind": "transformer", **sizes.preset}).build(layout, _CONDITION).to(device).eval().requires_grad_(False)
     sequences, labels = torch.randint(sizes.num_codes, (8, layout.length), device=device), torch.arange(8, device=device)
     with torch.no_grad(), ieee_float32(device):
         exact = prior.logits(layout.grids_of(sequences), labels)[0]

@@ -27,6 +27,7 @@ from stage1_vqvae.steps import TokenizerState
 from stage1_vqvae.steps import take_step as take_tokenizer_step
 from stage2_prior.codes.loader import CodeBatch
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.classes import Classes
 from stage2_prior.steps import PriorState
 from stage2_prior.steps import take_step as take_prior_step
 from training.devices import channels_last_on_accelerator
@@ -116,7 +117,7 @@ def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> St
     layout = SequenceLayout([(data.height // step, data.width // step) for step in steps], [quantizer.num_codes] * len(steps))
     variants = len(VARIANTS[recipe.extraction.augmentation])
     with device:
-        prior = recipe.prior.build(layout, num_classes, variants)
+        prior = recipe.prior.build(layout, Classes(names=[*map(str, range(num_classes))]), variants)
     state = PriorState(accelerator, prior, config, recipe.compute)
     size = config.batch_size // config.accumulation
     codes = tuple(torch.randint(k, (size, *grid), device=device) for k, grid in zip(layout.num_codes, layout.grids, strict=True))

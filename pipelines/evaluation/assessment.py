@@ -33,7 +33,6 @@ from pipelines.evaluation.reference_batch import BatchComparison, ReferenceBatch
 from pipelines.scoring.bound import image_bits
 from stage1_vqvae.data.cache import cache_folder, cached_tensors
 from stage1_vqvae.data.device_batches import device_batches
-from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.pixels import to_model
 from stage1_vqvae.data.splits import TRAIN, ImageSource, Pixels
 from stage1_vqvae.features.classifier import Classifier, predict_labels
@@ -202,16 +201,16 @@ class Assessor:
         """
         images, codes = self.source.splits[split], self.layout.grids_of(self.coded(split)[0])
         self.tokenizer.likelihood().check(images.pixels)
-        labels = None
-        if prior is not None and prior.header.label_names is not None and images.labels is not None and self.source.label_names is not None:
-            labels = torch.from_numpy(class_numbers(self.source.label_names, prior.header.label_names))[images.labels]
-            if bool((labels < 0).any()):
-                unknown = self.source.label_names[int(images.labels[labels < 0][0])]
-                say(f"the prior does not know the label {unknown}: no bound, given the class")
-                labels = None
+        condition = None if prior is None else prior.header.condition.encode(images, slice(None))
+        if prior is not None and condition is not None and not bool((known := prior.header.condition.known(condition)).all()):
+            assert images.labels is not None
+            assert images.label_names is not None
+            unknown = images.label_names[int(images.labels[~known][0])]
+            say(f"the prior does not know the label {unknown}: no bound, given the class")
+            condition = None
         counts = None if training is None else training.counts()
-        learned, alone = (None, True) if prior is None else (prior.prior, prior.header.knows_no_label)
-        bits = image_bits(self.tokenizer, codes, images.pixels, counts, learned, labels, alone, progress=True)
+        learned, alone = (None, True) if prior is None else (prior.prior, prior.header.supports_unconditional)
+        bits = image_bits(self.tokenizer, codes, images.pixels, counts, learned, condition, alone, progress=True)
         dimensions = math.prod(images.pixels.shape[1:])
         return {
             "n": len(images.pixels),

@@ -35,6 +35,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     """
     prior, header = generator.stepwise_prior("export"), generator.header
     assert header is not None
+    if header.condition.kind != "none" and not header.condition.class_names:
+        raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
     sampling = {**dataclasses.asdict(generator.sampling), "guidance": _guidance(generator)}
@@ -42,8 +44,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         "image_shape": generator.image_shape,
         "grids": header.grids,
         "num_codes": header.num_codes,
-        "label_names": header.label_names,
-        "knows_no_label": header.knows_no_label,
+        "label_names": list(header.condition.class_names) or None,
+        "supports_unconditional": header.supports_unconditional,
         "cache": cache,
         "dtype": generator.sampling.precision,
         "sampling": {key: value for key, value in sampling.items() if key not in ("batch_size", "precision")},
@@ -81,8 +83,8 @@ def exact_generator(generator: Generator) -> Generator:
 
 
 def _guidance(generator: Generator) -> float:
-    """The recipe's guidance, or 1 for a prior that was trained without label dropout."""
-    return generator.sampling.guidance if generator.header is not None and generator.header.knows_no_label else 1.0
+    """The recipe's guidance, or 1 for a prior that was trained without condition dropout."""
+    return generator.sampling.guidance if generator.header is not None and generator.header.supports_unconditional else 1.0
 
 
 def drift(exact: Generator, folder: Path) -> Drift:
@@ -132,8 +134,8 @@ def excess_bits(exact: Generator, folder: Path) -> Excess:
     tokens = sum(h * w for h, w in exact.tokenizer.grids)
     count, sampler = _num_samples(exact), Sampler(folder)
     samples = exact.draw(count, progress=True, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
-    labels = np.zeros(count, np.int64) if samples.labels is None else samples.labels.numpy()
-    exact_bits = _bits_per_sequence(exact.surprisals(samples.codes, None if samples.labels is None else labels.tolist()))
+    labels = np.zeros(count, np.int64) if samples.condition is None else samples.condition.numpy()
+    exact_bits = _bits_per_sequence(exact.surprisals(samples.codes, None if samples.condition is None else labels.tolist()))
     codes = np.concatenate([level.flatten(1).numpy() for level in samples.codes], 1)
     bits = np.zeros(count)
     for start in range(0, count, 64):

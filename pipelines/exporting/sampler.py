@@ -108,7 +108,7 @@ class Sampler:
             "top_k": settings["top_k"] >= 0,
             "top_p": 0 < settings["top_p"] <= 1,
             "min_p": 0 <= settings["min_p"] <= 1,
-            "guidance": abs(settings["guidance"]) < math.inf and (settings["guidance"] == 1 or self.model["knows_no_label"]),
+            "guidance": abs(settings["guidance"]) < math.inf and (settings["guidance"] == 1 or self.model["supports_unconditional"]),
             "guidance_schedule": settings["guidance_schedule"] in ("constant", "linear", "cosine"),
         }
         for name, value in settings.items():

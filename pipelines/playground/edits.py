@@ -10,11 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pipelines.drawing import Label
+from pipelines.conditioning import requested_condition
 from pipelines.generator import Generator
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes, Levels
 from stage1_vqvae.quantizers.search import nearest_codes as nearest_vectors
+from stage2_prior.conditions.contract import Label
 from stage2_prior.priors.stepwise import StepwisePrior
 
 
@@ -64,7 +65,7 @@ def nearest_codes(tokenizer: VQVAE, level: int, code: int, count: int) -> list[i
 @torch.no_grad()
 def likeliest_codes(generator: Generator, codes: Codes, label: Label | None, place: Place, count: int) -> list[int]:
     """List the likeliest codes at a position of an image (1, h, w) per level under the prior, given those before it, likeliest first."""
-    prior, condition = generator.exact_prior("likeliest codes"), generator.labels_given(label, 1)
+    prior, condition = generator.exact_prior("likeliest codes"), requested_condition(generator.header, label, 1)
     condition = None if condition is None else condition.to(prior.device)
     logits = prior.logits(tuple(level.to(prior.device) for level in codes), condition)[place.level]
     logits_here = logits[0, place.row * codes[place.level].shape[2] + place.column]

@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from configs.errors import EXPLANATIONS, UserError
-from pipelines.drawing import Label
 from pipelines.generator import Generator
 from stage1_vqvae.data.decoding import decode_image
+from stage2_prior.conditions.contract import Label
 
 _SMALL = 128  # pixels a side: smaller images are shown pixelated
 _NO_LABEL = -1
@@ -83,7 +83,7 @@ class Fields:
         height, width, _ = generator.image_shape
         self.classes = ["pixels"] if max(height, width) <= _SMALL else []
         header = generator.header
-        self.guides = header is not None and bool(header.label_names) and header.knows_no_label
+        self.guides = header is not None and bool(header.condition.class_names) and header.supports_unconditional
 
     # --- pictures
 
@@ -157,7 +157,7 @@ class Fields:
     def image_label(self) -> gr.Dropdown:
         """Create the label choice for an uploaded picture."""
         header = self.generator.header
-        return self._label("none" if header is None or header.knows_no_label else None)
+        return self._label("none" if header is None or header.supports_unconditional else None)
 
     def _label(self, without: str | None) -> gr.Dropdown:
         names = self.generator.label_names

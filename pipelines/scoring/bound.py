@@ -49,8 +49,8 @@ def image_bits(
     pixels: Pixels,
     counts: Sequence[np.ndarray] | None,
     prior: Prior | None,
-    labels: Tensor | None,
-    knows_no_label: bool = True,
+    condition: Tensor | None,
+    supports_unconditional: bool = True,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """The bits of each image by what is known of its codes, (N,), in float64: `pixels`, the share of -log2 p(x | z) alone, and the whole
@@ -61,8 +61,8 @@ def image_bits(
         codes: int64 (N, h, w) a level, of images `pixels`, uint8 (N, H, W, C).
         counts: how often each code occurs in training, (K,) a level; each counts once more. None: not known.
         prior: in eval mode; None: not trained.
-        labels: (N,) in the prior's numbering, or None.
-        knows_no_label: whether the prior has learned p(z) without a class.
+        condition: (N, ...) rows of the prior's condition, or None.
+        supports_unconditional: whether the prior has learned p(z) without a condition.
         progress: show bars.
     """
     exact = float64_copy(tokenizer)
@@ -75,8 +75,8 @@ def image_bits(
             found["unigram"] -= (smoothed / smoothed.sum()).log2()[level].flatten(1).sum(1)
     if prior is not None:
         prior = float64_copy(prior)
-        if knows_no_label:
+        if supports_unconditional:
             found["learned"] = of_pixels + surprisals(prior, codes, None, "bits of codes", progress).sum(1)
-        if labels is not None:
-            found["learned, given the class"] = of_pixels + surprisals(prior, codes, labels, "bits of codes", progress).sum(1)
+        if condition is not None:
+            found["learned, given the class"] = of_pixels + surprisals(prior, codes, condition, "bits of codes", progress).sum(1)
     return found

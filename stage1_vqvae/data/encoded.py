@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -108,13 +108,25 @@ class EncodedPixels(CroppablePixels):
 class EncodedSplit(SourceSplit):
     """Split of encoded images."""
 
-    def __init__(self, name: str, images: EncodedImages, labels: np.ndarray | None, fingerprint: str) -> None:
-        self.name, self.images, self.labels, self.fingerprint = name, images, labels, fingerprint
+    def __init__(
+        self,
+        name: str,
+        images: EncodedImages,
+        labels: np.ndarray | None,
+        fingerprint: str,
+        column: Callable[[str], Sequence[Any]] | None = None,
+    ) -> None:
+        """`column`: reads the values of a column; None: the source has no columns."""
+        self.name, self.images, self.labels, self.fingerprint, self._column = name, images, labels, fingerprint, column
         self._range_checked = False
 
     @override
     def __len__(self) -> int:
         return len(self.images)
+
+    @override
+    def column(self, name: str) -> Sequence[Any]:
+        return super().column(name) if self._column is None else self._column(name)
 
     @override
     def is_kept(self, rows: np.ndarray, data: Data) -> bool:

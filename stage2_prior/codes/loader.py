@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.schema import Stage2
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.store import CodeStore
+from stage2_prior.conditions.contract import Condition
 from training.batching import share_of_step
 from training.prefetch import StepReader
 from training.randomness import DataOrder, generator
@@ -21,8 +22,8 @@ class CodeBatch(NamedTuple):
 
     codes: Codes
     """int64 (b, h, w) per level."""
-    labels: Tensor | None
-    """(b,) int64, `num_classes` where label dropout hides the label; None: an unconditional prior."""
+    condition: Tensor | None
+    """(b, ...), the null where dropout hides it; None: an unconditional prior."""
     variants: Tensor
     """(b,) int64: augmentation variant of each row."""
     draws: Tensor | None
@@ -32,23 +33,32 @@ class CodeBatch(NamedTuple):
 class CodeLoader:
     """Loads this rank's codes for every micro-step.
 
-    Row, variant, label dropout and draws are a function of (seed, step, position in the step's batch): the same for any number of
-    processes and threads, and after a resume.
+    Row, variant, dropout of the condition and draws are a function of (seed, step, position in the step's batch): the same for any number
+    of processes and threads, and after a resume.
     """
 
     def __init__(
         self,
         training: CodeStore,
-        num_classes: int,
+        condition: Condition,
         config: Stage2,
         accelerator: Accelerator,
         num_draws: int = 0,
         ahead: bool | None = None,
     ) -> None:
-        """`num_classes`, `num_draws`: of the prior. `ahead`: prefetch in a thread; None: on accelerators."""
-        self._training, self._config = training, config
-        self._labels = training.labels if num_classes > 0 else None
-        self._num_classes, self._num_draws = num_classes, num_draws
+        """Open the loader of a prior.
+
+        Args:
+            training: the codes to learn from.
+            condition: the prior's.
+            config: the recipe's section.
+            accelerator: whose ranks share the batches.
+            num_draws: the prior's; see `Prior.num_draws`.
+            ahead: prefetch in a thread; None: on accelerators.
+        Errors: as `CodeStore.condition_for`.
+        """
+        self._training, self._config, self._condition, self._num_draws = training, config, condition, num_draws
+        self._rows = training.condition_for(condition)
         self._processes, self._rank = accelerator.num_processes, accelerator.process_index
         self._order = DataOrder(len(training), config.batch_size, config.seed)
         self._reader = StepReader(self._read, config.accumulation, accelerator.device, ahead)
@@ -57,19 +67,19 @@ class CodeLoader:
         """Codes of a micro-step, on this rank's device. Errors: UserError for a code outside the codebook."""
         variants, *tensors = self._reader.at(step, micro_step)
         draws = tensors.pop() if self._num_draws else None
-        labels = None if self._labels is None else tensors.pop()
-        return CodeBatch(tuple(tensors), labels, variants, draws)
+        condition = None if self._rows is None else tensors.pop()
+        return CodeBatch(tuple(tensors), condition, variants, draws)
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Read a micro-step: variants (b,), codes (b, h, w) per level, labels (b,) of a conditional prior, draws (b, num_draws) if any."""
+        """Read a micro-step: variants (b,), codes (b, h, w) per level, condition (b, ...) and draws (b, num_draws), if there are any."""
         (step, micro_step), config = key, self._config
         rows = self._order.batch(step)
         share = share_of_step(config.batch_size, config.accumulation, micro_step, self._processes, self._rank)
         variants = torch.randint(self._training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
         tensors = [variants, *self._training.codes(rows[share], variants)]
-        if self._labels is not None:
-            hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.label_dropout
-            tensors.append(self._labels[rows[share]].masked_fill(hidden[share], self._num_classes))
+        if self._rows is not None:
+            hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.condition_dropout
+            tensors.append(self._condition.drop(self._rows[rows[share]], hidden[share]))
         if self._num_draws:
             tensors.append(torch.rand(len(rows), self._num_draws, generator=generator(config.seed, "loss", step))[share])
         return tuple(tensors)

@@ -1,11 +1,11 @@
-"""Codes on disk, both ways: a folder with a manifest and shards of a stated number of images.
+"""The code store, written and read: a folder with a manifest and shards of a fixed number of images.
 
     codes/train/manifest.json
-    codes/train/codes-00000-of-00011.safetensors    level0 (rows, variants, h, w), the smallest unsigned dtype; labels (rows,)
+    codes/train/codes-00000-of-00011.safetensors    level0 (rows, variants, h, w), the smallest unsigned dtype; condition (rows, ...)
 
-Rows are in data-set order, exactly one a sample; the second axis holds its augmentation's variants, the first of which
-is the image itself. Stage 2 learns grids, code numbers and labels from the manifest and from nowhere else. Writing needs the memory of one
-shard, reading that of the rows asked for.
+Rows are in data-set order, exactly one per sample; the second axis holds its augmentation's variants, the first of which is the image
+itself. Stage 2 learns grids, code numbers and the condition from the manifest alone. Writing needs the memory of one shard, reading that of
+the requested rows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.data import Augmentation
-from configs.errors import UserError, brief, listed
+from configs.errors import UserError, brief
+from configs.parts import as_dict
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
-from stage1_vqvae.data.names import class_numbers
+from configs.schema import ConditionPart, condition_from
 from stage1_vqvae.quantizers.contract import Codes
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.none import NoCondition
 from training.progress import progress_bar
 
 _FORMAT = 1
 MANIFEST = "manifest.json"
-"""Name of the file that says what the others of a split are."""
+"""Name of the file that describes a split's shards."""
 _MADE_BY = "tokenizer_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The manifest of a split: all there is to know of its codes but the codes."""
+    """Description of a split's codes."""
 
     split: str
     rows: int
@@ -47,8 +50,8 @@ class Manifest:
     """(h, w) of each level, coarse to fine."""
     num_codes: list[int]
     """K, the number of codes, of each level."""
-    label_names: list[str] | None
-    """Null: the images have no labels."""
+    condition: Condition
+    """Condition that is stored with the codes, such as the classes and their names."""
     augmentation: Augmentation
     """What the variant axis enumerates."""
     variants: int
@@ -58,10 +61,23 @@ class Manifest:
     tokenizer_sha256: str
     """The sha256 of the tokenizer file that made the codes."""
     rows_per_shard: int
-    """Images a shard; the last one has what is left."""
+    """Images per shard; the last one may have fewer."""
     sha256: list[str]
-    """The sha256 of each shard; none before all are written."""
+    """The sha256 of each shard; empty until all are written."""
     format: int = _FORMAT
+
+    def condition_of_prior(self, chosen: ConditionPart) -> Condition:
+        """Return the condition of a prior of these codes, by a recipe's choice: the stored one, or none.
+
+        Errors: UserError if the codes are stored with another one.
+        """
+        assert isinstance(chosen, Condition)
+        if isinstance(chosen, NoCondition):
+            return chosen
+        if not chosen.accepts(self.condition):
+            way = "extract the codes anew, with --overwrite and the same options"
+            raise UserError(f"condition: expected {self.condition}, with which the codes are stored, or none, found {chosen}; {way}")
+        return self.condition
 
     @property
     def num_shards(self) -> int:
@@ -82,26 +98,26 @@ def smallest_dtype(num_codes: int) -> np.dtype:
     return np.min_scalar_type(num_codes - 1)
 
 
-def write_shard(folder: Path, manifest: Manifest, shard: int, codes: Sequence[Tensor], labels: Tensor | None) -> None:
-    """Write one shard: the codes (rows, variants, h, w) a level and the labels (rows,) of its rows. A reader sees all of it or nothing."""
+def write_shard(folder: Path, manifest: Manifest, shard: int, codes: Sequence[Tensor], condition: Tensor | None) -> None:
+    """Write one shard, atomically: the codes (rows, variants, h, w) per level and the condition (rows, ...) of its rows."""
     tensors = {}
     for level, (grid, number) in enumerate(zip(codes, manifest.num_codes, strict=True)):
         assert len(grid) == len(manifest.shard_rows(shard)), (len(grid), shard)
         assert grid.numel() == 0 or 0 <= int(grid.min()) <= int(grid.max()) < number
         tensors[f"level{level}"] = grid.cpu().numpy().astype(smallest_dtype(number))
-    if labels is not None:
-        tensors["labels"] = labels.numpy().astype(smallest_dtype(len(manifest.label_names or ())))
+    if condition is not None:
+        tensors["condition"] = condition.numpy().astype(manifest.condition.disk_dtype)
     write_bytes(folder / manifest.shard_name(shard), safetensors.numpy.save(tensors, {_MADE_BY: manifest.tokenizer_sha256}))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of shards that are all there, with the sha256 of each: nothing reads codes without one."""
+    """Write the manifest of complete shards, with the sha256 of each; codes without a manifest are not read."""
     sums = [_sha256(folder / manifest.shard_name(shard)) for shard in range(manifest.num_shards)]
-    write_summed_json(folder / MANIFEST, dataclasses.asdict(dataclasses.replace(manifest, sha256=sums)))
+    write_summed_json(folder / MANIFEST, as_dict(dataclasses.replace(manifest, sha256=sums)))
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.ndarray]:
-    """The arrays of a shard, mapped into memory.
+    """Open the arrays of a shard, mapped into memory.
 
     Errors: UserError if it is missing, truncated, another tokenizer's, or does not fit the manifest.
     """
@@ -110,15 +126,15 @@ def open_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, np.nda
         f"level{level}": f"{smallest_dtype(number)} {(rows, manifest.variants, *grid)}"
         for level, (grid, number) in enumerate(zip(manifest.grids, manifest.num_codes, strict=True))
     }
-    if manifest.label_names is not None:
-        expected["labels"] = f"{smallest_dtype(len(manifest.label_names))} {(rows,)}"
+    if not isinstance(manifest.condition, NoCondition):
+        expected["condition"] = f"{manifest.condition.disk_dtype} {(rows, *manifest.condition.shape)}"
     try:
         with safe_open(path, "pt") as file:
             found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118, it is no dict
             made_by = (file.metadata() or {}).get(_MADE_BY, "")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a file of codes, found nothing; extract the codes anew, with --overwrite") from None
-    except (SafetensorError, TypeError) as error:  # or of numbers that numpy does not know
+    except (SafetensorError, TypeError) as error:  # or of a dtype that numpy does not have
         raise UserError(
             f"{path}: expected a file of codes, found a truncated or foreign one ({brief(error)}); extract the codes anew, with --overwrite"
         ) from None
@@ -135,9 +151,7 @@ def _sha256(path: Path) -> str:
 
 
 class CodeStore:
-    """A split's codes, in the dtype they have on disk. Its files are mapped into memory: they take none but that of the pages that were
-    read last, which all processes of a machine share.
-    """
+    """A split's codes. Its files are mapped into memory: only pages that were read take any, shared by all processes of a machine."""
 
     def __init__(self, folder: Path, tokenizer_sha256: str | None = None) -> None:
         """Open a split's codes.
@@ -156,35 +170,40 @@ class CodeStore:
             )
         opened = [open_shard(folder, self.manifest, shard) for shard in range(self.manifest.num_shards)]
         self._shards = [[content[f"level{level}"] for level in range(len(self.manifest.grids))] for content in opened]
-        labels = [content["labels"] for content in opened if "labels" in content]
-        self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64)) if labels else None
-        """(rows,) int64."""
+        stored = [torch.from_numpy(content["condition"]) for content in opened if "condition" in content]
+        self.condition = torch.cat(stored).to(self.manifest.condition.null(0).dtype) if stored else None
+        """(rows, ...), as the manifest's condition encodes it; None: the codes have none."""
 
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def labels_among(self, names: Sequence[str]) -> Tensor | None:
-        """The labels (rows,) as numbers of those classes, by name: the store may have been extracted with a class more. -1 where they are
-        none of them; None: there are no labels.
+    def translated(self, condition: Condition) -> Tensor | None:
+        """Convert the condition to rows (rows, ...) of a prior's; the store may have been extracted with other classes.
+
+        Returns: None if the two cannot be compared. `condition.known` tells which rows the prior's condition has.
         """
-        if self.labels is None:
+        return None if self.condition is None else condition.translate(self.condition, self.manifest.condition)
+
+    def condition_for(self, condition: Condition) -> Tensor | None:
+        """Convert the condition to rows (rows, ...) of a prior's; None for an unconditional prior.
+
+        Errors: UserError for rows that the prior's condition does not have.
+        """
+        if isinstance(condition, NoCondition):
             return None
-        return torch.from_numpy(class_numbers(self.manifest.label_names or (), names))[self.labels]
+        rows = self.translated(condition)
+        if rows is None or not bool(condition.known(rows).all()):
+            unknown = self.manifest.condition.describe() if rows is None or self.condition is None else self._first_unknown(condition, rows)
+            expected = f"expected codes of a condition that the prior knows ({condition.describe()})"
+            raise UserError(f"{self.folder}: {expected}, found {unknown}; train another prior on them with --name NAME")
+        return rows
 
-    def number_by(self, names: Sequence[str]) -> None:
-        """Number the labels by those classes, which a prior was trained on. Errors: UserError if some are none of them, or missing."""
-        labels = self.labels_among(names)
-        if labels is None or bool((labels < 0).any()):
-            expected = f"expected codes of classes that the prior knows ({listed(names)})"
-            found = "no labels" if self.labels is None or labels is None else self._name_of(int(self.labels[labels < 0][0]))
-            raise UserError(f"{self.folder}: {expected}, found {found}; train another prior on them with --name NAME")
-        self.labels, self.manifest = labels, dataclasses.replace(self.manifest, label_names=list(names))
-
-    def _name_of(self, label: int) -> str:
-        return (self.manifest.label_names or [])[label]
+    def _first_unknown(self, condition: Condition, rows: Tensor) -> str:
+        assert self.condition is not None
+        return self.manifest.condition.show(self.condition[~condition.known(rows)][0])
 
     def codes(self, rows: Tensor, variants: Tensor | None = None) -> Codes:
-        """Codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) a level.
+        """Read the codes of those rows, each in its variant (default: the image itself): int64 (B, h, w) per level.
 
         Errors: UserError for a code that the codebook does not have.
         """
@@ -199,11 +218,11 @@ class CodeStore:
         return tuple(torch.from_numpy(found) for found in levels)
 
     def shard(self, number: int) -> list[np.ndarray]:
-        """The codes (rows, variants, h, w) a level of one shard, in the dtype they have on disk; read-only."""
+        """Return the codes (rows, variants, h, w) per level of one shard, in their dtype on disk; read-only."""
         return self._shards[number]
 
     def counts(self) -> list[np.ndarray]:
-        """How often each code of a level occurs over all rows and variants, (K,) a level.
+        """Count the occurrences of each code over all rows and variants, (K,) per level.
 
         Errors: UserError for a code that the codebook does not have.
         """
@@ -217,7 +236,7 @@ class CodeStore:
         return counted
 
     def verify(self) -> None:
-        """Read all shards through. Errors: UserError for the first that is not as it was written, or has a code too high."""
+        """Read all shards and check their sha256 and codes. Errors: UserError for the first damaged one."""
         if len(self.manifest.sha256) != self.manifest.num_shards:
             sums = f"{self.manifest.num_shards} sums, one a file"
             raise UserError(f"{self.folder / MANIFEST}: expected {sums}, found {len(self.manifest.sha256)}; extract the codes anew")
@@ -236,7 +255,7 @@ class CodeStore:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A split's manifest. Errors: UserError if there is none, one of another format, or one that is not as it was written."""
+    """Read a split's manifest. Errors: UserError for a missing or damaged one, or another format."""
     path = folder / MANIFEST
     content = read_summed_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
@@ -244,11 +263,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; extract the codes anew, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]
     content["image_shape"] = tuple(content["image_shape"])
-    return Manifest(**content)
+    try:
+        condition = condition_from(content["condition"])
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: expected a condition of the codes, found another thing ({error}); extract the codes anew") from None
+    assert isinstance(condition, Condition)
+    return Manifest(**{**content, "condition": condition})
 
 
 def _well_formed(content: dict[str, Any]) -> bool:
-    """Whether a manifest's sizes are whole numbers that fit together: nothing is allocated or divided by what it merely claims."""
+    """Whether a manifest's sizes are positive integers that fit together; checked before anything is allocated by them."""
     try:
         sides = [side for h, w in content["grids"] for side in (h, w)]
         sizes = [

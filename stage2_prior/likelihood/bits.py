@@ -47,13 +47,13 @@ def mean_over_tokens(levels: Sequence[float], grids: Sequence[tuple[int, int]]) 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Bits a token over some images, labels given where the prior knows them."""
+    """Bits per token over some images, given their condition where the prior has one."""
 
     images: int
     positions: Tensor
     """Mean bits of the code at each position, (T,)."""
-    labels: dict[int, float]
-    """Mean bits a token of each class that occurred; empty for a prior without classes."""
+    classes: dict[str, float]
+    """Mean bits per token of each class that occurred; empty for a prior without classes."""
 
     @property
     def mean(self) -> float:
@@ -65,11 +65,11 @@ class Likelihood:
 def measure(accelerator: Accelerator, prior: Prior, store: CodeStore, rows: Tensor, batch_size: int) -> Likelihood:
     """Measure the likelihood of these rows, each counted once at any number of processes; `batch_size` per rank and batch."""
     prior.eval()
-    device, known = accelerator.device, store.labels if prior.num_classes > 0 else None
-    # Sums of this rank: nats per position, nats and images per label.
+    device, stored, names = accelerator.device, store.condition_for(prior.condition), prior.condition.class_names
+    # Sums of this rank: nats per position, nats and images per class.
     exact = float64_device(device)
     nats = torch.zeros(prior.layout.length, dtype=torch.float64, device=exact)
-    label_nats, images = (torch.zeros(prior.num_classes + 1, dtype=torch.float64, device=exact) for _ in range(2))
+    class_nats, images = (torch.zeros(len(names), dtype=torch.float64, device=exact) for _ in range(2))
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     # All ranks of a sharded prior must run equally many forward passes: a rank with one row fewer repeats a row, at weight 0.
     row_weights = torch.ones(-(-len(rows) // accelerator.num_processes), dtype=torch.float64, device=exact)
@@ -78,25 +78,25 @@ def measure(accelerator: Accelerator, prior: Prior, store: CodeStore, rows: Tens
 
     def read(part: slice) -> tuple[Tensor, ...]:
         codes = store.codes(mine[part])
-        return codes if known is None else (*codes, known[mine[part]])
+        return codes if stored is None else (*codes, stored[mine[part]])
 
     with progress_bar(len(mine), "measure", "img", within=True) as bar:
         parts = batches(len(mine), batch_size)
         for part, tensors in zip(parts, read_to(device, read, parts), strict=True):
-            codes, condition = (tensors, None) if known is None else (tensors[:-1], tensors[-1])
+            codes, condition = (tensors, None) if stored is None else (tensors[:-1], tensors[-1])
             losses = as_float64(prior.nats(codes, condition))
             weights = row_weights[part]
             nats += weights @ losses
-            index = prior.condition_or_null(condition, len(losses)).to(exact)
-            label_nats.index_add_(0, index, weights * losses.mean(1))
-            images.index_add_(0, index, weights)
+            if names and condition is not None:
+                class_nats.index_add_(0, condition.to(exact), weights * losses.mean(1))
+                images.index_add_(0, condition.to(exact), weights)
             bar.update(len(losses))
-    totals = summed(accelerator, {"nats": nats, "label_nats": label_nats, "images": images})
-    sums, counts = totals["label_nats"].tolist(), totals["images"].tolist()
+    totals = summed(accelerator, {"nats": nats, "class_nats": class_nats, "images": images})
+    sums, counts = totals["class_nats"].tolist(), totals["images"].tolist()
     return Likelihood(
         images=len(rows),
         positions=(totals["nats"] / len(rows) / math.log(2)).cpu(),
-        labels={label: bits(sums[label] / count) for label, count in enumerate(counts) if count and known is not None},
+        classes={name: bits(total / count) for name, total, count in zip(names, sums, counts, strict=True) if count},
     )
 
 

@@ -47,7 +47,6 @@ def likelihood_report(
     raw = raw_bits(height, width, channels)
     coded = found.mean * prior.layout.length
     positions = found.positions.split(prior.layout.lengths)
-    names = manifest.label_names or []
     return {
         "exact": prior.exact,
         "images": {"train": seen.images, "validation": found.images},
@@ -63,7 +62,7 @@ def likelihood_report(
             for grid, k, flat, frequent, bits in zip(grids, num_codes, uniform, unigram, positions, strict=True)
         ],
         "positions": [bits.view(grid).tolist() for grid, bits in zip(grids, positions, strict=True)],
-        "labels": {names[label]: value for label, value in found.labels.items()},
+        "labels": found.classes,
         "validation_turned_at_step": turned_at(validations),
     }
 

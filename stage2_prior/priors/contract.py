@@ -16,6 +16,7 @@ from configs.errors import require
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Condition
 
 
 class Sizes(NamedTuple):
@@ -82,15 +83,15 @@ class Prior(nn.Module, ABC):
     num_noise: int
     """Uniform random numbers per sample that `sample` takes."""
 
-    def __init__(self, layout: SequenceLayout, num_classes: int, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
+    def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
         """Args:
         layout: the levels that it models.
-        num_classes: 0: unconditional. The label index `num_classes` is the null condition and always has an embedding.
+        condition: what it is conditioned on; embedded by `condition.embedding`, the null included.
         num_variants: variants of each image in the training codes, the image itself included.
         given: the levels above, for a model of p(levels | levels above).
         """
         super().__init__()
-        self.layout, self.num_classes, self.num_variants, self.given = layout, num_classes, num_variants, given
+        self.layout, self.condition, self.num_variants, self.given = layout, condition, num_variants, given
         self.checkpointing, self.num_draws, self.num_noise = False, 0, layout.length
 
     @property
@@ -107,7 +108,7 @@ class Prior(nn.Module, ABC):
 
         Args:
             codes: int64 (B, h, w) per level: all positions of the given levels and its own.
-            condition: (B, ...), today class labels (B,) int64; None: the null condition throughout.
+            condition: (B, ...) rows of the prior's condition; None: the null throughout.
             variants: (B,) int64, the augmented variant of each row; None: the images themselves.
             draws: (B, num_draws) float32 in [0, 1), a function of (seed, step, sample); None if it takes none.
         """
@@ -146,8 +147,8 @@ class Prior(nn.Module, ABC):
         return next(self.parameters()).device
 
     def null_condition(self, batch: int) -> Tensor:
-        """Return the condition (B,) of samples without one: the label index `num_classes`."""
-        return torch.full((batch,), self.num_classes, device=self.device)
+        """Return the condition (B, ...) of samples that have none."""
+        return self.condition.null(batch, self.device)
 
     def condition_or_null(self, condition: Tensor | None, batch: int) -> Tensor:
         """Return the condition (B, ...), or the null condition for None."""

@@ -1,4 +1,4 @@
-"""The prior file: weights, with all in the header that sampling needs to know."""
+"""The prior file: weights and a header with everything that sampling needs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from configs.errors import UserError, listed
 from configs.parts import as_dict
 from configs.prior_name import UNIFORM
 from configs.run_dir import RunDir
-from configs.schema import PriorPart, prior_from
+from configs.schema import PriorPart, condition_from, prior_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
+from stage2_prior.conditions.contract import Condition
 from stage2_prior.priors.contract import Prior
 from stage2_prior.priors.levelwise import build_level
 from training.weights_file import built_from, fingerprint, load_weights, read_header, save_weights
@@ -26,15 +27,15 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PriorHeader:
-    """What a prior file says of itself."""
+    """Header of a prior file."""
 
     config: PriorPart
     grids: list[tuple[int, int]]
     num_codes: list[int]
-    label_names: list[str] | None
-    """Names of the classes it is conditioned on; null: unconditional."""
-    knows_no_label: bool
-    """Whether it has learned p(codes) too, which guidance needs: label dropout was on, or there are no labels."""
+    condition: Condition
+    """What it is conditioned on, such as the classes and their names."""
+    supports_unconditional: bool
+    """Whether it has learned p(codes) too, which guidance needs: trained with condition dropout, or without a condition."""
     tokenizer_sha256: str
     num_variants: int = 1
     """Variants of the images whose codes it was trained on; see contract.py."""
@@ -47,15 +48,22 @@ class PriorHeader:
 
     @classmethod
     def of(
-        cls, config: PriorPart, manifest: Manifest, knows_no_label: bool, steps: int, bits_per_token: float, level: int | None = None
+        cls,
+        config: PriorPart,
+        condition: Condition,
+        manifest: Manifest,
+        supports_unconditional: bool,
+        steps: int,
+        bits_per_token: float,
+        level: int | None = None,
     ) -> PriorHeader:
-        """The header of a prior trained on codes of that manifest."""
+        """Build the header of a prior trained on codes of this manifest."""
         return cls(
             config=config.resolved(),
             grids=manifest.grids,
             num_codes=manifest.num_codes,
-            label_names=manifest.label_names if config.conditional else None,
-            knows_no_label=knows_no_label,
+            condition=condition,
+            supports_unconditional=supports_unconditional,
             tokenizer_sha256=manifest.tokenizer_sha256,
             num_variants=manifest.variants,
             level=level,
@@ -64,16 +72,15 @@ class PriorHeader:
         )
 
 
-def build_prior(config: PriorPart, manifest: Manifest, level: int | None = None) -> Prior:
-    """A prior for codes of that manifest, or for one level of them given those above, with fresh weights."""
-    labels = manifest.label_names if config.conditional else None
-    return _built(config, SequenceLayout(manifest.grids, manifest.num_codes), level, len(labels or ()), manifest.variants)
+def build_prior(config: PriorPart, condition: Condition, manifest: Manifest, level: int | None = None) -> Prior:
+    """Build a prior with fresh weights for codes of this manifest, or for one level of them given those above."""
+    return _built(config, SequenceLayout(manifest.grids, manifest.num_codes), level, condition, manifest.variants)
 
 
-def _built(config: PriorPart, layout: SequenceLayout, level: int | None, num_classes: int, num_variants: int) -> Prior:
+def _built(config: PriorPart, layout: SequenceLayout, level: int | None, condition: Condition, num_variants: int) -> Prior:
     if level is None:
-        return config.build(layout, num_classes, num_variants)
-    return build_level(config, layout, level, num_classes, num_variants)
+        return config.build(layout, condition, num_variants)
+    return build_level(config, layout, level, condition, num_variants)
 
 
 def check_tokenizer(where: str, found: str, expected: str) -> None:
@@ -131,7 +138,7 @@ def drawn_prior(run: RunDir, name: str | None) -> PriorPart | None:
 
 
 def read_prior_header(path: Path) -> dict[str, Any]:
-    """What a prior file says of itself, as JSON has it. Errors: UserError if it is not one."""
+    """Read the header of a prior file as JSON. Errors: UserError for another file."""
     content = read_header(path, "prior")
     _check_format(path, content)
     return content
@@ -144,15 +151,16 @@ def _check_format(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[Prior, PriorHeader]:
-    """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
+    """Load a prior in eval mode and its header. Errors: UserError for another file, or codes of another tokenizer."""
     weights, content = load_weights(path, "prior")
     _check_format(path, content)
     with built_from(path, "prior"):
         fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader) if field.name in content}
-        header = PriorHeader(**{**fields, "config": prior_from(content["config"]), "grids": [tuple(grid) for grid in content["grids"]]})
+        parts = {"config": prior_from(content["config"]), "condition": condition_from(content["condition"])}
+        header = PriorHeader(**{**fields, **parts, "grids": [tuple(grid) for grid in content["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
     with built_from(path, "prior"):
         layout = SequenceLayout(header.grids, header.num_codes)
-        prior = _built(header.config, layout, header.level, len(header.label_names or ()), header.num_variants)
+        prior = _built(header.config, layout, header.level, header.condition, header.num_variants)
         prior.load_state_dict(weights)
     return prior.to(device).eval().requires_grad_(False), header

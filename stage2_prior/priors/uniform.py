@@ -9,6 +9,7 @@ from typing_extensions import override
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.contract import Keep, Prior
 
 
@@ -18,7 +19,7 @@ class UniformPrior(Prior):
     exact = True
 
     def __init__(self, layout: SequenceLayout) -> None:
-        super().__init__(layout, num_classes=0)
+        super().__init__(layout, NoCondition())
         sizes = zip(layout.lengths, layout.num_codes, strict=True)
         self.sizes = torch.cat([torch.full((length,), k) for length, k in sizes])  # (T,), on the CPU as all its tensors
 

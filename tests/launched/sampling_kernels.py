@@ -34,6 +34,7 @@ from stage2_prior.priors.step_kernels import attend, gate
 from stage2_prior.priors.stepwise import FixedBatch, StepwisePrior
 from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
 from stage2_prior.sampler import _DRAW, Sampler
+from tests.stage2_prior.priors.prior_kinds import classes
 from training.kernels import Kernel
 
 # Dispatched operators that launch nothing: views and allocations.
@@ -179,7 +180,7 @@ def check_draw() -> None:
 def small_prior(layout: SequenceLayout, conditioned: bool = False) -> StepwisePrior:
     torch.manual_seed(0)
     part = TransformerPart(layers=1, width=24, heads=2)
-    prior = build_level(part, layout, 1, 3) if conditioned else part.build(layout, 3)
+    prior = build_level(part, layout, 1, classes(3)) if conditioned else part.build(layout, classes(3))
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return prior.eval().requires_grad_(False)
@@ -258,7 +259,7 @@ def main() -> None:
     for check in (check_attention, check_gate, check_draw, check_samples, check_steps_below_a_level):
         check()
     # LlamaGen-B's number of layers; width and codebook size do not change the number of launches.
-    prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), 3).eval().requires_grad_(False)
+    prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), classes(3)).eval().requires_grad_(False)
     for parameter in prior.parameters():
         parameter.data = parameter.data.half()
     guidance = StepwiseSampling(guidance=1.5, temperature=0.9)

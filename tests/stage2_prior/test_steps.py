@@ -7,6 +7,7 @@ import torch
 
 from configs.schema import Compute, Stage2, prior_from
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.classes import Classes
 from stage2_prior.steps import PriorState
 from training.processes import start
 
@@ -14,9 +15,9 @@ LAYOUT = SequenceLayout([(2, 3)], [16])
 
 
 @pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
-def test_likelihoods_are_full_float32_where_networks_train_in_another(kind: str) -> None:
+def test_likelihoods_are_computed_in_float32_under_mixed_precision(kind: str) -> None:
     torch.manual_seed(0)
-    prior = prior_from({"kind": kind, "layers": 2, "width": 16, "heads": 2}).build(LAYOUT, 3)
+    prior = prior_from({"kind": kind, "layers": 2, "width": 16, "heads": 2}).build(LAYOUT, Classes(names=["a", "b", "c"]))
     codes, labels = (torch.randint(16, (4, 2, 3)),), torch.tensor([0, 1, 2, 3])
     expected = prior.eval().nats(codes, labels)
     compute = Compute(mixed_precision="bf16", threads=1)

@@ -1,9 +1,10 @@
-"""Prefetching two keys ahead, its errors and its thread, and the step reader."""
+"""Prefetching: two keys ahead, errors at their key, no thread left behind; a reader of steps that restarts at any step."""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable
+import time
 
 import pytest
 import torch
@@ -41,13 +42,28 @@ def test_reading_errors_are_raised_at_their_key(ahead: bool) -> None:
         next(stream)
 
 
-def test_closing_the_stream_ends_its_thread() -> None:
-    before = threading.active_count()
-    endless: Callable[[int], int] = lambda number: number  # noqa: E731
-    stream = read_ahead(endless, iter(int, 1), ahead=True)
+def test_closing_the_stream_ends_its_thread_without_waiting_for_it() -> None:
+    """The garbage collector may close it in a thread that holds locks of `threading`, which joining another thread takes."""
+    before, release, reading = threading.active_count(), threading.Event(), threading.Event()
+
+    def read(number: int) -> int:
+        if number:
+            reading.set()
+            release.wait(60)
+        return number
+
+    stream = read_ahead(read, itertools.count(), ahead=True)
     assert next(stream) == 0
+    assert reading.wait(5)
+    closing = threading.Thread(target=stream.close, daemon=True)  # type: ignore[attr-defined]
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
     assert threading.active_count() > before
-    stream.close()  # type: ignore[attr-defined]
+    release.set()
+    end = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
     assert threading.active_count() == before
 
 

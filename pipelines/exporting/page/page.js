@@ -103,7 +103,7 @@ function drawingIn() {
 
 function knows(what) {
   const labels = Boolean(model.label_names?.length);
-  return what === "labels" ? labels : labels && model.knows_no_label;
+  return what === "labels" ? labels : labels && model.supports_unconditional;
 }
 
 /** Labels of `count` pictures from the field. */
@@ -393,7 +393,7 @@ function prepare() {
   const names = model.label_names ?? [];
   const options = (extra) => [...extra, ...names.map((name, number) => [name, number])].map(([text, value]) => new Option(text, value));
   draw.form.elements.label.replaceChildren(...options([["each in turn", "turns"]]));
-  redraw.form.elements.label.replaceChildren(...options(model.knows_no_label ? [["none", "none"]] : []));
+  redraw.form.elements.label.replaceChildren(...options(model.supports_unconditional ? [["none", "none"]] : []));
   for (const element of document.querySelectorAll("[data-needs]")) element.hidden = !knows(element.dataset.needs);
   for (const element of document.querySelectorAll("[data-lacks]")) element.hidden = knows(element.dataset.lacks);
   draw.form.elements.number.value = batchSize(model); // as many as one batch

@@ -179,7 +179,7 @@ export class Sampler {
     const length = this.levels.length;
     const uniform = labels.map((_, row) => uniforms(seed, first + row, length));
     const names = this.model.label_names ?? [];
-    const guides = names.length > 0 && labels[0] !== null && this.model.knows_no_label && settings.guidance !== 1;
+    const guides = names.length > 0 && labels[0] !== null && this.model.supports_unconditional && settings.guidance !== 1;
     // Conditional and unconditional sequences run in one batch and share every code.
     const rows = guides ? [...labels, ...labels.map(() => null)] : labels;
     const numbers = rows.map((label) => label ?? names.length);

@@ -1,4 +1,4 @@
-"""Every kind of prior, small, over every kind of code: what the property tests run over."""
+"""Small priors of every kind over every layout of codes, for the property tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from configs.parts import part_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.contract import VariantEmbedding
 from stage2_prior.priors.stepwise import StepwisePrior
 from stage2_prior.priors.transformer import Transformer
@@ -28,8 +31,13 @@ LAYOUTS = {
 }
 
 
+def classes(number: int) -> Condition:
+    """Return the condition on classes 0, 1, ...; unconditional if there are none."""
+    return Classes(names=[str(label) for label in range(number)]) if number else NoCondition()
+
+
 def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> StepwisePrior:
-    """In eval mode, with weights large enough for a difference to show. `levelwise`: a transformer and a PixelCNN by turns."""
+    """Build a prior in eval mode, its weights large enough for differences to show; `levelwise` alternates transformers and PixelCNNs."""
     torch.manual_seed(0)
     sizes = {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0}
     if kind == "levelwise":
@@ -37,7 +45,7 @@ def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants:
         config = part_from("prior", {"kind": kind, "levels": alternating})
     else:
         config = part_from("prior", {**sizes, **KINDS[kind], **settings})
-    prior = config.build(layout, num_classes, num_variants)
+    prior = config.build(layout, classes(num_classes), num_variants)
     for part in getattr(prior, "parts", [prior]):
         for parameter in part.parameters():
             torch.nn.init.normal_(parameter, std=0.3 if isinstance(part, Transformer) else 0.15)
@@ -52,13 +60,13 @@ def random_codes(layout: SequenceLayout, batch: int) -> tuple[torch.Tensor, ...]
 
 
 def manifest(layout: SequenceLayout, num_classes: int = 0) -> Manifest:
-    """Of a code store of that layout."""
+    """Return the manifest of a code store with this layout."""
     return Manifest(
         split="train",
         rows=1,
         grids=layout.grids,
         num_codes=layout.num_codes,
-        label_names=[str(label) for label in range(num_classes)] if num_classes else None,
+        condition=classes(num_classes),
         augmentation="none",
         variants=1,
         image_shape=(3, 8, 8),

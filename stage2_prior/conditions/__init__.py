@@ -1,0 +1,1 @@
+"""What codes are conditioned on, one kind per file."""
