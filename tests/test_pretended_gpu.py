@@ -18,7 +18,7 @@ from configs.run_dir import read_json
 from pipelines import Generator
 from pipelines.decompress import main as decompress
 from tests.conftest import Pretended
-from tests.pretended.tiny import commands, in_short, run_command, write_recipe
+from tests.pretended.tiny import commands, fast_settings, run_command, write_recipe
 from training.metrics_log import read_metrics
 
 # Entries that depend on the host, or repeat train records.
@@ -34,7 +34,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 def cpu_run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """The same commands on the CPU, in this process."""
     run = tmp_path_factory.mktemp("cpu") / "run"
-    with in_short():
+    with fast_settings():
         for words in commands(recipe, run).values():
             for state in (PartialState, GradientState):
                 state._reset_state()
