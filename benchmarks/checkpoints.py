@@ -43,23 +43,23 @@ def main() -> None:
         initialise_(accelerator, state, loader, recipe.stage1)
         checkpoints = Checkpoints(Path(folder) / "checkpoints", "stage 1", 2, accelerator)
         state.model.train()
-        found: dict[bool, list[float]] = {False: [], True: []}
+        seconds: dict[bool, list[float]] = {False: [], True: []}
         copying: list[float] = []
         step = 0
         for block in range(2 * options.blocks + 2):
             saves = bool(block % 2)
-            began = time.perf_counter()
+            start = time.perf_counter()
             if saves:
                 checkpoints.save(step, state.state_dict())
-                copying.append(time.perf_counter() - began)
+                copying.append(time.perf_counter() - start)
             for _ in range(options.steps):
                 take_step(accelerator, state, loader, recipe.stage1, step)
                 step += 1
-            found[saves].append(time.perf_counter() - began)
+            seconds[saves].append(time.perf_counter() - start)
             checkpoints.wait()
         size = checkpoints.paths()[-1].stat().st_size
-    without = statistics.median(found[False][1:])
-    cost = statistics.median(one - other for one, other in zip(found[True][1:], found[False][1:], strict=True))
+    without = statistics.median(seconds[False][1:])
+    cost = statistics.median(saving - bare for saving, bare in zip(seconds[True][1:], seconds[False][1:], strict=True))
     interval = recipe.stage1.checkpoint_interval
     share = cost / (interval * without / options.steps)
     took, copied = without / options.steps * 1e3, statistics.median(copying) * 1e3

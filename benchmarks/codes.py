@@ -47,7 +47,7 @@ _BATCH = 64
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, images in (("extract", 20_000), ("memory", 1_000_000)):
         command = commands.add_parser(name)
         command.add_argument("--run", type=Path, required=True)
@@ -58,11 +58,11 @@ def main() -> None:
         store.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if options.what == "extract":
+        if options.command == "extract":
             rates(options.run, options.images, Path(folder))
-        elif options.what == "memory":
+        elif options.command == "memory":
             peak(options.run, options.images, Path(folder))
-        elif options.what == "store":
+        elif options.command == "store":
             reading(options.rows, options.tokens, Path(folder))
         else:
             prior_steps(options.rows, options.tokens, Path(folder))
@@ -73,9 +73,9 @@ def rates(path: Path, images: int, folder: Path) -> None:
     accelerator, recipe, run, tokenizer = _opened(path)
     pixels = load_images(recipe.data, [TRAIN]).splits[TRAIN].pixels[:images]
     source = ImageSource({TRAIN: ImageSplit(pixels, None)}, None)
-    found: dict[str, list[float]] = {"bare encoder": [], "extraction": []}
+    speeds: dict[str, list[float]] = {"bare encoder": [], "extraction": []}
     for number in range(4):  # the first warms up
-        began = time.perf_counter()
+        start = time.perf_counter()
         with torch.no_grad():
             for part in batches(len(pixels), recipe.extraction.batch_size):
                 tokenizer.encode(to_model(pixels[part].to(accelerator.device)))
@@ -84,9 +84,9 @@ def rates(path: Path, images: int, folder: Path) -> None:
         target.tokenizer = run.tokenizer
         extract(accelerator, target, tokenizer, source, recipe)
         if number:
-            found["bare encoder"].append(len(pixels) / (between - began))
-            found["extraction"].append(len(pixels) / (time.perf_counter() - between))
-    medians = {name: statistics.median(values) for name, values in found.items()}
+            speeds["bare encoder"].append(len(pixels) / (between - start))
+            speeds["extraction"].append(len(pixels) / (time.perf_counter() - between))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
     print(f"{len(pixels):,} images: " + ", ".join(f"{name} {value:,.0f} images a second" for name, value in medians.items()))
     print(f"ratio {medians['extraction'] / medians['bare encoder']:.3f}")
 
@@ -100,20 +100,20 @@ def peak(path: Path, images: int, folder: Path) -> None:
     pixels = cached_images(folder, {}, shape, lambda: repeated, "repeated images").pixels
     target = RunDir(folder / "run")
     target.tokenizer = run.tokenizer
-    found, done = [_own_mib()], threading.Event()
+    samples, done = [_memory_mib()], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
-            found.append(_own_mib())
+            samples.append(_memory_mib())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    start = time.perf_counter()
     extract(accelerator, target, tokenizer, ImageSource({TRAIN: ImageSplit(pixels, None)}, None), recipe)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    print(f"{images:,} images in {seconds:.0f} s: {found[0]:.0f} MiB before, {max(found):.0f} MiB at most")
+    print(f"{images:,} images in {seconds:.0f} s: {samples[0]:.0f} MiB before, {max(samples):.0f} MiB at most")
 
 
 def _opened(path: Path) -> tuple[Accelerator, Recipe, RunDir, VQVAE]:
@@ -140,11 +140,11 @@ def random_store(rows: int, tokens: int, folder: Path) -> None:
         rows_per_shard=4096,
         sha256=[],
     )
-    began = time.perf_counter()
+    start = time.perf_counter()
     for shard in range(manifest.num_shards):
         write_shard(folder, manifest, shard, [torch.randint(16_384, (len(manifest.shard_rows(shard)), 1, side, side))], None)
     write_manifest(folder, manifest)
-    print(f"written: {rows / (time.perf_counter() - began):,.0f} rows a second, {manifest.num_shards} files")
+    print(f"written: {rows / (time.perf_counter() - start):,.0f} rows a second, {manifest.num_shards} files")
 
 
 def prior_steps(rows: int, tokens: int, folder: Path) -> None:
@@ -161,44 +161,46 @@ def prior_steps(rows: int, tokens: int, folder: Path) -> None:
     state = PriorState(accelerator, prior, config, Compute())
     stores = {"on disk": on_disk, "in memory": in_memory}
     loaders = {name: CodeLoader(store, prior.condition, config, accelerator) for name, store in stores.items()}
-    found, own = dict[str, list[float]](), list[float]()
+    seconds, memory = dict[str, list[float]](), list[float]()
     for step in range(120):
         for name, loader in loaders.items():
-            began = time.perf_counter()
+            step_start = time.perf_counter()
             take_step(accelerator, state, loader, config, step)
             if step >= 20:
-                found.setdefault(name, []).append(time.perf_counter() - began)
-        own.append(_own_mib())
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    print(", ".join(f"{name} {seconds * 1e3:.1f} ms a step" for name, seconds in medians.items()))
-    print(f"ratio {medians['on disk'] / medians['in memory']:.3f}; {own[20]:.0f} MiB of its own after 20 steps, {own[-1]:.0f} after 120")
+                seconds.setdefault(name, []).append(time.perf_counter() - step_start)
+        memory.append(_memory_mib())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(", ".join(f"{name} {median * 1e3:.1f} ms a step" for name, median in medians.items()))
+    print(f"ratio {medians['on disk'] / medians['in memory']:.3f}; {memory[20]:.0f} MiB after 20 steps, {memory[-1]:.0f} after 120")
 
 
 def reading(rows: int, tokens: int, folder: Path) -> None:
     """Time random batches of a store of random codes against an array in memory, and measure their memory."""
     random_store(rows, tokens, folder)
-    before, began = _own_mib(), time.perf_counter()
+    before, start = _memory_mib(), time.perf_counter()
     store = CodeStore(folder)
-    print(f"opened in {time.perf_counter() - began:.2f} s, {_own_mib() - before:.1f} MiB")
+    print(f"opened in {time.perf_counter() - start:.2f} s, {_memory_mib() - before:.1f} MiB")
     draws = torch.randint(rows, (2000, _BATCH))
     for name in ("first", "second"):
-        began = time.perf_counter()
-        for drawn in draws:
-            store.codes(drawn)
-        seconds = time.perf_counter() - began
+        start = time.perf_counter()
+        for rows_drawn in draws:
+            store.codes(rows_drawn)
+        seconds = time.perf_counter() - start
         print(
             f"{name} time through: {draws.numel() / seconds:,.0f} rows a second, {seconds / len(draws) * 1e3:.2f} ms a batch of {_BATCH}; ",
             end="",
         )
-        print(f"{_own_mib() - before:.1f} MiB since before it was opened")
-    whole = np.concatenate([store.codes(torch.arange(part.start, part.stop))[0].numpy().astype(np.uint16) for part in batches(rows, 4096)])
-    began = time.perf_counter()
-    for drawn in draws:
-        torch.from_numpy(whole[drawn.numpy()].astype(np.int64))
-    print(f"in memory: {(time.perf_counter() - began) / len(draws) * 1e3:.2f} ms a batch")
+        print(f"{_memory_mib() - before:.1f} MiB since before it was opened")
+    in_memory = np.concatenate(
+        [store.codes(torch.arange(part.start, part.stop))[0].numpy().astype(np.uint16) for part in batches(rows, 4096)]
+    )
+    start = time.perf_counter()
+    for rows_drawn in draws:
+        torch.from_numpy(in_memory[rows_drawn.numpy()].astype(np.int64))
+    print(f"in memory: {(time.perf_counter() - start) / len(draws) * 1e3:.2f} ms a batch")
 
 
-def _own_mib() -> float:
+def _memory_mib() -> float:
     lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
 

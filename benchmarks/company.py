@@ -82,20 +82,20 @@ def main() -> None:
         return
     from configs.spinning import SPIN_COUNT  # not before: it would set the count of processes that measure, too
 
-    settings: dict[str, str | None] = {"libgomp's own": None, f"commands' ({SPIN_COUNT})": str(SPIN_COUNT)}
+    settings: dict[str, str | None] = {"libgomp's default": None, f"commands' ({SPIN_COUNT})": str(SPIN_COUNT)}
     settings |= {str(count): str(count) for count in options.counts}
     bare = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
     command = [sys.executable, __file__, "--measure", "--threads", str(options.threads), "--seconds", str(options.seconds)]
-    found: dict[tuple[str, int], list[float]] = {}
+    speeds: dict[tuple[str, int], list[float]] = {}
     for _ in range(options.rounds):
         for others in (0, options.company):
             for name, count in settings.items():
                 environment = bare if count is None else {**bare, "GOMP_SPINCOUNT": count}
                 with company(others):
-                    done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
-                found.setdefault((name, others), []).append(float(done.stdout))
-    medians = {key: statistics.median(values) for key, values in found.items()}
-    reference = medians["libgomp's own", 0]
+                    process = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
+                speeds.setdefault((name, others), []).append(float(process.stdout))
+    medians = {key: statistics.median(values) for key, values in speeds.items()}
+    reference = medians["libgomp's default", 0]
     print(f"| spin count | alone | beside {options.company} busy | alone, ratio | beside, ratio |\n| --- | --- | --- | --- | --- |")
     for name in settings:
         alone, beside = medians[name, 0], medians[name, options.company]

@@ -53,15 +53,15 @@ def main() -> None:
     sets["samples of the uniform prior"] = draw_images(accelerator, tokenizer, uniform, None, count, 0, StepwiseSampling())[1]
     sets["noise"] = torch.randint(256, real.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     kinds = [*([CLASSIFIER] if source.label_names else []), ROTATION]
-    found: dict[str, list[float]] = {name: [] for name in sets}
+    distances_by_set: dict[str, list[float]] = {name: [] for name in sets}
     for kind in kinds:
         network = feature_network(kind, None, run.path, source, accelerator.device)
         reference = Reference(network(source.splits[TRAIN].pixels, 256, TRAIN).vectors)
         for name, pixels in sets.items():
             distance = reference.frechet(network(pixels, 256, name).vectors)
-            found[name].append(float("nan") if distance is None else distance)
+            distances_by_set[name].append(float("nan") if distance is None else distance)
     print(f"| {count} images each | {' | '.join(kinds)} |\n| --- |{' --- |' * len(kinds)}")
-    for name, distances in found.items():
+    for name, distances in distances_by_set.items():
         print(f"| {name} | {' | '.join(f'{distance:.3g}' for distance in distances)} |")
 
 

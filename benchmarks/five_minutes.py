@@ -38,7 +38,7 @@ from training.batching import batches
 
 _RECIPE = REPOSITORY / "configs" / "cifar10_5min.yaml"
 _K, _D = 512, 64
-# What is taken back, at a quarter of the recipe's steps; so is what they are compared with.
+# Settings undone, at a quarter of the recipe's steps; so is the run they are compared with.
 ABLATIONS: dict[str, list[str]] = {
     "all of it": [],
     "no restarts": ["--tokenizer.quantizer.restart_below", "0"],
@@ -71,7 +71,7 @@ class Result(NamedTuple):
 
 
 @torch.no_grad()
-def judged(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], test: ImageSplit, minutes: float) -> Result:
+def evaluate(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], test: ImageSplit, minutes: float) -> Result:
     """Compute error and codebook use over the test split."""
     total, counts = 0.0, torch.zeros(_K)
     for part in batches(len(test), 500):
@@ -106,7 +106,7 @@ def ours(data: str | None, test: ImageSplit, steps: int, seed: int, overrides: l
         output = tokenizer(images)
         return output.reconstruction, output.codes[0]
 
-    return judged(reconstruct, test, minutes)
+    return evaluate(reconstruct, test, minutes)
 
 
 class PlainVQVAE(nn.Module):
@@ -146,8 +146,8 @@ def plain(training: ImageSplit, test: ImageSplit, minutes: float, seed: int) -> 
     model = PlainVQVAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     variance = float((training.pixels[:].double() / 255).var())
-    began = time.monotonic()
-    while time.monotonic() - began < 60 * minutes:
+    start = time.monotonic()
+    while time.monotonic() - start < 60 * minutes:
         images = to_model(training.pixels[torch.randint(len(training), (128,))])
         reconstruction, _, commitment = model(images)
         # Squared error on [-1, 1] is four times that on [0, 1], whose variance it is.
@@ -156,7 +156,7 @@ def plain(training: ImageSplit, test: ImageSplit, minutes: float, seed: int) -> 
         loss.backward()
         optimizer.step()
     model.eval()
-    return judged(lambda images: model(images)[:2], test, minutes)
+    return evaluate(lambda images: model(images)[:2], test, minutes)
 
 
 def main() -> None:

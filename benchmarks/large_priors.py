@@ -26,13 +26,13 @@ _MACHINE = 8  # GPUs that one machine has
 # NVLink carries in both directions). A ring through all GPUs leaves each machine once, by eight ports of 400 Gbit/s together.
 _PEAK, _NVLINK, _PORTS = 989e12, 450e9, 8 * 50e9
 # The share of the peak that large transformers are trained at (nanoGPT, Llama 3: 38 to 43 % of it), an assumption.
-_REACHED = 0.4
+_UTILISATION = 0.4
 
 SIZES = {"L": {"preset": "L"}, "3B": {"layers": 24, "width": 3200, "heads": 32}}
 
 
-class Pieces(NamedTuple):
-    """Parameters of a prior, by where they are."""
+class ParameterCounts(NamedTuple):
+    """Number of parameters of a prior, inside and outside its layers."""
 
     layers: int
     width: int
@@ -47,84 +47,84 @@ class Pieces(NamedTuple):
         return self.in_layers + self.others
 
 
-def pieces(size: dict[str, Any]) -> Pieces:
+def count_parameters(size: dict[str, Any]) -> ParameterCounts:
     """Count the parameters of a transformer of that size, on the meta device."""
     part = part_from("prior", {"kind": "transformer", **size})
     with torch.device("meta"):
         prior = part.build(SequenceLayout([(_SIDE, _SIDE)], [_CODES]), Classes(names=[*map(str, range(_CLASSES))]), _VARIANTS)
-    whole = sum(parameter.numel() for parameter in prior.parameters())
+    total = sum(parameter.numel() for parameter in prior.parameters())
     inside = sum(parameter.numel() for module in prior.fsdp_modules() for parameter in module.parameters())
-    return Pieces(len(prior.fsdp_modules()), part.sizes().width, inside, whole - inside)
+    return ParameterCounts(len(prior.fsdp_modules()), part.sizes().width, inside, total - inside)
 
 
-def kept_by_a_layer(width: int = 256, heads: int = 4, side: int = 8) -> float:
+def measure_activation(width: int = 256, heads: int = 4, side: int = 8) -> float:
     """Measure activation bytes per token and channel of a layer under bf16 autocast, by the increase per image."""
     block, layout = Block(width, heads, 0.0), SequenceLayout([(side, side)], [2])
-    turned = rotations(layout.centres(), width // heads).float()
+    rotary = rotations(layout.centres(), width // heads).float()
 
-    def kept(images: int) -> int:
-        found: dict[int, int] = {}
+    def saved_bytes(images: int) -> int:
+        storages: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        def record(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-            block(torch.randn(images, side**2, width, requires_grad=True), turned)
-        return sum(found.values())
+        with saved_tensors_hooks(record, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            block(torch.randn(images, side**2, width, requires_grad=True), rotary)
+        return sum(storages.values())
 
-    return (kept(3) - kept(2)) / (side**2 * width)
+    return (saved_bytes(3) - saved_bytes(2)) / (side**2 * width)
 
 
-def memory(of: Pieces, gpus: int, kept: float, checkpointing: bool, shards: bool) -> float:
+def memory(prior: ParameterCounts, gpus: int, activation: float, checkpointing: bool, shards: bool) -> float:
     """Compute bytes per GPU."""
     tokens = _TOKENS * _BATCH / gpus
-    # Weight, gradient, two moments, the average of weights, and its best; of copies DDP has each gradient twice, and the best is elsewhere.
-    own = of.parameters * 24 / gpus if shards else of.parameters * (20 + 4)
-    # What is in no layer is whole for a step, and so is its gradient; of two layers the weights in bf16, and one's gradient in both.
-    gathered = of.others * 8 + of.in_layers / of.layers * (2 * 2 + 6) if shards else 0
-    of_layers = of.width * tokens * (4 * of.layers + kept if checkpointing else kept * of.layers)
+    # Weight, gradient, two moments, average and best average; replicated, DDP holds gradients twice and the best average is on the host.
+    states = prior.parameters * 24 / gpus if shards else prior.parameters * (20 + 4)
+    # Outside layers, weights and gradients are gathered for a step; of layers, two in bf16 and one's gradient in bf16 and float32.
+    gathered = prior.others * 8 + prior.in_layers / prior.layers * (2 * 2 + 6) if shards else 0
+    activations = prior.width * tokens * (4 * prior.layers + activation if checkpointing else activation * prior.layers)
     logits = tokens * _CODES * (2 + 4 + 4 + 4 + 2)
-    return own + gathered + of_layers + logits
+    return states + gathered + activations + logits
 
 
-def sent(of: Pieces, gpus: int, shards: bool) -> float:
+def bytes_sent(prior: ParameterCounts, gpus: int, shards: bool) -> float:
     """Compute bytes sent per GPU and step."""
     others = (gpus - 1) / gpus
     if not shards:
-        return others * 8 * of.parameters
+        return others * 8 * prior.parameters
     # Layers are gathered in bf16 for the forward and for the backward pass, the rest once in float32; gradients are added in float32.
-    return others * (2 * 2 * of.in_layers + 4 * of.others + 4 * of.parameters)
+    return others * (2 * 2 * prior.in_layers + 4 * prior.others + 4 * prior.parameters)
 
 
-def seconds(of: Pieces, gpus: int, checkpointing: bool, shards: bool) -> tuple[float, float]:
+def seconds(prior: ParameterCounts, gpus: int, checkpointing: bool, shards: bool) -> tuple[float, float]:
     """Compute a step's seconds of arithmetic and of communication, which overlap."""
     tokens = _TOKENS * _BATCH / gpus
-    products = of.in_layers + _CODES * of.width
-    a_token = 6 * products + 6 * of.layers * _TOKENS * of.width  # causal attention: half of all pairs
-    again = 2 * of.in_layers if checkpointing else 0
+    products = prior.in_layers + _CODES * prior.width
+    per_token = 6 * products + 6 * prior.layers * _TOKENS * prior.width  # causal attention: half of all pairs
+    recomputed = 2 * prior.in_layers if checkpointing else 0
     wire = _NVLINK if gpus <= _MACHINE else _PORTS
-    return tokens * (a_token + again) / (_PEAK * _REACHED), sent(of, gpus, shards) / wire
+    return tokens * (per_token + recomputed) / (_PEAK * _UTILISATION), bytes_sent(prior, gpus, shards) / wire
 
 
 def main() -> None:
     """Run the benchmark and print its table."""
-    kept = kept_by_a_layer()
-    print(f"a layer keeps {kept:.1f} bytes a token and channel (measured)\n")
+    activation = measure_activation()
+    print(f"a layer keeps {activation:.1f} bytes a token and channel (measured)\n")
     print("| prior | GPUs | how | memory a GPU | sent a step | of operations | of sending | images a second |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, size in SIZES.items():
-        of = pieces(size)
+        prior = count_parameters(size)
         for gpus in (8, 64):
             for shards in (False, True):
                 for checkpointing in (False, True):
-                    compute, wire = seconds(of, gpus, checkpointing, shards)
+                    compute, wire = seconds(prior, gpus, checkpointing, shards)
                     cells = (
-                        f"{name}, {of.parameters / 1e6:,.0f} M",
+                        f"{name}, {prior.parameters / 1e6:,.0f} M",
                         str(gpus),
                         f"{'in shards' if shards else 'copies'}{', checkpointing' if checkpointing else ''}",
-                        f"{memory(of, gpus, kept, checkpointing, shards) / 1e9:.1f} GB",
-                        f"{sent(of, gpus, shards) / 1e9:.1f} GB",
+                        f"{memory(prior, gpus, activation, checkpointing, shards) / 1e9:.1f} GB",
+                        f"{bytes_sent(prior, gpus, shards) / 1e9:.1f} GB",
                         f"{compute * 1e3:,.0f} ms",
                         f"{wire * 1e3:,.0f} ms",
                         f"{_BATCH / max(compute, wire):,.0f}",

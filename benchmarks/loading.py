@@ -45,7 +45,7 @@ _IN_MEMORY = "batches in memory"
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     for name in ("make", "steps", "decode", "first", "memory"):
         command = commands.add_parser(name)
         command.add_argument("--data", help="a local data set")
@@ -59,7 +59,7 @@ def main() -> None:
         command.add_argument("--blocks", type=int, default=7)
         command.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    {"make": make, "steps": steps, "decode": decode, "first": first, "memory": memory}[options.what](options)
+    {"make": make, "steps": steps, "decode": decode, "first": first, "memory": memory}[options.command](options)
 
 
 def make(options: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def make(options: argparse.Namespace) -> None:
                 tars[row % len(tars)].addfile(entry, io.BytesIO(body))
 
 
-def recipe_of(options: argparse.Namespace, **data: object) -> Recipe:
+def recipe_for(options: argparse.Namespace, **data: object) -> Recipe:
     """Load the recipe with other images and another way of reading them."""
     recipe = load_recipe(options.config)
     path = options.data or recipe.data.path
@@ -95,39 +95,39 @@ def recipe_of(options: argparse.Namespace, **data: object) -> Recipe:
 
 def steps(options: argparse.Namespace) -> None:
     """Time steps by image source."""
-    accelerator, recipe = Accelerator(cpu=not torch.accelerator.is_available()), recipe_of(options)
-    kept = load_images(recipe.data, [TRAIN], progress=True).splits[TRAIN]
-    some = torch.arange(min(len(kept), 50 * recipe.stage1.batch_size))
-    ways = {_IN_MEMORY: (recipe.data, ImageSplit(kept.pixels[some].clone(), None), False)}
-    ways |= {"kept decoded": (recipe.data, kept, False), "kept decoded, read ahead": (recipe.data, kept, True)}
+    accelerator, recipe = Accelerator(cpu=not torch.accelerator.is_available()), recipe_for(options)
+    cached = load_images(recipe.data, [TRAIN], progress=True).splits[TRAIN]
+    rows = torch.arange(min(len(cached), 50 * recipe.stage1.batch_size))
+    sources = {_IN_MEMORY: (recipe.data, ImageSplit(cached.pixels[rows].clone(), None), False)}
+    sources |= {"kept decoded": (recipe.data, cached, False), "kept decoded, read ahead": (recipe.data, cached, True)}
     for workers in options.workers:
         data = dataclasses.replace(recipe.data, decode="each_time", workers=workers)
         for stream in (False, True) if options.stream else (False,):
             split = load_images(dataclasses.replace(data, stream=stream), [TRAIN]).splits[TRAIN]
-            how = f"{'streamed and ' if stream else ''}decoded each time by {workers} threads"
-            ways |= {how: (data, split, False), f"{how}, ahead": (data, split, True)}
+            label = f"{'streamed and ' if stream else ''}decoded each time by {workers} threads"
+            sources |= {label: (data, split, False), f"{label}, ahead": (data, split, True)}
     with tempfile.TemporaryDirectory() as folder:
-        state = build_state(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: kept}, None))
-        loaders = {name: Loader(split, data, recipe.stage1, accelerator, ahead) for name, (data, split, ahead) in ways.items()}
+        state = build_state(accelerator, RunDir(Path(folder)), recipe, ImageSource({TRAIN: cached}, None))
+        loaders = {name: Loader(split, data, recipe.stage1, accelerator, ahead) for name, (data, split, ahead) in sources.items()}
         initialise_(accelerator, state, loaders[_IN_MEMORY], recipe.stage1)
         state.model.train()
-        found: dict[str, list[float]] = {name: [] for name in ways}
-        shares: dict[str, list[float]] = {name: [] for name in ways}
+        seconds_per_step: dict[str, list[float]] = {name: [] for name in sources}
+        shares: dict[str, list[float]] = {name: [] for name in sources}
         for block in range(options.blocks + 1):  # the first warms up
             for name, loader in loaders.items():
                 take_step(accelerator, state, loader, recipe.stage1, block * (options.steps + 1))  # fills what is read ahead
                 loader.waited()
-                began = time.perf_counter()
+                start = time.perf_counter()
                 for step in range(options.steps):
                     take_step(accelerator, state, loader, recipe.stage1, block * (options.steps + 1) + 1 + step)
                 wait_for(accelerator.device)
-                seconds = time.perf_counter() - began
+                seconds = time.perf_counter() - start
                 if block:
-                    found[name].append(seconds / options.steps)
+                    seconds_per_step[name].append(seconds / options.steps)
                     shares[name].append(loader.waited() / seconds)
     print("| images | ms a step | ratio | waited for images |\n| --- | --- | --- | --- |")
-    for name, values in found.items():
-        ratio = statistics.median(one / other for one, other in zip(values, found[_IN_MEMORY], strict=True))
+    for name, values in seconds_per_step.items():
+        ratio = statistics.median(value / reference for value, reference in zip(values, seconds_per_step[_IN_MEMORY], strict=True))
         print(f"| {name} | {statistics.median(values) * 1e3:.1f} | {ratio:.3f} | {statistics.median(shares[name]):.2%} |")
 
 
@@ -142,10 +142,10 @@ def decode(options: argparse.Namespace) -> None:
             pixels = load_images(data, [TRAIN]).splits[TRAIN].pixels
             rows = torch.randperm(len(pixels))[:4096].split(256)
             pixels[rows[0]]
-            began = time.perf_counter()
+            start = time.perf_counter()
             for part in rows[1:]:
                 pixels[part]
-            rates.append(sum(map(len, rows[1:])) / (time.perf_counter() - began))
+            rates.append(sum(map(len, rows[1:])) / (time.perf_counter() - start))
         print(f"| {side}x{side} | {' | '.join(f'{rate:,.0f}' for rate in rates)} |")
 
 
@@ -156,21 +156,21 @@ def first(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.files):
             (Path(folder) / f"{number:06d}.jpg").write_bytes(content.getvalue())
-        for way in ("each_time", "once"):
+        for decode in ("each_time", "once"):
             options.data = folder
-            recipe = recipe_of(options, decode=way, cache=f"{folder}/.cache")
+            recipe = recipe_for(options, decode=decode, cache=f"{folder}/.cache")
             for time_through in ("first", "second"):
-                began = time.perf_counter()
+                start = time.perf_counter()
                 split = load_images(recipe.data).splits[TRAIN]
                 loaded = time.perf_counter()
                 Loader(split, recipe.data, recipe.stage1, Accelerator(cpu=True)).images(0, 0)
-                found, seconds = loaded - began, time.perf_counter() - began
-                print(f"{options.files:,} files, {way}, {time_through} time: {found:.1f} s to load, {seconds:.1f} s to the first step")
+                loading, seconds = loaded - start, time.perf_counter() - start
+                print(f"{options.files:,} files, {decode}, {time_through} time: {loading:.1f} s to load, {seconds:.1f} s to the first step")
 
 
 def memory(options: argparse.Namespace) -> None:
     """Measure MiB for images, with one process and with two; pages that both map count half for each."""
-    recipe, context = recipe_of(options), multiprocessing.get_context("spawn")
+    recipe, context = recipe_for(options), multiprocessing.get_context("spawn")
     load_images(recipe.data, [TRAIN], progress=True)
     totals = []
     for count in (1, 2):
@@ -195,7 +195,7 @@ def memory(options: argparse.Namespace) -> None:
 
 def _read_all(data: Data, pipe: Connection) -> None:
     torch.zeros(1).add_(1)
-    load_images(data, [TRAIN]).splits[TRAIN].pixels[:1]  # what is imported on the way is not theirs
+    load_images(data, [TRAIN]).splits[TRAIN].pixels[:1]  # imports do not count
     before = _mib()
     pixels: Pixels = load_images(data, [TRAIN]).splits[TRAIN].pixels
     total = sum(int(pixels[start : start + 256].max()) for start in range(0, len(pixels), 256))
@@ -207,14 +207,14 @@ def _read_all(data: Data, pipe: Connection) -> None:
 
 def _mib() -> float:
     """Measure the process's anonymous memory and its share of the pages of decoded images."""
-    found, of_images = 0, False
+    total, is_image_file = 0, False
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if "-" in name.split()[0]:  # a range of addresses, and the file that it maps
-            of_images = line.endswith(".pixels")
-        elif name == "Anonymous" or (name == "Pss" and of_images):
-            found += int(value.split()[0])
-    return found / 1024
+            is_image_file = line.endswith(".pixels")
+        elif name == "Anonymous" or (name == "Pss" and is_image_file):
+            total += int(value.split()[0])
+    return total / 1024
 
 
 if __name__ == "__main__":

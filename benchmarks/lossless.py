@@ -46,10 +46,10 @@ _FORMATS: dict[str, dict[str, Any]] = {
 _BATCH = 64
 
 
-def timed(made: Callable[[], Any]) -> tuple[Any, float]:
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     """Call a function; returns its result and seconds."""
-    began = time.perf_counter()
-    return made(), time.perf_counter() - began
+    start = time.perf_counter()
+    return function(), time.perf_counter() - start
 
 
 def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
@@ -60,17 +60,17 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     prior = stepwise(loaded, "compress", header.config.kind)
     prior.double()
     pixels, labels = images.pixels, image_condition(header, None, images)
-    made_by = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path)), path.parent.name
+    source = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path)), path.parent.name
 
-    def again() -> Tensor:
+    def decompress() -> Tensor:
         assert content.lossless is not None
         codes = decode(prior, content.coded, content.labels)
-        found = decode_pixels(copy.deepcopy(tokenizer).double(), codes, content.lossless.pixels, progress=True)
-        return insert_stored(found, content.lossless.stored)
+        decoded_pixels = decode_pixels(copy.deepcopy(tokenizer).double(), codes, content.lossless.pixels, progress=True)
+        return insert_stored(decoded_pixels, content.lossless.stored)
 
-    encoded, encoding = timed(lambda: encode_images(tokenizer, prior, pixels, labels, None, made_by, _BATCH, lossless=True, progress=True))
+    encoded, encoding = timed(lambda: encode_images(tokenizer, prior, pixels, labels, None, source, _BATCH, lossless=True, progress=True))
     content = encoded.content
-    decoded, decoding = timed(again)
+    decoded, decoding = timed(decompress)
     assert torch.equal(decoded, pixels)
     data, sizes = pack(content)
     count, stored = len(pixels), len(pixels) - len(encoded.bound)
@@ -88,20 +88,20 @@ def row(name: str, size: int, pixels: Tensor, encoding: float, decoding: float) 
     return [name, f"{size / len(pixels):.1f}", f"{8 * size / pixels.numel():.4f}", f"{encoding:.1f}", f"{decoding:.1f}"]
 
 
-def saved(picture: np.ndarray, kind: str) -> bytes:
+def encode_image(picture: np.ndarray, kind: str) -> bytes:
     """Encode an image, uint8 (H, W, C), in that format."""
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, kind, **_FORMATS[kind])
     return buffer.getvalue()
 
 
-def opened(data: bytes, like: np.ndarray) -> np.ndarray:
+def decode_image(data: bytes, like: np.ndarray) -> np.ndarray:
     """Decode the image."""
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("L" if like.shape[-1] == 1 else "RGB")).reshape(like.shape)
 
 
-def of_format(kind: str, pixels: Tensor) -> list[list[str]]:
+def rows_for_format(kind: str, pixels: Tensor) -> list[list[str]]:
     """Format rows of another format: one file per image, and one mosaic."""
     rows = []
     count, height, width, channels = pixels.shape
@@ -109,9 +109,11 @@ def of_format(kind: str, pixels: Tensor) -> list[list[str]]:
     padded = np.pad(pixels.numpy(), ((0, -count % columns), (0, 0), (0, 0), (0, 0)))
     mosaic = padded.reshape(-1, columns, height, width, channels).swapaxes(1, 2).reshape(-1, columns * width, channels)
     for name, pictures in (("files", list(pixels.numpy())), ("mosaic", [mosaic])):
-        files, encoding = timed(lambda pictures=pictures: [saved(picture, kind) for picture in pictures])
-        again, decoding = timed(lambda files=files, pictures=pictures: [opened(*pair) for pair in zip(files, pictures, strict=True)])
-        assert all(np.array_equal(*pair) for pair in zip(again, pictures, strict=True))
+        files, encoding = timed(lambda pictures=pictures: [encode_image(picture, kind) for picture in pictures])
+        decoded, decoding = timed(
+            lambda files=files, pictures=pictures: [decode_image(*pair) for pair in zip(files, pictures, strict=True)]
+        )
+        assert all(np.array_equal(*pair) for pair in zip(decoded, pictures, strict=True))
         rows.append(row(f"{kind}, {name}", sum(map(len, files)), pixels, encoding, decoding))
     return rows
 
@@ -136,7 +138,7 @@ def main() -> None:
         images = chosen_images(split, load_recipe(run.recipe).data, progress=True, count=options.images)
         rows = [ours(run, images, options.prior)]
         for kind in _FORMATS:
-            rows += of_format(kind, images.pixels)
+            rows += rows_for_format(kind, images.pixels)
         print("\n| | bytes an image | bits a dimension | encode s | decode s |\n| --- | --- | --- | --- | --- |")
         print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
 

@@ -93,9 +93,9 @@ def medians(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dic
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
-            times[name] += [time.perf_counter() - began] if number else []
+            times[name] += [time.perf_counter() - start] if number else []
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -104,23 +104,24 @@ def sampling(rounds: int) -> None:
     labels, uniform = torch.arange(_IMAGES) % 10, uniforms(0, torch.arange(_IMAGES), _LAYOUT.length)
     transformer = TransformerPart(**_SIZES).build(_LAYOUT, _CONDITION).eval()
     pixelcnn = PixelCNNPart().build(_LAYOUT, _CONDITION).eval()
-    attending = PixelCNNPart(attention_interval=5).build(_LAYOUT, _CONDITION).eval()
+    with_attention = PixelCNNPart(attention_interval=5).build(_LAYOUT, _CONDITION).eval()
     print("| prior | parameters | cached s | chain of its products s | ratio | full pass a position s | ratio | same codes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", attending)):
+    for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", with_attention)):
         codes = prior.sample(labels, uniform, StepwiseSampling())
-        began = time.perf_counter()
+        start = time.perf_counter()
         same = torch.equal(_LAYOUT.flat(codes), full_passes(prior, labels, uniform))
-        full = time.perf_counter() - began
+        full = time.perf_counter() - start
         contestants: dict[str, Callable[[], object]] = {"cached": lambda p=prior: p.sample(labels, uniform, StepwiseSampling())}
         if isinstance(prior, Transformer):
             contestants["chain"] = lambda p=prior: chain(p)
-        found = medians(contestants, rounds)
-        chained = f"{found['chain']:.3f} | {found['cached'] / found['chain']:.2f}" if "chain" in found else "- | -"
+        seconds = medians(contestants, rounds)
+        chained = f"{seconds['chain']:.3f} | {seconds['cached'] / seconds['chain']:.2f}" if "chain" in seconds else "- | -"
         parameters = sum(parameter.numel() for parameter in prior.parameters()) / 1e6
-        against_full = f"{full:.2f} | {full / found['cached']:.1f}"
+        against_full = f"{full:.2f} | {full / seconds['cached']:.1f}"
         print(
-            f"| {name} | {parameters:.1f} M | {found['cached']:.3f} | {chained} | {against_full} | {'yes' if same else 'NO'} |", flush=True
+            f"| {name} | {parameters:.1f} M | {seconds['cached']:.3f} | {chained} | {against_full} | {'yes' if same else 'NO'} |",
+            flush=True,
         )
 
 
@@ -148,12 +149,12 @@ def training(rounds: int) -> None:
             plain, lambda: F.cross_entropy(plain(sequences).flatten(0, 1), sequences.flatten()), optimizers[1]
         ),
     }
-    found = medians(contestants, rounds)
+    seconds_by_model = medians(contestants, rounds)
     print("\n| transformer, 6 x 384 | parameters | tokens/s in training | ratio |\n| --- | --- | --- | --- |")
-    for (name, seconds), model in zip(found.items(), (ours, plain), strict=True):
+    for (name, seconds), model in zip(seconds_by_model.items(), (ours, plain), strict=True):
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         speed = _STEPS * sequences.numel() / seconds
-        print(f"| {name} | {parameters:.2f} M | {speed:.0f} | {found['nn.TransformerEncoder'] / seconds:.2f} |")
+        print(f"| {name} | {parameters:.2f} M | {speed:.0f} | {seconds_by_model['nn.TransformerEncoder'] / seconds:.2f} |")
 
 
 def main() -> None:

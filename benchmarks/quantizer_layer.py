@@ -72,9 +72,9 @@ def peer(z: Tensor, codebook: Tensor) -> Callable[[], object]:
 
 def seconds(function: Callable[[], object]) -> float:
     """Measure seconds of one call."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     function()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def peak_mib(function: Callable[[], object]) -> float:

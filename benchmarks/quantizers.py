@@ -56,12 +56,12 @@ def command(script: str, *arguments: str) -> None:
 
 def row(name: str, run: RunDir) -> str:
     """Format the run's figures as a Markdown row."""
-    found = read_json(run.stage1 / "report.json")
+    report = read_json(run.stage1 / "report.json")
     prior = read_json(run.prior("transformer") / "likelihood.json")
     speeds = [record["images_per_second"] for record in read_metrics(run.stage1 / "metrics.jsonl") if record["split"] == "train"]
-    validation, bits = found["validation"], prior["bits_per_image"]
+    validation, bits = report["validation"], prior["bits_per_image"]
     recipe = load_recipe(run.recipe)
-    milliseconds_of_one = 1000 * recipe.stage1.batch_size
+    milliseconds = 1000 * recipe.stage1.batch_size
     tokens = bits["prior"] / prior["validation"]
     cells = [
         f"{1000 * validation['mse']:.2f}",
@@ -71,7 +71,7 @@ def row(name: str, run: RunDir) -> str:
         f"{tokens * prior['unigram']:.0f}",
         f"{bits['prior']:.0f}",
         f"{prior['validation']:.2f}",
-        f"{milliseconds_of_one / statistics.median(speeds):.0f}",
+        f"{milliseconds / statistics.median(speeds):.0f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"
 

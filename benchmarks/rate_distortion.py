@@ -47,7 +47,7 @@ _QUALITIES = (1, 5, 10, 15, 20, 30, 40, 55, 70, 85)
 _SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"speed": 4, "max_threads": 1}}
 _BLOCK = 16
 _BATCH = 64
-# It takes 15 ms an image, and there are 60 points to judge.
+# It takes 15 ms an image, and there are 60 points.
 _SSIM_IMAGES = 200
 
 
@@ -62,10 +62,10 @@ class Point(NamedTuple):
     ssim: float
 
 
-def judged(codec: str, setting: str, size: float, decoded: Tensor, pixels: Tensor) -> Point:
+def evaluate(codec: str, setting: str, size: float, decoded: Tensor, pixels: Tensor) -> Point:
     """Compute a codec's point: its size, and the error of `decoded` against `pixels`, both uint8 (N, H, W, C)."""
-    some = slice(None, None, max(1, len(pixels) // _SSIM_IMAGES))
-    ssim = float(ssim_per_image(decoded[some], pixels[some]).mean())
+    subset = slice(None, None, max(1, len(pixels) // _SSIM_IMAGES))
+    ssim = float(ssim_per_image(decoded[subset], pixels[subset]).mean())
     return Point(codec, setting, size, float(squared_errors(decoded, pixels).mean()), ssim)
 
 
@@ -79,17 +79,17 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Poin
     codes, decoded = encode_and_decode(tokenizer, images.pixels, _BATCH)
     coded = encode(prior.double(), codes, labels, code_batch_size(prior.layout, _BATCH), progress=True).coded
     height, width, channels = images.pixels.shape[1:]
-    made_by = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path))
-    content = CodeFile(made_by, path.parent.name, (height, width, channels), coded, labels, None)
-    whole, count = len(pack(content)[0]), len(images.pixels)
+    source = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path))
+    content = CodeFile(source, path.parent.name, (height, width, channels), coded, labels, None)
+    file_size, count = len(pack(content)[0]), len(images.pixels)
     sizes = {
         "code indices": index_bits(prior.layout.grids, prior.layout.num_codes) / 8,
-        "file with header and labels": whole / count,
+        "file with header and labels": file_size / count,
         "payload": len(coded.payload) / count,
     }
     name = f"{run.path.name}, {path.parent.name}"
     weights = [file.stat().st_size / 1e6 for file in (run.tokenizer, path)]
-    point = judged(name, "", 0.0, decoded, images.pixels)
+    point = evaluate(name, "", 0.0, decoded, images.pixels)
     return (
         [point._replace(setting=setting, size=size) for setting, size in sizes.items()],
         f"{name}: weights, not counted: tokenizer {weights[0]:.1f} MB, prior {weights[1]:.1f} MB",
@@ -108,8 +108,8 @@ def coded_by_pillow(picture: np.ndarray, kind: str, quality: int) -> tuple[int, 
 
 def files(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
     """Encode one file per image; returns bytes per image and the decoded images."""
-    found = [coded_by_pillow(picture, kind, quality) for picture in pixels.numpy()]
-    return sum(size for size, _ in found) / len(found), torch.from_numpy(np.stack([picture for _, picture in found]))
+    coded = [coded_by_pillow(picture, kind, quality) for picture in pixels.numpy()]
+    return sum(size for size, _ in coded) / len(coded), torch.from_numpy(np.stack([picture for _, picture in coded]))
 
 
 def mosaic(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
@@ -121,8 +121,8 @@ def mosaic(pixels: Tensor, kind: str, quality: int) -> tuple[float, Tensor]:
     tiles = np.pad(pixels.numpy(), ((0, rows * columns - count), (0, down), (0, right), (0, 0)), mode="edge")
     grid = tiles.reshape(rows, columns, height + down, width + right, channels)
     size, decoded = coded_by_pillow(grid.swapaxes(1, 2).reshape(rows * (height + down), -1, channels), kind, quality)
-    again = decoded.reshape(rows, height + down, columns, width + right, channels).swapaxes(1, 2).reshape(tiles.shape)
-    return size / count, torch.from_numpy(again[:count, :height, :width].copy())
+    restored = decoded.reshape(rows, height + down, columns, width + right, channels).swapaxes(1, 2).reshape(tiles.shape)
+    return size / count, torch.from_numpy(restored[:count, :height, :width].copy())
 
 
 def size_apart(size: float, point: Point) -> float:
@@ -141,7 +141,7 @@ def row(point: Point, pixels: int) -> str:
     return f"| {point.codec} | {point.setting} | {' | '.join(cells)} |"
 
 
-def picture(path: Path, own: list[list[Point]], curves: list[list[Point]], pixels: int) -> None:
+def plot(path: Path, our_points: list[list[Point]], curves: list[list[Point]], pixels: int) -> None:
     """Plot PSNR and SSIM against bits per pixel."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     colours = {"JPEG": "tab:orange", "WebP": "tab:green", "AVIF": "tab:red"}
@@ -156,11 +156,11 @@ def picture(path: Path, own: list[list[Point]], curves: list[list[Point]], pixel
             points = [(8 * point.size / pixels, value(point)) for point in curve]
             style = "o-" if arrangement == "mosaic" else "o:"
             axes.plot(*zip(*points, strict=True), style, color=colours[kind], label=curve[0].codec, markersize=3, linewidth=1)
-        for number, points_of_run in enumerate(own):
-            for point, marker in zip(points_of_run, ("x", "s", "*"), strict=True):
-                where = (8 * point.size / pixels, value(point))
-                colour, label_of_point = ("black", "tab:blue", "tab:purple")[number % 3], f"{point.codec}: {point.setting}"
-                axes.plot(*where, marker, color=colour, label=label_of_point, markersize=9, fillstyle="none")
+        for number, run_points in enumerate(our_points):
+            for point, marker in zip(run_points, ("x", "s", "*"), strict=True):
+                position = (8 * point.size / pixels, value(point))
+                colour, point_label = ("black", "tab:blue", "tab:purple")[number % 3], f"{point.codec}: {point.setting}"
+                axes.plot(*position, marker, color=colour, label=point_label, markersize=9, fillstyle="none")
         axes.set(xscale="log", xlabel="bits a pixel, weights not counted", ylabel=label)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -182,39 +182,39 @@ def main() -> None:
     if options.images < 1:
         raise UserError(f"--images: expected at least 1, found {options.images}")
     split = argparse.Namespace(images=None, split=None)
-    own, weights, images = [], [], None
+    our_points, weights, images = [], [], None
     for run in map(RunDir.named, options.runs):
-        found = chosen_images(split, load_recipe(run.recipe).data, progress=True, count=options.images)
-        if images is not None and not torch.equal(images.pixels, found.pixels):
+        run_images = chosen_images(split, load_recipe(run.recipe).data, progress=True, count=options.images)
+        if images is not None and not torch.equal(images.pixels, run_images.pixels):
             raise UserError(f"{run}: expected the images of {options.runs[0]}, found others")
-        images = found
+        images = run_images
         points, line = ours(run, images, options.prior)
-        own.append(points)
+        our_points.append(points)
         weights.append(line)
     assert images is not None
 
     pixels = images.pixels.shape[1] * images.pixels.shape[2]
-    lines = [row(point, pixels) for points in own for point in points]
+    lines = [row(point, pixels) for points in our_points for point in points]
     curves = []
     for kind in _SETTINGS:
         for arrangement, code in (("files", files), ("mosaic", mosaic)):
             curve = []
             for quality in _QUALITIES:
                 size, decoded = code(images.pixels, kind, quality)
-                curve.append(judged(f"{kind}, {arrangement}", f"quality {quality}", size, decoded, images.pixels))
+                curve.append(evaluate(f"{kind}, {arrangement}", f"quality {quality}", size, decoded, images.pixels))
             curves.append(curve)
-            _, whole, payload = own[0]
-            size_of_ours = whole.size if arrangement == "files" else payload.size
-            by_size = min(curve, key=partial(size_apart, size_of_ours))
+            _, whole_file, payload = our_points[0]
+            our_size = whole_file.size if arrangement == "files" else payload.size
+            by_size = min(curve, key=partial(size_apart, our_size))
             by_psnr = min(curve, key=partial(psnr_apart, payload.mse))
-            named = [(by_size, "nearest in size"), (by_psnr, "nearest in PSNR")]
-            for point, why in [(by_size, "nearest in size and PSNR")] if by_size == by_psnr else named:
-                lines.append(row(point._replace(setting=f"{why}: {point.setting}"), pixels))
+            choices = [(by_size, "nearest in size"), (by_psnr, "nearest in PSNR")]
+            for point, reason in [(by_size, "nearest in size and PSNR")] if by_size == by_psnr else choices:
+                lines.append(row(point._replace(setting=f"{reason}: {point.setting}"), pixels))
     print(f"{len(images.pixels)} validation images, {8 * images.pixels[0].numel() // pixels} bits a pixel raw\n")
     print("| codec | setting | bytes an image | bits a pixel | PSNR dB | SSIM |\n| --- | --- | --- | --- | --- | --- |")
     print("\n".join(lines))
     print("\n" + "\n".join(weights))
-    picture(options.output, own, curves, pixels)
+    plot(options.output, our_points, curves, pixels)
 
 
 if __name__ == "__main__":

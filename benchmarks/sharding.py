@@ -42,33 +42,33 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2, help="images a process and step")
     parser.add_argument("--optimizer", default="adamw")
-    parser.add_argument("--of", choices=["copies", "shards"], help="one of the processes to be measured")
+    parser.add_argument("--kind", choices=["copies", "shards"], help="run one rank that is measured")
     parser.add_argument("--folder", type=Path, help="where its codes are")
     options = parser.parse_args()
-    if options.of is not None:
+    if options.kind is not None:
         measure(options)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_codes(Path(folder), options.codes, options.side)
-        found = {of: measured(options, of, folder) for of in ("copies", "shards")}
-    print(f"{found['copies']['parameters'] / 1e6:.0f} M parameters, {options.processes} processes, {options.optimizer}")
-    for what, unit in (("built", "MiB to begin with, at most"), ("held", "MiB in a step, at most"), ("sent", "MB sent a step")):
-        copies, shards = (found[of][what] for of in ("copies", "shards"))
+        results = {kind: run_ranks(options, kind, folder) for kind in ("copies", "shards")}
+    print(f"{results['copies']['parameters'] / 1e6:.0f} M parameters, {options.processes} processes, {options.optimizer}")
+    for name, unit in (("built", "MiB to begin with, at most"), ("held", "MiB in a step, at most"), ("sent", "MB sent a step")):
+        copies, shards = (results[kind][name] for kind in ("copies", "shards"))
         print(f"{unit}: {copies:,.0f} with a copy each, {shards:,.0f} in shards, ratio {shards / copies:.2f}")
-    print(f"a step: {found['copies']['seconds']:.2f} s, {found['shards']['seconds']:.2f} s")
+    print(f"a step: {results['copies']['seconds']:.2f} s, {results['shards']['seconds']:.2f} s")
 
 
-def measured(options: argparse.Namespace, of: str, folder: str) -> dict[str, float]:
+def run_ranks(options: argparse.Namespace, kind: str, folder: str) -> dict[str, float]:
     """Run processes of one kind; returns rank 0's memory and the mean bytes sent."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes), "--"]
-    typed = [f"--{name}={getattr(options, name)}" for name in ("preset", "codes", "side", "batch", "optimizer", "processes")]
-    # What has been given back is the system's at once, instead of the allocator's: what is measured is what is held.
+    options_passed = [f"--{name}={getattr(options, name)}" for name in ("preset", "codes", "side", "batch", "optimizer", "processes")]
+    # Freed memory returns to the system at once, so that only live memory is measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
-    command = [*torchrun, __file__, *typed, f"--of={of}", f"--folder={folder}"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    command = [*torchrun, __file__, *options_passed, f"--kind={kind}", f"--folder={folder}"]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
+    if process.returncode:
+        raise SystemExit(process.stderr[-3000:])
+    return dict(json.loads(process.stdout.splitlines()[-1]))
 
 
 def write_codes(folder: Path, codes: int, side: int) -> None:
@@ -92,57 +92,57 @@ def write_codes(folder: Path, codes: int, side: int) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Run one rank: build the prior, take steps, print memory and bytes."""
-    compute = Compute(sharded=options.of == "shards")
+    compute = Compute(sharded=options.kind == "shards")
     accelerator = start(compute)
     config = Stage2(batch_size=options.batch * options.processes, optimizer=options.optimizer)
-    before, memory = _own_mib(), _Highest()
+    before, memory = _memory_mib(), _PeakMemory()
     prior = part_from("prior", {"kind": "transformer", "preset": options.preset}).build(
         SequenceLayout([(options.side, options.side)], [options.codes]), NoCondition()
     )
     state = PriorState(accelerator, prior, config, compute)
-    built = memory.since_asked()
+    built = memory.take()
     loader, seconds = CodeLoader(CodeStore(options.folder), prior.condition, config, accelerator), []
     state.model.train()
     for step in range(_STEPS):
         if step == _UNTIMED:
             accelerator.wait_for_everyone()
             sent = _sent()
-            memory.since_asked()
-        began = time.perf_counter()
+            memory.take()
+        step_start = time.perf_counter()
         take_step(accelerator, state, loader, config, step)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - step_start)
     accelerator.wait_for_everyone()
-    found = {
+    result = {
         "parameters": sum(parameter.numel() for parameter in prior.parameters()),
         "built": built - before,
-        "held": memory.since_asked() - before,
+        "held": memory.take() - before,
         "sent": (_sent() - sent) / (_STEPS - _UNTIMED) / options.processes / 1e6,
         "seconds": statistics.median(seconds[_UNTIMED:]),
     }
     if accelerator.is_main_process:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(result), flush=True)
     finish(accelerator)
 
 
-class _Highest:
+class _PeakMemory:
     """Peak of this process's anonymous memory."""
 
     def __init__(self) -> None:
-        self._found = _own_mib()
+        self._peak = _memory_mib()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             time.sleep(0.01)
-            self._found = max(self._found, _own_mib())
+            self._peak = max(self._peak, _memory_mib())
 
-    def since_asked(self) -> float:
+    def take(self) -> float:
         """Return the peak since the last call."""
-        found, self._found = self._found, _own_mib()
-        return found
+        peak, self._peak = self._peak, _memory_mib()
+        return peak
 
 
-def _own_mib() -> float:
+def _memory_mib() -> float:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
 

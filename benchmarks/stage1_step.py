@@ -39,7 +39,7 @@ def bare() -> float:
     images = torch.randn(recipe.stage1.batch_size, recipe.data.channels, recipe.data.height, recipe.data.width)
     times = []
     for _ in range(_STEPS):
-        began = time.perf_counter()
+        start = time.perf_counter()
         output = model(images)
         torch.stack(list(output.losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.stage1.clip_norm)
@@ -47,7 +47,7 @@ def bare() -> float:
         optimizer.zero_grad()
         model.quantizer.update_(output.statistics)
         average.update_()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return len(images) / statistics.median(times)
 
 
@@ -69,9 +69,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     rounds = [(bare(), loop(options.data)) for _ in range(_ROUNDS)]
-    step, whole = (statistics.median(column) for column in zip(*rounds, strict=True))
+    step_speed, loop_speed = (statistics.median(column) for column in zip(*rounds, strict=True))
     print("| bare step, images/s | the loop, images/s | share of the loop that is the step |\n| --- | --- | --- |")
-    print(f"| {step:.0f} | {whole:.0f} | {whole / step:.1%} |")
+    print(f"| {step_speed:.0f} | {loop_speed:.0f} | {loop_speed / step_speed:.1%} |")
 
 
 if __name__ == "__main__":

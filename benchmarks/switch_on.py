@@ -46,15 +46,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def judged(tokenizer: VQVAE, images: ImageSource, judge: Any, reference: Reference | None) -> tuple[float, float]:
+def evaluate(tokenizer: VQVAE, images: ImageSource, features: Any, reference: Reference | None) -> tuple[float, float]:
     """Compute PSNR on validation images and, optionally, the Fréchet distance of reconstructions to training images."""
     pixels = images.splits[VALIDATION].pixels[:1000]
     tokenizer.eval()
     with torch.no_grad():
-        made = torch.cat([to_uint8(tokenizer(to_model(part)).reconstruction) for part in pixels.split(250)])
+        reconstructions = torch.cat([to_uint8(tokenizer(to_model(part)).reconstruction) for part in pixels.split(250)])
     tokenizer.train()
-    distance = reference.frechet(judge(made, 250, "", progress=False).vectors) if reference is not None else None
-    return psnr(float(squared_errors(made, pixels).mean())), float("nan") if distance is None else distance
+    distance = reference.frechet(features(reconstructions, 250, "", progress=False).vectors) if reference is not None else None
+    return psnr(float(squared_errors(reconstructions, pixels).mean())), float("nan") if distance is None else distance
 
 
 def with_way(recipe: Recipe, way: dict[str, Any], seed: int, base: dict[str, Any]) -> Recipe:
@@ -91,37 +91,37 @@ def main() -> None:
     base = {"kind": "patch", "layers": options.layers, "channels": options.channels}
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder) / "run")
-        judge = feature_network(CLASSIFIER, None, Path(folder), images, accelerator.device)
-        reference = Reference(judge(images.splits[TRAIN].pixels, 250, TRAIN).vectors)
+        features = feature_network(CLASSIFIER, None, Path(folder), images, accelerator.device)
+        reference = Reference(features(images.splits[TRAIN].pixels, 250, TRAIN).vectors)
         columns = ["seed", "way", "PSNR at the start", f"lowest within {_AFTER[0]} steps", *(f"after {count}" for count in _AFTER)]
         columns += ["distance at the start", *(f"after {count}" for count in _AFTER), "highest weight", "least share kept"]
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
         for seed in range(options.seeds):
-            recipe_of_seed = with_way(recipe, {"kind": "none"}, seed, base)
-            loader = Loader(images.splits[TRAIN], recipe.data, recipe_of_seed.stage1, accelerator)
-            trained = build_state(accelerator, run, recipe_of_seed, images)
-            initialise_(accelerator, trained, loader, recipe_of_seed.stage1)
+            seed_recipe = with_way(recipe, {"kind": "none"}, seed, base)
+            loader = Loader(images.splits[TRAIN], recipe.data, seed_recipe.stage1, accelerator)
+            trained = build_state(accelerator, run, seed_recipe, images)
+            initialise_(accelerator, trained, loader, seed_recipe.stage1)
             trained.model.train()
             for step in range(_STEPS // 2):
-                take_step(accelerator, trained, loader, recipe_of_seed.stage1, step)
+                take_step(accelerator, trained, loader, seed_recipe.stage1, step)
             earlier = copied(trained.state_dict())
-            first = judged(trained.tokenizer, images, judge, reference)
+            first = evaluate(trained.tokenizer, images, features, reference)
             for name, way in WAYS.items():
-                own = with_way(recipe, way, seed, base)
-                trained = continued(build_state(accelerator, run, own, images), earlier)
-                curve, distances, weight, kept = [first[0]], [first[1]], 0.0, 1.0
+                way_recipe = with_way(recipe, way, seed, base)
+                trained = continued(build_state(accelerator, run, way_recipe, images), earlier)
+                curve, distances, weight, least_share = [first[0]], [first[1]], 0.0, 1.0
                 for step in range(_STEPS // 2, _STEPS // 2 + _AFTER[1]):
-                    statistics = take_step(accelerator, trained, loader, own.stage1, step)
+                    statistics = take_step(accelerator, trained, loader, way_recipe.stage1, step)
                     weight = max(weight, float(statistics.get("logged/adversarial_weight", torch.zeros(()))))
-                    kept = min(kept, float(statistics.get("logged/adversarial_kept", torch.ones(()))))
-                    done = step + 1 - _STEPS // 2
-                    if done % _EVERY == 0:
-                        found = judged(trained.tokenizer, images, judge, reference if done in _AFTER else None)
-                        curve.append(found[0])
-                        distances += [found[1]] if done in _AFTER else []
+                    least_share = min(least_share, float(statistics.get("logged/adversarial_kept", torch.ones(()))))
+                    steps_after = step + 1 - _STEPS // 2
+                    if steps_after % _EVERY == 0:
+                        result = evaluate(trained.tokenizer, images, features, reference if steps_after in _AFTER else None)
+                        curve.append(result[0])
+                        distances += [result[1]] if steps_after in _AFTER else []
                 lowest = min(curve[: 1 + _AFTER[0] // _EVERY])
                 after = [curve[count // _EVERY] for count in _AFTER]
-                figures = [first[0], lowest, *after, *distances, weight, kept]
+                figures = [first[0], lowest, *after, *distances, weight, least_share]
                 cells = [f"{figure:.3g}" if figure <= 1 else f"{figure:.2f}" for figure in figures]
                 print(f"| {seed} | {name} | {' | '.join(cells)} |", flush=True)
 

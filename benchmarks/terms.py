@@ -53,35 +53,35 @@ def main() -> None:
         source = ["--data.path", options.data] if options.data else []
         command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(options.config), "--run", str(run)]
         command += ["--stage1.minutes", str(options.minutes), "--compute.threads", str(options.threads), *source, *WAYS[name]]
-        command += _of_terms_there(more, WAYS[name])
+        command += _options_for(more, WAYS[name])
         if not run.tokenizer.exists():
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     images = load_images(load_recipe(runs["squared error"].recipe).data, (TRAIN, VALIDATION), progress=True)
     pixels = images.splits[VALIDATION].pixels[:]
-    judges = {name: feature_network(name, None, options.output, images, torch.device("cpu")) for name in options.features}
-    references = {name: Reference(judge(images.splits[TRAIN].pixels, 250, TRAIN).vectors) for name, judge in judges.items()}
-    made = {"real images": pixels}
+    networks = {name: feature_network(name, None, options.output, images, torch.device("cpu")) for name in options.features}
+    references = {name: Reference(network(images.splits[TRAIN].pixels, 250, TRAIN).vectors) for name, network in networks.items()}
+    pictures_by_way = {"real images": pixels}
     for name, run in runs.items():
         tokenizer = load_tokenizer(run)
         with torch.no_grad():
-            made[name] = torch.cat([to_uint8(tokenizer(to_model(part)).reconstruction) for part in pixels.split(250)])
-    distances = [f"{what} ({name})" for name in judges for what in ("Fréchet distance", "kernel distance x 1000")]
+            pictures_by_way[name] = torch.cat([to_uint8(tokenizer(to_model(part)).reconstruction) for part in pixels.split(250)])
+    distances = [f"{distance} ({name})" for name in networks for distance in ("Fréchet distance", "kernel distance x 1000")]
     print(f"| {len(pixels)} images | steps | PSNR | SSIM | {' | '.join(distances)} |\n|{' --- |' * (4 + len(distances))}")
-    for name, pictures in made.items():
+    for name, pictures in pictures_by_way.items():
         steps = f"{read_header(runs[name].tokenizer, 'tokenizer')['steps']:,}" if name in runs else "-"
         quality = f"{psnr(float(squared_errors(pictures, pixels).mean())):.2f} | {float(ssim_per_image(pictures, pixels).mean()):.3f}"
         cells = []
-        for judge, reference in references.items():
-            vectors = judges[judge](pictures, 250, name, progress=False).vectors
+        for network, reference in references.items():
+            vectors = networks[network](pictures, 250, name, progress=False).vectors
             kernel = reference.kernel(vectors, 0)
             cells += [f"{reference.frechet(vectors):.3g}", "-" if kernel is None else f"{1000 * kernel.mean:.3g}"]
         print(f"| {name} | {steps} | {quality if name in runs else '- | -'} | {' | '.join(cells)} |")
     shown = torch.arange(0, len(pixels), max(1, len(pixels) // _SHOWN))[:_SHOWN]
-    grid = image_grid(torch.cat([pictures[shown] for pictures in made.values()]), len(shown))
+    grid = image_grid(torch.cat([pictures[shown] for pictures in pictures_by_way.values()]), len(shown))
     save_png(options.output / "terms.png", grid, grid_scale(pixels.shape[1]))
 
 
-def _of_terms_there(options: list[str], way: list[str]) -> list[str]:
+def _options_for(options: list[str], way: list[str]) -> list[str]:
     """Return the options for `train.py`, without those of a term that the way does not have."""
     pairs = zip(options[::2], options[1::2], strict=True)
     return [part for pair in pairs if not pair[0].startswith(tuple(f"{term}." for term in way[::2])) for part in pair]

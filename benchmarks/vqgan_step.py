@@ -59,8 +59,8 @@ def step(model: nn.Module, images: torch.Tensor) -> None:
 
 def images_for(name: str, size: int, batch: int) -> torch.Tensor:
     """Generate random images."""
-    found = torch.rand(batch, 3, size, size)
-    return found.contiguous(memory_format=torch.channels_last) if name == "ours" else found
+    images = torch.rand(batch, 3, size, size)
+    return images.contiguous(memory_format=torch.channels_last) if name == "ours" else images
 
 
 def main() -> None:
@@ -84,16 +84,16 @@ def main() -> None:
     for number in range(options.rounds + 1):
         for name, model in models.items():
             images = images_for(name, options.size, options.batch)
-            began = time.perf_counter()
+            start = time.perf_counter()
             step(model, images)
-            times[name] += [time.perf_counter() - began] if number else []
+            times[name] += [time.perf_counter() - start] if number else []
     print("| network | parameters | seconds a step | ratio | memory MiB |\n| --- | --- | --- | --- | --- |")
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    for name, found in seconds.items():
+    for name, median in seconds.items():
         arguments = ["--only", name, "--size", str(options.size), "--batch", str(options.batch)]
         memory = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, encoding="utf-8", check=True).stdout
-        ratio = found / seconds["diffusers.VQModel"]
-        print(f"| {name} | {sizes[0] / 1e6:.1f} M | {found:.2f} | {ratio:.2f} | {float(memory.split()[-1]):.0f} |", flush=True)
+        ratio = median / seconds["diffusers.VQModel"]
+        print(f"| {name} | {sizes[0] / 1e6:.1f} M | {median:.2f} | {ratio:.2f} | {float(memory.split()[-1]):.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import itertools
 import json
 import textwrap
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal
 
 from configs.cli import SECTIONS
 from configs.parts import FAMILIES, default_kind, part_class
 from configs.run_dir import REPOSITORY, write_text
+from configs.schema import PriorPart
 
 PAGE = REPOSITORY / "docs" / "settings.md"
 _HEAD = """# Settings
@@ -25,7 +26,7 @@ All settings of a recipe, by section. `make settings` writes this page from the 
 
 A recipe is a YAML file with these sections; [recipes.md](recipes.md) explains the format. On the command line a setting is an option of the
 same name: `--stage1.lr 1e-3`. `sample.py` and `complete.py` take the settings of `sampling` without the section's name, and `evaluate.py`
-those of `evaluation`. Where there is a `kind`, each kind has settings of its own.
+those of `evaluation`. Where there is a `kind`, each kind has settings of its own; those of `sampling` depend on the prior's.
 """
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping", NoneType: "null"}
 
@@ -39,7 +40,8 @@ def page() -> str:
     """Compose the page."""
     lines = [_HEAD]
     for name, section in SECTIONS.items():
-        lines += [f"## {name}", "", *(_kinds(name) if name in FAMILIES else _fields(name, section))]
+        lines += [f"## {name}", ""]
+        lines += _sampling(section) if name == "sampling" else _kinds(name) if name in FAMILIES else _fields(name, section)
         for family in FAMILIES:
             if family.startswith(f"{name}."):
                 lines += [f"### {family}", "", *_kinds(family)]
@@ -56,18 +58,30 @@ def _fields(name: str, section: type) -> Iterator[str]:
 
 
 def _kinds(family: str) -> Iterator[str]:
-    """Yield the lines of a family: its kinds, and one table of their settings, in which kinds that share a setting share a row."""
+    """Yield the lines of a family: its kinds, and their settings."""
     kinds = {kind: part_class(family, kind) for kind in FAMILIES[family]}
-    rows: dict[tuple[str, ...], list[str]] = {}
     yield from _table(
         (f"`{family}.kind`", "meaning"),
         ([f"`{kind}`{' (default)' * (kind == default_kind(family))}", _summary(part)] for kind, part in kinds.items()),
     )
-    for kind, part in kinds.items():
-        for field in dataclasses.fields(part):
-            rows.setdefault((f"`{family}.{field.name}`", *_cells(part, field)), []).append(f"`{kind}`")
-    columns = ("setting", "kinds", "values", "default", "meaning")
-    yield from _table(columns, ([name, ", ".join(row_kinds), *cells] for (name, *cells), row_kinds in rows.items()))
+    yield from _settings_by_kind(family, "kinds", kinds)
+
+
+def _sampling(section: type) -> Iterator[str]:
+    """Yield the lines of the section `sampling`, whose settings depend on the prior's kind."""
+    yield from (_summary(section), "")
+    parts = {kind: typing.cast(type[PriorPart], part_class("prior", kind)) for kind in FAMILIES["prior"]}
+    yield from _settings_by_kind("sampling", "priors", {kind: part.SAMPLING for kind, part in parts.items()})
+
+
+def _settings_by_kind(name: str, column: str, kinds: Mapping[str, type]) -> Iterator[str]:
+    """Yield the lines of one table of the settings of all kinds, in which kinds that share a setting share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for kind, section in kinds.items():
+        for field in dataclasses.fields(section):
+            rows.setdefault((f"`{name}.{field.name}`", *_cells(section, field)), []).append(f"`{kind}`")
+    columns = ("setting", column, "values", "default", "meaning")
+    yield from _table(columns, ([setting, ", ".join(found), *cells] for (setting, *cells), found in rows.items()))
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

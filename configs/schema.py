@@ -255,7 +255,10 @@ class ConditionPart(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Sampling settings of all kinds of prior. A kind with more settings adds them in a subclass, which its part names."""
+    """Sampling settings of all kinds of prior.
+
+    A kind with more settings adds them in a subclass, which its part names.
+    """
 
     MAY_CHANGE: ClassVar[tuple[str, ...]] = ("batch_size",)
     temperature: float = 1.0

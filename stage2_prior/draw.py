@@ -37,7 +37,7 @@ class StepwiseSampling(Sampling):
 
 
 def uniforms(seed: int, numbers: Tensor, length: int) -> Tensor:
-    """The uniforms (B, T), float64 in [0, 1), of the samples of those numbers."""
+    """Uniform random numbers (B, T), float64 in [0, 1), of the samples with these numbers."""
     rows = [torch.rand(length, generator=generator(seed, "sample", number), dtype=torch.float64) for number in numbers.tolist()]
     return torch.stack(rows) if rows else torch.empty(0, length, dtype=torch.float64)
 
@@ -53,22 +53,22 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) ->
 
 
 def guidance_scales(settings: Sampling, length: int) -> list[float]:
-    """The guidance scale of each of `length` positions: settings.guidance, or on the way to it from 1 at the first position.
+    """Guidance scale of each of `length` positions (or rounds): settings.guidance, or rising to it from 1.
 
     A rising scale (Chang et al. 2023, "Muse", section 2.7) leaves the first codes, which decide the rest, their variety.
     """
-    way = [position / max(1, length - 1) for position in range(length)]
+    progress = [position / max(1, length - 1) for position in range(length)]
     if settings.guidance_schedule == "constant":
         return [settings.guidance] * length
     if settings.guidance_schedule == "cosine":
-        way = [(1 - math.cos(math.pi * share)) / 2 for share in way]
-    return [1 + share * (settings.guidance - 1) for share in way]
+        progress = [(1 - math.cos(math.pi * share)) / 2 for share in progress]
+    return [1 + share * (settings.guidance - 1) for share in progress]
 
 
 def warp(logits: Tensor, settings: StepwiseSampling) -> Tensor:
-    """Probabilities (B, K), float64, of logits (B, K): temperature, then what may be drawn at all.
+    """Probabilities (B, K), float64, of logits (B, K) after temperature and the limits on what may be drawn.
 
-    The three limits that follow each look at what those before have left:
+    Each limit applies to the codes that the limits before it have left:
     top_k keeps the k likeliest, and those equal to the k-th; top_p the fewest likeliest whose probability reaches p
     (Holtzman et al. 2020); min_p those at least that share as likely as the likeliest (Nguyen et al. 2024).
     """

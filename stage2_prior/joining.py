@@ -1,4 +1,4 @@
-"""Joining priors of single levels, which were trained one by one, into one prior of all levels."""
+"""Joining priors of single levels, trained one by one, into one prior of all levels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small real files for all tests: a folder of pictures, a recipe for it, a finished run."""
+"""Shared fixtures: a folder of pictures, a tiny recipe, a finished run, ways to start scripts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 Script = Callable[..., subprocess.CompletedProcess[str]]
 Pretended = Callable[..., subprocess.CompletedProcess[str]]
 
-# Files of a minute and more. They begin first, so that no worker is left with one when the others have nothing more to do.
+# Files that take a minute or more. They start first, so that no worker ends up running one alone.
 LONGEST = (
     "test_ranks.py",
     "test_pretended_gpu.py",
@@ -75,17 +75,17 @@ TINY = {
         "checkpoint_interval": 4,
         "condition_dropout": 0.3,
     },
-    # Tests run side by side, and what is this small gains nothing from a second thread.
+    # Tests run in parallel, and work this small gains nothing from a second thread.
     "compute": {"threads": 1},
 }
 
 
 class Killed(BaseException):
-    """As SIGKILL: nothing that a command would still do is done."""
+    """Stands for SIGKILL: no exception handler of a command catches it."""
 
 
 def failing(error: BaseException) -> Callable[..., None]:
-    """A function that raises that, whatever it is given."""
+    """Return a function that always raises `error`."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -94,7 +94,7 @@ def failing(error: BaseException) -> Callable[..., None]:
 
 
 def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (12, 8)) -> None:
-    """Two labels, `count` pictures each: colour gradients along one axis or the other, from fixed seeds."""
+    """Write `count` pictures for each of two labels: colour gradients along one axis or the other, from fixed seeds."""
     for label, name in enumerate(("across", "down")):
         (folder / name).mkdir(parents=True)
         for number in range(count):
@@ -105,7 +105,7 @@ def write_pictures(folder: Path, count: int = 24, size: tuple[int, int] = (12, 8
 
 
 def check_names_no_place(*roots: Path) -> None:
-    """No file of these folders, whatever its format, may hold a path of this machine: of the tests' files, the code, Python, a home."""
+    """Check that no file of these folders contains a path of this machine: temporary files, code, Python, the home folder."""
     files = [path for root in roots for path in (root.rglob("*") if root.is_dir() else [root]) if path.is_file()]
     assert files
     places = [str(Path(tempfile.gettempdir(), "pytest-of")), str(REPOSITORY), sys.prefix, str(Path.home())]
@@ -119,7 +119,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The collector need not look again and again at what the packages consist of."""
+    """Exclude imported modules from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -154,7 +154,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) ->
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of FID's Inception in its published form, with random weights under which features stay of the size of pixels."""
+    """A weights file of FID's Inception in its published format, with random weights that keep features in the range of pixels."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Untrained(FeatureExtractorInceptionV3):
@@ -180,16 +180,16 @@ def run_copy(finished_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that tests decode is kept where the user's own is."""
+def _temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep decoded images of tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _plots_are_not_rendered() -> Iterator[None]:
-    """Plots are not rendered, but in tests that use `rendered`."""
+def _no_rendering() -> Iterator[None]:
+    """Do not render plots, except in tests that use `rendered`."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Figure, "savefig", plots.save_blank)
         yield
@@ -197,13 +197,13 @@ def _plots_are_not_rendered() -> Iterator[None]:
 
 @pytest.fixture
 def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are rendered."""
+    """Render plots."""
     monkeypatch.setattr(Figure, "savefig", plots.savefig)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state() -> None:
-    """Accelerate keeps its settings in singletons; each test may have its own."""
+    """Reset Accelerate's singletons before each test."""
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     GradientState._reset_state()
@@ -220,7 +220,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def script() -> Script:
-    """Run a script of the repository in a process of its own (or several)."""
+    """Run a script of the repository in one new process or several."""
 
     def run(
         path: str, *arguments: object, processes: int = 1, cwd: Path = REPOSITORY, threads: int | None = None
@@ -233,11 +233,11 @@ def script() -> Script:
 
 @pytest.fixture(scope="session")
 def pretended(tmp_path_factory: pytest.TempPathFactory) -> Pretended:
-    """Run a module's `main(arguments)` as on a machine with pretended devices (tests/pretended/device.py), in processes of its own:
+    """Run a module's `main(arguments)` on pretended devices (tests/pretended/device.py) in new processes:
     `pretended("cuda", 2, "tests.pretended.chain", ...)`.
     """
     if guard.compiler() is None:
-        pytest.skip("a pretended device takes a C++ compiler, which this machine does not have")
+        pytest.skip("a pretended device needs a C++ compiler, which this machine does not have")
     environment = {**os.environ, guard.LIBRARY: str(guard.build(tmp_path_factory.mktemp("guard")))}
 
     def run(kind: str, devices: int, program: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
@@ -251,7 +251,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> Pretended:
 
 @pytest.fixture
 def one_line_error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a script's `main`; it must end with exit code 2 and one line on standard error, which is returned."""
+    """Run a script's `main`, which must exit with code 2 and one line on standard error; return the line."""
     from configs.errors import run_entry
 
     def run(main: Callable[[list[str]], None], *arguments: object) -> str:

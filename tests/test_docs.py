@@ -1,4 +1,4 @@
-"""What the documentation names is there."""
+"""Names, links and figures in the documentation are right."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LAYOUT = DOCS / "layout.md"
 
 
 def links(page: Path) -> set[str]:
-    """The relative links of a page, pictures too."""
-    found = set(re.findall(r"\]\(([^)\s]+)\)", page.read_text()))
-    return {link for link in found if not re.match(r"[a-z]+:", link)}
+    """Return the relative links of a page, including pictures."""
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", page.read_text()))
+    return {link for link in targets if not re.match(r"[a-z]+:", link)}
 
 
 def anchors(page: Path) -> set[str]:
-    """The addresses of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def tree() -> list[str]:
-    """The paths in the layout page's tree, a line each, indented by two spaces a level; folders end with a slash."""
+    """Return the paths in the layout page's tree, which is indented by two spaces per level; folders end with a slash."""
     folders: list[str] = []
     paths = []
     for line in LAYOUT.read_text().split("```")[1].strip("\n").splitlines():
@@ -47,7 +47,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
@@ -67,8 +67,8 @@ def test_every_picture_is_shown() -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_files_named_are_there(page: Path) -> None:
-    """Recipes, and what commands run."""
+def test_named_files_exist(page: Path) -> None:
+    """Recipes, and scripts in commands."""
     text = page.read_text()
     named = set(re.findall(r"configs/\w+\.yaml", text)) - {"configs/NAME.yaml"}
     named |= set(re.findall(r"(?:python|launch|torchrun[^\n]*?) ((?:stage|pipelines|benchmarks)\S*\.py)", text))
@@ -80,7 +80,7 @@ def test_every_recipe_is_described() -> None:
     assert not {path.name for path in (REPOSITORY / "configs").glob("*.yaml") if f"`configs/{path.name}`" not in text}
 
 
-def test_figures_of_the_readme_stand_on_the_pages_that_it_links() -> None:
+def test_figures_of_the_readme_are_on_the_linked_pages() -> None:
     bullets = README.read_text().split("## Why this one")[1].split("```")[0].split("\n- ")[1:]
     for bullet in bullets:
         pages = "".join((REPOSITORY / page).read_text() for page in re.findall(r"\]\(([^)#]+)", bullet))
@@ -90,15 +90,15 @@ def test_figures_of_the_readme_stand_on_the_pages_that_it_links() -> None:
             assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d|[.,]\d)", pages), f"{figure}: {bullet}"
 
 
-def test_the_reference_of_settings_is_generated() -> None:
+def test_the_settings_reference_is_up_to_date() -> None:
     assert PAGE.read_text() == page(), "out of date: make settings"
 
 
-def test_the_tree_is_as_it_is_drawn() -> None:
+def test_paths_of_the_layout_tree_exist() -> None:
     assert not [path for path in tree() if not (REPOSITORY / path).exists() or path.endswith("/") != (REPOSITORY / path).is_dir()]
 
 
-def test_the_tree_has_every_package_and_script() -> None:
+def test_the_layout_tree_has_every_package_and_script() -> None:
     packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     scripts = [
         str(path.relative_to(REPOSITORY))

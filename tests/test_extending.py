@@ -1,4 +1,4 @@
-"""The blocks of docs/extending.md, as they stand there: each is one file and one line, and goes through the whole pipeline."""
+"""The code blocks of docs/extending.md: each is one file and one line, and works in the entire pipeline."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 from training.metrics_log import read_metrics
 
-# A file's path, the family, and the table's line, as each block's first line says.
+# The first line of each block: path of its file, family, line of the table.
 _HEAD = re.compile(r'# (?P<path>[\w/]+)\.py; .*under "(?P<family>[\w.]+)": "(?P<kind>\w+)": "(?P<address>[\w.:]+)"')
 BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
 MASKED = BLOCKS[-1]
 (NUMBERS,) = [block for block in BLOCKS if "conditions/numbers" in block.partition("\n")[0]]
 
 
-def test_every_family_has_its_block() -> None:
+def test_every_family_has_a_block() -> None:
     heads = [_HEAD.match(block) for block in BLOCKS]
     assert list(dict.fromkeys(head["family"] for head in heads if head)) == list(FAMILIES)
     for head in heads:
@@ -50,15 +50,15 @@ def test_every_family_has_its_block() -> None:
         assert (REPOSITORY / head["path"]).parent.is_dir()
 
 
-def registered(block: str, most_lines: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> re.Match[str]:
-    """Register a block's part as its file and its line in the table would; returns what its first line says."""
+def register(block: str, most_lines: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> re.Match[str]:
+    """Register a block's part as its file and its line in the table would; return the match of its first line."""
     code = block.partition("\n")[2].strip()
-    # Without what any file has: imports and blank lines.
+    # Not counting imports and blank lines.
     assert sum(bool(line.strip()) and not line.startswith(("from", "import")) for line in code.splitlines()) < most_lines
     head = _HEAD.match(block)
     assert head is not None
     module = head["address"].partition(":")[0]
-    # The file is not in the package's folder, but it is imported by the address it would have.
+    # The file is not in the package's folder, but is imported under the address it would have.
     (folder / "part.py").write_text(code)
     spec = importlib.util.spec_from_file_location(module, folder / "part.py")
     assert spec is not None
@@ -73,16 +73,16 @@ def registered(block: str, most_lines: int, folder: Path, monkeypatch: pytest.Mo
     "block", [block for block in BLOCKS if block not in (MASKED, NUMBERS)], ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1]
 )
 def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = registered(block, 30, tmp_path, monkeypatch)
+    head = register(block, 30, tmp_path, monkeypatch)
     name = head["address"].partition(":")[2]
 
-    # The classifier need not be a good one here.
+    # The classifier need not be good here.
     monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
 
     run = RunDir(tmp_path / "run")
     chosen = [f"--{head['family']}.kind", head["kind"]]
     train_tokenizer(["--config", str(tiny_recipe), "--run", str(run.path), "--stage1.steps", "8", *chosen])
-    if head["family"].startswith("stage1."):  # what comes after stage 1 knows nothing of its terms
+    if head["family"].startswith("stage1."):  # later stages do not depend on its terms
         part = getattr(load_recipe(run.recipe).stage1, head["family"].partition(".")[2])
         assert type(part).__name__ == name
         assert head["family"].partition(".")[2] in read_metrics(run.stage1 / "metrics.jsonl")[-2]
@@ -90,7 +90,7 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
     extract_codes(["--run", str(run.path)])
     train_prior(["--run", str(run.path), "--stage2.steps", "40", "--stage2.lr", "0.1"])
     sample(["--run", str(run.path), "--n", "4"])
-    compress(["--run", str(run.path)])  # the prior's two ways agree: what was encoded under one is decoded under the other
+    compress(["--run", str(run.path)])  # checks that full passes and single steps of the prior agree
     anomalies(["--run", str(run.path)])
     evaluate(["--run", str(run.path), "--features", "classifier", "--n", "8"])
     report(["--run", str(run.path)])
@@ -99,49 +99,49 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
     assert type(part).__name__ == name
     assert part.kind == head["kind"]
     if head["family"] == "prior":
-        found = read_json(run.prior(head["kind"]) / "likelihood.json")
-        assert found["validation"] < found["uniform"]
+        likelihood = read_json(run.prior(head["kind"]) / "likelihood.json")
+        assert likelihood["validation"] < likelihood["uniform"]
     assert f"kind: {head['kind']}" in (run.path / "report.html").read_text()
 
 
-def test_a_prior_that_draws_in_rounds_goes_through_all_that_needs_no_order(
+def test_a_prior_without_an_order_works_where_none_is_needed(
     run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
 ) -> None:
-    """Trained beside another kind, its likelihood said to be a bound, drawn from by settings of its own, evaluated; refused where a prior
-    has to draw codes in turn.
+    """It trains, reports its likelihood as a bound, samples with its own settings and is evaluated; commands that need a prior that draws
+    codes in turn refuse it.
     """
-    registered(MASKED, 80, tmp_path, monkeypatch)
+    register(MASKED, 80, tmp_path, monkeypatch)
     monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
-    here = ["--run", str(run_copy)]
-    train_prior([*here, "--prior.kind", "masked", "--stage2.steps", "60", "--stage2.lr", "0.01"])
-    found = read_json(run_copy / "priors/masked/likelihood.json")
-    assert found["exact"] is False
-    assert found["validation"] < found["uniform"]
+    run_option = ["--run", str(run_copy)]
+    train_prior([*run_option, "--prior.kind", "masked", "--stage2.steps", "60", "--stage2.lr", "0.01"])
+    likelihood = read_json(run_copy / "priors/masked/likelihood.json")
+    assert likelihood["exact"] is False
+    assert likelihood["validation"] < likelihood["uniform"]
     assert "at most" in (run_copy / "priors/masked/likelihood.md").read_text()
     drawn = []
     for number, options in enumerate([["--rounds", "3"], ["--rounds", "3", "--batch-size", "2"], ["--seed", "1"]]):
-        sample([*here, "--n", "5", "--guidance", "1.5", *options])
+        sample([*run_option, "--n", "5", "--guidance", "1.5", *options])
         drawn.append(load_file(run_copy / f"samples/{number:03d}/codes.safetensors")["level0"])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert read_json(run_copy / "samples/000/samples.json")["sampling"]["rounds"] == 3
-    complete([*here, "--n", "2", "--continuations", "2", "--prefix-rows", "1"])
-    evaluate([*here, "--features", "classifier", "--n", "8"])
+    complete([*run_option, "--n", "2", "--continuations", "2", "--prefix-rows", "1"])
+    evaluate([*run_option, "--features", "classifier", "--n", "8"])
     assert "at most" in (run_copy / "evaluations/000/evaluation.md").read_text()
-    report(here)
+    report(run_option)
     assert "rounds 3" in (run_copy / "report.html").read_text()
-    reconstruct(here)
-    sample([*here, "--n", "2", "--prior", "transformer", "--top-k", "3"])
-    assert "top_k" in one_line_error(sample, *here, "--top-k", "3")
-    for command, refused in (("compress", compress), ("anomalies", anomalies)):
-        assert f"{command}: expected a prior that draws codes in turn, found masked" in one_line_error(refused, *here)
+    reconstruct(run_option)
+    sample([*run_option, "--n", "2", "--prior", "transformer", "--top-k", "3"])
+    assert "top_k" in one_line_error(sample, *run_option, "--top-k", "3")
+    for command, main in (("compress", compress), ("anomalies", anomalies)):
+        assert f"{command}: expected a prior that draws codes in turn, found masked" in one_line_error(main, *run_option)
 
 
 def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
     pictures: Path, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
 ) -> None:
     """Two numbers of each image, how red and how blue it is: a prior that has learned finds images likelier beside their own."""
-    registered(NUMBERS, 40, tmp_path, monkeypatch)
+    register(NUMBERS, 40, tmp_path, monkeypatch)
     folder, run = tmp_path / "pictures", RunDir(tmp_path / "run")
     shutil.copytree(pictures, folder)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
@@ -168,6 +168,6 @@ def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
     anomalies(here)
     compress(here)  # without the condition, of which files have no place
     assert "conditioned on classes" in one_line_error(compress, *here, "--condition", "0 0")
-    monkeypatch.setattr("stage1_vqvae.features.classifier._LEAST_STEPS", 1)
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     evaluate([*here, "--features", "classifier", "--n", "8"])
     report(here)

@@ -1,4 +1,4 @@
-"""What the GPU recipes cost, by counting, and the check of a GPU."""
+"""Counted costs of training steps, and the GPU check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import Pretended
 ROWS, WIDTH, HIDDEN = 64, 32, 128
 
 
-def test_a_step_of_two_linear_maps_is_counted_as_by_hand() -> None:
+def test_counts_of_two_linear_layers() -> None:
     with Dataless(), Counting() as counted:
         model = nn.Sequential(nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH, bias=False))
         weights = counted.held
@@ -26,20 +26,20 @@ def test_a_step_of_two_linear_maps_is_counted_as_by_hand() -> None:
         x = torch.randn(ROWS, WIDTH)
         counted.operators.clear()
         y = model(x)
-        kept = weights + (ROWS * WIDTH + ROWS * HIDDEN + ROWS * WIDTH) * 4  # x, the hidden layer, y
-        assert counted.held == kept
+        activations = weights + (ROWS * WIDTH + ROWS * HIDDEN + ROWS * WIDTH) * 4  # x, the hidden layer, y
+        assert counted.held == activations
         assert counted.flops == 2 * 2 * ROWS * WIDTH * HIDDEN
         assert counted.traffic == 2 * (ROWS * WIDTH + WIDTH * HIDDEN + ROWS * HIDDEN) * 4
         y.sum().backward()
-        # Of the backward pass: both weights' gradients, and that at the hidden layer; none at x.
+        # Backward: gradients of both weights and of the hidden layer, none of x.
         assert counted.flops == (2 + 3) * 2 * ROWS * WIDTH * HIDDEN
-        assert counted.peak >= kept + weights
+        assert counted.peak >= activations + weights
         del y
         model.zero_grad()
         assert counted.held == weights + ROWS * WIDTH * 4
 
 
-def test_what_is_freed_is_not_held() -> None:
+def test_freed_tensors_are_not_held() -> None:
     with Dataless(), Counting() as counted:
         for _ in range(3):
             torch.zeros(1000) + 1
@@ -47,19 +47,19 @@ def test_what_is_freed_is_not_held() -> None:
         assert counted.peak == 2 * 4000
 
 
-def test_an_operator_takes_as_long_as_the_slower_of_its_products_and_its_bytes() -> None:
+def test_an_operators_time_is_the_maximum_of_compute_and_traffic() -> None:
     with Dataless(), Counting() as counted:
         torch.randn(ROWS, WIDTH) @ torch.randn(WIDTH, HIDDEN)
         counted.operators[:] = counted.operators[-1:]
     flops, size = 2 * ROWS * WIDTH * HIDDEN, 4 * (ROWS * WIDTH + WIDTH * HIDDEN + ROWS * HIDDEN)
     assert counted.seconds(Card(0, 1.0, 1e30, 1e30)) == size
     assert counted.seconds(Card(0, 1e30, 1e30, 1.0)) == flops
-    # And no less than its launch.
+    # And at least as long as its launch.
     assert 0 < counted.seconds(Card(0, 1e30, 1e30, 1e30)) < 1e-4
 
 
-def test_the_perceptual_term_is_all_on_the_device() -> None:
-    """Of the recipes that have one; the check of a GPU would mix devices otherwise."""
+def test_the_perceptual_term_is_on_one_device() -> None:
+    """Otherwise the GPU check would mix devices."""
     with Dataless(), torch.device("meta"):
         term = perceptual_term(LPIPSPart(), 3)
     assert term is not None
@@ -67,7 +67,7 @@ def test_the_perceptual_term_is_all_on_the_device() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_check_asks_for_a_gpu() -> None:
+def test_the_check_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="expected a GPU"):
         check([])
 

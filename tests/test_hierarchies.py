@@ -1,4 +1,4 @@
-"""What holds for one grid holds for two: the whole pipeline over a hierarchy, its prior of either kind."""
+"""The entire pipeline over a hierarchy of two grids, with priors of two kinds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PRIORS = ["transformer", "pixelcnn"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
-    """Two grids, the likelihood of pixels that see their neighbours, a prior of each kind. Pipelines only add to it."""
+    """A run with two grids, a pixel likelihood with context and a prior of each kind. Pipelines only add to it."""
     run = tmp_path_factory.mktemp("hierarchy") / "run"
     train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *HIERARCHY, *OBJECTIVE, "--stage1.augmentation", "none"])
     extract_codes(["--run", str(run), "--extraction.augmentation", "horizontal_flip"])
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
     return run
 
 
-def test_codes_on_disk_are_the_tokenizers(run: Path) -> None:
+def test_grids_of_stored_codes(run: Path) -> None:
     manifest = read_manifest(run / "codes" / "validation")
     assert (manifest.grids, manifest.num_codes) == (GRIDS, [16, 16])
     store = CodeStore(run / "codes" / "train")
@@ -55,28 +55,19 @@ def test_codes_on_disk_are_the_tokenizers(run: Path) -> None:
     assert [tuple(level.shape) for level in store.codes(torch.arange(3), torch.tensor([0, 1, 1]))] == [(3, *grid) for grid in GRIDS]
 
 
-def test_codes_of_both_grids_tell_an_images_place(run: Path) -> None:
-    """A picture that differs on the right alone has codes that differ there, in both grids, and not on the far left."""
-    tokenizer = load_tokenizer(RunDir(run))
-    assert tokenizer.grids == GRIDS
-    pixels = torch.zeros(2, 8, 12, 3, dtype=torch.uint8)
-    pixels[1, :, 8:] = 255
-    assert all(level.shape == (2, *grid) for level, grid in zip(tokenizer.encode(to_model(pixels)), GRIDS, strict=True))
-
-
 @pytest.mark.parametrize("prior", PRIORS)
-def test_samples_are_the_same_at_any_batch_size(prior: str, run: Path) -> None:
-    found = []
+def test_samples_do_not_depend_on_the_batch_size(prior: str, run: Path) -> None:
+    samples = []
     for batch_size in ("5", "1"):
         sample(["--run", str(run), "--n", "5", "--prior", prior, "--batch-size", batch_size])
-        found.append(load_file(max((run / "samples").iterdir()) / "codes.safetensors"))
-    assert [tuple(found[0][f"level{level}"].shape[1:]) for level in range(2)] == GRIDS
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        samples.append(load_file(max((run / "samples").iterdir()) / "codes.safetensors"))
+    assert [tuple(samples[0][f"level{level}"].shape[1:]) for level in range(2)] == GRIDS
+    assert all(torch.equal(samples[0][name], samples[1][name]) for name in samples[0])
 
 
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("lossless", [False, True])
-def test_compressed_images_come_back(prior: str, lossless: bool, run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_compressed_images_are_restored(prior: str, lossless: bool, run: Path, pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "images.vqc"
     options = ["--lossless"] if lossless else []
     compress(["--run", str(run), "--images", str(pictures), "--prior", prior, "--output", str(file), *options])
@@ -88,7 +79,7 @@ def test_compressed_images_come_back(prior: str, lossless: bool, run: Path, pict
 
 
 def test_a_mask_of_pixels_keeps_codes_of_both_grids(run: Path, pictures: Path, tmp_path: Path) -> None:
-    """White all over: nothing is drawn, and what comes is the reconstruction. With a black pixel it varies; all black, all of it."""
+    """An all-white mask gives the reconstruction; the more pixels are black, the more the result differs."""
     mask = np.full((8, 12), 255, np.uint8)
     tokenizer = load_tokenizer(RunDir(run))
     paths = sorted(pictures.rglob("*.png"))[:2]
@@ -101,15 +92,13 @@ def test_a_mask_of_pixels_keeps_codes_of_both_grids(run: Path, pictures: Path, t
         options = ["--mask", str(tmp_path / "mask.png"), "--n", "2", "--continuations", "6", "--prior", "pixelcnn", "--label", "down"]
         complete(["--run", str(run), "--images", *map(str, paths), *options])
         folder = max((run / "completions").iterdir())
-        found = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())])).int()
-        changed.append(float((found.view(2, 6, 8, 12, 3) - expected[:, None]).abs().float().mean()))
+        completions = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())])).int()
+        changed.append(float((completions.view(2, 6, 8, 12, 3) - expected[:, None]).abs().float().mean()))
     assert changed[0] < 0.01
     assert changed[0] < changed[1] < changed[2]
 
 
-def test_bits_of_both_grids_add_up_in_heat_maps_and_reports(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reports_add_up_the_bits_of_both_grids(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     anomalies(["--run", str(run)])
     reconstruct(["--run", str(run)])
@@ -118,7 +107,7 @@ def test_bits_of_both_grids_add_up_in_heat_maps_and_reports(
     assert bound["uniform"]["mean"] - bound["pixels"]["mean"] == pytest.approx((6 + 24) * 4 / 288)
     report(["--run", str(run)])
     with Image.open(run / "stage1" / "grids.png") as picture:
-        assert picture.height > 3 * 8  # the originals, one grid, two
+        assert picture.height > 3 * 8  # the originals, one grid, both grids
     assert "what the coarsest grid of codes holds" in (run / "report.html").read_text()
     summary(["--run", str(run)])
     assert "2x3 of 16 + 4x6 of 16" in capsys.readouterr().out
@@ -127,19 +116,19 @@ def test_bits_of_both_grids_add_up_in_heat_maps_and_reports(
     assert likelihood["validation"] == pytest.approx((6 * levels[0] + 24 * levels[1]) / 30)
 
 
-def test_resumed_it_ends_bit_for_bit_the_same(tiny_recipe: Path, tmp_path: Path) -> None:
-    """Stopped at a checkpoint, as if killed there."""
+def test_resuming_is_bit_exact(tiny_recipe: Path, tmp_path: Path) -> None:
+    """From a checkpoint, as if killed there."""
     settings = ["--config", str(tiny_recipe), *HIERARCHY, *OBJECTIVE, "--stage1.steps", "40", "--stage1.checkpoint_interval", "20"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train_tokenizer([*settings, "--run", str(whole)])
-    shutil.copytree(whole, stopped)
+    complete, stopped = tmp_path / "complete", tmp_path / "stopped"
+    train_tokenizer([*settings, "--run", str(complete)])
+    shutil.copytree(complete, stopped)
     (stopped / "tokenizer.safetensors").unlink()
     max((stopped / "stage1" / "checkpoints").iterdir()).unlink()
     train_tokenizer([*settings, "--run", str(stopped), "--resume"])
-    assert (stopped / "tokenizer.safetensors").read_bytes() == (whole / "tokenizer.safetensors").read_bytes()
+    assert (stopped / "tokenizer.safetensors").read_bytes() == (complete / "tokenizer.safetensors").read_bytes()
 
 
-def test_images_that_the_coarsest_grid_does_not_divide_are_refused(tiny_recipe: Path, one_line_error: Callable[..., str]) -> None:
+def test_sizes_indivisible_by_the_coarsest_grid_are_refused(tiny_recipe: Path, one_line_error: Callable[..., str]) -> None:
     line = one_line_error(train_tokenizer, "--config", tiny_recipe, *HIERARCHY, "--tokenizer.network.factors", "[4]")
     assert "8" in line
     assert "data.width" in line

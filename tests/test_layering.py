@@ -1,4 +1,4 @@
-"""Rules of the layout that import-linter, run by `make lint`, does not check."""
+"""Rules of the layout that import-linter (`make lint`) does not check."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def imported_modules(path: Path) -> set[str]:
     return modules
 
 
-def test_nobody_imports_a_script() -> None:
+def test_scripts_are_not_imported() -> None:
     scripts = {".".join(script.relative_to(REPOSITORY).with_suffix("").parts) for script in SCRIPTS}
     for path in FILES:
         assert not imported_modules(path) & scripts, path
 
 
-def test_what_a_recipe_may_choose_is_there() -> None:
-    """The tables name classes by address: each in a room of its family, with the fields' base class that the recipe expects."""
+def test_parts_of_recipes_exist_with_the_right_base_class() -> None:
+    """The tables name classes by address: each is in the package of its family and has the expected base class."""
     bases = {
         "data.transform": ("data", TransformPart),
         "tokenizer.quantizer": ("quantizers", QuantizerPart),
@@ -57,14 +57,14 @@ def test_what_a_recipe_may_choose_is_there() -> None:
         "prior": ("priors", PriorPart),
     }
     for family, kinds in FAMILIES.items():
-        room, base = bases[family]
+        package, base = bases[family]
         for kind, address in kinds.items():
-            assert address.split(".")[1] == room
+            assert address.split(".")[1] == package
             assert issubclass(part_class(family, kind), base)
 
 
-def test_every_script_says_how_threads_wait_before_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenMP reads its settings when it is loaded; those that the user has made stay."""
+def test_every_script_imports_spinning_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP reads its settings when it is loaded; the user's settings win."""
     for script in SCRIPTS:
         imports = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert [ast.unparse(node) for node in imports[:2]] == ["from __future__ import annotations", "from configs import spinning"], script
@@ -79,7 +79,7 @@ def test_every_script_says_how_threads_wait_before_torch_is_loaded(monkeypatch: 
         assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
-def test_there_are_scripts() -> None:
+def test_scripts_are_detected() -> None:
     names = {str(script.relative_to(REPOSITORY)) for script in SCRIPTS}
     assert names >= {"stage1_vqvae/train.py", "stage2_prior/extract_codes.py", "stage2_prior/train.py", "pipelines/sample.py"}
 
@@ -90,11 +90,11 @@ def test_configs_does_not_need_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_no_file_beside_a_script_hides_a_package() -> None:
+def test_no_neighbour_of_a_script_shadows_a_package() -> None:
     """A script's folder is first on sys.path, so a neighbour's name wins over a package of that name."""
     taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    own = {path.stem for script in SCRIPTS for path in script.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert not (own & taken) - {"__init__", "__pycache__"}
+    neighbours = {path.stem for script in SCRIPTS for path in script.parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not (neighbours & taken) - {"__init__", "__pycache__"}
 
 
 def test_only_tables_of_images_and_of_codes_import_datasets() -> None:
@@ -102,21 +102,23 @@ def test_only_tables_of_images_and_of_codes_import_datasets() -> None:
     assert owners == {"tables.py", "readers.py", "listings.py", "streams.py", "exchange.py"}
 
 
-def test_text_has_an_encoding() -> None:
-    """Otherwise it is the system's: no UTF-8 on Windows, nor where a locale says so."""
+def test_text_files_are_opened_with_an_encoding() -> None:
+    """The system's default is not UTF-8 on Windows and in some locales."""
     for path in [*FILES, REPOSITORY / "setup.py", *(REPOSITORY / "benchmarks").rglob("*.py")]:
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             modes = [argument.value for argument in call.args if isinstance(argument, ast.Constant) and isinstance(argument.value, str)]
-            opens = isinstance(call.func, ast.Name) and name == "open" and not any("b" in mode for mode in [*modes, said.get("mode", "")])
+            opens = (
+                isinstance(call.func, ast.Name) and name == "open" and not any("b" in mode for mode in [*modes, keywords.get("mode", "")])
+            )
             is_text = (
                 opens
                 or (isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text"))
-                or said.get("text") == "True"
-                or "universal_newlines" in said
+                or keywords.get("text") == "True"
+                or "universal_newlines" in keywords
             )
-            assert not is_text or "encoding" in said, f"{path}:{call.lineno}: {ast.unparse(call)}"
+            assert not is_text or "encoding" in keywords, f"{path}:{call.lineno}: {ast.unparse(call)}"
 
 
 def test_no_catch_all_module() -> None:

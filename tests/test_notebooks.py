@@ -1,4 +1,4 @@
-"""Each notebook of the documentation runs from its beginning to its end."""
+"""Every notebook of the documentation runs without errors."""
 
 from __future__ import annotations
 

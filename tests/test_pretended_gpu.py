@@ -1,4 +1,4 @@
-"""The chain on a pretended GPU (tests/pretended): it finishes, mixes no devices, has the CPU's figures, and no ordinary step waits."""
+"""The chain on a pretended GPU (tests/pretended): no mixed devices, the CPU's figures, no waits in ordinary steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from configs.run_dir import read_json
 from pipelines import Generator
 from pipelines.decompress import main as decompress
 from tests.conftest import Pretended
-from tests.pretended.tiny import commands, in_short, run_command, write_recipe
+from tests.pretended.tiny import commands, fast_settings, run_command, write_recipe
 from training.metrics_log import read_metrics
 
-# Of the host, not of the run; and what train records say too.
+# Entries that depend on the host, or repeat train records.
 _NO_FIGURES = ("split", "warning", "images_per_second", "loading_share", "train_bits_per_token")
 
 
@@ -31,10 +31,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_of_cpu(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+def cpu_run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """The same commands on the CPU, in this process."""
     run = tmp_path_factory.mktemp("cpu") / "run"
-    with in_short():
+    with fast_settings():
         for words in commands(recipe, run).values():
             for state in (PartialState, GradientState):
                 state._reset_state()
@@ -44,104 +44,104 @@ def run_of_cpu(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
 
 
 class Chain(NamedTuple):
-    """A run of pretended processes, and what each of them saw."""
+    """A run on pretended devices, and each process's log."""
 
     run: Path
-    seen: list[dict[str, Any]]
+    logs: list[dict[str, Any]]
 
 
-def chain_of(kind: str, processes: int, folder: Path, recipe: Path, pretended: Pretended, *left_out: str) -> Chain:
+def run_chain(kind: str, processes: int, folder: Path, recipe: Path, pretended: Pretended, *left_out: str) -> Chain:
     names = [name for name in commands(recipe, folder / "run", processes) if name not in left_out]
-    words = (recipe, folder / "run", folder / "seen", *names)
+    words = (recipe, folder / "run", folder / "log", *names)
     done = pretended(kind, processes, "tests.pretended.chain", *words, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
-    return Chain(folder / "run", [json.loads((folder / f"seen.{rank}.json").read_text()) for rank in range(processes)])
+    return Chain(folder / "run", [json.loads((folder / f"log.{rank}.json").read_text()) for rank in range(processes)])
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
-    """By one process, for which Accelerate's device has no number."""
-    return chain_of("cuda", 1, tmp_path_factory.mktemp("alone"), recipe, pretended)
+def one_process(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
+    """One process, whose device has no index in Accelerate."""
+    return run_chain("cuda", 1, tmp_path_factory.mktemp("one_process"), recipe, pretended)
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
-    """By two processes, a GPU each, under NCCL's rules."""
-    return chain_of("cuda", 2, tmp_path_factory.mktemp("together"), recipe, pretended)
+def two_processes(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
+    """Two processes with a GPU each, under NCCL's rules."""
+    return run_chain("cuda", 2, tmp_path_factory.mktemp("two_processes"), recipe, pretended)
 
 
 @pytest.fixture(scope="module")
-def of_apple(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
-    """On a device without float64, whose rules the chain checks too (apple.py)."""
-    return chain_of("mps", 1, tmp_path_factory.mktemp("apple"), recipe, pretended, "evaluate")
+def apple(tmp_path_factory: pytest.TempPathFactory, recipe: Path, pretended: Pretended) -> Chain:
+    """A device without float64, whose rules the chain checks too (apple.py)."""
+    return run_chain("mps", 1, tmp_path_factory.mktemp("apple"), recipe, pretended, "evaluate")
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """What a run's training and its prior's likelihood came to, by the name of each figure; not before the first log line, where several
-    processes may stop a step later than one.
+    """Return figures of training and of the prior's likelihood by name, from the first validation on: before it, several processes may
+    stop a step later than one.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for stage in ("stage1", "priors/transformer"):
         records = read_metrics(run / stage / "metrics.jsonl")
         first = next(record["step"] for record in records if record["split"] == "validation")
         for record in (record for record in records if record["split"] == "validation" or record["step"] > first):
-            of = f"{stage} {record['step']} {record['split']}"
-            found |= {f"{of} {name}": value for name, value in record.items() if name not in _NO_FIGURES}
+            prefix = f"{stage} {record['step']} {record['split']}"
+            result |= {f"{prefix} {name}": value for name, value in record.items() if name not in _NO_FIGURES}
     likelihood = read_json(run / "priors/transformer/likelihood.json")
-    return found | {f"likelihood {name}": likelihood[name] for name in ("validation", "unigram", "uniform")}
+    return result | {f"likelihood {name}": likelihood[name] for name in ("validation", "unigram", "uniform")}
 
 
-def stored(folder: Path) -> list[Tensor]:
-    """The codes of a split, (N, variants, h, w) a level."""
+def stored_codes(folder: Path) -> list[Tensor]:
+    """Load the codes of a split, (N, variants, h, w) per level."""
     shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
     return [torch.cat([shard[name] for shard in shards]) for name in sorted(shards[0]) if name.startswith("level")]
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("alone", 1e-5), ("together", 1e-3), ("of_apple", 1e-5)])
-def test_figures_are_those_of_the_cpu(name: str, tolerance: float, run_of_cpu: Path, request: pytest.FixtureRequest) -> None:
-    """Of several processes sums are in another order, and what comes of that grows from step to step."""
+@pytest.mark.parametrize(("name", "tolerance"), [("one_process", 1e-5), ("two_processes", 1e-3), ("apple", 1e-5)])
+def test_figures_equal_the_cpus(name: str, tolerance: float, cpu_run: Path, request: pytest.FixtureRequest) -> None:
+    """Several processes sum in another order, and the differences grow from step to step."""
     run = request.getfixturevalue(name).run
-    expected, found = figures(run_of_cpu), figures(run)
-    assert found.keys() == expected.keys()
-    assert {figure: pytest.approx(value, rel=tolerance, abs=1e-6) for figure, value in expected.items()} == found
+    expected, result = figures(cpu_run), figures(run)
+    assert result.keys() == expected.keys()
+    assert {figure: pytest.approx(value, rel=tolerance, abs=1e-6) for figure, value in expected.items()} == result
     for split in ("train", "validation"):
-        for level, of_cpu in zip(*(stored(folder / "codes" / split) for folder in (run, run_of_cpu)), strict=True):
-            assert (level == of_cpu).double().mean() > 0.99
+        for level, cpu_level in zip(*(stored_codes(folder / "codes" / split) for folder in (run, cpu_run)), strict=True):
+            assert (level == cpu_level).double().mean() > 0.99
 
 
-@pytest.mark.parametrize("name", ["alone", "of_apple"])
-def test_samples_are_those_of_the_cpu(name: str, run_of_cpu: Path, request: pytest.FixtureRequest) -> None:
-    """Drawn in float64, from weights that are the same to float tolerance."""
-    runs = request.getfixturevalue(name).run, run_of_cpu
+@pytest.mark.parametrize("name", ["one_process", "apple"])
+def test_samples_equal_the_cpus(name: str, cpu_run: Path, request: pytest.FixtureRequest) -> None:
+    """Sampled in float64, from weights that are equal up to rounding."""
+    runs = request.getfixturevalue(name).run, cpu_run
     grids = [np.asarray(Image.open(run / "samples/000/grid.png"), dtype=int) for run in runs]
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
 def test_rules_of_a_pretended_gpu(pretended: Pretended) -> None:
-    """What it refuses, counts and replays; and training/devices.py on it."""
+    """Refusals, counts and replays of the pretended device, and training/devices.py on it."""
     done = pretended("cuda", 2, "tests.pretended.rules")
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("command", ["resume", "resume prior"])
-@pytest.mark.parametrize("name", ["alone", "together"])
-def test_no_ordinary_step_waits(name: str, command: str, request: pytest.FixtureRequest) -> None:
-    """From the beginning of a step to that of the next, where nothing is logged, validated, saved or restarted."""
-    for seen in request.getfixturevalue(name).seen:
-        steps = seen[command]["steps"]
+@pytest.mark.parametrize("name", ["one_process", "two_processes"])
+def test_ordinary_steps_do_not_wait(name: str, command: str, request: pytest.FixtureRequest) -> None:
+    """From one step to the next, where nothing is logged, validated, saved or restarted."""
+    for log in request.getfixturevalue(name).logs:
+        steps = log[command]["steps"]
         assert len(steps) >= 2
         assert {step: waits for step, waits in steps.items() if waits} == {}
 
 
-def test_no_augmentation_waits(alone: Chain) -> None:
-    images = alone.seen[0]["images"]
+def test_augmentations_do_not_wait(one_process: Chain) -> None:
+    images = one_process.logs[0]["images"]
     assert len(images) > 1
     assert {augmentation: waits for augmentation, waits in images.items() if waits} == {}
 
 
-def test_what_a_gpu_compressed_decompresses_on_the_cpu(alone: Chain, tmp_path: Path) -> None:
-    decompress(["--run", str(alone.run), "--file", str(alone.run.with_suffix(".vqc")), "--output", str(tmp_path / "out")])
-    found = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").iterdir())]
-    generator = Generator.from_pretrained(alone.run, device="cpu")
-    expected = generator.decode(tuple(level[:, 0].long() for level in stored(alone.run / "codes/validation")), output="tensor")
-    assert np.array_equal(np.stack(found), expected.numpy())
+def test_files_compressed_on_a_gpu_decompress_on_the_cpu(one_process: Chain, tmp_path: Path) -> None:
+    decompress(["--run", str(one_process.run), "--file", str(one_process.run.with_suffix(".vqc")), "--output", str(tmp_path / "out")])
+    decoded = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").iterdir())]
+    generator = Generator.from_pretrained(one_process.run, device="cpu")
+    expected = generator.decode(tuple(level[:, 0].long() for level in stored_codes(one_process.run / "codes/validation")), output="tensor")
+    assert np.array_equal(np.stack(decoded), expected.numpy())

@@ -1,4 +1,4 @@
-"""Two processes by torchrun (gloo): the same results as one, written once."""
+"""Two processes by torchrun (gloo) give the same results as one, and write them once."""
 
 from __future__ import annotations
 
@@ -33,20 +33,18 @@ def paths(run: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def trained_by_two(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, script: Script) -> tuple[Path, str]:
-    """A run by all three training and extraction commands at two processes, beside it the first stage of one with a budget; and what they
-    printed.
-    """
+    """A run trained and extracted by two processes, beside it a stage 1 with a budget and a run on few images; and the output."""
     run = tmp_path_factory.mktemp("two") / "run"
-    begun = ["stage1_vqvae.train", "--config", tiny_recipe, "--run", run]
+    stage1 = ["stage1_vqvae.train", "--config", tiny_recipe, "--run", run]
     codes, prior = (["stage2_prior.extract_codes", "--run", run], ["stage2_prior.train", "--run", run])
     budget = ["stage1_vqvae.train", "--config", tiny_recipe, "--run", run.with_name("budget"), "--stage1.minutes", "0.02"]
-    few, of_few = run.with_name("few"), ["--run", run.with_name("run of few")]
-    write_pictures(few / "train", 1)
-    write_pictures(few / "val", 1)
-    shutil.rmtree(few / "val/down")
-    one = ["--config", tiny_recipe, *of_few, "--data.path", few, "--stage1.steps", "2"]
+    few_images, few_run = run.with_name("few"), ["--run", run.with_name("few run")]
+    write_pictures(few_images / "train", 1)
+    write_pictures(few_images / "val", 1)
+    shutil.rmtree(few_images / "val/down")
+    one = ["--config", tiny_recipe, *few_run, "--data.path", few_images, "--stage1.steps", "2"]
     words = [
-        *begun,
+        *stage1,
         NEXT,
         *codes,
         NEXT,
@@ -58,13 +56,13 @@ def trained_by_two(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path, 
         *one,
         NEXT,
         "stage2_prior.extract_codes",
-        *of_few,
+        *few_run,
     ]
-    words += [NEXT, "stage2_prior.train", *of_few, "--stage2.steps", "2"]
-    done = script("tests/launched/commands.py", *words, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("next: ") == 7  # one process speaks
-    return run, done.stdout
+    words += [NEXT, "stage2_prior.train", *few_run, "--stage2.steps", "2"]
+    process = script("tests/launched/commands.py", *words, processes=2)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("next: ") == 7  # only rank 0 prints
+    return run, process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -72,44 +70,44 @@ def two_process_run(trained_by_two: tuple[Path, str]) -> Path:
     return trained_by_two[0]
 
 
-def test_processes_agree_on_the_steps_of_a_budget(trained_by_two: tuple[Path, str]) -> None:
-    """They would wait for each other for ever, if one took more steps."""
+def test_ranks_agree_on_the_steps_of_a_budget(trained_by_two: tuple[Path, str]) -> None:
+    """Otherwise one rank would wait for the other forever."""
     run, printed = trained_by_two
     assert printed.count("steps in 0.02 minutes") == 1
     budget = run.with_name("budget")
     assert read_json(budget / "stage1/report.json")["steps"] == load_recipe(budget / "recipe.yaml").stage1.steps
 
 
-def test_a_process_may_have_no_image_to_validate(trained_by_two: tuple[Path, str], tmp_path: Path) -> None:
-    """Of one validation image, and two to train on, in batches of eight: as one process has it."""
-    run = trained_by_two[0].with_name("run of few")
+def test_a_rank_may_have_no_validation_image(trained_by_two: tuple[Path, str], tmp_path: Path) -> None:
+    """With one validation image and two training images, in batches of eight."""
+    run = trained_by_two[0].with_name("few run")
     codes = CodeStore(run / "codes/validation")
     assert len(codes) == 1
     report, likelihood = read_json(run / "stage1/report.json"), read_json(run / "priors/transformer/likelihood.json")
     tokenizer, image = load_tokenizer(RunDir(run)), load_images(load_recipe(run / "recipe.yaml").data, ["validation"])
-    (own,) = tokenizer.encode(to_model(image.splits["validation"].pixels[:]))
-    assert torch.equal(codes.codes(torch.tensor([0]))[0], own)
-    assert report["validation"]["perplexity"] == pytest.approx(perplexity(own.flatten().bincount(minlength=16)))
+    (expected,) = tokenizer.encode(to_model(image.splits["validation"].pixels[:]))
+    assert torch.equal(codes.codes(torch.tensor([0]))[0], expected)
+    assert report["validation"]["perplexity"] == pytest.approx(perplexity(expected.flatten().bincount(minlength=16)))
     assert likelihood["images"] == {"train": 1, "validation": 1}
 
 
-def test_two_processes_leave_the_same_files_as_one(two_process_run: Path, finished_run: Path) -> None:
+def test_two_processes_write_the_same_files_as_one(two_process_run: Path, finished_run: Path) -> None:
     assert paths(two_process_run) == paths(finished_run)
     for name in ("stage1/metrics.jsonl", "priors/transformer/metrics.jsonl"):
         steps = [[(record["step"], record["split"]) for record in read_metrics(run / name)] for run in (two_process_run, finished_run)]
         assert steps[0] == steps[1]
 
 
-def test_metrics_agree_with_those_of_one_process(two_process_run: Path, finished_run: Path) -> None:
-    """Not bit for bit: a flipped code grows. The margins are those of another seed's rounding, not of another algorithm."""
+def test_metrics_are_close_to_those_of_one_process(two_process_run: Path, finished_run: Path) -> None:
+    """Not bit for bit, since a flipped code grows; the tolerance allows rounding, not another algorithm."""
     one, two = (read_json(run / "stage1/report.json")["validation"] for run in (finished_run, two_process_run))
     assert two["mse"] == pytest.approx(one["mse"], rel=0.1)
     one, two = (read_json(run / "priors/transformer/likelihood.json") for run in (finished_run, two_process_run))
     assert two["validation"] == pytest.approx(one["validation"], rel=0.1)
 
 
-def test_the_code_store_is_that_of_one_process(two_process_run: Path, tmp_path: Path) -> None:
-    """Byte for byte: 36 and 12 rows in shards of 8 and batches of 7, so that nothing divides."""
+def test_the_code_store_equals_that_of_one_process(two_process_run: Path, tmp_path: Path) -> None:
+    """Byte for byte, with 36 and 12 rows in shards of 8 and batches of 7, so that nothing divides evenly."""
     copy = shutil.copytree(two_process_run, tmp_path / "run")
     extract_codes(["--run", str(copy), "--overwrite"])
     names = [path.relative_to(copy) for path in sorted((copy / "codes").rglob("*")) if path.is_file()]
@@ -117,7 +115,7 @@ def test_the_code_store_is_that_of_one_process(two_process_run: Path, tmp_path: 
     assert all((copy / name).read_bytes() == (two_process_run / name).read_bytes() for name in names)
 
 
-# Counts and batches that two processes cannot share out evenly.
+# Counts and batches that do not divide evenly over two processes.
 SAMPLES = [["--n", "64", "--batch-size", "7", "--npz"], ["--n", "3", "--batch-size", "64", "--npz"]]
 COMPLETIONS = ["--n", "3", "--continuations", "3", "--batch-size", "4"]
 EVALUATION = ["--features", "classifier", "--n", "21", "--sampling.batch_size", "4"]
@@ -125,18 +123,18 @@ EVALUATION = ["--features", "classifier", "--n", "21", "--sampling.batch_size", 
 
 @pytest.fixture(scope="module")
 def used_by_two(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, script: Script) -> tuple[Path, str]:
-    """A run on which two processes have used every pipeline, and what they printed."""
+    """A run on which two processes have run every pipeline, and the output."""
     run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("used") / "run"))
-    typed = [("pipelines.sample", *SAMPLES[0]), ("pipelines.sample", *SAMPLES[1]), ("pipelines.complete", *COMPLETIONS)]
-    typed += [("pipelines.reconstruct",), ("pipelines.anomalies",), ("pipelines.evaluate", *EVALUATION)]
-    words = [word for module, *arguments in typed for word in (NEXT, module, "--run", run, *arguments)]
-    done = script("tests/launched/commands.py", *words[1:], processes=2)
-    assert done.returncode == 0, done.stderr
-    return run, done.stdout
+    commands = [("pipelines.sample", *SAMPLES[0]), ("pipelines.sample", *SAMPLES[1]), ("pipelines.complete", *COMPLETIONS)]
+    commands += [("pipelines.reconstruct",), ("pipelines.anomalies",), ("pipelines.evaluate", *EVALUATION)]
+    words = [word for module, *arguments in commands for word in (NEXT, module, "--run", run, *arguments)]
+    process = script("tests/launched/commands.py", *words[1:], processes=2)
+    assert process.returncode == 0, process.stderr
+    return run, process.stdout
 
 
 @pytest.mark.parametrize("number", range(len(SAMPLES)))
-def test_samples_are_those_of_one_process(number: int, run_copy: Path, used_by_two: tuple[Path, str]) -> None:
+def test_samples_equal_those_of_one_process(number: int, run_copy: Path, used_by_two: tuple[Path, str]) -> None:
     sample(["--run", str(run_copy), *SAMPLES[number]])
     one, two = run_copy / "samples" / "000", used_by_two[0] / "samples" / f"{number:03d}"
     codes = [load_file(folder / "codes.safetensors") for folder in (one, two)]
@@ -145,28 +143,28 @@ def test_samples_are_those_of_one_process(number: int, run_copy: Path, used_by_t
     assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
 
 
-def test_completions_are_those_of_one_process(run_copy: Path, used_by_two: tuple[Path, str]) -> None:
+def test_completions_equal_those_of_one_process(run_copy: Path, used_by_two: tuple[Path, str]) -> None:
     complete(["--run", str(run_copy), *COMPLETIONS])
     one, two = (np.asarray(Image.open(run / "completions" / "000" / "completions.png")) for run in (run_copy, used_by_two[0]))
     assert np.array_equal(one, two)
 
 
-def test_the_same_samples_are_judged(run_copy: Path, used_by_two: tuple[Path, str]) -> None:
-    # Seconds go into training the network whose features images are compared by.
+def test_evaluation_figures_equal_those_of_one_process(run_copy: Path, used_by_two: tuple[Path, str]) -> None:
+    # Training the feature network again would take seconds.
     shutil.copy(used_by_two[0] / "classifier.safetensors", run_copy)
     evaluate(["--run", str(run_copy), *EVALUATION])
     one, two = (read_json(run / "evaluations" / "000" / "evaluation.json") for run in (run_copy, used_by_two[0]))
     assert one["distances"]["samples"]["frechet"] == pytest.approx(two["distances"]["samples"]["frechet"], rel=1e-4)
 
 
-def test_results_are_written_once_and_one_process_speaks(used_by_two: tuple[Path, str]) -> None:
+def test_results_are_written_and_printed_once(used_by_two: tuple[Path, str]) -> None:
     run, printed = used_by_two
     folders = {"samples": len(SAMPLES), "completions": 1, "reconstructions": 1, "anomalies": 1, "evaluations": 1}
     assert {name: len(list((run / name).iterdir())) for name in folders} == folders
     assert printed.count("reconstructions.csv; look at") == printed.count("ranked 12 images") == 1
 
 
-def test_one_signal_stops_both_at_the_same_step(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_signal_stops_both_ranks_at_the_same_step(tiny_recipe: Path, tmp_path: Path) -> None:
     import os
     import re
     import signal
@@ -185,7 +183,7 @@ def test_one_signal_stops_both_at_the_same_step(tiny_recipe: Path, tmp_path: Pat
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
     out, err = process.communicate(timeout=60)
     assert "stopped after step" in out, err
     step = int(re.findall(r"stopped after step (\d+) and saved", out)[0])

@@ -53,7 +53,7 @@ _CONDITION = Classes(names=[*map(str, range(1000))])
 
 
 class Row(NamedTuple):
-    """Print a row of the table."""
+    """A row of the table."""
 
     name: str
     measured: str
@@ -91,14 +91,14 @@ def milliseconds(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
     """Measure the median milliseconds of work on the GPU, after warm-up."""
     for _ in range(_WARM_UP):
         work()
-    taken = []
+    times = []
     for _ in range(rounds):
         torch.accelerator.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
         torch.accelerator.synchronize()
-        taken.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(taken)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def ceilings(device: torch.device, sizes: Sizes) -> Card:
@@ -156,10 +156,10 @@ def chain() -> Iterator[Row]:
     """Check the commands of a first run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for what, arguments, environment in commands(folder):
-            began = time.monotonic()
+        for label, arguments, environment in commands(folder):
+            start = time.monotonic()
             try:
-                done = subprocess.run(
+                process = subprocess.run(
                     [sys.executable, *arguments],
                     cwd=REPOSITORY,
                     env={**os.environ, **environment},
@@ -168,13 +168,13 @@ def chain() -> Iterator[Row]:
                     timeout=_COMMAND_TIMEOUT,
                 )
             except subprocess.TimeoutExpired:
-                yield Row(what, f"not done in {_COMMAND_TIMEOUT} s", "exit code 0", right=False)
+                yield Row(label, f"not done in {_COMMAND_TIMEOUT} s", "exit code 0", right=False)
                 continue
-            right = done.returncode == 0
+            right = process.returncode == 0
             if not right:
-                print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
-            yield Row(what, f"exit code {done.returncode}, {time.monotonic() - began:.0f} s", "exit code 0", right)
-        decoded = [{path.name: path.read_bytes() for path in (folder / place).rglob("*.png")} for place in ("on_gpu", "on_cpu")]
+                print(process.stdout[-2000:], process.stderr[-4000:], sep="\n", file=sys.stderr)
+            yield Row(label, f"exit code {process.returncode}, {time.monotonic() - start:.0f} s", "exit code 0", right)
+        decoded = [{path.name: path.read_bytes() for path in (folder / output).rglob("*.png")} for output in ("on_gpu", "on_cpu")]
         same = len(decoded[0]) > 0 and decoded[0].keys() == decoded[1].keys()
         apart = max((_largest_difference(decoded[0][name], decoded[1][name]) for name in decoded[0]), default=255) if same else 255
         yield Row("images of that file, GPU beside CPU", f"{len(decoded[0])} images, at most {apart} of 255 apart", "at most 2", apart <= 2)
@@ -230,19 +230,19 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
         by_graphs, eager = Sampler(prior, graphs=True), Sampler(prior, graphs=False)
         with ieee_float32(device):
             expected = eager(labels, uniform, guided)[0]
-            for run in ("first", "second", "third"):  # the third captures nothing any more
+            for run in ("first", "second", "third"):  # the third only replays
                 same = float((by_graphs(labels, uniform, guided)[0] == expected).double().mean())
-                # Kernels add up in another order: a draw near a boundary may fall on its other side, and changes what follows.
+                # Kernels sum in another order: a draw near a boundary may change, and with it later draws.
                 yield Row(f"{kind}, graphs and eager steps, {run} batch", f"{same:.1%} equal codes", "at least 90 %", same >= 0.9)
     prior = part_from("prior", {"kind": "transformer", **sizes.preset}).build(layout, _CONDITION).to(device).eval().requires_grad_(False)
     sequences, labels = torch.randint(sizes.num_codes, (8, layout.length), device=device), torch.arange(8, device=device)
     with torch.no_grad(), ieee_float32(device):
         exact = prior.logits(layout.grids_of(sequences), labels)[0]
-        # By as much as one rounding of each weight to bf16 changes them: what the kernels may add is no more than that.
+        # The error in units of that of rounding the weights to bf16.
         rounded = in_bfloat16(prior).float().logits(layout.grids_of(sequences), labels)[0]
         apart = float((steps_in_bfloat16(prior, sequences, labels) - exact).norm() / (rounded - exact).norm())
     yield Row("logits of sampling steps in bf16", f"{apart:.2f} x the error of rounded weights", "at most 4", apart <= 4)
-    del by_graphs, eager, expected, exact, rounded  # whose memory would count as sampling's
+    del by_graphs, eager, expected, exact, rounded  # their memory would count as sampling's
     prior = in_bfloat16(prior)
     weights = sum(weight.nbytes for name, weight in prior.named_parameters() if not name.startswith("token"))
     shape = part_from("prior", {"kind": "transformer", **sizes.preset}).sizes()
@@ -267,17 +267,17 @@ def training(accelerator: Accelerator, sizes: Sizes, card: Card) -> Iterator[Row
                 yield from training_step(accelerator, name, stage, card)
             except torch.OutOfMemoryError:
                 yield Row(f"{name}, stage {stage}", "out of memory", "see docs/gpus.md for what takes less")
-            except Exception as error:  # the other recipes are worth having all the same
+            except Exception as error:  # the other recipes still run
                 traceback.print_exc()
                 yield Row(f"{name}, stage {stage}", f"failed: {type(error).__name__}", "", right=False)
             accelerator.free_memory()
 
 
 def training_step(accelerator: Accelerator, name: str, stage: int, card: Card) -> Iterator[Row]:
-    """A step of one stage of a recipe."""
+    """Measure a step of one stage of a recipe."""
     expected = cost(accelerator, name, stage, card)
     if expected is None:
-        yield Row(f"{name}, stage {stage}", "not tried", "does not fit, as computed")
+        yield Row(f"{name}, stage {stage}", "not run", "does not fit, as computed")
         return
     recipe = recipe_for(name, stage, expected.accumulation)
     batch = getattr(recipe, f"stage{stage}").batch_size
@@ -289,12 +289,12 @@ def training_step(accelerator: Accelerator, name: str, stage: int, card: Card) -
     computed = f"computed: {1e3 * batch * expected.seconds_per_image:.0f} ms, {expected.memory / 2**30:.1f} GiB"
     speed = f"{taken:.0f} ms for {batch} images in {expected.accumulation}, {1e3 * batch / taken:,.0f} images/s"
     yield Row(f"{name}, stage {stage}", f"{speed}, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", computed)
-    waits = waits_of(step.take)
+    waits = host_waits(step.take)
     yield Row(f"{name}, stage {stage}, waits of the host in a step", "; ".join([str(len(waits)), *waits[:3]]), "0", not waits)
 
 
-def waits_of(work: Callable[[], object]) -> list[str]:
-    """Where the host waits for the GPU, by torch's own account: file and line of each time."""
+def host_waits(work: Callable[[], object]) -> list[str]:
+    """Return file and line of each host wait, as torch reports them."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
             for row in parts[name]():
                 failed |= not row.right
                 print(f"| {row.name} | {row.measured}{'' if row.right else ' **wrong**'} | {row.expected} |", flush=True)
-        except Exception as error:  # the other parts are worth having all the same
+        except Exception as error:  # the other parts still run
             failed = True
             traceback.print_exc()
             print(f"| {name} | **failed**: {type(error).__name__} {str(error).splitlines()[:1]} | |", flush=True)

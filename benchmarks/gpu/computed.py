@@ -58,26 +58,26 @@ def _bfloat16(_: object) -> torch.dtype:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Tensors without data are the CPU's here, but take the paths that a GPU's take."""
+def accelerator_paths() -> Iterator[None]:
+    """Make tensors without data, which are on the CPU, take the accelerator paths."""
     with (
         warnings.catch_warnings(),
-        # Not by `return_value`, which keeps what it is asked with: all activations.
+        # Not by `return_value`, which keeps its arguments: all activations.
         mock.patch.object(group_norm, "on_accelerator", _yes),
         mock.patch.object(vqgan, "on_accelerator", _yes),
         mock.patch.object(steps, "fused_on", _yes),
         mock.patch.object(steps, "products_on", _bfloat16),
-        # Everything is made where it is to be, and the mode keeps references that torch's exchange of parameters refuses.
+        # Everything is created on its device, and the mode holds references that swapping parameters refuses.
         mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
     ):
-        # Asked by torch itself of tensors without data.
+        # torch itself triggers it on tensors without data.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
 
 
 def counted_step(accelerator: Accelerator, recipe: Recipe, stage: int, name: str, adversarial: bool = True) -> tuple[Step, Counted]:
-    """A step after the first one, which alone makes the optimizer's state."""
-    with as_on_a_gpu(), Dataless(), Counting() as counted:
+    """Count a step after the first, which creates the optimizer's state."""
+    with accelerator_paths(), Dataless(), Counting() as counted:
         step = tokenizer_step(accelerator, recipe, adversarial) if stage == 1 else prior_step(accelerator, recipe, NUM_CLASSES.get(name, 0))
         step.take()
         counted.operators.clear()
@@ -87,47 +87,47 @@ def counted_step(accelerator: Accelerator, recipe: Recipe, stage: int, name: str
 
 
 def cost(accelerator: Accelerator, name: str, stage: int, card: Card) -> Cost | None:
-    """The cost of a stage; None if not even one image at a time fits the card."""
+    """Compute the cost of a stage; None if not even one image at a time fits the card."""
     accumulation = 1
     while True:
-        own = recipe_for(name, stage, accumulation)
-        loop = getattr(own, f"stage{stage}")
-        step, counted = counted_step(accelerator, own, stage, name)
+        recipe = recipe_for(name, stage, accumulation)
+        loop = getattr(recipe, f"stage{stage}")
+        step, counted = counted_step(accelerator, recipe, stage, name)
         if counted.peak <= _USABLE * card.memory:
             break
         accumulation *= 2
         if accumulation > loop.batch_size:
             return None
     seconds = counted.seconds(card) * loop.steps
-    if stage == 1 and isinstance(own.stage1.adversarial, DiscriminatorPart):
-        alone = counted_step(accelerator, own, stage, name, adversarial=False)[1].seconds(card) * loop.steps
-        seconds = own.stage1.adversarial.start * alone + (1 - own.stage1.adversarial.start) * seconds
+    if stage == 1 and isinstance(recipe.stage1.adversarial, DiscriminatorPart):
+        alone = counted_step(accelerator, recipe, stage, name, adversarial=False)[1].seconds(card) * loop.steps
+        seconds = recipe.stage1.adversarial.start * alone + (1 - recipe.stage1.adversarial.start) * seconds
     return Cost(step.parameters, accumulation, counted.peak, counted.seconds(card) / loop.batch_size, seconds / 3600)
 
 
 def recipe_for(name: str, stage: int, accumulation: int) -> Recipe:
-    """A recipe with one GPU's share of the stage's batch, in so many micro-steps."""
+    """Load a recipe with one GPU's share of the stage's batch, in `accumulation` micro-steps."""
     recipe, section = load_recipe(REPOSITORY / "configs" / f"{name}.yaml"), f"stage{stage}"
     loop = getattr(recipe, section)
-    own = dataclasses.replace(loop, batch_size=loop.batch_size // _GPUS.get(name, 1), accumulation=accumulation)
-    return dataclasses.replace(recipe, **{section: own})
+    stage_section = dataclasses.replace(loop, batch_size=loop.batch_size // _GPUS.get(name, 1), accumulation=accumulation)
+    return dataclasses.replace(recipe, **{section: stage_section})
 
 
-def row(name: str, stage: int, card_name: str, found: Cost | None) -> str:
-    """A line of the table."""
+def row(name: str, stage: int, card_name: str, cost: Cost | None) -> str:
+    """Format a row of the table."""
     gpus = _GPUS.get(name, 1)
     card = f"{gpus} x {card_name}" if gpus > 1 else card_name
-    if found is None:
+    if cost is None:
         return f"| `{name}` | {stage} | | {card} | does not fit | | | |"
     cells = (
         f"`{name}`",
         str(stage),
-        f"{found.parameters / 1e6:,.1f} M",
+        f"{cost.parameters / 1e6:,.1f} M",
         card,
-        str(found.accumulation),
-        f"{found.memory / 1e9:.1f} GB",
-        f"{1000 * found.seconds_per_image:.2f} s",
-        f"{found.hours:.1f} h" if found.hours >= 1 else f"{60 * found.hours:.0f} min",
+        str(cost.accumulation),
+        f"{cost.memory / 1e9:.1f} GB",
+        f"{1000 * cost.seconds_per_image:.2f} s",
+        f"{cost.hours:.1f} h" if cost.hours >= 1 else f"{60 * cost.hours:.0f} min",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -1,11 +1,11 @@
-"""Counts what a training step does and holds, on tensors without data: operations, bytes moved, launches, bytes held at its worst moment.
+"""Count operations, bytes moved, launches and peak memory of a training step, on tensors without data.
 
     with Dataless(), Counting() as counted:
         step()
     counted.seconds(CARDS["H100 SXM, 80 GB"])
 
 Counted are operators as eager PyTorch launches them: each reads its inputs and writes its outputs once. Not counted: a library's workspace,
-fragmentation, what caches keep on the chip.
+fragmentation, caches on the chip.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and count it unless its outputs are views of its inputs."""
         if func is torch.ops.aten._local_scalar_dense.default:
-            # Of data that is not there: random numbers of the host, and counters of steps.
+            # There is no data: host random numbers and step counters.
             return 1 if args[0].dtype != torch.bool else True
         out = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

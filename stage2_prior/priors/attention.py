@@ -37,14 +37,14 @@ class KeyValueCache:
 
 
 class CachedAttention(Attention):
-    """Attention that also takes one position after another, with the keys and values of those before it kept."""
+    """Attention with a key-value cache, for one position after another."""
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
         """An empty key-value cache for sequences of `length` positions."""
         return KeyValueCache(batch, self.heads, length, self.head_width, self.out.weight)
 
     def step_(self, x: Tensor, normed: Tensor, rotations: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """Add the attention of one position to x (B, C), in place; the cache takes in its key and value. No gradient.
+        """Add the attention of one position to x (B, C), in place; appends its key and value to the cache. No gradient.
 
         On a GPU, and at a position that is a tensor, attention is one Triton kernel, which reads only the filled part of the cache.
 

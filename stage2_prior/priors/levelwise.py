@@ -1,4 +1,4 @@
-"""A prior a level, p(level 1 | label) p(level 2 | level 1, label) ..., of any kinds, trained together or one by one."""
+"""One prior per level, p(level 1 | label) p(level 2 | level 1, label) ..., of any stepwise kinds, trained together or one by one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LevelwisePart(StepwisePart):
     """A prior of its own for each level of codes, given the levels above (Razavi et al. 2019, section 3.2)."""
 
     levels: list[dict[str, Any]] = field(default_factory=list)
-    """Each level's prior, coarse to fine, as `prior` would have it: {kind: pixelcnn, layers: 20}."""
+    """Each level's prior, coarse to fine, in the form of `prior`: {kind: pixelcnn, layers: 20}."""
 
     @override
     def resolved(self) -> LevelwisePart:
@@ -53,20 +53,20 @@ def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition
 
 @dataclass
 class LevelwiseCache:
-    """What sampling keeps: the codes so far, and the cache of the level it is in."""
+    """Sampling state: the codes so far and the cache of the current level."""
 
     codes: Tensor
     """(B, T) int64."""
-    of_level: Any = None
+    level_cache: Any = None
     position: int = 0
-    """The position whose logits come next."""
+    """Next position."""
 
 
 class Levelwise(StepwisePrior):
-    """Priors of single levels as a prior of all of them."""
+    """Priors of single levels, combined into a prior of all levels."""
 
     def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int, parts: Sequence[StepwisePrior]) -> None:
-        """`parts`: of each level, coarse to fine, given those above; the rest as in the contract."""
+        """`parts`: the prior of each level given those above, coarse to fine; the rest as in the contract."""
         super().__init__(layout, condition, num_variants)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
 
@@ -74,8 +74,8 @@ class Levelwise(StepwisePrior):
 
     @override
     def initialise_from(self, vectors: Sequence[Tensor]) -> None:
-        for part, of_level in zip(self.parts, vectors, strict=True):
-            part.initialise_from([of_level])
+        for part, level_vectors in zip(self.parts, vectors, strict=True):
+            part.initialise_from([level_vectors])
 
     @override
     def fsdp_modules(self) -> list[nn.Module]:
@@ -100,22 +100,22 @@ class Levelwise(StepwisePrior):
         level, index = self.layout.level_and_index(cache.position)
         part = self.parts[level]
         if index == 0:
-            cache.of_level, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
+            cache.level_cache, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
         cache.position += 1
-        return part.step(code, condition, cache.of_level)
+        return part.step(code, condition, cache.level_cache)
 
     @override
     def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: LevelwiseCache) -> None:
         cache.codes.copy_(sequences)
         cache.position = stop
         level, index = self.layout.level_and_index(stop)
-        if index == 0:  # its prior is given all levels above when it begins
+        if index == 0:  # its prior gets all levels above at its first step
             return
         first = self.layout.first_position(level)
         if start <= first:
-            cache.of_level = self.parts[level].new_cache(len(sequences), self.layout.grids_of(sequences)[:level])
+            cache.level_cache = self.parts[level].new_cache(len(sequences), self.layout.grids_of(sequences)[:level])
         own = sequences[:, first : first + self.layout.lengths[level]]
-        self.parts[level].prefill(own, max(0, start - first), index, condition, cache.of_level)
+        self.parts[level].prefill(own, max(0, start - first), index, condition, cache.level_cache)
 
     @override
     def fixed_steps(self, batch: FixedBatch) -> LevelwiseSteps | None:

@@ -175,7 +175,7 @@ class LevelNetwork(nn.Module):
         return GatedLayer(config.width, kernel, number == 0, config.dropout, config.heads if attends else 0)
 
     def context(self, above: Codes, condition: Tensor, variants: Tensor | None = None) -> Tensor:
-        """What every position is given: (B, 1, 1, C) from condition and variants (B,), or (B, h, w, C) with codes of the levels above."""
+        """Conditioning features: (B, 1, 1, C) from condition and variants (B,), or (B, h, w, C) with codes of the levels above."""
         context = self.label(condition)[:, None, None]
         if variants is not None and self.variant is not None:
             context = context + self.variant(variants)[:, None, None]
@@ -242,7 +242,7 @@ def gated(x: Tensor) -> Tensor:
 
 
 class PixelCNNCache:
-    """What sampling keeps: the codes so far and, of the level it is in, the rows and columns that convolutions reach back to."""
+    """Sampling state: the codes so far and the current level's activations within reach of its convolutions."""
 
     def __init__(self, prior: PixelCNN, batch: int, above: Codes) -> None:
         self._prior, self._batch, self._above = prior, batch, above
@@ -252,40 +252,40 @@ class PixelCNNCache:
     def step(self, code: Tensor | None, condition: Tensor | None) -> Tensor:
         """Logits (B, K) of the next position, from the code (B,) of the one before (None at the first) and condition (B,)."""
         if code is not None:
-            self._note(code)
+            self._record(code)
         level, row, column = self._coordinates(self._position)
         network = self._prior.networks[level]
         if row == column == 0:
             code = None
-            self._begin_level(level, condition)
+            self._start_level(level, condition)
         if column == 0:
-            self._rows.begin_row(row, None if row == 0 else self._codes[level][:, row - 1])
+            self._rows.start_row(row, None if row == 0 else self._codes[level][:, row - 1])
         logits = self._rows.next_position(column, code if column or network.wraps else None)
         self._position += 1
         return logits
 
     def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None) -> None:
-        """Take in the positions from `start` to `stop`, of known codes (B, T): row by row, those of `stop`'s level."""
+        """Advance from position `start` to `stop` over known codes (B, T): row by row, within the level of `stop`."""
         for codes, known in zip(self._codes, self._prior.layout.grids_of(sequences), strict=True):
             codes.copy_(known)
         self._position = stop
         level, stop = self._prior.layout.level_and_index(stop)
         start -= self._prior.layout.first_position(level)
         if stop > 0 and start <= 0:
-            self._begin_level(level, condition)
+            self._start_level(level, condition)
         network, codes = self._prior.networks[level], self._codes[level]
         width = network.grid[1]
         for row in range(max(0, start) // width, -(-stop // width)):
             first, last = max(0, start - row * width), min(width, stop - row * width)
             if first == 0:
-                self._rows.begin_row(row, codes[:, row - 1] if row else None)
+                self._rows.start_row(row, codes[:, row - 1] if row else None)
             # Without attention nobody looks at the horizontal stack of a row above.
             if last < width or network.wraps:
                 before = row * width + first - 1
                 begins = before < 0 or (first == 0 and not network.wraps)
                 self._rows.next_positions(first, last, codes.flatten(1)[:, before + begins : before + last - first])
 
-    def _begin_level(self, level: int, condition: Tensor | None) -> None:
+    def _start_level(self, level: int, condition: Tensor | None) -> None:
         network = self._prior.networks[level]
         context = network.context((*self._above, *self._codes[:level]), self._prior.condition_or_null(condition, self._batch))
         self._rows = RowState(network, context)
@@ -294,7 +294,7 @@ class PixelCNNCache:
         level, index = self._prior.layout.level_and_index(position)
         return level, *divmod(index, self._prior.layout.grids[level][1])
 
-    def _note(self, code: Tensor) -> None:
+    def _record(self, code: Tensor) -> None:
         level, row, column = self._coordinates(self._position - 1)
         self._codes[level][:, row, column] = code
 
@@ -317,7 +317,7 @@ class RowState:
         self._attended = [None if layer.attention is None else layer.attention.new_cache(batch, h * w) for layer in layers]
         self._row: int | Tensor = 0
 
-    def begin_row(self, row: int | Tensor, codes_above: Tensor | None) -> None:
+    def start_row(self, row: int | Tensor, codes_above: Tensor | None) -> None:
         """Advance the vertical stack to a row, from the codes (B, w) of the row above; None at the first row.
 
         A `row` given as a tensor (1,), here and in `next_position`, makes every row run the same kernels, so that a CUDA graph can replay.
@@ -417,7 +417,7 @@ class PixelCNNSteps(FixedSteps):
         row = (position - (layout.first_position(level) + column)) // width
         if column == 0:
             above = position - width + torch.arange(width, device=position.device)
-            state.begin_row(row, None if first else self.batch.shared(self.batch.sequences.index_select(1, above)))
+            state.start_row(row, None if first else self.batch.shared(self.batch.sequences.index_select(1, above)))
         left = None
         if column or (network.wraps and not first):
             left = self.batch.shared(self.batch.sequences.index_select(1, position - 1)[:, 0])

@@ -1,4 +1,4 @@
-"""The prior file: weights, with all in the header that sampling needs to know."""
+"""The prior file: weights and a header with everything that sampling needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PriorHeader:
-    """What a prior file says of itself."""
+    """Header of a prior file."""
 
     config: PriorPart
     grids: list[tuple[int, int]]
@@ -57,7 +57,7 @@ class PriorHeader:
         bits_per_token: float,
         level: int | None = None,
     ) -> PriorHeader:
-        """The header of a prior trained on codes of that manifest."""
+        """Build the header of a prior trained on codes of this manifest."""
         return cls(
             config=config.resolved(),
             grids=manifest.grids,
@@ -73,7 +73,7 @@ class PriorHeader:
 
 
 def build_prior(config: PriorPart, condition: Condition, manifest: Manifest, level: int | None = None) -> Prior:
-    """A prior for codes of that manifest, or for one level of them given those above, with fresh weights."""
+    """Build a prior with fresh weights for codes of this manifest, or for one level of them given those above."""
     return _built(config, SequenceLayout(manifest.grids, manifest.num_codes), level, condition, manifest.variants)
 
 
@@ -138,7 +138,7 @@ def drawn_prior(run: RunDir, name: str | None) -> PriorPart | None:
 
 
 def read_prior_header(path: Path) -> dict[str, Any]:
-    """What a prior file says of itself, as JSON has it. Errors: UserError if it is not one."""
+    """Read the header of a prior file as JSON. Errors: UserError for another file."""
     content = read_header(path, "prior")
     _check_format(path, content)
     return content
@@ -151,7 +151,7 @@ def _check_format(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "cpu") -> tuple[Prior, PriorHeader]:
-    """A prior in eval mode, and its header. Errors: UserError if it is not one, or its codes are another tokenizer's."""
+    """Load a prior in eval mode and its header. Errors: UserError for another file, or codes of another tokenizer."""
     weights, content = load_weights(path, "prior")
     _check_format(path, content)
     with built_from(path, "prior"):

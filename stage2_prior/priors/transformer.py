@@ -28,12 +28,12 @@ from stage2_prior.priors.upper_levels import UpperLevels
 from training.batching import batches
 from training.kernels import Kernel
 
-# Of embeddings and matrices (GPT-2's).
+# Standard deviation of initial embeddings and matrices (GPT-2).
 _INITIAL_STD = 0.02
-# Of that variance, how much is the codes' vectors' where they are known.
+# Share of that variance that comes from the codes' vectors, where they are known.
 _SHARE_OF_VECTORS = 0.7
-# Positions of all rows whose known codes are taken in at once: in float64 some 100 MB of activations at 1,024 channels.
-_FILLED_AT_ONCE = 2**12
+# Positions per prefill pass, over all rows: in float64 some 100 MB of activations at 1,024 channels.
+_PREFILL_POSITIONS = 2**12
 
 
 def _load_embed() -> Callable[..., Any]:
@@ -90,15 +90,15 @@ class TransformerPart(SizedByPreset, StepwisePart):
 
 @dataclass
 class TransformerCache:
-    """What sampling keeps from one position to the next."""
+    """Sampling state: keys and values, and the features that do not change between positions."""
 
     layers: list[KeyValueCache]
     embedded_positions: Tensor
-    """(T, C): what each position has of its own."""
+    """(T, C) embedding of each position."""
     above: Tensor | None
-    """(B, T, C): what each position is told of the levels above; None: there are none."""
+    """(B, T, C) features of the levels above at each position; None without such levels."""
     position: int = 0
-    """The position whose logits come next."""
+    """Next position."""
 
 
 class Transformer(StepwisePrior):
@@ -113,7 +113,7 @@ class Transformer(StepwisePrior):
         dropout: float,
         given: SequenceLayout | None = None,
     ) -> None:
-        """`layout`, `condition`, `num_variants` and `given` as in the contract; of levels that are given, one is modelled."""
+        """`layout`, `condition`, `num_variants` and `given` as in the contract; with `given`, a single level is modelled."""
         super().__init__(layout, condition, num_variants, given)
         layers, width, heads = sizes
         self.token = nn.Embedding(layout.vocabulary, width)
@@ -153,12 +153,13 @@ class Transformer(StepwisePrior):
     @override
     @torch.no_grad()
     def initialise_from(self, vectors: Sequence[Tensor]) -> None:
-        """Codes of near vectors get near embeddings, and near rows of the map to logits, so that what is learned of one code holds for
-        those that look alike: both begin as a random map of the vectors, with a remainder of their own and the scale of before.
+        """Give codes of near vectors near embeddings and near rows of the output matrix, so that they share what is learned.
+
+        Both become a random projection of the vectors plus their own initial values, at the initial scale.
         """
         for weight in (self.token.weight, self.head.weight):
-            for rows, of_level in zip(weight.split(self.layout.num_codes), vectors, strict=True):
-                mapped = of_level @ torch.randn(of_level.shape[1], rows.shape[1])
+            for rows, level_vectors in zip(weight.split(self.layout.num_codes), vectors, strict=True):
+                mapped = level_vectors @ torch.randn(level_vectors.shape[1], rows.shape[1])
                 mapped *= _INITIAL_STD / mapped.std().clamp(min=1e-12)
                 rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
 
@@ -167,7 +168,7 @@ class Transformer(StepwisePrior):
         return list(self.blocks)
 
     def position_embeddings(self) -> Tensor:
-        """(T, C): of each position's level, row and column."""
+        """(T, C) embedding of each position's level, row and column."""
         level, row, column = self.coordinates.unbind(1)
         return self.level(level) + self.row(row) + self.column(column)
 
@@ -228,7 +229,7 @@ class Transformer(StepwisePrior):
         condition = self.condition_or_null(condition, len(sequences))
         offsets = [self.layout.offset_before(position) for position in range(max(1, start), stop)]
         tokens = sequences[:, max(0, start - 1) : stop - 1] + torch.tensor(offsets, dtype=torch.int64, device=sequences.device)
-        for rows in batches(len(sequences), max(1, _FILLED_AT_ONCE // (stop - start))):
+        for rows in batches(len(sequences), max(1, _PREFILL_POSITIONS // (stop - start))):
             x = self.token(tokens[rows])
             if start == 0:
                 x = torch.cat([self.start.expand(len(x), 1, -1), x], 1)
@@ -311,14 +312,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rotation: Tensor, cache: KeyValueCache | None = None, rows: slice = slice(None), start: int = 0) -> Tensor:
-        """(B, T, C) to the same shape; causal. With a cache, whose `rows` they are: T positions from `start` on, which it takes in."""
+        """(B, T, C) to the same shape; causal. With a cache: T positions from `start` on, appended to its `rows`."""
         normed = self.attention_norm(x)
         attended = self.attention(normed, rotation) if cache is None else self.attention.prefill(normed, rotation, cache, rows, start)
         x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
     def step_(self, x: Tensor, rotations: Tensor, cache: KeyValueCache, position: int | Tensor) -> Tensor:
-        """Apply the block to one position, (B, C), in place; the cache takes in its key and value. No gradient.
+        """Apply the block to one position, (B, C), in place; appends its key and value to the cache. No gradient.
 
         `rotations`, `position`: as in `CachedAttention.step_`.
         """

@@ -1,4 +1,4 @@
-"""What a level's prior is told of the levels above it; for all kinds of prior."""
+"""Features of the coarser levels at each position of a level, for all kinds of prior."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class UpperLevels(nn.Module):
 
     def forward(self, codes: Codes, rotation: Tensor) -> Tensor:
         """Codes (B, h', w') of the levels above to features (B, h, w, C) of this level's grid."""
-        found = [F.interpolate(token(grid).movedim(-1, 1), self.grid) for token, grid in zip(self.tokens, codes, strict=True)]
-        return self.attention(self.layers(torch.stack(found).sum(0)).movedim(1, -1), rotation, causal=False)
+        embedded = [F.interpolate(token(grid).movedim(-1, 1), self.grid) for token, grid in zip(self.tokens, codes, strict=True)]
+        return self.attention(self.layers(torch.stack(embedded).sum(0)).movedim(1, -1), rotation, causal=False)

@@ -36,7 +36,7 @@ def resolved(*argv: str, **kwargs: object) -> Recipe:
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_its_settings(path: Path) -> None:
+def test_accelerate_loads_the_launcher_settings(path: Path) -> None:
     config = load_config_from_file(str(path))
     assert config.num_processes % config.num_machines == 0
     assert f"--config_file {path.relative_to(REPOSITORY)}" in path.read_text()
@@ -53,14 +53,14 @@ def test_shipped_recipes_parse_and_build(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_name_only_what_differs(path: Path) -> None:
-    recipe, named = load_recipe(path), flattened(yaml.safe_load(path.read_text()))
+def test_shipped_recipes_repeat_no_default(path: Path) -> None:
+    recipe, settings = load_recipe(path), flattened(yaml.safe_load(path.read_text()))
     default = flattened(recipe_dict(Recipe()))
     for family in FAMILIES:
         kind = operator.attrgetter(family)(recipe).kind
         default |= {f"{family}.{key}": value for key, value in as_dict(part_class(family, kind)()).items() if key != "kind"}
-    same = [key for key, value in named.items() if not key.startswith("data.") and value == default[key]]
-    assert not same, f"{same} is the default"
+    repeated = [key for key, value in settings.items() if not key.startswith("data.") and value == default[key]]
+    assert not repeated, f"{repeated} is the default"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -70,20 +70,20 @@ def test_shipped_recipes_state_command_hardware_time_and_figures(path: Path) -> 
         assert word in header, word
 
 
-def chosen_classes() -> list[type]:
-    """The sections, and every kind of every part."""
-    kinds = [part_class(family, kind) for family, found in FAMILIES.items() for kind in found]
+def section_classes() -> list[type]:
+    """Return the dataclasses of all sections and of every kind of every part."""
+    kinds = [part_class(family, kind) for family, kind_names in FAMILIES.items() for kind in kind_names]
     return [*(section for name, section in SECTIONS.items() if name not in FAMILIES), *kinds, *sampling_classes()]
 
 
 def sampling_classes() -> list[type]:
-    """The classes of the section `sampling`, one for each way in which priors draw."""
+    """Return the classes of the section `sampling`, one per way in which priors draw."""
     return list({part_class("prior", kind).SAMPLING: None for kind in FAMILIES["prior"]})  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("section", chosen_classes(), ids=lambda section: section.__name__)
-def test_every_field_says_what_it_is(section: type) -> None:
-    """A docstring under each field is what --help prints."""
+@pytest.mark.parametrize("section", section_classes(), ids=lambda section: section.__name__)
+def test_every_field_has_a_docstring(section: type) -> None:
+    """`--help` prints the docstring under each field."""
     source = "".join(inspect.getsource(base) for base in section.__mro__ if dataclasses.is_dataclass(base)).splitlines()
     for field in dataclasses.fields(section):
         lines = [number for number, line in enumerate(source) if line.startswith(f"    {field.name}: ")]
@@ -101,12 +101,12 @@ def test_overrides_win_over_the_recipe_in_any_order(tiny_recipe: Path, tmp_path:
     assert differences(before, load_recipe(tiny_recipe)) == ["stage1.lr: 0.0005, not 0.003"]
 
 
-def test_hyphens_are_underscores(tmp_path: Path) -> None:
+def test_hyphens_in_options_are_read_as_underscores(tmp_path: Path) -> None:
     assert resolved("--stage1.batch-size", "32", "--run", str(tmp_path / "new")).stage1.batch_size == 32
 
 
-def test_only_null_is_nothing_on_the_command_line(tmp_path: Path) -> None:
-    """YAML has other words for it, each of which may be the name of a column, a class or a folder."""
+def test_only_null_means_none_on_the_command_line(tmp_path: Path) -> None:
+    """YAML's other spellings of null may be the name of a column, a class or a folder."""
 
     values = {
         "label_column": "~",
@@ -128,7 +128,7 @@ def test_recipe_survives_writing_and_reading(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
-def test_print_recipe_prints_it_and_runs_nothing(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_recipe_prints_the_recipe_and_runs_nothing(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         stage1(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "77", "--print-recipe"])
     assert stop.value.code == 0
@@ -181,8 +181,8 @@ def test_help_explains_every_option_with_its_default(capsys: pytest.CaptureFixtu
     ],
 )
 def test_mistakes_get_one_line(arguments: list[str], parts: list[str], tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    where = [] if "--run" in arguments else ["--run", tmp_path / "new"]
-    line = one_line_error(stage1, *arguments, *where)
+    run_option = [] if "--run" in arguments else ["--run", tmp_path / "new"]
+    line = one_line_error(stage1, *arguments, *run_option)
     assert all(part in line for part in parts), line
     assert not (tmp_path / "new").exists()
 
@@ -207,7 +207,7 @@ def test_mistakes_get_one_line(arguments: list[str], parts: list[str], tmp_path:
         ("tokenizer: {quantizer: {kind: fsq, levels: [8], levels: [5]}}", ["found tokenizer.quantizer.levels twice in line 1"]),
     ],
 )
-def test_bad_recipes_are_named(content: str, parts: list[str], tmp_path: Path) -> None:
+def test_errors_in_recipes_name_file_and_key(content: str, parts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(UserError) as error:
@@ -215,7 +215,7 @@ def test_bad_recipes_are_named(content: str, parts: list[str], tmp_path: Path) -
     assert all(part in str(error.value) for part in [str(path), *parts]), error.value
 
 
-def test_a_key_may_stand_in_for_that_of_an_anchor(tmp_path: Path) -> None:
+def test_keys_override_those_of_a_yaml_anchor(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("stage1: &loop {steps: 7, lr: 0.1}\nstage2: {<<: *loop, steps: 8}")
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.stage1.steps, recipe.stage2.steps, recipe.stage2.lr) == (7, 8, 0.1)
@@ -252,11 +252,11 @@ FIXED = {
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_is_known_to_change_a_result_or_not(section: str) -> None:
-    """Of all kinds: `keys_that_may_change` are those named, and a field that is new has to be put on one side."""
+def test_every_field_is_listed_as_changeable_or_fixed(section: str) -> None:
+    """For all kinds, `keys_that_may_change` are those listed; a new field must be added to one of the lists."""
     free = {f"{section}.{key}" for key in MAY_CHANGE[section].split()}
     fixed = [f"{section}.{key}" for key in FIXED[section].split()]
-    seen = set()
+    checked = set()
     for number in range(max(map(len, FAMILIES.values()))):
         recipe = Recipe()
         for family, kinds in FAMILIES.items():
@@ -266,18 +266,18 @@ def test_every_field_is_known_to_change_a_result_or_not(section: str) -> None:
             recipe = dataclasses.replace(recipe, **changed)
         allowed = keys_that_may_change(recipe, (section,))
         for key in flattened(as_dict(getattr(recipe, section)), f"{section}."):
-            seen.add(key)
+            checked.add(key)
             assert (key in allowed or section in allowed) == (key in free), key
             assert key in free or any(fnmatch.fnmatch(key, pattern) for pattern in fixed), key
-    assert free <= seen
+    assert free <= checked
 
 
-def test_wrong_values_are_refused_by_the_section_itself() -> None:
+def test_sections_refuse_wrong_values() -> None:
     with pytest.raises(ValueError, match=r"stage1\.steps: expected at least 1, found 0"):
         Stage1(steps=0)
 
 
-def test_later_commands_take_the_runs_recipe_and_their_own_sections_only(finished_run: Path, one_line_error: Callable[..., str]) -> None:
+def test_later_commands_override_only_their_sections_of_the_recipe(finished_run: Path, one_line_error: Callable[..., str]) -> None:
     def extract(argv: list[str]) -> Recipe:
         return parse("doc", ("extraction", "compute"), argv).recipe
 
@@ -286,7 +286,7 @@ def test_later_commands_take_the_runs_recipe_and_their_own_sections_only(finishe
     assert "--stage1.lr" in one_line_error(extract, "--run", finished_run, "--stage1.lr", "1")
 
 
-def test_config_selects_the_recipes_run_and_the_run_last_touched_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_selects_the_recipes_run_and_the_latest_run_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("configs.run_dir.runs_folder", lambda: tmp_path / "runs")
     for age, name in ((30, "old"), (10, "digits"), (20, "other")):
         run = RunDir.named(name)
@@ -302,22 +302,22 @@ def test_config_selects_the_recipes_run_and_the_run_last_touched_is_the_default(
     assert parse("doc", (), ["--run", "digits"]).run.path.name == "digits"
 
 
-def test_a_part_alone_is_its_kind(tmp_path: Path) -> None:
+def test_a_word_in_place_of_a_part_selects_its_kind(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("tokenizer: {quantizer: fsq}")
-    named = load_recipe(tmp_path / "recipe.yaml").tokenizer.quantizer
-    assert named == part_class("tokenizer.quantizer", "fsq")()
-    assert resolved("--tokenizer.quantizer", "fsq", "--run", str(tmp_path / "new")).tokenizer.quantizer == named
+    expected = load_recipe(tmp_path / "recipe.yaml").tokenizer.quantizer
+    assert expected == part_class("tokenizer.quantizer", "fsq")()
+    assert resolved("--tokenizer.quantizer", "fsq", "--run", str(tmp_path / "new")).tokenizer.quantizer == expected
 
 
-def test_another_kind_keeps_what_both_mean_by_the_same_field(tmp_path: Path) -> None:
-    asked = ("--tokenizer.quantizer.num_codes", "64", "--tokenizer.quantizer.decay", "0.9", "--prior.dropout", "0.3")
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe_dict(resolved(*asked, "--run", str(tmp_path / "new")))))
+def test_changing_the_kind_keeps_fields_that_both_kinds_have(tmp_path: Path) -> None:
+    settings = ("--tokenizer.quantizer.num_codes", "64", "--tokenizer.quantizer.decay", "0.9", "--prior.dropout", "0.3")
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe_dict(resolved(*settings, "--run", str(tmp_path / "new")))))
     changed = resolved("--config", str(tmp_path / "base.yaml"), "--tokenizer.quantizer", "simvq", "--prior.kind", "pixelcnn")
     assert changed.tokenizer.quantizer == part_class("tokenizer.quantizer", "simvq")(num_codes=64)  # type: ignore[call-arg]
     assert changed.prior == part_class("prior", "pixelcnn")(dropout=0.3)  # type: ignore[call-arg]
 
 
-def test_help_shows_only_what_a_kind_has(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_only_fields_of_the_chosen_kind(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         stage1(["--tokenizer.quantizer", "fsq", "--help"])
     text = capsys.readouterr().out
@@ -327,7 +327,7 @@ def test_help_shows_only_what_a_kind_has(capsys: pytest.CaptureFixture[str]) -> 
 
 
 class Recorder:
-    """A parser that only remembers its options."""
+    """Parser that only records the names of its options."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -337,16 +337,16 @@ class Recorder:
 
 
 class Parsed(Exception):
-    """What a script asks `parse` for."""
+    """Carries the arguments of a script's call of `parse`."""
 
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, set[str]]:
-    """The options of each script, of all kinds of its parts."""
-    found: dict[str, set[str]] = {}
+    """Options per script, over all kinds of its parts."""
+    options_by_script: dict[str, set[str]] = {}
 
-    def record(_: str, sections: tuple[str, ...], __: object = None, **asked: Any) -> None:
-        raise Parsed(sections, asked)
+    def record(_: str, sections: tuple[str, ...], __: object = None, **keywords: Any) -> None:
+        raise Parsed(sections, keywords)
 
     for script in COMMANDS:
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
@@ -354,36 +354,46 @@ def options() -> dict[str, set[str]]:
             patched.setattr(module, "parse", record)
             with pytest.raises(Parsed) as parsed:
                 module.main([])
-        sections, asked = parsed.value.args
+        sections, keywords = parsed.value.args
         recorder = Recorder()
-        asked.get("options", lambda _: None)(recorder)
+        keywords.get("options", lambda _: None)(recorder)
         names = {
             "config",
             "run",
             "print_recipe",
             "help",
             *recorder.names,
-            *(f"data.{key}" for key in LOCAL_KEYS if asked.get("reads_images")),
+            *(f"data.{key}" for key in LOCAL_KEYS if keywords.get("reads_images")),
         }
         for section in sections:
             families = {family: kinds for family, kinds in FAMILIES.items() if family.partition(".")[0] == section}
             classes = [(family, part_class(family, kind)) for family, kinds in families.items() for kind in kinds]
             classes += [(section, SECTIONS[section])] if section not in FAMILIES else []
-            classes += [(section, found) for found in sampling_classes()] if section == "sampling" else []
-            keys = {f"{where}.{field.name}" for where, fields in classes for field in dataclasses.fields(fields)}
-            names |= {key.removeprefix(f"{section}.") for key in keys} if section == asked.get("flat") else keys
+            classes += [(section, sampling) for sampling in sampling_classes()] if section == "sampling" else []
+            keys = {f"{prefix}.{field.name}" for prefix, fields in classes for field in dataclasses.fields(fields)}
+            names |= {key.removeprefix(f"{section}.") for key in keys} if section == keywords.get("flat") else keys
             names |= {key for family in families for key in (family, f"{family}.kind")}
-        found[script] = names | ({"init_from"} if asked.get("starts_run") else set())
-    return found
+        options_by_script[script] = names | ({"init_from"} if keywords.get("starts_run") else set())
+    return options_by_script
 
 
-# Of accelerate, git, npm and Python's own server; and what stands for an option.
-THEIRS = {"num_processes", "num_machines", "mixed_precision", "dynamo_backend", "multi_gpu", "always", "dirty", "abbrev", "directory"}
-THEIRS |= {"gradient_accumulation_steps", "key", "prefer_offline", "fetch_retries", "pack_destination", "option", "section.key"}
+# Options of accelerate, git, npm and Python's HTTP server, and placeholders.
+FOREIGN = {
+    "num_processes",
+    "num_machines",
+    "mixed_precision",
+    "dynamo_backend",
+    "multi_gpu",
+    "always",
+    "dirty",
+    "abbrev",
+    "directory",
+}
+FOREIGN |= {"gradient_accumulation_steps", "key", "prefer_offline", "fetch_retries", "pack_destination", "option", "section.key"}
 
 
-def test_every_option_that_a_message_names_exists(options: dict[str, set[str]]) -> None:
-    known = THEIRS.union(*options.values())
+def test_every_option_named_in_a_message_exists(options: dict[str, set[str]]) -> None:
+    known = FOREIGN.union(*options.values())
     for package in ("configs", "training", "stage1_vqvae", "stage2_prior", "pipelines"):
         for path in (REPOSITORY / package).rglob("*.py"):
             named = re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)(?![\w{]|\.[{\"'])", path.read_text())

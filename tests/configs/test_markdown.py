@@ -1,4 +1,4 @@
-"""Tables in Markdown show what their cells hold, by another project's parser."""
+"""Markdown tables, rendered by another project's parser."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = [
 ]
 
 
-def test_cells_are_shown_as_they_are() -> None:
+def test_rendered_cells_show_the_original_text() -> None:
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
     page = parser.render("\n".join(markdown_table([*NAMES], [NAMES, NAMES[::-1]])))
     cells = [html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", page)]
@@ -38,6 +38,6 @@ def test_cells_are_shown_as_they_are() -> None:
     assert cells == [*shown, *shown, *shown[::-1]]
 
 
-def test_plain_text_stays_as_it_is() -> None:
+def test_plain_text_is_not_escaped() -> None:
     for text in ("usage, validation", "bits a token, prior x_y", "0.25 ± 0.1 (N = 12)", "8 x 12", "50 %"):
         assert escaped(text) == text

@@ -1,4 +1,4 @@
-"""Writing that loses nothing, and where things lie."""
+"""Atomic writes, locks and paths of run folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from configs.run_dir import (
 )
 
 
-def test_a_bare_name_lies_in_the_repositorys_runs_and_a_path_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bare_names_are_in_the_folder_runs_and_paths_are_literal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert RunDir.named("mine").path == REPOSITORY / "runs" / "mine"
     assert RunDir.named("./mine").path.resolve() == tmp_path / "mine"
@@ -45,8 +45,8 @@ def test_a_failed_write_keeps_the_old_file_and_names_it(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    """And leaves alone what is called nearly so: it may be anybody's."""
+def test_a_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    """Folders with similar names are left alone."""
     folder, other = tmp_path / "codes", tmp_path / "codes.old-2024"
     other.mkdir()
 
@@ -64,8 +64,8 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert os.listdir(folder) == ["whole"]
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    for name in ("codes", "by", "codes.old-1"):  # the last a killed command left
+def test_replacing_a_folder_leaves_no_old_files(tmp_path: Path) -> None:
+    for name in ("codes", "by", "codes.old-1"):  # the last is left over from a killed command
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     replace_folder(tmp_path / "codes", tmp_path / "by")
@@ -73,7 +73,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "codes") == ["by"]
 
 
-def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
+def test_paths_that_are_no_run_are_refused(tmp_path: Path) -> None:
     assert not RunDir(tmp_path / "nothing").exists()
     assert not RunDir(tmp_path).exists()
     (tmp_path / "letter.txt").touch()
@@ -82,7 +82,7 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
             RunDir(path).exists()
 
 
-def test_a_recipe_that_was_being_written_when_its_command_was_killed_is_nothing(tmp_path: Path) -> None:
+def test_a_half_written_recipe_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml.tmp-7").touch()
     run = RunDir(tmp_path)
     assert not run.exists()
@@ -98,7 +98,7 @@ def test_two_commands_cannot_write_into_one_run(tmp_path: Path) -> None:
         pass
 
 
-def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+def test_file_names_may_be_255_characters_long(tmp_path: Path) -> None:
     write_bytes(tmp_path / ("x" * 255), b"content")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"content"]
 
@@ -120,7 +120,7 @@ def test_outputs_are_numbered_never_overwritten_and_vanish_on_failure(tmp_path: 
     assert len(list(run.samples.iterdir())) == 3
 
 
-def test_the_prior_last_finished_is_the_default(tmp_path: Path) -> None:
+def test_the_latest_finished_prior_is_the_default(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert run.last_prior() is None
     for age, name in ((1, "new"), (2, "old")):
@@ -131,7 +131,7 @@ def test_the_prior_last_finished_is_the_default(tmp_path: Path) -> None:
     assert run.last_prior() == "new"
 
 
-def test_history_notes_what_was_asked_and_with_which_versions(tmp_path: Path) -> None:
+def test_history_records_arguments_and_versions(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.record("train.py", ["--stage1.lr", "1"], {"stage1": {"lr": 1.0}})
     run.record("extract_codes.py", [], {})
@@ -141,7 +141,7 @@ def test_history_notes_what_was_asked_and_with_which_versions(tmp_path: Path) ->
     assert second["command"] == "extract_codes.py"
 
 
-def test_json_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+def test_errors_name_missing_or_broken_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found nothing"):
         read_json(tmp_path / "a.json")
     write_bytes(tmp_path / "a.json", b"{")
@@ -151,7 +151,7 @@ def test_json_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == {"a": [1]}
 
 
-def test_json_that_has_changed_since_it_was_written_is_named(tmp_path: Path) -> None:
+def test_errors_name_json_that_was_changed(tmp_path: Path) -> None:
     path, content = tmp_path / "a.json", {"grids": [(2, 3)], "bits": float("inf"), "of": {"step": 3}}
     write_summed_json(path, content)
     assert read_summed_json(path) == {**content, "grids": [[2, 3]]}

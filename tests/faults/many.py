@@ -1,6 +1,6 @@
-"""Hundreds of faults, and a table of what survived: `make faults`, which runs this file alone; other test runs pass over it.
+"""Hundreds of faults and a table of the outcomes, run by `make faults` only.
 
-FAULTS=300 and SEED=0 in the environment say how many, and which.
+FAULTS=300 and SEED=0 in the environment set their number and the random seed.
 """
 
 from __future__ import annotations
@@ -16,47 +16,49 @@ os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 
 import stage2_prior.extract_codes
-import stage2_prior.train  # noqa: F401, forked from here, commands begin at once
-from tests.faults.trials import RESULTS, Outcome, Trial, all_trials, full_disk, made_world
+import stage2_prior.train  # noqa: F401, so that forked commands start at once
+from tests.faults.trials import RESULTS, Outcome, Trial, all_trials, build_world, full_disk
 
 
 def test_hundreds_of_faults(tmp_path: Path) -> None:
-    began, draw, count = time.monotonic(), random.Random(int(os.environ.get("SEED", "0"))), int(os.environ.get("FAULTS", "300"))
-    world = made_world(tmp_path)
+    start, rng, count = time.monotonic(), random.Random(int(os.environ.get("SEED", "0"))), int(os.environ.get("FAULTS", "300"))
+    world = build_world(tmp_path)
     weighted = all_trials()
-    if mounts(tmp_path / "probe"):
+    if can_mount(tmp_path / "probe"):
         weighted += [(full_disk(stage, mount, unmount), 7) for stage in RESULTS]
     else:
-        print("no small disk can be mounted here (that takes root): a full one is not tried")
+        print("a full disk is not tried: mounting a small one takes root")
     total = sum(weight for _, weight in weighted)
     trials: list[Trial] = [trial for trial, weight in weighted for _ in range(max(1, round(weight * count / total)))]
-    draw.shuffle(trials)
+    rng.shuffle(trials)
     outcomes: list[Outcome] = []
     for number, trial in enumerate(trials, 1):
         try:
-            outcomes.append(trial(world, draw))
+            outcomes.append(trial(world, rng))
         except AssertionError as error:
-            outcomes.append(Outcome(f"unforeseen: {trial.__qualname__}", lost=True, wrong=False, detail=str(error)[-3000:]))
+            outcomes.append(Outcome(f"unexpected: {trial.__qualname__}", lost=True, wrong=False, detail=str(error)[-3000:]))
         if outcomes[-1].lost or outcomes[-1].wrong:
             print(f"--- {outcomes[-1].kind}: {'lost' if outcomes[-1].lost else 'wrong'}\n{outcomes[-1].detail}", flush=True)
         if number % 20 == 0:
-            print(f"{number} of {len(trials)}, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{number} of {len(trials)}, {time.monotonic() - start:.0f} s", flush=True)
     print(table(outcomes))
     assert not [outcome for outcome in outcomes if outcome.lost or outcome.wrong]
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """As Markdown."""
+    """Return a Markdown table of outcomes per kind of fault."""
     kinds = collections.Counter(outcome.kind for outcome in outcomes)
     lines = ["| fault | tried | lost | wrong |", "| --- | --- | --- | --- |"]
     for kind in [*sorted(kinds), None]:
-        of = [outcome for outcome in outcomes if kind in (None, outcome.kind)]
-        lines.append(f"| {kind or 'all'} | {len(of)} | {sum(one.lost for one in of)} | {sum(one.wrong for one in of)} |")
+        selected = [outcome for outcome in outcomes if kind in (None, outcome.kind)]
+        lines.append(
+            f"| {kind or 'all'} | {len(selected)} | {sum(trial.lost for trial in selected)} | {sum(trial.wrong for trial in selected)} |"
+        )
     return "\n".join(lines)
 
 
 def mount(folder: Path, size: int) -> bool:
-    """A disk of so many bytes."""
+    """Mount a tmpfs of `size` bytes; return whether that worked."""
     return (
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False).returncode
         == 0
@@ -64,12 +66,12 @@ def mount(folder: Path, size: int) -> bool:
 
 
 def unmount(folder: Path) -> None:
-    """And away with it."""
+    """Unmount a folder."""
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def mounts(folder: Path) -> bool:
-    """Whether that can be done here."""
+def can_mount(folder: Path) -> bool:
+    """Whether this machine allows mounting."""
     folder.mkdir()
     if not mount(folder, 4096):
         return False

@@ -1,4 +1,4 @@
-"""One fault of each sort; `make faults` tries hundreds."""
+"""One fault of each kind; `make faults` tries hundreds."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import random
 
 import pytest
 
-from tests.faults.trials import World, made_world, short
+from tests.faults.trials import World, build_world, short_trials
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return made_world(tmp_path_factory.mktemp("world"), processes=(1,))
+    return build_world(tmp_path_factory.mktemp("world"), processes=(1,))
 
 
-@pytest.mark.parametrize("number", range(len(short())))
-def test_nothing_is_lost_and_nothing_comes_out_wrong(number: int, world: World) -> None:
-    outcome = short()[number](world, random.Random(number))
+@pytest.mark.parametrize("number", range(len(short_trials())))
+def test_faults_lose_nothing_and_corrupt_nothing(number: int, world: World) -> None:
+    outcome = short_trials()[number](world, random.Random(number))
     assert not outcome.lost, outcome
     assert not outcome.wrong, outcome

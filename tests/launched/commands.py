@@ -1,4 +1,4 @@
-"""Several commands one after another in the same processes, which start once: a start takes longer than any of them here.
+"""Run several commands one after another in the same processes, since starting takes longer than any of them here.
 
 torchrun ... tests/launched/commands.py pipelines.sample ARGUMENTS [NEXT pipelines.complete ARGUMENTS ...]
 """
@@ -20,21 +20,19 @@ NEXT = "NEXT"
 
 
 def commands(words: list[str]) -> list[list[str]]:
-    """What stands between one NEXT and another."""
-    found: list[list[str]] = [[]]
+    """Split a list of words at NEXT."""
+    groups: list[list[str]] = [[]]
     for word in words:
         if word == NEXT:
-            found.append([])
+            groups.append([])
         else:
-            found[-1].append(word)
-    return found
+            groups[-1].append(word)
+    return groups
 
 
 @contextmanager
 def staying_joined() -> Iterator[None]:
-    """The processes stay joined from command to command, and part at the end, as after any one: a group that is still there when a process
-    ends may abort it.
-    """
+    """Keep the process group from command to command and destroy it at the end: a group that is left when a process exits may abort it."""
     Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
     yield
     if dist.is_initialized():

@@ -1,7 +1,7 @@
-"""Run scripts in processes forked from a server that has imported PyTorch already: a start takes seconds otherwise, and there are dozens.
+"""Run scripts in processes forked from a server that has already imported PyTorch, which saves seconds per start.
 
-What a script sees is what `python SCRIPT` or `torchrun SCRIPT` gives it: its own folder first on sys.path, the environment, the working
-directory, its arguments, exit codes. What is read while PyTorch is imported (OMP_NUM_THREADS) is the server's.
+A script sees what `python SCRIPT` or `torchrun SCRIPT` gives it: its folder first on sys.path, the environment, the working directory and
+its arguments. Variables that PyTorch reads on import (OMP_NUM_THREADS) are the server's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 PRELOADED = ["torch._dynamo", "torch.distributed.tensor", "torchvision", "matplotlib.figure"]
-"""Modules that take long to import; nothing of the project, nor of what reads the environment as it is imported (huggingface_hub)."""
+"""Modules that take long to import; neither the project's nor ones that read the environment on import (huggingface_hub)."""
 _FORKED = "__forked__"
 
 
@@ -35,39 +35,39 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in one process, or in several as `torchrun` does, and wait for it.
 
-    Returns its exit code (of several processes 1 if any fails, as torchrun's), and what was printed.
+    Returns the exit code (for several processes 1 if any fails, as torchrun) and the output.
     Errors: subprocess.TimeoutExpired, once all its processes are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        printed = Path(folder, "stdout"), Path(folder, "stderr")
-        for file in printed:
+        output_files = Path(folder, "stdout"), Path(folder, "stderr")
+        for file in output_files:
             file.touch()
         port = free_port()
         started = []
         for rank in range(processes):
-            place = {} if processes == 1 else torchrun_environment(rank, processes, port)
-            asked = (str(path), list(arguments), str(cwd), {**os.environ, **place}, *map(str, printed))
-            # By this file's path: in the server's process `tests` may be a package that some dependency has brought.
-            started.append(server().Process(target=runpy.run_path, args=(__file__, {"asked": asked}, _FORKED)))
+            rank_environment = {} if processes == 1 else torchrun_environment(rank, processes, port)
+            request = (str(path), list(arguments), str(cwd), {**os.environ, **rank_environment}, *map(str, output_files))
+            # By this file's path: in the server `tests` may be a dependency's package.
+            started.append(server().Process(target=runpy.run_path, args=(__file__, {"request": request}, _FORKED)))
             started[-1].start()
         try:
             codes = _exit_codes(started, time.monotonic() + timeout)
         except TimeoutError:
-            raise subprocess.TimeoutExpired(str(path), timeout, *(file.read_text() for file in printed)) from None
+            raise subprocess.TimeoutExpired(str(path), timeout, *(file.read_text() for file in output_files)) from None
         code = codes[0] if processes == 1 else int(any(codes))
-        return subprocess.CompletedProcess([str(path), *arguments], code, *(file.read_text() for file in printed))
+        return subprocess.CompletedProcess([str(path), *arguments], code, *(file.read_text() for file in output_files))
 
 
 def torchrun_environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """The variables by which torchrun tells a process its place."""
+    """Return the variables by which torchrun gives a process its rank."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
     return {**{name: str(number) for name, number in numbers.items()}, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _exit_codes(started: Sequence[ForkServerProcess], deadline: float) -> list[int]:
@@ -95,11 +95,11 @@ def _as_main(path: str, arguments: list[str], cwd: str, environment: Mapping[str
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     sys.argv = [path, *arguments]
     sys.path[:] = [os.path.dirname(path), *filter(None, sys.path)]
     runpy.run_path(path, run_name="__main__")
 
 
 if __name__ == _FORKED:
-    _as_main(*globals()["asked"])
+    _as_main(*globals()["request"])

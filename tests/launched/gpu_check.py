@@ -1,4 +1,4 @@
-"""The check of a GPU (`make gpu`) on a pretended one, at small sizes; its arguments are the check's."""
+"""Run the GPU check (`make gpu`) on a pretended GPU at small sizes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Two processes that meet at every step, of which one dies, hangs or is stopped at the sixth.
+"""A rank of two that synchronise at every step; one dies, hangs or is stopped at the sixth.
 
 RANK=... python tests/launched/one_of_two.py FAULT VICTIM
 
-Ticks are shorter than those of users, so that nobody has to wait a minute.
+Ticks are shorter than usual, so that tests do not wait a minute.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
             FAULTS[fault]()
     finish(accelerator)
     if accelerator.process_index == victim:
-        time.sleep(3)  # longer than anybody may be silent
+        time.sleep(3)  # longer than the limit for a silent rank
     print(f"{accelerator.process_index} is done")
 
 

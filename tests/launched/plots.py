@@ -1,4 +1,4 @@
-"""Plots are built, but not rendered: that takes longer than a tiny training does."""
+"""Build plots without rendering them, which takes longer than a tiny training."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 savefig = Figure.savefig
-"""What renders."""
+"""Matplotlib's own, which renders."""
 
 
 def save_blank(self: Figure, target: Any, **_: object) -> None:
-    """Write a black picture in a figure's stead."""
+    """Write a small black picture instead of a figure."""
     Image.new("RGB", (8, 8)).save(target, "PNG")
 
 
 def leave_blank() -> None:
-    """For a process that tests start."""
+    """Disable rendering in this process."""
     Figure.savefig = save_blank  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Run a line of Python with named runs in a folder.
+"""Run a line of Python with `runs/` replaced by another folder.
 
 python tests/launched/python.py FOLDER LINE
 """

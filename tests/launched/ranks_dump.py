@@ -1,10 +1,9 @@
-"""Run a training script's `main`, under a launcher or alone, in float64, and keep every process's own weights and moments at each
-checkpoint.
+"""Run a training script's `main` in float64, with or without a launcher, and save every rank's weights and moments at each checkpoint.
 
 torchrun ... tests/launched/ranks_dump.py FOLDER stage1_vqvae.train ARGUMENTS [NEXT ARGUMENTS ...]
 
-Several runs may follow one another in the same processes; run number i dumps to FOLDER/i. In a folder of its own, since a
-script's folder is first on sys.path, and tests/ has folders that bear the packages' names.
+Several runs may follow one another in the same processes; run number i dumps to FOLDER/i. This script is not in tests/ itself, whose
+folders are named like the packages: a script's folder is first on sys.path.
 """
 
 from __future__ import annotations
@@ -29,31 +28,33 @@ def main() -> None:
     folder, module = Path(sys.argv[1]), sys.argv[2]
     runs = commands(sys.argv[3:])
     script = importlib.import_module(module)
-    # Pictures take longer than the steps, and nobody looks at them here.
-    judging = importlib.import_module("stage1_vqvae.monitoring.validation")
+    # Pictures take longer than the steps and are not compared.
+    validation = importlib.import_module("stage1_vqvae.monitoring.validation")
     recorder = importlib.import_module("stage1_vqvae.monitoring.recorder")
-    for user, drawn in product((script, judging, recorder), ("training_graph", "save_health", "save_reconstructions", "save_grids")):
-        setattr(user, drawn, lambda *_, **__: None)
+    for target, function in product(
+        (script, validation, recorder), ("training_graph", "save_health", "save_reconstructions", "save_grids")
+    ):
+        setattr(target, function, lambda *_, **__: None)
     script.write_results = lambda *_: None  # type: ignore[attr-defined]
     script.likelihood_report = lambda *_: {"validation": 0.0}  # type: ignore[attr-defined]
-    # In float64, since a code that rounding flips grows into a difference that is nobody's fault.
+    # In float64, since a code flipped by rounding grows into large differences.
     torch.set_default_dtype(torch.float64)
-    for user in (importlib.import_module("stage1_vqvae.data.loader"), judging):
-        user.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
+    for target in (importlib.import_module("stage1_vqvae.data.loader"), validation):
+        target.to_model = lambda pixels: to_model(pixels).double()  # type: ignore[attr-defined]
     with staying_joined():
         save = Checkpoints.save
         for number, arguments in enumerate(runs):
             (folder / str(number)).mkdir(exist_ok=True)
 
             def dump(self: Checkpoints, step: int, state: dict[str, Any], score: float | None = None, number: int = number) -> None:
-                # The moments are linear in the gradients; the weights, after Adam's first step, say little but their signs.
-                moments = {f"moment of {name}": found["exp_avg"] for name, found in state["optimizer"].items()}
+                # Moments are linear in the gradients; weights after Adam's first step show only their signs.
+                moments = {f"moment of {name}": moment["exp_avg"] for name, moment in state["optimizer"].items()}
                 adversary = {f"adversary.{name}": value for name, value in state.get("adversarial", {}).get("model", {}).items()}
                 averages = {f"average.{name}": value for name, value in state.get("average", {}).get("model", {}).items()}
                 best = {f"best.{name}": value for name, value in state.get("best", {}).get("weights", {}).items()}
-                own = {**state["model"], **moments, **adversary, **averages, **best}
-                assert any(isinstance(tensor, DTensor) for tensor in own.values()) == (self._group is not None), "not shared out"
-                gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in own.items()}
+                tensors = {**state["model"], **moments, **adversary, **averages, **best}
+                assert any(isinstance(tensor, DTensor) for tensor in tensors.values()) == (self._group is not None), "not sharded"
+                gathered = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
                 torch.save(gathered, folder / str(number) / f"{step}-of-rank-{os.environ.get('RANK', '0')}.pt")
                 save(self, step, state, score)
 

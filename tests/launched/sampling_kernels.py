@@ -113,25 +113,25 @@ def check_attention() -> None:
         angles = rotations(torch.rand(length, 2) * 9, width).float()
         cache, exact = attention.new_cache(rows, length), copy.deepcopy(attention).double()
         reference = exact.new_cache(rows, length)
-        # Its layer is then the attention alone.
+        # Reduces the layer to attention alone.
         exact.qkv.weight, exact.out.weight = (nn.Parameter(torch.eye(size).double()) for size in (3 * heads * width, heads * width))
         cache.keys.fill_(torch.nan)
         cache.values.fill_(torch.nan)
         for position in range(length):
             projected = (torch.randn(rows, 3 * heads * width) * 3).to(dtype)
-            nothing = torch.zeros(rows, heads * width).double()
-            expected = exact.step_(nothing, projected.double(), angles.double(), reference, position)
+            zeros = torch.zeros(rows, heads * width).double()
+            expected = exact.step_(zeros, projected.double(), angles.double(), reference, position)
             if position not in (0, 1, length // 2, length - 1):
-                for mine, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
-                    mine[:, :, position] = theirs[:, :, position]
+                for ours, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
+                    ours[:, :, position] = theirs[:, :, position]
                 continue
             with reads_of(cache.keys, cache.values) as read:
-                found = attend(projected, angles, cache.keys, cache.values, torch.tensor([position]))
+                result = attend(projected, angles, cache.keys, cache.values, torch.tensor([position]))
             tolerance = 1e-5 if dtype == torch.float32 else 0.03
-            assert torch.allclose(found.double(), expected, atol=tolerance, rtol=tolerance), (rows, heads, width, position, dtype)
-            for mine, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
-                assert torch.allclose(mine[:, :, : position + 1].double(), theirs[:, :, : position + 1], atol=tolerance, rtol=tolerance)
-                assert mine[:, :, position + 1 :].isnan().all()
+            assert torch.allclose(result.double(), expected, atol=tolerance, rtol=tolerance), (rows, heads, width, position, dtype)
+            for ours, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):
+                assert torch.allclose(ours[:, :, : position + 1].double(), theirs[:, :, : position + 1], atol=tolerance, rtol=tolerance)
+                assert ours[:, :, position + 1 :].isnan().all()
             # Exactly the keys and the values of the earlier positions.
             assert [read[0], read[1]] == [rows * heads * position * width * projected.element_size()] * 2
 
@@ -161,15 +161,15 @@ def check_draw() -> None:
         for position in (0, 1):
             draw_code(logits, uniform, scales, *settings, torch.tensor([position]), sequences, failed)
         assert (sequences[:, 0] == -1).all()
-        found = sequences[:, 1:]
-        assert (probabilities.gather(1, found) > 0).all()
+        codes = sequences[:, 1:]
+        assert (probabilities.gather(1, codes) > 0).all()
         cumulative = probabilities.cumsum(1)
-        above = cumulative.gather(1, found)
-        below = above - probabilities.gather(1, found)
+        above = cumulative.gather(1, codes)
+        below = above - probabilities.gather(1, codes)
         assert ((below <= uniform[:, 1:] + 1e-12) & (above >= uniform[:, 1:] - 1e-12)).all() or temperature == 0
         # Just below 1 the order of summation decides among codes of negligible probability.
         exact = torch.arange(batch) if temperature == 0 else torch.tensor([0, 1, 2, *range(6, batch)])
-        assert torch.equal(found[exact, 0], draw(probabilities, uniform[:, 1])[exact])
+        assert torch.equal(codes[exact, 0], draw(probabilities, uniform[:, 1])[exact])
         assert not failed.any()
         logits[3, -1] = torch.nan
         draw_code(logits, uniform, scales, *settings, torch.tensor([1]), sequences, failed)
@@ -177,33 +177,33 @@ def check_draw() -> None:
         assert ((sequences[:, 1] >= 0) & (sequences[:, 1] < num_codes)).all()
 
 
-def small(layout: SequenceLayout, given: bool = False) -> StepwisePrior:
+def small_prior(layout: SequenceLayout, conditioned: bool = False) -> StepwisePrior:
     torch.manual_seed(0)
     part = TransformerPart(layers=1, width=24, heads=2)
-    prior = build_level(part, layout, 1, classes(3)) if given else part.build(layout, classes(3))
+    prior = build_level(part, layout, 1, classes(3)) if conditioned else part.build(layout, classes(3))
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return prior.eval().requires_grad_(False)
 
 
-def check_whole_samples() -> None:
+def check_samples() -> None:
     """All kernels together draw the codes of eager float64 steps: two levels, guidance, an odd batch, kept codes."""
     layout = SequenceLayout([(1, 2), (1, 3)], [4, 6])
-    prior = small(layout)
+    prior = small_prior(layout)
     labels, config = torch.arange(3), StepwiseSampling(guidance=2.0, guidance_schedule="linear", temperature=0.8)
-    given = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
-    kept = layout.grids_of(torch.arange(layout.length)[None] % 3 == 1)
+    codes = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
+    keep_masks = layout.grids_of(torch.arange(layout.length)[None] % 3 == 1)
     uniform = uniforms(0, torch.arange(3), layout.length)
-    expected = copy.deepcopy(prior).double().sample(labels, uniform, config, Keep(given, kept))
+    expected = copy.deepcopy(prior).double().sample(labels, uniform, config, Keep(codes, keep_masks))
     with kernels_on_the_cpu():
-        found = Sampler(prior, graphs=True)(labels, uniform, config, Keep(given, kept))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        samples = Sampler(prior, graphs=True)(labels, uniform, config, Keep(codes, keep_masks))
+    assert all(torch.equal(a, b) for a, b in zip(samples, expected, strict=True))
 
 
 def check_steps_below_a_level() -> None:
     """Logits of a transformer conditioned on a level above, against its full forward pass in float64."""
     layout = SequenceLayout([(1, 2), (1, 3)], [4, 6])
-    prior = small(layout, given=True)
+    prior = small_prior(layout, conditioned=True)
     codes = tuple(torch.randint(k, (3, *grid)) for grid, k in zip(layout.grids, layout.num_codes, strict=True))
     labels = torch.tensor([2, 0, 3])
     (expected,) = copy.deepcopy(prior).double().logits(codes, labels)
@@ -217,8 +217,8 @@ def check_steps_below_a_level() -> None:
             batch.position.add_(1)
 
 
-def counted(prior: Transformer, config: StepwiseSampling, usable: bool) -> Counter[str]:
-    """Launches per code at batch size 1, from the second position on."""
+def count_launches(prior: Transformer, config: StepwiseSampling, usable: bool) -> Counter[str]:
+    """Count launches per code at batch size 1, from the second position on."""
     with kernels_on_the_cpu(usable):
         sampler = Sampler(prior, graphs=True)
         steps = sampler._steps_for(torch.zeros(1), 1, config)
@@ -230,8 +230,8 @@ def counted(prior: Transformer, config: StepwiseSampling, usable: bool) -> Count
     return counts
 
 
-def eager(prior: Transformer, config: StepwiseSampling) -> Counter[str]:
-    """Launches per code of eager sampling: the difference between sequences of 3 and of 2 codes."""
+def count_eager_launches(prior: Transformer, config: StepwiseSampling) -> Counter[str]:
+    """Count launches per code of eager sampling, as the difference between sequences of 3 and 2 codes."""
     totals = []
     for length in (2, 3):
         prior.layout = SequenceLayout([(1, length)], prior.layout.num_codes)
@@ -256,7 +256,7 @@ def main() -> None:
 
     sampling.Graphs = EagerGraphs  # type: ignore[misc, assignment]
     attention._weight_first = lambda _: False  # as on a GPU
-    for check in (check_attention, check_gate, check_draw, check_whole_samples, check_steps_below_a_level):
+    for check in (check_attention, check_gate, check_draw, check_samples, check_steps_below_a_level):
         check()
     # LlamaGen-B's number of layers; width and codebook size do not change the number of launches.
     prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), classes(3)).eval().requires_grad_(False)
@@ -265,20 +265,20 @@ def main() -> None:
     guidance = StepwiseSampling(guidance=1.5, temperature=0.9)
     limits = StepwiseSampling(guidance=1.5, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
     counts = {
-        "kernels": counted(prior, guidance, True),
-        "kernels, top_k, top_p, min_p": counted(prior, limits, True),
-        "no Triton": counted(prior, guidance, False),
-        "eager": eager(prior, guidance),
+        "kernels": count_launches(prior, guidance, True),
+        "kernels, top_k, top_p, min_p": count_launches(prior, limits, True),
+        "no Triton": count_launches(prior, guidance, False),
+        "eager": count_eager_launches(prior, guidance),
     }
     print(
         json.dumps(
             {
                 name: {
-                    "products": sum(count for operator, count in found.items() if operator in _PRODUCTS),
-                    "others": sum(count for operator, count in found.items() if operator not in _PRODUCTS),
-                    "by operator": found,
+                    "products": sum(count for operator, count in operators.items() if operator in _PRODUCTS),
+                    "others": sum(count for operator, count in operators.items() if operator not in _PRODUCTS),
+                    "by operator": operators,
                 }
-                for name, found in counts.items()
+                for name, operators in counts.items()
             }
         )
     )

@@ -1,4 +1,4 @@
-"""Save checkpoints of a small net that is shared out over the processes; on the way things go wrong, on one of them.
+"""Save checkpoints of a small network sharded over the processes, with errors on the last rank.
 
 torchrun ... tests/launched/shards.py FOLDER
 """
@@ -23,7 +23,7 @@ from training.sharding import gathered, local_tensor, shard_
 
 
 def net() -> nn.Sequential:
-    """Of tensors whose rows no two or three processes can share out evenly."""
+    """Build a network whose tensors do not divide evenly over two or three ranks."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(3, 8), nn.Linear(8, 5), nn.Linear(5, 1, bias=False))
 
@@ -76,9 +76,9 @@ def full(_: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def say(accelerator: Accelerator, what: str, found: object) -> None:
-    # In one piece: print writes a line's end on its own, and others may come between.
-    sys.stdout.write(f"{accelerator.process_index} {what}: {found}\n")
+def say(accelerator: Accelerator, label: str, value: object) -> None:
+    # One write per line: print writes the newline separately, and other ranks may interleave.
+    sys.stdout.write(f"{accelerator.process_index} {label}: {value}\n")
     sys.stdout.flush()
 
 

@@ -1,4 +1,4 @@
-"""Graphs that several files of tests read: tracing them takes longer than most tests."""
+"""Exported graphs that several test files read: tracing them takes longer than most tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.pipelines.exported_page import export_other
 
 
 def filled_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
-    """A folder that the first worker in need of it fills for all workers."""
+    """Return a folder that the first worker which needs it fills for all workers."""
     root = factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     with FileLock(root / f"{name}.lock"):
@@ -30,7 +30,7 @@ def filled_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Path:
-    """`run`, with a prior for which labels make a difference (or the one that RUN names), and its `graphs` with their model.json."""
+    """Folder with `run`, whose prior depends on the label (or the run named by RUN), and its `graphs` with their model.json."""
 
     def fill(folder: Path) -> None:
         run = shutil.copytree(os.environ.get("RUN", finished_run), folder / "run")
@@ -45,5 +45,5 @@ def exported(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Pa
 
 @pytest.fixture(scope="session")
 def exported_other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Graphs of `other_tokenizer` and `other_prior`, and what model.json says of them."""
+    """Graphs of `other_tokenizer` and `other_prior`, and the entries for their model.json."""
     return filled_once(tmp_path_factory, "exported other", export_other)

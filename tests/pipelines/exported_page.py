@@ -1,4 +1,4 @@
-"""What tests do with an exported page in a browser, and what it then is to show."""
+"""Actions of tests on an exported page in a browser, and the results expected of it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from tests.stage2_prior.priors.prior_kinds import build
 GRAPHS = ("encoder", "decoder", "prior")
 
 
-def says(page: Page, section: str, pattern: str) -> str:
-    """The line of a section, once it is as expected."""
-    # Playwright looks every half second; this is told at once, for the sake of what is timed.
+def wait_for_line(page: Page, section: str, pattern: str) -> str:
+    """Return the line of a section once it matches the pattern."""
+    # Playwright polls every half second; an observer reports at once, as the timings need.
     return str(
         page.evaluate(
             """([section, pattern]) => new Promise((resolve, reject) => {
@@ -48,9 +48,9 @@ def says(page: Page, section: str, pattern: str) -> str:
 
 
 def opened(visited: Visit) -> Page:
-    """A page that has loaded, and drawn its first pictures."""
-    visited.page.emulate_media(reduced_motion="reduce")  # the mouse does not wait for what scrolls
-    says(visited.page, "draw", "seconds")
+    """Return the page once it has loaded and drawn its first pictures."""
+    visited.page.emulate_media(reduced_motion="reduce")  # the mouse does not wait for scrolling
+    wait_for_line(visited.page, "draw", "seconds")
     return visited.page
 
 
@@ -58,7 +58,7 @@ def press(visited: Visit, section: str, button: str, name: str | None = None) ->
     """Press a button that draws. Returns the pictures then shown, uint8 (N, H, W, C)."""
     page = visited.page
     page.evaluate(f"document.querySelector('#{section} .line').textContent = ''")
-    visited.timed(name or button, page.locator(f"[name={button}]").click, lambda: says(page, section, r"picture.* seconds\.$"))
+    visited.timed(name or button, page.locator(f"[name={button}]").click, lambda: wait_for_line(page, section, r"picture.* seconds\.$"))
     return shown(page, section)
 
 
@@ -70,14 +70,14 @@ def shown(page: Page, section: str) -> np.ndarray:
         context.drawImage(image, 0, 0);
         return [canvas.height, canvas.width, Array.from(context.getImageData(0, 0, canvas.width, canvas.height).data)];
     }))"""
-    found = page.locator(f"#{section} .pictures img").evaluate_all(read)
-    return np.stack([np.array(values).reshape(height, width, 4)[..., :3] for height, width, values in found])
+    pictures = page.locator(f"#{section} .pictures img").evaluate_all(read)
+    return np.stack([np.array(values).reshape(height, width, 4)[..., :3] for height, width, values in pictures])
 
 
-def same(found: np.ndarray, expected: np.ndarray) -> float:
-    """The share of pictures that are the same, but for a rounding of each pixel; grey ones are shown in three channels."""
-    assert found.shape[:3] == expected.shape[:3]
-    return float((np.abs(found.astype(int) - expected).max((1, 2, 3)) <= 1).mean())
+def share_equal(pictures: np.ndarray, expected: np.ndarray) -> float:
+    """Return the share of pictures that are equal up to rounding of each pixel; grey ones are shown in three channels."""
+    assert pictures.shape[:3] == expected.shape[:3]
+    return float((np.abs(pictures.astype(int) - expected).max((1, 2, 3)) <= 1).mean())
 
 
 def fill(page: Page, section: str = "draw", **fields: Any) -> None:
@@ -86,13 +86,13 @@ def fill(page: Page, section: str = "draw", **fields: Any) -> None:
         field.select_option(str(value)) if name == "label" else field.fill(str(value))
 
 
-def continued(sampler: Sampler, codes: np.ndarray, kept: np.ndarray, label: int | None, seed: int, count: int) -> np.ndarray:
-    """Continuations by the numpy sampler, unguided: uint8 (N, H, W, C) of codes (T,), where kept (T,) taken over."""
+def continued(sampler: Sampler, codes: np.ndarray, mask: np.ndarray, label: int | None, seed: int, count: int) -> np.ndarray:
+    """Continuations by the numpy sampler, unguided: uint8 (N, H, W, C); codes (T,) are kept where mask (T,) is true."""
     numbers = np.full(count, label if label is not None else len(sampler.model["label_names"] or []))
-    sequences = np.tile(np.where(kept, codes, 0), (count, 1))
+    sequences = np.tile(np.where(mask, codes, 0), (count, 1))
     uniform = np.stack([uniforms(seed, number, len(codes)) for number in range(count)])
     for position, logits in enumerate(sampler.logits(numbers, sequences)):
-        if not kept[position]:
+        if not mask[position]:
             sequences[:, position] = draw(warp(logits, sampler.model["sampling"]), uniform[:, position])
     return sampler.decode(levels_of(sampler, sequences))
 
@@ -104,7 +104,7 @@ def levels_of(sampler: Sampler, sequences: np.ndarray) -> list[np.ndarray]:
 
 
 def paint_below(page: Page, share: float) -> np.ndarray:
-    """Paint all of the picture below a share of its height by the mouse, in strokes. Returns which pixels (H, W) then are painted."""
+    """Paint the picture below a share of its height by mouse strokes. Returns the mask (H, W) of painted pixels."""
     page.locator("[name=brush]").fill("1")
     box, (height, width, _) = page.locator("canvas").bounding_box(), model_of(page)["image_shape"]
     assert box is not None
@@ -123,14 +123,14 @@ def model_of(page: Page) -> dict[str, Any]:
     return dict(page.evaluate("fetch('model.json').then(answer => answer.json())"))
 
 
-def kept_of(model: dict[str, Any], painted: np.ndarray) -> np.ndarray:
-    """Which codes (T,) span no painted pixel."""
+def unpainted_codes(model: dict[str, Any], painted: np.ndarray) -> np.ndarray:
+    """Return the mask (T,) of codes that span no painted pixel."""
     height, width = painted.shape
     return np.concatenate([~painted.reshape(h, height // h, w, width // w).any((1, 3)).ravel() for h, w in model["grids"]])
 
 
 def other_tokenizer(kind: str = "residual_shared") -> VQVAE:
-    """8 x 12 pixels to 2 x 3 codes; of `residual_shared` three levels of them."""
+    """Build a tokenizer of 8 x 12 pixels to 2 x 3 codes, on three levels for `residual_shared`."""
     torch.manual_seed(0)
     small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
     network = part_from("tokenizer.network", small)
@@ -138,14 +138,14 @@ def other_tokenizer(kind: str = "residual_shared") -> VQVAE:
 
 
 def other_prior() -> StepwisePrior:
-    """A PixelCNN over the codes of `other_tokenizer`, with six labels."""
+    """Build a PixelCNN over the codes of `other_tokenizer`, with six labels."""
     tokenizer = other_tokenizer()
     layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
     return build("pixelcnn", layout, num_classes=6).requires_grad_(False)
 
 
 def export_other(folder: Path) -> None:
-    """Write the graphs of `other_tokenizer` and `other_prior`; other.json is what a model.json has to say of them."""
+    """Write the graphs of `other_tokenizer` and `other_prior`, and other.json with the entries for their model.json."""
     prior = other_prior()
     export_tokenizer(other_tokenizer(), folder)
     cache = export_prior(prior, folder)
@@ -154,7 +154,7 @@ def export_other(folder: Path) -> None:
 
 
 def put_other(exported_other: Path, folder: Path) -> None:
-    """Put these graphs into the folder of a page, which then knows no labels: all samples have the first one."""
+    """Copy these graphs into a page's folder; its model then has no label names, and all samples have the first label."""
     model = {
         **read_json(folder / "model.json"),
         **read_json(exported_other / "other.json"),
@@ -175,7 +175,7 @@ class Silent(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def hosted(folder: Path) -> Iterator[str]:
-    """The address of a plain host of a folder: without any header that a browser would give threads for."""
+    """Yield the address of a plain HTTP server of a folder, without the headers that browsers require for threads."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

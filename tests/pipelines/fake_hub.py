@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub as the client's calls need: repositories in memory, behind the real protocol."""
+"""The parts of the Hugging Face Hub that the client calls: repositories in memory behind the real protocol."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Repositories = dict[str, dict[str, bytes]]
-"""Files by their paths, by USER/NAME."""
+"""Files by path, per repository USER/NAME."""
 
 
 @contextmanager
 def fake_hub(token: str) -> Iterator[tuple[str, Repositories]]:
-    """Its address, and what it holds; writing takes the token."""
-    held: Repositories = {}
+    """Yield the Hub's address and its repositories; writing takes the token."""
+    repositories: Repositories = {}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -43,34 +43,34 @@ def fake_hub(token: str) -> Iterator[tuple[str, Repositories]]:
             if self.headers.get("Authorization") != f"Bearer {token}":
                 self.answer({"error": "Invalid credentials"}, 401)
             elif self.path == "/api/repos/create":
-                asked = json.loads(body)
-                name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-                status = 409 if name in held else 200
-                held.setdefault(name, {})
+                request = json.loads(body)
+                name = f"{request.get('organization') or 'me'}/{request['name']}"
+                status = 409 if name in repositories else 200
+                repositories.setdefault(name, {})
                 self.answer({"url": f"{address}/{name}", "name": name, "error": "exists"}, status)
             elif self.path == "/api/validate-yaml":
                 self.answer({"errors": [], "warnings": []})
-            elif (found := re.fullmatch(r"/api/models/(.+?/.+?)/preupload/main", self.path)) and found[1] in held:
+            elif (match := re.fullmatch(r"/api/models/(.+?/.+?)/preupload/main", self.path)) and match[1] in repositories:
                 files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
                 self.answer({"files": files})
-            elif (found := re.fullmatch(r"/api/models/(.+?/.+?)/commit/main", self.path)) and found[1] in held:
+            elif (match := re.fullmatch(r"/api/models/(.+?/.+?)/commit/main", self.path)) and match[1] in repositories:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
-                        held[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                        repositories[match[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                     elif line["key"] == "deletedFile":
-                        del held[found[1]][line["value"]["path"]]
-                self.answer({"commitUrl": f"{address}/{found[1]}/commit/{'0' * 40}", "commitOid": "0" * 40})
+                        del repositories[match[1]][line["value"]["path"]]
+                self.answer({"commitUrl": f"{address}/{match[1]}/commit/{'0' * 40}", "commitOid": "0" * 40})
             else:
                 self.missing()
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/main)?", path)) and found[1] in held:
-                self.answer({"id": found[1], "sha": "0" * 40, "siblings": [{"rfilename": name} for name in held[found[1]]]})
-            elif (found := re.fullmatch(r"/api/models/(.+?/.+?)/tree/.+?", path)) and found[1] in held:
-                self.answer([{"type": "file", "path": name, "size": len(data), "oid": ""} for name, data in held[found[1]].items()])
-            elif (found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) and found[2] in held.get(found[1], {}):
-                data = held[found[1]][found[2]]
+            if (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/main)?", path)) and match[1] in repositories:
+                self.answer({"id": match[1], "sha": "0" * 40, "siblings": [{"rfilename": name} for name in repositories[match[1]]]})
+            elif (match := re.fullmatch(r"/api/models/(.+?/.+?)/tree/.+?", path)) and match[1] in repositories:
+                self.answer([{"type": "file", "path": name, "size": len(data), "oid": ""} for name, data in repositories[match[1]].items()])
+            elif (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) and match[2] in repositories.get(match[1], {}):
+                data = repositories[match[1]][match[2]]
                 self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit="0" * 40, Accept_Ranges="bytes")
             else:
                 self.missing()
@@ -81,7 +81,7 @@ def fake_hub(token: str) -> Iterator[tuple[str, Repositories]]:
     address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield address, held
+        yield address, repositories
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,4 @@
-"""Finding unusual images as its user meets it."""
+"""The command `anomalies.py`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from training.weights_file import fingerprint
 Row = dict[str, str]
 
 
-def found_in(run: Path, *arguments: object) -> tuple[Path, list[Row]]:
+def ranked(run: Path, *arguments: object) -> tuple[Path, list[Row]]:
     before = set((run / "anomalies").glob("*")) if (run / "anomalies").exists() else set()
     main(["--run", str(run), *map(str, arguments)])
     (new,) = set((run / "anomalies").glob("*")) - before
@@ -43,8 +43,8 @@ def loaded(run: Path, name: str = "transformer") -> tuple[StepwisePrior, CodeSto
 
 
 def test_a_split_is_ranked_by_its_bits_and_compared_with_itself(run_copy: Path) -> None:
-    """Bits by hand, one image at a time, from the prior's steps, which sampling uses, not from its pass over all positions."""
-    folder, rows = found_in(run_copy)
+    """Bits are recomputed per image from the prior's single steps, which sampling uses, instead of its full pass."""
+    folder, rows = ranked(run_copy)
     assert {path.name for path in folder.iterdir()} == {"anomalies.png", "anomalies.csv", "maps"}
     prior, store = loaded(run_copy)
     (codes,) = store.codes(torch.arange(len(store)))
@@ -67,21 +67,19 @@ def test_a_split_is_ranked_by_its_bits_and_compared_with_itself(run_copy: Path) 
         assert float(row["bits_per_token"]) == pytest.approx(float(row["bits"]) / 6)
         assert float(row["mse_over_validation_mean"]) == pytest.approx(float(row["mse"]) / mean_error)
         assert np.asarray(Image.open(folder / row["file"])).shape == (8, 12, 3)
-    # Stage 1's own measure of the same images.
+    # Stage 1 measured the same images.
     assert np.mean([float(row["mse"]) for row in rows]) == pytest.approx(mean_error, rel=1e-5)
 
 
-def test_noise_among_a_run_s_own_images_shows_in_its_error(run_copy: Path, pictures: Path, tmp_path: Path) -> None:
-    """Here it does not in its bits: so small an encoder sees grey. In a folder without labels, all are scored, and compared,
-    without labels.
-    """
+def test_noise_among_images_of_the_run_stands_out_by_its_error(run_copy: Path, pictures: Path, tmp_path: Path) -> None:
+    """Its bits are inconspicuous, as so small an encoder sees grey. Images of a folder without labels are scored and compared without."""
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for path in [*sorted((pictures / "across").glob("*.png"))[:4], *sorted((pictures / "down").glob("*.png"))[:4]]:
         shutil.copy(path, mixed / f"{path.parent.name}-{path.name}")
     noise = 255 * np.random.default_rng(0).integers(0, 2, (8, 12, 3), dtype=np.uint8)
     Image.fromarray(noise).save(mixed / "noise.png")
-    _, rows = found_in(run_copy, "--images", mixed)
+    _, rows = ranked(run_copy, "--images", mixed)
     errors = {Path(row["name"]).name: float(row["mse_over_validation_mean"]) for row in rows}
     assert len(errors) == 9
     assert errors.pop("noise.png") > 2 * max(errors.values())
@@ -92,7 +90,7 @@ def test_noise_among_a_run_s_own_images_shows_in_its_error(run_copy: Path, pictu
 
 
 def test_surprisals_do_not_depend_on_the_batch(run_copy: Path) -> None:
-    """More images than a batch holds; and labels matter."""
+    """With more images than a batch holds; labels matter."""
     prior, store = loaded(run_copy)
     rows = torch.arange(150) % 12
     assert store.condition is not None
@@ -105,13 +103,13 @@ def test_surprisals_do_not_depend_on_the_batch(run_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("grids", [[(2, 3)], [(2, 3)] * 3, [(1, 2), (2, 4)], [(2, 2), (3, 5)]])
-def test_a_heat_map_holds_an_image_s_bits(grids: list[tuple[int, int]]) -> None:
+def test_a_heat_map_sums_to_the_bits_of_its_image(grids: list[tuple[int, int]]) -> None:
     layout = SequenceLayout(grids, [16] * len(grids))
     bits = torch.rand(4, layout.length, dtype=torch.float64)
     heat = heat_maps(bits, layout)
     assert heat.shape == (4, *grids[-1])
     assert torch.allclose(heat.sum((1, 2)), bits.sum(1))
-    # What one position costs more shows in the cells under it alone, in equal parts.
+    # More bits at one position are shared equally by the cells under it.
     for position, (level, row, column) in enumerate(layout.coordinates().tolist()):
         more = bits.clone()
         more[:, position] += 1
@@ -121,17 +119,17 @@ def test_a_heat_map_holds_an_image_s_bits(grids: list[tuple[int, int]]) -> None:
         assert torch.allclose(change, under.double() / under.sum())
 
 
-def test_colours_lie_over_the_patches_they_belong_to() -> None:
+def test_colours_cover_the_patches_of_their_codes() -> None:
     heat = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 99.0]], dtype=torch.float64)
     colours = ScalarMappable(Normalize(0, 4), "inferno")
     picture = torch.zeros(4, 9, 3, dtype=torch.uint8)
-    found = overlaid(picture, heat, colours)
-    assert found.shape == (4, 9, 3)
-    assert found.dtype == torch.uint8
-    brightness = found.double().sum(-1)
+    overlay = overlaid(picture, heat, colours)
+    assert overlay.shape == (4, 9, 3)
+    assert overlay.dtype == torch.uint8
+    brightness = overlay.double().sum(-1)
     for row in range(2):
         for column in range(3):
-            patch = found[2 * row : 2 * row + 2, 3 * column : 3 * column + 3].reshape(-1, 3)
+            patch = overlay[2 * row : 2 * row + 2, 3 * column : 3 * column + 3].reshape(-1, 3)
             assert len(patch.unique(dim=0)) == 1
     assert brightness[0, 0] < brightness[0, 3] < brightness[0, 6] < brightness[2, 0] < brightness[2, 3] == brightness[2, 6]
     # The picture shows through.
@@ -160,20 +158,20 @@ def test_no_image_is_shown_twice() -> None:
     assert list(panel_positions(errors[:4], 3).values()) == [[0, 1, 2], [3]]
 
 
-def test_without_codes_of_validation_there_is_no_comparison(run_copy: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_validation_codes_there_is_no_comparison(run_copy: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run_copy / "codes")
-    _, rows = found_in(run_copy, "--images", pictures / "down" / "000.png")
+    _, rows = ranked(run_copy, "--images", pictures / "down" / "000.png")
     assert [row["percent_of_validation_below"] for row in rows] == [""]
     assert "extract_codes.py" in capsys.readouterr().out
 
 
-def test_a_label_is_what_images_are_scored_as(run_copy: Path, pictures: Path) -> None:
-    """By their folder or by --label; the prior may be another than the last."""
-    own = found_in(run_copy, "--images", pictures)[1]
-    down = found_in(run_copy, "--images", pictures, "--label", "down")[1]
-    found = {row["name"]: float(row["bits"]) for row in down}
-    for row in own:
-        assert (float(row["bits"]) == pytest.approx(found[row["name"]], abs=1e-3)) == (row["label"] == "down")
+def test_images_are_scored_under_the_label_of_their_folder_or_option(run_copy: Path, pictures: Path) -> None:
+    """Only for images in the folder `down` is the option's label `down` the same."""
+    by_folder = ranked(run_copy, "--images", pictures)[1]
+    down = ranked(run_copy, "--images", pictures, "--label", "down")[1]
+    by_option = {row["name"]: float(row["bits"]) for row in down}
+    for row in by_folder:
+        assert (float(row["bits"]) == pytest.approx(by_option[row["name"]], abs=1e-3)) == (row["label"] == "down")
 
 
 @pytest.mark.parametrize(
@@ -195,12 +193,12 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert not (run_copy / "anomalies").exists()
 
 
-def test_a_run_without_a_prior_says_what_trains_one(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_without_a_prior_the_error_names_the_command_to_run(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     shutil.rmtree(run_copy / "priors")
     assert "stage2_prior/train.py" in one_line_error(main, "--run", run_copy)
 
 
-def test_codes_of_another_tokenizer_are_no_comparison(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_codes_of_another_tokenizer_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     path = run_copy / "codes" / VALIDATION / "manifest.json"
     write_summed_json(path, {**read_summed_json(path), "tokenizer_sha256": "0" * 64})
     assert "extract them again" in one_line_error(main, "--run", run_copy)

@@ -1,4 +1,4 @@
-"""Completing images as its user meets it."""
+"""The command `complete.py`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def drawn(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((folder / "images").glob("*.png"))])
 
 
-def test_kept_rows_are_the_images_own_and_the_others_vary(run_copy: Path) -> None:
-    """2 x 3 codes: the first row of each image kept, the second drawn four times."""
+def test_kept_rows_are_those_of_the_image_and_the_others_vary(run_copy: Path) -> None:
+    """2 x 3 codes: the first row of each image is kept, the second drawn four times."""
     folder = completed(run_copy, "--n", 3, "--continuations", 4, "--prefix-rows", 1, "--seed", 1)
     assert {path.name for path in folder.iterdir()} == {"completions.png", "completions.json", "images"}
     details = json.loads((folder / "completions.json").read_text())
@@ -45,20 +45,20 @@ def test_kept_rows_are_the_images_own_and_the_others_vary(run_copy: Path) -> Non
     (originals,) = store.codes(rows)
     assert store.condition is not None
     assert details["labels"] == store.condition[rows].tolist() == [0, 0, 1]
-    found = drawn(folder).reshape(3, 4, 8, 12, 3)
+    completions = drawn(folder).reshape(3, 4, 8, 12, 3)
     for image in range(3):
-        # Which codes of the second row give that picture with the image's first row: there must be some.
+        # Some codes in the second row must give that picture together with the image's first row.
         seconds = torch.cartesian_prod(*[torch.arange(16)] * 3)[:, None]
         candidates = torch.cat([originals[image, :1].expand(len(seconds), 1, 3), seconds], 1)
         decoded = np.concatenate([to_uint8(tokenizer.decode((part,))).numpy() for part in candidates.split(512)])
-        for continuation in found[image]:
+        for continuation in completions[image]:
             assert (np.abs(decoded.astype(int) - continuation).max((1, 2, 3)) <= 1).any()
-    assert len(np.unique(found.reshape(12, -1), axis=0)) > 3
+    assert len(np.unique(completions.reshape(12, -1), axis=0)) > 3
 
 
 @pytest.mark.parametrize("arguments", [[], ["--prior", "uniform"], ["--batch-size", 2]])
-def test_all_rows_kept_give_the_reconstruction(run_copy: Path, pictures_of_one_label: Path, arguments: list[object]) -> None:
-    """Of every image of a folder, none held out."""
+def test_keeping_all_rows_gives_the_reconstruction(run_copy: Path, pictures_of_one_label: Path, arguments: list[object]) -> None:
+    """For every image of a folder; none is held out."""
     folder = completed(run_copy, "--continuations", 2, "--prefix-rows", 2, "--images", pictures_of_one_label, *arguments)
     tokenizer = load_tokenizer(RunDir(run_copy))
     originals = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(pictures_of_one_label.glob("*.png"))]))
@@ -77,8 +77,8 @@ def pictures_of_one_label(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_labels_of_a_folder_count_by_name(run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    """A label more, first by the alphabet, moves the folder's numbers, not its names."""
+def test_labels_of_a_folder_are_matched_by_name(run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    """Another label, first in the alphabet, changes the folder's numbers but not its names."""
     for label in ("down", "across"):
         shutil.copytree(pictures / label, tmp_path / "images" / label)
     folder = completed(run_copy, "--n", 4, "--continuations", 1, "--images", tmp_path / "images")
@@ -88,13 +88,13 @@ def test_labels_of_a_folder_count_by_name(run_copy: Path, pictures: Path, tmp_pa
     completed(run_copy, "--n", 2, "--images", tmp_path / "images", "--label", "down")
 
 
-def test_rows_by_prefix_and_by_list() -> None:
+def test_kept_rows_are_given_by_number_or_by_list() -> None:
     assert kept_rows(None, None, 5) == [True, True, False, False, False]
     assert kept_rows(3, None, 4) == [True, True, True, False]
     assert kept_rows(None, "0,3", 4) == [True, False, False, True]
 
 
-def test_finer_levels_and_pixels_keep_what_lies_under_the_rows(run_copy: Path) -> None:
+def test_finer_levels_and_pixels_are_kept_under_kept_rows(run_copy: Path) -> None:
     class Two:
         grids = [(2, 3), (4, 6)]  # noqa: RUF012
 
@@ -137,7 +137,9 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert not (run_copy / "completions").exists()
 
 
-def test_a_prior_that_knows_labels_only_needs_one(run_copy: Path, one_line_error: Callable[..., str], pictures_of_one_label: Path) -> None:
+def test_a_prior_trained_without_label_dropout_needs_a_label(
+    run_copy: Path, one_line_error: Callable[..., str], pictures_of_one_label: Path
+) -> None:
     train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
     assert "label: " in one_line_error(main, "--run", run_copy, "--images", pictures_of_one_label)
     assert completed(run_copy, "--images", pictures_of_one_label, "--label", "down", "--n", 2).exists()

@@ -1,4 +1,4 @@
-"""Compressing and decompressing as their user meets them, and the file between them."""
+"""The commands `compress.py` and `decompress.py`, and their file format."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONTENT = CodeFile(bytes(range(16)), "transformer", (8, 12, 3), CODED, torch.ten
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five images in folders that are no labels of the run; three of one name but for case and number."""
+    """Five images in folders that are no labels of the run; three names differ only in case and number."""
     folder = tmp_path_factory.mktemp("unlabelled")
     for number, name in enumerate(("one/other.png", "one/same.png", "two/SAME.png", "two/same-2.png", "two/ä b.png")):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -64,21 +64,19 @@ def pictures_in(folder: Path, names: list[str]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / f"{name}.png")) for name in names])
 
 
-def test_a_folder_comes_back_as_its_reconstructions_by_name(run_copy: Path, folder: Path, compressed: Path, tmp_path: Path) -> None:
+def test_a_folder_decompresses_to_its_reconstructions_by_name(run_copy: Path, folder: Path, compressed: Path, tmp_path: Path) -> None:
     decompress_main(["--run", str(run_copy), "--file", str(compressed), "--output", str(tmp_path / "back")])
     originals = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))]))
     tokenizer = load_tokenizer(RunDir(run_copy))
     expected = to_uint8(tokenizer.decode(tokenizer.encode(to_model(originals)))).numpy()
-    found = pictures_in(tmp_path / "back", ["one/other", "one/same", "two/SAME", "two/same-2", "two/ä b"])
-    assert np.abs(found.astype(int) - expected).max() <= 1
+    pictures = pictures_in(tmp_path / "back", ["one/other", "one/same", "two/SAME", "two/same-2", "two/ä b"])
+    assert np.abs(pictures.astype(int) - expected).max() <= 1
     assert unpack(compressed.read_bytes(), "").labels is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_a_split_is_coded_with_its_labels_at_the_priors_own_bits(
-    run_copy: Path, batch_size: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Beside the codes and labels that stage 2 has of it."""
+def test_a_split_is_coded_with_its_labels_at_the_priors_bits(run_copy: Path, batch_size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compared with the codes and labels that stage 2 stores."""
     compress_main(["--run", str(run_copy), "--batch-size", str(batch_size)])
     printed = capsys.readouterr().out
     data = (run_copy / "compressed" / "000" / "images.vqc").read_bytes()
@@ -91,23 +89,23 @@ def test_a_split_is_coded_with_its_labels_at_the_priors_own_bits(
     path = run_copy / "priors" / "transformer" / "prior.safetensors"
     prior, _ = load_prior(path, fingerprint(run_copy / "tokenizer.safetensors"))
     codes = store.codes(torch.arange(len(store)))
-    own = float(prior.double().nats(codes, store.condition).sum() / np.log(2) / 8)
-    assert len(content.coded.payload) <= 1.01 * own + 4
-    assert float(re.search(r"-log2 p: ([\d.]+) bytes", printed)[1]) == pytest.approx(own, abs=0.06)  # type: ignore[index]
+    prior_bytes = float(prior.double().nats(codes, store.condition).sum() / np.log(2) / 8)
+    assert len(content.coded.payload) <= 1.01 * prior_bytes + 4
+    assert float(re.search(r"-log2 p: ([\d.]+) bytes", printed)[1]) == pytest.approx(prior_bytes, abs=0.06)  # type: ignore[index]
     header, labels, names, payload = map(int, re.search(r"header (\d+), labels (\d+), names (\d+), payload (\d+)", printed).groups())  # type: ignore[union-attr]
     assert (header + labels + names + payload, names, payload) == (len(data), 0, len(content.coded.payload))
 
     for number in ("000", "001"):
         decompress_main(["--run", str(run_copy), "--file", str(run_copy / "compressed" / "000" / "images.vqc")])
         expected = to_uint8(load_tokenizer(RunDir(run_copy)).decode(codes)).numpy()
-        found = pictures_in(run_copy / "decompressed" / number, [f"{row:05d}" for row in range(len(store))])
-        assert np.abs(found.astype(int) - expected).max() <= 1
+        pictures = pictures_in(run_copy / "decompressed" / number, [f"{row:05d}" for row in range(len(store))])
+        assert np.abs(pictures.astype(int) - expected).max() <= 1
 
 
-def test_labels_that_the_prior_does_not_know_are_left_out_or_asked_for(
+def test_unknown_labels_are_left_out_or_required(
     run_copy: Path, folder: Path, compressed: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
-    """A prior that can do without does without, and says so; a label for all is taken; one that cannot asks for one."""
+    """A prior that supports no labels omits them with a message; one label for all is accepted; other priors require one."""
     compress_main(["--run", str(run_copy), "--images", str(folder), "--output", str(tmp_path / "down.vqc"), "--label", "down"])
     labels = unpack((tmp_path / "down.vqc").read_bytes(), "").labels
     assert labels is not None
@@ -121,7 +119,7 @@ def test_labels_that_the_prior_does_not_know_are_left_out_or_asked_for(
     assert not (run_copy / "compressed").exists()
 
 
-def test_every_prior_of_a_run_reads_its_own_files(run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_every_prior_of_a_run_decodes_its_files(run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     arguments = ["--prior.kind", "pixelcnn", "--prior.layers", "2", "--prior.width", "16", "--stage2.steps", "2"]
     train_prior(["--run", str(run_copy), *arguments])
     for prior in ("transformer", "pixelcnn"):
@@ -134,7 +132,7 @@ def test_every_prior_of_a_run_reads_its_own_files(run_copy: Path, tmp_path: Path
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
 def test_another_runs_file_is_refused(run_copy: Path, compressed: Path, part: str, one_line_error: Callable[..., str]) -> None:
-    """A weight of the tokenizer or the prior that differs makes another run of it."""
+    """One different weight of the tokenizer or the prior makes it another run."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -148,8 +146,8 @@ def test_another_runs_file_is_refused(run_copy: Path, compressed: Path, part: st
     assert not (run_copy / "decompressed").exists()
 
 
-def test_any_byte_that_changed_is_noticed(compressed: Path) -> None:
-    """Every byte of the file, each in one of its bits; every length it may be cut to; a byte more."""
+def test_any_changed_byte_is_detected(compressed: Path) -> None:
+    """One bit of every byte changed, every shorter length, one more byte."""
     data = compressed.read_bytes()
     unpack(data, "")
     for position in range(len(data)):
@@ -177,7 +175,7 @@ def resealed(body: bytes) -> bytes:
         (lambda data: b"", ["another kind"]),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_one_line(
+def test_damaged_files_get_one_line(
     run_copy: Path, compressed: Path, change: Callable[[bytes], bytes], parts: list[str], one_line_error: Callable[..., str]
 ) -> None:
     compressed.write_bytes(change(compressed.read_bytes()))
@@ -186,10 +184,10 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(
     assert not (run_copy / "decompressed").exists()
 
 
-def test_a_payload_under_a_right_checksum_that_is_not_the_codes_is_refused(
+def test_a_changed_payload_under_a_right_checksum_is_refused(
     run_copy: Path, compressed: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
-    """As another machine's arithmetic might read it: the codes' own checksum tells."""
+    """Another machine's arithmetic might read it so; the checksum of the codes detects it."""
     content = unpack(compressed.read_bytes(), "")
     payload = bytes([content.coded.payload[0] ^ 1]) + content.coded.payload[1:]
     compressed.write_bytes(pack(content._replace(coded=content.coded._replace(payload=payload)))[0])
@@ -198,7 +196,7 @@ def test_a_payload_under_a_right_checksum_that_is_not_the_codes_is_refused(
     assert not (tmp_path / "back").exists()
 
 
-def test_a_file_holds_what_was_packed() -> None:
+def test_packed_content_is_unpacked_unchanged() -> None:
     for content in (
         CONTENT,
         CONTENT._replace(labels=None),
@@ -207,9 +205,11 @@ def test_a_file_holds_what_was_packed() -> None:
         CONTENT._replace(labels=torch.tensor([0, 0, 0]), prior="ä", names=["\udcff", "ü", "x y"]),
     ):
         data, sizes = pack(content)
-        found = unpack(data, "")
-        assert found._replace(labels=None) == content._replace(labels=None)
-        assert (None if found.labels is None else found.labels.tolist()) == (None if content.labels is None else content.labels.tolist())
+        unpacked = unpack(data, "")
+        assert unpacked._replace(labels=None) == content._replace(labels=None)
+        assert (None if unpacked.labels is None else unpacked.labels.tolist()) == (
+            None if content.labels is None else content.labels.tolist()
+        )
         assert sum(sizes) == len(data)
         assert sizes.payload == len(content.coded.payload)
 
@@ -221,7 +221,7 @@ def test_a_file_holds_what_was_packed() -> None:
         *(["a", "a", "b"], ["a", "A", "b"], ["a", "b"], ["", "a", "b"], ["a"] * 4, ["a", "a.png/b", "c"], ["d/a", "D/a", "b"]),
     ],
 )
-def test_names_that_would_leave_the_folder_or_meet_are_refused(names: list[str]) -> None:
+def test_names_that_leave_the_folder_or_collide_are_refused(names: list[str]) -> None:
     with pytest.raises(UserError, match="contradicts itself"):
         unpack(pack(CONTENT._replace(names=names))[0], "")
 
@@ -236,14 +236,14 @@ def test_contradictions_under_a_right_checksum_are_refused() -> None:
             unpack(resealed(body), "")
 
 
-def test_a_payload_of_no_words_and_a_prior_elsewhere_are_refused() -> None:
+def test_an_incomplete_payload_and_a_prior_outside_the_run_are_refused() -> None:
     for content in (CONTENT._replace(coded=CONTENT.coded._replace(payload=b"12345")), CONTENT._replace(prior="../priors/transformer")):
         with pytest.raises(UserError, match="contradicts itself"):
             unpack(pack(content)[0], "")
 
 
-def test_a_folder_tree_comes_back_as_it_was(run_copy: Path, tmp_path: Path) -> None:
-    """Folders of any depth, one file name in several, a folder that bears a file's name, one whose name is not UTF-8."""
+def test_folder_trees_are_restored(run_copy: Path, tmp_path: Path) -> None:
+    """Folders of any depth, one file name in several, and folders named like files."""
     photos, back = tmp_path / "photos", tmp_path / "back"
     paths = ["x.png", "a/x.png", "a/b/x.png", "b/x.jpg", "b/y.png", "c.png/z.png", "c.png/deep/z.png"]
     for path in paths:
@@ -251,19 +251,19 @@ def test_a_folder_tree_comes_back_as_it_was(run_copy: Path, tmp_path: Path) -> N
         Image.new("RGB", (12, 8), "red").save(photos / path)
     compress.main(["--run", str(run_copy), "--images", str(photos), "--output", str(tmp_path / "photos.vqc")])
     decompress.main(["--run", str(run_copy), "--file", str(tmp_path / "photos.vqc"), "--output", str(back)])
-    found = {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()}
-    assert found == {str(Path(path).with_suffix(".png")) for path in paths}
+    restored = {str(path.relative_to(back)) for path in back.rglob("*") if path.is_file()}
+    assert restored == {str(Path(path).with_suffix(".png")) for path in paths}
 
 
 def announced(content: CodeFile, images: int, batch: int, offsets: int = 1) -> bytes:
-    """A file of that content whose header announces other numbers, under right checksums."""
+    """Return a file of this content whose header announces other numbers, under right checksums."""
     data = pack(content._replace(coded=content.coded._replace(images=0, batch=1, offsets=[])))[0]
     counts = struct.pack("<II", images, batch)
     return resealed(data[:32] + counts + data[40:70] + b"\0\0" * offsets + data[70:-4])
 
 
 def bomb(content: CodeFile, deflated: bytes, names: bool) -> bytes:
-    """A file of that content whose labels or names are those deflated bytes."""
+    """Return a file of this content whose labels or names are the given deflated bytes."""
     data, sizes = pack(content)
     at = len(data) - 4 - sizes.payload - sizes.names - (0 if names else sizes.labels)
     length = struct.pack("<I", len(deflated))
@@ -284,18 +284,18 @@ def zeros() -> bytes:
         lambda content, zeros: announced(content, 2**32 - 1, 2**32 - 1),
         lambda content, zeros: announced(content, 2**32 - 1, 1),
         lambda content, zeros: announced(content, 257, 257),
-        lambda content, zeros: announced(content, 256 * 40_000, 256, 40_000),  # believed, until the first batch takes more than there is
+        lambda content, zeros: announced(content, 256 * 40_000, 256, 40_000),  # accepted until the first batch takes more than there is
         lambda content, zeros: bomb(content, zeros, names=True),
         lambda content, zeros: bomb(content._replace(labels=torch.zeros(5, dtype=torch.int64)), zeros, names=False),
-        lambda content, zeros: pack(content._replace(lossless=Lossless(CodedPixels(b"", 1, [], 0), {0: png_of(20_000, 20_000)})))[0],
+        lambda content, zeros: pack(content._replace(lossless=Lossless(CodedPixels(b"", 1, [], 0), {0: png_header(20_000, 20_000)})))[0],
         lambda content, zeros: announced(content._replace(lossless=Lossless(CodedPixels(b"", 1, [], 0), {})), 2**24, 256, 2**16),
     ],
     ids=["images", "batches", "batch", "offsets", "names", "labels", "png", "pixels"],
 )
-def test_what_a_file_cannot_hold_is_not_believed(
+def test_false_sizes_in_a_file_are_refused(
     make: Callable[[CodeFile, bytes], bytes], run_copy: Path, compressed: Path, zeros: bytes, one_line_error: Callable[..., str]
 ) -> None:
-    """A line at once, whatever a header announces or a block inflates to, and little memory."""
+    """Quickly and in little memory, whatever a header announces or a block inflates to."""
     compressed.write_bytes(make(unpack(compressed.read_bytes(), ""), zeros))
     tracemalloc.start()
     started = time.monotonic()
@@ -307,8 +307,8 @@ def test_what_a_file_cannot_hold_is_not_believed(
     assert not (run_copy / "back").exists()
 
 
-def png_of(width: int, height: int) -> bytes:
-    """The beginning of a PNG of that size."""
+def png_header(width: int, height: int) -> bytes:
+    """Return the first bytes of a PNG of this size."""
     chunk = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
 
@@ -335,14 +335,14 @@ def test_a_failure_leaves_no_folder_behind(run_copy: Path, tmp_path: Path, monke
 
 
 def test_names_become_unique() -> None:
-    found = unique_names(["a", "b", "a", "A", "a-2", "a"])
-    assert len({name.casefold() for name in found}) == 6
-    assert unique_names(found) == found
+    unique = unique_names(["a", "b", "a", "A", "a-2", "a"])
+    assert len({name.casefold() for name in unique}) == 6
+    assert unique_names(unique) == unique
     long = unique_names(["y" * 250, "y" * 250, "\u5b57" * 100])
     assert unique_names(long) == long
     assert len(set(long)) == 3
     assert all(len(os.fsencode(f"{name}.png")) < 250 for name in long)
-    assert found[:3] == ["a", "b", "a-2"]
+    assert unique[:3] == ["a", "b", "a-2"]
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert not (run_copy / "compressed").exists()
 
 
-def test_what_exists_is_not_overwritten(run_copy: Path, compressed: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_existing_files_are_not_overwritten(run_copy: Path, compressed: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     before = compressed.read_bytes()
     assert "five.vqc" in one_line_error(compress_main, "--run", run_copy, "--output", compressed)
     assert "a folder" in one_line_error(compress_main, "--run", run_copy, "--output", tmp_path)
@@ -381,14 +381,14 @@ def test_what_exists_is_not_overwritten(run_copy: Path, compressed: Path, tmp_pa
 def test_a_file_that_does_not_decode_is_not_written(
     run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
 ) -> None:
-    """Decoding with other weights than the encoder had, as if its arithmetic were another."""
+    """Decoding uses other weights than the encoder, as if the arithmetic had changed."""
     weights, calls = codec.weights, 0
 
     def drifting(logits: torch.Tensor, offset: int) -> np.ndarray:
         nonlocal calls
         calls += 1
-        found = weights(logits, offset)
-        return found if calls <= 6 else found[:, ::-1].copy()  # a batch of 2 x 3 codes encoded, then decoding
+        table = weights(logits, offset)
+        return table if calls <= 6 else table[:, ::-1].copy()  # a batch of 2 x 3 codes encoded, then decoding
 
     monkeypatch.setattr(codec, "weights", drifting)
     assert "arithmetic" in one_line_error(compress_main, "--run", run_copy, "--output", tmp_path / "new.vqc")
@@ -400,17 +400,17 @@ def test_a_file_that_does_not_decode_is_not_written(
     assert not (run_copy / "compressed").exists()
 
 
-def test_threads_of_another_command_decode_the_same(run_copy: Path, compressed: Path, tmp_path: Path) -> None:
+def test_another_number_of_threads_decodes_the_same(run_copy: Path, compressed: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    found = []
+    pictures = []
     for threads in (1, 2):
         output = tmp_path / str(threads)
         arguments = ["--run", str(run_copy), "--file", str(compressed), "--output", str(output)]
         decompress_main([*arguments, "--compute.threads", str(threads)])
         assert torch.get_num_threads() == threads
-        found.append(pictures_in(output, ["one/other", "one/same", "two/SAME", "two/same-2", "two/ä b"]))
+        pictures.append(pictures_in(output, ["one/other", "one/same", "two/SAME", "two/same-2", "two/ä b"]))
     torch.set_num_threads(before)
-    assert np.abs(found[0].astype(int) - found[1]).max() <= 1
+    assert np.abs(pictures[0].astype(int) - pictures[1]).max() <= 1
 
 
 @pytest.mark.parametrize("script", [compress, decompress])

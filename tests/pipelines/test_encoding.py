@@ -1,4 +1,4 @@
-"""Images to codes and back, and pixels that lie on the disk."""
+"""Encoding and decoding of images, and pixels in files on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.encoding import allocate_pixels, encode_and_decode
 
 
 class Constant(torch.nn.Module):
-    """A tokenizer of 64 x 64 pixels, each of the colour of its image's one code."""
+    """A tokenizer of 64 x 64 pixels with one code per image, its colour."""
 
     image_shape, grids, quantizer = (3, 64, 64), ((1, 1),), SimpleNamespace(num_codes=(256,))
 
@@ -35,7 +35,7 @@ class Constant(torch.nn.Module):
 
 
 def mapped_file(tensor: Tensor) -> str:
-    """The path of the file that holds a tensor's bytes, empty for memory, as Linux knows it."""
+    """Return the path of the file in which Linux maps a tensor's bytes, empty for plain memory."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, _, _, _, _, *path = line.split(maxsplit=5)
         first, last = (int(address, 16) for address in addresses.split("-"))
@@ -46,7 +46,7 @@ def mapped_file(tensor: Tensor) -> str:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it asks Linux")
-def test_samples_and_reconstructions_lie_in_files_that_leave_nothing(tmp_path: Path) -> None:
+def test_samples_and_reconstructions_are_in_files_that_are_deleted(tmp_path: Path) -> None:
     tokenizer: Any = Constant()
     in_memory = draw_images(None, tokenizer, None, None, 20, 0, Sampling(batch_size=8))
     codes, pictures = draw_images(None, tokenizer, None, None, 20, 0, Sampling(batch_size=8), folder=tmp_path)
@@ -58,7 +58,7 @@ def test_samples_and_reconstructions_lie_in_files_that_leave_nothing(tmp_path: P
     assert list(tmp_path.iterdir()) == []  # even if the process is killed
 
 
-def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -1,4 +1,4 @@
-"""A run without torch: its graphs against torch, its sampler against ours."""
+"""A run without torch: graphs compared with torch, and the numpy sampler with the package's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.stage2_prior.priors.prior_kinds import random_codes
 
 @pytest.fixture(scope="module")
 def graphs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generator]:
-    """Graphs of a transformer in float64, and its generator; the tokenizer's were traced before."""
+    """Graphs of a transformer in float64, and the generator; the tokenizer's graphs were traced before."""
     run = shutil.copytree(exported / "run", tmp_path_factory.mktemp("exported") / "run")
     folder = run.parent / "onnx"
 
@@ -45,34 +45,34 @@ def graphs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def session(path: Path) -> Callable[..., list[np.ndarray]]:
-    opened = onnxruntime.InferenceSession(path)
-    return lambda **given: opened.run(None, given)
+    inference = onnxruntime.InferenceSession(path)
+    return lambda **inputs: inference.run(None, inputs)
 
 
-def test_codes_and_images_are_torchs_for_any_batch_size(graphs: tuple[Path, Generator]) -> None:
+def test_codes_and_images_equal_torchs_at_any_batch_size(graphs: tuple[Path, Generator]) -> None:
     folder, generator = graphs
     check_names_no_place(folder)
     images = torch.rand(5, 3, 8, 12) * 2 - 1
     codes = generator.tokenizer.encode(images)
     assert np.array_equal(session(folder / "encoder.onnx")(images=images.numpy())[0], codes[0].numpy())
-    (found,) = session(folder / "decoder.onnx")(level0=codes[0][:1].numpy())
-    assert np.abs(found - generator.tokenizer.decode((codes[0][:1],)).numpy()).max() < 1e-4
+    (pixels,) = session(folder / "decoder.onnx")(level0=codes[0][:1].numpy())
+    assert np.abs(pixels - generator.tokenizer.decode((codes[0][:1],)).numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["fsq", "residual_shared"])
-def test_other_quantizers_have_graphs_too(kind: str, exported_other: Path, tmp_path: Path) -> None:
+def test_other_quantizers_can_be_exported(kind: str, exported_other: Path, tmp_path: Path) -> None:
     model, folder = other_tokenizer(kind), exported_other if kind == "residual_shared" else tmp_path
     images = torch.rand(5, 3, 8, 12) * 2 - 1
     codes = model.encode(images)
     if folder == tmp_path:
         export_tokenizer(model, folder)
-    found = session(folder / "encoder.onnx")(images=images.numpy())
-    assert all(np.array_equal(level.numpy(), other) for level, other in zip(codes, found, strict=True))
-    given = {f"level{number}": level.numpy() for number, level in enumerate(codes)}
-    assert np.abs(session(folder / "decoder.onnx")(**given)[0] - model.decode(codes).numpy()).max() < 1e-4
+    exported_codes = session(folder / "encoder.onnx")(images=images.numpy())
+    assert all(np.array_equal(level.numpy(), other) for level, other in zip(codes, exported_codes, strict=True))
+    inputs = {f"level{number}": level.numpy() for number, level in enumerate(codes)}
+    assert np.abs(session(folder / "decoder.onnx")(**inputs)[0] - model.decode(codes).numpy()).max() < 1e-4
 
 
-def test_a_step_of_another_prior_takes_the_codes_so_far(exported_other: Path) -> None:
+def test_a_step_of_another_prior_takes_the_earlier_codes(exported_other: Path) -> None:
     prior = other_prior()
     layout, labels = prior.layout, torch.tensor([0, 5, 2])
     codes = random_codes(layout, 3)
@@ -80,14 +80,14 @@ def test_a_step_of_another_prior_takes_the_codes_so_far(exported_other: Path) ->
     step, flat = session(exported_other / "prior.onnx"), layout.flat(codes).numpy()
     expected = [logits for level in prior.logits(codes, labels) for logits in level.unbind(1)]
     for position, logits in enumerate(expected):
-        so_far = np.where(np.arange(layout.length) < position, flat, 0)
+        earlier = np.where(np.arange(layout.length) < position, flat, 0)
         level = layout.level_of(position)
-        (found,) = step(codes=so_far, labels=labels.numpy(), position=np.array([position]))
-        own = found[:, sum(layout.num_codes[:level]) : sum(layout.num_codes[: level + 1])]
-        assert np.abs(own - logits.numpy()).max() < 1e-4
+        (all_logits,) = step(codes=earlier, labels=labels.numpy(), position=np.array([position]))
+        level_logits = all_logits[:, sum(layout.num_codes[:level]) : sum(layout.num_codes[: level + 1])]
+        assert np.abs(level_logits - logits.numpy()).max() < 1e-4
 
 
-def test_float64_is_for_transformers_alone(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_float64_is_refused_for_other_priors_than_transformers(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     train_prior(["--run", str(run_copy), "--name", "pixelcnn", "--prior.kind", "pixelcnn", "--stage2.steps", "2"])
     arguments = ["--run", run_copy, "--prior", "pixelcnn", "--output", run_copy / "new", "--precision", "float64"]
     assert "--precision: expected float32" in one_line_error(main, *arguments)
@@ -101,7 +101,7 @@ def test_without_torch_the_same_codes_are_drawn_for_the_same_seed(graphs: tuple[
     assert np.array_equal(codes[0], expected.codes[0].numpy())
     assert np.abs(images.astype(int) - expected.pixels.numpy()).max() <= 1
     assert np.array_equal(exported.Sampler(folder).sample(2, "down", 1)[0][0], generator.draw(2, "down", 1).codes[0].numpy())
-    # As its user has it: the folder alone.
+    # As a user runs it: from the folder alone.
     elsewhere = shutil.copytree(folder, tmp_path / "elsewhere")
     hidden = "import sys; sys.modules['torch'] = None; sys.argv = ['sample.py', '--n', '5', '--output', 'made']; "
     line = f"{hidden}import runpy; runpy.run_path('elsewhere/sample.py', run_name='__main__')"
@@ -114,20 +114,20 @@ def test_without_torch_the_same_codes_are_drawn_for_the_same_seed(graphs: tuple[
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3, "top_p": 0.9}, {"temperature": 0.0}]
 )
-def test_its_draws_are_ours(settings: dict[str, Any]) -> None:
+def test_numpy_draws_equal_torchs(settings: dict[str, Any]) -> None:
     torch.manual_seed(1)
     logits = (torch.randn(200, 9, dtype=torch.float64) * 2).round(decimals=1)  # with ties
     config = draw.StepwiseSampling(**settings)
-    own = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
     probabilities = draw.warp(logits, config)
-    found = exported.warp(logits.numpy(), own)
-    assert np.allclose(found, probabilities.numpy(), atol=1e-12)
+    warped = exported.warp(logits.numpy(), options)
+    assert np.allclose(warped, probabilities.numpy(), atol=1e-12)
     uniform = torch.stack([draw.uniforms(7, torch.tensor([number]), 1)[0, 0] for number in range(200)])
     assert np.array_equal(uniform.numpy(), np.stack([exported.uniforms(7, number, 1)[0] for number in range(200)]))
-    assert np.array_equal(exported.draw(found, uniform.numpy()), draw.draw(probabilities, uniform).numpy())
+    assert np.array_equal(exported.draw(warped, uniform.numpy()), draw.draw(probabilities, uniform).numpy())
 
 
-def test_its_model_says_what_it_is_of(graphs: tuple[Path, Generator]) -> None:
+def test_model_json_names_labels_and_prior_and_settings_are_checked(graphs: tuple[Path, Generator]) -> None:
     folder, generator = graphs
     model = json.loads((folder / "model.json").read_text())
     assert model["label_names"] == ["across", "down"]

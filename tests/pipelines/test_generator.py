@@ -1,4 +1,4 @@
-"""A run as a Python object: the same as on the command line, whatever images and labels come as."""
+"""`Generator`: the results of the command line, for images and labels of any type."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def generator(finished_run: Path) -> Generator:
 
 @pytest.fixture(scope="module")
 def real(generator: Generator) -> torch.Tensor:
-    """uint8 (12, 8, 12, 3)."""
+    """Validation images, uint8 (12, 8, 12, 3)."""
     return load_images(generator.data).splits[VALIDATION].pixels[:]
 
 
-def written(folder: Path) -> torch.Tensor:
+def pictures_in(folder: Path) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(folder.glob("images/*.png"))])
 
 
-def test_samples_are_those_of_the_command_line(generator: Generator, run_copy: Path) -> None:
+def test_samples_equal_those_of_the_command_line(generator: Generator, run_copy: Path) -> None:
     settings = ["--temperature", "0.9", "--guidance", "2.0", "--seed", "3"]
     sample(["--run", str(run_copy), "--n", "6", *settings])
     pictures = generator.sample(6, seed=3, temperature=0.9, guidance=2.0)
     assert all(isinstance(picture, Image.Image) and picture.size == (12, 8) for picture in pictures)
-    found = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
-    assert torch.equal(found, written(run_copy / "samples/000"))
-    assert torch.equal(generator.sample(2, seed=3, output="tensor", temperature=0.9, guidance=2.0), found[:2])
-    assert generator.sampling.temperature == 1.0  # a call's settings are its own
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+    assert torch.equal(pixels, pictures_in(run_copy / "samples/000"))
+    assert torch.equal(generator.sample(2, seed=3, output="tensor", temperature=0.9, guidance=2.0), pixels[:2])
+    assert generator.sampling.temperature == 1.0  # settings of a call apply to that call only
 
 
-def test_labels_are_names_or_numbers_of_all_or_of_each(generator: Generator) -> None:
+def test_labels_are_names_or_numbers_for_all_or_for_each(generator: Generator) -> None:
     assert generator.label_names == ["across", "down"]
     assert generator.draw(3).condition.tolist() == [0, 1, 0]  # type: ignore[union-attr]
     by_name, by_number = (generator.sample(4, label=label, output="tensor") for label in ("down", 1))
@@ -61,7 +61,7 @@ def test_labels_are_names_or_numbers_of_all_or_of_each(generator: Generator) -> 
     assert torch.equal(each[[0, 3]], generator.sample(4, label=0, output="tensor")[[0, 3]])
 
 
-def test_images_may_come_as_anything_that_holds_them(generator: Generator, real: torch.Tensor, tmp_path: Path) -> None:
+def test_images_may_be_of_any_type(generator: Generator, real: torch.Tensor, tmp_path: Path) -> None:
     pictures = [Image.fromarray(image.numpy()) for image in real[:3]]
     pictures[0].save(tmp_path / "0.png")
     codes = generator.encode(real[:3])
@@ -69,7 +69,7 @@ def test_images_may_come_as_anything_that_holds_them(generator: Generator, real:
         assert all(torch.equal(*levels) for levels in zip(generator.encode(other), codes, strict=True))
     one = generator.encode(str(tmp_path / "0.png"))
     assert torch.equal(one[0], codes[0][:1])
-    # Of another size and mode, as a file of it would be.
+    # Other sizes and modes, as in files.
     large = Image.new("RGBA", (50, 70), (10, 200, 30, 120))
     large.save(tmp_path / "large.png")
     assert torch.equal(generator.pixels(large), generator.pixels(tmp_path / "large.png"))
@@ -77,12 +77,12 @@ def test_images_may_come_as_anything_that_holds_them(generator: Generator, real:
     assert torch.equal(generator.pixels(np.asarray(pictures[0])[:, ::-1]), real[:1].flip(2))
 
 
-def test_decoding_gives_what_the_tokenizer_makes_of_codes(generator: Generator, real: torch.Tensor) -> None:
+def test_decoding_equals_the_tokenizers(generator: Generator, real: torch.Tensor) -> None:
     codes = generator.encode(real)
-    found = generator.decode(codes, output="tensor")
+    decoded = generator.decode(codes, output="tensor")
     expected = (generator.tokenizer.decode(codes).clamp(-1, 1).movedim(1, -1) + 1) * 127.5
-    assert (found - expected).abs().max() <= 0.5 + 1e-3
-    assert np.array_equal(np.array(generator.decode(codes)[5]), found[5].numpy())
+    assert (decoded - expected).abs().max() <= 0.5 + 1e-3
+    assert np.array_equal(np.array(generator.decode(codes)[5]), decoded[5].numpy())
     assert generator.decode(tuple(level[:0] for level in codes)) == []
 
 
@@ -95,7 +95,7 @@ def test_a_path_is_a_folder_and_a_bare_name_a_run(run_copy: Path, monkeypatch: p
         Generator.from_pretrained(run_copy.name)
 
 
-def test_what_it_says_of_its_prior_is_of_the_one_it_loaded(run_copy: Path, real: torch.Tensor) -> None:
+def test_the_origin_describes_the_loaded_prior(run_copy: Path, real: torch.Tensor) -> None:
     generator = Generator.from_pretrained(run_copy, device="cpu", precision="float32")
     before, path = generator.origin, run_copy / "priors/transformer/prior.safetensors"
     data = generator.compress(real)
@@ -107,22 +107,22 @@ def test_what_it_says_of_its_prior_is_of_the_one_it_loaded(run_copy: Path, real:
     assert next(generator.prior.parameters()).dtype == torch.float32
 
 
-def test_completions_are_those_of_the_command_line_and_keep_what_they_should(
+def test_completions_equal_those_of_the_command_line_and_keep_unmasked_codes(
     generator: Generator, real: torch.Tensor, run_copy: Path, tmp_path: Path
 ) -> None:
     keep = torch.zeros(8, 12, dtype=torch.bool)
     keep[:4] = True
     Image.fromarray(real[0].numpy()).save(tmp_path / "0.png")
     complete(["--run", str(run_copy), "--images", str(tmp_path / "0.png"), "--n", "1", "--continuations", "3", "--label", "down"])
-    found = generator.complete([real[0]] * 3, keep, "down", output="tensor")
-    assert torch.equal(found, written(run_copy / "completions/000"))
+    completions = generator.complete([real[0]] * 3, keep, "down", output="tensor")
+    assert torch.equal(completions, pictures_in(run_copy / "completions/000"))
     white = Image.fromarray(keep.numpy().astype(np.uint8) * 255)
-    assert torch.equal(generator.complete([real[0]] * 3, white, "down", output="tensor"), found)
-    whole = generator.complete(real[:2], torch.ones(8, 12, dtype=torch.bool), output="tensor")
-    assert torch.equal(whole, generator.decode(generator.encode(real[:2]), output="tensor"))
+    assert torch.equal(generator.complete([real[0]] * 3, white, "down", output="tensor"), completions)
+    all_kept = generator.complete(real[:2], torch.ones(8, 12, dtype=torch.bool), output="tensor")
+    assert torch.equal(all_kept, generator.decode(generator.encode(real[:2]), output="tensor"))
 
 
-def test_bits_are_the_priors_and_what_compressing_takes(generator: Generator, real: torch.Tensor, run_copy: Path, tmp_path: Path) -> None:
+def test_bits_equal_the_priors_and_the_compressed_size(generator: Generator, real: torch.Tensor, run_copy: Path, tmp_path: Path) -> None:
     codes, labels = generator.encode(real), ["down"] * len(real)
     bits = generator.surprisals(codes, "down")
     assert [tuple(level.shape) for level in bits] == [(12, 2, 3)]
@@ -131,16 +131,16 @@ def test_bits_are_the_priors_and_what_compressing_takes(generator: Generator, re
     assert torch.allclose(bits[0].flatten(1) * -math.log(2), expected)
     assert torch.allclose(generator.log_prob(real, labels), expected.sum(1))
     data = generator.compress(real, "down")
-    without = len(generator.compress(real[:1], "down")) - float(generator.surprisals(real[:1], "down")[0].sum()) / 8
-    assert len(data) - float(bits[0].sum()) / 8 == pytest.approx(without, abs=8)
+    overhead = len(generator.compress(real[:1], "down")) - float(generator.surprisals(real[:1], "down")[0].sum()) / 8
+    assert len(data) - float(bits[0].sum()) / 8 == pytest.approx(overhead, abs=8)
     assert torch.equal(generator.decompress(data, output="tensor"), generator.decode(codes, output="tensor"))
     (tmp_path / "images.vqc").write_bytes(data)
     decompress(["--run", str(run_copy), "--file", str(tmp_path / "images.vqc"), "--output", str(tmp_path / "back/images")])
-    assert torch.equal(written(tmp_path / "back"), generator.decode(codes, output="tensor"))
+    assert torch.equal(pictures_in(tmp_path / "back"), generator.decode(codes, output="tensor"))
 
 
-def test_nobody_is_shown_what_was_not_asked_for(generator: Generator, real: torch.Tensor, capfd: pytest.CaptureFixture[str]) -> None:
-    """No method prints, or draws a bar, unasked."""
+def test_methods_print_nothing_by_default(generator: Generator, real: torch.Tensor, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nor do they show a progress bar, except by option."""
     codes = generator.encode(real)
     generator.decode(codes)
     generator.sample(2)
@@ -152,14 +152,14 @@ def test_nobody_is_shown_what_was_not_asked_for(generator: Generator, real: torc
     assert "sample" in capfd.readouterr().err
 
 
-def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tensor) -> None:
+def test_without_a_prior_codes_can_be_encoded_and_decoded(run_copy: Path, real: torch.Tensor) -> None:
     (run_copy / "priors/transformer/prior.safetensors").unlink()
     generator = Generator.from_pretrained(run_copy, device="cpu")
     assert generator.label_names == []
     assert len(generator.decode(generator.encode(real))) == 12
-    for ask in (generator.sample, lambda: generator.log_prob(real), lambda: generator.compress(real)):
+    for call in (generator.sample, lambda: generator.log_prob(real), lambda: generator.compress(real)):
         with pytest.raises(UserError, match="it has no finished prior"):
-            ask()
+            call()
     uniform = Generator.from_pretrained(run_copy, prior="uniform", device="cpu")
     assert len(uniform.sample(3)) == 3
     with pytest.raises(UserError, match="surprisals: expected a prior that draws codes in turn, found uniform"):
@@ -197,12 +197,12 @@ def test_without_a_prior_there_are_still_codes(run_copy: Path, real: torch.Tenso
         (lambda generator, real: Generator.from_pretrained(generator.run.path, prior="best"), "--prior best: expected one of transformer"),
     ],
 )
-def test_mistakes_say_what_was_expected(ask: Any, message: str, generator: Generator, real: torch.Tensor) -> None:
+def test_errors_name_the_expected_values(ask: Any, message: str, generator: Generator, real: torch.Tensor) -> None:
     with pytest.raises(UserError, match=message):
         ask(generator, real)
 
 
-def test_the_package_alone_imports_nothing_heavy() -> None:
-    found = "import pipelines, sys; print('torch' in sys.modules, hasattr(pipelines, 'Generator'), 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+def test_importing_the_package_does_not_import_torch() -> None:
+    program = "import pipelines, sys; print('torch' in sys.modules, hasattr(pipelines, 'Generator'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.split() == ["False", "True", "True"]

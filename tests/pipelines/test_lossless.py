@@ -1,4 +1,4 @@
-"""Likelihoods through the whole pipeline: the bound, and the files whose every pixel comes back."""
+"""Likelihoods through the whole pipeline: the bound on bits per dimension, and lossless files."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ from training.weights_file import fingerprint
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
-    """A finished run whose objective is a mixture of logistics, of pixels that see their neighbours. Never written into but by
-    pipelines' own numbered folders.
-    """
+    """A finished run whose objective is a mixture of logistics with pixels in context. Only numbered folders are added to it."""
     run = tmp_path_factory.mktemp("likelihood") / "run"
     objective = ["--tokenizer.objective.kind", "logistic", "--tokenizer.objective.context", "8"]
     train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *objective])
@@ -64,36 +62,36 @@ def validation(run: Path) -> torch.Tensor:
 
 
 def independent_bits(run: Path, pixels: torch.Tensor, with_class: bool) -> dict[str, np.ndarray]:
-    """-log2 p of each image by its parts, in float64, from what the run's files hold."""
+    """Return -log2 p of each image per prior, computed in float64 from the run's files."""
     tokenizer = load_tokenizer(RunDir(run))
     codes = tokenizer.encode(to_model(pixels))
     tokenizer.double()
     output = tokenizer.decoder(tokenizer.quantizer.lookup(codes))
     values = pixels.long().movedim(-1, 1)
-    of_pixels = torch.zeros(len(pixels), dtype=torch.float64)
+    pixel_bits = torch.zeros(len(pixels), dtype=torch.float64)
     for index, p in tokenizer.likelihood().sequential_probabilities(output, values):
-        of_pixels -= p.gather(-1, values[index][..., None]).log2().flatten(1).sum(1)
+        pixel_bits -= p.gather(-1, values[index][..., None]).log2().flatten(1).sum(1)
     store = CodeStore(run / "codes" / "train")
-    seen = store.counts()[0] + 1.0
+    counts = store.counts()[0] + 1.0
     prior, _ = load_prior(run / "priors/transformer/prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
     labels = CodeStore(run / "codes" / VALIDATION).condition if with_class else None
     logits = prior.double()(codes, labels)[0]
     chosen = logits.log_softmax(-1).gather(-1, codes[0].flatten(1)[..., None])[..., 0]
     return {
-        "uniform": (of_pixels + 6 * 4).numpy(),
-        "unigram": (of_pixels - torch.from_numpy(np.log2(seen / seen.sum()))[codes[0]].flatten(1).sum(1)).numpy(),
-        "learned": (of_pixels - chosen.sum(1) / math.log(2)).detach().numpy(),
+        "uniform": (pixel_bits + 6 * 4).numpy(),
+        "unigram": (pixel_bits - torch.from_numpy(np.log2(counts / counts.sum()))[codes[0]].flatten(1).sum(1)).numpy(),
+        "learned": (pixel_bits - chosen.sum(1) / math.log(2)).detach().numpy(),
     }
 
 
 def test_the_bound_is_the_sum_of_its_parts(
     run: Path, validation: torch.Tensor, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)  # the classifier need not be a good one here
+    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)  # the classifier need not be good here
     evaluate_main(["--run", str(run), "--features", "classifier", "--n", "8"])
-    found = read_json(run / "evaluations/000/evaluation.json")["bound"]
-    assert (found["n"], found["dimensions"], found["prior"]) == (len(validation), 8 * 12 * 3, "transformer")
-    bits = found["bits_per_dimension"]
+    bound = read_json(run / "evaluations/000/evaluation.json")["bound"]
+    assert (bound["n"], bound["dimensions"], bound["prior"]) == (len(validation), 8 * 12 * 3, "transformer")
+    bits = bound["bits_per_dimension"]
     for with_class in (False, True):
         expected = independent_bits(run, validation, with_class)
         for name in ("uniform", "unigram"):
@@ -109,7 +107,7 @@ def test_the_bound_is_the_sum_of_its_parts(
     assert f"at most {bits['learned']['mean']:.4f}" in capsys.readouterr().out
 
 
-def test_pixels_are_drawn_or_are_the_mean(exact: VQVAE, validation: torch.Tensor) -> None:
+def test_decoding_draws_pixels_or_returns_the_mean(exact: VQVAE, validation: torch.Tensor) -> None:
     codes = load_codes(exact, validation)
     mean = exact.decode(codes)
     uniform = torch.rand(*mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -126,10 +124,10 @@ def load_codes(tokenizer: VQVAE, pixels: torch.Tensor) -> tuple[torch.Tensor, ..
         return tokenizer.encode(to_model(pixels).double())
 
 
-def test_pixels_come_back_whatever_is_decoded_at_once_and_by_how_many_threads(
+def test_pixels_decode_at_any_batch_size_and_number_of_threads(
     exact: VQVAE, validation: torch.Tensor, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codec, "_SHARING", 100)  # offsets that change within turns and between them
+    monkeypatch.setattr(codec, "_SHARING", 100)  # offsets that change within and between batches
     images = validation[:3]
     codes = load_codes(exact, images)
     coded, clearance = encode_pixels(exact, codes, images, batch=2)
@@ -140,20 +138,20 @@ def test_pixels_come_back_whatever_is_decoded_at_once_and_by_how_many_threads(
         assert torch.equal(decode_pixels(exact, codes, coded, at_once), images)
 
 
-def test_arithmetic_that_differs_within_the_clearance_decodes_exactly_and_beyond_it_is_noticed(
+def test_different_arithmetic_decodes_within_the_clearance_and_is_detected_beyond(
     exact: VQVAE, validation: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = load_codes(exact, validation)
     coded, clearance = encode_pixels(exact, codes, validation, 64)
     likelihood = exact.likelihood()
-    own = likelihood.channel_probabilities
+    original = likelihood.channel_probabilities
 
     def disturbed(by: float) -> Callable[..., torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
 
         def channel_probabilities(*arguments: Any) -> torch.Tensor:
-            found = own(*arguments)
-            return found + by * (2 * torch.rand(found.shape, generator=generator, dtype=torch.float64) - 1)
+            probabilities = original(*arguments)
+            return probabilities + by * (2 * torch.rand(probabilities.shape, generator=generator, dtype=torch.float64) - 1)
 
         return channel_probabilities
 
@@ -164,12 +162,12 @@ def test_arithmetic_that_differs_within_the_clearance_decodes_exactly_and_beyond
         decode_pixels(exact, codes, coded)
 
 
-def test_a_payload_costs_what_the_likelihood_says(exact: VQVAE, validation: torch.Tensor) -> None:
-    """Within a hundredth and the coder's last words, in stretches that share an offset."""
+def test_the_payload_has_the_length_of_the_likelihood(exact: VQVAE, validation: torch.Tensor) -> None:
+    """Within one percent and the coder's final words, with an offset per stretch of values."""
     codes = load_codes(exact, validation)
-    own = float(exact.nats(codes, validation).sum()) / math.log(2) / 8
+    expected = float(exact.nats(codes, validation).sum()) / math.log(2) / 8
     coded, _ = encode_pixels(exact, codes, validation, 64)
-    assert own - 8 <= len(coded.payload) <= 1.01 * own + 8
+    assert expected - 8 <= len(coded.payload) <= 1.01 * expected + 8
     assert len(coded.offsets) == codec.num_offsets(len(validation), 64, (8, 12, 3))
 
 
@@ -188,7 +186,7 @@ def test_probabilities_that_cannot_be_coded_are_refused(exact: VQVAE, validation
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """Two pictures as the run has them, noise, and one colour, which PNG says in fewer bytes."""
+    """Two pictures of the run, noise, and one colour, which takes fewer bytes as PNG."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "in").mkdir()
     shutil.copy(pictures / "across" / "000.png", folder / "in" / "a.png")
@@ -202,13 +200,13 @@ def pixels_in(folder: Path) -> dict[str, np.ndarray]:
     return {str(path.relative_to(folder)): np.asarray(Image.open(path)) for path in folder.rglob("*.png")}
 
 
-def test_every_pixel_comes_back_and_no_image_takes_more_than_its_png(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_every_pixel_is_restored_and_no_image_takes_more_than_its_png(run: Path, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "all.vqc"
     compress_main(["--run", str(run), "--images", str(folder), "--lossless", "--output", str(file)])
     decompress_main(["--run", str(run), "--file", str(file), "--output", str(tmp_path / "back")])
-    expected, found = pixels_in(folder), pixels_in(tmp_path / "back")
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    expected, restored = pixels_in(folder), pixels_in(tmp_path / "back")
+    assert restored.keys() == expected.keys()
+    assert all(np.array_equal(restored[name], expected[name]) for name in expected)
     content = unpack(file.read_bytes(), "")
     assert content.lossless is not None
     plain = sorted(expected).index("plain.png")
@@ -220,18 +218,18 @@ def test_every_pixel_comes_back_and_no_image_takes_more_than_its_png(run: Path, 
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "png", optimize=True)
         pngs += len(buffer.getvalue())
-    # Beside the header: the coders end on words of 4 bytes, and offsets and counts are the pixels' own header.
+    # Without the header; the coders end on words of 4 bytes, and offsets and counts are the header of the pixels.
     assert sizes.payload + sizes.pixels <= pngs + 2 * 8 + 24 + 2 * len(content.lossless.pixels.offsets)
 
 
-def test_a_split_comes_back_from_a_file_near_the_bound(run: Path, validation: torch.Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_is_restored_from_its_file(run: Path, validation: torch.Tensor, capsys: pytest.CaptureFixture[str]) -> None:
     compress_main(["--run", str(run), "--lossless", "--batch-size", "5"])
     assert "lossless" in capsys.readouterr().out
     file = max((run / "compressed").iterdir()) / "images.vqc"
     decompress_main(["--run", str(run), "--file", str(file)])
     assert "every pixel as it was" in capsys.readouterr().out
-    back = pixels_in(max((run / "decompressed").iterdir()))
-    assert np.array_equal(np.stack([back[name] for name in sorted(back)]), validation.numpy())
+    restored = pixels_in(max((run / "decompressed").iterdir()))
+    assert np.array_equal(np.stack([restored[name] for name in sorted(restored)]), validation.numpy())
 
 
 def test_all_images_may_be_png(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -243,7 +241,7 @@ def test_all_images_may_be_png(run: Path, folder: Path, tmp_path: Path) -> None:
     assert np.array_equal(pixels_in(tmp_path / "back")["plain.png"], pixels_in(folder)["plain.png"])
 
 
-def test_what_would_not_come_back_is_refused(run: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_images_that_cannot_be_restored_are_refused(run: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     rng = np.random.default_rng(0)
     for name, shape in (("large", (9, 12, 3)), ("clear", (8, 12, 4))):
         Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
@@ -260,18 +258,18 @@ def test_a_tokenizer_without_a_likelihood_is_refused(run_copy: Path, one_line_er
     assert not (run_copy / "compressed").exists()
 
 
-def test_images_of_black_and_white(tmp_path: Path, tiny_recipe: Path, one_line_error: Callable[..., str]) -> None:
-    """A Bernoulli tokenizer takes them, and brings them back; it refuses others before it trains, and before it compresses."""
+def test_black_and_white_images_are_restored(tmp_path: Path, tiny_recipe: Path, one_line_error: Callable[..., str]) -> None:
+    """By a Bernoulli tokenizer, which refuses other images before training and before compressing."""
     bits = tmp_path / "bits"
     bits.mkdir()
     for number in range(16):
         pixels = np.random.default_rng(number).integers(0, 2, (2, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1) * 255
         Image.fromarray(pixels).convert("1").save(bits / f"{number:02d}.png")
-    chosen = ["--config", str(tiny_recipe), "--tokenizer.objective.kind", "bernoulli", "--data.channels", "1"]
-    assert "black and white" in one_line_error(train_tokenizer, *chosen, "--run", tmp_path / "grey")
+    options = ["--config", str(tiny_recipe), "--tokenizer.objective.kind", "bernoulli", "--data.channels", "1"]
+    assert "black and white" in one_line_error(train_tokenizer, *options, "--run", tmp_path / "grey")
     assert not (tmp_path / "grey").exists()
     run = tmp_path / "run"
-    train_tokenizer([*chosen, "--run", str(run), "--data.path", str(bits), "--stage1.steps", "100"])
+    train_tokenizer([*options, "--run", str(run), "--data.path", str(bits), "--stage1.steps", "100"])
     extract_codes(["--run", str(run)])
     train_prior(["--run", str(run)])
     sample_main(["--run", str(run), "--n", "2"])
@@ -282,7 +280,7 @@ def test_images_of_black_and_white(tmp_path: Path, tiny_recipe: Path, one_line_e
 
 
 @pytest.mark.parametrize("cut", ["payload", "stored"])
-def test_a_lossless_file_that_contradicts_itself_is_told(run: Path, folder: Path, tmp_path: Path, cut: str) -> None:
+def test_contradictory_lossless_files_are_refused(run: Path, folder: Path, tmp_path: Path, cut: str) -> None:
     compress_main(["--run", str(run), "--images", str(folder), "--lossless", "--output", str(tmp_path / "all.vqc")])
     content = unpack((tmp_path / "all.vqc").read_bytes(), "")
     assert content.lossless is not None

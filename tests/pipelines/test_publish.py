@@ -1,4 +1,4 @@
-"""A run that others can use: in a folder, and on a Hub that speaks the real one's protocol."""
+"""Published runs: in a folder, and on a Hub that speaks the real protocol."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.pipelines.fake_hub import Repositories, fake_hub
 from training.weights_file import fingerprint
 
 TOKEN = "hf_of_tests"
-# As a command, with its named runs somewhere else than in this checkout.
+# The command, with named runs outside of this checkout.
 SAMPLE = "from configs.errors import run_entry; from pipelines.sample import main; run_entry(lambda: main(['--run', '{}']))"
 
 
 @pytest.fixture(scope="module")
-def judged_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of whose paths are of this machine: of images, their cache, weights, and the run that it began from."""
+def evaluated_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose recipe names local paths: of images, their cache, weights, and the initial run."""
     run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("judged") / "run"))
     recipe, place = yaml.safe_load((run / "recipe.yaml").read_text()), run.parent
     recipe["data"] |= {"name": str(place / "named"), "cache": str(place / "cache")}
@@ -44,48 +44,48 @@ def judged_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def bundle(judged_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(evaluated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "digits"
-    main(["--run", str(judged_run), "--to", str(folder), "--license", "mit"])
+    main(["--run", str(evaluated_run), "--to", str(folder), "--license", "mit"])
     return folder
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Repositories]]:
-    """For processes that are started from here on; they look for no other machine."""
-    with fake_hub(TOKEN) as (address, held):
+    """A Hub for processes started by the test, which contact no other host."""
+    with fake_hub(TOKEN) as (address, repositories):
         for name, value in {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-        yield address, held
+        yield address, repositories
 
 
-def test_a_bundle_is_a_run_that_draws_the_same(bundle: Path, judged_run: Path) -> None:
-    ours, theirs = Generator.from_pretrained(judged_run, device="cpu"), Generator.from_pretrained(bundle, device="cpu")
+def test_a_bundle_draws_the_samples_of_its_run(bundle: Path, evaluated_run: Path) -> None:
+    ours, theirs = Generator.from_pretrained(evaluated_run, device="cpu"), Generator.from_pretrained(bundle, device="cpu")
     assert [picture.tobytes() for picture in ours.sample(4)] == [picture.tobytes() for picture in theirs.sample(4)]
     for name in ("tokenizer.safetensors", "priors/transformer/prior.safetensors"):
-        assert fingerprint(bundle / name) == fingerprint(judged_run / name)
+        assert fingerprint(bundle / name) == fingerprint(evaluated_run / name)
 
 
-def test_a_bundle_says_nothing_of_the_machine(bundle: Path, judged_run: Path, pictures: Path) -> None:
-    """And of a run's many files it has those that others need."""
-    found = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
-    of_prior = {
+def test_a_bundle_has_no_local_paths_and_only_the_files_that_users_need(bundle: Path, evaluated_run: Path, pictures: Path) -> None:
+    """Evaluations and the report have no local paths either."""
+    files = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
+    prior_files = {
         f"priors/transformer/{name}" for name in ("prior.safetensors", "likelihood.json", "likelihood.md", "likelihood.png", "report.json")
     }
     others = {"README.md", "config.json", "recipe.yaml", "tokenizer.safetensors", "stage1/report.json", "samples.png"}
-    assert found == of_prior | others | {"evaluations/000/evaluation.json", "evaluations/000/evaluation.md"}
-    assert str(pictures) in (judged_run / "recipe.yaml").read_text()
-    check_names_no_place(bundle, judged_run / "evaluations", judged_run / "report.html")
+    assert files == prior_files | others | {"evaluations/000/evaluation.json", "evaluations/000/evaluation.md"}
+    assert str(pictures) in (evaluated_run / "recipe.yaml").read_text()
+    check_names_no_place(bundle, evaluated_run / "evaluations", evaluated_run / "report.html")
     assert "named" in (bundle / "README.md").read_text()
 
 
-def test_the_card_has_each_figure_and_how_it_was_obtained(bundle: Path, judged_run: Path) -> None:
+def test_the_card_has_each_figure_with_its_origin(bundle: Path, evaluated_run: Path) -> None:
     card = ModelCard.load(bundle / "README.md")
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "unconditional-image-generation"
-    likelihood = json.loads((judged_run / "priors/transformer/likelihood.json").read_text())
-    report = json.loads((judged_run / "stage1/report.json").read_text())["validation"]
+    likelihood = json.loads((evaluated_run / "priors/transformer/likelihood.json").read_text())
+    report = json.loads((evaluated_run / "stage1/report.json").read_text())["validation"]
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
     (bits,) = [row for row in rows if row.startswith("| bits a token, prior transformer")]
     assert f"{likelihood['validation']:.3f}" in bits
@@ -99,35 +99,35 @@ def test_the_card_has_each_figure_and_how_it_was_obtained(bundle: Path, judged_r
     assert config["priors"]["transformer"]["condition"] == {"kind": "classes", "names": ["across", "down"]}
 
 
-def test_a_bundle_goes_to_the_hub_and_comes_back(
-    hub: tuple[str, Repositories], judged_run: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+def test_a_bundle_is_uploaded_to_the_hub_and_fetched(
+    hub: tuple[str, Repositories], evaluated_run: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, held = hub
-    done = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits", "--license", "mit")
+    address, repositories = hub
+    done = script("pipelines/publish.py", "--run", evaluated_run, "--to", "me/digits", "--license", "mit")
     assert done.returncode == 0, done.stderr
     assert f"wrote {address}/me/digits" in done.stdout
     assert "--run hf:me/digits" in done.stdout
-    assert {"README.md", "tokenizer.safetensors", "priors/transformer/prior.safetensors"} <= held["me/digits"].keys()
-    held["me/digits"] |= {"priors/old/prior.safetensors": b"of another tokenizer", "theirs.txt": b""}
-    again = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits", "--license", "mit")
+    assert {"README.md", "tokenizer.safetensors", "priors/transformer/prior.safetensors"} <= repositories["me/digits"].keys()
+    repositories["me/digits"] |= {"priors/old/prior.safetensors": b"of another tokenizer", "theirs.txt": b""}
+    again = script("pipelines/publish.py", "--run", evaluated_run, "--to", "me/digits", "--license", "mit")
     assert again.returncode == 0, again.stderr
-    assert "priors/old/prior.safetensors" not in held["me/digits"]
-    assert "theirs.txt" in held["me/digits"]
-    # Somewhere else, where runs lie in the working directory, as they do for who has installed it.
-    held["me/digits"]["run_me.py"] = b"raise SystemExit"
+    assert "priors/old/prior.safetensors" not in repositories["me/digits"]
+    assert "theirs.txt" in repositories["me/digits"]
+    # In another working directory that contains runs, as for an installed package.
+    repositories["me/digits"]["run_me.py"] = b"raise SystemExit"
     ask = "from pipelines import Generator; g = Generator.from_pretrained('hf:me/digits', device='cpu'); g.sample(2)[1].save('1.png')"
     monkeypatch.setattr("configs.hub.runs_folder", lambda: tmp_path)
     elsewhere = script("tests/launched/python.py", tmp_path, ask, cwd=tmp_path)
     assert elsewhere.returncode == 0, elsewhere.stderr
     fetched = tmp_path / "me--digits"
-    assert fingerprint(fetched / "tokenizer.safetensors") == fingerprint(judged_run / "tokenizer.safetensors")
+    assert fingerprint(fetched / "tokenizer.safetensors") == fingerprint(evaluated_run / "tokenizer.safetensors")
     assert not (fetched / "run_me.py").exists()
     sample(["--run", str(fetched), "--n", "2"])
     assert (fetched / "samples/000/images/00001.png").read_bytes() == (tmp_path / "1.png").read_bytes()
-    # Without a connection what has been fetched serves.
+    # Without a connection, fetched files are used.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert script("tests/launched/python.py", tmp_path, ask, cwd=tmp_path).returncode == 0
-    (fetched / "priors/transformer/prior.safetensors").unlink()  # as if it had not come through
+    (fetched / "priors/transformer/prior.safetensors").unlink()  # as if it had not been fetched
     part = script("tests/launched/python.py", tmp_path, SAMPLE.format("hf:me/digits"))
     assert part.returncode == 2
     assert "hf:me/digits: expected its prior transformer, found that it has not been fetched" in part.stderr
@@ -136,8 +136,8 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(
     assert none.stderr.startswith("error: hf:me/other: expected a repository of the Hub that can be read, found none (")
 
 
-def test_what_the_hub_refuses_is_one_line(
-    hub: tuple[str, Repositories], judged_run: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+def test_refusals_of_the_hub_get_one_line(
+    hub: tuple[str, Repositories], evaluated_run: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none = script("tests/launched/python.py", tmp_path, SAMPLE.format("hf:me/none"))
     assert none.returncode == 2
@@ -148,33 +148,33 @@ def test_what_the_hub_refuses_is_one_line(
     assert not (tmp_path / "me--foreign").exists()
     assert "hf:me/foreign: expected a run that pipelines/publish.py wrote" in foreign.stderr
     monkeypatch.setenv("HF_TOKEN", "another")
-    refused = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits")
+    refused = script("pipelines/publish.py", "--run", evaluated_run, "--to", "me/digits")
     assert refused.returncode == 2
     assert "--to me/digits: expected a Hub that takes it (hf auth login), found: Client error '401 Unauthorized'" in refused.stderr
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    alone = script("pipelines/publish.py", "--run", judged_run, "--to", "me/digits")
-    assert alone.returncode == 2
-    assert "--to me/digits: expected a Hub that takes it" in alone.stderr
-    assert "Traceback" not in none.stderr + foreign.stderr + refused.stderr + alone.stderr
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no server listens there
+    offline = script("pipelines/publish.py", "--run", evaluated_run, "--to", "me/digits")
+    assert offline.returncode == 2
+    assert "--to me/digits: expected a Hub that takes it" in offline.stderr
+    assert "Traceback" not in none.stderr + foreign.stderr + refused.stderr + offline.stderr
 
 
-def test_the_prior_that_was_named_first_is_the_one_that_draws(judged_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(judged_run, tmp_path / "run"))
+def test_the_first_named_prior_is_the_default(evaluated_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(evaluated_run, tmp_path / "run"))
     shutil.copytree(run / "priors/transformer", run / "priors/older")
     write_bundle(run_of(str(run)), ["older", "transformer"], tmp_path / "bundle", "me/both", "unknown", "cpu")
     assert "prior older" in (tmp_path / "bundle/README.md").read_text()
     assert list(json.loads((tmp_path / "bundle/config.json").read_text())["priors"]) == ["older", "transformer"]
 
 
-def test_a_run_without_a_prior_is_a_tokenizer(judged_run: Path, tmp_path: Path) -> None:
-    """Its evaluation is one of no samples: not of the prior that it had, nor of what somebody handed in."""
-    run = Path(shutil.copytree(judged_run, tmp_path / "run"))
-    judge = ["--run", str(run), "--features", "classifier", "--weights", "null"]
-    evaluate([*judge, "--samples", str(run / "stage1/reconstructions")])
+def test_a_run_without_a_prior_is_published_as_a_tokenizer(evaluated_run: Path, tmp_path: Path) -> None:
+    """Only an evaluation without samples is published, not one of an earlier prior or of other samples."""
+    run = Path(shutil.copytree(evaluated_run, tmp_path / "run"))
+    options = ["--run", str(run), "--features", "classifier", "--weights", "null"]
+    evaluate([*options, "--samples", str(run / "stage1/reconstructions")])
     shutil.rmtree(run / "priors")
     main(["--run", str(run), "--to", str(tmp_path / "none")])
     assert not (tmp_path / "none/evaluations").exists()
-    evaluate(judge)
+    evaluate(options)
     main(["--run", str(run), "--to", str(tmp_path / "bundle")])
     assert not (tmp_path / "bundle/samples.png").exists()
     assert "| samples | none |" in (tmp_path / "bundle/README.md").read_text()
@@ -199,7 +199,7 @@ def test_mistakes_get_one_line(arguments: list[str], message: str, run_copy: Pat
     assert not (run_copy / "new").exists()
 
 
-def test_a_name_that_could_be_both_is_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ambiguous_destinations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert hub_repository("me/digits") == hub_repository("hf:me/digits") == "me/digits"
     os.mkdir("me")

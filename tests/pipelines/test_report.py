@@ -1,4 +1,4 @@
-"""The report as its reader meets it: one file, complete, that fetches nothing."""
+"""The report: one complete file that fetches nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SELF_CLOSING = {"line", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """What a browser would see: elements with their attributes, and text; tags have to be closed in order."""
+    """Elements with their attributes, and text, as a browser parses them; tags must be closed in order."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class Page(HTMLParser):
 
 
 def evaluate(run: Path, number: str, **others: Any) -> None:
-    """An evaluation as pipelines/evaluate.py leaves it."""
+    """Write an evaluation as pipelines/evaluate.py does."""
     folder = run / "evaluations" / number
     folder.mkdir(parents=True)
-    found = {
+    content = {
         "prior": "transformer",
         "prior_sha256": fingerprint(run / "priors/transformer/prior.safetensors"),
         "tokenizer_sha256": fingerprint(run / "tokenizer.safetensors"),
@@ -79,13 +79,13 @@ def evaluate(run: Path, number: str, **others: Any) -> None:
         "notes": [f"A note of {number}."],
         **others,
     }
-    (folder / "evaluation.json").write_text(json.dumps(found))
+    (folder / "evaluation.json").write_text(json.dumps(content))
     Image.new("RGB", (5, 4), "red").save(folder / "neighbours.png")
 
 
 @pytest.fixture(scope="module")
 def full_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With samples and two evaluations; never written into but by the report."""
+    """A run with samples and two evaluations; only the report is written into it."""
     run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("full") / "run"))
     sample(["--run", str(run), "--n", "30"])
     sample(["--run", str(run), "--n", "6", "--prior", "uniform"])
@@ -94,7 +94,7 @@ def full_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run
 
 
-def test_images_made_elsewhere_are_no_key_figure(full_run: Path, tmp_path: Path) -> None:
+def test_evaluations_of_other_samples_are_no_key_figures(full_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(full_run, tmp_path / "run"))
     evaluate(run, "002", prior=None, prior_sha256=None, distances={"samples": {"n": 20, "frechet": 98.765}})
     evaluate(run, "003", prior="uniform", prior_sha256=None, distances={"samples": {"n": 20, "frechet": 87.654}})
@@ -104,7 +104,7 @@ def test_images_made_elsewhere_are_no_key_figure(full_run: Path, tmp_path: Path)
     assert "87.65" not in text[: text.index("Samples by class")]
 
 
-def test_an_extraction_that_left_nothing(full_run: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_of_codes_counts_as_not_extracted(full_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(full_run, tmp_path / "run"))
     shutil.rmtree(run / "codes")
     (run / "codes").mkdir()
@@ -112,7 +112,7 @@ def test_an_extraction_that_left_nothing(full_run: Path, tmp_path: Path) -> None
 
 
 def test_labels_are_those_of_the_training_codes(run_copy: Path) -> None:
-    """Test images of a contest have none, and come first by the alphabet."""
+    """Test images of a competition have none, and come first in the alphabet."""
     content = read_summed_json(run_copy / "codes" / "validation" / "manifest.json")
     write_summed_json(run_copy / "codes" / "test" / "manifest.json", {**content, "split": "test", "condition": {"kind": "none"}})
     rows = data_table(RunDir(run_copy), load_recipe(run_copy / "recipe.yaml"), "pictures").rows
@@ -125,7 +125,7 @@ def reported(run: Path) -> Page:
     return Page(run / "report.html")
 
 
-def test_it_needs_nothing_beside_it_and_no_network(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_needs_no_other_file_and_no_network(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = reported(full_run)
     size = (full_run / "report.html").stat().st_size
     assert f"({size / 1e6:.1f} MB)" in capsys.readouterr().out
@@ -141,13 +141,13 @@ def test_it_needs_nothing_beside_it_and_no_network(full_run: Path, capsys: pytes
     for styles in (page.style, *page.attributes("style")):
         assert "url(" not in styles
         assert "@import" not in styles
-    # And a browser is told to fetch nothing, whatever stands in the page.
+    # The page's policy forbids a browser to fetch anything.
     assert "default-src 'none'" in str(page.attributes("content"))
     assert "width=device-width, initial-scale=1" in page.attributes("content")
     assert "prefers-color-scheme: dark" in page.style
 
 
-def test_it_shows_what_the_run_holds(full_run: Path) -> None:
+def test_the_report_shows_the_contents_of_the_run(full_run: Path) -> None:
     page = reported(full_run)
     stage1, likelihood, history = (
         read_json(full_run / "stage1/report.json"),
@@ -168,23 +168,23 @@ def test_it_shows_what_the_run_holds(full_run: Path) -> None:
         *(history[0]["platform"], history[0]["python"], history[0]["versions"]["torch"], history[0]["time"][:10]),
     ]
     assert [text for text in shown if text not in page.text] == []
-    # Four curves of stage 1 and one of the prior, a heat map, 30 + 6 samples, reconstructions, codebook, a picture an evaluation.
+    # Four curves of stage 1 and one of the prior, a heat map, 30 + 6 samples, reconstructions, codebook, a picture per evaluation.
     assert sum(tag == "svg" for tag, _ in page.elements) == 4 + 1 + 1
     assert len(page.attributes("src")) == 20 + 6 + 1 + 1 + 2
     assert page.text.index("Distances of 001") < page.text.index("Earlier: evaluations/000") < page.text.index("Distances of 000")
 
 
-def test_samples_stand_under_their_label(full_run: Path) -> None:
+def test_samples_are_grouped_by_label(full_run: Path) -> None:
     drawn = samples(RunDir(full_run), full_run / "samples/000")
     assert [(group.label, len(group.tiles)) for group in drawn.classes] == [("across", 10), ("down", 10)]
     for number, group in enumerate(drawn.classes):
         files = [full_run / "samples/000/images" / f"{row:05d}.png" for row in range(number, 20, 2)]
         assert [base64.b64decode(uri.partition(",")[2]) for uri in group.tiles] == [path.read_bytes() for path in files]
-    (all_of_them,) = samples(RunDir(full_run), full_run / "samples/001").classes
-    assert (all_of_them.label, len(all_of_them.tiles)) == (None, 6)
+    (unlabelled,) = samples(RunDir(full_run), full_run / "samples/001").classes
+    assert (unlabelled.label, len(unlabelled.tiles)) == (None, 6)
 
 
-def test_each_prior_has_its_newest_samples_and_old_ones_are_told(run_copy: Path) -> None:
+def test_each_prior_has_its_newest_samples_and_outdated_ones_are_marked(run_copy: Path) -> None:
     for arguments in (["--prior", "uniform"], [], ["--seed", "1"]):
         sample(["--run", str(run_copy), "--n", "2", *arguments])
     run = RunDir(run_copy)
@@ -200,14 +200,14 @@ def test_each_prior_has_its_newest_samples_and_old_ones_are_told(run_copy: Path)
     assert [bool(drawn.remarks) for drawn in newest_samples(run)] == [True, False]
     page = reported(run_copy)
     assert page.text.count("Made with an earlier prior") == 2
-    # No longer among the figures to see first.
+    # No longer among the key figures.
     assert "12.35" not in page.text
     change_bytes(run.tokenizer)
     assert reported(run_copy).text.count("Made with an earlier tokenizer") == 3
 
 
-def test_labels_and_paths_are_text(run_copy: Path) -> None:
-    """They come from users' folders."""
+def test_labels_and_paths_are_escaped(run_copy: Path) -> None:
+    """They come from folders of users."""
     name = "<script>alert(1)</script> & \"'<b>"
     sample(["--run", str(run_copy), "--n", "2"])
     for file, old in (("samples/000/samples.json", "across"), ("priors/transformer/likelihood.json", "across")):
@@ -220,7 +220,7 @@ def test_labels_and_paths_are_text(run_copy: Path) -> None:
     assert not {tag for tag, _ in page.elements} & {"script"}
 
 
-def test_it_says_what_is_missing_and_the_command_that_makes_it(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_the_report_names_missing_parts_and_their_commands(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     assert "$ python pipelines/sample.py --n 64 --run" in reported(run_copy).text
     (run_copy / "priors/transformer/likelihood.json").unlink()
     assert "$ python stage2_prior/report.py --prior transformer --run ./run" in reported(run_copy).text
@@ -244,7 +244,7 @@ def test_the_template_is_installed_with_the_package() -> None:
     assert {path.name for path in (REPOSITORY / "pipelines" / "reporting").glob("*.jinja")} == {"report.html.jinja"} == set(listed)
 
 
-def test_made_again_it_takes_the_older_ones_place(run_copy: Path) -> None:
+def test_a_new_report_replaces_the_old_one(run_copy: Path) -> None:
     before = {path.name for path in run_copy.iterdir()}
     (run_copy / "report.html").write_text("old")
     reported(run_copy)
@@ -252,7 +252,7 @@ def test_made_again_it_takes_the_older_ones_place(run_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(("values", "logarithmic"), [([3.0, 1.0, 2.5], False), ([100.0, 1.0, 0.02], True), ([5.0, 5.0, 5.0], False)])
-def test_curves_are_drawn_where_their_ticks_say(values: list[float], logarithmic: bool) -> None:
+def test_curves_agree_with_their_ticks(values: list[float], logarithmic: bool) -> None:
     records: list[dict[str, Any]] = [{"step": 100 * (row + 1), "split": "train", "loss": value} for row, value in enumerate(values)]
     records += [{"step": 300, "split": "validation", "loss": 2.0, "other": 1}, {"step": 310, "split": "train", "loss": float("nan")}]
     chart = line_chart("Loss", records, "loss", {"reference": 2.0})
@@ -271,19 +271,19 @@ def test_curves_are_drawn_where_their_ticks_say(values: list[float], logarithmic
     assert line_chart("Loss", records, "loss of another name", {}) is None
 
 
-def test_heat_maps_colour_by_value_and_can_be_read() -> None:
-    found = heat_map([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], 0.0, 5.0)
-    assert (found.rows, found.columns, found.numbered) == (2, 3, True)
-    assert [(cell.y, cell.x, cell.value) for cell in found.cells] == [(row // 3, row % 3, float(row)) for row in range(6)]
+def test_heat_maps_colour_by_value_with_readable_numbers() -> None:
+    chart = heat_map([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], 0.0, 5.0)
+    assert (chart.rows, chart.columns, chart.numbered) == (2, 3, True)
+    assert [(cell.y, cell.x, cell.value) for cell in chart.cells] == [(row // 3, row % 3, float(row)) for row in range(6)]
 
     def brightness(colour: str) -> float:
         full = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
         red, green, blue = (int(full[start : start + 2], 16) / 255 for start in (1, 3, 5))
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    shades = [brightness(cell.colour) for cell in found.cells]
+    shades = [brightness(cell.colour) for cell in chart.cells]
     assert shades == sorted(set(shades))
-    assert all(abs(brightness(cell.ink) - brightness(cell.colour)) > 0.4 for cell in found.cells)
+    assert all(abs(brightness(cell.ink) - brightness(cell.colour)) > 0.4 for cell in chart.cells)
     assert len({cell.colour for cell in heat_map([[2.0, 2.0]], 2.0, 2.0).cells}) == 1
     assert not heat_map([[0.0] * 32], 0.0, 1.0).numbered
 

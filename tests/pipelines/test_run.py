@@ -1,4 +1,4 @@
-"""The chain as its user meets it: what is typed, what is skipped, how it ends."""
+"""The command `run.py`: the steps it runs or skips, and how it ends."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def chain(*arguments: object) -> Command:
     return parse("", tuple(SECTIONS), list(map(str, arguments)), starts_run=True, training_folder=lambda run, *_: run.stage1)
 
 
-def typed(*arguments: object) -> list[str]:
+def command_lines(*arguments: object) -> list[str]:
     return [step.typed() for step in steps(chain(*arguments))]
 
 
-def test_each_step_is_a_command_as_one_would_type_it() -> None:
-    assert typed("--config", "configs/digits.yaml", "--run", "nowhere") == [
+def test_each_step_is_an_ordinary_command() -> None:
+    assert command_lines("--config", "configs/digits.yaml", "--run", "nowhere") == [
         "accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --run nowhere --resume",
         "python stage2_prior/extract_codes.py --run nowhere",
         "accelerate launch stage2_prior/train.py --run nowhere --resume",
@@ -57,22 +57,22 @@ def test_each_step_is_a_command_as_one_would_type_it() -> None:
     assert Path(next(word for word in command if word.endswith("train.py"))).is_file()
 
 
-def reads_launch(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What Accelerate makes of the command that a step is started with; it has nothing to say about it."""
-    said: list[str] = []
-    monkeypatch.setattr(accelerate_launch.logger, "warning", lambda message, *_: said.append(message))
+def parse_launch(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return Accelerate's parsed arguments for a step's command, which must cause no warning."""
+    warnings: list[str] = []
+    monkeypatch.setattr(accelerate_launch.logger, "warning", lambda message, *_: warnings.append(message))
     arguments = accelerate_launch.launch_command_parser().parse_args([*launch.options(), "train.py"])
-    read, *_ = accelerate_launch._validate_launch_command(arguments)
-    assert said == []
-    return read
+    parsed, *_ = accelerate_launch._validate_launch_command(arguments)
+    assert warnings == []
+    return parsed
 
 
 @pytest.mark.parametrize(("devices", "processes"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (6, 4), (7, 4), (8, 8)])
 @pytest.mark.parametrize("configured", [False, True])
-def test_a_training_takes_as_many_gpus_as_divide_its_batch(
+def test_training_uses_the_most_gpus_that_divide_the_batch(
     devices: int, processes: int, configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody has configured Accelerate, and against the user's settings of one machine."""
+    """Without settings of Accelerate, and overriding a user's settings for one machine."""
     settings = tmp_path / "default_config.yaml"
     for module in (run_script, accelerate_launch, config_args):
         monkeypatch.setattr(module, "default_config_file", str(settings))
@@ -80,17 +80,17 @@ def test_a_training_takes_as_many_gpus_as_divide_its_batch(
     if configured:
         settings.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_processes": devices}))
     launch = Launch.choose(Stage2(batch_size=128))
-    assert reads_launch(launch, monkeypatch).num_processes == processes
+    assert parse_launch(launch, monkeypatch).num_processes == processes
     if devices == processes:
         assert launch.warning() is None
     else:
         assert launch.warning() == f"{processes} of {devices} processes, the most that divide the batch of 128 images evenly"
-    # Micro-steps divide it too, and one process can always take it.
+    # The batch is also divided into micro-steps; one process is always possible.
     assert Launch.choose(Stage2(batch_size=12, accumulation=2)).processes == {1: 1, 2: 2, 3: 3, 4: 3, 5: 3}.get(devices, 6)
     assert Launch.choose(Stage2(batch_size=1)).processes == 1
 
 
-def test_the_number_of_processes_of_several_machines_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_processes_of_several_machines_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = tmp_path / "default_config.yaml"
     monkeypatch.setattr(run_script, "default_config_file", str(settings))
     settings.write_text(
@@ -100,13 +100,13 @@ def test_the_number_of_processes_of_several_machines_is_left_alone(tmp_path: Pat
     assert (launch.processes, launch.options()) == (12, [])
 
 
-def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, *_ = typed()
+def test_the_default_run_is_that_of_the_default_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = command_lines()
     assert first == "accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --resume"
     assert second.endswith("extract_codes.py --run digits")
-    assert typed("--stage1.steps", "7")[0].endswith("--config configs/digits.yaml --stage1.steps 7 --resume")
+    assert command_lines("--stage1.steps", "7")[0].endswith("--config configs/digits.yaml --stage1.steps 7 --resume")
     monkeypatch.chdir(tmp_path)
-    assert all(Path(command.split()[2 if command.startswith("accelerate") else 1]).is_file() for command in typed())
+    assert all(Path(command.split()[2 if command.startswith("accelerate") else 1]).is_file() for command in command_lines())
 
 
 @pytest.mark.parametrize(
@@ -119,22 +119,22 @@ def test_without_a_run_it_is_the_default_recipes(tmp_path: Path, monkeypatch: py
         (["--evaluation", "{n: 3}"], ["--evaluation.KEY"]),
     ],
 )
-def test_options_that_no_step_would_heed_are_refused_before_any_runs(
+def test_options_without_effect_are_refused_before_any_step(
     arguments: list[str], parts: list[str], finished_run: Path, one_line_error: Callable[..., str]
 ) -> None:
-    """Of a finished run: a longer stage 1 would leave its prior without its tokenizer."""
+    """On a finished run: training stage 1 for longer would leave the prior without its tokenizer."""
     before = (finished_run / "history.jsonl").read_text()
     line = one_line_error(main, "--run", finished_run, *arguments)
     assert all(part in line for part in parts), line
     assert (finished_run / "history.jsonl").read_text() == before
 
 
-def test_options_go_to_the_steps_that_take_them(tmp_path: Path) -> None:
-    """Stage 1 writes all of them into the recipe; those it lets differ from a recipe that is there are handed on."""
+def test_options_are_passed_to_the_steps_that_take_them(tmp_path: Path) -> None:
+    """Stage 1 writes all of them into the recipe; options that may differ from an existing recipe are passed on."""
     path = tmp_path / "a run"
     options = ["--prior.kind", "pixelcnn", "--compute.threads=1", "--evaluation.n", "9", "--evaluation.features=classifier"]
     options += ["--data.workers", "1", "--data.height=8"]
-    first, extract, second, draw, uniform, evaluate, report = typed("--run", path, *options)
+    first, extract, second, draw, uniform, evaluate, report = command_lines("--run", path, *options)
     assert first == f"accelerate launch stage1_vqvae/train.py --run '{path}' {' '.join(options)} --resume"
     assert extract.endswith(f"extract_codes.py --run '{path}' --compute.threads=1 --data.workers=1")
     assert second.endswith(f"train.py --run '{path}' --compute.threads=1 --resume")
@@ -144,8 +144,8 @@ def test_options_go_to_the_steps_that_take_them(tmp_path: Path) -> None:
     assert report.endswith(f"report.py --run '{path}'")
 
 
-def test_what_a_later_step_may_still_change_is_that_steps(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 1 would refuse it, and a finished run heed it nowhere."""
+def test_options_that_may_change_are_passed_only_to_their_step(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 1 would refuse them, and on a finished run they would have no effect elsewhere."""
     options = ["--stage2.accumulation", "2", "--extraction.batch_size=5", "--sampling.batch_size", "9", "--stage1.accumulation", "4"]
     command = chain("--run", finished_run, *options[:-2], "--accept-changed-data")
     check_options(command)
@@ -157,22 +157,22 @@ def test_what_a_later_step_may_still_change_is_that_steps(finished_run: Path, tm
     assert evaluate.endswith("--prior transformer --sampling.batch_size=9 --accept_changed_data")
     with pytest.raises(UserError, match=r"--stage1\.accumulation: expected 1"):
         check_options(chain("--run", finished_run, *options[-2:]))
-    # A run that is there has its recipe, the default one's too.
+    # An existing run, also the default one, is used with its recipe.
     monkeypatch.setattr("configs.run_dir.runs_folder", lambda: tmp_path)
     monkeypatch.setattr("pipelines.run.runs_folder", lambda: tmp_path)
     (tmp_path / "digits").mkdir()
     shutil.copy(finished_run / "recipe.yaml", tmp_path / "digits")
-    assert typed()[0] == "accelerate launch stage1_vqvae/train.py --run digits --resume"
+    assert command_lines()[0] == "accelerate launch stage1_vqvae/train.py --run digits --resume"
 
 
-def test_the_runs_own_prior_counts_once_it_has_begun(run_copy: Path, tiny_recipe: Path) -> None:
-    """Whatever a recipe file says by now: stage 1 goes on with what was begun."""
-    assert typed("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior transformer")
+def test_a_started_run_keeps_its_kind_of_prior(run_copy: Path, tiny_recipe: Path) -> None:
+    """Whatever the recipe file says: stage 1 resumes with the run's recipe."""
+    assert command_lines("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior transformer")
     shutil.rmtree(run_copy / "stage1")
-    assert typed("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior pixelcnn")
+    assert command_lines("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior pixelcnn")
 
 
-def test_samples_count_only_if_the_chain_would_draw_the_same(run_copy: Path) -> None:
+def test_existing_samples_are_reused_only_if_they_would_be_drawn_the_same(run_copy: Path) -> None:
     run = RunDir(run_copy)
     for others in (["--n", "8"], ["--seed", "1"], ["--label", "down"], ["--temperature", "0.5"], ["--prior", "uniform"]):
         sample(["--run", str(run_copy), "--n", "64", *others])
@@ -186,13 +186,13 @@ def test_samples_count_only_if_the_chain_would_draw_the_same(run_copy: Path) -> 
     assert current_samples(run, "uniform") is None
 
 
-def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path) -> None:
+def test_an_existing_evaluation_is_reused_only_if_nothing_has_changed(run_copy: Path) -> None:
     run = RunDir(run_copy)
     recipe = recipe_dict(load_recipe(run.recipe))
-    asked = recipe["evaluation"]
-    found: dict[str, Any] = {
+    settings = recipe["evaluation"]
+    content: dict[str, Any] = {
         **model_fingerprints(run, "transformer"),
-        "evaluation": asked,
+        "evaluation": settings,
         "sampling": {**recipe["sampling"], "precision": "float64"},
         "split": "validation",
         "reference": "train",
@@ -204,67 +204,67 @@ def test_an_evaluation_counts_only_if_it_is_of_what_is_there_now(run_copy: Path)
         {"reference": "validation"},
         {"prior_sha256": "0"},
         {"sampling": {**recipe["sampling"], "temperature": 2.0}},
-        {"evaluation": {**asked, "features": "classifier"}},
+        {"evaluation": {**settings, "features": "classifier"}},
         {"drawn": False},
     ]
     for change in changes:
-        write_json(folder / "evaluation.json", found | change)
-        assert current_evaluation(run, "transformer", asked) is None, change
-    write_json(folder / "evaluation.json", found)
-    assert current_evaluation(run, "transformer", asked) == folder
-    assert current_evaluation(run, "transformer", {**asked, "n": 7}) is None
-    assert current_evaluation(run, "transformer", {**asked, "batch_size": 7}) == folder
+        write_json(folder / "evaluation.json", content | change)
+        assert current_evaluation(run, "transformer", settings) is None, change
+    write_json(folder / "evaluation.json", content)
+    assert current_evaluation(run, "transformer", settings) == folder
+    assert current_evaluation(run, "transformer", {**settings, "n": 7}) is None
+    assert current_evaluation(run, "transformer", {**settings, "batch_size": 7}) == folder
     change_bytes(run.prior("transformer") / "prior.safetensors")
-    assert current_evaluation(run, "transformer", asked) is None
+    assert current_evaluation(run, "transformer", settings) is None
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         (3, "error: extraction ended with exit code 3, for the reason above; finished steps will be skipped"),
         (130, "extraction was interrupted; go on with the same command"),
     ],
 )
 def test_a_failing_step_ends_the_chain_with_its_code(
-    run_copy: Path, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run_copy: Path, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Here the second."""
-    ran = []
+    """The second step fails."""
+    commands = []
 
     def run_instead(arguments: list[str], run: RunDir) -> int:
-        ran.append(arguments)
-        return 0 if len(ran) == 1 else code
+        commands.append(arguments)
+        return 0 if len(commands) == 1 else code
 
     monkeypatch.setattr("pipelines.run.run_to_its_end", run_instead)
     with pytest.raises(SystemExit) as stop:
         main(["--run", str(run_copy)])
     assert stop.value.code == code
     out, err = capfd.readouterr()
-    assert err == f"{said}\n"
+    assert err == f"{message}\n"
     assert f"$ python stage2_prior/extract_codes.py --run {run_copy}\n" in out
-    assert len(ran) == 2
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize("arguments", [["--minutes"], ["--minutes=soon"], ["--minutes", "0"], ["--minutes", "nan"]])
-def test_a_budget_has_to_be_a_time(arguments: list[str], tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_invalid_budgets_are_refused(arguments: list[str], tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     line = one_line_error(main, "--run", tmp_path / "run", *arguments)
     assert "--minutes: expected a number above 0, found" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_an_impossible_option_is_refused_before_any_step(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_invalid_options_are_refused_before_any_step(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     assert "stage1.lr" in one_line_error(main, "--run", tmp_path / "run", "--stage1.lr", "fast")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_steps_exit_code_is_ours(tmp_path: Path) -> None:
+def test_the_exit_code_is_that_of_the_step(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "nothing")
     assert run_to_its_end([sys.executable, "-c", "raise SystemExit(5)"], run) == 5
     assert run_to_its_end([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], run) == 137
     assert not run.path.exists()
 
 
-# A launcher that dies of Ctrl-C at once, and a training process of its that holds the run's lock until it has saved.
+# A launcher that dies of Ctrl-C at once, and its training process, which holds the run's lock until it has saved.
 LAUNCHER = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]]).wait()
@@ -284,7 +284,7 @@ with run.lock():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
-def test_a_signal_reaches_what_the_launcher_started_and_its_saving_is_waited_for(tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_reaches_the_training_process_and_its_checkpoint_is_waited_for(tmp_path: Path, number: int, code: int) -> None:
     def send() -> None:
         while not (tmp_path / "ready").exists():
             time.sleep(0.05)
@@ -299,7 +299,7 @@ def test_a_signal_reaches_what_the_launcher_started_and_its_saving_is_waited_for
     assert signal.getsignal(number) is before
 
 
-# Below a launcher, in a session of its own as torchrun's are: counts, as long as nobody stops it.
+# Started by a launcher in a separate session, as torchrun does: counts until it is stopped.
 COUNTING = """
 import sys, time
 for number in range(10**6):
@@ -316,7 +316,7 @@ sys.exit(run_to_its_end([sys.executable, "-c", *sys.argv[2:]], RunDir(Path(sys.a
 """
 
 
-def test_ctrl_z_stops_all_that_was_started_and_fg_wakes_it(tmp_path: Path) -> None:
+def test_ctrl_z_stops_all_processes_and_fg_continues_them(tmp_path: Path) -> None:
     counted = tmp_path / "count"
     arguments = [sys.executable, "-c", CHAIN, str(tmp_path), STARTS_IT, COUNTING, str(counted)]
     chain = psutil.Popen(arguments, cwd=REPOSITORY, start_new_session=True)
@@ -347,27 +347,27 @@ def test_ctrl_z_stops_all_that_was_started_and_fg_wakes_it(tmp_path: Path) -> No
         chain.wait()
 
 
-def test_one_command_leaves_a_report_and_knows_what_is_done(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
+def test_one_command_makes_a_report_and_a_second_skips_finished_steps(tiny_recipe: Path, tmp_path: Path, script: Script) -> None:
     path = tmp_path / "run"
-    here = ["--config", tiny_recipe, "--run", path, "--evaluation.features", "classifier", "--evaluation.n", "24"]
-    done = script("pipelines/run.py", *here, "--minutes", "0.1", threads=1)
+    options = ["--config", tiny_recipe, "--run", path, "--evaluation.features", "classifier", "--evaluation.n", "24"]
+    done = script("pipelines/run.py", *options, "--minutes", "0.1", threads=1)
     assert done.returncode == 0, done.stdout + done.stderr
-    arguments = [*here, "--stage1.minutes=0.04", "--stage2.minutes=0.045"]
+    arguments = [*options, "--stage1.minutes=0.04", "--stage2.minutes=0.045"]
     assert done.stdout.count(" a step on this machine") == 2
     printed = [line.removeprefix("$ ") for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert printed == typed(*arguments, "--compute.threads", "1")
+    assert printed == command_lines(*arguments, "--compute.threads", "1")
     assert "Samples by class" in (path / "report.html").read_text()
     assert [read_json(path / f"samples/{number}/samples.json")["prior"] for number in ("000", "001")] == ["transformer", "uniform"]
-    ran = [json.loads(line)["command"] for line in (path / "history.jsonl").read_text().splitlines()]
-    trained = ["stage1_vqvae/train.py", "stage2_prior/extract_codes.py", "stage2_prior/train.py"]
-    assert ran == [*trained, *(f"pipelines/{name}.py" for name in ("sample", "sample", "evaluate"))]
-    found = {step.name: step.existing() for step in steps(chain(*arguments))}
-    assert {name for name, folder in found.items() if folder is not None} == {"samples", "uniform samples", "evaluation"}
+    commands = [json.loads(line)["command"] for line in (path / "history.jsonl").read_text().splitlines()]
+    training = ["stage1_vqvae/train.py", "stage2_prior/extract_codes.py", "stage2_prior/train.py"]
+    assert commands == [*training, *(f"pipelines/{name}.py" for name in ("sample", "sample", "evaluate"))]
+    existing = {step.name: step.existing() for step in steps(chain(*arguments))}
+    assert {name for name, folder in existing.items() if folder is not None} == {"samples", "uniform samples", "evaluation"}
     again = steps(chain("--run", path, "--evaluation.n", "25"))
     assert {step.name for step in again if step.existing() is not None} == {"samples", "uniform samples"}
 
 
-def test_it_runs_where_there_are_few_signals_and_no_process_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_run_without_posix_signals_and_process_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows."""
     for module, names in (
         (signal, ("SIGHUP", "SIGUSR1", "SIGTSTP", "SIGSTOP", "SIGKILL")),
@@ -380,8 +380,8 @@ def test_it_runs_where_there_are_few_signals_and_no_process_groups(tmp_path: Pat
     assert share_of_cores() >= 1
 
 
-def test_weights_of_an_evaluation_are_known_by_name_and_content(tmp_path: Path) -> None:
-    """Not by a place, which is of this machine alone; and another file of that name is another evaluation."""
+def test_weights_are_described_by_name_and_content(tmp_path: Path) -> None:
+    """Paths, which are of this machine only, are left out; another file of the same name counts as other weights."""
     described = []
     for content in (b"one", b"two"):
         (tmp_path / "w.pth").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Sampling as its user meets it."""
+"""The command `sample.py`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sampled(run: Path, *arguments: object) -> Path:
     return new
 
 
-def test_it_leaves_what_the_readme_says(run_copy: Path) -> None:
+def test_sampling_writes_the_documented_files(run_copy: Path) -> None:
     folder = sampled(run_copy, "--n", 10, "--npz")
     assert {path.name for path in folder.iterdir()} == {"grid.png", "images", "codes.safetensors", "samples.json", "samples.npz"}
     pictures = np.load(folder / "samples.npz")["arr_0"]
@@ -49,7 +49,7 @@ def test_it_leaves_what_the_readme_says(run_copy: Path) -> None:
     assert details["prior"] == "transformer"
 
 
-def test_a_second_call_writes_beside_the_first(run_copy: Path) -> None:
+def test_a_second_call_writes_into_a_new_folder(run_copy: Path) -> None:
     first = sampled(run_copy, "--n", 2)
     content = (first / "grid.png").read_bytes()
     second = sampled(run_copy, "--n", 2, "--seed", 1)
@@ -68,41 +68,41 @@ def test_codes_are_equal_at_any_batch_size(run_copy: Path, arguments: list[str])
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float64", torch.float64), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_the_prior_draws_in_the_precision_asked_for(
+def test_the_prior_draws_in_the_chosen_precision(
     run_copy: Path, precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Float64 is what makes a sample independent of its batch: rounding moves its logits by 1e-14, not by 1e-6."""
-    seen: list[torch.dtype] = []
+    """Float64 makes a sample independent of its batch: rounding changes logits by 1e-14 instead of 1e-6."""
+    dtypes: list[torch.dtype] = []
     step = Transformer.step
 
-    def noting(self: Transformer, *arguments: object) -> torch.Tensor:
+    def recorded(self: Transformer, *arguments: object) -> torch.Tensor:
         logits = step(self, *arguments)  # type: ignore[arg-type]
-        seen.append(logits.dtype)
+        dtypes.append(logits.dtype)
         return logits
 
-    monkeypatch.setattr(Transformer, "step", noting)
+    monkeypatch.setattr(Transformer, "step", recorded)
     sampled(run_copy, "--n", 2, "--precision", precision)
-    assert set(seen) == {dtype}
+    assert set(dtypes) == {dtype}
 
 
-def test_more_samples_begin_with_the_same_ones(run_copy: Path) -> None:
+def test_more_samples_begin_with_those_of_fewer(run_copy: Path) -> None:
     few, many = (load_file(sampled(run_copy, "--n", n) / "codes.safetensors")["level0"] for n in (3, 20))
     assert torch.equal(few, many[:3])
 
 
-def test_a_label_by_name_or_number(run_copy: Path) -> None:
+def test_labels_are_given_by_name_or_number(run_copy: Path) -> None:
     by_name, by_number = (sampled(run_copy, "--n", 4, "--label", label) for label in ("down", "1"))
     assert json.loads((by_name / "samples.json").read_text())["labels"] == [1, 1, 1, 1]
     assert (by_name / "grid.png").read_bytes() == (by_number / "grid.png").read_bytes()
 
 
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "float64"), ("cuda:0", "bfloat16")])
-def test_the_device_decides_on_the_precision(
+def test_the_default_precision_depends_on_the_device(
     run_copy: Path, device: str, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Default precision per device, with the weights on the CPU; likelihoods and coding keep full-precision weights."""
     for name, load in (("load_finished", load_finished), ("load_tokenizer", load_tokenizer)):
-        monkeypatch.setattr(f"pipelines.generator.{name}", lambda *given, load=load: load(*given[:-1]))
+        monkeypatch.setattr(f"pipelines.generator.{name}", lambda *arguments, load=load: load(*arguments[:-1]))
     monkeypatch.setattr("pipelines.generator.default_precision", lambda device: {"cpu": "float64", "cuda": "bfloat16"}[device.type])
     exact = Generator.from_pretrained(run_copy, device="cpu").exact_prior("test").state_dict()
     generator = Generator.from_pretrained(run_copy, device=device)
@@ -146,13 +146,13 @@ def test_mistakes_get_one_line_and_leave_nothing(
     assert not (run_copy / "samples").exists()
 
 
-def test_guidance_needs_a_prior_that_knows_no_label(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_guidance_needs_a_prior_trained_with_label_dropout(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     train_prior(["--run", str(run_copy), "--name", "sure", "--stage2.condition_dropout", "0", "--stage2.steps", "2"])
     assert "condition_dropout 0" in one_line_error(main, "--run", run_copy, "--guidance", "2")
     assert sampled(run_copy, "--n", 2).exists()
 
 
-def test_out_of_order_it_names_the_missing_command(tmp_path: Path, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_errors_name_the_command_to_run_first(tmp_path: Path, run_copy: Path, one_line_error: Callable[..., str]) -> None:
     assert "accelerate launch stage1_vqvae/train.py" in one_line_error(main, "--run", tmp_path / "nothing")
     shutil.rmtree(run_copy / "priors")
     assert "accelerate launch stage2_prior/train.py" in one_line_error(main, "--run", run_copy)
@@ -163,7 +163,7 @@ def test_a_prior_of_another_tokenizer_is_refused(run_copy: Path, one_line_error:
     assert "expected a prior over codes of the run's tokenizer" in one_line_error(main, "--run", run_copy)
 
 
-def test_a_place_that_cannot_be_written_is_named(
+def test_an_output_folder_that_cannot_be_written_is_named(
     run_copy: Path, one_line_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run_copy / "samples").write_text("in the way")
@@ -180,8 +180,8 @@ def test_a_failure_leaves_no_half_written_samples(run_copy: Path, monkeypatch: p
     assert not (run_copy / "samples").exists()
 
 
-def test_what_is_written_stays_when_the_pipe_is_closed(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `sample.py | head -1`."""
+def test_written_samples_remain_if_the_pipe_is_closed(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example in `sample.py | head -1`."""
 
     def closed(*_: object) -> None:
         raise BrokenPipeError

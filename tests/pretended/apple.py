@@ -1,11 +1,11 @@
-"""What goes to the CPU because Apple's GPUs have no float64: part of the chain on a pretended `mps`."""
+"""Float64 work moves to the CPU on Apple's GPUs: part of the chain on a pretended `mps`."""
 
 from __future__ import annotations
 
 import torch
 
 from tests.pretended.device import Pretended
-from tests.pretended.rules import refused
+from tests.pretended.rules import raises
 from training.devices import (
     as_float64,
     float64_copy,
@@ -21,11 +21,15 @@ from training.devices import (
 def check() -> None:
     device = numbered(torch.device("mps"))
     cpu = torch.device("cpu")
-    with Pretended() as seen:
+    with Pretended() as log:
         x = torch.ones(3, device="mps")
-        for way in (x.double, lambda: x.to("cpu", torch.float64).to("mps"), lambda: torch.zeros(1, dtype=torch.float64, device="mps")):
-            with refused("doesn't support float64"):
-                way()
+        for operation in (
+            x.double,
+            lambda: x.to("cpu", torch.float64).to("mps"),
+            lambda: torch.zeros(1, dtype=torch.float64, device="mps"),
+        ):
+            with raises("doesn't support float64"):
+                operation()
         assert x.device == device == torch.device("mps", 0)
         assert widest_float(device) == torch.float32
         assert float64_device(device) == cpu
@@ -35,6 +39,6 @@ def check() -> None:
         assert {weight.device for weight in model.parameters()} == {device}
         assert not pinned(torch.ones(3), device).is_pinned()
         set_current_device(device)
-        seen.waits.clear()
+        log.waits.clear()
         wait_for(device)
-        assert seen.waits.total() == 1
+        assert log.waits.total() == 1

@@ -1,8 +1,8 @@
-"""The chain on pretended devices: train, resume, extract, train the prior, resume, sample, evaluate, compress a tiny run's images.
+"""Run the chain on pretended devices: train, resume, extract, train the prior, resume, sample, evaluate and compress.
 
     python tests/pretended/run.py cuda 1 tests.pretended.chain RECIPE RUN RESULT [COMMAND ...]
 
-Writes what was seen into RESULT.N.json, N being the process's number: the waits of each command, and those of ordinary steps of training.
+Writes RESULT.RANK.json: the device waits of each command and of ordinary training steps.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from configs.schema import Stage1, Stage2
 from tests.launched.commands import staying_joined
 from tests.launched.plots import leave_blank
 from tests.pretended import apple
-from tests.pretended.device import Pretended, Seen
-from tests.pretended.tiny import commands, in_short, run_command
+from tests.pretended.device import DeviceLog, Pretended
+from tests.pretended.tiny import commands, fast_settings, run_command
 
 Waits = dict[str, int]
-"""How often the host waited, by kind and line."""
+"""Number of device waits by kind and line."""
 
 
 class Steps:
-    """The waits of the ordinary steps of a training, each from its beginning to that of the next."""
+    """Device waits of ordinary training steps, each up to the start of the next."""
 
-    def __init__(self, seen: Seen, config: Stage1 | Stage2) -> None:
+    def __init__(self, log: DeviceLog, config: Stage1 | Stage2) -> None:
         self.waits: dict[int, Waits] = {}
-        self._seen, self._config = seen, config
+        self._log, self._config = log, config
         self._step: int | None = None
 
     def watched(self, take_step: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that takes a step, the number of which is its last argument."""
+        """Wrap a `take_step`, whose last argument is the step number."""
 
         def watched(*args: Any) -> Any:
             self.close()
-            self._step, self._before = args[-1], self._seen.waits.copy()
+            self._step, self._before = args[-1], self._log.waits.copy()
             return take_step(*args)
 
         return watched
 
     def close(self) -> None:
-        """The end of the last step."""
+        """End the current step."""
         if self._step is not None and self._is_ordinary(self._step + 1):
-            self.waits[self._step] = _shown(self._seen.waits - self._before)
+            self.waits[self._step] = _as_json(self._log.waits - self._before)
         self._step = None
 
     def _is_ordinary(self, done: int) -> bool:
-        """Whether after so many steps nothing is logged, validated or saved, and no codes restart."""
+        """Whether nothing is logged, validated, saved or restarted after `done` steps."""
         config = self._config
         intervals = [config.log_interval, config.validation_interval, config.checkpoint_interval]
         if isinstance(config, Stage1):
@@ -66,29 +66,29 @@ class Steps:
         return done < config.steps and all(done % interval for interval in intervals)
 
 
-def watched_command(module: str, *words: str) -> dict[str, Any]:
-    """Run a command; what was seen of it. Errors: its own."""
-    program, began = importlib.import_module(module), time.monotonic()
+def run_logged(module: str, *words: str) -> dict[str, Any]:
+    """Run a command and return its time, launches and waits. Errors: those of the command."""
+    program, start = importlib.import_module(module), time.monotonic()
     take_step = getattr(program, "take_step", None)
-    with Pretended() as seen:
+    with Pretended() as log:
         if take_step is None or "--resume" not in words:
             run_command(module, *words)
             steps = {}
         else:
             recipe = load_recipe(Path(words[words.index("--run") + 1]) / "recipe.yaml")
-            watching = Steps(seen, recipe.stage1 if module.startswith("stage1") else recipe.stage2)
-            program.take_step = watching.watched(take_step)  # type: ignore[attr-defined]
+            recorder = Steps(log, recipe.stage1 if module.startswith("stage1") else recipe.stage2)
+            program.take_step = recorder.watched(take_step)  # type: ignore[attr-defined]
             try:
                 run_command(module, *words)
             finally:
                 program.take_step = take_step  # type: ignore[attr-defined]
-            watching.close()
-            steps = watching.waits
-    return {"seconds": time.monotonic() - began, "launches": seen.launches, "waits": _shown(seen.waits), "steps": steps}
+            recorder.close()
+            steps = recorder.waits
+    return {"seconds": time.monotonic() - start, "launches": log.launches, "waits": _as_json(log.waits), "steps": steps}
 
 
 def waits_for_images(recipe: Path) -> dict[str, Waits]:
-    """The waits of one micro-step's images, by their augmentation."""
+    """Return the waits of loading one micro-step's images, per augmentation."""
     from dataclasses import replace
 
     from stage1_vqvae.data.loader import Loader
@@ -96,24 +96,24 @@ def waits_for_images(recipe: Path) -> dict[str, Waits]:
     from stage1_vqvae.data.splits import TRAIN
     from training.processes import start
 
-    settings, found = load_recipe(recipe), {}
+    settings, waits = load_recipe(recipe), {}
     for augmentation in get_args(Augmentation):
         if not augmentation.endswith("crops"):  # those take larger images
-            with Pretended() as seen:
+            with Pretended() as log:
                 accelerator = start(settings.compute)
                 training = load_images(settings.data, (TRAIN,), progress=False).splits[TRAIN]
                 loader = Loader(training, settings.data, replace(settings.stage1, augmentation=augmentation), accelerator)
                 loader.images(0, 0)
-            found[augmentation] = _shown(seen.waits)
-    return found
+            waits[augmentation] = _as_json(log.waits)
+    return waits
 
 
-def _shown(waits: Any) -> Waits:
+def _as_json(waits: Any) -> Waits:
     return {f"{place.kind}, {place.line}": count for place, count in waits.most_common()}
 
 
 def _forget_accelerate() -> None:
-    """As in a new process, so that each command chooses its device."""
+    """Reset Accelerate, so that each command selects its device as in a new process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     GradientState._reset_state()
@@ -123,17 +123,17 @@ def main(arguments: list[str]) -> None:
     recipe, run, result, *names = arguments
     leave_blank()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    found: dict[str, Any] = {}
-    with in_short(), staying_joined() if processes > 1 else nullcontext():
+    results: dict[str, Any] = {}
+    with fast_settings(), staying_joined() if processes > 1 else nullcontext():
         for name, words in commands(Path(recipe), Path(run), processes).items():
             if not names or name in names:
                 print(f"--- {name}", file=sys.stderr, flush=True)
-                found[name] = watched_command(*words)
+                results[name] = run_logged(*words)
                 if processes == 1:
                     _forget_accelerate()
         if processes == 1:
-            found["images"] = waits_for_images(Path(recipe))
+            results["images"] = waits_for_images(Path(recipe))
     if torch.accelerator.current_accelerator() == torch.device("mps"):
         apple.check()
     path = Path(result).with_suffix(f".{os.environ.get('RANK', '0')}.json")
-    path.write_text(json.dumps(found, indent=1))
+    path.write_text(json.dumps(results, indent=1))

@@ -1,17 +1,16 @@
-"""A pretended accelerator: tensors compute on the CPU, and say that they are on `cuda:0`.
+"""A pretended accelerator: tensors compute on the CPU and report that they are on `cuda:0`.
 
-    install("cuda", devices=2)  # before anything of the project is imported, in a process of its own (see tests/pretended/run.py)
-    with Pretended() as seen:
+    install("cuda", devices=2)  # in a new process, before the project is imported (see tests/pretended/run.py)
+    with Pretended() as log:
         x = torch.randn(3, device="cuda")
         x.sum().item()
-    assert seen.waits == {("item", "stage1_vqvae/train.py:300"): 1}
+    assert log.waits == {("item", "stage1_vqvae/train.py:300"): 1}
 
-As on a GPU: operators that meet tensors of two devices raise; what lets the host wait for the device, and what is copied to it and from it,
-is counted with the project's line that asked for it; so are launches, by operator, and the bytes that each reads and writes; a thread
-begins at the first device; a graph that is captured holds no wait, and is replayed on the same tensors (graphs.py). Of `mps`: there is no
-float64. Unlike torch's fake tensors these hold numbers, so whole commands run, with the CPU's results.
+As on a GPU: operators raise on tensors of two devices; host waits and copies are counted with the project line that caused them, launches
+and their bytes by operator; a thread starts at the first device; a captured graph may hold no wait and is replayed on the same tensors
+(graphs.py). `mps` has no float64. Unlike torch's fake tensors these hold numbers, so entire commands run, with the CPU's results.
 
-What it cannot see: races of streams, memory, time, operators that a GPU lacks, numbers that differ there. Triton is not there.
+It does not model stream races, memory, time, missing operators or different rounding. Triton is unavailable.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ _ROOT = Path(__file__).parents[2]
 _PACKAGES = tuple(f"{_ROOT / name}/" for name in ("training", "stage1_vqvae", "stage2_prior", "pipelines"))
 _CPU = torch.device("cpu")
 
-# Operators by whose results' shapes the host has to know what the device has found.
+# Operators whose output shapes depend on values, so that the host waits for the device.
 _SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "equal", "histc"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _COPYING = {"copy_", "_to_copy", "_foreach_copy_"}
-# Which make or rename a tensor, and launch nothing.
+# Operators that make or view a tensor without a launch.
 _FREE = {
     "empty",
     "empty_like",
@@ -64,36 +63,36 @@ class Place(NamedTuple):
     """An event and the project line that caused it."""
 
     kind: str
-    """Of a wait: `item`, `nonzero`, `copy to the device`, ...; of a copy: its direction."""
+    """Kind of wait (`item`, `nonzero`, `copy to the device`, ...) or direction of a copy."""
     line: str
-    """The project's line that asked for it, `stage1_vqvae/train.py:300`; `elsewhere`, if none did."""
+    """The project line, such as `stage1_vqvae/train.py:300`, or `elsewhere`."""
 
 
 @dataclass
-class Seen:
-    """What happened on the pretended device."""
+class DeviceLog:
+    """Waits, copies and launches on the pretended device."""
 
     waits: Counter[Place] = field(default_factory=Counter)
-    """How often the host waited for the device."""
+    """Waits of the host for the device."""
     copies: Counter[Place] = field(default_factory=Counter)
-    """Tensors copied from one device to another, waited for or not."""
+    """Copies from one device to another, blocking or not."""
     operators: Counter[str] = field(default_factory=Counter)
-    """Launches, by the operator's name."""
+    """Launches by operator name."""
     bytes: Counter[str] = field(default_factory=Counter)
-    """What those read and wrote."""
+    """Bytes read and written, by operator name."""
 
     @property
     def launches(self) -> int:
-        """All of them, matrix products among them."""
+        """Number of all launches."""
         return self.operators.total()
 
     @property
     def launches_beside_products(self) -> int:
-        """Those that are no product of matrices, convolution, or attention."""
+        """Number of launches other than matrix products, convolutions and attention."""
         return sum(count for name, count in self.operators.items() if name not in _PRODUCTS)
 
 
-_watching: list[Seen] = []
+_logs: list[DeviceLog] = []
 
 
 class OnDevice(torch.Tensor):
@@ -121,7 +120,7 @@ class OnDevice(torch.Tensor):
         made.host = host.detach()
         return made
 
-    # By which modules move their parameters in place, as they would to a device.
+    # Modules use these to move their parameters in place.
     def __tensor_flatten__(self) -> tuple[list[str], torch.device]:
         return ["host"], self.device
 
@@ -157,21 +156,21 @@ class OnDevice(torch.Tensor):
 
 
 class Pretended(TorchDispatchMode):
-    """Within `with`, tensors that are made for the device, or sent there, are on it. Gives what is `Seen` from then on."""
+    """Context in which tensors can be made on the device or moved there. Yields a `DeviceLog`."""
 
-    def __enter__(self) -> Seen:  # type: ignore[override]
-        self._seen = Seen()
-        _watching.append(self._seen)
-        # `torch.tensor(..., device="cuda")` makes a tensor of the CPU, which is then sent: here too.
+    def __enter__(self) -> DeviceLog:  # type: ignore[override]
+        self._log = DeviceLog()
+        _logs.append(self._log)
+        # `torch.tensor(..., device="cuda")` makes a CPU tensor, which is then copied: here too.
         self._lifted = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
         super().__enter__()
-        return self._seen
+        return self._log
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch._C._set_only_lift_cpu_tensors(self._lifted)  # type: ignore[attr-defined]
-        _watching.remove(self._seen)
+        _logs.remove(self._log)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatched(func, args, kwargs or {})
@@ -189,22 +188,22 @@ def project_line() -> str:
 
 
 def waits(kind: str) -> None:
-    """The host waits for the device. Errors: RuntimeError within a capture, which that would end."""
+    """Record that the host waits for the device. Errors: RuntimeError within a capture."""
     if _capture.graph is not None:
         raise RuntimeError(f"{kind} at {project_line()}: operation not permitted when stream is capturing")
-    if _watching:
+    if _logs:
         place = Place(kind, project_line())
-        for seen in _watching:
-            seen.waits[place] += 1
+        for log in _logs:
+            log.waits[place] += 1
 
 
 def _copied(tensor: Tensor, source: torch.device, target: torch.device, non_blocking: bool) -> None:
     to_host, from_host = target.type == "cpu", source.type == "cpu"
     kind = "copy from the device" if to_host else "copy to the device" if from_host else "copy between devices"
-    if _watching:
+    if _logs:
         place = Place(kind, project_line())
-        for seen in _watching:
-            seen.copies[place] += 1
+        for log in _logs:
+            log.copies[place] += 1
     if not non_blocking and (to_host or from_host):
         waits(kind)
     elif from_host and not tensor.is_pinned():
@@ -212,15 +211,15 @@ def _copied(tensor: Tensor, source: torch.device, target: torch.device, non_bloc
 
 
 def launched(name: str, tensors: list[Tensor]) -> None:
-    if _watching:
+    if _logs:
         # An expanded tensor is read once.
         size = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
-        for seen in _watching:
-            seen.operators[name] += 1
-            seen.bytes[name] += size
+        for log in _logs:
+            log.operators[name] += 1
+            log.bytes[name] += size
 
 
-# --- what a graph is recorded by (graphs.py)
+# --- the current graph capture (graphs.py)
 
 _capture = SimpleNamespace(graph=None, device=None)
 
@@ -247,27 +246,27 @@ def _dispatched(func: Any, args: Any, kwargs: Any) -> Any:
     else:
         _check_devices(func, name, args, ours, hosts)
         _check_waits(name, args, kwargs, flat, ours, target)
-    given = tree.tree_map_only(Tensor, _host, (args, kwargs))
+    host_arguments = tree.tree_map_only(Tensor, _host, (args, kwargs))
     if _capture.graph is not None:
-        _capture.graph.keep(func._schema, *given)
+        _capture.graph.save_overwritten(func._schema, *host_arguments)
     func = _STAND_INS.get(name, func)
-    found = func(*given[0], **given[1])
+    result = func(*host_arguments[0], **host_arguments[1])
     if target == _CPU:
-        return found
+        return result
     if name not in _FREE and space != "c10d" and not getattr(func, "is_view", False):
         if not (name in _COPYING and hosts):
-            results = [x for x in tree.tree_leaves(found) if isinstance(x, Tensor)]
+            results = [x for x in tree.tree_leaves(result) if isinstance(x, Tensor)]
             launched(name, [x.host for x in ours] + [x for x in results if not any(x is y.host for y in ours)])
         if _capture.graph is not None:
-            _record(name, func, *given, found, target)
-    back = {id(x.host): x for x in ours}
+            _record(name, func, *host_arguments, result, target)
+    originals = {id(x.host): x for x in ours}
 
     def wrapped(x: Tensor) -> OnDevice:
-        if id(x) not in back:
-            back[id(x)] = OnDevice(x, target)
-        return back[id(x)]
+        if id(x) not in originals:
+            originals[id(x)] = OnDevice(x, target)
+        return originals[id(x)]
 
-    return tree.tree_map_only(Tensor, wrapped, found)
+    return tree.tree_map_only(Tensor, wrapped, result)
 
 
 def _host(tensor: Tensor) -> Tensor:
@@ -277,10 +276,10 @@ def _host(tensor: Tensor) -> Tensor:
     return tensor.clone() if _capture.graph is not None and tensor.dim() == 0 else tensor
 
 
-def _record(name: str, func: Any, args: Any, kwargs: Any, found: Any, target: torch.device) -> None:
+def _record(name: str, func: Any, args: Any, kwargs: Any, output: Any, target: torch.device) -> None:
     if target != _capture.device:
         raise RuntimeError(f"{name} on {target} at {project_line()}: the stream that is capturing is of {_capture.device}")
-    _capture.graph.record(name, func, args, kwargs, found)
+    _capture.graph.record(name, func, args, kwargs, output)
 
 
 def _resolved(device: Any) -> torch.device:
@@ -290,7 +289,7 @@ def _resolved(device: Any) -> torch.device:
 
 
 def _check_devices(func: Any, name: str, args: Any, ours: list[OnDevice], hosts: list[Tensor]) -> None:
-    """Errors: RuntimeError for tensors of several devices where they may not meet."""
+    """Check that an operator's tensors are on one device. Errors: RuntimeError."""
     devices = {x.device for x in ours}
     if ours and name in _INTEGERS_MISSING and not (ours[0].is_floating_point() or ours[0].is_complex()):
         raise RuntimeError(f'"{name}" not implemented for {ours[0].dtype} on {ours[0].device} at {project_line()}')
@@ -302,7 +301,7 @@ def _check_devices(func: Any, name: str, args: Any, ours: list[OnDevice], hosts:
             if not isinstance(index, OnDevice):
                 _copied(index, _CPU, ours[0].device, non_blocking=False)
         hosts = [x for x in hosts if not any(x is index for index in indices)]
-    # A number of the host in a tensor without axes is read at once.
+    # A 0-d host tensor is read as a number.
     if (ours and any(x.dim() > 0 or name in ("cat", "stack") for x in hosts)) or len(devices) > 1:
         shapes = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in (*ours, *hosts))
         raise RuntimeError(f"{func} at {project_line()}: Expected all tensors to be on the same device, but found {shapes}")
@@ -328,14 +327,14 @@ def _check_waits(name: str, args: Any, kwargs: Any, flat: list[Tensor], ours: li
         if ends[0] != ends[1]:
             _copied(args[1], ends[1], ends[0], bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
     elif name == "_foreach_copy_":
-        for into, given in zip(args[0], args[1], strict=True):
-            if isinstance(into, OnDevice) != isinstance(given, OnDevice):
-                _copied(given, given.device, into.device, bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
+        for destination, value in zip(args[0], args[1], strict=True):
+            if isinstance(destination, OnDevice) != isinstance(value, OnDevice):
+                _copied(value, value.device, destination.device, bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
 
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, momentum: float, epsilon: float) -> Any:
-    found = torch.ops.aten.native_batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon)
-    return *found, x.new_empty(0, dtype=torch.uint8)
+    outputs = torch.ops.aten.native_batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon)
+    return *outputs, x.new_empty(0, dtype=torch.uint8)
 
 
 def _batch_norm_backward(x: Tensor, gradient: Tensor, weight: Any, *rest: Any) -> Any:
@@ -345,7 +344,7 @@ def _batch_norm_backward(x: Tensor, gradient: Tensor, weight: Any, *rest: Any) -
     )
 
 
-# Of what a CPU has no kernel for; and of views that operators below this one would not look through.
+# Replacements for operators without a CPU kernel, and for lazy views.
 _STAND_INS = {
     "cudnn_batch_norm": _batch_norm,
     "cudnn_batch_norm_backward": _batch_norm_backward,
@@ -355,23 +354,23 @@ _STAND_INS = {
 
 
 class _Attention(torch.autograd.Function):
-    """One launch, as on a GPU: the CPU's own attention of the same numbers."""
+    """Attention as one launch, as on a GPU, computed by the CPU's attention."""
 
     @staticmethod
     def forward(ctx: Any, attend: Any, *tensors: OnDevice | None) -> OnDevice:  # type: ignore[override]
-        given = [None if x is None else x.host.detach().requires_grad_(x.requires_grad) for x in tensors]
+        inputs = [None if x is None else x.host.detach().requires_grad_(x.requires_grad) for x in tensors]
         with torch.enable_grad():
-            found = attend(*given)
-        ctx.given, ctx.found, ctx.device = given, found, next(x.device for x in tensors if x is not None)
-        return OnDevice(found.detach(), ctx.device)
+            output = attend(*inputs)
+        ctx.inputs, ctx.output, ctx.device = inputs, output, next(x.device for x in tensors if x is not None)
+        return OnDevice(output.detach(), ctx.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: OnDevice) -> Any:  # type: ignore[override]
-        asked = [x for x in ctx.given if x is not None and x.requires_grad]
-        gradients = iter(torch.autograd.grad(ctx.found, asked, gradient.host))
-        launched("scaled_dot_product_attention", [x.detach() for x in (*asked, *asked, gradient.host)])
-        found = [OnDevice(next(gradients), ctx.device) if x is not None and x.requires_grad else None for x in ctx.given]
-        return None, *found
+        differentiable = [x for x in ctx.inputs if x is not None and x.requires_grad]
+        gradients = iter(torch.autograd.grad(ctx.output, differentiable, gradient.host))
+        launched("scaled_dot_product_attention", [x.detach() for x in (*differentiable, *differentiable, gradient.host)])
+        results = [OnDevice(next(gradients), ctx.device) if x is not None and x.requires_grad else None for x in ctx.inputs]
+        return None, *results
 
 
 _attention = F.scaled_dot_product_attention
@@ -389,35 +388,35 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     if len({x.dtype for x in (query, key, value)}) > 1:
         raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got {query.dtype}, {key.dtype}, {value.dtype}")
 
-    def attend(*given: Any) -> Tensor:
-        return _attention(*given, *rest, **options)
+    def attend(*tensors: Any) -> Tensor:
+        return _attention(*tensors, *rest, **options)
 
-    given = (query, key, value, attn_mask)
-    found = _Attention.apply(attend, *given) if torch.is_grad_enabled() else None
-    if found is None:
-        found = OnDevice(attend(*(None if x is None else x.host for x in given)), ours[0].device)  # type: ignore[attr-defined]
-    launched("scaled_dot_product_attention", [x.host for x in (*given, found) if isinstance(x, OnDevice)])
+    inputs = (query, key, value, attn_mask)
+    output = _Attention.apply(attend, *inputs) if torch.is_grad_enabled() else None
+    if output is None:
+        output = OnDevice(attend(*(None if x is None else x.host for x in inputs)), ours[0].device)  # type: ignore[attr-defined]
+    launched("scaled_dot_product_attention", [x.host for x in (*inputs, output) if isinstance(x, OnDevice)])
     if _capture.graph is not None:
-        hosts = [None if x is None else x.host for x in given]  # type: ignore[attr-defined]
-        _record("scaled_dot_product_attention", attend, hosts, {}, found.host, found.device)  # type: ignore[attr-defined]
-    return found  # type: ignore[no-any-return]
+        hosts = [None if x is None else x.host for x in inputs]  # type: ignore[attr-defined]
+        _record("scaled_dot_product_attention", attend, hosts, {}, output.host, output.device)  # type: ignore[attr-defined]
+    return output  # type: ignore[no-any-return]
 
 
 # --- collectives, by NCCL's rules (processes.py)
 
 backends: dict[str, str] = {}
-"""Of each group of processes, by its name: whose rules it keeps, `nccl` or `gloo`."""
+"""Backend whose rules apply, `nccl` or `gloo`, by name of the process group."""
 
 
 def _check_collective(name: str, args: Any, hosts: list[Tensor]) -> None:
-    """Errors: RuntimeError for a tensor of the host, which NCCL does not take."""
+    """Check a collective's tensors. Errors: RuntimeError for a host tensor under NCCL."""
     groups = [x for x in args if isinstance(x, torch.ScriptObject)]
     names = [torch.distributed.ProcessGroup.unbox(x).group_name for x in groups if "ProcessGroup" in str(x._type())]
     if hosts and name != "barrier" and any(backends.get(group) == "nccl" for group in names):
         raise RuntimeError(f"{name} at {project_line()}: No backend type associated with device type cpu")
 
 
-# --- what torch is told
+# --- replacements of torch's functions
 
 _installed = SimpleNamespace(kind=None, devices=0)
 
@@ -438,7 +437,7 @@ _apply = torch.nn.Module._apply
 
 
 def _moved(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-    """`Module.to`: a parameter stays the same object, to the device and from it."""
+    """Move a module (`Module.to`), keeping each parameter the same object."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -461,15 +460,15 @@ def _exchange_device(index: int) -> int:
 
 
 def install(kind: str = "cuda", devices: int = 1) -> None:
-    """Make torch believe in `devices` devices of a kind, `cuda` or `mps`, for the rest of this process.
+    """Make torch see `devices` devices of a kind, `cuda` or `mps`, for the rest of this process.
 
-    torch's own Python stays in charge of what it checks: `torch.cuda.set_device("cuda")` is refused, as it is on a GPU.
+    torch's Python code still checks its arguments: `torch.cuda.set_device("cuda")` is refused, as on a GPU.
     """
     assert kind in ("cuda", "mps")
     assert _installed.kind is None
     _installed.kind, _installed.devices = kind, devices
     _GUARD.install_guards()
-    # Backward passes run in their caller's thread, where the line that asked for them is on the stack.
+    # Backward passes run in the caller's thread, where the project line is on the stack.
     torch.autograd.set_multithreading_enabled(False).__enter__()
     torch.nn.Module._apply = _moved  # type: ignore[method-assign]
     importlib.import_module("torch.optim.optimizer")._foreach_supported_types.append(OnDevice)  # as tensors of a GPU
@@ -509,7 +508,7 @@ def _install_cuda(bindings: dict[str, Any], devices: int) -> None:
     for name, binding in bindings.items():
         setattr(torch._C, f"_cuda_{name}", binding)
     properties = SimpleNamespace(name="pretended", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
-    told: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "_lazy_init": lambda: None,
         "_exchange_device": _exchange_device,
         "_maybe_exchange_device": _exchange_device,
@@ -525,7 +524,7 @@ def _install_cuda(bindings: dict[str, Any], devices: int) -> None:
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda *_, **__: None,
     }
-    for name, value in told.items():
+    for name, value in replacements.items():
         setattr(cuda, name, value)
     cuda.amp.common.amp_definitely_not_available = lambda: False  # type: ignore[assignment]
     from tests.pretended import graphs
@@ -535,7 +534,7 @@ def _install_cuda(bindings: dict[str, Any], devices: int) -> None:
 
 def _install_mps(_: dict[str, Any], __: int) -> None:
     torch.backends.mps.is_available = torch.backends.mps.is_built = cache(lambda: True)  # type: ignore[assignment]
-    told: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "synchronize": lambda: waits("synchronize"),
         "empty_cache": lambda: None,
         "manual_seed": lambda _: None,
@@ -543,6 +542,6 @@ def _install_mps(_: dict[str, Any], __: int) -> None:
         "set_rng_state": lambda _: None,
         "device_count": lambda: 1,
     }
-    for name, value in told.items():
+    for name, value in replacements.items():
         setattr(torch.mps, name, value)
     torch.mps._get_default_mps_generator = lambda: torch.default_generator  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""CUDA's streams, events and graphs on a pretended device: what is captured is recorded by its operators, and replayed on the same tensors.
+"""CUDA streams, events and graphs on a pretended device: a capture records operators, and a replay runs them on the same tensors.
 
-As on a GPU a graph holds launches alone: Python between them ran once, views and numbers are those of the capture, and what waits for the
-device, or copies from memory that is not pinned, may not be in it; nor may what runs on another device than the captured stream's.
+As on a GPU a graph holds launches only: Python ran once, and views and numbers are those of the capture. Waits, copies from unpinned
+memory and operators on another device than the captured stream's are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.pretended import device as pretended
 
 
 class Stream:
-    """A stream, on which everything is done at once."""
+    """A stream that executes everything immediately."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.device = torch.device("cuda", torch.cuda._utils._get_device_index(device, optional=True))
@@ -42,7 +42,7 @@ class Stream:
 
 
 class Event:
-    """An event, which has always passed."""
+    """An event that has always completed."""
 
     def __init__(self, **_: Any) -> None: ...
 
@@ -70,7 +70,7 @@ def current_stream(device: Any = None) -> Stream:
 
 @contextmanager
 def stream(entered: Stream | None) -> Iterator[None]:
-    """While a stream is its device's, and that is this thread's."""
+    """Make a stream the current one of its device, and the device the current one of this thread."""
     if entered is None:
         yield
         return
@@ -84,52 +84,51 @@ def stream(entered: Stream | None) -> Iterator[None]:
 
 
 class Node(NamedTuple):
-    """An operator of a graph, on tensors of the host."""
+    """A captured operator, on host tensors."""
 
     name: str
     func: Any
     args: Any
     kwargs: Any
-    found: Any
-    """Its outputs."""
+    outputs: Any
 
 
 class CUDAGraph:
-    """The operators of a capture, to be replayed."""
+    """Captured operators that can be replayed."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.nodes: list[Node] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self.capture_error_mode: str | None = None
-        """As the capture asked for; None: there was none yet."""
+        """Mode of the capture; None before a capture."""
 
-    def keep(self, schema: Any, args: Any, kwargs: Any) -> None:
-        """What an operator of the capture is about to overwrite: a capture runs nothing, so it is put back when it ends."""
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    def save_overwritten(self, schema: Any, args: Any, kwargs: Any) -> None:
+        """Save tensors that an operator is about to overwrite; a capture runs nothing, so they are restored at its end."""
+        arguments = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
         written = [argument.name for argument in schema.arguments if argument.alias_info is not None and argument.alias_info.is_write]
-        for tensor in tree.tree_leaves([given.get(name) for name in written]):
+        for tensor in tree.tree_leaves([arguments.get(name) for name in written]):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes():
                 storage = tensor.untyped_storage()
                 self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
-    def put_back(self) -> None:
-        """The capture has ended."""
+    def restore(self) -> None:
+        """Restore overwritten tensors at the end of a capture."""
         for storage, before in self._before.values():
             storage.copy_(before)
         self._before.clear()
 
     def record(self, *node: Any) -> None:
-        """An operator of the capture."""
+        """Record a captured operator."""
         self.nodes.append(Node(*node))
 
     def replay(self) -> None:
-        """One launch."""
+        """Replay all operators as one launch."""
         assert self.capture_error_mode is not None, "expected a captured graph"
         pretended.launched("graph", [])
         with torch.no_grad():
             for node in self.nodes:
-                found = node.func(*node.args, **node.kwargs)
-                for old, new in zip(tree.tree_leaves(node.found), tree.tree_leaves(found), strict=True):
+                outputs = node.func(*node.args, **node.kwargs)
+                for old, new in zip(tree.tree_leaves(node.outputs), tree.tree_leaves(outputs), strict=True):
                     if isinstance(old, Tensor) and old is not new:
                         old.detach().copy_(new)
 
@@ -144,7 +143,7 @@ class CUDAGraph:
 def graph(
     cuda_graph: CUDAGraph, pool: Any = None, stream: Stream | None = None, capture_error_mode: str = "global", **_: Any
 ) -> Iterator[None]:
-    """A capture, on a stream of this thread's device if none is given."""
+    """Capture a graph, by default on a stream of this thread's device."""
     if pretended._capture.graph is not None:
         raise RuntimeError("expected no capture within another")
     stream = stream or Stream()
@@ -155,7 +154,7 @@ def graph(
             yield
         finally:
             pretended._capture.graph = None
-            cuda_graph.put_back()
+            cuda_graph.restore()
     cuda_graph.capture_error_mode = capture_error_mode
 
 
@@ -163,8 +162,8 @@ _entered = stream
 
 
 def install() -> None:
-    """In place of torch's own."""
-    told = {
+    """Replace torch's streams, events and graphs."""
+    replacements = {
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": CUDAGraph,
@@ -174,6 +173,6 @@ def install() -> None:
         "default_stream": current_stream,
         "graph_pool_handle": lambda: (0, 1),
     }
-    for name, value in told.items():
+    for name, value in replacements.items():
         setattr(torch.cuda, name, value)
     torch.accelerator.current_stream = current_stream

@@ -1,4 +1,4 @@
-"""Compiles guard.cpp, and loads it before torch is imported: everything else of a pretended device is Python (device.py)."""
+"""Compile guard.cpp and load it before torch is imported; the rest of a pretended device is Python (device.py)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LIBRARY = "PRETENDED_GUARD"
 
 
 def compiler() -> str | None:
-    """The C++ compiler of this machine, if it has one."""
-    return next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
+    """Return the path of a C++ compiler, if there is one."""
+    return next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
 
 
 def build(folder: Path) -> Path:
-    """The library, compiled into a folder within about a second. Errors: CalledProcessError, with what the compiler says."""
+    """Compile the library into a folder, in about a second. Errors: CalledProcessError with the compiler's output."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -35,6 +35,6 @@ def build(folder: Path) -> Path:
 
 
 def load() -> ctypes.CDLL:
-    """The library in this process, ahead of torch. Its path is in the environment (see `LIBRARY`)."""
+    """Load the library, before torch. Its path is in the environment (see `LIBRARY`)."""
     assert "torch" not in sys.modules, "expected tests.pretended.device to be imported before torch"
     return ctypes.CDLL(os.environ[LIBRARY], ctypes.RTLD_GLOBAL)

@@ -1,4 +1,4 @@
-"""Several processes on pretended GPUs: gloo in NCCL's place, by NCCL's rules, which takes no tensor of the host."""
+"""Several processes on pretended GPUs: gloo instead of NCCL, with NCCL's rule that host tensors are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.pretended import device as pretended
 
 
 class Replicated(nn.Module):
-    """In place of DistributedDataParallel, whose C++ needs events of a real GPU: the mean of all gradients after a backward pass."""
+    """Averages gradients after a backward pass, instead of DistributedDataParallel, whose C++ needs a real GPU's events."""
 
     def __init__(self, module: nn.Module, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -51,16 +51,16 @@ class Replicated(nn.Module):
 
 
 def install() -> None:
-    """Replace NCCL by gloo, which then rejects what NCCL rejects; call before accelerate is imported."""
-    begin, new_group, barrier = dist.init_process_group, dist.new_group, dist.barrier
+    """Replace NCCL by gloo with NCCL's rules; call before accelerate is imported."""
+    init_gloo, new_group, barrier = dist.init_process_group, dist.new_group, dist.barrier
 
     def init_process_group(backend: str | None = None, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
-        begin("gloo", *args, **kwargs)
+        init_gloo("gloo", *args, **kwargs)
         world = dist.group.WORLD
         assert world is not None
         pretended.backends[world.group_name] = backend or "nccl"
 
-    def new(ranks: Any = None, timeout: Any = None, backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def new_gloo_group(ranks: Any = None, timeout: Any = None, backend: str | None = None, *args: Any, **kwargs: Any) -> Any:
         group = new_group(ranks, timeout, "gloo", *args, **kwargs)
         pretended.backends[group.group_name] = backend or "nccl"
         return group
@@ -70,10 +70,10 @@ def install() -> None:
         name = (group or dist.group.WORLD).group_name
         return torch.device("cpu" if pretended.backends[name] == "gloo" else f"cuda:{torch.cuda.current_device()}")
 
-    def all_gather_into_tensor(output: Tensor, given: Tensor, group: Any = None, async_op: bool = False) -> None:
-        """gloo's own rejects 0-d tensors."""
-        parts = [torch.empty_like(given) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, given, group)
+    def all_gather_into_tensor(output: Tensor, tensor: Tensor, group: Any = None, async_op: bool = False) -> None:
+        """Gather also 0-d tensors, which gloo rejects."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor, group)
         output.view(-1).copy_(torch.cat([part.flatten() for part in parts]))
 
     def wait_for_all(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
@@ -81,13 +81,13 @@ def install() -> None:
         return barrier(group, async_op)
 
     nn.parallel.DistributedDataParallel = Replicated  # type: ignore[assignment,misc]
-    told: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "init_process_group": init_process_group,
-        "new_group": new,
+        "new_group": new_gloo_group,
         "all_gather_into_tensor": all_gather_into_tensor,
         "barrier": wait_for_all,
     }
-    for name, value in told.items():
+    for name, value in replacements.items():
         setattr(dist, name, value)
         setattr(c10d, name, value)
     c10d._get_object_coll_device = lambda group=None: device_of(group).type

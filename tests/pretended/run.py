@@ -1,8 +1,8 @@
-"""Runs a program as on a machine with pretended devices, in a process of its own.
+"""Run a program on pretended devices, in a new process.
 
     python tests/pretended/run.py cuda 2 tests.pretended.chain ARGUMENTS ...
 
-The fixture `pretended` of tests/conftest.py compiles what it takes, and calls this. A program is a module with `main(arguments)`.
+The fixture `pretended` of tests/conftest.py compiles the library and starts this script. A program is a module with `main(arguments)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROOT = Path(__file__).parents[2]
 
 def main() -> None:
     kind, devices, program, *arguments = sys.argv[1:]
-    # Not a package that somebody else has installed by that name.
+    # Not an installed package of that name.
     sys.modules["tests"] = ModuleType("tests")
     sys.modules["tests"].__path__ = [str(_ROOT / "tests")]
     sys.path[0] = str(_ROOT)

@@ -1,4 +1,4 @@
-"""Attention as networks and priors have it: rotary positions, and projections."""
+"""Attention shared by networks and priors: rotary positions and projections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from stage1_vqvae.attention import Attention, RotaryTable, rotate, rotations
 
 
-def test_rotary_scores_depend_on_the_offset_between_positions_alone() -> None:
+def test_rotary_scores_depend_on_relative_offsets_only() -> None:
     positions = torch.tensor([[0, row, column] for row in range(4) for column in range(5)])
     turns = rotations(positions[:, 1:], 16).float()
     query, key = torch.randn(16).expand(1, 1, 20, 16), torch.randn(16).expand(1, 1, 20, 16)
@@ -24,8 +24,8 @@ def test_rotary_scores_depend_on_the_offset_between_positions_alone() -> None:
     assert len({round(values[0], 3) for values in by_offset.values()}) > 40  # rows and columns both matter
 
 
-def test_a_table_is_rounded_once_and_exact_in_float64() -> None:
-    """Whatever way a model goes to float64 and back."""
+def test_rotary_table_is_exact_in_float64_and_rounded_once() -> None:
+    """However a model is converted to float64 and back."""
     coordinates = torch.rand(7, 2, dtype=torch.float64) * 50
     frequencies = [100.0 ** (-number / 4) for number in range(4)]
     angles = [[float(x) * frequency for x in place for frequency in frequencies] for place in coordinates]
@@ -37,8 +37,8 @@ def test_a_table_is_rounded_once_and_exact_in_float64() -> None:
     assert torch.equal(table.float().table, exact.float())
 
 
-def test_projections_in_training_are_those_of_cached_decoding() -> None:
-    """Values and gradients of `forward` equal attention over queries, keys and values of one product, as a key-value cache takes them."""
+def test_training_and_cached_decoding_use_the_same_projections() -> None:
+    """Values and gradients of `forward` equal attention with one fused projection, as in cached decoding."""
     torch.manual_seed(0)
     attention = Attention(16, 2).double()
     table = rotations(torch.rand(3, 2, dtype=torch.float64), 8)

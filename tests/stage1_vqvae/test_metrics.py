@@ -1,4 +1,4 @@
-"""Metrics on known cases and against an independent formula."""
+"""Metrics on known cases and against independent implementations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from stage1_vqvae.metrics import index_bits, perplexity, psnr, psnr_per_image, raw_bits, squared_errors, ssim_per_image, usage
 
 
-def test_errors_and_psnr_are_of_8_bit_pixels_as_unit_range() -> None:
+def test_errors_and_psnr_scale_8_bit_pixels_to_unit_range() -> None:
     originals = torch.randint(0, 256, (5, 8, 12, 3), dtype=torch.uint8)
     pictures = torch.randint(0, 256, (5, 8, 12, 3), dtype=torch.uint8)
     mse = torch.stack([((a.double() / 255 - b.double() / 255) ** 2).mean() for a, b in zip(pictures, originals, strict=True)])
@@ -32,7 +32,7 @@ def test_usage_and_perplexity_of_known_counts() -> None:
     assert perplexity(torch.zeros(4)) == pytest.approx(1)
 
 
-def test_the_compression_report_of_the_4x4_recipe() -> None:
+def test_bits_of_known_grids() -> None:
     assert raw_bits(32, 32, 3) == 24_576
     assert index_bits([(4, 4)], [1024]) == 160
     assert raw_bits(32, 32, 3) / index_bits([(4, 4)], [1024]) == pytest.approx(153.6)
@@ -40,20 +40,20 @@ def test_the_compression_report_of_the_4x4_recipe() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_psnr_and_ssim_of_each_image_are_scikit_images(channels: int) -> None:
+def test_psnr_and_ssim_per_image_equal_scikit_image(channels: int) -> None:
     draws = torch.Generator().manual_seed(0)
     originals = torch.randint(256, (4, 14, 23, channels), dtype=torch.uint8, generator=draws)
     strength = torch.tensor([0.0, 0.1, 0.5, 1.0]).view(4, 1, 1, 1)
     pictures = (originals * (1 - strength) + torch.randint(256, originals.shape, generator=draws) * strength).to(torch.uint8)
-    of_psnr, of_ssim = psnr_per_image(squared_errors(pictures, originals)), ssim_per_image(pictures, originals)
+    psnrs, ssims = psnr_per_image(squared_errors(pictures, originals)), ssim_per_image(pictures, originals)
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1, "data_range": 255}
-    for picture, original, found_psnr, found_ssim in zip(pictures.numpy(), originals.numpy(), of_psnr, of_ssim, strict=True):
+    for picture, original, psnr_value, ssim_value in zip(pictures.numpy(), originals.numpy(), psnrs, ssims, strict=True):
         if not np.array_equal(picture, original):
-            assert found_psnr == pytest.approx(peak_signal_noise_ratio(original, picture), rel=1e-4)
-        assert found_ssim == pytest.approx(structural_similarity(original, picture, **settings), rel=1e-4)
-    assert of_psnr[0] == 100
-    assert of_ssim[0] == pytest.approx(1)
+            assert psnr_value == pytest.approx(peak_signal_noise_ratio(original, picture), rel=1e-4)
+        assert ssim_value == pytest.approx(structural_similarity(original, picture, **settings), rel=1e-4)
+    assert psnrs[0] == 100
+    assert ssims[0] == pytest.approx(1)
 
 
-def test_ssim_is_not_defined_below_its_window() -> None:
+def test_ssim_is_nan_below_its_window_size() -> None:
     assert ssim_per_image(torch.zeros(2, 10, 30, 1, dtype=torch.uint8), torch.zeros(2, 10, 30, 1, dtype=torch.uint8)).isnan().all()

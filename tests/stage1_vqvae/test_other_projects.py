@@ -1,4 +1,4 @@
-"""Tokenizers of other projects: what their own code computed, we compute, and the other way round; whatever does not fit is named."""
+"""Import and export of other projects' tokenizers: equal results both ways, and refusal of files that do not fit."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 
 
-class Stranger:
-    """Of a class that nobody has who reads the file."""
+class UnknownClass:
+    """A class that the importing side does not have."""
 
 
 REFERENCES = Path(__file__).parents[1] / "data"
 
 
 def reference(project: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and input, latents, codes and reconstruction of the project's code, from `PROJECT_small.safetensors`."""
-    found = load_file(REFERENCES / f"{project}_small.safetensors")
-    weights = {name.removeprefix("weights."): value for name, value in found.items() if name.startswith("weights.")}
-    return weights, {name: value for name, value in found.items() if not name.startswith("weights.")}
+    """Load weights, and input, latents, codes and reconstruction computed by the project's code."""
+    tensors = load_file(REFERENCES / f"{project}_small.safetensors")
+    weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
+    return weights, {name: value for name, value in tensors.items() if not name.startswith("weights.")}
 
 
-def of_diffusers(height: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same of `diffusers.VQModel` with random weights: three sizes, two blocks, no attention but in the middle."""
+def diffusers_reference(height: int, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compute the same with a random `diffusers.VQModel`: three sizes, two blocks, attention in the middle only."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
+        warnings.simplefilter("ignore")  # from its imports
         from diffusers import VQModel
     torch.manual_seed(0)
     model = VQModel(
@@ -71,7 +71,7 @@ def of_diffusers(height: int, width: int) -> tuple[dict[str, Tensor], dict[str, 
     images = torch.randn(2, 3, height, width).clamp(-1, 1)
     with torch.no_grad():
         latents = model.encode(images).latents
-        # Codes where latents are, and so far apart that no rounding chooses.
+        # Codes in the range of the latents, and far enough apart that rounding does not matter.
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         model.quantize.embedding.weight.copy_(mean + std * torch.randn(48, 6))
         codes = model.quantize(latents)[2][2].view(2, *latents.shape[2:])
@@ -88,9 +88,9 @@ def imported(project: str, weights: dict[str, Tensor], size: tuple[int, int], re
 
 
 @pytest.mark.parametrize("project", ["llamagen", "taming", "diffusers", "diffusers, not square"])
-def test_codes_latents_and_reconstructions_are_the_projects_own(project: str, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_imported_tokenizers_reproduce_the_projects_results(project: str, tiny_recipe: Path, tmp_path: Path) -> None:
     name, _, shape = project.partition(", ")
-    weights, expected = of_diffusers(16, 24 if shape else 16) if name == "diffusers" else reference(project)
+    weights, expected = diffusers_reference(16, 24 if shape else 16) if name == "diffusers" else reference(project)
     tokenizer = imported(name, weights, (expected["input"].shape[2], expected["input"].shape[3]), tiny_recipe, tmp_path)
     with torch.no_grad():
         assert torch.allclose(tokenizer.latents(expected["input"]), expected["latents"], atol=1e-5)
@@ -100,7 +100,7 @@ def test_codes_latents_and_reconstructions_are_the_projects_own(project: str, ti
         assert torch.allclose(tokenizer.decode(codes), expected["reconstruction"], atol=1e-5)
 
 
-# What the papers and configurations of the public checkpoints say.
+# From the papers and configurations of the public checkpoints.
 PUBLIC = {
     "llamagen vq_ds16_c2i": ([1, 1, 2, 2, 4], [16], 16_384, 8),
     "llamagen vq_ds8_c2i": ([1, 2, 2, 4], [8], 16_384, 8),
@@ -110,7 +110,7 @@ PUBLIC = {
 
 
 @pytest.mark.parametrize("file", PUBLIC)
-def test_sizes_of_public_checkpoints_follow_from_their_shapes(file: str) -> None:
+def test_settings_of_public_checkpoints_are_inferred_from_shapes(file: str) -> None:
     shapes = json.loads((REFERENCES / "state_dicts.json").read_text())[file]
     with torch.device("meta"):
         weights = {name: torch.empty(shape) for name, shape in shapes.items()}
@@ -122,13 +122,17 @@ def test_sizes_of_public_checkpoints_follow_from_their_shapes(file: str) -> None
     assert set(unused) <= {"quantize.codebook_used"}
 
 
-def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With what stands beside the weights in public files: losses, callbacks by their class, arguments, numpy's numbers."""
+def test_a_run_from_a_torch_checkpoint_works_in_all_commands(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the other entries of public files: losses, callbacks keyed by class, arguments, numpy numbers."""
     weights, _ = reference("taming")
     losses = {"loss.discriminator.weight": torch.full((1,), torch.nan), "loss.logvar": torch.zeros(1)}
-    beside = {"epoch": 3, "state_dict": {**weights, **losses}}
-    strangers = {"callbacks": {Stranger: {"best": np.float64(0.5)}}, "args": argparse.Namespace(lr=1.0), "optimizer_states": [Stranger()]}
-    torch.save({**beside, **strangers}, tmp_path / "last.ckpt")
+    content = {"epoch": 3, "state_dict": {**weights, **losses}}
+    other_entries = {
+        "callbacks": {UnknownClass: {"best": np.float64(0.5)}},
+        "args": argparse.Namespace(lr=1.0),
+        "optimizer_states": [UnknownClass()],
+    }
+    torch.save({**content, **other_entries}, tmp_path / "last.ckpt")
     run = str(tmp_path / "run")
     import_tokenizer(["--from", "taming", str(tmp_path / "last.ckpt"), "--config", str(tiny_recipe), "--run", run])
     printed = capsys.readouterr().out
@@ -151,7 +155,7 @@ def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, t
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda weights: weights.pop("decoder.up.1.block.0.norm2.bias"), "expected a weight decoder.up.1.block.0.norm2.bias, found none"),
         (lambda weights: weights.update({"decoder.conv_out.bias": torch.zeros(4)}), "decoder.conv_out.bias of shape (3,), found (4,)"),
@@ -162,38 +166,38 @@ def test_a_checkpoint_of_torch_makes_a_run_for_all_commands(tiny_recipe: Path, t
         (lambda weights: weights.update({"encoder.conv_in.weight": torch.zeros(32, 4, 3, 3)}), "of 1 or 3 channels, found them for 4"),
     ],
 )
-def test_a_file_that_does_not_fit_is_named_and_leaves_no_run(
-    change: Callable[[dict[str, Tensor]], object], said: str, tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+def test_weights_that_do_not_fit_are_refused_and_leave_no_run(
+    change: Callable[[dict[str, Tensor]], object], message: str, tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
     weights, _ = reference("taming")
     change(weights)
     save_file(weights, tmp_path / "theirs.safetensors")
-    begin = ["--config", tiny_recipe, "--run", tmp_path / "run"]
-    line = one_line_error(import_tokenizer, "--from", "taming", tmp_path / "theirs.safetensors", *begin)
-    assert said in line
+    options = ["--config", tiny_recipe, "--run", tmp_path / "run"]
+    line = one_line_error(import_tokenizer, "--from", "taming", tmp_path / "theirs.safetensors", *options)
+    assert message in line
     assert "theirs.safetensors" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_such_file_is_refused(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    begin = ["--config", tiny_recipe, "--run", tmp_path / "run"]
+def test_files_that_are_not_weights_are_refused(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    options = ["--config", tiny_recipe, "--run", tmp_path / "run"]
     weights, _ = reference("llamagen")
     save_file(weights, tmp_path / "llamagen.safetensors")
     torch.save(weights, tmp_path / "whole.pt")
     contents = {"empty": b"", "text": b"no weights", "words": b"hello world\n", "cut.pt": (tmp_path / "whole.pt").read_bytes()[:-5000]}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        assert "found something else" in one_line_error(import_tokenizer, "--from", "taming", tmp_path / name, *begin)
-    for project, file, said in (
+        assert "found something else" in one_line_error(import_tokenizer, "--from", "taming", tmp_path / name, *options)
+    for project, file, message in (
         ("taming", "missing", "found none"),
         ("taming", ".", "expected a file of weights, found a folder"),
         ("diffusers", ".", "or a folder with diffusion_pytorch_model.safetensors, found a folder"),
         ("taming", "llamagen.safetensors", "expected a weight encoder.down.0.block.0.conv1.weight, found none"),
         ("nobody", "text", "expected one of llamagen, taming, diffusers, found nobody"),
     ):
-        assert said in one_line_error(import_tokenizer, "--from", project, tmp_path / file, *begin)
+        assert message in one_line_error(import_tokenizer, "--from", project, tmp_path / file, *options)
     grey = ["--data.channels", "1"]
-    line = one_line_error(import_tokenizer, "--from", "llamagen", tmp_path / "llamagen.safetensors", *begin, *grey)
+    line = one_line_error(import_tokenizer, "--from", "llamagen", tmp_path / "llamagen.safetensors", *options, *grey)
     assert "found them for 3" in line
     assert not (tmp_path / "run").exists()
 
@@ -207,36 +211,36 @@ def test_what_is_no_such_file_is_refused(tiny_recipe: Path, tmp_path: Path, one_
         (["--config", "partial.yaml", "--data.width=6", "--data.height", "10"], (3, 10, 6)),
     ],
 )
-def test_what_nobody_states_of_the_images_follows_from_the_weights(
+def test_missing_image_settings_are_inferred_from_the_weights(
     options: list[str], shape: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not from the default recipe, which is of grey digits."""
+    """The default recipe, of grey digits, does not apply."""
     weights, _ = reference("taming")
     save_file(weights, tmp_path / "theirs.safetensors")
     (tmp_path / "partial.yaml").write_text("{data: {height: 8, width: 12}, stage2: {steps: 7}}")
     monkeypatch.chdir(tmp_path)
-    found: list[Data] = []
+    settings: list[Data] = []
 
     def stop(data: Data, *_: object, **__: object) -> None:
-        found.append(data)
+        settings.append(data)
         raise UserError("far enough")
 
     monkeypatch.setattr("stage1_vqvae.import_tokenizer.load_images", stop)
     with pytest.raises(UserError, match="far enough"):
         import_tokenizer(["--from", "taming", "theirs.safetensors", "--run", "./run", "--data.path", ".", *options])
-    (data,) = found
+    (data,) = settings
     assert (data.channels, data.height, data.width) == shape
     assert "--data.channels 3" in capsys.readouterr().out
     assert data.name is None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_no_recipe_needs_a_name(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_importing_without_a_run_name_is_refused(tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     assert "--run: expected a name for the new run" in one_line_error(import_tokenizer, "--from", "taming", tmp_path / "file")
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_diffusers_computes_the_same(metric: str, tiny_recipe: Path, tmp_path: Path) -> None:
+def test_exported_tokenizers_reproduce_in_diffusers_and_back(metric: str, tiny_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     network = {"kind": "vqgan", "hidden_channels": 32, "residual_blocks": 1, "latent_channels": 8}
     network |= {"multipliers": "[1, 2, 1]", "attention": "[2]"}
@@ -245,7 +249,7 @@ def test_diffusers_computes_the_same(metric: str, tiny_recipe: Path, tmp_path: P
     train_tokenizer(["--config", str(tiny_recipe), "--run", str(run), *options])
     export_tokenizer(["--run", str(run), "--to", "diffusers", "--output", str(tmp_path / "theirs")])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
+        warnings.simplefilter("ignore")  # from its imports
         from diffusers import VQModel
 
         theirs = VQModel.from_pretrained(tmp_path / "theirs").eval()
@@ -253,40 +257,40 @@ def test_diffusers_computes_the_same(metric: str, tiny_recipe: Path, tmp_path: P
     with torch.no_grad():
         codes = ours.encode(images)
         latents = theirs.encode(images).latents
-        found = theirs.quantize(latents)[2][2].view(4, 2, 3)
-        assert torch.equal(found, codes[0])
-        assert len(found.unique()) > 2
+        their_codes = theirs.quantize(latents)[2][2].view(4, 2, 3)
+        assert torch.equal(their_codes, codes[0])
+        assert len(their_codes.unique()) > 2
         assert torch.allclose(theirs.decode(latents).sample, ours.decode(codes), atol=1e-5)
     back = tmp_path / "back"
     import_tokenizer(["--from", "diffusers", str(tmp_path / "theirs"), "--config", str(tiny_recipe), "--run", str(back)])
     assert torch.equal(load_tokenizer(RunDir(back)).encode(images)[0], codes[0])
 
 
-def test_what_diffusers_does_not_know_is_refused(run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    there = ["--run", run_copy, "--output", tmp_path / "theirs"]
-    assert "expected vqgan" in one_line_error(export_tokenizer, *there)
-    assert "expected diffusers" in one_line_error(export_tokenizer, *there, "--to", "nobody")
+def test_invalid_exports_are_refused(run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    options = ["--run", run_copy, "--output", tmp_path / "theirs"]
+    assert "expected vqgan" in one_line_error(export_tokenizer, *options)
+    assert "expected diffusers" in one_line_error(export_tokenizer, *options, "--to", "nobody")
     assert not (tmp_path / "theirs").exists()
     assert "expected a folder that does not exist yet" in one_line_error(export_tokenizer, "--run", run_copy, "--output", run_copy)
 
 
 @pytest.mark.parametrize(
-    ("part", "fields", "said"),
+    ("part", "fields", "message"),
     [
         ("objective", {"kind": "bce"}, "expected mse, where the decoder outputs the image itself, found bce"),
         ("quantizer", {"kind": "ema", "depth": 2}, "neither residual nor in groups nor projected, found ema of 2 levels"),
         ("quantizer", {"kind": "fsq", "levels": [3, 3]}, "expected one learned codebook"),
     ],
 )
-def test_parts_that_diffusers_does_not_know_are_refused(part: str, fields: dict[str, Any], said: str) -> None:
+def test_parts_that_diffusers_lacks_are_refused(part: str, fields: dict[str, Any], message: str) -> None:
     network = VQGANPart(hidden_channels=32, multipliers=[1], attention=[], residual_blocks=1, latent_channels=4)
     chosen: Any = {part: part_from(f"tokenizer.{part}", fields)}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         to_diffusers(VQVAE(Tokenizer(code_dim=2, network=network, **chosen), 8, 12, 3))
 
 
-def test_settings_beside_the_weights_are_read(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    """A network of another number of groups has the same shapes."""
+def test_config_json_beside_the_weights_is_read(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    """A different number of groups would not show in the shapes."""
     weights, _ = reference("llamagen")
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text('{"norm_num_groups": 16, "act_fn": "silu"}')
@@ -294,17 +298,19 @@ def test_settings_beside_the_weights_are_read(tiny_recipe: Path, tmp_path: Path,
     assert "config.json: expected norm_num_groups 32, found 16" in line
 
 
-def test_names_that_diffusers_once_gave_are_understood(tiny_recipe: Path, tmp_path: Path) -> None:
-    weights, expected = of_diffusers(8, 12)
-    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    for today, once in former.items():
-        weights = {name.replace(f".{today}.", f".{once}."): value for name, value in weights.items()}
+def test_old_weight_names_of_diffusers_are_accepted(tiny_recipe: Path, tmp_path: Path) -> None:
+    weights, expected = diffusers_reference(8, 12)
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new, old in old_names.items():
+        weights = {name.replace(f".{new}.", f".{old}."): value for name, value in weights.items()}
     assert any(".query." in name for name in weights)
     tokenizer = imported("diffusers", weights, (8, 12), tiny_recipe, tmp_path)
     assert torch.equal(tokenizer.encode(expected["input"])[0], expected["codes"].long())
 
 
-def test_the_sizes_that_count_are_the_imported_tokenizers(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_image_sizes_are_checked_against_the_imported_network(
+    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
+) -> None:
     """Height 10: the recipe's own network, of downsampling 4, would refuse it; the imported one, of 2, does not."""
     weights, _ = reference("taming")
     assert imported("taming", weights, (10, 12), tiny_recipe, tmp_path).grids == [(5, 6)]

@@ -1,4 +1,4 @@
-"""The stage 1 loop, stopped, killed, broken, and gone on with."""
+"""The stage 1 command: stopped, killed, damaged and resumed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def files(run: Path) -> set[str]:
 
 
 def kill_after_checkpoint(command: list[str], checkpoint: Path, metrics: Path, last_step: int) -> None:
-    """Start, wait until it has gone on past the checkpoint, then SIGKILL."""
+    """Start a training, wait until it has passed a checkpoint, then send SIGKILL."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (checkpoint.exists() and any(record["step"] >= last_step for record in read_metrics(metrics))):
@@ -46,7 +46,7 @@ def kill_after_checkpoint(command: list[str], checkpoint: Path, metrics: Path, l
     process.wait()
 
 
-def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
+def test_resuming_a_killed_run_is_bit_exact(
     tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
     settings = ["--config", str(tiny_recipe), "--compute.threads", "1", *ADVERSARY]
@@ -74,31 +74,31 @@ def test_killed_between_checkpoints_and_resumed_it_ends_bit_for_bit_the_same(
     assert [record["step"] for record in timeless[0] if record.get("adversarial", 0) != 0] == [40, 50, 60, 70, 80, 90, 100, 110, 120]
 
 
-def test_killed_before_its_first_checkpoint_a_run_keeps_its_recipe(
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_recipe(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another is taken only with --config, or an option, and said; run.py has the same."""
+    """Another recipe needs --config or options and is reported; run.py sees the same recipe."""
     run = ["--run", str(tmp_path / "run")]
-    typed = ["--config", str(tiny_recipe), *run, "--stage1.steps", "2", "--tokenizer.quantizer", "fsq"]
+    settings = ["--config", str(tiny_recipe), *run, "--stage1.steps", "2", "--tokenizer.quantizer", "fsq"]
     with monkeypatch.context() as patched:
         patched.setattr("stage1_vqvae.train.take_step", failing(Killed()))
         for lr in ("0.002", "0.004"):
             with pytest.raises(Killed):
-                main([*typed, "--stage1.lr", lr])
+                main([*settings, "--stage1.lr", lr])
     assert "its recipe, by which nothing has been trained yet, is replaced: stage1.lr: 0.004, not 0.002\n" in capsys.readouterr().out
-    began = load_recipe(tmp_path / "run/recipe.yaml")
-    assert (began.stage1.lr, began.tokenizer.quantizer.kind) == (0.004, "fsq")
-    assert chain(*run).recipe == began
+    first = load_recipe(tmp_path / "run/recipe.yaml")
+    assert (first.stage1.lr, first.tokenizer.quantizer.kind) == (0.004, "fsq")
+    assert chain(*run).recipe == first
     main([*run, "--resume"])
     assert "replaced" not in capsys.readouterr().out
-    assert load_recipe(tmp_path / "run/recipe.yaml") == began
+    assert load_recipe(tmp_path / "run/recipe.yaml") == first
     assert read_json(tmp_path / "run/stage1/report.json")["steps"] == 2
 
 
-def test_memory_for_a_discriminator_that_begins_later_is_tried_at_once(
+def test_memory_of_a_later_discriminator_is_rehearsed_at_the_start(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
 ) -> None:
-    """And what the line advises is taken, before the first checkpoint and after it."""
+    """The advice in the error works, before the first checkpoint and after it."""
     run = ["--run", str(tmp_path / "run")]
     settings = ["--config", str(tiny_recipe), *run, *ADVERSARY, "--stage1.steps", "4", "--stage1.checkpoint_interval", "1"]
     full = failing(torch.OutOfMemoryError("no room"))
@@ -115,22 +115,24 @@ def test_memory_for_a_discriminator_that_begins_later_is_tried_at_once(
     assert read_json(tmp_path / "run/stage1/report.json")["steps"] == 4
 
 
-def test_data_that_has_changed_is_said_and_gone_on_with_only_if_asked(
+def test_changed_data_is_refused_unless_accepted(
     run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By stage 1, extraction, evaluation, pictures of a split and codes from elsewhere."""
+    """In stage 1, extraction, evaluation, reconstruction and code import."""
     folder = shutil.copytree(pictures, tmp_path / "images")
     (folder / "bird").mkdir()
     for number in range(4):
         shutil.copy(folder / "down/000.png", folder / "bird" / f"{number}.png")
     before = files(run_copy)
-    here = ["--run", str(run_copy), "--data.path", str(folder)]
+    settings = ["--run", str(run_copy), "--data.path", str(folder)]
     changed = 'train: 39 images, was 36; validation: 13 images, was 12; class "bird" is new'
     for command, *options in ((main, "--resume", "--stage1.steps", "70"), (extract_codes, "--overwrite"), (evaluate,)):
-        assert f"expected the data that its training began with, found {changed}; put it back" in one_line_error(command, *here, *options)
-    assert 'found validation: 13 images, was 12; class "bird" is new' in one_line_error(reconstruct, *here)
+        assert f"expected the data that its training began with, found {changed}; put it back" in one_line_error(
+            command, *settings, *options
+        )
+    assert 'found validation: 13 images, was 12; class "bird" is new' in one_line_error(reconstruct, *settings)
     assert files(run_copy) == before
-    extract_codes([*here, "--overwrite", "--accept-changed-data"])
+    extract_codes([*settings, "--overwrite", "--accept-changed-data"])
     assert f"going on with data that has changed: {changed}; images that it was trained on may be among" in capsys.readouterr().out
     assert read_json(run_copy / "data.json")["train"]["images"] == 36
     export_codes(["--run", str(run_copy), "--output", str(tmp_path / "codes")])
@@ -138,8 +140,8 @@ def test_data_that_has_changed_is_said_and_gone_on_with_only_if_asked(
     assert f"going on with data that has changed: {changed}; images" in capsys.readouterr().out
 
 
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_recipe: Path, tmp_path: Path) -> None:
-    """That of a scheduler; Ctrl-C's stops two processes in test_two_processes.py."""
+def test_a_signal_saves_and_prints_how_to_resume(tiny_recipe: Path, tmp_path: Path) -> None:
+    """SIGTERM, as from a scheduler; test_two_processes.py has SIGINT."""
     run = tmp_path / "run"
     command = [sys.executable, str(REPOSITORY / "stage1_vqvae/train.py"), "--config", str(tiny_recipe), "--run", str(run)]
     process = subprocess.Popen([*command, "--stage1.steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -158,9 +160,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_recipe: Pat
     assert torch.load(newest, weights_only=True)["step"] == step
 
 
-def test_it_stops_after_so_many_minutes_and_goes_on_elsewhere(
-    tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
-) -> None:
+def test_stop_after_saves_and_a_moved_run_resumes(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     run, moved, settings = tmp_path / "run", tmp_path / "elsewhere" / "moved", ["--config", str(tiny_recipe), "--stage1.steps", "10"]
     with pytest.raises(SystemExit) as ended:
         main([*settings, "--run", str(run), "--stop-after", "1e-9"])
@@ -175,7 +175,7 @@ def test_it_stops_after_so_many_minutes_and_goes_on_elsewhere(
     assert "stop_after" in one_line_error(main, "--run", moved, "--stop-after", "0")
 
 
-def test_a_finished_stage_says_so_and_changes_nothing(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rerunning_a_finished_stage_changes_nothing(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {name: (run_copy / name).read_bytes() for name in files(run_copy)}
     main(["--run", str(run_copy)])
     out = capsys.readouterr().out
@@ -187,29 +187,29 @@ def test_a_finished_stage_says_so_and_changes_nothing(run_copy: Path, capsys: py
     }
 
 
-def test_a_finished_stage_can_be_trained_longer(run_copy: Path) -> None:
+def test_a_finished_stage_can_be_extended(run_copy: Path) -> None:
     before = (run_copy / "tokenizer.safetensors").read_bytes()
     main(["--run", str(run_copy), "--resume", "--stage1.steps", "70"])
     assert (run_copy / "tokenizer.safetensors").read_bytes() != before
     assert read_json(run_copy / "stage1" / "report.json")["steps"] == 70
 
 
-def test_an_extension_that_was_interrupted_goes_on(
+def test_an_interrupted_extension_can_be_resumed(
     run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
     main(["--run", str(run_copy), "--resume", "--stage1.steps", "70"])
-    long = (run_copy / "tokenizer.safetensors").read_bytes()
-    # As after Ctrl-C at step 60 of 70: the recipe says 70, the newest checkpoint and the weights are those of 60.
+    extended = (run_copy / "tokenizer.safetensors").read_bytes()
+    # As after Ctrl-C at step 60 of 70: the recipe has 70 steps, the newest checkpoint and the weights have 60.
     shutil.copy(finished_weights(run_copy, 60), run_copy / "tokenizer.safetensors")
     (run_copy / "stage1/checkpoints/step-000000070.pt").unlink()
     assert "finished after 60 steps, but asked for were 70" in one_line_error(main, "--run", run_copy)
     main(["--run", str(run_copy), "--resume"])
     assert "already finished" not in capsys.readouterr().out
-    assert (run_copy / "tokenizer.safetensors").read_bytes() == long
+    assert (run_copy / "tokenizer.safetensors").read_bytes() == extended
 
 
 def finished_weights(run: Path, steps: int) -> Path:
-    """The tokenizer file of that checkpoint, written beside the run."""
+    """Write the tokenizer file of a checkpoint beside the run."""
     recipe = load_recipe(run / "recipe.yaml")
     model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
     model.load_state_dict(torch.load(run / f"stage1/checkpoints/step-{steps:09d}.pt", weights_only=True)["model"])
@@ -217,7 +217,7 @@ def finished_weights(run: Path, steps: int) -> Path:
     return run.parent / "weights.safetensors"
 
 
-def test_a_first_attempt_that_failed_does_not_set_the_recipe(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_a_failed_first_attempt_does_not_fix_the_recipe(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     run = tmp_path / "new"
     one_line_error(main, "--config", tiny_recipe, "--run", run, "--data.path", tmp_path / "nowhere")
     assert not run.exists()
@@ -238,8 +238,8 @@ def test_a_runs_recipe_is_fixed(run_copy: Path, arguments: list[str], parts: lis
     assert all(part in line for part in parts), line
 
 
-def test_without_its_checkpoints_a_finished_stage_is_not_begun_again(run_copy: Path, one_line_error: Callable[..., str]) -> None:
-    """It cannot be trained longer, and what there is stays."""
+def test_a_finished_stage_without_checkpoints_is_not_restarted(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    """It cannot be extended, and its results stay."""
     shutil.rmtree(run_copy / "stage1" / "checkpoints")
     written = (run_copy / "tokenizer.safetensors").read_bytes()
     line = one_line_error(main, "--run", run_copy, "--resume", "--stage1.steps", "99")
@@ -247,12 +247,12 @@ def test_without_its_checkpoints_a_finished_stage_is_not_begun_again(run_copy: P
     assert (run_copy / "tokenizer.safetensors").read_bytes() == written
 
 
-def test_resume_without_a_checkpoint_starts(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_starts_training(tiny_recipe: Path, tmp_path: Path) -> None:
     main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--resume", "--stage1.steps", "2"])
     assert (tmp_path / "new" / "tokenizer.safetensors").exists()
 
 
-def test_killed_after_the_last_checkpoint_it_only_writes_its_results(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_resuming_after_the_last_checkpoint_writes_the_results(tiny_recipe: Path, tmp_path: Path) -> None:
     settings = ["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "4"]
     main(settings)
     written = (tmp_path / "new" / "tokenizer.safetensors").read_bytes()
@@ -263,8 +263,8 @@ def test_killed_after_the_last_checkpoint_it_only_writes_its_results(tiny_recipe
     assert read_json(tmp_path / "new" / "stage1" / "report.json")["validation"] == report["validation"]
 
 
-def test_broken_checkpoints_are_named_and_left_alone(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
-    """Where none is whole; otherwise the one before is gone on from: tests/faults."""
+def test_damaged_checkpoints_are_reported_and_not_deleted(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+    """When no checkpoint is intact; tests/faults covers falling back to an earlier one."""
     folder = tmp_path / "new" / "stage1" / "checkpoints"
     main(["--config", str(tiny_recipe), "--run", str(tmp_path / "new"), "--stage1.steps", "2", "--stage1.checkpoint_interval", "1"])
     (tmp_path / "new" / "tokenizer.safetensors").unlink()
@@ -275,7 +275,7 @@ def test_broken_checkpoints_are_named_and_left_alone(tiny_recipe: Path, tmp_path
     assert [path.read_bytes() for path in paths] == [b"nonsense"] * 2
 
 
-def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(
+def test_a_non_finite_loss_stops_the_run_and_keeps_finite_checkpoints(
     tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
     settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.warmup_steps", "4"]
@@ -287,10 +287,10 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_checkpoint(
         assert all(bool(torch.isfinite(weight).all()) for weight in state["model"].values())
 
 
-def test_a_lower_learning_rate_may_go_on_from_the_last_good_checkpoint(
+def test_resuming_with_a_lower_learning_rate_after_divergence(
     tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
-    """As the message on a loss that is not finite advises."""
+    """As the error about a non-finite loss advises."""
     settings = ["--config", tiny_recipe, "--run", tmp_path / "new", "--stage1.clip_norm", "0", "--stage1.checkpoint_interval", "2"]
     main([str(value) for value in [*settings, "--stage1.steps", "2"]])
     run = ["--run", str(tmp_path / "new"), "--resume", "--stage1.steps", "9"]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Operators that synchronise with or copy from the host.
-_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh"}
+_SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh"}
 
 
 class SimulatedGraph:
@@ -42,25 +42,25 @@ class _Capture(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if name in _WAITS:
+        if name in _SYNCHRONISING:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
         if any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:])) and name in ("index", "index_put_"):
             raise RuntimeError("operation not permitted when stream is capturing: nonzero of a mask")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 self.written.append((value, value.clone()))
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if not func.is_view:
-            self.graph.calls.append((func, args, kwargs, tree_leaves(found)))
-        return found
+            self.graph.calls.append((func, args, kwargs, tree_leaves(result)))
+        return result
 
     def undo(self) -> None:
         for tensor, content in reversed(self.written):
             tensor.copy_(content)
         known = {id(x) for _, args, kwargs, _ in self.graph.calls for x in tree_leaves((args, kwargs))}
         outside = {tensor.untyped_storage().data_ptr() for tensor, _ in self.written}
-        for *_, made in self.graph.calls:
-            for x in made:
+        for *_, outputs in self.graph.calls:
+            for x in outputs:
                 if isinstance(x, Tensor) and id(x) not in known and x.untyped_storage().data_ptr() not in outside:
                     x.fill_(torch.nan if x.dtype.is_floating_point else 1)
 
@@ -69,7 +69,7 @@ class SimulatedCuda:
     """Requests made to `torch.cuda`, in order, and the captured graphs."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, Any]] = []
+        self.requests: list[tuple[str, Any]] = []
         self.graphs: list[SimulatedGraph] = []
         self.error: Exception | None = None
         """Error that the next captures raise; None: they succeed."""
@@ -87,7 +87,7 @@ class SimulatedCuda:
 
     @contextmanager
     def graph(self, graph: SimulatedGraph, **options: Any) -> Iterator[None]:
-        self.asked.append(("capture", {**options, "on": self.current}))
+        self.requests.append(("capture", {**options, "on": self.current}))
         if self.error is not None:
             raise self.error
         capture = _Capture(graph)
@@ -97,7 +97,7 @@ class SimulatedCuda:
         self.graphs.append(graph)
 
     def stream(self, device: torch.device | None = None) -> Any:
-        self.asked.append(("stream", device))
+        self.requests.append(("stream", device))
         return SimulatedStream(device)
 
 

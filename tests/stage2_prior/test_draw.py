@@ -23,26 +23,26 @@ from tests.stage2_prior.priors.prior_kinds import KINDS, LAYOUTS, build, random_
 
 
 def reference_warp(logits: list[float], config: StepwiseSampling) -> list[float]:
-    """By the definitions, one code at a time, on Python floats."""
+    """Warp by the definitions, one code at a time, on Python floats."""
     order = sorted(range(len(logits)), key=lambda code: -logits[code])
     if config.temperature == 0:
         return [float(code == order[0]) for code in range(len(logits))]
     allowed = [code for code in order if not config.top_k or logits[code] >= logits[order[config.top_k - 1]]]
     weights = {code: math.exp((logits[code] - logits[order[0]]) / config.temperature) for code in allowed}
     total = sum(weights.values())
-    kept, reached = [], 0.0
+    nucleus, reached = [], 0.0
     for code in allowed:
         if reached >= config.top_p - 1e-12:
             break
-        kept.append(code)
+        nucleus.append(code)
         reached += weights[code] / total
-    kept = [code for code in kept if weights[code] >= config.min_p * weights[order[0]]]
-    total = sum(weights[code] for code in kept)
-    return [weights[code] / total if code in kept else 0.0 for code in range(len(logits))]
+    nucleus = [code for code in nucleus if weights[code] >= config.min_p * weights[order[0]]]
+    total = sum(weights[code] for code in nucleus)
+    return [weights[code] / total if code in nucleus else 0.0 for code in range(len(logits))]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
-def test_warping_alone_and_together_against_the_definitions(temperature: float) -> None:
+def test_warps_match_their_definitions_alone_and_combined(temperature: float) -> None:
     logits = torch.randn(20, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
     logits[0], logits[1, 2:5] = 0.0, 3.0  # ties: all, and three at the top
     for top_k, top_p, min_p in itertools.product([0, 1, 3, 100], [1.0, 0.9, 0.3, 1e-6], [0.0, 0.01, 0.2, 1.0]):
@@ -55,16 +55,16 @@ def test_warping_alone_and_together_against_the_definitions(temperature: float) 
 def test_draw_inverts_the_cumulative_distribution() -> None:
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
     uniform = torch.tensor([0.0, 0.1, 0.2499999, 0.25, 0.74, 0.75, 0.99, 1 - 2**-53], dtype=torch.float64)
-    found = draw(probabilities.expand(len(uniform), -1), uniform)
-    assert found.tolist() == [1, 1, 1, 3, 3, 4, 4, 4]
+    drawn = draw(probabilities.expand(len(uniform), -1), uniform)
+    assert drawn.tolist() == [1, 1, 1, 3, 3, 4, 4, 4]
 
 
 def test_draws_follow_the_probabilities() -> None:
     """Chi-square of 20,000 draws, 6 degrees of freedom; 22.5 is its 99.9 % point."""
     probabilities = torch.softmax(torch.randn(7, generator=torch.Generator().manual_seed(3)).double(), 0)
-    found = draw(probabilities.expand(20_000, -1), torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    drawn = draw(probabilities.expand(20_000, -1), torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
     expected = 20_000 * probabilities
-    statistic = ((torch.bincount(found, minlength=7) - expected).square() / expected).sum()
+    statistic = ((torch.bincount(drawn, minlength=7) - expected).square() / expected).sum()
     assert statistic < 22.5
 
 
@@ -72,8 +72,8 @@ def test_draws_follow_the_probabilities() -> None:
     ("scale", "schedule"), [(-1.5, "constant"), (0.0, "constant"), (0.5, "constant"), (3.0, "linear"), (3.0, "cosine")]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_guidance_scale_is_honoured(scale: float, schedule: str, kind: str) -> None:
-    """Against two full passes a position, logits combined by hand, in a greedy decode."""
+def test_guided_sampling_equals_two_full_passes_per_position(scale: float, schedule: str, kind: str) -> None:
+    """Logits are combined by hand, in a greedy decode."""
     layout = SequenceLayout([(2, 3)], [7])
     prior = build(kind, layout, num_classes=3).double()
     labels, none = torch.tensor([0, 1, 2]), torch.full((3,), 3)
@@ -81,14 +81,14 @@ def test_every_guidance_scale_is_honoured(scale: float, schedule: str, kind: str
     (grid,) = prior.sample(labels, uniforms(0, torch.arange(3), 6), config)
     sequences = torch.zeros(3, 6, dtype=torch.int64)
     for position in range(6):
-        way = {"constant": 1.0, "linear": position / 5, "cosine": 0.5 - 0.5 * math.cos(math.pi * position / 5)}[schedule]
-        here = 1 + way * (scale - 1)
-        conditional, unconditional = (prior.logits(layout.grids_of(sequences), given)[0][:, position] for given in (labels, none))
-        sequences[:, position] = (unconditional + here * (conditional - unconditional)).argmax(-1)
+        progress = {"constant": 1.0, "linear": position / 5, "cosine": 0.5 - 0.5 * math.cos(math.pi * position / 5)}[schedule]
+        scale_here = 1 + progress * (scale - 1)
+        conditional, unconditional = (prior.logits(layout.grids_of(sequences), condition)[0][:, position] for condition in (labels, none))
+        sequences[:, position] = (unconditional + scale_here * (conditional - unconditional)).argmax(-1)
     assert torch.equal(grid.flatten(1), sequences)
 
 
-def test_guidance_schedules_rise_from_none_to_all() -> None:
+def test_guidance_schedules_rise_from_one_to_the_full_scale() -> None:
     for schedule in ("linear", "cosine"):
         scales = guidance_scales(StepwiseSampling(guidance=4.0, guidance_schedule=schedule), 9)  # type: ignore[arg-type]
         assert (scales[0], scales[4], scales[8]) == (1, pytest.approx(2.5), pytest.approx(4))
@@ -121,42 +121,42 @@ def test_uniforms_depend_on_seed_and_number_alone() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, -1, 2**40, 2**80])
-def test_equal_seeds_draw_equal_codes_whatever_type_holds_them(number: int) -> None:
-    holders: list[Any] = [Fraction(number), np.array(number), np.float64(number)]
-    holders += [bool(number)] if number in (0, 1) else []
-    holders += [np.int64(number), torch.tensor(number), torch.tensor(float(number), dtype=torch.float64)] if abs(number) < 2**63 else []
+def test_equal_seeds_draw_equal_numbers_in_any_type(number: int) -> None:
+    seeds: list[Any] = [Fraction(number), np.array(number), np.float64(number)]
+    seeds += [bool(number)] if number in (0, 1) else []
+    seeds += [np.int64(number), torch.tensor(number), torch.tensor(float(number), dtype=torch.float64)] if abs(number) < 2**63 else []
     expected = uniforms(number, torch.arange(2), 3)
-    assert all(torch.equal(uniforms(holder, torch.arange(2), 3), expected) for holder in holders)
+    assert all(torch.equal(uniforms(seed, torch.arange(2), 3), expected) for seed in seeds)
     assert not torch.equal(uniforms(number + 1, torch.arange(2), 3), expected)
 
 
 @pytest.mark.parametrize("seed", [1.5, "1", None, math.nan, math.inf, torch.tensor([1, 2]), [1]])
-def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+def test_seeds_that_are_not_whole_numbers_are_refused(seed: Any) -> None:
     with pytest.raises(UserError, match="seed: expected a whole number, found"):
         uniforms(seed, torch.arange(2), 3)
 
 
-def stepped(prior: StepwisePrior, labels: torch.Tensor, uniform: torch.Tensor, config: StepwiseSampling, keep: Keep) -> Codes:
-    """Completion by its definition: a step at every position, kept or drawn."""
-    layout, both = prior.layout, torch.cat([labels, prior.null_condition(len(labels))])
-    cache, sequences, keeps = prior.new_cache(len(both)), layout.flat(keep.codes).clone(), layout.flat(keep.masks)[0]
+def complete_stepwise(prior: StepwisePrior, labels: torch.Tensor, uniform: torch.Tensor, config: StepwiseSampling, keep: Keep) -> Codes:
+    """Complete codes by the definition: one step per position, keeping or drawing its code."""
+    layout, conditions = prior.layout, torch.cat([labels, prior.null_condition(len(labels))])
+    cache, sequences, mask = prior.new_cache(len(conditions)), layout.flat(keep.codes).clone(), layout.flat(keep.masks)[0]
     with torch.no_grad():
         for position, scale in enumerate(guidance_scales(config, layout.length)):
-            logits = prior.step(sequences[:, position - 1].repeat(2) if position else None, both, cache)
+            logits = prior.step(sequences[:, position - 1].repeat(2) if position else None, conditions, cache)
             drawn = draw_position(logits, uniform[:, position], config, scale)[0]
-            sequences[:, position] = sequences[:, position] if keeps[position] else drawn
+            sequences[:, position] = sequences[:, position] if mask[position] else drawn
     return layout.grids_of(sequences)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "levelwise"])
-def test_completing_computes_logits_where_codes_are_drawn_and_nowhere_else(kind: str) -> None:
-    """The codes are those of a step at every position, whatever is kept."""
+def test_completion_computes_logits_only_where_codes_are_drawn(kind: str) -> None:
+    """The codes equal those of one step per position, for any mask."""
     layout = LAYOUTS["top and bottom"]
     prior, labels = build(kind, layout).double(), torch.tensor([1, 4, 0])
     config = StepwiseSampling(guidance=2.0, guidance_schedule="cosine")
-    given, uniform, positions = random_codes(layout, 3), uniforms(5, torch.arange(3), layout.length), torch.arange(layout.length)
+    codes, uniform, positions = random_codes(layout, 3), uniforms(5, torch.arange(3), layout.length), torch.arange(layout.length)
     steps = count_steps(prior)
-    for kept in (
+    for mask in (
         positions < 5,
         positions >= 5,
         (positions - 5).abs() > 1,
@@ -164,22 +164,22 @@ def test_completing_computes_logits_where_codes_are_drawn_and_nowhere_else(kind:
         positions < layout.lengths[0],
         positions >= 0,
     ):
-        keep = Keep(given, layout.grids_of(kept[None]))
-        expected = stepped(prior, labels, uniform, config, keep)
+        keep = Keep(codes, layout.grids_of(mask[None]))
+        expected = complete_stepwise(prior, labels, uniform, config, keep)
         steps.clear()
-        found = prior.sample(labels, uniform, config, keep)
-        assert len(steps) == int((~kept).sum())
-        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        completed = prior.sample(labels, uniform, config, keep)
+        assert len(steps) == int((~mask).sum())
+        assert all(torch.equal(*pair) for pair in zip(completed, expected, strict=True))
 
 
 def count_steps(prior: StepwisePrior) -> list[int]:
-    """A list that gets longer with every eager step of a prior or of its parts: where logits are computed."""
+    """Return a list that grows with every eager step of a prior or its parts, that is with every computation of logits."""
     steps: list[int] = []
     for part in getattr(prior, "parts", [prior]):
 
-        def counted(*given: Any, step: Any = part.step) -> torch.Tensor:
+        def counted(*arguments: Any, step: Any = part.step) -> torch.Tensor:
             steps.append(1)
-            return step(*given)
+            return step(*arguments)
 
         part.step = counted
     return steps

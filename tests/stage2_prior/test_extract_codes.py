@@ -1,4 +1,4 @@
-"""Extraction as its user meets it."""
+"""The command `extract_codes.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stage2_prior.extract_codes import main
 from training.weights_file import fingerprint
 
 
-def test_codes_are_the_tokenizers_one_a_sample_in_order(finished_run: Path) -> None:
+def test_stored_codes_are_the_tokenizers_in_the_order_of_the_images(finished_run: Path) -> None:
     run = RunDir(finished_run)
     tokenizer = load_tokenizer(run)
     source = load_images(load_recipe(run.recipe).data)
@@ -34,8 +34,8 @@ def test_codes_are_the_tokenizers_one_a_sample_in_order(finished_run: Path) -> N
         store = CodeStore(run.codes / name, fingerprint(run.tokenizer))
         assert len(store) == len(split)
         (codes,) = store.codes(torch.arange(len(split)))
-        (own,) = tokenizer.encode(to_model(split.pixels[:]))
-        assert torch.equal(codes, own)
+        (expected,) = tokenizer.encode(to_model(split.pixels[:]))
+        assert torch.equal(codes, expected)
         assert torch.equal(store.condition, split.labels)
         pictures = to_uint8(tokenizer.decode((codes,))).int()
         assert int((pictures - to_uint8(tokenizer(to_model(split.pixels[:])).reconstruction).int()).abs().max()) <= 1
@@ -50,15 +50,15 @@ def test_variants_are_an_axis_of_the_training_codes(run_copy: Path) -> None:
     pixels = load_images(load_recipe(run.recipe).data).splits[TRAIN].pixels[:]
     store = CodeStore(run.codes / TRAIN)
     assert store.manifest.variants == 2
-    everything = torch.arange(len(store))
-    (mirrored,) = store.codes(everything, torch.ones(len(store), dtype=torch.int64))
+    rows = torch.arange(len(store))
+    (mirrored,) = store.codes(rows, torch.ones(len(store), dtype=torch.int64))
     assert torch.equal(mirrored, tokenizer.encode(to_model(pixels.flip(2)))[0])
     assert CodeStore(run.codes / VALIDATION).manifest.variants == 1
 
 
 @pytest.mark.parametrize("augmentation", ["five_crops", "ten_crops"])
-def test_crops_are_variants_made_of_whole_images(augmentation: str, run_copy: Path, pictures: Path) -> None:
-    """The first is the image itself; those that were kept decoded are not enlarged for the others."""
+def test_crops_are_variants_cut_from_whole_images(augmentation: str, run_copy: Path, pictures: Path) -> None:
+    """Variant 0 is the image itself; the other crops are not enlarged from cached pixels."""
     main(["--run", str(run_copy), "--extraction.augmentation", augmentation, "--overwrite"])
     run = RunDir(run_copy)
     tokenizer, data = load_tokenizer(run), load_recipe(run.recipe).data
@@ -71,20 +71,20 @@ def test_crops_are_variants_made_of_whole_images(augmentation: str, run_copy: Pa
         crops = torch.cat([crops, crops.flip(3)], 1)
     assert stored.manifest.variants == crops.shape[1]
     for variant in range(crops.shape[1]):
-        (found,) = stored.codes(torch.arange(len(stored)), torch.full((len(stored),), variant))
-        assert torch.equal(found, tokenizer.encode(to_model(crops[:, variant]))[0])
+        (codes,) = stored.codes(torch.arange(len(stored)), torch.full((len(stored),), variant))
+        assert torch.equal(codes, tokenizer.encode(to_model(crops[:, variant]))[0])
     assert CodeStore(run.codes / VALIDATION).manifest.variants == 1
 
 
-@pytest.mark.parametrize("how", [["--data.decode", "each_time", "--data.workers", workers] for workers in "012"])
-def test_codes_do_not_depend_on_how_images_are_read(how: list[str], run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [["--data.decode", "each_time", "--data.workers", workers] for workers in "012"])
+def test_codes_do_not_depend_on_how_images_are_read(options: list[str], run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(run_copy / "codes")
     monkeypatch.setattr("training.prefetch._worth_prefetching", lambda _: True)  # as on a GPU
-    main(["--run", str(run_copy), "--overwrite", *how])
+    main(["--run", str(run_copy), "--overwrite", *options])
     assert contents(run_copy / "codes") == before
 
 
-def test_a_run_says_what_images_it_has_and_a_machine_where_they_are(
+def test_the_path_of_the_data_may_change_and_the_image_size_may_not(
     run_copy: Path, pictures: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
     before = contents(run_copy / "codes")
@@ -95,7 +95,7 @@ def test_a_run_says_what_images_it_has_and_a_machine_where_they_are(
     assert "data.height" in one_line_error(main, "--run", run_copy, "--overwrite", "--data.height", 16)
 
 
-def test_extracting_again_says_so_and_other_settings_need_overwrite(
+def test_repeated_extraction_is_skipped_and_other_settings_need_overwrite(
     run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
     before = (run_copy / "codes/train/manifest.json").stat().st_mtime_ns
@@ -106,7 +106,7 @@ def test_extracting_again_says_so_and_other_settings_need_overwrite(
     assert (run_copy / "codes/train/manifest.json").stat().st_mtime_ns == before
 
 
-def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_codes_of_another_tokenizer_are_extracted_again(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from stage1_vqvae.train import main as train_tokenizer
     from stage2_prior.train import main as train_prior
 
@@ -116,7 +116,7 @@ def test_another_tokenizers_codes_are_extracted_anew(run_copy: Path, capsys: pyt
     main(["--run", str(run_copy)])
     out = capsys.readouterr().out
     assert "extracting again" in out
-    assert out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 2  # of the training, and of this
+    assert out.count("48 images in 2 classes (across, down); train 36, validation 12 (held out)") == 2  # by the training and this command
     assert read_manifest(run_copy / "codes/train").tokenizer_sha256 == fingerprint(run_copy / "tokenizer.safetensors")
 
 
@@ -125,14 +125,14 @@ def contents(codes: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("fails_after", "damaged"), [(0, None), (3, None), (8, None), (3, "cut short"), (8, "another tokenizer's")])
-def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
+def test_an_interrupted_extraction_resumes_to_the_same_codes(
     fails_after: int, damaged: str | None, run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """36 and 12 images in files of 5; the old codes stay until the new ones are whole."""
-    words = ["--run", str(run_copy), "--overwrite", "--extraction.shard_rows", "5", "--extraction.batch_size", "3"]
-    main(words)
-    whole = contents(run_copy / "codes")
-    assert len(whole) == 8 + 1 + 3 + 1
+    """36 and 12 images in files of 5; the old codes stay until the new ones are complete."""
+    command = ["--run", str(run_copy), "--overwrite", "--extraction.shard_rows", "5", "--extraction.batch_size", "3"]
+    main(command)
+    complete = contents(run_copy / "codes")
+    assert len(complete) == 8 + 1 + 3 + 1
     written, write = [], extract_codes.write_shard
 
     def fail(*arguments: object) -> None:
@@ -144,53 +144,53 @@ def test_an_interrupted_extraction_goes_on_and_ends_as_an_uninterrupted_one(
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "write_shard", fail)
         with pytest.raises(OSError, match="No space"):
-            main(words)
-    assert contents(run_copy / "codes") == whole
+            main(command)
+    assert contents(run_copy / "codes") == complete
     unfinished = run_copy / "codes.unfinished/train"
     (unfinished / "codes-00007-of-00008.safetensors.tmp-1").write_bytes(b"half")
-    there = sorted(unfinished.glob("*.safetensors"))
-    if damaged == "cut short" and there:
-        there[0].write_bytes(there[0].read_bytes()[:-1])
-    elif damaged == "another tokenizer's" and there:
-        save_file(load_file(there[0]), there[0], {"tokenizer_sha256": "0" * 64})
+    shards = sorted(unfinished.glob("*.safetensors"))
+    if damaged == "cut short" and shards:
+        shards[0].write_bytes(shards[0].read_bytes()[:-1])
+    elif damaged == "another tokenizer's" and shards:
+        save_file(load_file(shards[0]), shards[0], {"tokenizer_sha256": "0" * 64})
     good = fails_after - (damaged is not None)
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "write_shard", lambda *arguments: (written.append(arguments), write(*arguments)))
-        main([*words[:-1], "2"])  # as one whose memory was full is advised to
+        main([*command[:-1], "2"])  # as advised when memory is full
     assert (f"resuming, {good} of 11 files" in capsys.readouterr().out) == (good > 0)
     assert len(written) == 11 + (damaged is not None)
-    assert contents(run_copy / "codes") == whole
+    assert contents(run_copy / "codes") == complete
     assert not list(run_copy.glob("codes.*"))
 
 
 @pytest.mark.parametrize("other", ["augmentation", "images"])
-def test_what_another_extraction_left_is_not_gone_on_with(
+def test_leftovers_of_another_extraction_are_not_resumed(
     other: str, pictures: Path, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of other settings, or of a folder whose images have changed since."""
+    """One with other settings, or of a folder whose images have changed since."""
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     (run_copy / "recipe.yaml").write_text((run_copy / "recipe.yaml").read_text().replace(str(pictures), str(folder)))
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device", "codes")
 
-    words = ["--run", str(run_copy), "--overwrite"]
+    command = ["--run", str(run_copy), "--overwrite"]
     with monkeypatch.context() as patched:
         patched.setattr(extract_codes, "write_manifest", fail)
         with pytest.raises(OSError, match="No space"):
-            main([*words, "--extraction.augmentation", "horizontal_flip"] if other == "augmentation" else words)
+            main([*command, "--extraction.augmentation", "horizontal_flip"] if other == "augmentation" else command)
     if other == "images":
         for path in folder.rglob("*.png"):
             Image.open(path).rotate(180).save(path)
-    main([*words, "--accept-changed-data"])
+    main([*command, "--accept-changed-data"])
     assert read_manifest(run_copy / "codes/train").variants == 1
     after = contents(run_copy / "codes")
-    main([*words, "--accept-changed-data"])
+    main([*command, "--accept-changed-data"])
     assert contents(run_copy / "codes") == after
 
 
-def test_verify_reads_all_codes_through(run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]) -> None:
+def test_verify_checks_every_file_of_codes(run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]) -> None:
     main(["--run", str(run_copy), "--verify"])
     assert "train: 36 images in 5 files, as they were written" in capsys.readouterr().out
     path = sorted((run_copy / "codes/validation").glob("*.safetensors"))[0]
@@ -202,7 +202,7 @@ def test_verify_reads_all_codes_through(run_copy: Path, capsys: pytest.CaptureFi
     assert "expected codes, found none" in one_line_error(main, "--run", run_copy, "--verify")
 
 
-def test_codes_that_decode_to_something_else_are_caught(
+def test_codes_that_decode_to_other_images_are_refused(
     run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
     real, before = extract_codes.encode, contents(run_copy / "codes")
@@ -218,7 +218,9 @@ def test_codes_that_decode_to_something_else_are_caught(
     assert contents(run_copy / "codes") == before
 
 
-def test_without_a_tokenizer_it_names_the_missing_command(tmp_path: Path, finished_run: Path, one_line_error: Callable[..., str]) -> None:
+def test_without_a_tokenizer_the_error_names_the_command_to_run(
+    tmp_path: Path, finished_run: Path, one_line_error: Callable[..., str]
+) -> None:
     assert "accelerate launch stage1_vqvae/train.py" in one_line_error(main, "--run", tmp_path / "nothing")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.yaml").write_bytes((finished_run / "recipe.yaml").read_bytes())

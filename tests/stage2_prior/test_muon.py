@@ -27,7 +27,7 @@ class Net(nn.Module):
         return self.head(self.out(self.qkv(self.token(tokens)).tanh()))
 
 
-def stepped(net: Net, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> Net:
+def take_steps(net: Net, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> Net:
     draws = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -38,24 +38,24 @@ def stepped(net: Net, optimizer: torch.optim.Optimizer, steps: int, seed: int = 
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
-def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) -> None:
+def test_singular_values_come_near_one_and_singular_vectors_stay(shape: tuple[int, int]) -> None:
     matrices = torch.randn(5, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-    found = left.mT @ orthogonalised(matrices) @ right.mT
-    diagonal = found.diagonal(dim1=1, dim2=2)
-    assert torch.allclose(found, torch.diag_embed(diagonal), atol=1e-9)
-    # What began above a hundredth of the norm; five steps cannot raise what is far smaller.
+    rotated = left.mT @ orthogonalised(matrices) @ right.mT
+    diagonal = rotated.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(rotated, torch.diag_embed(diagonal), atol=1e-9)
+    # Only values above 2 % of the norm: five steps cannot raise far smaller ones.
     raised = diagonal[values > 0.02 * values.norm(dim=1, keepdim=True)]
     assert float(raised.min()) > 0.6
     assert float(raised.max()) < 1.3
 
 
-def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw_does() -> None:
-    """To the two or three digits of its bfloat16; a fused map as three matrices."""
+def test_matrices_step_as_by_torchs_muon_and_other_weights_as_by_adamw() -> None:
+    """Equal to the two or three digits of torch's bfloat16; a fused map counts as three matrices."""
     ours, theirs, start = Net(), Net(), Net()
-    optimizer, rest = muon(ours, 1e-3, 0.1, beta2=0.95), adamw(theirs, 1e-3, 0.1, beta2=0.95)
+    optimizer, adamw_reference = muon(ours, 1e-3, 0.1, beta2=0.95), adamw(theirs, 1e-3, 0.1, beta2=0.95)
     separate = [nn.Parameter(part.detach().clone()) for part in theirs.qkv.weight.chunk(3)]
-    reference = torch.optim.Muon([*separate, theirs.out.weight], lr=1e-2, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original")
+    muon_reference = torch.optim.Muon([*separate, theirs.out.weight], lr=1e-2, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original")
     draws = torch.Generator().manual_seed(2)
     for _ in range(3):
         gradients = {name: torch.randn(weight.shape, generator=draws) for name, weight in ours.named_parameters()}
@@ -65,9 +65,9 @@ def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw_does() ->
         for part, gradient in zip(separate, gradients["qkv.weight"].chunk(3), strict=True):
             part.grad = gradient.clone()
         optimizer.step()
-        reference.step()
+        muon_reference.step()
         theirs.qkv.weight.grad = theirs.out.weight.grad = None
-        rest.step()
+        adamw_reference.step()
     theirs.qkv.weight.data = torch.cat([part.data for part in separate])
     for name, weight in ours.state_dict().items():
         moved, expected = weight - start.state_dict()[name], theirs.state_dict()[name] - start.state_dict()[name]
@@ -75,20 +75,20 @@ def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adamw_does() ->
         assert float((moved - expected).norm()) <= tolerance * float(expected.norm()), name
 
 
-def test_it_resumes_bit_for_bit() -> None:
-    whole, half = Net(), Net()
-    stepped(whole, optimizer := muon(whole, 1e-2, 0.1, beta2=0.95), 4)
-    stepped(half, first := muon(half, 1e-2, 0.1, beta2=0.95), 4)
-    second = muon(half, 1e-2, 0.1, beta2=0.95)
-    OptimizerState(half, second).load_state_dict(copy.deepcopy(OptimizerState(half, first).state_dict()))
-    stepped(whole, optimizer, 3, seed=1)
-    stepped(half, second, 3, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters(), strict=True))
+def test_muon_resumes_bit_for_bit() -> None:
+    uninterrupted, resumed = Net(), Net()
+    take_steps(uninterrupted, optimizer := muon(uninterrupted, 1e-2, 0.1, beta2=0.95), 4)
+    take_steps(resumed, first := muon(resumed, 1e-2, 0.1, beta2=0.95), 4)
+    second = muon(resumed, 1e-2, 0.1, beta2=0.95)
+    OptimizerState(resumed, second).load_state_dict(copy.deepcopy(OptimizerState(resumed, first).state_dict()))
+    take_steps(uninterrupted, optimizer, 3, seed=1)
+    take_steps(resumed, second, 3, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
 def test_products_in_bfloat16_orthogonalise_as_well(shape: tuple[int, int]) -> None:
-    """Another matrix by its few digits, and no worse a one: its singular values lie where those of the exact iteration do."""
+    """The result differs by rounding, but its singular values lie where those of the exact iteration do."""
     matrices = torch.randn(5, *shape, generator=torch.Generator().manual_seed(1))
     exact, rounded = orthogonalised(matrices), orthogonalised(matrices, torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
@@ -97,14 +97,14 @@ def test_products_in_bfloat16_orthogonalise_as_well(shape: tuple[int, int]) -> N
     assert torch.allclose(torch.linalg.svdvals(rounded.float()), torch.linalg.svdvals(exact), atol=0.05)
 
 
-def test_weights_and_moments_stay_float32_where_products_do_not() -> None:
+def test_weights_and_moments_stay_float32_with_bfloat16_products() -> None:
     start, exact, net = Net(), Net(), Net()
     optimizer = muon(net, 1e-2, 0.1, 0.95, products=torch.bfloat16)
-    for model, by in ((net, optimizer), (exact, muon(exact, 1e-2, 0.1, 0.95))):
+    for model, model_optimizer in ((net, optimizer), (exact, muon(exact, 1e-2, 0.1, 0.95))):
         draws = torch.Generator().manual_seed(3)
         for weight in model.parameters():
             weight.grad = torch.randn(weight.shape, generator=draws)
-        by.step()
+        model_optimizer.step()
     assert {moment.dtype for state in OptimizerState(net, optimizer).state_dict().values() for moment in state.values()} == {torch.float32}
     for name, weight in net.state_dict().items():
         assert weight.dtype == torch.float32
@@ -114,29 +114,29 @@ def test_weights_and_moments_stay_float32_where_products_do_not() -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
-def test_matrices_are_shared_out_over_any_number_of_processes(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five weights of three matrices each, which no number of them divides: what the processes send makes up what one would compute."""
+def test_matrices_are_divided_among_any_number_of_ranks(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five weights of three matrices each: the parts that the ranks send make up the result of one process."""
     weights = torch.randn(5, 18, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     sent: list[Tensor] = []
 
-    def gather(found: Tensor, own: Tensor) -> None:
-        sent.append(own)
-        found.zero_()
+    def gather(output: Tensor, rank_part: Tensor) -> None:
+        sent.append(rank_part)
+        output.zero_()
 
     for rank in range(processes):
         ranks = SimpleNamespace(get_world_size=lambda: processes, get_rank=lambda rank=rank: rank, all_gather_into_tensor=gather)
         monkeypatch.setattr(muon_module, "dist", ranks)
         muon_module._orthogonalise_replicated(weights, 6, None)
-    assert {len(own) for own in sent} == {-(-15 // processes)}
-    whole = orthogonalised(weights.view(15, 6, 4))
-    assert torch.allclose(torch.cat(sent)[:15], whole, rtol=1e-10)
-    ranks.all_gather_into_tensor = lambda found, _: found.copy_(torch.cat(sent))
-    assert torch.allclose(muon_module._orthogonalise_replicated(weights, 6, None), whole.view(5, 18, 4), rtol=1e-10)
+    assert {len(rank_part) for rank_part in sent} == {-(-15 // processes)}
+    expected = orthogonalised(weights.view(15, 6, 4))
+    assert torch.allclose(torch.cat(sent)[:15], expected, rtol=1e-10)
+    ranks.all_gather_into_tensor = lambda output, _: output.copy_(torch.cat(sent))
+    assert torch.allclose(muon_module._orthogonalise_replicated(weights, 6, None), expected.view(5, 18, 4), rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_of_gradients_that_overflowed_is_left_out(name: str) -> None:
-    """By fp16's scaler, with AdamW's own kernel, which does not ask it before."""
+def test_steps_with_overflowed_gradients_are_skipped(name: str) -> None:
+    """By fp16's gradient scaler; AdamW's fused kernel tests for overflow itself."""
     net = Net()
     optimizer = {"adamw": adamw, "muon": muon}[name](net, 1e-2, 0.1, 0.95, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -152,17 +152,17 @@ def test_a_step_of_gradients_that_overflowed_is_left_out(name: str) -> None:
     assert scaler.get_scale() == 2.0
 
 
-def test_a_kernel_finds_its_count_of_steps_on_its_device() -> None:
-    """A checkpoint's are the host's; a device without data shows where they go."""
+def test_loaded_step_counts_are_on_the_device_of_the_kernel() -> None:
+    """Checkpoints hold them on the host; the meta device shows where they are loaded to."""
     net = Net()
     optimizer = adamw(net, 1e-2, 0.1, 0.95)
-    kept = copy.deepcopy(OptimizerState(stepped(net, optimizer, 1), optimizer).state_dict())
+    saved = copy.deepcopy(OptimizerState(take_steps(net, optimizer, 1), optimizer).state_dict())
     with torch.device("meta"):
-        elsewhere = Net()
-    other = adamw(elsewhere, 1e-2, 0.1, 0.95)
+        on_meta = Net()
+    other = adamw(on_meta, 1e-2, 0.1, 0.95)
     for fused, device in ((True, "meta"), (None, "cpu")):
         for group in other.param_groups:
             group["fused"] = fused
-        OptimizerState(elsewhere, other).load_state_dict(kept)
+        OptimizerState(on_meta, other).load_state_dict(saved)
         assert {state["step"].device.type for state in other.state.values()} == {device}
         assert {state["exp_avg"].device.type for state in other.state.values()} == {"meta"}

@@ -23,8 +23,8 @@ from tests.stage2_prior.simulated_graphs import SimulatedCuda, simulated_cuda
 __all__ = ["simulated_cuda"]
 
 kinds = pytest.mark.parametrize("kind", [*KINDS, "levelwise"])
-chosen = ("one level", "top and bottom", "residual")
-layouts = pytest.mark.parametrize("layout", [LAYOUTS[name] for name in chosen], ids=chosen)
+layout_names = ("one level", "top and bottom", "residual")
+layouts = pytest.mark.parametrize("layout", [LAYOUTS[name] for name in layout_names], ids=layout_names)
 
 
 def equal(codes: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
@@ -40,32 +40,32 @@ def spoil(state: Any) -> int:
     if isinstance(state, list | tuple):
         return sum(map(spoil, state))
     # Weights and tensors derived from them are no state.
-    kept = {
+    attributes = {
         name: value for name, value in getattr(state, "__dict__", {}).items() if name not in ("embedded_positions", "_kernels", "batch")
     }
-    return 0 if isinstance(state, nn.Module | SequenceLayout) else sum(map(spoil, kept.values()))
+    return 0 if isinstance(state, nn.Module | SequenceLayout) else sum(map(spoil, attributes.values()))
 
 
 @kinds
 @layouts
 def test_graphs_draw_the_codes_of_eager_steps(kind: str, layout: SequenceLayout, simulated_cuda: SimulatedCuda) -> None:
-    """With scheduled guidance, kept codes before and between drawn ones, labels or none, changing batch sizes, and NaN left by the batch
-    before.
+    """With scheduled guidance, kept codes before and between drawn ones, labels or none, changing batch sizes, and NaN left by the
+    previous batch.
     """
     prior = build(kind, layout).double()
     sampler = Sampler(prior, graphs=True)
     rising = StepwiseSampling(guidance=2.5, guidance_schedule="cosine", temperature=0.8)
     positions = torch.arange(layout.length)[None]
-    kept = layout.grids_of((positions < 3) | (positions % 4 == 1))
+    mask = layout.grids_of((positions < 3) | (positions % 4 == 1))
     two, against, three = (StepwiseSampling(guidance=guidance) for guidance in (2.0, -1.0, 3.0))
     limited = StepwiseSampling(top_k=3, top_p=0.9, min_p=0.05)
-    for number, (batch, config, keeps, labelled) in enumerate(
+    for number, (batch, config, with_kept, labelled) in enumerate(
         [
             *((3, two, False, True), (3, against, True, True), (3, three, False, True)),
             *((2, rising, True, True), (2, rising, False, True), (2, limited, False, False)),
         ]
     ):
-        keep = Keep(random_codes(layout, batch), kept) if keeps else None
+        keep = Keep(random_codes(layout, batch), mask) if with_kept else None
         labels, uniform = torch.arange(batch) if labelled else None, uniforms(number, torch.arange(batch), layout.length)
         assert equal(sampler(labels, uniform, config, keep), prior.sample(labels, uniform, config, keep))
         assert sampler._steps is not None
@@ -104,7 +104,7 @@ def test_a_position_is_one_replay(kind: str, simulated_cuda: SimulatedCuda) -> N
     assert sum(graph.replays for graph in simulated_cuda.graphs) - before == layout.length
     if kind == "transformer":
         assert captured == len(layout.grids)
-    # Of kept codes none behind the last drawn one; of those before the first a transformer takes all in at once, others whole levels.
+    # None after the last drawn code. Before the first, a transformer reads all kept codes at once, other priors whole levels.
     keep = Keep(random_codes(layout, 2), layout.grids_of(torch.tensor([[True] * 4 + [False] * 2 + [True] * 4])))
     before = sum(graph.replays for graph in simulated_cuda.graphs)
     sampler(torch.arange(2), uniforms(0, torch.arange(2), layout.length), StepwiseSampling(guidance=2.0), keep)
@@ -158,7 +158,7 @@ def test_a_prior_without_static_shape_steps_is_sampled_eagerly(
 
 
 def test_graphs_are_captured_on_the_second_device(simulated_cuda: SimulatedCuda) -> None:
-    """Whichever device is current, stream and capture use the named one; other threads may allocate meanwhile."""
+    """Stream and capture use the named device, whichever is current; other threads may allocate meanwhile."""
     second, counter = torch.device("cuda", 1), torch.zeros(1)
     graphs = Graphs(second)
 
@@ -168,8 +168,8 @@ def test_graphs_are_captured_on_the_second_device(simulated_cuda: SimulatedCuda)
     for runs in range(1, 4):
         graphs.run("count", count)
         assert counter.item() == runs
-    (made, stream_device), (captured, options) = simulated_cuda.asked
-    assert (made, stream_device, captured) == ("stream", second, "capture")
+    (created, stream_device), (captured, options) = simulated_cuda.requests
+    assert (created, stream_device, captured) == ("stream", second, "capture")
     assert (options["on"], options["stream"].device, options["capture_error_mode"]) == (second, second, "thread_local")
     assert [graph.replays for graph in simulated_cuda.graphs] == [2]
 
@@ -178,13 +178,13 @@ def test_a_captured_step_may_not_synchronise_with_the_host(simulated_cuda: Simul
     """The simulation rejects a step that reads its position on the host."""
     position = torch.zeros(1, dtype=torch.int64)
 
-    def waits() -> None:
+    def synchronise() -> None:
         position.fill_(int(position) + 1)
 
     graphs = Graphs(torch.device("cuda", 0))
-    graphs.run("waits", waits)
+    graphs.run("waits", synchronise)
     with pytest.raises(RuntimeError, match="not permitted"):
-        graphs.run("waits", waits)
+        graphs.run("waits", synchronise)
 
 
 @kinds
@@ -210,23 +210,23 @@ def test_bfloat16_is_the_prior_in_fewer_bits(kind: str, layout: SequenceLayout) 
     assert caches or kind != "transformer"
     assert all(cache.keys.dtype == cache.values.dtype == torch.bfloat16 for cache in caches)
     assert all(0 <= int(level.min()) <= int(level.max()) < k for level, k in zip(codes, layout.num_codes, strict=True))
-    for found, expected in zip(narrow.logits(codes, torch.arange(3)), prior.logits(codes, torch.arange(3)), strict=True):
-        assert found.dtype == torch.bfloat16
-        assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+    for logits, expected in zip(narrow.logits(codes, torch.arange(3)), prior.logits(codes, torch.arange(3)), strict=True):
+        assert logits.dtype == torch.bfloat16
+        assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 @pytest.mark.parametrize(
-    ("device", "has", "precision"), [("cpu", True, "float64"), ("cuda:1", True, "bfloat16"), ("cuda:1", False, "float32")]
+    ("device", "supports_bf16", "precision"), [("cpu", True, "float64"), ("cuda:1", True, "bfloat16"), ("cuda:1", False, "float32")]
 )
-def test_the_device_decides_on_the_precision(
-    device: str, has: bool, precision: str, simulated_cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
+def test_the_default_precision_depends_on_the_device(
+    device: str, supports_bf16: bool, precision: str, simulated_cuda: SimulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    queries = []
 
     def supported(including_emulation: bool) -> bool:
-        asked.append((simulated_cuda.current, including_emulation))
-        return has
+        queries.append((simulated_cuda.current, including_emulation))
+        return supports_bf16
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert default_precision(torch.device(device)) == precision
-    assert asked == ([] if device == "cpu" else [(torch.device(device), False)])
+    assert queries == ([] if device == "cpu" else [(torch.device(device), False)])

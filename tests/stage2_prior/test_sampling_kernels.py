@@ -93,7 +93,7 @@ def test_kernels_compile_without_register_spills(case: str, capability: int, tmp
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    told = subprocess.run([reader, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
-    use = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
-    assert use["REG"] <= _REGISTERS[case]
-    assert use["STACK"] == use["LOCAL"] == 0
+    usage_text = subprocess.run([reader, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    usage = {resource: int(number) for resource, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage_text)}
+    assert usage["REG"] <= _REGISTERS[case]
+    assert usage["STACK"] == usage["LOCAL"] == 0

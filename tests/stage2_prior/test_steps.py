@@ -15,7 +15,7 @@ LAYOUT = SequenceLayout([(2, 3)], [16])
 
 
 @pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
-def test_likelihoods_are_full_float32_where_networks_train_in_another(kind: str) -> None:
+def test_likelihoods_are_computed_in_float32_under_mixed_precision(kind: str) -> None:
     torch.manual_seed(0)
     prior = prior_from({"kind": kind, "layers": 2, "width": 16, "heads": 2}).build(LAYOUT, Classes(names=["a", "b", "c"]))
     codes, labels = (torch.randint(16, (4, 2, 3)),), torch.tensor([0, 1, 2, 3])

@@ -1,4 +1,4 @@
-"""The stage 2 loop as its user meets it."""
+"""The command `stage2_prior/train.py`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from training.metrics_log import read_metrics
 from training.weights_file import fingerprint, load_weights, save_weights
 
 
-def test_it_leaves_what_the_readme_says(finished_run: Path) -> None:
+def test_training_writes_the_documented_files(finished_run: Path) -> None:
     folder = finished_run / "priors" / "transformer"
     assert {path.name for path in folder.iterdir()} == {
         "prior.safetensors",
@@ -73,10 +73,10 @@ def check_likelihood(path: Path, name: str) -> None:
     assert min(validations) == report["validation"]
 
 
-def test_codes_stored_with_a_class_more_are_scored_by_name(
+def test_codes_with_an_added_class_are_scored_by_class_name(
     run_copy: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As after images of a new class were added, between the others in the alphabet: the numbers of those behind it move by one."""
+    """The new class is between the others in the alphabet, so the numbers of those after it move by one."""
     run, arguments = RunDir(run_copy), ["--run", str(run_copy)]
     names = ["across", "aside", "down"]
     before = read_json(run.prior("transformer") / "likelihood.json")
@@ -111,26 +111,26 @@ def test_codes_stored_with_a_class_more_are_scored_by_name(
     assert re.search(r'expected codes of the condition that its training began with, found .*class "aside" is new', line)
     shutil.copytree(run.prior("transformer"), run.prior("joined/level1"))
     check_levels(run, PriorName("joined", 2), Classes(names=["across", "down"]))
-    check_levels(run, PriorName("joined", 1), Classes(names=names))  # which is to be trained again
+    check_levels(run, PriorName("joined", 1), Classes(names=names))  # the level that is to be trained again
     for condition, text in ((Classes(names=names), "classes across, aside, down"), (NoCondition(), "none")):
         with pytest.raises(UserError, match=f"expected all levels trained on the same condition, {text}, found classes across, down"):
             check_levels(run, PriorName("joined", 2), condition)
 
 
-def test_references_by_hand(finished_run: Path) -> None:
+def test_unigram_and_uniform_bits_by_hand(finished_run: Path) -> None:
     training, validation = CodeStore(finished_run / "codes/train"), CodeStore(finished_run / "codes/validation")
-    seen = training.codes(torch.arange(len(training)))[0].flatten().tolist()
-    probability = [(seen.count(code) + 1) / (len(seen) + 16) for code in range(16)]
+    training_tokens = training.codes(torch.arange(len(training)))[0].flatten().tolist()
+    probability = [(training_tokens.count(code) + 1) / (len(training_tokens) + 16) for code in range(16)]
     tokens = validation.codes(torch.arange(len(validation)))[0].flatten().tolist()
     assert unigram_bits(training, validation) == [pytest.approx(-sum(math.log2(probability[code]) for code in tokens) / len(tokens))]
     assert uniform_bits([4, 16]) == [2, 4]
     assert mean_over_tokens([2, 4], [(1, 1), (1, 3)]) == (2 + 3 * 4) / 4
 
 
-def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(
+def test_a_stopped_and_resumed_training_ends_bit_for_bit_the_same(
     run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
-    """Killed, too: tests/faults."""
+    """Tests in tests/faults kill it as well."""
     settings = ["--run", str(run_copy), "--stage2.steps", "30", "--stage2.accumulation", "2"]
     main([*settings, "--name", "whole"])
     with pytest.raises(SystemExit):
@@ -138,27 +138,27 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(
     assert "--resume" in one_line_error(main, *settings, "--name", "stopped")
     main([*settings, "--name", "stopped", "--resume"])
     assert "going on after step 1" in capsys.readouterr().out
-    whole, stopped = (run_copy / "priors" / name for name in ("whole", "stopped"))
-    assert (stopped / "prior.safetensors").read_bytes() == (whole / "prior.safetensors").read_bytes()
+    uninterrupted, stopped = (run_copy / "priors" / name for name in ("whole", "stopped"))
+    assert (stopped / "prior.safetensors").read_bytes() == (uninterrupted / "prior.safetensors").read_bytes()
 
 
-def test_killed_before_its_first_checkpoint_a_prior_keeps_its_recipe(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And goes on with what its line on a memory that is full advises."""
-    name = ["--run", str(run_copy), "--name", "small"]
+def test_a_prior_killed_before_its_first_checkpoint_keeps_its_recipe(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It resumes with the options that the out-of-memory message advises."""
+    command = ["--run", str(run_copy), "--name", "small"]
     with monkeypatch.context() as patched:
         patched.setattr("stage2_prior.train.take_step", failing(Killed()))
         with pytest.raises(Killed):
-            main([*name, "--prior.layers", "1", "--stage2.steps", "2", "--stage2.validation_interval", "1"])
-    began = load_recipe(run_copy / "priors/small/recipe.yaml")
-    advised = re.findall(r"--stage2\S+ (?:\d+|true)", oom_hint(began))
+            main([*command, "--prior.layers", "1", "--stage2.steps", "2", "--stage2.validation_interval", "1"])
+    first_recipe = load_recipe(run_copy / "priors/small/recipe.yaml")
+    advised = re.findall(r"--stage2\S+ (?:\d+|true)", oom_hint(first_recipe))
     assert advised == ["--stage2.accumulation 2", "--stage2.gradient_checkpointing true"]
-    main([*name, "--resume", *" ".join(advised).split()])
+    main([*command, "--resume", *" ".join(advised).split()])
     steps, recipe = read_json(run_copy / "priors/small/report.json")["steps"], load_recipe(run_copy / "priors/small/recipe.yaml")
-    assert (steps, recipe.prior) == (2, began.prior)
+    assert (steps, recipe.prior) == (2, first_recipe.prior)
     assert (recipe.stage2.accumulation, recipe.stage2.gradient_checkpointing) == (2, True)
 
 
-def test_codes_that_have_changed_since_a_prior_began_are_said(
+def test_changed_codes_are_refused_unless_accepted(
     run_copy: Path, one_line_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, path = RunDir(run_copy), run_copy / "priors/transformer/data.json"
@@ -180,18 +180,18 @@ def test_codes_that_have_changed_since_a_prior_began_are_said(
     assert "expected codes of augmentation none, with which its training began, found horizontal_flip" in one_line_error(main, *resume)
 
 
-def test_a_training_goes_on_in_another_precision(run_copy: Path) -> None:
-    """Weights and moments are float32 in any, so that a checkpoint does not tell; and likelihoods are those of float32."""
-    typed = ["--run", str(run_copy), "--name", "mixed", "--stage2.steps", "3"]
+def test_a_training_resumes_in_another_precision(run_copy: Path) -> None:
+    """Checkpoints hold float32 weights and moments in any precision, and likelihoods are computed in float32."""
+    command = ["--run", str(run_copy), "--name", "mixed", "--stage2.steps", "3"]
     with pytest.raises(SystemExit):
-        main([*typed, "--compute.mixed_precision", "no", "--stop-after", "1e-9"])
+        main([*command, "--compute.mixed_precision", "no", "--stop-after", "1e-9"])
     AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
-    main([*typed, "--compute.mixed_precision", "bf16", "--resume"])
+    main([*command, "--compute.mixed_precision", "bf16", "--resume"])
     assert read_json(run_copy / "priors" / "mixed" / "report.json")["steps"] == 3
     check_likelihood(run_copy, "mixed")
 
 
-def test_a_finished_prior_says_so_and_another_name_is_another_prior(
+def test_a_finished_prior_is_not_trained_again_and_a_new_name_starts_another(
     run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
 ) -> None:
     main(["--run", str(run_copy)])
@@ -207,14 +207,14 @@ def test_a_finished_prior_says_so_and_another_name_is_another_prior(
     assert len(load_prior(run_copy / "priors/flat/prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))[0].blocks) == 1
 
 
-def test_unconditional_priors(run_copy: Path) -> None:
+def test_priors_are_trained_without_a_condition(run_copy: Path) -> None:
     main(["--run", str(run_copy), "--condition.kind", "none", "--name", "blind", "--stage2.steps", "2"])
     prior, header = load_prior(run_copy / "priors/blind/prior.safetensors", fingerprint(run_copy / "tokenizer.safetensors"))
     assert prior.condition == header.condition == NoCondition()
     assert header.supports_unconditional
 
 
-def test_without_codes_it_names_the_missing_command(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_without_codes_the_error_names_the_command_to_run(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     import shutil
 
     shutil.rmtree(run_copy / "codes")
@@ -222,15 +222,13 @@ def test_without_codes_it_names_the_missing_command(run_copy: Path, one_line_err
 
 
 def change_bytes(path: Path) -> None:
-    """Other bytes, the same weights: eight more spaces at the end of a safetensors header."""
+    """Change a file's bytes but no weight: add eight spaces to the end of a safetensors header."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     path.write_bytes((length + 8).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 8 + content[8 + length :])
 
 
-def test_a_prior_over_another_tokenizers_codes_neither_goes_on_nor_counts_as_finished(
-    run_copy: Path, one_line_error: Callable[..., str]
-) -> None:
+def test_a_prior_over_another_tokenizers_codes_is_neither_resumed_nor_finished(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     main(["--run", str(run_copy), "--name", "begun", "--stage2.steps", "4"])
     (run_copy / "priors" / "begun" / "prior.safetensors").unlink()
     change_bytes(run_copy / "tokenizer.safetensors")
@@ -241,16 +239,16 @@ def test_a_prior_over_another_tokenizers_codes_neither_goes_on_nor_counts_as_fin
         assert "--name" in line
 
 
-def test_what_was_begun_goes_on_with_its_own_recipe(run_copy: Path) -> None:
-    """As the printed command does it: with nothing but the run, the name and --resume."""
+def test_a_resumed_prior_uses_its_saved_recipe(run_copy: Path) -> None:
+    """With the printed command: only the run, the name and --resume."""
     settings = ["--prior.layers", "1", "--stage2.steps", "6", "--stage2.checkpoint_interval", "4"]
     main(["--run", str(run_copy), "--name", "small", *settings])
     folder = run_copy / "priors" / "small"
-    whole = (folder / "prior.safetensors").read_bytes()
+    expected = (folder / "prior.safetensors").read_bytes()
     for leftover in (folder / "prior.safetensors", folder / "report.json", folder / "checkpoints" / "step-000000006.pt"):
         leftover.unlink()
     main(["--run", str(run_copy), "--name", "small", "--resume"])
-    assert (folder / "prior.safetensors").read_bytes() == whole
+    assert (folder / "prior.safetensors").read_bytes() == expected
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(run_copy: Path, one_line_error: Callable[..., str]) -> None:
@@ -262,26 +260,26 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(run_copy: Path, one_lin
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "uniform", ""])
-def test_names_that_cannot_be_a_priors(name: str, run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_invalid_names_of_priors_are_refused(name: str, run_copy: Path, one_line_error: Callable[..., str]) -> None:
     before = (run_copy / "recipe.yaml").read_bytes()
     if name:
         assert "--name: expected letters" in one_line_error(main, "--run", run_copy, "--name", name)
     else:
-        main(["--run", str(run_copy)])  # none: the kind
+        main(["--run", str(run_copy)])  # named after its kind
     assert (run_copy / "recipe.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize("settings", [[], ["--prior.attention_interval", "5"]])
 def test_a_pixelcnn_is_trained_resumed_and_named_after_its_kind(run_copy: Path, settings: list[str]) -> None:
-    """By the switch alone, on a recipe that was written for a transformer."""
+    """By `--prior.kind` alone, on a transformer's recipe."""
     kind = ["--run", str(run_copy), "--prior.kind", "pixelcnn"]
     main([*kind, *settings, "--stage2.steps", "6", "--stage2.checkpoint_interval", "4", "--stage2.gradient_checkpointing", "true"])
     folder = run_copy / "priors" / "pixelcnn"
-    whole = (folder / "prior.safetensors").read_bytes()
+    expected = (folder / "prior.safetensors").read_bytes()
     for leftover in (folder / "prior.safetensors", folder / "report.json", folder / "checkpoints" / "step-000000006.pt"):
         leftover.unlink()
     main([*kind, "--resume"])
-    assert (folder / "prior.safetensors").read_bytes() == whole
+    assert (folder / "prior.safetensors").read_bytes() == expected
     run = RunDir(run_copy)
     assert run.last_prior() == "pixelcnn"
     prior, header = load_prior(folder / "prior.safetensors", fingerprint(run.tokenizer))
@@ -290,7 +288,7 @@ def test_a_pixelcnn_is_trained_resumed_and_named_after_its_kind(run_copy: Path, 
     assert (header.config.layers, header.config.width, header.config.attention_interval) == (15, 64, 5 * len(settings) // 2)
 
 
-def test_sizes_are_the_command_lines_then_the_presets_then_the_recipes(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_come_from_the_command_line_then_the_preset_then_the_recipe(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (
         ([], (2, 16, 2)),
         (["--prior.kind", "transformer"], (2, 16, 2)),
@@ -316,7 +314,7 @@ def test_sizes_are_the_command_lines_then_the_presets_then_the_recipes(run_copy:
         (["--stage2.weight_average", "1"], ["stage2.weight_average", "decay < 1", "1"]),
     ],
 )
-def test_priors_that_cannot_be_get_one_line(
+def test_invalid_settings_of_priors_get_one_line(
     run_copy: Path, arguments: list[str], parts: list[str], one_line_error: Callable[..., str]
 ) -> None:
     line = one_line_error(main, "--run", run_copy, "--name", "new", *arguments)
@@ -324,8 +322,8 @@ def test_priors_that_cannot_be_get_one_line(
     assert not (run_copy / "priors/new").exists()
 
 
-def test_it_trains_compiled(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the option, through Accelerate; torch's own tracer in place of a compiler, which a machine may lack."""
+def test_compiled_training_reaches_the_same_likelihood(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the option, through Accelerate; with torch's eager backend, since a machine may lack a compiler."""
     monkeypatch.setattr("training.processes._COMPILER", "eager")
     main(["--run", str(run_copy), "--name", "compiled", "--compute.compile", "true", "--prior.dropout", "0"])
     main(["--run", str(run_copy), "--name", "plain", "--prior.dropout", "0"])
@@ -361,7 +359,7 @@ def test_the_overfitting_warning_needs_rising_validation_and_falling_training() 
     assert turning_point([5.0, 5.1, 5.2], [4.0, 4.0, 4.1]) is None
 
 
-def test_learning_a_few_images_by_heart_is_warned_of_and_the_best_weights_kept(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overfitting_gets_a_warning_and_the_best_weights_are_saved(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         "--stage2.steps",
         "300",

@@ -8,14 +8,14 @@ from torch import nn
 from training.averaging import WeightAverage
 
 
-class Parts(nn.Module):
+class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.averaged, self.shared = nn.Linear(3, 2), nn.Linear(2, 2)
 
 
 def test_parameters_are_averaged_and_shared_modules_are_not() -> None:
-    live = Parts()
+    live = Model()
     average = WeightAverage(live, 0.3, shared=("shared",))
     expected = live.averaged.weight.detach().clone()
     for step in range(1, 6):
@@ -31,9 +31,9 @@ def test_parameters_are_averaged_and_shared_modules_are_not() -> None:
     assert not average.model.averaged.weight.requires_grad
 
 
-def test_it_goes_on_from_its_state() -> None:
+def test_the_average_resumes_from_its_state() -> None:
     torch.manual_seed(0)
-    live = Parts()
+    live = Model()
     average = WeightAverage(live, 0.999, shared=("shared",))
     with torch.no_grad():
         live.averaged.weight.add_(1)

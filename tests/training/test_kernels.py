@@ -1,4 +1,4 @@
-"""Kernels that are given up at their first failed launch, and operators that compiled graphs hold whole."""
+"""Kernels that are disabled after a failed launch, and operators that stay one node in compiled graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GPU = torch.device("cuda", 0)
 
 
 class OutOfResources(Exception):
-    """As Triton's, whose text comes from its `__str__`."""
+    """Like Triton's, whose text comes from `__str__`."""
 
     def __str__(self) -> str:
         return "out of resource: shared memory, Required: 200000, Hardware limit: 101376."
@@ -42,7 +42,7 @@ def failing(error: BaseException) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("when", ["loading", "launching"])
-def test_a_kernel_that_fails_is_given_up_with_one_line(error: Exception, when: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_kernel_is_disabled_with_one_warning(error: Exception, when: str, capsys: pytest.CaptureFixture[str]) -> None:
     kernel = Kernel("the search", (lambda: failing(error)) if when == "launching" else failing(error))
     assert kernel(torch.zeros(1)) is None
     assert not kernel.usable(GPU)
@@ -52,7 +52,7 @@ def test_a_kernel_that_fails_is_given_up_with_one_line(error: Exception, when: s
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), torch.AcceleratorError("illegal address"), KeyboardInterrupt()])
-def test_what_is_no_matter_of_the_kernel_goes_through(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unrelated_errors_propagate(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     kernel = Kernel("the search", lambda: failing(error))
     with pytest.raises(type(error)):
         kernel(torch.zeros(1))
@@ -60,7 +60,7 @@ def test_what_is_no_matter_of_the_kernel_goes_through(error: BaseException, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_kernel_is_loaded_once_and_given_its_arguments() -> None:
+def test_a_kernel_is_loaded_once_on_first_use() -> None:
     loaded = []
 
     def load() -> Callable[[int, int], int]:
@@ -74,17 +74,17 @@ def test_a_kernel_is_loaded_once_and_given_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "xpu", "meta"])
-def test_only_cuda_has_kernels(device: str) -> None:
+def test_kernels_are_used_on_cuda_only(device: str) -> None:
     assert not Kernel("the search", lambda: failing(RuntimeError())).usable(torch.device(device))
 
 
-def test_an_operator_is_one_node_of_a_graph_and_a_plain_call_elsewhere() -> None:
-    """Its body reads a value, which would break the graph."""
-    called = []
+def test_an_operator_is_one_graph_node() -> None:
+    """Its body reads a tensor's value, which would break the graph."""
+    compiling = []
 
     @operator("tests_of_kernels::kept_above(Tensor x, float least) -> Tensor", fake=lambda x, least: torch.empty_like(x))
     def kept_above(x: Tensor, least: float) -> Tensor:
-        called.append(torch.compiler.is_compiling())
+        compiling.append(torch.compiler.is_compiling())
         return x.clone() if float(x.sum()) > least else torch.zeros_like(x)
 
     graphs = []
@@ -98,5 +98,5 @@ def test_an_operator_is_one_node_of_a_graph_and_a_plain_call_elsewhere() -> None
         assert torch.equal(compiled(x), kept_above(x + 1, 2.0))
     assert len(graphs) == 1
     assert sum("kept_above" in target for target in graphs[0]) == 1
-    assert called == [False] * 4
+    assert compiling == [False] * 4
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Settings of Accelerate's launcher: followed, or refused in one line that says what to take instead."""
+"""Settings of Accelerate's launcher: followed, or refused with the alternative."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.processes import _Command, start
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("ACCELERATE_MIXED_PRECISION", "fp8", "expected no or fp16 or bf16, found fp8"),
         ("ACCELERATE_MIXED_PRECISION", "BF16", "found BF16"),
@@ -30,12 +30,12 @@ from training.processes import _Command, start
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "found true; take --stage2.gradient_checkpointing true"),
     ],
 )
-def test_what_no_loop_follows_is_refused(name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_settings_in_the_environment_are_refused(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(_Command, "launched_sharded", name.startswith("FSDP"))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         start(Compute(threads=1))
-    assert name in str(error.value) or said == "Accelerate: "
+    assert name in str(error.value) or message == "Accelerate: "
 
 
 HARMLESS = {
@@ -47,9 +47,9 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("began", [["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"]])
+@pytest.mark.parametrize("launch_command", [["accelerate", "launch"], ["accelerate-launch"], ["-m", "accelerate.commands.launch"]])
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("options", "message"),
     [
         ("--gradient_accumulation_steps 4", "expected no --gradient_accumulation_steps, .* found 4; take --stage1.accumulation N"),
         ("--gradient-accumulation-steps=4 --num_processes 2", "found 4"),
@@ -62,23 +62,25 @@ HARMLESS = {
         ("--mixed_precision bf16 --num_cpu_threads_per_process 3", None),
     ],
 )
-def test_what_the_launcher_keeps_to_itself(typed: str, said: str | None, began: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its command line; options after the script are the script's."""
+def test_unsupported_options_of_the_launcher_are_refused(
+    options: str, message: str | None, launch_command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options on its command line; those after the script belong to the script."""
     for name, value in HARMLESS.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    words = [sys.executable, *began, *typed.split(), "stage1_vqvae/train.py", "--gradient_clipping", "8", "--tpu"]
+    words = [sys.executable, *launch_command, *options.split(), "stage1_vqvae/train.py", "--gradient_clipping", "8", "--tpu"]
     monkeypatch.setattr(launcher, "_parent_command", lambda: words)
     before = torch.get_num_threads()
-    if said is None:
+    if message is None:
         start(Compute())
-        assert ("threads" not in typed) or torch.get_num_threads() == 3
+        assert ("threads" not in options) or torch.get_num_threads() == 3
         torch.set_num_threads(before)
     else:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             start(Compute(threads=1))
 
 
-def test_nobody_else_is_taken_for_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_parent_processes_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launcher.check_launcher(False) is None
     for words in ([], ["bash"], ["make", "launch", "--tpu"], ["python", "accelerate", "config", "--tpu"]):
         monkeypatch.setattr(launcher, "_parent_command", lambda words=words: words)

@@ -1,4 +1,4 @@
-"""What a command computes in, as a table; and what torch is told."""
+"""The precision that a command uses, and torch's settings for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def settings() -> Iterator[None]:
-    """Those of float32 products, as they were before."""
+    """Restore torch's settings of float32 products afterwards."""
     names = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [name.fp32_precision for name in names]
     yield
@@ -29,10 +29,10 @@ def products() -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "launcher", "bf16", "networks", "float32"),
+    ("setting", "launcher", "bf16", "networks", "float32"),
     [
         (None, None, True, "bf16", "tf32"),
-        (None, "no", True, "bf16", "tf32"),  # what `accelerate launch` says if nobody said anything
+        (None, "no", True, "bf16", "tf32"),  # the default of `accelerate launch`
         (None, "bf16", True, "bf16", "tf32"),
         (None, "fp16", True, "fp16", "tf32"),
         ("bf16", "fp16", True, "bf16", "tf32"),
@@ -46,30 +46,30 @@ def products() -> tuple[str, str, str]:
         ("no", "fp16", False, "no", "ieee"),
     ],
 )
-def test_precision_on_a_gpu(asked: str | None, launcher: str | None, bf16: bool, networks: str, float32: str | None) -> None:
-    found = resolve_precision(asked, launcher, "cuda", bf16)
-    assert (found.networks, found.float32) == (networks, float32)
-    assert found.line is not None
-    assert found.line.startswith("precision: ")
+def test_precision_on_a_gpu(setting: str | None, launcher: str | None, bf16: bool, networks: str, float32: str | None) -> None:
+    precision = resolve_precision(setting, launcher, "cuda", bf16)
+    assert (precision.networks, precision.float32) == (networks, float32)
+    assert precision.line is not None
+    assert precision.line.startswith("precision: ")
     if networks != "no":
-        assert f"training in {networks}" in found.line
-        assert "--compute.mixed_precision no is exact" in found.line
-    assert ("TF32, nearest-code search" in found.line) == (float32 == "tf32")
+        assert f"training in {networks}" in precision.line
+        assert "--compute.mixed_precision no is exact" in precision.line
+    assert ("TF32, nearest-code search" in precision.line) == (float32 == "tf32")
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
-def test_elsewhere_it_is_what_was_asked_for(device: str) -> None:
-    for asked in (None, "no", "bf16"):
+def test_other_devices_use_the_setting_unchanged(device: str) -> None:
+    for setting in (None, "no", "bf16"):
         for launcher in (None, "no", "bf16"):
-            assert resolve_precision(asked, launcher, device, False) == (asked, None, None)
+            assert resolve_precision(setting, launcher, device, False) == (setting, None, None)
 
 
 @pytest.mark.usefixtures("settings")
-def test_float32_is_set_for_products_and_convolutions_of_a_gpu_alone() -> None:
+def test_float32_precision_is_set_on_gpus_only() -> None:
     *_, on_cpu = products()
     set_float32("tf32")
     assert products() == ("tf32", "tf32", on_cpu)
-    assert torch.get_float32_matmul_precision() == "high"  # torch.compile asks by this name: it must not raise
+    assert torch.get_float32_matmul_precision() == "high"  # torch.compile reads it: it must not raise
     with ieee_float32(GPU):
         assert products() == ("ieee", "ieee", on_cpu)
         torch.get_float32_matmul_precision()
@@ -83,7 +83,7 @@ def test_float32_is_set_for_products_and_convolutions_of_a_gpu_alone() -> None:
 
 
 @pytest.mark.usefixtures("settings")
-def test_full_float32_ends_with_its_block_however_it_ends() -> None:
+def test_full_float32_ends_when_its_block_raises() -> None:
     set_float32("tf32")
     before = products()
     with pytest.raises(RuntimeError, match="inside"), ieee_float32(GPU):
@@ -94,13 +94,13 @@ def test_full_float32_ends_with_its_block_however_it_ends() -> None:
 
 
 @pytest.mark.usefixtures("settings")
-def test_blocks_of_several_threads_may_end_in_any_order() -> None:
+def test_overlapping_blocks_may_end_in_any_order() -> None:
     set_float32("tf32")
     before = products()
     first, second = ieee_float32(GPU), ieee_float32(GPU)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert products()[:2] == ("ieee", "ieee")  # the second is still inside
+    assert products()[:2] == ("ieee", "ieee")  # the second block is still active
     second.__exit__(None, None, None)
     assert products() == before

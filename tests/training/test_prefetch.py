@@ -14,7 +14,7 @@ from configs.errors import UserError
 from training.prefetch import StepReader, read_ahead
 
 
-def test_the_next_two_keys_are_read_before_they_are_asked_for() -> None:
+def test_the_next_two_keys_are_prefetched() -> None:
     started = [threading.Event() for _ in range(6)]
 
     def read(number: int) -> int:
@@ -30,7 +30,7 @@ def test_the_next_two_keys_are_read_before_they_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_an_error_in_reading_is_raised_at_its_key(ahead: bool) -> None:
+def test_reading_errors_are_raised_at_their_key(ahead: bool) -> None:
     def read(number: int) -> int:
         if number == 2:
             raise UserError("no image")

@@ -1,4 +1,4 @@
-"""Weights shared out over three processes (launched/shards.py), their checkpoints, and what one process makes of them."""
+"""Checkpoints of weights sharded over three processes (launched/shards.py), also read by one process."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ RANKS = range(3)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, script: Script) -> tuple[Path, list[str]]:
-    """Checkpoints of steps 2 and 3, and what the processes said."""
+    """Checkpoints of steps 2 and 3, and the printed lines."""
     folder = tmp_path_factory.mktemp("shards")
-    done = script("tests/launched/shards.py", folder, processes=len(RANKS))
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout.splitlines()
+    process = script("tests/launched/shards.py", folder, processes=len(RANKS))
+    assert process.returncode == 0, process.stderr
+    return folder, process.stdout.splitlines()
 
 
-def alone(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The same steps by one process."""
+def train_unsharded(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Take the same steps in one process."""
     model = net()
     optimizer = adamw(model, 1e-2, 0.1, beta2=0.95)
     for _ in range(steps):
@@ -48,39 +48,39 @@ def alone(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 def read(folder: Path, stage: str = "stage 2") -> tuple[dict[str, Any] | None, torch.nn.Module, torch.optim.Optimizer]:
     model = net()
     optimizer = adamw(model, 1e-2, 0.1, beta2=0.95)
-    into = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()}
-    return Checkpoints(folder, stage, 2, Accelerator(cpu=True)).load_latest(into), model, optimizer
+    target = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer).state_dict()}
+    return Checkpoints(folder, stage, 2, Accelerator(cpu=True)).load_latest(target), model, optimizer
 
 
-def test_one_process_reads_what_three_have_written(saved: tuple[Path, list[str]]) -> None:
+def test_one_process_reads_a_checkpoint_of_three(saved: tuple[Path, list[str]]) -> None:
     state, model, optimizer = read(saved[0])
     assert state is not None
     assert state["step"] == 3
     assert state["best"] == {"step": 3, "bits": float("inf")}
     model.load_state_dict(state["model"])
     OptimizerState(model, optimizer).load_state_dict(state["optimizer"])
-    whole = torch.load(saved[0] / "expected.pt")
-    expected, stepped = alone(3)
+    gathered = torch.load(saved[0] / "expected.pt")
+    expected, expected_optimizer = train_unsharded(3)
     for (name, weight), (_, reference) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
-        assert torch.equal(weight, whole[name])
+        assert torch.equal(weight, gathered[name])
         assert torch.allclose(weight, reference, atol=1e-6)
         assert optimizer.state[weight]["step"] == 3
-        assert torch.allclose(optimizer.state[weight]["exp_avg_sq"], stepped.state[reference]["exp_avg_sq"], atol=1e-6)
+        assert torch.allclose(optimizer.state[weight]["exp_avg_sq"], expected_optimizer.state[reference]["exp_avg_sq"], atol=1e-6)
 
 
-def test_what_goes_wrong_on_one_is_said_by_all_and_leaves_the_checkpoints(saved: tuple[Path, list[str]]) -> None:
-    """A disk that is full, and a weight that is not finite: others do not wait, and nothing half written stays in the way."""
-    said = saved[1]
+def test_errors_on_one_rank_are_reported_by_all_and_keep_the_checkpoints(saved: tuple[Path, list[str]]) -> None:
+    """A full disk and a non-finite weight: no rank waits, and no partial file is left."""
+    lines = saved[1]
     for rank in RANKS:
-        assert f"{rank} on the disk: ['step-000000002.shards', 'step-000000003.shards']" in said
-        assert any(line.startswith(f"{rank} full: [Errno 28] No space left on device: ") and "step-000000004" in line for line in said)
+        assert f"{rank} on the disk: ['step-000000002.shards', 'step-000000003.shards']" in lines
+        assert any(line.startswith(f"{rank} full: [Errno 28] No space left on device: ") and "step-000000004" in line for line in lines)
         broken = "step 5: expected finite weights, found others in 1.weight; the checkpoint before is kept"
-        assert f"{rank} broken: {broken}" in said
+        assert f"{rank} broken: {broken}" in lines
     assert sorted(path.name for path in saved[0].glob("step-*")) == ["step-000000002.shards", "step-000000003.shards"]
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "a file less", "its list", "no list"])
-def test_damaged_shards_are_put_aside_for_the_checkpoint_before(
+def test_damaged_shards_fall_back_to_the_earlier_checkpoint(
     damage: str, saved: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(saved[0], tmp_path / "checkpoints")
@@ -94,7 +94,7 @@ def test_damaged_shards_are_put_aside_for_the_checkpoint_before(
     path.write_bytes(content[: -100 if damage == "cut" else None])
     if damage in ("a file less", "no list"):
         path.unlink()
-    (folder / "step-000000003.shards.damaged").mkdir()  # of an earlier damage
+    (folder / "step-000000003.shards.damaged").mkdir()  # left by earlier damage
     (folder / "step-000000003.shards.damaged/checkpoint.json").touch()
     state, *_ = read(folder)
     assert state is not None
@@ -102,15 +102,15 @@ def test_damaged_shards_are_put_aside_for_the_checkpoint_before(
     assert "put aside as step-000000003.shards.damaged" in capsys.readouterr().out
 
 
-def test_shards_of_something_else_are_refused(saved: tuple[Path, list[str]]) -> None:
+def test_shards_of_another_stage_are_refused(saved: tuple[Path, list[str]]) -> None:
     with pytest.raises(UserError, match=r"step-000000003\.shards: expected a checkpoint of stage 1, .* found one of stage 2"):
         read(saved[0], "stage 1")
 
 
-def test_a_launcher_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `accelerate launch` does for a configuration that says FSDP; Accelerate itself must not shard too."""
-    typed = ["--config_file", str(REPOSITORY / "configs/accelerate/fsdp.yaml"), "stage2_prior/train.py"]
-    launched, *_ = _validate_launch_command(launch_command_parser().parse_args(typed))
+def test_the_launcher_can_enable_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` with an FSDP configuration enables our sharding, and Accelerate must not shard as well."""
+    options = ["--config_file", str(REPOSITORY / "configs/accelerate/fsdp.yaml"), "stage2_prior/train.py"]
+    launched, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
     for name, value in prepare_multi_gpu_env(launched).items():
         if "FSDP" in name:
             monkeypatch.setenv(name, value)

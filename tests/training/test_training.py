@@ -1,4 +1,4 @@
-"""The mechanisms both loops call."""
+"""Mechanisms that both training loops use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from training.weights_file import load_weights, save_weights
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (10, 10), (7, 20), (1, 4)])
-def test_every_row_is_seen_once_an_epoch_and_batches_are_full(count: int, batch_size: int) -> None:
+def test_every_row_comes_once_per_epoch_in_full_batches(count: int, batch_size: int) -> None:
     order = DataOrder(count, batch_size, seed=3)
     batches = [order.batch(step) for step in range(3 * count)]
     assert all(len(batch) == batch_size for batch in batches)
@@ -45,17 +45,17 @@ def test_every_row_is_seen_once_an_epoch_and_batches_are_full(count: int, batch_
         assert sorted(stream[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
 
 
-def test_order_is_a_function_of_seed_and_step_alone() -> None:
-    after_a_while = DataOrder(100, 8, seed=0)
+def test_order_depends_on_seed_and_step_only() -> None:
+    used = DataOrder(100, 8, seed=0)
     for step in range(50):
-        after_a_while.batch(step)
-    assert torch.equal(after_a_while.batch(50), DataOrder(100, 8, seed=0).batch(50))
+        used.batch(step)
+    assert torch.equal(used.batch(50), DataOrder(100, 8, seed=0).batch(50))
     assert not torch.equal(DataOrder(100, 8, seed=1).batch(50), DataOrder(100, 8, seed=0).batch(50))
     assert not torch.equal(DataOrder(100, 100, seed=0).batch(0), DataOrder(100, 100, seed=0).batch(1))
 
 
 @pytest.mark.parametrize(("accumulation", "processes"), [(1, 1), (2, 1), (1, 4), (3, 2)])
-def test_processes_and_micro_steps_share_a_step_out_without_rest(accumulation: int, processes: int) -> None:
+def test_ranks_and_micro_steps_partition_a_step(accumulation: int, processes: int) -> None:
     parts = [share_of_step(24, accumulation, m, processes, r) for m in range(accumulation) for r in range(processes)]
     assert sorted(position for part in parts for position in range(24)[part]) == list(range(24))
     with pytest.raises(
@@ -65,13 +65,13 @@ def test_processes_and_micro_steps_share_a_step_out_without_rest(accumulation: i
     check_divides("stage1", 24, accumulation, processes)
 
 
-def test_purposes_have_streams_of_their_own() -> None:
+def test_seeds_differ_by_purpose() -> None:
     seeds = {derived_seed(seed, purpose, step) for seed in range(5) for purpose in ("a", "b") for step in range(5)}
     assert len(seeds) == 50
     assert torch.equal(torch.rand(4, generator=generator(1, "a")), torch.rand(4, generator=generator(1, "a")))
 
 
-def test_learning_rate_warms_up_then_falls_to_its_share() -> None:
+def test_learning_rate_warms_up_then_decays_to_its_final_share() -> None:
     rates = [learning_rate(step, peak=2.0, warmup_steps=10, steps=100, final_share=0.05) for step in range(100)]
     assert rates[10] == max(rates) == 2.0
     assert rates[:11] == sorted(rates[:11])
@@ -81,7 +81,7 @@ def test_learning_rate_warms_up_then_falls_to_its_share() -> None:
     assert learning_rate(0, peak=1.0, warmup_steps=0, steps=1, final_share=0.1) == 1.0
 
 
-def test_weight_decay_is_on_kernels_only() -> None:
+def test_weight_decay_applies_to_linear_weights_only() -> None:
     model = nn.Sequential(nn.Embedding(4, 6), nn.Linear(6, 5), nn.LayerNorm(5))
     optimizer = adamw(model, 1e-3, 0.5, beta2=0.99)
     decayed = [parameter for group in optimizer.param_groups if group["weight_decay"] == 0.5 for parameter in group["params"]]
@@ -102,7 +102,7 @@ def test_a_moved_row_loses_its_momentum() -> None:
         assert bool((moment[[0, 2, 3]] != 0).all())
 
 
-def test_the_last_k_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
     assert checkpoints.load_latest() is None
     for step in (5, 10, 1000):
@@ -116,7 +116,7 @@ def test_the_last_k_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["model", "adversary"])
-def test_weights_that_are_not_finite_take_no_good_checkpoints_place(broken: str, tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_saved(broken: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "stage 1", 1, Accelerator(cpu=True))
     good, bad = {"weight": torch.ones(2)}, {"weight": torch.tensor([1.0, float("nan")])}
     checkpoints.save(5, {"model": good, "adversary": {"model": good}})
@@ -126,7 +126,7 @@ def test_weights_that_are_not_finite_take_no_good_checkpoints_place(broken: str,
     assert [path.name for path in checkpoints.paths()] == ["step-000000005.pt"]
 
 
-def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
     for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0)):
         checkpoints.save(step, {}, score)
@@ -138,16 +138,16 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
     assert [int(path.stem[5:]) for path in checkpoints.paths()] == [5, 6]
 
 
-def test_what_is_saved_is_what_there_was_when_it_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the training goes on while it is written."""
-    let_go, save = threading.Event(), torch.save
-    monkeypatch.setattr(torch, "save", lambda *given: let_go.wait() and save(*given))
+def test_a_checkpoint_is_a_snapshot_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although training changes the weights while the file is written."""
+    allow_writing, save = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *arguments: allow_writing.wait() and save(*arguments))
     weight = torch.zeros(3)
     checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
     checkpoints.save(1, {"model": {"weight": weight}, "moments": [(weight,)]})
     weight += 1
     assert not checkpoints.paths()
-    let_go.set()
+    allow_writing.set()
     checkpoints.wait()
     state = checkpoints.load_latest()
     assert state is not None
@@ -156,28 +156,28 @@ def test_what_is_saved_is_what_there_was_when_it_was_asked(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("grows", [True, False])
-def test_a_write_that_goes_on_is_progress_and_one_that_hangs_is_none(grows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(path: Path, _: object) -> None:
-        part = path.with_name(f"{path.name}.tmp-1")
-        with open(part, "wb", buffering=0) as file:
+def test_a_growing_file_counts_as_progress(grows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_write(path: Path, _: object) -> None:
+        partial = path.with_name(f"{path.name}.tmp-1")
+        with open(partial, "wb", buffering=0) as file:
             for number in range(10):
                 if grows or number == 0:
                     file.write(b"x")
                 time.sleep(0.05)
-        part.rename(path)
+        partial.rename(path)
 
-    noted: list[None] = []
-    monkeypatch.setattr(checkpoint, "progressed", lambda: noted.append(None))
-    monkeypatch.setattr(checkpoint, "write_file", slow)
+    progress: list[None] = []
+    monkeypatch.setattr(checkpoint, "progressed", lambda: progress.append(None))
+    monkeypatch.setattr(checkpoint, "write_file", slow_write)
     monkeypatch.setattr(checkpoint, "_TICK", 0.02)
     checkpoints = Checkpoints(tmp_path, "stage 1", 1, Accelerator(cpu=True))
     checkpoints.save(1, {"model": {}})
     checkpoints.wait()
     assert [path.name for path in checkpoints.paths()] == ["step-000000001.pt"]
-    assert len(noted) > 3 if grows else len(noted) <= 1
+    assert len(progress) > 3 if grows else len(progress) <= 1
 
 
-def test_a_write_that_fails_is_told_and_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_is_reported_and_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path, "stage 1", 1, Accelerator(cpu=True))
     checkpoints.save(1, {"model": {}})
     checkpoints.wait()
@@ -190,7 +190,7 @@ def test_a_write_that_fails_is_told_and_leaves_the_checkpoint_before(tmp_path: P
 
 
 @pytest.mark.parametrize("damage", ["a bit", "no sum", "cut"])
-def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_earlier_one(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = Checkpoints(tmp_path, "stage 1", 2, Accelerator(cpu=True))
     for step in (1, 2):
         checkpoints.save(step, {"model": {"weight": torch.full((100,), float(step))}})
@@ -204,11 +204,11 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(damage: str, tmp_p
     assert state is not None
     assert state["step"] == 1
     assert f"{path}: expected" in capsys.readouterr().out
-    assert [found.name for found in checkpoints.paths()] == ["step-000000001.pt"]
+    assert [file.name for file in checkpoints.paths()] == ["step-000000001.pt"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "another stage", "pickle"])
-def test_a_checkpoint_that_does_not_fit_is_named(damage: str, tmp_path: Path) -> None:
+def test_invalid_checkpoints_are_refused(damage: str, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     written = Checkpoints(tmp_path, "stage 2" if damage == "another stage" else "stage 1", 2, accelerator)
     written.save(5, {"model": {}})
@@ -226,7 +226,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(damage: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("linesep", ["\n", "\r\n"])  # Unix's, Windows'
-def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(linesep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_truncates_the_metrics_log(linesep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "linesep", linesep)
     path = tmp_path / "metrics.jsonl"
     accelerator = Accelerator(cpu=True)
@@ -242,68 +242,68 @@ def test_metrics_are_cut_back_to_the_step_a_run_goes_on_from(linesep: str, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -> None:
-    heard = []
-    former = signal.signal(number, lambda *_: heard.append(number))
+def test_the_first_signal_requests_a_stop_and_the_second_is_passed_on(number: signal.Signals) -> None:
+    received = []
+    earlier = signal.signal(number, lambda *_: received.append(number))
     try:
         with GracefulStop(Accelerator(cpu=True)) as stop:
             assert not stop.requested()
             os.kill(os.getpid(), number)
             assert stop.requested()
             assert stop.exit_code == 128 + number
-            assert not heard
+            assert not received
             os.kill(os.getpid(), number)
-            assert heard == [number]
+            assert received == [number]
     finally:
-        signal.signal(number, former)
+        signal.signal(number, earlier)
 
 
 @pytest.fixture
-def group_of_one() -> Iterator[None]:
-    """Collectives as between processes, of which there is one."""
+def process_group() -> Iterator[None]:
+    """A process group of world size 1."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-TWO: Any = types.SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+TWO_RANKS: Any = types.SimpleNamespace(num_processes=2, device=torch.device("cpu"))
 
 
-@pytest.mark.usefixtures("group_of_one")
-def test_what_several_processes_agree_on_is_known_a_step_later() -> None:
-    with GracefulStop(TWO) as stop:
+@pytest.mark.usefixtures("process_group")
+def test_ranks_agree_on_a_stop_one_step_later() -> None:
+    with GracefulStop(TWO_RANKS) as stop:
         assert not stop.requested()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert not stop.requested()
         assert stop.requested()
         assert stop.exit_code == 128 + signal.SIGUSR1
-    # Of the last step nobody would read the answer later.
-    with GracefulStop(TWO) as stop:
+    # After the last step the answer is needed at once.
+    with GracefulStop(TWO_RANKS) as stop:
         assert not stop.requested()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.requested(last=True)
 
 
-@pytest.mark.usefixtures("group_of_one")
-def test_a_signal_that_comes_while_processes_ask_one_another_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_a_signal_during_the_all_reduce_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     signals, all_reduce = [signal.SIGUSR1], dist.all_reduce
 
-    def interrupted(*given: Any, **named: Any) -> Any:
-        asked = all_reduce(*given, **named)
+    def interrupted_all_reduce(*arguments: Any, **keywords: Any) -> Any:
+        result = all_reduce(*arguments, **keywords)
         if signals:
             os.kill(os.getpid(), signals.pop())
-        return asked
+        return result
 
-    monkeypatch.setattr(dist, "all_reduce", interrupted)
-    with GracefulStop(TWO) as stop:
+    monkeypatch.setattr(dist, "all_reduce", interrupted_all_reduce)
+    with GracefulStop(TWO_RANKS) as stop:
         assert [stop.requested() for _ in range(3)] == [False, False, True]
         assert stop.exit_code == 128 + signal.SIGUSR1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_names_its_step_and_term(value: float) -> None:
+def test_non_finite_values_are_reported_with_step_and_term(value: float) -> None:
     norms = [1.0, 2.0, value, value]
-    # A term may begin later than others.
+    # A term may start later than others.
     steps = [{"loss": torch.ones(()), **({"late": torch.ones(())} if step else {}), "norm": torch.tensor(norms[step])} for step in range(4)]
     check_finite(steps[:2], 5, "")
     with pytest.raises(UserError, match=r"step 17: expected norm to be finite, found .*; advice"):
@@ -311,36 +311,36 @@ def test_a_value_that_is_not_finite_names_its_step_and_term(value: float) -> Non
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
-def test_clipping_tells_the_norm_there_was(clip_norm: float) -> None:
+def test_clipping_returns_the_norm_before_clipping(clip_norm: float) -> None:
     model = nn.Linear(3, 2)
     model(torch.ones(1, 3)).square().sum().backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    own = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-    assert torch.isclose(clip_(Accelerator(cpu=True), model, clip_norm), own)
-    scale = min(1.0, clip_norm / float(own)) if clip_norm > 0 else 1.0
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert torch.isclose(clip_(Accelerator(cpu=True), model, clip_norm), norm)
+    scale = min(1.0, clip_norm / float(norm)) if clip_norm > 0 else 1.0
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, gradient * scale, rtol=1e-4)
 
 
-@pytest.mark.parametrize("place", range(0, 1000, 97))
-def test_weights_of_which_a_bit_was_flipped_are_refused(place: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("position", range(0, 1000, 97))
+def test_weights_with_a_flipped_bit_are_refused(position: int, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     weights = {"b": torch.randn(3, 4), "a": torch.arange(5), "half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)}
     save_weights(path, weights, {"kind": "tokenizer", "sizes": [1, 2]})
-    found, header = load_weights(path, "tokenizer")
+    loaded, header = load_weights(path, "tokenizer")
     assert header == {"kind": "tokenizer", "sizes": [1, 2]}
-    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
     content = bytearray(path.read_bytes())
-    content[place % len(content)] ^= 1 << place % 8
+    content[position % len(content)] ^= 1 << position % 8
     path.write_bytes(content)
     with pytest.raises(UserError, match="expected the weights of a tokenizer"):
         load_weights(path, "tokenizer")
 
 
 @pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")])
-def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str, tmp_path: Path) -> None:
-    """Of our own files, and of those that others have trained."""
+def test_non_finite_weights_are_refused_by_name(value: float, name: str, tmp_path: Path) -> None:
+    """In our files and in those of other projects."""
     weights = {"good": torch.ones(3), "steps": torch.ones(2, dtype=torch.int64), "bad": torch.tensor([1.0, value]).bfloat16()}
     save_weights(tmp_path / "own.safetensors", weights, {"kind": "prior"})
     torch.save(weights, tmp_path / "theirs.pth")
@@ -349,7 +349,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str
             read()
 
 
-def test_no_memory_is_one_line_with_what_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_is_one_line_with_advice(capsys: pytest.CaptureFixture[str]) -> None:
     start(Compute(threads=1), oom_hint="take fewer")
     with pytest.raises(SystemExit) as ended:
         run_entry(lambda: print(torch.empty(1 << 60)))

@@ -1,4 +1,4 @@
-"""Two processes without a launcher that would look after them: whatever happens to one, the other ends soon, and says why."""
+"""Two processes without a launcher: if one is lost, the other ends soon and says why."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @contextmanager
-def two(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
-    """As a cluster's own command starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+def two_ranks(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start two ranks, as a cluster's command does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-u", "tests/launched/one_of_two.py", *map(str, arguments)]
     processes = [
         subprocess.Popen(
             command,
-            env={**os.environ, **here, "PYTHONPATH": str(REPOSITORY), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -48,25 +48,25 @@ def two(*arguments: object) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize(("fault", "victim"), [("die", 1), ("hang", 1), ("stop", 0)])  # tests/faults has the others
-def test_the_other_ends_and_names_the_one_that_is_lost(fault: str, victim: int) -> None:
-    with two(fault, victim) as processes:
+def test_the_surviving_rank_ends_and_names_the_lost_one(fault: str, victim: int) -> None:
+    with two_ranks(fault, victim) as processes:
         survivor = processes[1 - victim]
         survivor.wait(120)
-        if fault == "hang":  # either of them says it
+        if fault == "hang":  # either rank may report it
             processes[victim].wait(60)
             assert processes[victim].returncode == ENDED_FOR_ANOTHER
-        said = "".join(process.communicate()[1] for process in ((processes[0], processes[1]) if fault == "hang" else (survivor,)))
-        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        printed = "".join(process.communicate()[1] for process in ((processes[0], processes[1]) if fault == "hang" else (survivor,)))
+        lines = [line for line in printed.splitlines() if line.startswith("error: ")]
         name = rf"process {victim} of 2 on {re.escape(socket.gethostname())} \(pid {processes[victim].pid}\)"
-        assert survivor.returncode == ENDED_FOR_ANOTHER, said
-        assert len(lines) == 1, said
+        assert survivor.returncode == ENDED_FOR_ANOTHER, printed
+        assert len(lines) == 1, printed
         assert re.match(rf"error: {name} (has died|hangs at)", lines[0])
         assert ("hangs" in lines[0]) == (fault == "hang")
-        assert "Traceback" not in said
+        assert "Traceback" not in printed
 
 
-def test_one_that_is_done_may_go_on_alone() -> None:
-    with two("run", 0) as processes:
+def test_a_rank_may_continue_after_the_other_is_done() -> None:
+    with two_ranks("run", 0) as processes:
         for process in processes:
             out, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
@@ -74,15 +74,15 @@ def test_one_that_is_done_may_go_on_alone() -> None:
             assert "error" not in err
 
 
-def test_one_that_never_comes_is_not_waited_for_long() -> None:
-    with two("never come", 1) as processes:
-        _, said = processes[0].communicate(timeout=120)
+def test_a_missing_rank_is_reported() -> None:
+    with two_ranks("never come", 1) as processes:
+        _, printed = processes[0].communicate(timeout=120)
         assert processes[0].returncode == ENDED_FOR_ANOTHER
-        assert "expected 2 processes to find one another" in said
+        assert "expected 2 processes to find one another" in printed
 
 
 def test_workers_end_with_their_launcher() -> None:
-    """Torchrun gives them sessions of their own, so that no signal reaches them."""
+    """Torchrun starts them in separate sessions, so no signal reaches them."""
     launcher = psutil.Popen(
         [*TORCHRUN, "tests/launched/one_of_two.py", "go on", "0"],
         cwd=REPOSITORY,

@@ -36,15 +36,15 @@ def zipped(path: Path, content: bytes, comment: bytes = b"") -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_arrays_are_numpys(save: Callable[..., None], tmp_path: Path) -> None:
+def test_arrays_equal_those_of_numpy(save: Callable[..., None], tmp_path: Path) -> None:
     save(tmp_path / "some.npz", **ARRAYS)
     assert names_in(tmp_path / "some.npz", "--some") == set(ARRAYS)
     for name, array in ARRAYS.items():
-        found = array_in(tmp_path / "some.npz", name, "--some")
-        assert found.dtype == array.dtype
-        assert np.array_equal(found, array)
-    found = array_in(tmp_path / "some.npz", "arr_0", "--some")
-    found[:] = 0  # not written to the file
+        mapped = array_in(tmp_path / "some.npz", name, "--some")
+        assert mapped.dtype == array.dtype
+        assert np.array_equal(mapped, array)
+    mapped = array_in(tmp_path / "some.npz", "arr_0", "--some")
+    mapped[:] = 0  # not written to the file
     assert np.array_equal(array_in(tmp_path / "some.npz", "arr_0", "--some"), ARRAYS["arr_0"])
 
 
@@ -57,10 +57,10 @@ def test_the_second_version_of_the_format_and_a_comment_are_read(tmp_path: Path)
 def test_an_array_takes_no_memory(save: Callable[..., None], tmp_path: Path) -> None:
     save(tmp_path / "large.npz", np.zeros((1000, 256, 256, 1), np.uint8))
     tracemalloc.start()
-    found = array_in(tmp_path / "large.npz", "arr_0", "--some")
+    mapped = array_in(tmp_path / "large.npz", "arr_0", "--some")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found.nbytes == 1000 * 256 * 256
+    assert mapped.nbytes == 1000 * 256 * 256
     assert peak < 20e6  # a few chunks
 
 
@@ -71,12 +71,12 @@ class Harmful:
 
 def damaged(kind: str, path: Path) -> None:
     np.savez(path, **ARRAYS)
-    whole = bytearray(path.read_bytes())
+    content = bytearray(path.read_bytes())
     if kind == "cut short":
-        path.write_bytes(whole[: len(whole) // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif kind == "a changed byte":
-        whole[whole.index(ARRAYS["arr_0"].tobytes()) + 100] ^= 255
-        path.write_bytes(whole)
+        content[content.index(ARRAYS["arr_0"].tobytes()) + 100] ^= 255
+        path.write_bytes(content)
     elif kind == "pickled objects":
         zipped(path, npy(np.array([Harmful()], object)))
     elif kind == "a pickle":

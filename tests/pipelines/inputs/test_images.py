@@ -1,4 +1,4 @@
-"""The images a pipeline works on: files, folders and splits; their labels, codes and reconstructions."""
+"""Images that a pipeline takes: files, folders and splits; their labels, codes and reconstructions."""
 
 from __future__ import annotations
 
@@ -65,31 +65,31 @@ def images(labels: list[str] | None, count: int = 3) -> Images:
     return Images(torch.zeros(count, 8, 12, 3, dtype=torch.uint8), [f"{number}.png" for number in range(count)], labels)
 
 
-def test_files_and_folders_in_the_order_named_and_by_name_inside(tmp_path: Path) -> None:
-    """One value of red an image tells them apart."""
+def test_images_come_in_the_order_of_arguments_and_by_name_within_folders(tmp_path: Path) -> None:
+    """One value of red per image identifies it."""
     inside = [picture(tmp_path / "folder" / name, value) for name, value in (("a.png", 30), ("b.JPG", 40), ("c/d.bmp", 50))]
-    alone = picture(tmp_path / "z.webp", 20)
-    found = load_files([str(alone), str(tmp_path / "folder")], DATA)
-    assert found.paths == [str(path) for path in (alone, *inside)]
-    assert found.pixels.shape == (4, 8, 12, 3)
-    assert found.pixels.dtype == torch.uint8
-    red = found.pixels[..., 0].double().mean((1, 2))
+    single = picture(tmp_path / "z.webp", 20)
+    loaded = load_files([str(single), str(tmp_path / "folder")], DATA)
+    assert loaded.paths == [str(path) for path in (single, *inside)]
+    assert loaded.pixels.shape == (4, 8, 12, 3)
+    assert loaded.pixels.dtype == torch.uint8
+    red = loaded.pixels[..., 0].double().mean((1, 2))
     assert (red - torch.tensor([20.0, 30, 40, 50])).abs().max() < 4  # JPEG and WebP are lossy
-    assert found.labels is None  # one of them has none
+    assert loaded.labels is None  # one image has no label
 
 
-def test_a_folder_decodes_to_what_training_decodes(pictures: Path) -> None:
-    """`datasets` finds, decodes and labels the same files on its own."""
+def test_a_folder_decodes_to_the_pixels_of_training(pictures: Path) -> None:
+    """`datasets` lists, decodes and labels the same files independently."""
     source = load_images(Data(path=str(pictures), height=8, width=12), hold_out=False)
-    found = load_files([str(pictures)], DATA)
-    assert torch.equal(found.pixels, source.splits[TRAIN].pixels)
+    loaded = load_files([str(pictures)], DATA)
+    assert torch.equal(loaded.pixels, source.splits[TRAIN].pixels)
     assert source.label_names is not None
     assert source.splits[TRAIN].labels is not None
-    assert found.labels == [source.label_names[label] for label in source.splits[TRAIN].labels.tolist()]
+    assert loaded.labels == [source.label_names[label] for label in source.splits[TRAIN].labels.tolist()]
 
 
-def test_labels_are_the_folders_in_which_images_lie_however_deep(tmp_path: Path, pictures: Path) -> None:
-    """As training labels them: also below a folder of a split."""
+def test_labels_are_the_names_of_class_folders_at_any_depth(tmp_path: Path, pictures: Path) -> None:
+    """As in training, also below the folder of a split."""
     shutil.copytree(pictures / "down", tmp_path / "train" / "down")
     assert set(load_files([str(tmp_path)], DATA).labels or ()) == {"down"}
     assert load_files([str(tmp_path / "train" / "down")], DATA).labels is None
@@ -99,28 +99,28 @@ def test_labels_are_the_folders_in_which_images_lie_however_deep(tmp_path: Path,
 
 
 def test_other_sizes_are_scaled_to_cover_and_cropped(tmp_path: Path) -> None:
-    """Twice as high as needed: the middle remains."""
+    """An image twice too high keeps its middle."""
     stripes = np.zeros((32, 24, 3), np.uint8)
     stripes[8:24] = 200
     Image.fromarray(stripes).save(tmp_path / "high.png")
-    found = load_files([str(tmp_path)], DATA).pixels
-    assert (found[0, 1:-1].double() - 200).abs().max() <= 8  # but for the ringing at the edges
+    loaded = load_files([str(tmp_path)], DATA).pixels
+    assert (loaded[0, 1:-1].double() - 200).abs().max() <= 8  # apart from ringing at the edges
 
 
-def test_hidden_and_foreign_files_of_a_folder_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = picture(tmp_path / "a.png", 10)
+def test_hidden_and_foreign_files_of_a_folder_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = picture(tmp_path / "a.png", 10)
     picture(tmp_path / ".cache" / "a.png", 20)
     (tmp_path / "._a.png").write_bytes(b"what macOS leaves beside a file")
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "scan.pdf").write_bytes(b"%PDF-1.4")  # Pillow writes them, but reads none
     for folder in ("__MACOSX", "lost+found", "@eaDir/a.png", "$RECYCLE.BIN"):
         picture(tmp_path / folder / "b.png", 30)
-    assert load_files([str(tmp_path)], DATA).paths == [str(wanted)]
+    assert load_files([str(tmp_path)], DATA).paths == [str(image)]
     assert "left out: 1 .txt, 1 .pdf" in capsys.readouterr().out.replace("1 .pdf, 1 .txt", "1 .txt, 1 .pdf")
 
 
-def test_a_folder_is_listed_as_training_lists_it(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Through links; a folder inside that of a class is part of it; and a picture beside classes takes their labels, aloud."""
+def test_a_folder_is_listed_as_in_training(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Links are followed, subfolders belong to their class, and an image beside class folders removes all labels, with a message."""
     (tmp_path / "data").mkdir()
     os.symlink(pictures / "down", tmp_path / "data" / "down")
     picture(tmp_path / "data" / "up" / "a.png", 10)
@@ -149,7 +149,7 @@ def test_a_name_that_is_not_utf8_can_be_printed(tmp_path: Path) -> None:
         ("npz", ["array.npz", "readable image"]),
     ],
 )
-def test_what_is_no_image_gets_one_line(kind: str, parts: list[str], tmp_path: Path) -> None:
+def test_paths_that_are_no_image_get_one_line(kind: str, parts: list[str], tmp_path: Path) -> None:
     good = picture(tmp_path / "good.png", 10)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
@@ -160,20 +160,20 @@ def test_what_is_no_image_gets_one_line(kind: str, parts: list[str], tmp_path: P
     assert all(part in str(error.value) for part in [str(tmp_path), *parts]), error.value
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_splits_are_those_that_training_saw(given: bool, tmp_path: Path) -> None:
-    """Also where the folder has a validation split of its own: then the training split is whole."""
-    for number, name in enumerate(("train", "validation", "test") if given else ("train",)):
+@pytest.mark.parametrize("has_splits", [True, False])
+def test_splits_are_those_of_training(has_splits: bool, tmp_path: Path) -> None:
+    """Also if the folder has a validation split, in which case the training split is complete."""
+    for number, name in enumerate(("train", "validation", "test") if has_splits else ("train",)):
         write_pictures(tmp_path / name, 8 + number)
     data = Data(path=str(tmp_path), height=8, width=12, validation_share=0.25)
     splits = load_images(data).splits
-    assert len(splits[TRAIN]) == (16 if given else 12)
+    assert len(splits[TRAIN]) == (16 if has_splits else 12)
     for name in splits:
-        found = chosen_images(options(split=name), data, progress=False)
-        assert torch.equal(found.pixels, splits[name].pixels)
-        assert found.names == [f"{name}/{row}" for row in range(len(splits[name]))]
+        chosen = chosen_images(options(split=name), data, progress=False)
+        assert torch.equal(chosen.pixels, splits[name].pixels)
+        assert chosen.names == [f"{name}/{row}" for row in range(len(splits[name]))]
         assert splits[name].labels is not None
-        assert found.labels == [("across", "down")[label] for label in splits[name].labels.tolist()]
+        assert chosen.labels == [("across", "down")[label] for label in splits[name].labels.tolist()]
     assert torch.equal(chosen_images(options(), data, progress=False).pixels, splits[VALIDATION].pixels)
 
 
@@ -193,71 +193,71 @@ def test_spread_takes_images_at_equal_distances(count: int, rows: list[int]) -> 
 
 
 @pytest.mark.parametrize("split", [TRAIN, VALIDATION, "files"])
-def test_few_images_are_taken_without_the_others(split: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of the whole split, by number, label and pixels; nothing else is decoded, and nothing where all of it is kept."""
+def test_few_images_are_decoded_without_the_others(split: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They equal rows of the full split in names, labels and pixels; nothing else is decoded, and nothing at all if the split is cached."""
     decoded: list[str | None] = []
     for module, name in ((files, "decode_image"), (encoded, "decode_crops"), (encoded, "decode_image")):
         plain = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, plain=plain: decoded.append(given[1]) or plain(*given))
-    asked = options([pictures]) if split == "files" else options(split=split)
+        monkeypatch.setattr(module, name, lambda *arguments, plain=plain: decoded.append(arguments[1]) or plain(*arguments))
+    selection = options([pictures]) if split == "files" else options(split=split)
     data = Data(path=str(pictures), height=8, width=12, cache=str(tmp_path / "cache"), validation_share=0.25)
-    few = chosen_images(asked, data, progress=False, count=5)
+    few = chosen_images(selection, data, progress=False, count=5)
     assert len(decoded) == 5
     assert not (tmp_path / "cache").exists()
-    whole = chosen_images(asked, data, progress=False)
-    rows = evenly_spaced(len(whole.pixels), 5).tolist()
-    assert torch.equal(few.pixels, whole.pixels[rows])
+    full = chosen_images(selection, data, progress=False)
+    rows = evenly_spaced(len(full.pixels), 5).tolist()
+    assert torch.equal(few.pixels, full.pixels[rows])
     assert few.labels is not None
-    assert whole.labels is not None
-    assert (few.names, few.labels) == ([whole.names[row] for row in rows], [whole.labels[row] for row in rows])
+    assert full.labels is not None
+    assert (few.names, few.labels) == ([full.names[row] for row in rows], [full.labels[row] for row in rows])
     decoded.clear()
-    again = chosen_images(asked, data, progress=False, count=5)
+    again = chosen_images(selection, data, progress=False, count=5)
     assert torch.equal(again.pixels, few.pixels)
     assert again._replace(pixels=few.pixels) == few
     assert len(decoded) == (5 if split == "files" else 0)
 
 
-def test_of_few_images_those_that_cannot_be_read_are_left_out(pictures: Path, tmp_path: Path) -> None:
+def test_unreadable_images_among_few_are_left_out(pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures, tmp_path / "images")
     (tmp_path / "images" / "down" / "000.png").write_bytes(b"none")
     data = Data(path=str(tmp_path / "images"), height=8, width=12, cache=str(tmp_path / "cache"), on_error="skip", validation_share=0.25)
-    found = chosen_images(options(split=TRAIN), data, progress=False, count=36)
-    assert len(found.pixels) == len(found.names) == len(found.labels or ()) == 35
+    chosen = chosen_images(options(split=TRAIN), data, progress=False, count=36)
+    assert len(chosen.pixels) == len(chosen.names) == len(chosen.labels or ()) == 35
     with pytest.raises(UserError, match=r"000\.png.*expected a readable image"):
         chosen_images(options(split=TRAIN), dataclasses.replace(data, on_error="raise"), progress=False, count=36)
 
 
-def test_codes_are_the_store_s_and_pictures_their_decoding(finished_run: Path) -> None:
+def test_codes_equal_the_stores_and_pictures_their_decoding(finished_run: Path) -> None:
     run = RunDir(finished_run)
     tokenizer, store = load_tokenizer(run), CodeStore(finished_run / "codes" / VALIDATION)
     pixels = load_images(load_recipe(run.recipe).data).splits[VALIDATION].pixels
-    codes, found = encode_and_decode(tokenizer, pixels, batch_size=5)
+    codes, decoded = encode_and_decode(tokenizer, pixels, batch_size=5)
     (expected,) = store.codes(torch.arange(len(store)))
     assert torch.equal(codes[0], expected)
-    whole = to_uint8(tokenizer.decode(tokenizer.encode(to_model(pixels))))
-    assert (found.int() - whole.int()).abs().max() <= 1
-    assert found.shape == pixels.shape
+    one_batch = to_uint8(tokenizer.decode(tokenizer.encode(to_model(pixels))))
+    assert (decoded.int() - one_batch.int()).abs().max() <= 1
+    assert decoded.shape == pixels.shape
 
 
-def test_labels_count_by_name_in_the_prior_s_numbering() -> None:
+def test_labels_are_matched_by_name_to_the_priors_numbers() -> None:
     known = header(["across", "down", "up"])
     assert (labels := image_condition(known, None, images(["up", "across", "up"]))) is not None
     assert labels.tolist() == [2, 0, 2]
-    assert (asked := image_condition(known, "down", images(["up", "across", "up"]))) is not None
-    assert asked.tolist() == [1, 1, 1]
+    assert (one_label := image_condition(known, "down", images(["up", "across", "up"]))) is not None
+    assert one_label.tolist() == [1, 1, 1]
     assert image_condition(known, None, images(None)) is None
     assert image_condition(header(None), None, images(["up"] * 3)) is None
     assert image_condition(None, None, images(["up"] * 3)) is None
 
 
-def test_labels_are_asked_for_by_name_in_either_form_before_number() -> None:
+def test_labels_are_read_as_names_in_any_unicode_form_before_numbers() -> None:
     known = header(["2", "cafe\u0301", "~"])
-    for asked, number in (("2", 0), (2, 2), ("caf\u00e9", 1), ("cafe\u0301", 1), ("~", 2), ("1", 1)):
-        assert sample_condition(known, asked, 1).tolist() == [number]  # type: ignore[union-attr]
+    for label, number in (("2", 0), (2, 2), ("caf\u00e9", 1), ("cafe\u0301", 1), ("~", 2), ("1", 1)):
+        assert sample_condition(known, label, 1).tolist() == [number]  # type: ignore[union-attr]
     assert image_condition(known, None, images(["caf\u00e9"] * 3)).tolist() == [1, 1, 1]  # type: ignore[union-attr]
 
 
-def test_labels_that_do_not_fit_get_one_line() -> None:
+def test_unknown_or_missing_labels_get_one_line() -> None:
     with pytest.raises(UserError, match=r"label: .*across, down.* found left"):
         image_condition(header(["across", "down"]), None, images(["down", "left", "down"]))
     with pytest.raises(UserError, match=r"label: expected one, .* found none"):
@@ -275,7 +275,7 @@ def to_rgba(grey: np.ndarray, alpha: np.ndarray, mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_a_masks_transparent_parts_are_drawn_anew(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transparent_parts_of_a_mask_are_drawn_again(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     left = torch.from_numpy(LEFT >= 128)
     for grey, alpha in ((LEFT, WHITE), (WHITE, LEFT), (LEFT, LEFT)):
         assert torch.equal(picture_mask(to_rgba(grey, alpha, mode), "--mask"), left)

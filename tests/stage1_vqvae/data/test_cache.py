@@ -1,4 +1,4 @@
-"""Decoded images on disk."""
+"""The cache of decoded images on disk."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from stage1_vqvae.data.splits import TRAIN, VALIDATION, ReadableImages
 from stage1_vqvae.data.transforms.random_crop import RandomCropPart
 
 
-def data(path: Path, kept: Path, **settings: object) -> Data:
-    return Data(**{"path": str(path), "cache": str(kept), "height": 8, "width": 12, "validation_share": 0.25, **settings})  # type: ignore[arg-type]
+def data(path: Path, cache_folder: Path, **settings: object) -> Data:
+    return Data(**{"path": str(path), "cache": str(cache_folder), "height": 8, "width": 12, "validation_share": 0.25, **settings})  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of all images that are decoded."""
-    found: list[str] = []
+    paths: list[str] = []
     real = encoded.decode_image
 
-    def noted(content: bytes | None, path: str, *more: Any) -> np.ndarray:
-        found.append(path)
+    def recording_decode(content: bytes | None, path: str, *more: Any) -> np.ndarray:
+        paths.append(path)
         return real(content, path, *more)
 
-    monkeypatch.setattr(encoded, "decode_image", noted)
-    return found
+    monkeypatch.setattr(encoded, "decode_image", recording_decode)
+    return paths
 
 
 def test_images_are_decoded_once(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
@@ -57,7 +57,7 @@ def test_images_are_decoded_once(pictures: Path, tmp_path: Path, decoded: list[s
     assert len(decoded) == 48
 
 
-def test_loading_validation_images_decodes_no_others(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
+def test_loading_validation_decodes_only_validation_images(pictures: Path, tmp_path: Path, decoded: list[str]) -> None:
     (only,) = load_images(data(pictures, tmp_path), [VALIDATION]).splits.values()
     assert len(decoded) == len(only) == 12
     assert torch.equal(only.pixels, load_images(data(pictures, tmp_path)).splits[VALIDATION].pixels)
@@ -82,7 +82,7 @@ def test_changed_images_are_decoded_again(change: Callable[[Path], None], pictur
 
 
 @pytest.mark.parametrize("settings", [{"seed": 1}, {"validation_share": 0.5}])
-def test_other_rows_are_not_served_from_the_cache(settings: dict[str, object], pictures: Path, tmp_path: Path) -> None:
+def test_cache_depends_on_the_rows_selected(settings: dict[str, object], pictures: Path, tmp_path: Path) -> None:
     load_images(data(pictures, tmp_path / "cache"))
     after, fresh = (load_images(data(pictures, tmp_path / name, **settings)).splits for name in ("cache", "fresh"))
     assert all(torch.equal(after[name].pixels, fresh[name].pixels) for name in (TRAIN, VALIDATION))
@@ -90,7 +90,7 @@ def test_other_rows_are_not_served_from_the_cache(settings: dict[str, object], p
 
 @pytest.fixture(scope="module")
 def varied(tmp_path_factory: pytest.TempPathFactory) -> EncodedSplit:
-    """Images in which every setting of pixels shows: half transparent, of 16 bits, a JPEG that its decoder scales down."""
+    """Images whose pixels depend on every decoding setting: half transparent, 16-bit, and a JPEG large enough for reduced decoding."""
     folder = tmp_path_factory.mktemp("varied")
     transparent = Image.new("RGBA", (24, 16), (30, 90, 200, 255))
     transparent.paste((0, 0, 0, 0), (0, 0, 12, 16))
@@ -111,8 +111,8 @@ DECIDE_PIXELS = ("height", "width", "channels", "background", "white", "transfor
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Data)])
-def test_the_cache_serves_no_pixels_of_other_settings(name: str, varied: EncodedSplit, tmp_path: Path) -> None:
-    """Each setting alone; those that decide no pixels use the file in the cache. A new setting has to be added to these tables."""
+def test_every_setting_that_decides_pixels_is_in_the_cache_key(name: str, varied: EncodedSplit, tmp_path: Path) -> None:
+    """Each setting is changed alone; settings that decide no pixels reuse the cached file. New settings must be added to these tables."""
     settings = Data(height=8, width=12, cache=str(tmp_path / "cache"))
     before = varied.read(None, settings, False).pixels
     changed = dataclasses.replace(settings, **{name: str(tmp_path / "other") if name == "cache" else OTHER_VALUES[name]})
@@ -131,8 +131,8 @@ def test_every_field_of_a_transform_is_part_of_the_key() -> None:
     assert all(one != other for one, other in itertools.combinations(keys, 2))
 
 
-def test_unreadable_images_are_cached_per_settings(tmp_path: Path) -> None:
-    """An image of floating point cannot be read without data.white."""
+def test_unreadable_images_are_recorded_per_settings(tmp_path: Path) -> None:
+    """A floating-point image cannot be read without data.white."""
     Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)).save(tmp_path / "float.tiff")
     split = EncodedSplit(VALIDATION, FilePaths([str(tmp_path / "float.tiff")]), None, "float")
     settings = Data(height=8, width=12, cache=str(tmp_path / "cache"), decode="each_time", on_error="skip", most_skipped=0.0)
@@ -142,18 +142,18 @@ def test_unreadable_images_are_cached_per_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["a part", "too little"])
-def test_an_incomplete_file_is_written_again(left: str, pictures: Path, tmp_path: Path) -> None:
-    """The partial file of a killed command, and a file that was cut short."""
-    whole = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
+def test_incomplete_cache_file_is_rewritten(left: str, pictures: Path, tmp_path: Path) -> None:
+    """Left by a killed command, or truncated."""
+    complete = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
     for path in tmp_path.glob("*.pixels"):
         content = path.read_bytes()
         path.unlink()
         (path.with_suffix(".unfinished") if left == "a part" else path).write_bytes(content[:100])
-    assert torch.equal(load_images(data(pictures, tmp_path)).splits[TRAIN].pixels, whole)
+    assert torch.equal(load_images(data(pictures, tmp_path)).splits[TRAIN].pixels, complete)
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_an_unreadable_image_leaves_no_file(pictures: Path, tmp_path: Path) -> None:
+def test_an_unreadable_image_leaves_no_cache_file(pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     (folder / "down/003.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"003\.png: expected a readable image"):
@@ -162,7 +162,7 @@ def test_an_unreadable_image_leaves_no_file(pictures: Path, tmp_path: Path) -> N
 
 
 def test_unreadable_images_can_be_skipped(pictures: Path, tmp_path: Path, decoded: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Labels stay with their images, whether decoded now or cached."""
+    """Each image keeps its label, whether it is decoded or comes from the cache."""
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     for name in ("across/003.png", "down/002.png", "down/011.png"):
         (folder / name).write_bytes(b"no picture")
@@ -171,14 +171,14 @@ def test_unreadable_images_can_be_skipped(pictures: Path, tmp_path: Path, decode
         assert len(source.skipped) == 3
         assert "3 images left out that cannot be read; one is " in capsys.readouterr().out
         assert all("expected a readable image" in line for line in source.skipped)
-        whole = [
+        labelled = [
             (picture.numpy(), int(label))
             for split in source.splits.values()
             for picture, label in zip(split.pixels, split.labels, strict=True)
         ]
-        assert len(whole) == 45
+        assert len(labelled) == 45
         # Pictures of label 0 are constant down each column, those of label 1 along each row.
-        assert all(bool((picture == (picture[:, :1] if label else picture[:1])).all()) for picture, label in whole)
+        assert all(bool((picture == (picture[:, :1] if label else picture[:1])).all()) for picture, label in labelled)
     assert len(decoded) == 48
     with pytest.raises(
         UserError, match=r"expected at most 1\.0% of .* images that cannot be read .*, found [12]; one is .*expected a readable"
@@ -195,8 +195,8 @@ def test_a_full_disk_is_reported_before_anything_is_written(pictures: Path, tmp_
     assert not list(tmp_path.glob("*.pixels"))
 
 
-def test_one_of_several_concurrent_readers_decodes(tmp_path: Path) -> None:
-    decoding, found = [], []
+def test_concurrent_readers_decode_once(tmp_path: Path) -> None:
+    decoding, results = [], []
 
     def decode() -> Iterator[np.ndarray]:
         decoding.append(1)
@@ -204,45 +204,45 @@ def test_one_of_several_concurrent_readers_decodes(tmp_path: Path) -> None:
             time.sleep(0.02)
             yield from np.full((2, 3, 4, 1), number, np.uint8)
 
-    def ask() -> None:
-        found.append(cached_images(tmp_path, {"source": "x"}, (8, 3, 4, 1), decode, "x").pixels)
+    def read() -> None:
+        results.append(cached_images(tmp_path, {"source": "x"}, (8, 3, 4, 1), decode, "x").pixels)
 
-    askers = [threading.Thread(target=ask) for _ in range(4)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
     assert len(decoding) == 1
-    assert len(found) == 4
-    assert all(torch.equal(images[:, 0, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], dtype=torch.uint8)) for images in found)
+    assert len(results) == 4
+    assert all(torch.equal(images[:, 0, 0, 0], torch.tensor([0, 0, 1, 1, 2, 2, 3, 3], dtype=torch.uint8)) for images in results)
 
 
-def test_other_local_ranks_let_the_first_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first shows the progress bar; the others decode what it does not."""
+def test_local_rank_zero_decodes_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 shows the progress bar; another rank decodes only what rank 0 did not."""
     monkeypatch.setattr(cache, "_HEAD_START", 0.3)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    decoding, found = [], []
+    decoding, results = [], []
 
-    def by(name: str) -> ReadableImages:
+    def images_for(name: str) -> ReadableImages:
         def decode() -> Iterator[np.ndarray]:
             decoding.append(name)
             yield np.full((2, 2, 1), 7, np.uint8)
 
         return cached_images(tmp_path, {"source": "x"}, (1, 2, 2, 1), decode, "x")
 
-    second = threading.Thread(target=lambda: found.append(by("second")))
+    second = threading.Thread(target=lambda: results.append(images_for("second")))
     second.start()
     time.sleep(0.1)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    first = by("first")
+    first = images_for("first")
     second.join()
     assert decoding == ["first"]
-    assert torch.equal(found[0].pixels, first.pixels)
+    assert torch.equal(results[0].pixels, first.pixels)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert cached_images(tmp_path, {"source": "y"}, (1, 2, 2, 1), lambda: iter([np.zeros((2, 2, 1), np.uint8)]), "y").pixels.sum() == 0
 
 
-def test_a_complete_cache_may_be_read_only(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_cache_can_be_read_only(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_images(data(pictures, tmp_path)).splits[TRAIN].pixels[:].clone()
 
     def refused(*_: object, **__: object) -> None:
@@ -269,17 +269,17 @@ def test_temporary_errors_are_not_cached(pictures: Path, tmp_path: Path, monkeyp
     assert not load_images(settings).skipped
 
 
-def test_decoded_images_are_mapped_not_copied(tmp_path: Path) -> None:
+def test_cached_images_are_memory_mapped(tmp_path: Path) -> None:
     """Mapping 100 MB adds almost no private memory."""
 
-    def own() -> int:
+    def private_memory() -> int:
         rollup = Path("/proc/self/smaps_rollup").read_text()
         return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(("Private_Dirty", "Anonymous")))
 
     shape = (100, 1000, 1000, 1)
-    before = own()
+    before = private_memory()
     images = cached_images(
         tmp_path, {"source": "x"}, shape, lambda: (np.full(shape[1:], number, np.uint8) for number in range(100)), "x"
     ).pixels
     assert images[::7, 500, 500, 0].tolist() == list(range(0, 100, 7))
-    assert own() - before < 20_000  # kB
+    assert private_memory() - before < 20_000  # kB

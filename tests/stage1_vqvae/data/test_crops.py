@@ -1,4 +1,4 @@
-"""Boxes of an image, and decoding at a reduced size."""
+"""Crop boxes, and JPEG decoding at a reduced size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stage1_vqvae.data.decoding import decode_crops, decode_image
 from stage1_vqvae.data.transforms.random_crop import RandomCropPart
 from stage1_vqvae.data.variants import VARIANTS
 
-FIVE = VARIANTS["five_crops"].crops
+FIVE_CROPS = VARIANTS["five_crops"].crops
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -41,30 +41,30 @@ def visible_box(pixels: np.ndarray) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (64, 64), (90, 60)])
-@pytest.mark.parametrize("crop", [Crop(), Crop(0.5, 0.0, 1.0), Crop(0.25, 1.0, 0.3), *FIVE[1:]])
-def test_a_crop_is_the_box_that_it_describes(crop: Crop, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("crop", [Crop(), Crop(0.5, 0.0, 1.0), Crop(0.25, 1.0, 0.3), *FIVE_CROPS[1:]])
+def test_decoded_crop_covers_its_box(crop: Crop, size: tuple[int, int]) -> None:
     data = Data(height=20, width=30)
-    (found,) = decode_crops(encoded(coordinates(*size)), "", data, [crop])
+    (pixels,) = decode_crops(encoded(coordinates(*size)), "", data, [crop])
     largest = min(size[0] / 30, size[1] / 20)
     width, height = 30 * largest * crop.area**0.5, 20 * largest * crop.area**0.5
     left, top = (size[0] - width) * crop.across, (size[1] - height) * crop.down
     expected = np.array([left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1]])
-    assert np.abs(np.array(visible_box(found.astype(float))) - expected).max() < 0.02
+    assert np.abs(np.array(visible_box(pixels.astype(float))) - expected).max() < 0.02
 
 
 def test_the_center_crop_equals_pillows_fit() -> None:
     picture = Image.effect_noise((97, 61), 80).convert("RGB")
     fitted = ImageOps.fit(picture, (24, 16), Image.Resampling.LANCZOS)
-    found = decode_image(encoded(picture), "", Data(height=16, width=24)).astype(int)
-    assert np.abs(found - np.asarray(fitted).astype(int)).max() <= 1
+    pixels = decode_image(encoded(picture), "", Data(height=16, width=24)).astype(int)
+    assert np.abs(pixels - np.asarray(fitted).astype(int)).max() <= 1
 
 
-def test_five_crops_are_the_centre_and_the_corners_of_an_enlarged_image() -> None:
+def test_five_crops_are_the_centre_and_the_enlarged_corners() -> None:
     smooth = Image.effect_noise((6, 6), 90).convert("RGB").resize((40, 40), Image.Resampling.BICUBIC)
-    found = decode_crops(encoded(smooth), "", Data(height=20, width=20), FIVE).astype(int)
+    crops = decode_crops(encoded(smooth), "", Data(height=20, width=20), FIVE_CROPS).astype(int)
     corners = reference.five_crop(smooth.resize((22, 22), Image.Resampling.LANCZOS), [20, 20])[:4]
-    assert np.abs(found[0] - np.asarray(smooth.resize((20, 20), Image.Resampling.LANCZOS)).astype(int)).max() <= 1
-    for one, other in zip(found[1:], corners, strict=True):
+    assert np.abs(crops[0] - np.asarray(smooth.resize((20, 20), Image.Resampling.LANCZOS)).astype(int)).max() <= 1
+    for one, other in zip(crops[1:], corners, strict=True):
         assert np.abs(one - np.asarray(other).astype(int)).mean() < 2
 
 
@@ -86,25 +86,25 @@ def test_random_crops_cover_their_range_and_stay_inside() -> None:
 
 @pytest.mark.parametrize("side", [64, 256, 300, 1024])
 def test_the_first_crop_does_not_depend_on_the_others(side: int) -> None:
-    """At any reduction by the codec."""
+    """Whatever reduction the JPEG decoder uses."""
     picture = Image.effect_noise((side // 4, side // 4), 60).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     content, data = encoded(picture, "JPEG", quality=90), Data(height=64, width=64)
-    assert np.array_equal(decode_crops(content, None, data, FIVE)[0], decode_image(content, None, data))
+    assert np.array_equal(decode_crops(content, None, data, FIVE_CROPS)[0], decode_image(content, None, data))
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_reduced_jpeg_decoding_equals_scaling_afterwards(turned: bool) -> None:
-    """Up to differences that nobody sees, and for the right box."""
+@pytest.mark.parametrize("rotated", [False, True])
+def test_reduced_jpeg_decoding_matches_full_decoding(rotated: bool) -> None:
+    """Same box, and equal up to invisible differences."""
     noise = Image.effect_noise((40, 30), 60).convert("RGB").resize((1600, 1200), Image.Resampling.BICUBIC)
     exif = Image.Exif()
-    if turned:
+    if rotated:
         exif[0x0112] = 6
     content, data = encoded(noise, "JPEG", quality=90, exif=exif), Data(height=48, width=64)
     crops = [Crop(), Crop(0.5, 0.9, 0.2)]
-    found = decode_crops(content, "", data, crops).astype(float)
-    whole = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    assert whole.size == ((1200, 1600) if turned else (1600, 1200))
-    for one, crop in zip(found, crops, strict=True):
-        expected = np.asarray(whole.resize((64, 48), Image.Resampling.LANCZOS, crop.box(whole.size, 48, 64))).astype(float)
+    decoded = decode_crops(content, "", data, crops).astype(float)
+    full_size = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert full_size.size == ((1200, 1600) if rotated else (1600, 1200))
+    for one, crop in zip(decoded, crops, strict=True):
+        expected = np.asarray(full_size.resize((64, 48), Image.Resampling.LANCZOS, crop.box(full_size.size, 48, 64))).astype(float)
         assert np.abs(one - expected).mean() < 1
         assert np.abs(one - expected).max() < 12

@@ -1,4 +1,4 @@
-"""Loading, decoding, sizes, the pixel range, variants."""
+"""Loading and decoding images: sizes, pixel ranges, splits, variants."""
 
 from __future__ import annotations
 
@@ -61,21 +61,21 @@ def test_flip_mirrors_the_width() -> None:
 
 
 def test_variants_are_all_combinations_of_crop_shift_and_mirror_image() -> None:
-    """The crop counts fastest, then the shift, then the mirror image."""
+    """The crop varies fastest, then the shift, then the mirror image."""
     crops = torch.rand(2, 1, 3, 4)
-    both = Variants((None, Crop(0.5)), shifted=True, mirrored=True)
-    found = [both.apply(crops, torch.tensor([number, number + 1])) for number in range(0, len(both), 2)]
+    combined = Variants((None, Crop(0.5)), shifted=True, mirrored=True)
+    variants = [combined.apply(crops, torch.tensor([number, number + 1])) for number in range(0, len(combined), 2)]
     shifted = [VARIANTS["shift"].apply(crops, torch.full((2,), shift)) for shift in range(9)]
-    assert len(both) == 36
-    assert torch.equal(torch.stack(found), torch.stack([*shifted, *(images.flip(-1) for images in shifted)]))
+    assert len(combined) == 36
+    assert torch.equal(torch.stack(variants), torch.stack([*shifted, *(images.flip(-1) for images in shifted)]))
 
 
-def test_every_augmentation_that_a_recipe_may_name_has_variants() -> None:
+def test_every_augmentation_has_variants() -> None:
     assert set(VARIANTS) == set(get_args(Augmentation))
     assert all(variants.crops[0] is None for variants in VARIANTS.values())  # variant 0 is the image itself
 
 
-def test_a_folder_of_folders_has_labels_and_a_validation_split_of_its_own(pictures: Path) -> None:
+def test_class_folders_give_labels_and_a_stratified_validation_split(pictures: Path) -> None:
     source = load_images(data(pictures))
     train, validation = source.splits[TRAIN], source.splits[VALIDATION]
     assert source.label_names == ["across", "down"]
@@ -109,7 +109,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path, pictures: Path) -> None:
     assert len(source.splits[TRAIN]) == 18
 
 
-def test_file_names_decide_no_split(tmp_path: Path, pictures: Path) -> None:
+def test_file_names_do_not_decide_splits_of_images(tmp_path: Path, pictures: Path) -> None:
     """A library that guesses splits from names would keep the one `train_` picture and drop the rest."""
     for number, path in enumerate(sorted(pictures.rglob("*.png"))[::2]):
         name = ("train_1.png", "test-1.png")[number] if number < 2 else f"{number}.png"
@@ -119,7 +119,7 @@ def test_file_names_decide_no_split(tmp_path: Path, pictures: Path) -> None:
     assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 6}
 
 
-def test_sixteen_bits_are_scaled_and_unknown_ranges_named(tmp_path: Path) -> None:
+def test_16_bit_images_are_scaled_and_unknown_ranges_refused(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 12).astype(np.uint8)[None].repeat(8, 0)
     for number in range(4):
         Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / f"{number}.png")
@@ -130,7 +130,7 @@ def test_sixteen_bits_are_scaled_and_unknown_ranges_named(tmp_path: Path) -> Non
         load_images(data(tmp_path, channels=1))
 
 
-def test_labels_of_few_images_are_drawn_from_all_together(tmp_path: Path) -> None:
+def test_small_classes_share_one_validation_draw(tmp_path: Path) -> None:
     for label in range(10):
         (tmp_path / str(label)).mkdir()
         for number in range(2):
@@ -139,7 +139,7 @@ def test_labels_of_few_images_are_drawn_from_all_together(tmp_path: Path) -> Non
     assert {name: len(split) for name, split in splits.items()} == {TRAIN: 18, VALIDATION: 2}
 
 
-def test_a_sources_own_splits_are_kept(tmp_path: Path) -> None:
+def test_existing_splits_are_used(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("validation", 2), ("test", 3)):
         write_pictures(tmp_path / split, count)
     source = load_images(data(tmp_path))
@@ -147,7 +147,7 @@ def test_a_sources_own_splits_are_kept(tmp_path: Path) -> None:
 
 
 def test_other_sizes_and_modes_are_scaled_cropped_and_converted(tmp_path: Path) -> None:
-    """A grey picture twice as large, one too wide, one with transparency, and one that its EXIF tag turns."""
+    """A grey picture of twice the size, one too wide, one with transparency, and one rotated by its EXIF tag."""
     left_white = np.zeros((8, 12), np.uint8)
     left_white[:, :6] = 255
     picture = Image.fromarray(left_white)
@@ -156,18 +156,18 @@ def test_other_sizes_and_modes_are_scaled_cropped_and_converted(tmp_path: Path) 
     wide.paste(picture, (14, 0))
     wide.save(tmp_path / "1.png")
     picture.convert("RGBA").save(tmp_path / "2.png")
-    turned = picture.rotate(90, expand=True)
+    rotated = picture.rotate(90, expand=True)
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
-    turned.save(tmp_path / "3.png", exif=exif)
+    exif[0x0112] = 6  # to be shown rotated by 90 degrees clockwise
+    rotated.save(tmp_path / "3.png", exif=exif)
     splits = load_images(data(tmp_path, channels=1)).splits
-    found = torch.cat([splits[TRAIN].pixels, splits[VALIDATION].pixels])
-    assert found.shape == (4, 8, 12, 1)
+    pixels = torch.cat([splits[TRAIN].pixels, splits[VALIDATION].pixels])
+    assert pixels.shape == (4, 8, 12, 1)
     expected = torch.from_numpy(left_white)[..., None].float()
-    assert float((found.float() - expected).abs().mean()) < 12  # resampling softens the edge, nothing else
+    assert float((pixels.float() - expected).abs().mean()) < 12  # resampling softens the edge, nothing else
 
 
-def test_parquet_files_as_the_hub_stores_them(tmp_path: Path, pictures: Path) -> None:
+def test_parquet_files_in_the_hubs_layout(tmp_path: Path, pictures: Path) -> None:
     rows = [(path.read_bytes(), int(path.parent.name == "down")) for path in sorted(pictures.rglob("*.png"))]
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     table = datasets.Dataset.from_dict({"img": [{"bytes": r, "path": None} for r, _ in rows], "label": [n for _, n in rows]}, features)
@@ -202,7 +202,7 @@ def test_idx_files_gzipped_or_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
 @pytest.mark.parametrize(
-    ("header", "bytes_behind", "found"),
+    ("header", "bytes_behind", "message"),
     [
         ([0, 0, 8, 3, 2, 8, 12], 191, r"not the 192 bytes that its header names \(truncated\?\)"),
         ([0, 0, 8, 3, 2, 8, 12], 193, "more than the 192 bytes that its header names"),
@@ -211,17 +211,17 @@ def test_idx_files_gzipped_or_not(tmp_path: Path) -> None:
         ([0, 0, 8, 3, 2], 0, "another header"),
     ],
 )
-def test_an_idx_file_is_as_long_as_its_header_says(ending: str, header: list[int], bytes_behind: int, found: str, tmp_path: Path) -> None:
-    """At most one byte more is unpacked, since a few bytes of gzip may unpack to gigabytes."""
+def test_idx_files_of_the_wrong_length_are_refused(ending: str, header: list[int], bytes_behind: int, message: str, tmp_path: Path) -> None:
+    """Unpacking stops one byte past the expected length, since a few bytes of gzip may unpack to gigabytes."""
     content = bytes(header[:4]) + b"".join(size.to_bytes(4, "big") for size in header[4:]) + bytes(bytes_behind)
     path = tmp_path / f"train-images-idx3-ubyte{ending}"
     path.write_bytes(gzip.compress(content) if ending else content)
-    with pytest.raises(UserError, match=f"expected an IDX file of bytes in 3 dimensions, found {found}"):
+    with pytest.raises(UserError, match=f"expected an IDX file of bytes in 3 dimensions, found {message}"):
         load_images(data(tmp_path, channels=1))
 
 
 @pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_fashion_mnist_as_debian_installs_it() -> None:
+def test_fashion_mnist_from_debians_package() -> None:
     source = load_images(data(FASHION, height=28, width=28, channels=1, validation_share=0.1))
     assert {name: len(split) for name, split in source.splits.items()} == {TRAIN: 54_000, VALIDATION: 6_000, TEST: 10_000}
     assert torch.bincount(source.splits[TEST].labels).tolist() == [1_000] * 10

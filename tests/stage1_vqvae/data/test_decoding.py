@@ -1,4 +1,4 @@
-"""Transparent images are composed over the recipe's background; what their hidden pixels hold never shows."""
+"""Transparency, 16-bit ranges and the background colour."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from stage1_vqvae.data.sources import load_images
 SIZE = (6, 4)
 
 
-def hidden(mode: str, path: Path) -> None:
-    """A file whose left half is opaque blue (or grey 41), and whose right half hides wild colours under full transparency."""
+def write_transparent(mode: str, path: Path) -> None:
+    """Write an image: left half opaque blue (or grey 41), right half fully transparent over random colours."""
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 4), np.uint8)
     pixels[:, :3], pixels[:, 3:, 3] = (0, 0, 255, 255), 0
     if mode == "LA":
@@ -42,13 +42,13 @@ def hidden(mode: str, path: Path) -> None:
 @pytest.mark.parametrize(("background", "colour"), [("white", (255, 255, 255)), ("#102030", (16, 32, 48))])
 def test_colours_of_transparent_pixels_never_show(mode: str, background: str, colour: tuple[int, int, int], tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    hidden(mode, path)
-    found = decode_image(None, str(path), Data(height=SIZE[1], width=SIZE[0], background=background))
-    assert (found[:, 3:] == colour).all()
-    assert (found[:, :3] == ((41, 41, 41) if mode == "LA" else (0, 0, 255))).all()
+    write_transparent(mode, path)
+    pixels = decode_image(None, str(path), Data(height=SIZE[1], width=SIZE[0], background=background))
+    assert (pixels[:, 3:] == colour).all()
+    assert (pixels[:, :3] == ((41, 41, 41) if mode == "LA" else (0, 0, 255))).all()
 
 
-def test_half_transparent_pixels_are_mixed_before_scaling_and_before_grey(tmp_path: Path) -> None:
+def test_transparency_is_blended_before_scaling_and_grey_conversion(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     Image.new("RGBA", SIZE, (200, 100, 0, 51)).save(path)
     mixed = [0.2 * value + 0.8 * 255 for value in (200, 100, 0)]
@@ -59,7 +59,7 @@ def test_half_transparent_pixels_are_mixed_before_scaling_and_before_grey(tmp_pa
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_the_white_of_16_bits_can_be_set(ending: str, tmp_path: Path) -> None:
+def test_the_white_level_of_16_bit_images_can_be_set(ending: str, tmp_path: Path) -> None:
     values = np.linspace(0, 4095, 24).astype(np.uint16).reshape(SIZE[1], SIZE[0])
     path = tmp_path / f"a.{ending}"
     Image.fromarray(values).save(path)
@@ -77,7 +77,7 @@ def test_the_white_of_16_bits_can_be_set(ending: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("highest", "white", "said"),
+    ("highest", "white", "message"),
     [
         (60000, None, None),
         (3900, None, "values up to 3,900, where 65,535 is white, in 8 images of more than 8 bits: they are dark; --data.white 4095"),
@@ -86,13 +86,13 @@ def test_the_white_of_16_bits_can_be_set(ending: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_mostly_unused_range_is_reported(
-    highest: int, white: float | None, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    highest: int, white: float | None, message: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(8):
         Image.fromarray(np.full((4, 6), highest - number, np.uint16)).save(tmp_path / f"{number}.png")
     load_images(Data(path=str(tmp_path), height=4, width=6, white=white, decode="each_time"), hold_out=False)
     printed = capsys.readouterr().out
-    assert said in printed if said else "more than 8 bits" not in printed
+    assert message in printed if message else "more than 8 bits" not in printed
 
 
 def test_a_background_that_is_not_a_colour_is_refused(tmp_path: Path, one_line_error: Callable[..., str]) -> None:

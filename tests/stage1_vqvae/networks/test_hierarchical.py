@@ -1,4 +1,4 @@
-"""Hierarchies of grids, with every quantizer there is: VQ-VAE-2's order of things, whatever the number of grids."""
+"""Hierarchical tokenizers (VQ-VAE-2) with every quantizer and several numbers of grids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def images_for(model: VQVAE, batch: int = 3) -> torch.Tensor:
 
 @pytest.mark.parametrize("grids", GRIDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_of_all_grids_and_back(kind: str, grids: str) -> None:
+def test_encode_and_decode_all_grids(kind: str, grids: str) -> None:
     model = hierarchy(kind, grids).eval()
     levels = len(part(kind).build(D).num_codes)
     expected = [grid for grid in GRIDS[grids][1] for _ in range(levels)]
@@ -52,20 +52,20 @@ def test_codes_of_all_grids_and_back(kind: str, grids: str) -> None:
 
 
 @pytest.mark.parametrize("grids", GRIDS)
-def test_each_grid_is_quantized_given_the_coarser_ones_and_not_the_finer(grids: str) -> None:
-    """Other codes above, other latents below; nothing the other way round."""
+def test_each_grid_is_conditioned_on_coarser_grids_only(grids: str) -> None:
+    """Changing a codebook changes the latents of finer grids only."""
     model = hierarchy(grids=grids).eval()
     images, count = images_for(model), len(GRIDS[grids][1])
     before = [model.latents(images, grid) for grid in range(count)]
     for changed in range(count):
         torch.manual_seed(changed)
         codebook = model.quantizers[changed].codebooks()[0]
-        kept = {name: tensor.clone() for name, tensor in codebook.state_dict().items()}
+        saved = {name: tensor.clone() for name, tensor in codebook.state_dict().items()}
         codebook.weight.copy_(torch.randn_like(codebook.weight))
         for grid in range(count):
             same = torch.equal(model.latents(images, grid), before[grid])
             assert same == (grid <= changed)
-        codebook.load_state_dict(kept)
+        codebook.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("grids", GRIDS)
@@ -78,8 +78,8 @@ def test_the_image_depends_on_every_grid(grids: str) -> None:
         assert not torch.allclose(model.decode(other), picture, atol=1e-4)
 
 
-def test_the_coarsest_grids_alone() -> None:
-    """Codes of the finer grids, told apart by position alone, do not show; all grids give the image itself."""
+def test_decoding_the_coarsest_grids_ignores_finer_codes() -> None:
+    """Moving codes of finer grids does not matter; decoding all grids gives the image itself."""
     model = hierarchy(grids="three").eval()
     codes = tuple(torch.randint(k, (3, *grid)) for k, grid in zip(model.quantizer.num_codes, model.grids, strict=True))
     assert torch.equal(model.decode_coarsest(codes, 3), model.decode(codes))
@@ -89,7 +89,7 @@ def test_the_coarsest_grids_alone() -> None:
 
 
 def test_every_weight_learns() -> None:
-    """Of three grids, from the reconstruction and commitment alone."""
+    """With three grids, from reconstruction and commitment alone."""
     model = hierarchy("gradient", "three").train()
     torch.stack(list(model(images_for(model)).losses.values())).sum().backward()
     assert all(parameter.grad is not None and bool((parameter.grad != 0).any()) for parameter in model.parameters())
@@ -102,8 +102,8 @@ def test_the_losses_of_all_grids_add_up() -> None:
     assert float(model(images).losses["commitment"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_grids_codebook_learns_from_its_own_latents() -> None:
-    """After updates by the same images, each codebook has moved nearer to what its grid has to represent."""
+def test_each_codebook_learns_from_its_grids_latents() -> None:
+    """Repeated updates on the same images lower every grid's quantization error."""
     model = hierarchy("ema", "two").train().requires_grad_(False)
     images = images_for(model, 8)
 
@@ -118,16 +118,18 @@ def test_a_grids_codebook_learns_from_its_own_latents() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ema", "residual", "product_residual_projected", "residual_shared"])
-def test_levels_know_their_codebooks(kind: str) -> None:
-    """Those of each grid's own quantizer, shifted by how many the grids above have."""
+def test_codebook_of_each_level(kind: str) -> None:
+    """A level's codebook is that of its grid's quantizer, offset by the codebooks of the coarser grids."""
     model = hierarchy(kind, "two")
     assert isinstance(model.quantizer, GridQuantizers)
     codebooks = model.quantizer.codebooks()
-    expected = [part.codebooks()[part.codebook_of(level)] for part in model.quantizers for level in range(len(part.num_codes))]
-    assert all(codebooks[model.quantizer.codebook_of(level)] is found for level, found in enumerate(expected))
+    expected = [
+        quantizer.codebooks()[quantizer.codebook_of(level)] for quantizer in model.quantizers for level in range(len(quantizer.num_codes))
+    ]
+    assert all(codebooks[model.quantizer.codebook_of(level)] is codebook for level, codebook in enumerate(expected))
 
 
-def test_a_saved_one_is_the_same(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_reconstructs_the_same(tmp_path: Path) -> None:
     model = hierarchy("residual", "two").eval()
     run = RunDir(tmp_path)
     save_tokenizer(run.tokenizer, model, 3)
@@ -137,7 +139,7 @@ def test_a_saved_one_is_the_same(tmp_path: Path) -> None:
     assert len(fingerprint(run.tokenizer)) == 64
 
 
-def test_factors_that_cannot_be_are_named(tmp_path: Path) -> None:
+def test_invalid_factors_are_refused(tmp_path: Path) -> None:
     for factors in ([], [3], [1]):
         with pytest.raises(ValueError, match="expected powers of two above 1"):
             part_from("tokenizer.network", {"kind": "hierarchical", "factors": factors})

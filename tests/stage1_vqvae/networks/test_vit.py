@@ -22,8 +22,8 @@ from training.metrics_log import read_metrics
 SMALL: dict[str, Any] = {"layers": 2, "width": 24, "heads": 3}
 
 
-def weights_drawn(network: Encoder | Decoder) -> dict[str, Tensor]:
-    """In float64, every weight far from where it begins, so that none is without effect."""
+def randomised_weights(network: Encoder | Decoder) -> dict[str, Tensor]:
+    """Randomise all weights, in float64, so that each of them has an effect."""
     network.double()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -31,8 +31,8 @@ def weights_drawn(network: Encoder | Decoder) -> dict[str, Tensor]:
     return dict(network.named_parameters())
 
 
-def turned(x: Tensor, height: int, width: int) -> Tensor:
-    """Rotary positions (B, heads, T, d) by complex exponentials: half of the pairs by the row, half by the column."""
+def reference_rotation(x: Tensor, height: int, width: int) -> Tensor:
+    """Apply rotary positions to (B, heads, T, d) by complex exponentials: half of the pairs by row, half by column."""
     quarter = x.shape[-1] // 4
     waves = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.stack([torch.cat([row * waves, column * waves]) for row in range(height) for column in range(width)])
@@ -40,13 +40,13 @@ def turned(x: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([pairs.real, pairs.imag], -1).flatten(-2)
 
 
-def transformed(grid: Tensor, weights: dict[str, Tensor], heads: int, layers: int) -> Tensor:
-    """(B, h, w, C) to (B, h, w, C'): what both networks do with tokens, step by step."""
+def reference_network(grid: Tensor, weights: dict[str, Tensor], heads: int, layers: int) -> Tensor:
+    """Compute (B, h, w, C) -> (B, h, w, C') step by step, as both networks do with tokens."""
     _, height, width, _ = grid.shape
 
     def linear(x: Tensor, name: str) -> Tensor:
-        found = x @ weights[f"{name}.weight"].T
-        return found + weights[f"{name}.bias"] if f"{name}.bias" in weights else found
+        y = x @ weights[f"{name}.weight"].T
+        return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"])
@@ -54,9 +54,9 @@ def transformed(grid: Tensor, weights: dict[str, Tensor], heads: int, layers: in
     x = linear(grid.flatten(1, 2), "tokens")
     for number in range(layers):
         block = f"blocks.{number}"
-        found = linear(norm(x, f"{block}.attention_norm"), f"{block}.attention.qkv").chunk(3, -1)
-        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in found)
-        query, key = (turned(F.layer_norm(part, part.shape[-1:]), height, width) for part in (query, key))
+        qkv = linear(norm(x, f"{block}.attention_norm"), f"{block}.attention.qkv").chunk(3, -1)
+        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv)
+        query, key = (reference_rotation(F.layer_norm(part, part.shape[-1:]), height, width) for part in (query, key))
         shares = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
         x = x + linear((shares @ value).transpose(1, 2).flatten(2), f"{block}.attention.out")
         x = x + linear(F.gelu(linear(norm(x, f"{block}.mlp_norm"), f"{block}.mlp.hidden")), f"{block}.mlp.out")
@@ -64,44 +64,46 @@ def transformed(grid: Tensor, weights: dict[str, Tensor], heads: int, layers: in
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_they_compute_what_is_written_down(grad: bool) -> None:
-    """The same weights at grids of several shapes; by autograd's way through attention and by the one without it."""
+def test_encoder_and_decoder_equal_the_reference(grad: bool) -> None:
+    """With the same weights at several grid shapes, with and without autograd."""
     encoder, decoder = ViTPart(**SMALL, downsampling=2).build(3, 5, 4)
-    of_encoder, of_decoder = weights_drawn(encoder), weights_drawn(decoder)
+    encoder_weights, decoder_weights = randomised_weights(encoder), randomised_weights(decoder)
     for height, width in ((3, 3), (2, 5), (4, 1)):
         images = torch.randn(2, 3, 2 * height, 2 * width, dtype=torch.float64)
         latents = torch.randn(2, 5, height, width, dtype=torch.float64)
         # A strided convolution's patches have their channels first.
         rows = F.unfold(images, 2, stride=2).view(2, 3, 4, height, width).permute(0, 3, 4, 2, 1).flatten(3)
-        wanted = transformed(latents.movedim(1, -1), of_decoder, 3, 2).unflatten(-1, (4, 4)).transpose(3, 4).flatten(3).movedim(-1, 1)
+        pixels = (
+            reference_network(latents.movedim(1, -1), decoder_weights, 3, 2).unflatten(-1, (4, 4)).transpose(3, 4).flatten(3).movedim(-1, 1)
+        )
         with torch.set_grad_enabled(grad):
-            found, drawn = encoder(images), decoder(latents)
-        torch.testing.assert_close(found, transformed(rows, of_encoder, 3, 2).movedim(-1, 1), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(drawn, F.pixel_shuffle(wanted, 2), rtol=1e-9, atol=1e-9)
+            encoded, decoded = encoder(images), decoder(latents)
+        torch.testing.assert_close(encoded, reference_network(rows, encoder_weights, 3, 2).movedim(-1, 1), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(decoded, F.pixel_shuffle(pixels, 2), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("patch", [1, 3, 4])
-def test_sizes_for_any_patch_and_channels_last_in_memory(patch: int) -> None:
+def test_shapes_for_any_patch_and_channels_last_memory(patch: int) -> None:
     part = ViTPart(**SMALL, downsampling=patch)
     encoder, decoder = part.build(3, 5, 7)
     latents = encoder(torch.randn(2, 3, 12, 24))
     outputs = decoder(latents)
     assert latents.shape == (2, 5, 12 // patch, 24 // patch)
     assert outputs.shape == (2, 7, 12, 24)
-    for found in (latents, outputs):
-        assert found.is_contiguous(memory_format=torch.channels_last)
+    for tensor in (latents, outputs):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_every_latent_depends_on_every_pixel() -> None:
     encoder, _ = ViTPart(**SMALL, downsampling=2).build(1, 2, 1)
-    weights_drawn(encoder)
+    randomised_weights(encoder)
     images = torch.randn(1, 1, 4, 6, dtype=torch.float64)
     slopes = torch.autograd.functional.jacobian(encoder, images).abs().sum((0, 1))
     assert slopes.min() > 0
 
 
 @pytest.mark.parametrize(
-    ("fields", "key", "said"),
+    ("fields", "key", "message"),
     [
         ({"downsampling": 0}, "tokenizer.network.downsampling", "at least 1"),
         ({"layers": 0}, "tokenizer.network.layers", "at least 1"),
@@ -110,10 +112,10 @@ def test_every_latent_depends_on_every_pixel() -> None:
         ({"width": 24, "heads": 4}, "tokenizer.network.width", "a multiple of 4 x 4 heads"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(fields: dict[str, Any], key: str, said: str) -> None:
+def test_invalid_sizes_are_refused(fields: dict[str, Any], key: str, message: str) -> None:
     with pytest.raises(ValueError, match="expected") as error:
         part_from("tokenizer.network", {"kind": "vit", **fields})
-    assert str(error.value).startswith(f"{key}: expected {said}")
+    assert str(error.value).startswith(f"{key}: expected {message}")
 
 
 def test_checkpointing_changes_no_gradient() -> None:
@@ -127,29 +129,29 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_torch_compile_sees_it_whole() -> None:
-    """Without a break, or a warning of a function whose results are kept."""
+def test_compiles_to_one_graph() -> None:
+    """Without graph breaks or warnings."""
     encoder, _ = ViTPart(**SMALL, downsampling=4).build(3, 5, 3)
     images = torch.randn(2, 3, 8, 12)
     torch.testing.assert_close(torch.compile(encoder, backend="eager", fullgraph=True)(images), encoder(images))
 
 
-def test_mixed_precision_stays_near_full_precision() -> None:
-    """Latents, and the gradient of each weight."""
+def test_mixed_precision_is_close_to_full_precision() -> None:
+    """Compares latents and the gradient of each weight."""
     torch.manual_seed(0)
     encoder, _ = ViTPart(**SMALL, downsampling=4).build(3, 5, 3)
-    images, found = torch.randn(2, 3, 8, 12), []
+    images, results = torch.randn(2, 3, 8, 12), []
     for mixed in (False, True):
         network = copy.deepcopy(encoder)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             latents = network(images).float()
         latents.square().mean().backward()
-        found.append([latents, *(parameter.grad for parameter in network.parameters())])
-    for full, rough in zip(*found, strict=True):
+        results.append([latents, *(parameter.grad for parameter in network.parameters())])
+    for full, rough in zip(*results, strict=True):
         assert (rough - full).norm() < 0.05 * full.norm()
 
 
-def test_its_loss_falls_and_its_file_gives_the_same_codes(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_the_saved_tokenizer_decodes(tiny_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     network = ["--tokenizer.network", "vit", "--tokenizer.network.downsampling", "2"]
     sizes = [f"--tokenizer.network.{name}={value}" for name, value in SMALL.items()]

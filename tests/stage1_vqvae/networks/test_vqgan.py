@@ -1,4 +1,4 @@
-"""VQGAN's encoder and decoder; that they compute what the public ones do, stands in test_other_projects.py."""
+"""VQGAN's encoder and decoder; test_other_projects.py compares them with the public implementations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {"hidden_channels": 32, "residual_blocks": 1, "latent_ch
 
 
 @pytest.mark.parametrize(("multipliers", "attention"), [([1], [1]), ([1, 2], []), ([1, 1, 2], [4]), ([1, 1, 1, 2], [2, 8])])
-def test_sizes_for_any_downsampling_and_non_square_images(multipliers: list[int], attention: list[int]) -> None:
+def test_shapes_for_any_downsampling_and_non_square_images(multipliers: list[int], attention: list[int]) -> None:
     part = VQGANPart(**SMALL, multipliers=multipliers, attention=attention)
     encoder, decoder = part.build(3, 5, 7)
     z = encoder(torch.randn(2, 3, 16, 24))
@@ -32,7 +32,7 @@ def test_sizes_for_any_downsampling_and_non_square_images(multipliers: list[int]
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"hidden_channels": 48}, "a multiple of 32"),
         ({"multipliers": []}, "one number or more"),
@@ -40,10 +40,10 @@ def test_sizes_for_any_downsampling_and_non_square_images(multipliers: list[int]
         ({"residual_blocks": 0}, "at least 1"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(fields: dict[str, Any], said: str) -> None:
+def test_invalid_sizes_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="expected") as error:
         part_from("tokenizer.network", {"kind": "vqgan", **fields})
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_checkpointing_changes_no_gradient() -> None:
@@ -57,7 +57,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_its_loss_falls_and_its_file_decodes_what_it_encodes(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_the_saved_tokenizer_decodes(tiny_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     network = ["--tokenizer.network", "vqgan", "--tokenizer.network.multipliers", "[1, 2]", "--tokenizer.network.attention", "[2]"]
     sizes = [f"--tokenizer.network.{name}={value}" for name, value in SMALL.items()]

@@ -1,4 +1,4 @@
-"""Every quantizer there is, by the recipe's own switches; all of them take z of D = 8 channels."""
+"""Settings of every kind of quantizer, for z of D = 8 channels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 def part(kind: str, **changes: object) -> QuantizerPart:
-    """The recipe's choice of a kind, K = 16 and a decay of 0.9 where the kind has and does not say them."""
+    """Return the recipe section of a kind, with K = 16 and decay 0.9 unless the kind sets them."""
     chosen = KINDS[kind]
     small = (
         {"num_codes": 16, "decay": 0.9} if chosen["kind"] in ("ema", "gradient") else {"num_codes": 16} if chosen["kind"] != "fsq" else {}
@@ -40,6 +40,6 @@ def part(kind: str, **changes: object) -> QuantizerPart:
 
 
 def build(kind: str, **changes: object) -> Quantizer:
-    """A quantizer of a kind, its weights the same every time."""
+    """Build a quantizer with reproducible weights."""
     torch.manual_seed(1)
     return part(kind, **changes).build(D)

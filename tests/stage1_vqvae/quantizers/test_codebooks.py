@@ -1,4 +1,4 @@
-"""Each learning rule, k-means and restart against an independent reference."""
+"""Learning rules, k-means and restarts against independent references."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RULES = [MovingAverageCodebook, GradientCodebook, LinearCodebook]
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_use_is_a_moving_average(rule: type[Codebook]) -> None:
+def test_cluster_size_is_a_moving_average(rule: type[Codebook]) -> None:
     codebook = rule(K, D, DECAY, 0.05)
     counts = torch.arange(K).float()
     codebook.update_(counts, torch.zeros(K, D))
@@ -27,8 +27,8 @@ def test_use_is_a_moving_average(rule: type[Codebook]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient"])
-def test_moving_averages_against_a_one_hot_reference(kind: str) -> None:
-    """Two steps of appendix A.1 of the paper, by one-hot matrices; by gradient, nothing moves."""
+def test_updates_equal_a_one_hot_reference(kind: str) -> None:
+    """Two steps of appendix A.1 of the paper, by one-hot matrices; a gradient codebook does not move."""
     quantizer = build(kind)
     (codebook,) = quantizer.codebooks()
     size, vectors = torch.ones(K).double(), codebook.vectors().detach().clone()
@@ -45,22 +45,22 @@ def test_moving_averages_against_a_one_hot_reference(kind: str) -> None:
         assert torch.allclose(codebook.vectors(), vectors, atol=1e-6)
 
 
-def test_a_code_that_is_not_chosen_stays_where_it_is() -> None:
+def test_unused_codes_do_not_move() -> None:
     codebook = MovingAverageCodebook(4, D, DECAY, 0.05)
     before = codebook.vectors().clone()
     counts, sums = torch.tensor([5.0, 5.0, 5.0, 0.0]), torch.randn(4, D) * torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
     for _ in range(3000):
         codebook.update_(counts, sums)
     assert torch.equal(codebook.vectors()[3], before[3])
-    # Chosen again, it goes there at once: nothing is remembered of so long ago.
+    # Once chosen, it moves there at once: the old average has decayed.
     codebook.update_(torch.ones(4), torch.ones(4, D))
     assert torch.allclose(codebook.vectors()[3], torch.ones(D), atol=1e-2)
 
 
 @pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("kind", [kind for kind, fields in KINDS.items() if fields["kind"] == "ema"])
-def test_a_latent_that_overflowed_moves_no_code(kind: str, broken: float) -> None:
-    """In one of two micro-steps: the codes that it chose stay, whatever else chose them; the others learn as without it."""
+def test_non_finite_latents_move_no_code(kind: str, broken: float) -> None:
+    """In one of two micro-steps: codes it chose stay, others learn as without it."""
     quantizer, without = build(kind), build(kind)
     z = torch.randn(2, 50, D)
     sound = [quantizer(part).statistics for part in z]
@@ -70,18 +70,18 @@ def test_a_latent_that_overflowed_moves_no_code(kind: str, broken: float) -> Non
     quantizer.update_(sum_by_name(overflowed))
     without.update_(sum_by_name(sound))
     for codebook, reference, start in zip(quantizer.codebooks(), without.codebooks(), before, strict=True):
-        found, expected = codebook.state_dict(), reference.state_dict()
-        assert all(bool(value.isfinite().all()) for value in found.values())
-        stays = torch.isclose(found["moving_sum"], start["moving_sum"]).all(1)
+        state, expected = codebook.state_dict(), reference.state_dict()
+        assert all(bool(value.isfinite().all()) for value in state.values())
+        stays = torch.isclose(state["moving_sum"], start["moving_sum"]).all(1)
         assert int(stays.sum()) < K
-        assert torch.equal(found["weight"][stays], start["weight"][stays])
-        assert torch.equal(found["cluster_size"][stays], start["cluster_size"][stays])
+        assert torch.equal(state["weight"][stays], start["weight"][stays])
+        assert torch.equal(state["cluster_size"][stays], start["cluster_size"][stays])
         if kind in ("ema", "ema_rotation", "ema_cosine_projected"):  # elsewhere later depths see other remainders
-            same = torch.isclose(found["moving_sum"], expected["moving_sum"]).all(1)
-            assert int((~same).sum()) <= 2  # the code that the latent chose, and the one that it would have chosen
+            same = torch.isclose(state["moving_sum"], expected["moving_sum"]).all(1)
+            assert int((~same).sum()) <= 2  # the code the latent chose, and the one it would have chosen
 
 
-def test_no_code_restarts_where_a_latent_overflowed() -> None:
+def test_no_code_restarts_on_a_non_finite_latent() -> None:
     quantizer = build("gradient", restart_below=0.5)
     (codebook,) = quantizer.codebooks()
     restart = Restart(quantizer, seed=0, step=0, batch_size=K)
@@ -106,24 +106,24 @@ def test_the_nearest_code_is_chosen(kind: str) -> None:
     assert torch.equal(quantizer(z).codes[0], distances.argmin(-1))
 
 
-def test_cosine_chooses_the_code_of_least_angle_and_decodes_unit_vectors() -> None:
+def test_cosine_metric_takes_the_smallest_angle_and_unit_vectors() -> None:
     quantizer = build("ema_cosine_projected")
     z = torch.randn(50, D)
-    found = quantizer(z)
+    output = quantizer(z)
     rows, vectors = quantizer.down(z), quantizer.codebooks()[0].vectors()
     angles = torch.nn.functional.cosine_similarity(rows[:, None], vectors[None], dim=-1)
-    assert torch.equal(found.codes[0], angles.argmax(1))
-    unit = vectors[found.codes[0]] / vectors[found.codes[0]].norm(dim=1, keepdim=True)
-    assert torch.allclose(found.z_q, quantizer.up(unit), atol=1e-6)
+    assert torch.equal(output.codes[0], angles.argmax(1))
+    unit = vectors[output.codes[0]] / vectors[output.codes[0]].norm(dim=1, keepdim=True)
+    assert torch.allclose(output.z_q, quantizer.up(unit), atol=1e-6)
 
 
-def test_losses_are_the_papers_and_beta_is_on_the_encoders_term() -> None:
+def test_losses_equal_the_papers_with_beta_on_the_commitment() -> None:
     quantizer = build("gradient")
     z = torch.randn(4, D, 3, 3)
-    found = quantizer(z)
-    square = (z - quantizer.lookup(found.codes)).square().mean()
-    assert torch.allclose(found.losses["commitment"], BETA * square)
-    assert torch.allclose(found.losses["codebook"], square)
+    output = quantizer(z)
+    square = (z - quantizer.lookup(output.codes)).square().mean()
+    assert torch.allclose(output.losses["commitment"], BETA * square)
+    assert torch.allclose(output.losses["codebook"], square)
 
 
 def test_simvq_learns_one_map_that_moves_every_code() -> None:
@@ -132,14 +132,14 @@ def test_simvq_learns_one_map_that_moves_every_code() -> None:
     assert {name for name, _ in codebook.named_parameters()} == {"map"}
     before = codebook.vectors().detach().clone()
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
-    found = quantizer(torch.randn(1, D))  # one latent, one code
-    found.losses["codebook"].backward()
+    output = quantizer(torch.randn(1, D))  # one latent, one code
+    output.losses["codebook"].backward()
     optimizer.step()
     assert bool((codebook.vectors() != before).any(1).all())
 
 
 def test_fsq_rounds_each_channel_to_its_levels() -> None:
-    """Every code is reachable, a code's digits lie on an even lattice from -1, and the value is the nearest one."""
+    """Every code is reachable, values lie on an even lattice from -1, and rounding goes to the nearest."""
     quantizer = build("fsq")
     inner = quantizer.inner
     corners = inner.lookup_rows((torch.arange(24),))
@@ -148,53 +148,53 @@ def test_fsq_rounds_each_channel_to_its_levels() -> None:
     assert sorted(set(corners[:, 2].tolist())) == [-1.0, -0.5, 0.0, 0.5]
     assert len({tuple(corner) for corner in corners.tolist()}) == 24
     rows = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
-    found = inner.quantize(rows)
+    output = inner.quantize(rows)
     for channel, size in enumerate(inner.sizes.tolist()):
-        digits = found.codes[0] // inner.strides[channel] % size
+        digits = output.codes[0] // inner.strides[channel] % size
         assert int(torch.bincount(digits, minlength=size).min()) >= 0.05 * len(rows)
     squashed = inner._squashed(rows) / (inner.sizes // 2)
     steps = 1 / (inner.sizes // 2)
-    assert bool(((found.z_q - squashed).abs() <= 0.5 * steps + 1e-6).all())
+    assert bool(((output.z_q - squashed).abs() <= 0.5 * steps + 1e-6).all())
 
 
 def test_lfq_codes_are_the_signs_as_bits() -> None:
     inner = build("lfq").inner
     rows = torch.tensor([[-1.0, -2.0, -0.1, -3.0], [0.5, -1.0, -1.0, -1.0], [-1.0, 0.5, -1.0, 2.0]])
-    found = inner.quantize(rows)
-    assert found.codes[0].tolist() == [0, 1, 10]
-    assert torch.equal(found.z_q, rows.sign())
+    output = inner.quantize(rows)
+    assert output.codes[0].tolist() == [0, 1, 10]
+    assert torch.equal(output.z_q, rows.sign())
 
 
-def test_a_residual_code_quantizes_what_is_left() -> None:
+def test_each_residual_depth_quantizes_the_remainder() -> None:
     quantizer = build("residual")
     z = torch.randn(20, D)
-    found = quantizer(z)
-    left = z
+    output = quantizer(z)
+    residual = z
     for level, codebook in enumerate(quantizer.codebooks()):
-        codes = torch.cdist(left, codebook.vectors()).argmin(1)
-        assert torch.equal(found.codes[level], codes)
-        assert torch.allclose(found.latents[level], left, atol=1e-6)
-        left = left - codebook.vectors()[codes]
-    assert torch.allclose(found.z_q, z - left, atol=1e-5)
+        codes = torch.cdist(residual, codebook.vectors()).argmin(1)
+        assert torch.equal(output.codes[level], codes)
+        assert torch.allclose(output.latents[level], residual, atol=1e-6)
+        residual = residual - codebook.vectors()[codes]
+    assert torch.allclose(output.z_q, z - residual, atol=1e-5)
 
 
 def test_a_shared_codebook_learns_from_all_depths_at_once() -> None:
     quantizer = build("residual_shared")
     (codebook,) = quantizer.codebooks()
     z = torch.randn(20, D)
-    found = quantizer(z)
+    output = quantizer(z)
     before = codebook.vectors().clone()
-    assert len(found.latents[0]) == 3 * 20
-    counts = sum(level_counts(found.statistics))
-    quantizer.update_(found.statistics)
+    assert len(output.latents[0]) == 3 * 20
+    counts = sum(level_counts(output.statistics))
+    quantizer.update_(output.statistics)
     assert torch.allclose(codebook.cluster_size, DECAY + (1 - DECAY) * counts)
-    # Row by row, depth after depth: the sums of what was quantized are those of `latents`.
-    codes = torch.stack(found.codes, 1).flatten()
-    sums = torch.zeros(K, D).index_add_(0, codes, found.latents[0])
+    # Row by row, then depth by depth, as in `latents`.
+    codes = torch.stack(output.codes, 1).flatten()
+    sums = torch.zeros(K, D).index_add_(0, codes, output.latents[0])
     assert torch.allclose(codebook.moving_sum, DECAY * before + (1 - DECAY) * sums, atol=1e-5)
 
 
-def test_product_groups_do_not_see_each_other() -> None:
+def test_product_groups_are_independent() -> None:
     quantizer = build("product")
     z = torch.randn(20, D)
     changed = z.clone()
@@ -205,7 +205,7 @@ def test_product_groups_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("rule", [MovingAverageCodebook, GradientCodebook])
-def test_dead_codes_are_those_below_a_share_of_the_mean_use(rule: type[Codebook]) -> None:
+def test_dead_codes_are_below_a_share_of_the_mean_use(rule: type[Codebook]) -> None:
     codebook = rule(4, D, DECAY, 0.05)
     codebook.cluster_size.copy_(torch.tensor([10.0, 0.0, 0.4, 10.0]))
     assert codebook.dead_codes().tolist() == [False, True, False, False]
@@ -219,11 +219,11 @@ def test_codes_of_a_linear_map_cannot_be_placed() -> None:
         codebook.place_(torch.ones(4, dtype=torch.bool), torch.zeros(4, D), torch.ones(4))
 
 
-def test_a_code_that_moved_has_no_momentum() -> None:
+def test_placed_codes_lose_their_momentum() -> None:
     quantizer = build("gradient")
     optimizer = adamw(quantizer, 1e-3, 0.0, 0.99)
-    found = quantizer(torch.randn(200, D))
-    found.losses["codebook"].backward()
+    output = quantizer(torch.randn(200, D))
+    output.losses["codebook"].backward()
     optimizer.step()
     (codebook,) = quantizer.codebooks()
     dead = torch.zeros(K, dtype=torch.bool)
@@ -236,7 +236,7 @@ def test_a_code_that_moved_has_no_momentum() -> None:
     assert bool(moments[~dead].any())
 
 
-def test_restarts_take_distinct_vectors_while_they_last_and_depend_on_seed_step_and_codebook() -> None:
+def test_restart_rows_are_distinct_and_depend_on_seed_step_and_codebook() -> None:
     positions = candidate_rows(K, 48, seed=5, step=9, codebook=0)
     assert len(set(positions.tolist())) == K
     assert int(positions.max()) < 48
@@ -250,7 +250,7 @@ def test_kmeans_finds_separate_clusters() -> None:
     vectors = centres.repeat_interleave(40, 0) + torch.randn(40 * K, D)
     centroids, counts = kmeans(vectors[torch.randperm(len(vectors))], K, torch.Generator().manual_seed(0))
     assert int(counts.sum()) == len(vectors)
-    # Most clusters are found (Lloyd's rounds from random starts do not promise all), each at its mean.
+    # Most clusters have a centroid at their mean (Lloyd's algorithm from random starts does not promise all).
     near = torch.cdist(centres, centroids).min(1).values < 2
     assert int(near.sum()) >= 0.6 * K
     inertia = torch.cdist(vectors, centroids).min(1).values.square().mean()

@@ -1,4 +1,4 @@
-"""Quantizers under torch.compile: one graph each, with the values and gradients of the uncompiled ones."""
+"""Quantizers under torch.compile: one graph, with the values and gradients of eager mode."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from tests.stage1_vqvae.quantizers.quantizer_kinds import D, build
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_before() -> Iterator[None]:
+def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def pass_through(quantizer: torch.nn.Module, z: torch.Tensor) -> list[torch.Tensor]:
-    """Everything that a step has from a quantizer, and its gradients at latents and parameters."""
+def outputs_and_gradients(quantizer: torch.nn.Module, z: torch.Tensor) -> list[torch.Tensor]:
+    """Return all outputs of a quantizer and its gradients for latents and parameters."""
     z = z.clone().requires_grad_()
-    found = quantizer(z)
-    losses = [found.losses[name] for name in sorted(found.losses)]
-    learned = [z, *(parameter for parameter in quantizer.parameters() if parameter.requires_grad)]
-    total = (found.z_q * torch.linspace(-1, 1, found.z_q.numel()).view_as(found.z_q)).sum() + sum(losses)
-    gradients = torch.autograd.grad(total, learned, allow_unused=True)
-    statistics = [found.statistics[name] for name in sorted(found.statistics)]
-    return [found.z_q, *found.codes, *losses, *statistics, *found.latents, *(slope for slope in gradients if slope is not None)]
+    output = quantizer(z)
+    losses = [output.losses[name] for name in sorted(output.losses)]
+    inputs = [z, *(parameter for parameter in quantizer.parameters() if parameter.requires_grad)]
+    total = (output.z_q * torch.linspace(-1, 1, output.z_q.numel()).view_as(output.z_q)).sum() + sum(losses)
+    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
+    statistics = [output.statistics[name] for name in sorted(output.statistics)]
+    return [output.z_q, *output.codes, *losses, *statistics, *output.latents, *(slope for slope in gradients if slope is not None)]
 
 
-# Both operators, and a quantizer of quantizers; to compile every kind takes over a minute.
+# Both operators and a nested quantizer; compiling every kind takes over a minute.
 @pytest.mark.parametrize(
     ("kind", "shapes"),
     [
-        ("gradient_entropy", [(4, D, 3, 5), (2, D, 4, 4)]),  # the second batch is one of any size to the compiler
+        ("gradient_entropy", [(4, D, 3, 5), (2, D, 4, 4)]),  # the second shape makes the compiler's sizes dynamic
         ("ema_cosine_projected", [(4, D, 3, 5)]),
         ("residual_rotation", [(4, D, 3, 5)]),
     ],
 )
-def test_a_quantizer_is_one_graph(kind: str, shapes: list[tuple[int, ...]]) -> None:
-    """`fullgraph` raises at whatever would break the graph; codes agree to the last bit."""
+def test_a_quantizer_compiles_to_one_graph(kind: str, shapes: list[tuple[int, ...]]) -> None:
+    """`fullgraph` raises at graph breaks; codes agree exactly."""
     quantizer = build(kind).train()
     compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
     for shape in shapes:
         z = torch.randn(shape)
-        expected, found = pass_through(quantizer, z), pass_through(compiled, z)
-        assert len(expected) == len(found)
-        for mine, theirs in zip(found, expected, strict=True):
-            assert mine.dtype == theirs.dtype
-            assert torch.equal(mine, theirs) if mine.dtype == torch.int64 else torch.allclose(mine, theirs, atol=1e-6)
+        expected, results = outputs_and_gradients(quantizer, z), outputs_and_gradients(compiled, z)
+        assert len(expected) == len(results)
+        for result, reference in zip(results, expected, strict=True):
+            assert result.dtype == reference.dtype
+            assert torch.equal(result, reference) if result.dtype == torch.int64 else torch.allclose(result, reference, atol=1e-6)

@@ -1,4 +1,4 @@
-"""One suite of properties for every quantizer."""
+"""Properties that every quantizer must have."""
 
 from __future__ import annotations
 
@@ -24,68 +24,68 @@ def latents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def test_codes_and_vectors_agree_by_lookup(kind: str) -> None:
+def test_lookup_of_codes_gives_the_quantized_vectors(kind: str) -> None:
     quantizer = build(kind).eval()
     for spatial in ((), (5,), (3, 4), (2, 3, 2)):
         z = latents(6, D, *spatial)
-        found = quantizer(z)
-        assert len(found.codes) == len(quantizer.num_codes)
-        for codes, k in zip(found.codes, quantizer.num_codes, strict=True):
+        output = quantizer(z)
+        assert len(output.codes) == len(quantizer.num_codes)
+        for codes, k in zip(output.codes, quantizer.num_codes, strict=True):
             assert codes.shape == (6, *spatial)
             assert codes.dtype == torch.int64
             assert int(codes.min()) >= 0
             assert int(codes.max()) < k
-        assert found.z_q.shape == z.shape
-        assert torch.equal(found.z_q, quantizer.lookup(found.codes))
+        assert output.z_q.shape == z.shape
+        assert torch.equal(output.z_q, quantizer.lookup(output.codes))
 
 
-def test_each_levels_vectors_are_its_share_of_the_whole(kind: str) -> None:
-    """The vector of all levels' codes is the sum of theirs, but for a constant."""
+def test_vectors_of_levels_add_up(kind: str) -> None:
+    """The vector of all levels' codes is the sum of the levels' vectors plus a constant."""
     quantizer = build(kind).eval()
     vectors = quantizer.code_vectors()
-    assert [tuple(found.shape) for found in vectors] == [(k, D) for k in quantizer.num_codes]
-    assert all(torch.allclose(found.mean(0), torch.zeros(D), atol=1e-5) for found in vectors)
+    assert [tuple(codebook.shape) for codebook in vectors] == [(k, D) for k in quantizer.num_codes]
+    assert all(torch.allclose(codebook.mean(0), torch.zeros(D), atol=1e-5) for codebook in vectors)
     codes = [torch.randint(k, (20,)) for k in quantizer.num_codes]
-    rest = quantizer.lookup(tuple(codes)) - sum(found[chosen] for found, chosen in zip(vectors, codes, strict=True))
+    rest = quantizer.lookup(tuple(codes)) - sum(codebook[code] for codebook, code in zip(vectors, codes, strict=True))
     assert torch.allclose(rest, rest[:1].expand_as(rest), atol=1e-4)
 
 
 def test_height_and_width_are_not_swapped(kind: str) -> None:
-    """Each position is quantized by itself: a position moved moves its code and vector."""
+    """Positions are quantized independently: transposing latents transposes codes and vectors."""
     quantizer = build(kind).eval()
     z = latents(2, D, 3, 4)
-    found, turned = quantizer(z), quantizer(z.transpose(2, 3))
-    assert all(torch.equal(a.transpose(1, 2), b) for a, b in zip(found.codes, turned.codes, strict=True))
-    assert torch.allclose(found.z_q.transpose(2, 3), turned.z_q, atol=1e-6)
+    output, transposed = quantizer(z), quantizer(z.transpose(2, 3))
+    assert all(torch.equal(a.transpose(1, 2), b) for a, b in zip(output.codes, transposed.codes, strict=True))
+    assert torch.allclose(output.z_q.transpose(2, 3), transposed.z_q, atol=1e-6)
 
 
-def test_training_keeps_the_value_exact(kind: str) -> None:
+def test_straight_through_keeps_the_value_exact(kind: str) -> None:
     quantizer = build(kind).train()
-    found = quantizer((1e4 * latents(4, D, 3, 3)).requires_grad_())
-    assert torch.equal(found.z_q, quantizer.lookup(found.codes))
+    output = quantizer((1e4 * latents(4, D, 3, 3)).requires_grad_())
+    assert torch.equal(output.z_q, quantizer.lookup(output.codes))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_forward_changes_nothing(kind: str, training: bool) -> None:
     quantizer = build(kind).train(training)
     before = copy.deepcopy(quantizer.state_dict())
-    found = quantizer(latents(4, D, 3, 3).requires_grad_())
-    (found.z_q.sum() + sum(found.losses.values())).backward()
+    output = quantizer(latents(4, D, 3, 3).requires_grad_())
+    (output.z_q.sum() + sum(output.losses.values())).backward()
     assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
 
 
-def reached(quantizer: Quantizer, term: str) -> tuple[Tensor | None, set[str]]:
-    """The gradient of a term at z, and the names of the parameters it reaches."""
+def gradient_of_term(quantizer: Quantizer, term: str) -> tuple[Tensor | None, set[str]]:
+    """Return the gradient of a loss term for z, and the names of the parameters it reaches."""
     quantizer.zero_grad()
     z = latents(4, D, 3, 3).requires_grad_()
-    found = quantizer(z)
-    loss = (found.z_q * latents(4, D, 3, 3, seed=5)).sum() if term == "reconstruction" else found.losses[term]
+    output = quantizer(z)
+    loss = (output.z_q * latents(4, D, 3, 3, seed=5)).sum() if term == "reconstruction" else output.losses[term]
     loss.backward()
     assert z.grad is None or bool((z.grad != 0).any())
     return z.grad, {name for name, value in quantizer.named_parameters() if value.grad is not None and bool((value.grad != 0).any())}
 
 
-def test_gradients_reach_whom_they_should(kind: str) -> None:
+def test_each_loss_term_reaches_the_right_parameters(kind: str) -> None:
     """Reconstruction: encoder and projections. Commitment: encoder and what projects to the codebook. Codebook term: the
     codebook only. Entropy: encoder and codebook (LFQ: the encoder).
     """
@@ -103,7 +103,7 @@ def test_gradients_reach_whom_they_should(kind: str) -> None:
         expected["entropy"] = (True, down | codebooks)
     assert terms == set(expected) - {"reconstruction"}
     for term, (to_encoder, to_parameters) in expected.items():
-        gradient, names = reached(quantizer, term)
+        gradient, names = gradient_of_term(quantizer, term)
         assert (gradient is not None) == to_encoder, term
         assert names == to_parameters, term
 
@@ -112,8 +112,8 @@ def _inner(quantizer: Quantizer) -> Quantizer:
     return quantizer.inner if isinstance(quantizer, ProjectedQuantizer) else quantizer
 
 
-def rotated_back(z: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
-    """Fifty et al. 2024: (|q| / |z|) R' gradient, with R built whole, as a plane rotation, for every position."""
+def reference_rotation(z: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
+    """Compute (|q| / |z|) R' gradient (Fifty et al. 2024), with R built explicitly as a plane rotation per position."""
     result = torch.empty_like(z)
     for b, h, w in torch.cartesian_prod(*(torch.arange(size) for size in (z.shape[0], z.shape[2], z.shape[3]))):
         e, target = z[b, :, h, w].double(), q[b, :, h, w].double()
@@ -131,18 +131,18 @@ def rotated_back(z: Tensor, q: Tensor, gradient: Tensor) -> Tensor:
     return result
 
 
-def test_the_decoders_gradient_passes_once(kind: str) -> None:
-    """Straight through: unchanged, whatever the depth, but for linear maps, whose product it is, and FSQ's own slope. By
-    rotation: turned and scaled as z is to become its code, by the matrix of the paper's equation.
+def test_the_reconstruction_gradient_equals_the_estimators(kind: str) -> None:
+    """Straight through: unchanged at any depth, up to linear maps and FSQ's slope. Rotation trick: rotated and scaled by the
+    matrix of the paper's equation.
     """
     quantizer = build(kind)
-    gradient, _ = reached(quantizer, "reconstruction")
+    gradient, _ = gradient_of_term(quantizer, "reconstruction")
     assert gradient is not None
     weight = latents(4, D, 3, 3, seed=5)
     expected = weight
     if "rotation" in kind:
         z = latents(4, D, 3, 3)
-        expected = rotated_back(z, quantizer(z).z_q, weight)
+        expected = reference_rotation(z, quantizer(z).z_q, weight)
     if isinstance(quantizer, ProjectedQuantizer):
         inner = quantizer.inner
         z = latents(4, D, 3, 3).requires_grad_()
@@ -166,11 +166,11 @@ def test_the_decoders_gradient_passes_once(kind: str) -> None:
 def test_statistics_of_two_passes_add_up(kind: str) -> None:
     quantizer = build(kind).double()
     z = latents(6, D, 3, 3, dtype=torch.float64)
-    whole, first, second = (quantizer(part).statistics for part in (z, z[:2], z[2:]))
+    expected, first, second = (quantizer(part).statistics for part in (z, z[:2], z[2:]))
     both = sum_by_name([first, second])
-    assert set(whole) == set(both)
-    assert all(torch.allclose(whole[name], both[name]) for name in whole)
-    counts = level_counts(whole)
+    assert set(expected) == set(both)
+    assert all(torch.allclose(expected[name], both[name]) for name in expected)
+    counts = level_counts(expected)
     assert [len(level) for level in counts] == list(quantizer.num_codes)
     for level, codes in zip(counts, quantizer(z).codes, strict=True):
         assert torch.equal(level.long(), torch.bincount(codes.flatten(), minlength=len(level)))
@@ -178,10 +178,10 @@ def test_statistics_of_two_passes_add_up(kind: str) -> None:
 
 def test_an_empty_batch_works(kind: str) -> None:
     quantizer = build(kind)
-    found = quantizer(torch.empty(0, D, 3, 3, requires_grad=True))
-    assert found.z_q.shape == (0, D, 3, 3)
-    assert all(loss.item() == 0 for loss in found.losses.values())
-    quantizer.update_(found.statistics)
+    output = quantizer(torch.empty(0, D, 3, 3, requires_grad=True))
+    assert output.z_q.shape == (0, D, 3, 3)
+    assert all(loss.item() == 0 for loss in output.losses.values())
+    quantizer.update_(output.statistics)
     assert all(bool(torch.isfinite(value).all()) for value in quantizer.state_dict().values())
 
 
@@ -189,27 +189,27 @@ def test_autocast_leaves_search_and_values_in_float32(kind: str) -> None:
     quantizer = build(kind)
     z = latents(4, D, 3, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = quantizer(z)
-        looked_up = quantizer.lookup(found.codes)
+        output = quantizer(z)
+        vectors = quantizer.lookup(output.codes)
     plain = quantizer(z)
-    assert found.z_q.dtype == looked_up.dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(found.codes, plain.codes, strict=True))
-    assert torch.equal(looked_up, plain.z_q)
+    assert output.z_q.dtype == vectors.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(output.codes, plain.codes, strict=True))
+    assert torch.equal(vectors, plain.z_q)
     assert quantizer(z.bfloat16()).z_q.dtype == torch.float32
 
 
-def test_latents_are_what_the_codes_stand_for(kind: str) -> None:
-    """One tensor a codebook, as wide as its vectors, in the rows' order, so that a share of the images has a share of them."""
+def test_latents_are_one_tensor_per_codebook(kind: str) -> None:
+    """One tensor per codebook, as wide as its vectors and ordered by image, so that slices of a batch have slices of it."""
     quantizer = build(kind)
     z = latents(4, D, 3, 2)
-    found = quantizer(z)
+    output = quantizer(z)
     codebooks = quantizer.codebooks()
-    assert len(found.latents) == len(codebooks)
-    for codebook, whole, first, second in zip(codebooks, found.latents, quantizer(z[:1]).latents, quantizer(z[1:]).latents, strict=True):
-        assert whole.shape[1] == codebook.dim
-        assert len(whole) % 24 == 0
-        assert not whole.requires_grad
-        assert torch.allclose(whole, torch.cat([first, second]), atol=1e-6)
+    assert len(output.latents) == len(codebooks)
+    for codebook, rows, first, second in zip(codebooks, output.latents, quantizer(z[:1]).latents, quantizer(z[1:]).latents, strict=True):
+        assert rows.shape[1] == codebook.dim
+        assert len(rows) % 24 == 0
+        assert not rows.requires_grad
+        assert torch.allclose(rows, torch.cat([first, second]), atol=1e-6)
 
 
 def test_kmeans_places_every_codebook_and_lowers_the_error(kind: str) -> None:
@@ -221,58 +221,58 @@ def test_kmeans_places_every_codebook_and_lowers_the_error(kind: str) -> None:
         return
 
     def error() -> float:
-        found = [quantizer(z) for z in batches]
-        return sum(float(part.losses["commitment"].detach()) for part in found)
+        outputs = [quantizer(z) for z in batches]
+        return sum(float(output.losses["commitment"].detach()) for output in outputs)
 
     before = error()
     place_by_kmeans_(quantizer, batches, len(batches), 0, gather=lambda rows: rows, agree=lambda tensor: tensor)
     assert error() < 0.5 * before
     counts = [level.sum() for level in level_counts(sum_by_name([quantizer(z).statistics for z in batches]))]
     for codebook in codebooks:
-        # As often as they are chosen in a batch, over the levels that share the codebook.
+        # Mean use per batch, over the levels that share the codebook.
         assert float(codebook.cluster_size.sum()) == pytest.approx(float(sum(counts)) / len(codebooks) / len(batches), rel=1e-5)
 
 
-def test_dead_codes_restart_on_latents_and_live_ones_stay(kind: str) -> None:
+def test_dead_codes_restart_on_latents_and_live_codes_stay(kind: str) -> None:
     quantizer = build(kind)
     optimizer = torch.optim.AdamW(list(quantizer.parameters()) or [torch.nn.Parameter(torch.zeros(1))])
     z = latents(6, D, 4, 5)
-    found = quantizer(z)
-    pairs = [pair for pair in zip(quantizer.codebooks(), found.latents, strict=True) if pair[0].placeable]
+    output = quantizer(z)
+    pairs = [pair for pair in zip(quantizer.codebooks(), output.latents, strict=True) if pair[0].placeable]
     codebooks = [codebook for codebook, _ in pairs]
     for codebook in codebooks:
         codebook.cluster_size.fill_(10.0)
         codebook.cluster_size[[3, 7]] = 0.01
     before = [codebook.vectors().detach().clone() for codebook in codebooks]
     restart = Restart(quantizer, seed=0, step=0, batch_size=6)
-    candidates = restart.candidates(found.latents, first_image=0, images=6)
+    candidates = restart.candidates(output.latents, first_image=0, images=6)
     assert int(restart.apply_(candidates, optimizer)) == 2 * len(codebooks)
-    for (codebook, vectors), former in zip(pairs, before, strict=True):
-        now = codebook.vectors().detach()
+    for (codebook, vectors), earlier in zip(pairs, before, strict=True):
+        current = codebook.vectors().detach()
         live = [code for code in range(codebook.num_codes) if code not in (3, 7)]
-        assert torch.equal(now[live], former[live])
-        assert all(bool(((vectors - now[code]).abs() < 1e-6).all(1).any()) for code in (3, 7))
+        assert torch.equal(current[live], earlier[live])
+        assert all(bool(((vectors - current[code]).abs() < 1e-6).all(1).any()) for code in (3, 7))
         assert not bool(codebook.dead_codes().any())
-        # What learns goes on from there, instead of pulling the code back.
-        codebook.update_(torch.zeros(codebook.num_codes), torch.zeros_like(now))
-        assert torch.allclose(codebook.vectors()[[3, 7]], now[[3, 7]], atol=1e-4)
+        # Learning continues from there, instead of moving the code back.
+        codebook.update_(torch.zeros(codebook.num_codes), torch.zeros_like(current))
+        assert torch.allclose(codebook.vectors()[[3, 7]], current[[3, 7]], atol=1e-4)
 
 
-def test_restart_candidates_are_the_same_however_the_batch_is_shared_out(kind: str) -> None:
+def test_restart_candidates_do_not_depend_on_how_a_batch_is_split(kind: str) -> None:
     quantizer = build(kind)
     z = latents(6, D, 3, 2)
     restart = Restart(quantizer, seed=5, step=9, batch_size=6)
-    whole = restart.candidates(quantizer(z).latents, 0, 6)
+    expected = restart.candidates(quantizer(z).latents, 0, 6)
     for parts in (2, 3, 6):
         size = 6 // parts
-        shares = [restart.candidates(quantizer(share).latents, n * size, size) for n, share in enumerate(z.chunk(parts))]
-        both = sum_by_name(shares)
-        assert set(both) == set(whole)
-        assert all(torch.allclose(whole[name], both[name], atol=1e-6) for name in whole)
+        partial = [restart.candidates(quantizer(part).latents, n * size, size) for n, part in enumerate(z.chunk(parts))]
+        total = sum_by_name(partial)
+        assert set(total) == set(expected)
+        assert all(torch.allclose(expected[name], total[name], atol=1e-6) for name in expected)
 
 
 def test_training_lowers_the_error_and_keeps_codes_in_use(kind: str) -> None:
-    """The loop's own order of things, on clustered latents: z is learned too, from a reconstruction of a target."""
+    """In the training loop's order, on clustered targets, with a learned encoder and decoder."""
     quantizer = build(kind)
     torch.manual_seed(0)
     target = (latents(16, D)[torch.randint(16, (256,))] + 0.05 * latents(256, D, seed=3))[:, :, None]
@@ -281,19 +281,19 @@ def test_training_lowers_the_error_and_keeps_codes_in_use(kind: str) -> None:
     optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters(), *quantizer.parameters()], lr=1e-2)
     errors = []
     for step in range(80):
-        found = quantizer(encoder(target))
-        error = (decoder(found.z_q) - target).square().mean()
-        (error + sum(found.losses.values())).backward()
+        output = quantizer(encoder(target))
+        error = (decoder(output.z_q) - target).square().mean()
+        (error + sum(output.losses.values())).backward()
         optimizer.step()
         optimizer.zero_grad()
-        quantizer.update_(found.statistics)
+        quantizer.update_(output.statistics)
         if step % 5 == 0 and step < 60:
             restart = Restart(quantizer, 0, step, 256)
-            restart.apply_(restart.candidates(found.latents, 0, 256), optimizer)
+            restart.apply_(restart.candidates(output.latents, 0, 256), optimizer)
         errors.append(error.item())
     assert errors[-1] < 0.5 * errors[0]
     used = [level > 0 for level in level_counts(quantizer(encoder(target)).statistics)]
-    if kind == "residual_shared":  # its deeper levels have few of the one codebook's codes to choose from
+    if kind == "residual_shared":  # its deeper levels use few codes of the shared codebook
         used = [torch.stack(used).any(0)]
     assert all(int(level.sum()) >= 4 for level in used)
 
@@ -308,7 +308,7 @@ def test_weights_and_buffers_survive_saving(kind: str) -> None:
     assert torch.equal(quantizer(z).z_q, other(z).z_q)
 
 
-def test_it_is_made_of_the_parts_its_recipe_names(kind: str) -> None:
+def test_quantizers_are_composed_as_the_recipe_says(kind: str) -> None:
     quantizer = build(kind)
     inner = _inner(quantizer)
     assert isinstance(quantizer, ProjectedQuantizer) == ("projected" in kind or kind in ("fsq", "lfq"))

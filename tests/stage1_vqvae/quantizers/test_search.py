@@ -12,7 +12,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """By definition, not by the expansion the search uses."""
+    """Compute distances by definition, not by the expansion that the search uses."""
     return (vectors.double()[:, None] - codebook.double()[None]).square().sum(-1)
 
 
@@ -21,7 +21,7 @@ SIZES = [(1000, 512, 64), (300, 1024, 8), (50, 100, 512), (7, 2, 1), (1, 5, 3)]
 
 @pytest.mark.parametrize(("count", "num_codes", "width"), SIZES)
 @pytest.mark.parametrize("layout", ["about the origin", "far away", "an outlier", "a far outlier", "two clusters"])
-def test_the_choice_is_the_nearest_to_float32_rounding(count: int, num_codes: int, width: int, layout: str) -> None:
+def test_the_nearest_code_is_chosen_up_to_float32_rounding(count: int, num_codes: int, width: int, layout: str) -> None:
     """Within 8 eps (|z|^2 + |e|^2) of the least distance, e the nearest code, wherever codes and latents lie."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(count, width, generator=generator)
@@ -42,8 +42,8 @@ def test_the_choice_is_the_nearest_to_float32_rounding(count: int, num_codes: in
 
 
 @pytest.mark.parametrize("offset", [100.0, 1000.0])
-def test_codes_and_latents_far_from_the_origin_are_told_apart_as_near_it(offset: float) -> None:
-    """There the expanded distance loses its digits, and the bound is wide: centring is what keeps the choice right."""
+def test_precision_does_not_suffer_far_from_the_origin(offset: float) -> None:
+    """There the expanded distance loses its digits; centring keeps the choice right."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(1000, 64, generator=generator) + offset
     codebook = torch.randn(512, 64, generator=generator) + offset
@@ -55,7 +55,7 @@ def test_codes_and_latents_far_from_the_origin_are_told_apart_as_near_it(offset:
     assert bool((chosen <= distances.min(1).values + rounding).all())
 
 
-def test_a_coded_vector_finds_its_own_code_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codebook_vector_gets_its_own_code_for_any_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     codebook = torch.randn(100, 16)
     order = torch.randperm(100).repeat(3)
     for block_bytes in (1, 100 * 4 * 7, 2**20):
@@ -64,7 +64,7 @@ def test_a_coded_vector_finds_its_own_code_in_any_block(monkeypatch: pytest.Monk
 
 
 def test_an_accelerator_takes_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any make; a device that holds no data stands for one."""
+    """Whatever its vendor; the meta device stands for one."""
     monkeypatch.setattr(search, "cache_bytes", lambda: 2**10)
     on_cpu, elsewhere = (search.block_rows(torch.empty(64, 4, device=device)) for device in ("cpu", "meta"))
     assert on_cpu == torch.get_num_threads() * 2**10 // (4 * 64)
@@ -77,10 +77,10 @@ def test_ties_go_to_the_lower_index() -> None:
     assert nearest_codes(torch.tensor([[-2.0, 0.0]]), codebook).tolist() == [1]
 
 
-def test_nothing_in_nothing_out() -> None:
-    found = nearest_codes(torch.empty(0, 4), torch.randn(3, 4))
-    assert found.shape == (0,)
-    assert found.dtype == torch.int64
+def test_an_empty_batch_gives_no_codes() -> None:
+    codes = nearest_codes(torch.empty(0, 4), torch.randn(3, 4))
+    assert codes.shape == (0,)
+    assert codes.dtype == torch.int64
 
 
 def test_a_wrong_width_is_refused() -> None:
@@ -88,15 +88,15 @@ def test_a_wrong_width_is_refused() -> None:
         nearest_codes(torch.randn(5, 3), torch.randn(2, 4))
 
 
-def test_autocast_does_not_reach_the_search() -> None:
-    """In bfloat16 (8 bits) these neighbours cannot be told apart."""
+def test_autocast_does_not_affect_the_search() -> None:
+    """In bfloat16 (8 bits) these neighbours would be equal."""
     codebook = torch.linspace(0, 1, 512)[:, None].repeat(1, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = nearest_codes(codebook, codebook)
-    assert torch.equal(found, torch.arange(512))
+        codes = nearest_codes(codebook, codebook)
+    assert torch.equal(codes, torch.arange(512))
 
 
-def test_memory_stays_far_below_all_distances() -> None:
+def test_memory_stays_far_below_the_full_distance_matrix() -> None:
     """65,536 x 4,096 distances would take 1 GiB."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -108,8 +108,8 @@ def test_memory_stays_far_below_all_distances() -> None:
 
 
 @pytest.mark.parametrize("num_codes", [5, 64, 100])
-def test_latents_that_are_not_finite_get_a_code_that_exists(num_codes: int) -> None:
-    """A diverging run is stopped for its loss, by name; the search must not fail first."""
+def test_non_finite_latents_get_an_existing_code(num_codes: int) -> None:
+    """A diverging run stops with an error about its loss; the search must not fail first."""
     vectors = torch.tensor([[float("inf"), 0.0], [float("nan"), 1.0], [-float("inf"), float("inf")]])
     codes = nearest_codes(vectors, torch.randn(num_codes, 2))
     assert int(codes.min()) >= 0

@@ -1,4 +1,4 @@
-"""Codes for other tools, and from them."""
+"""Export of codes to other tools, and import from them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def contents(codes: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", ["npy", "datasets"])
 @pytest.mark.parametrize("augmentation", ["none", "horizontal_flip"])
-def test_what_goes_out_comes_in_again(form: str, augmentation: str, run_copy: Path, tmp_path: Path) -> None:
+def test_exported_codes_can_be_imported_again(form: str, augmentation: str, run_copy: Path, tmp_path: Path) -> None:
     extract_codes(["--run", str(run_copy), "--overwrite", "--extraction.augmentation", augmentation])
     before, store = contents(run_copy / "codes"), CodeStore(run_copy / "codes/train")
     export_codes(["--run", str(run_copy), "--to", form, "--output", str(tmp_path / "out")])
-    everything = torch.arange(len(store))
+    all_rows = torch.arange(len(store))
     mirrored = torch.full((len(store),), store.manifest.variants - 1)
     if form == "npy":
         codes, labels = np.load(tmp_path / "out/train/level0.npy"), np.load(tmp_path / "out/train/labels.npy")
@@ -41,8 +41,8 @@ def test_what_goes_out_comes_in_again(form: str, augmentation: str, run_copy: Pa
         rows = datasets.load_from_disk(str(tmp_path / "out/train"))
         codes, labels = np.asarray(rows.with_format("numpy")["level0"][:]), np.asarray(rows["label"][:])
         names = rows.features["label"].names
-    assert np.array_equal(codes[:, 0], store.codes(everything)[0].numpy())
-    assert np.array_equal(codes[:, -1], store.codes(everything, mirrored)[0].numpy())
+    assert np.array_equal(codes[:, 0], store.codes(all_rows)[0].numpy())
+    assert np.array_equal(codes[:, -1], store.codes(all_rows, mirrored)[0].numpy())
     assert store.condition is not None
     assert labels.tolist() == store.condition.tolist()
     assert names in (None, ["across", "down"])
@@ -52,17 +52,17 @@ def test_what_goes_out_comes_in_again(form: str, augmentation: str, run_copy: Pa
 
 
 @pytest.mark.parametrize("shape", ["grids", "sequences", "one variant"])
-def test_arrays_of_other_tools_are_taken(shape: str, run_copy: Path, tmp_path: Path) -> None:
-    """Of the tiny run, 2x3 codes of 16; without labels here."""
+def test_arrays_of_other_tools_can_be_imported(shape: str, run_copy: Path, tmp_path: Path) -> None:
+    """2x3 codes per image, without labels."""
     before = {name: CodeStore(run_copy / "codes" / name) for name in ("train", "validation")}
-    kept = {name: store.codes(torch.arange(len(store)))[0] for name, store in before.items()}
-    for name, codes in kept.items():
+    stored = {name: store.codes(torch.arange(len(store)))[0] for name, store in before.items()}
+    for name, codes in stored.items():
         (tmp_path / name).mkdir()
         array = codes.numpy().astype(np.int32)
         array = {"grids": array, "sequences": array.reshape(len(array), -1), "one variant": array[:, None]}[shape]
         np.save(tmp_path / name / "level0.npy", array)
     import_codes(["--run", str(run_copy), "--folder", str(tmp_path), "--overwrite"])
-    for name, codes in kept.items():
+    for name, codes in stored.items():
         store = CodeStore(run_copy / "codes" / name)
         assert torch.equal(store.codes(torch.arange(len(store)))[0], codes)
         assert store.condition is None
@@ -71,24 +71,29 @@ def test_arrays_of_other_tools_are_taken(shape: str, run_copy: Path, tmp_path: P
         store.verify()
 
 
-def test_names_of_labels_that_differ_in_form_alone_are_one() -> None:
+def test_names_that_differ_only_in_unicode_form_are_one_class() -> None:
     names = {"train": ["caf\u00e9", "t", "cafe\u0301"], "validation": ["cafe\u0301", "t", "cafe\u0301"]}
-    found = read_classes({name: ExternalCodes([], np.array([2, 0, 1]), of_split, None) for name, of_split in names.items()}, Path("codes"))
-    assert found[0] == ["caf\u00e9", "t"]
-    assert [labels.tolist() for labels in found[1].values()] == [[0, 0, 1]] * 2
+    classes = read_classes(
+        {name: ExternalCodes([], np.array([2, 0, 1]), split_names, None) for name, split_names in names.items()}, Path("codes")
+    )
+    assert classes[0] == ["caf\u00e9", "t"]
+    assert [labels.tolist() for labels in classes[1].values()] == [[0, 0, 1]] * 2
 
 
-def bad(codes: np.ndarray) -> dict[str, tuple[dict[str, np.ndarray], str]]:
-    """Arrays of a split, and what is said of them."""
+def bad_arrays(codes: np.ndarray) -> dict[str, tuple[dict[str, np.ndarray], str]]:
+    """Return the arrays of a split and the error they get, per kind of mistake."""
     return {
         "too high": ({"level0": codes + 14}, "expected codes of level 0, whole numbers from 0 to 15, found 14 to 29 of int64"),
         "no numbers": ({"level0": codes / 2}, "found .* of float64"),
-        "turned": ({"level0": codes.transpose(0, 2, 1)}, r"expected an array \(40, \[variants,\] 2, 3\) of level 0, or with 6 as its last"),
-        "variants of what": ({"level0": np.stack([codes, codes], 1)}, "expected one variant an image where no manifest.json says"),
+        "transposed": (
+            {"level0": codes.transpose(0, 2, 1)},
+            r"expected an array \(40, \[variants,\] 2, 3\) of level 0, or with 6 as its last",
+        ),
+        "unexplained variants": ({"level0": np.stack([codes, codes], 1)}, "expected one variant an image where no manifest.json says"),
         "a level too many": ({"level0": codes, "level1": codes}, "expected codes of 1 levels, the tokenizer's, found 2"),
         "none": ({}, r"expected codes of level 0 \(level0\.npy\), found none"),
-        "labels of others": ({"level0": codes, "labels": np.arange(7)}, "expected 40 labels, as many as images, found"),
-        "labels that are none": (
+        "too few labels": ({"level0": codes, "labels": np.arange(7)}, "expected 40 labels, as many as images, found"),
+        "fractional labels": (
             {"level0": codes, "labels": np.arange(40) / 2},
             "expected labels that are whole numbers from 0 on, one an image, found .40. of float64",
         ),
@@ -98,21 +103,21 @@ def bad(codes: np.ndarray) -> dict[str, tuple[dict[str, np.ndarray], str]]:
     }
 
 
-BAD = bad(np.arange(240).reshape(40, 2, 3) % 16)
+BAD_ARRAYS = bad_arrays(np.arange(240).reshape(40, 2, 3) % 16)
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("kind", BAD_ARRAYS)
 def test_codes_that_do_not_fit_get_one_line_and_change_nothing(
     kind: str, run_copy: Path, tmp_path: Path, one_line_error: Callable[..., str]
 ) -> None:
     before = contents(run_copy / "codes")
-    arrays, words = BAD[kind]
+    arrays, pattern = BAD_ARRAYS[kind]
     for split in ("train", "validation"):
         (tmp_path / split).mkdir()
         for name, array in arrays.items():
             np.save(tmp_path / split / f"{name}.npy", array)
     line = one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path, "--overwrite")
-    assert re.search(words, line), line
+    assert re.search(pattern, line), line
     assert contents(run_copy / "codes") == before
     assert "add --overwrite" in one_line_error(import_codes, "--run", run_copy, "--folder", tmp_path)
 
@@ -144,7 +149,7 @@ def test_splits_agree_on_labels_and_on_the_tokenizer(run_copy: Path, tmp_path: P
 
 
 def test_a_test_split_need_not_have_labels(run_copy: Path, tmp_path: Path) -> None:
-    """As contests publish theirs."""
+    """Competitions publish test images without labels."""
     for split, labelled in (("train", True), ("validation", True), ("test", False)):
         (tmp_path / "in" / split).mkdir(parents=True)
         np.save(tmp_path / "in" / split / "level0.npy", np.zeros((12, 2, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Training codes of a step, at any number of processes and threads."""
+"""Training batches of codes, on any number of ranks and threads."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def store(tmp_path: Path) -> CodeStore:
         rows_per_shard=ROWS,
         sha256=[],
     )
-    of_row = 2 * torch.arange(ROWS)[:, None] + torch.arange(2)
-    levels = [(of_row + 40 * level)[:, :, None, None].expand(-1, -1, *grid).contiguous() for level, grid in enumerate(manifest.grids)]
+    row_codes = 2 * torch.arange(ROWS)[:, None] + torch.arange(2)
+    levels = [(row_codes + 40 * level)[:, :, None, None].expand(-1, -1, *grid).contiguous() for level, grid in enumerate(manifest.grids)]
     write_shard(tmp_path, manifest, 0, levels, torch.arange(ROWS) % CLASSES)
     write_manifest(tmp_path, manifest)
     return CodeStore(tmp_path)
@@ -48,12 +48,12 @@ def store(tmp_path: Path) -> CodeStore:
 
 def loader(store: CodeStore, rank: int = 0, processes: int = 1, ahead: bool | None = None, condition: Condition = CONDITION) -> CodeLoader:
     accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-    return CodeLoader(store, condition, CONFIG, accelerator, ahead)
+    return CodeLoader(store, condition, CONFIG, accelerator, ahead=ahead)
 
 
-def steps(found: CodeLoader, first: int = 0) -> list[CodeBatch]:
+def steps(code_loader: CodeLoader, first: int = 0) -> list[CodeBatch]:
     """Batches of all micro-steps from step `first` on."""
-    return [found.batch(step, micro_step) for step in range(first, 6) for micro_step in range(2)]
+    return [code_loader.batch(step, micro_step) for step in range(first, 6) for micro_step in range(2)]
 
 
 def equal(one: CodeBatch, other: CodeBatch) -> bool:
@@ -63,44 +63,44 @@ def equal(one: CodeBatch, other: CodeBatch) -> bool:
 
 def test_codes_labels_and_variants_belong_together(store: CodeStore) -> None:
     """Each row appears at its place in the order, once per epoch."""
-    order, hidden = DataOrder(ROWS, CONFIG.batch_size, CONFIG.seed), 0
-    found = steps(loader(store))
+    order, num_dropped = DataOrder(ROWS, CONFIG.batch_size, CONFIG.seed), 0
+    batches = steps(loader(store))
     for step in range(6):
-        rows = torch.cat([batch.codes[0][:, 0, 0] // 2 for batch in found[2 * step : 2 * step + 2]])
+        rows = torch.cat([batch.codes[0][:, 0, 0] // 2 for batch in batches[2 * step : 2 * step + 2]])
         assert torch.equal(rows, order.batch(step))
-    for batch in found:
+    for batch in batches:
         rows, labels = batch.codes[0][:, 0, 0] // 2, batch.condition
         assert labels is not None
         assert torch.equal(batch.codes[0], (2 * rows + batch.variants)[:, None, None].expand(-1, 1, 2))
         assert torch.equal(batch.codes[1], (2 * rows + batch.variants + 40)[:, None, None].expand(-1, 2, 2))
         assert bool(((labels == rows % CLASSES) | (labels == CLASSES)).all())
-        hidden += int((labels == CLASSES).sum())
-    assert 10 < hidden < 38  # of 48, half of them
-    assert {int(variant) for batch in found for variant in batch.variants} == {0, 1}
+        num_dropped += int((labels == CLASSES).sum())
+    assert 10 < num_dropped < 38  # of 48, half of them
+    assert {int(variant) for batch in batches for variant in batch.variants} == {0, 1}
 
 
-def test_a_steps_codes_are_the_same_at_any_number_of_threads_and_processes(store: CodeStore) -> None:
-    whole = steps(loader(store))
-    assert all(map(equal, whole, steps(loader(store, ahead=True))))
+def test_batches_are_the_same_with_any_number_of_threads_and_ranks(store: CodeStore) -> None:
+    expected = steps(loader(store))
+    assert all(map(equal, expected, steps(loader(store, ahead=True))))
     halves = [steps(loader(store, rank, 2, ahead=True)) for rank in range(2)]
-    for batch, *parts in zip(whole, *halves, strict=True):
+    for batch, *parts in zip(expected, *halves, strict=True):
         assert torch.equal(batch.codes[1], torch.cat([part.codes[1] for part in parts]))
         assert torch.equal(batch.variants, torch.cat([part.variants for part in parts]))
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_a_resumed_training_goes_on_with_the_codes_it_would_have_had(ahead: bool, store: CodeStore) -> None:
-    whole = steps(loader(store))
-    again = loader(store, ahead=ahead)
-    assert all(map(equal, steps(again), whole))
-    assert all(map(equal, steps(again, first=3), whole[6:]))  # out of turn, as a rehearsal asks
+def test_a_resumed_training_has_the_batches_of_an_uninterrupted_one(ahead: bool, store: CodeStore) -> None:
+    expected = steps(loader(store))
+    resumed = loader(store, ahead=ahead)
+    assert all(map(equal, steps(resumed), expected))
+    assert all(map(equal, steps(resumed, first=3), expected[6:]))  # out of order, as a rehearsal does
 
 
-def test_a_prior_without_classes_is_given_no_labels(store: CodeStore) -> None:
+def test_batches_of_an_unconditional_prior_have_no_labels(store: CodeStore) -> None:
     assert all(batch.condition is None and len(batch.codes) == 2 for batch in steps(loader(store, condition=NoCondition(), ahead=True)))
 
 
-def test_a_code_too_high_is_told_where_it_is_asked_for(store: CodeStore) -> None:
+def test_codes_beyond_the_codebook_are_refused(store: CodeStore) -> None:
     store.manifest.num_codes[1] = 41
     with pytest.raises(UserError, match="expected codes of level 1 below 41"):
         steps(loader(store, ahead=True))

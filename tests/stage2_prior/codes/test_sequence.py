@@ -9,7 +9,7 @@ from stage2_prior.codes.sequence import SequenceLayout
 TWO_LEVELS = SequenceLayout([(2, 3), (4, 5)], [7, 11])
 
 
-def test_there_and_back() -> None:
+def test_tokens_map_back_to_grids() -> None:
     codes = tuple(torch.randint(k, (4, *grid)) for grid, k in zip(TWO_LEVELS.grids, TWO_LEVELS.num_codes, strict=True))
     tokens = TWO_LEVELS.to_tokens(codes)
     assert tokens.shape == (4, TWO_LEVELS.length) == (4, 26)

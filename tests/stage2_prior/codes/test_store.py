@@ -1,4 +1,4 @@
-"""Codes on disk, both ways."""
+"""Stored codes: writing, reading, damage."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def written(folder: Path, codes: list[torch.Tensor], labels: torch.Tensor | None
 
 
 def test_classes_are_compared_by_name(tmp_path: Path) -> None:
-    """A prior's, which was trained before there was a class `b`, or whose names another system wrote."""
+    """A prior may know fewer classes, or names in another Unicode form."""
     labels = torch.randint(3, (ROWS,))
     manifest = dataclasses.replace(MANIFEST, condition=Classes(names=["a", "b", "caf\u00e9"]))
     store = CodeStore(written(tmp_path / "train", levels(), labels, manifest))
@@ -55,8 +55,8 @@ def test_classes_are_compared_by_name(tmp_path: Path) -> None:
     expected = r"train: expected codes of a condition that the prior knows \(classes a, cafe.\), found b; train another prior"
     with pytest.raises(UserError, match=expected):
         store.condition_for(Classes(names=["a", "cafe\u0301"]))
-    found = store.condition_for(Classes(names=["x", "caf\u00e9", "b", "a"]))
-    assert torch.equal(found, torch.tensor([3, 2, 1])[labels])  # type: ignore[arg-type]
+    translated = store.condition_for(Classes(names=["x", "caf\u00e9", "b", "a"]))
+    assert torch.equal(translated, torch.tensor([3, 2, 1])[labels])  # type: ignore[arg-type]
     assert store.condition_for(NoCondition()) is None
     store = CodeStore(written(tmp_path / "without", levels(), None, dataclasses.replace(MANIFEST, condition=NoCondition())))
     assert store.translated(other) is None
@@ -65,7 +65,7 @@ def test_classes_are_compared_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows_per_shard", "files"), [(10, 3), (25, 1), (1000, 1)])
-def test_what_is_written_is_read(rows_per_shard: int, files: int, tmp_path: Path) -> None:
+def test_written_codes_are_read_back(rows_per_shard: int, files: int, tmp_path: Path) -> None:
     codes, labels = levels(), torch.randint(3, (ROWS,))
     manifest = dataclasses.replace(MANIFEST, rows_per_shard=rows_per_shard)
     folder = written(tmp_path / "train", codes, labels, manifest)
@@ -93,19 +93,19 @@ def test_codes_take_the_smallest_type(tmp_path: Path) -> None:
     assert {name: array.dtype for name, array in content.items()} == {"level0": np.uint16, "level1": np.uint8, "condition": np.uint8}
 
 
-def test_no_labels(tmp_path: Path) -> None:
+def test_codes_without_labels_have_no_condition(tmp_path: Path) -> None:
     manifest = dataclasses.replace(MANIFEST, condition=NoCondition())
     assert CodeStore(written(tmp_path / "train", levels(), None, manifest)).condition is None
 
 
-def test_a_missing_row_is_not_closed_over(tmp_path: Path) -> None:
+def test_a_shard_with_a_missing_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         write_shard(tmp_path, MANIFEST, 0, [level[:-1] for level in levels()], torch.zeros(ROWS - 1))
     assert not list(tmp_path.iterdir())
 
 
 def test_codes_take_no_memory_until_they_are_read(tmp_path: Path) -> None:
-    """Of this process's own: pages of the files are the system's, which takes them back when it needs them."""
+    """Counts anonymous memory only: the system takes pages of files back when it needs them."""
     rows = 2**15
     manifest = dataclasses.replace(MANIFEST, rows=rows, grids=[(32, 32)], num_codes=[512], condition=NoCondition(), rows_per_shard=2**13)
     codes = torch.randint(512, (2**13, VARIANTS, 32, 32))
@@ -114,15 +114,15 @@ def test_codes_take_no_memory_until_they_are_read(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest)
     del codes
 
-    def own_mib() -> float:
+    def anonymous_mib() -> float:
         return sum(int(line.split()[1]) for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "Anonymous:" in line) / 1024
 
-    before = own_mib()
+    before = anonymous_mib()
     store = CodeStore(tmp_path)
     drawn = torch.randint(rows, (64,))
-    found = store.codes(drawn, drawn % 2)
-    assert own_mib() - before < 16  # of 128 MiB on disk, and what allocators keep
-    assert torch.equal(store.codes(drawn[5:6], drawn[5:6] % 2)[0], found[0][5:6])
+    grids = store.codes(drawn, drawn % 2)
+    assert anonymous_mib() - before < 16  # of 128 MiB on disk; allocators keep some memory
+    assert torch.equal(store.codes(drawn[5:6], drawn[5:6] % 2)[0], grids[0][5:6])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_codes_take_no_memory_until_they_are_read(tmp_path: Path) -> None:
         ("other codes", r"codes-00000-of-00001\.safetensors: expected \{.*\(25, 2, 4, 6\).*found .*\(24, 2, 4, 6\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(damage: str, message: str, tmp_path: Path) -> None:
+def test_damaged_or_foreign_stores_are_refused(damage: str, message: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))
     manifest, codes = folder / "manifest.json", folder / "codes-00000-of-00001.safetensors"
     if damage == "no manifest":
@@ -167,8 +167,8 @@ def test_what_does_not_fit_is_refused(damage: str, message: str, tmp_path: Path)
         *(("num_codes", [300, 2**40]), ("num_codes", [300]), ("grids", [[2, 3], 4]), ("grids", []), ("image_shape", [3, 8])),
     ],
 )
-def test_sizes_that_a_manifest_merely_claims_are_refused(name: str, value: object, tmp_path: Path) -> None:
-    """Under a right sum of its own."""
+def test_false_sizes_in_a_manifest_are_refused(name: str, value: object, tmp_path: Path) -> None:
+    """The manifest's checksum is right."""
     folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))
     write_summed_json(folder / "manifest.json", {**read_summed_json(folder / "manifest.json"), name: value})
     with pytest.raises(UserError, match=r"manifest of format 1|expected a file of codes|expected \{"):
@@ -176,7 +176,7 @@ def test_sizes_that_a_manifest_merely_claims_are_refused(name: str, value: objec
 
 
 def test_codes_that_changed_since_they_were_written_are_refused(tmp_path: Path) -> None:
-    """By the checksum of their file; a code that the codebook does not have is refused at the latest where it is read."""
+    """By the file's checksum; codes beyond the codebook are refused on reading at the latest."""
     folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))
     path = folder / "codes-00000-of-00001.safetensors"
     content = safetensors.numpy.load_file(path)

@@ -1,4 +1,4 @@
-"""What holds for every condition, and how classes are read from a data set."""
+"""Properties of every condition, and classes of a data set."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SOURCE = ImageSource({"train": SPLIT}, ["caf\u00e9", "x", "1"])
 
 @pytest.fixture(params=FAMILIES["condition"])
 def condition(request: pytest.FixtureRequest) -> Condition:
-    """Of each kind, as a data set of three classes has it."""
+    """One condition of each kind, built for a data set of three classes."""
     return part_class("condition", request.param)().build(SOURCE)
 
 
-def test_it_is_the_same_read_from_a_file(condition: Condition) -> None:
+def test_conditions_survive_writing_and_reading(condition: Condition) -> None:
     assert condition_from(as_dict(condition)) == condition
 
 
-def test_what_is_stored_shown_and_parsed_is_the_same(condition: Condition) -> None:
+def test_encoded_rows_survive_storing_showing_and_parsing(condition: Condition) -> None:
     rows = condition.encode(SPLIT, slice(1, 4))
     assert (rows is None) == isinstance(condition, NoCondition)
     if rows is not None:
@@ -41,7 +41,7 @@ def test_what_is_stored_shown_and_parsed_is_the_same(condition: Condition) -> No
         condition.parse("no such class", "label")
 
 
-def test_what_is_dropped_is_the_null_which_has_an_embedding_of_its_own(condition: Condition) -> None:
+def test_dropped_rows_are_the_null_condition_with_a_separate_embedding(condition: Condition) -> None:
     null, embedding = condition.null(3), condition.embedding(8)
     assert embedding(null).shape == (3, 8)
     if (rows := condition.encode(SPLIT, slice(3))) is not None:
@@ -51,7 +51,7 @@ def test_what_is_dropped_is_the_null_which_has_an_embedding_of_its_own(condition
         assert not torch.isclose(embedding(rows), embedding(null)).all(1).any()
 
 
-def test_classes_are_those_of_the_data_set_or_those_that_the_recipe_names() -> None:
+def test_classes_come_from_the_data_set_or_the_recipe() -> None:
     """In the recipe's order; an image of another class is refused, and a data set without labels has no condition."""
     assert Classes().build(SOURCE) == Classes(names=["caf\u00e9", "x", "1"])
     named = Classes(names=["1", "x", "cafe\u0301"])

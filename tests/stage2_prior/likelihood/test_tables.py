@@ -34,7 +34,7 @@ def store(folder: Path, images: int, num_classes: int) -> CodeStore:
 
 @pytest.mark.parametrize("kind", ["transformer", "pixelcnn"])
 @pytest.mark.parametrize("num_classes", [0, 5])
-def test_every_figure_is_the_mean_it_says(tmp_path: Path, kind: str, num_classes: int) -> None:
+def test_every_figure_equals_its_definition(tmp_path: Path, kind: str, num_classes: int) -> None:
     """Two levels of 2 and 8 codes; three of the five labels occur."""
     prior = build(kind, LAYOUTS["top and bottom"], num_classes).double()
     training, validation = store(tmp_path / "train", 40, num_classes), store(tmp_path / "validation", 7, num_classes)
@@ -56,42 +56,42 @@ def test_every_figure_is_the_mean_it_says(tmp_path: Path, kind: str, num_classes
     assert all(f"{report[name]:.3f}" in text for name in ("uniform", "unigram", "train", "validation"))
 
 
-def test_the_order_of_batches_does_not_matter(tmp_path: Path) -> None:
+def test_the_batch_size_does_not_change_the_figures(tmp_path: Path) -> None:
     prior = build("transformer", LAYOUTS["top and bottom"]).double()
     codes = store(tmp_path / "codes", 11, 5)
-    whole, parts = (measure(Accelerator(cpu=True), prior, codes, torch.arange(11), size) for size in (11, 2))
-    assert torch.allclose(whole.positions, parts.positions)
-    assert whole.classes == pytest.approx(parts.classes)
+    one_batch, batches = (measure(Accelerator(cpu=True), prior, codes, torch.arange(11), size) for size in (11, 2))
+    assert torch.allclose(one_batch.positions, batches.positions)
+    assert one_batch.classes == pytest.approx(batches.classes)
 
 
-def test_all_processes_ask_equally_often_and_each_image_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """11 images shared among 3 processes, of which one has a row less: what each has seen adds up to the whole."""
+def test_all_ranks_compute_equally_many_batches_and_each_image_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 images on 3 ranks, of which one has a row less: the sums of the ranks add up to those of one process."""
     prior = build("transformer", LAYOUTS["top and bottom"]).double()
-    codes, asked = store(tmp_path / "codes", 11, 5), list[int]()
-    whole = measure(Accelerator(cpu=True), prior, codes, torch.arange(11), 2)
+    codes, batch_sizes = store(tmp_path / "codes", 11, 5), list[int]()
+    expected = measure(Accelerator(cpu=True), prior, codes, torch.arange(11), 2)
     nats = prior.nats
-    monkeypatch.setattr(prior, "nats", lambda codes, condition: asked.append(len(codes[0])) or nats(codes, condition))
-    seen: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr("stage2_prior.likelihood.bits.summed", lambda _, tensors: seen.append(tensors) or tensors)
+    monkeypatch.setattr(prior, "nats", lambda codes, condition: batch_sizes.append(len(codes[0])) or nats(codes, condition))
+    rank_sums: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr("stage2_prior.likelihood.bits.summed", lambda _, tensors: rank_sums.append(tensors) or tensors)
     for rank in range(3):
-        alone = types.SimpleNamespace(process_index=rank, num_processes=3, device=torch.device("cpu"))
-        measure(alone, prior, codes, torch.arange(11), 2)  # type: ignore[arg-type]
-    assert asked == [2, 2] * 3
-    assert torch.allclose(sum(tensors["nats"] for tensors in seen) / 11 / math.log(2), whole.positions)
-    assert sum(int(tensors["images"].sum()) for tensors in seen) == 11
+        accelerator = types.SimpleNamespace(process_index=rank, num_processes=3, device=torch.device("cpu"))
+        measure(accelerator, prior, codes, torch.arange(11), 2)  # type: ignore[arg-type]
+    assert batch_sizes == [2, 2] * 3
+    assert torch.allclose(sum(tensors["nats"] for tensors in rank_sums) / 11 / math.log(2), expected.positions)
+    assert sum(int(tensors["images"].sum()) for tensors in rank_sums) == 11
 
 
 @pytest.mark.usefixtures("rendered")
-def test_on_its_own_it_finds_what_training_found(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_the_same_figures_as_training(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_copy / "priors" / "transformer"
     before = read_json(folder / "likelihood.json")
     for name in ("likelihood.json", "likelihood.md", "likelihood.png"):
         (folder / name).unlink()
     main(["--run", str(run_copy)])
-    found = read_json(folder / "likelihood.json")
-    assert found["validation"] == pytest.approx(before["validation"], rel=1e-5)
-    assert found["train"] == pytest.approx(before["train"], rel=1e-5)
-    assert found["labels"].keys() == {"across", "down"}
+    after = read_json(folder / "likelihood.json")
+    assert after["validation"] == pytest.approx(before["validation"], rel=1e-5)
+    assert after["train"] == pytest.approx(before["train"], rel=1e-5)
+    assert after["labels"].keys() == {"across", "down"}
     assert (folder / "likelihood.md").read_text() in capsys.readouterr().out
     assert (folder / "likelihood.png").stat().st_size > 5000
 
@@ -107,7 +107,7 @@ def test_the_saved_prior_is_the_averaged_one(run_copy: Path) -> None:
     assert not all(torch.equal(saved[name], newest["model"][name]) for name in saved)
 
 
-def test_without_a_prior_it_names_the_command(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+def test_without_a_prior_the_error_names_the_command_to_run(run_copy: Path, one_line_error: Callable[..., str]) -> None:
     assert "expected one of transformer" in one_line_error(main, "--run", run_copy, "--prior", "other")
     shutil.rmtree(run_copy / "priors")
     assert "accelerate launch stage2_prior/train.py" in one_line_error(main, "--run", run_copy)

@@ -1,4 +1,4 @@
-"""Every kind of prior, small, over every kind of code: what the property tests run over."""
+"""Small priors of every kind over every layout of codes, for the property tests."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ LAYOUTS = {
 
 
 def classes(number: int) -> Condition:
-    """Classes 0, 1, ..; none: unconditional."""
+    """Return the condition on classes 0, 1, ...; unconditional if there are none."""
     return Classes(names=[str(label) for label in range(number)]) if number else NoCondition()
 
 
 def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants: int = 1, **settings: Any) -> StepwisePrior:
-    """In eval mode, with weights large enough for a difference to show. `levelwise`: a transformer and a PixelCNN by turns."""
+    """Build a prior in eval mode, its weights large enough for differences to show; `levelwise` alternates transformers and PixelCNNs."""
     torch.manual_seed(0)
     sizes = {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0}
     if kind == "levelwise":
@@ -60,7 +60,7 @@ def random_codes(layout: SequenceLayout, batch: int) -> tuple[torch.Tensor, ...]
 
 
 def manifest(layout: SequenceLayout, num_classes: int = 0) -> Manifest:
-    """Of a code store of that layout."""
+    """Return the manifest of a code store with this layout."""
     return Manifest(
         split="train",
         rows=1,

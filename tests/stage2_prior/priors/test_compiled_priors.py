@@ -8,9 +8,9 @@ import torch
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
 
 
-@pytest.mark.parametrize("kind", ["transformer", "pixelcnn, attention"])  # which has all that the other PixelCNNs have
-def test_it_trains_compiled_without_a_break(kind: str) -> None:
-    """Whole, through torch.compile's own tracers, checkpointed, and to the same gradients."""
+@pytest.mark.parametrize("kind", ["transformer", "pixelcnn, attention"])  # with every kind of layer
+def test_priors_compile_as_one_graph_with_the_same_gradients(kind: str) -> None:
+    """Through torch.compile's tracers, with gradient checkpointing."""
     prior = build(kind, LAYOUTS["top and bottom"], layers=2).double().train()
     prior.checkpointing = True
     codes, labels = random_codes(prior.layout, 2), torch.tensor([1, 5])

@@ -1,4 +1,4 @@
-"""The PixelCNN's own: masks against the paper's, blind spot, reach, sizes."""
+"""PixelCNN: masks against the paper's, no blind spot, reach, sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def network(grid: tuple[int, int], **settings: int) -> LevelNetwork:
 
 
 def dependencies(network: LevelNetwork, grid: tuple[int, int]) -> torch.Tensor:
-    """(T, T): whether the logits of a position have a gradient at the embedded code of another."""
+    """Return a (T, T) mask: whether a position's logits have a gradient at the embedded code of another."""
     embedded: list[torch.Tensor] = []
     network.token.register_forward_hook(lambda _m, _i, output: (embedded.append(output.detach().requires_grad_()), embedded[-1])[1])
     logits = network(torch.randint(7, (1, *grid)), network.context((), torch.tensor([0])), False)[0]
@@ -32,32 +32,32 @@ def dependencies(network: LevelNetwork, grid: tuple[int, int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("grid", [(6, 6), (4, 9), (9, 4)])
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_deep_enough_every_position_before_is_seen_and_no_other(grid: tuple[int, int], kernel_size: int) -> None:
-    found = dependencies(network(grid, layers=7, kernel_size=kernel_size), grid)
-    assert torch.equal(found, torch.ones_like(found).tril(-1))
+def test_a_deep_stack_sees_exactly_the_earlier_positions(grid: tuple[int, int], kernel_size: int) -> None:
+    depends = dependencies(network(grid, layers=7, kernel_size=kernel_size), grid)
+    assert torch.equal(depends, torch.ones_like(depends).tril(-1))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_shallow_stack_sees_what_the_masks_leave(layers: int) -> None:
-    """Rows up to 3 above in the first layer and 1 more in each after; as many columns to either side, but in its own row left only."""
+def test_a_shallow_stack_sees_as_far_as_its_masks(layers: int) -> None:
+    """3 rows above in the first layer, 1 more per further layer; as many columns to either side, in the position's row only to the left."""
     grid, reach = (9, 11), 3 + layers - 1
-    found = dependencies(network(grid, layers=layers), grid)
+    depends = dependencies(network(grid, layers=layers), grid)
     for position in range(99):
         row, column = divmod(position, 11)
         for other in range(99):
             up, aside = row - other // 11, other % 11 - column
             within = (up > 0 and up <= reach and abs(aside) <= reach) or (up == 0 and -reach <= aside < 0)
-            assert bool(found[position, other]) == within, (position, other)
+            assert bool(depends[position, other]) == within, (position, other)
 
 
-def test_with_attention_a_shallow_stack_sees_everything_before() -> None:
-    found = dependencies(network((8, 8), layers=2, attention_interval=2), (8, 8))
-    assert torch.equal(found, torch.ones_like(found).tril(-1))
+def test_with_attention_a_shallow_stack_sees_all_earlier_positions() -> None:
+    depends = dependencies(network((8, 8), layers=2, attention_interval=2), (8, 8))
+    assert torch.equal(depends, torch.ones_like(depends).tril(-1))
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_shifted_convolutions_are_the_papers_masked_ones(first: bool) -> None:
-    """A layer's own convolutions, on shifted inputs if it is the first, against k x k and 1 x k kernels with the weights that
+    """A layer's convolutions, on shifted inputs if it is the first, against k x k and 1 x k kernels with the weights that
     masks A (first) and B leave at their positions and zeros elsewhere.
     """
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_shifted_convolutions_are_the_papers_masked_ones(first: bool) -> None:
     layer = GatedLayer(width, kernel, first, dropout=0.0, heads=0).double()
     x = torch.randn(2, width, 6, 5, dtype=torch.float64)
     middle = kernel // 2
-    # Vertical: rows above the middle; horizontal: columns left of it; mask B has the middle too, of what is already shifted.
+    # Vertical: rows above the middle; horizontal: columns left of it; mask B also has the middle, of inputs that are already shifted.
     above = torch.zeros(2 * width, width, kernel, kernel, dtype=torch.float64)
     above[:, :, middle + (not first) - layer.reach : middle + (not first)] = layer.vertical.weight
     left = torch.zeros(2 * width, width, 1, kernel, dtype=torch.float64)
@@ -81,16 +81,16 @@ def test_shifted_convolutions_are_the_papers_masked_ones(first: bool) -> None:
     assert torch.allclose(convolved(layer.horizontal, columns).movedim(-1, 1), horizontal)
 
 
-def test_a_stack_too_shallow_for_its_grid_says_so() -> None:
+def test_a_stack_too_shallow_for_its_grid_gets_a_warning() -> None:
     layout = SequenceLayout([(16, 16)], [8])
-    told = [
+    warnings = [
         build_prior(
             PixelCNNPart(layers=layers, width=16, heads=4, attention_interval=attention), classes(0), manifest(layout)
         ).training_warnings()
         for layers, attention in ((5, 0), (13, 0), (5, 5))
     ]
-    assert told[0] == ["a position sees 7 codes far, of 15; more --prior.layers or a larger --prior.kernel_size see further"]
-    assert told[1:] == [[], []]
+    assert warnings[0] == ["a position sees 7 codes far, of 15; more --prior.layers or a larger --prior.kernel_size see further"]
+    assert warnings[1:] == [[], []]
 
 
 def test_the_small_preset_has_the_parameters_of_public_ones() -> None:

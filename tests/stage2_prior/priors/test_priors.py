@@ -1,4 +1,4 @@
-"""What holds for every prior: order, likelihoods, caches, labels, draws."""
+"""Properties of every prior: order, likelihoods, caches, labels, draws."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ pytestmark = pytest.mark.parametrize("kind", KINDS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
-def rows_of(prior: StepwisePrior, codes: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> list[torch.Tensor]:
-    """Logits (B, K) of each position."""
+def position_logits(prior: StepwisePrior, codes: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> list[torch.Tensor]:
+    """Return the logits (B, K) of each position."""
     return [row for level in prior.logits(codes, labels) for row in level.unbind(1)]
 
 
 @layouts
-def test_each_position_depends_on_every_position_before_it_and_on_no_other(kind: str, layout: SequenceLayout) -> None:
+def test_each_position_depends_on_exactly_the_earlier_positions(kind: str, layout: SequenceLayout) -> None:
     """Another code at position j moves the logits of exactly the positions after j: no blind spot, nothing from the future."""
     prior = build(kind, layout, layers=4).double()
     codes, labels = random_codes(layout, 1), torch.tensor([2])
-    base = rows_of(prior, codes, labels)
+    base = position_logits(prior, codes, labels)
     for changed in range(layout.length):
         sequences = layout.flat(codes).clone()
         sequences[0, changed] = (sequences[0, changed] + 1) % layout.num_codes[layout.level_of(changed)]
-        moved = [not torch.equal(a, b) for a, b in zip(base, rows_of(prior, layout.grids_of(sequences), labels), strict=True)]
+        moved = [not torch.equal(a, b) for a, b in zip(base, position_logits(prior, layout.grids_of(sequences), labels), strict=True)]
         assert moved == [position > changed for position in range(layout.length)]
 
 
 @pytest.mark.parametrize("sizes", [(3,), (3, 2), (2, 3)])
 def test_probabilities_sum_to_one_over_all_codes(kind: str, sizes: tuple[int, ...]) -> None:
-    """The chain of conditionals is one distribution: the sum of exp(-nats) over all grids there are is 1."""
+    """The chain of conditionals is one distribution: the sum of exp(-nats) over all possible grids is 1."""
     layout = SequenceLayout([(1, 2)] * len(sizes) if len(sizes) > 1 else [(2, 2)], sizes)
     prior = build(kind, layout).double()
     ranges = [torch.arange(layout.num_codes[layout.level_of(position)]) for position in range(layout.length)]
-    every = layout.grids_of(torch.cartesian_prod(*ranges))
-    nats = prior.nats(every, torch.full((len(every[0]),), 1))
-    assert nats.shape == (len(every[0]), layout.length)
+    all_grids = layout.grids_of(torch.cartesian_prod(*ranges))
+    nats = prior.nats(all_grids, torch.full((len(all_grids[0]),), 1))
+    assert nats.shape == (len(all_grids[0]), layout.length)
     assert (-nats).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
@@ -59,7 +59,7 @@ def test_cached_steps_give_the_logits_of_the_full_pass(kind: str, layout: Sequen
     codes, labels = random_codes(layout, 6), torch.arange(6) if labelled else None
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-11)):
         prior.to(dtype)
-        full = rows_of(prior, codes, labels)
+        full = position_logits(prior, codes, labels)
         cache, sequences = prior.new_cache(6), layout.flat(codes)
         for position in range(layout.length):
             step = prior.step(None if position == 0 else sequences[:, position - 1], labels, cache)
@@ -67,14 +67,14 @@ def test_cached_steps_give_the_logits_of_the_full_pass(kind: str, layout: Sequen
             assert torch.allclose(step, full[position], atol=tolerance, rtol=tolerance)
 
 
-def test_labels_matter_at_every_place_and_no_label_is_not_a_label(kind: str) -> None:
+def test_labels_change_the_logits_of_every_position_and_none_is_the_null_label(kind: str) -> None:
     layout = LAYOUTS["top and bottom"]
     prior = build(kind, layout)
     codes = tuple(level[:1].expand(6, -1, -1) for level in random_codes(layout, 6))
-    for logits in rows_of(prior, codes, torch.arange(6)):
+    for logits in position_logits(prior, codes, torch.arange(6)):
         assert all(not torch.allclose(logits[a], logits[b], atol=1e-4) for a, b in itertools.combinations(range(6), 2))
-    for of_none, of_index in zip(prior.logits(codes, None), prior.logits(codes, torch.full((6,), 5)), strict=True):
-        assert torch.equal(of_none, of_index)
+    for unlabelled, null_labelled in zip(prior.logits(codes, None), prior.logits(codes, torch.full((6,), 5)), strict=True):
+        assert torch.equal(unlabelled, null_labelled)
 
 
 def test_dropout_is_off_in_eval(kind: str) -> None:
@@ -85,7 +85,7 @@ def test_dropout_is_off_in_eval(kind: str) -> None:
     assert not torch.equal(prior.logits(codes, None)[0], prior.logits(codes, None)[0])
 
 
-def test_it_begins_near_the_uniform_prior(kind: str) -> None:
+def test_untrained_priors_are_near_uniform(kind: str) -> None:
     torch.manual_seed(0)
     config = part_from("prior", {"layers": 6, "width": 64, "heads": 4, **KINDS[kind]})
     layout = SequenceLayout([(4, 4)], [512])
@@ -96,7 +96,7 @@ def test_it_begins_near_the_uniform_prior(kind: str) -> None:
 
 @layouts
 def test_gradient_checkpointing_changes_no_gradient(kind: str, layout: SequenceLayout) -> None:
-    """With dropout too: the second computation of a layer draws as the first."""
+    """With dropout too: the recomputation of a layer draws the same mask."""
     codes, labels = random_codes(layout, 3), torch.tensor([0, 4, 5])
     gradients = []
     for checkpointing in (False, True):
@@ -111,8 +111,8 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, layout: SequenceL
         assert torch.equal(plain, checkpointed)
 
 
-def test_checkpointing_keeps_less_for_the_backward_pass(kind: str) -> None:
-    """Bytes that autograd saves."""
+def test_checkpointing_saves_memory_for_the_backward_pass(kind: str) -> None:
+    """Counts the bytes that autograd saves."""
 
     def saved(checkpointing: bool) -> int:
         prior = build(kind, LAYOUTS["one level"], layers=6).train()
@@ -149,8 +149,8 @@ def test_samples_follow_the_priors_own_probabilities(kind: str) -> None:
         parameter.data *= 0.5
     codes = prior.sample(None, uniforms(0, torch.arange(8_000), 4), StepwiseSampling())
     index = (layout.flat(codes) * torch.tensor([8, 4, 2, 1])).sum(1)
-    every = layout.grids_of(torch.tensor(list(itertools.product([0, 1], repeat=4))))
-    expected = 8_000 * (-prior.nats(every, None)).sum(1).exp()
+    all_grids = layout.grids_of(torch.tensor(list(itertools.product([0, 1], repeat=4))))
+    expected = 8_000 * (-prior.nats(all_grids, None)).sum(1).exp()
     assert expected.min() > 5
     statistic = ((torch.bincount(index, minlength=16) - expected).square() / expected).sum()
     assert statistic < 37.7
@@ -165,26 +165,26 @@ def test_a_sample_is_the_same_whatever_it_is_batched_with(kind: str, layout: Seq
     together = prior.sample(labels, uniforms(7, numbers, layout.length), config)
     for size in (1, 5):
         parts = [prior.sample(labels[part], uniforms(7, part, layout.length), config) for part in numbers.split(size)]
-        assert all(torch.equal(torch.cat(level), whole) for level, whole in zip(zip(*parts, strict=True), together, strict=True))
+        assert all(torch.equal(torch.cat(level), expected) for level, expected in zip(zip(*parts, strict=True), together, strict=True))
     other = prior.sample(labels, uniforms(8, numbers, layout.length), config)
     assert not torch.equal(other[0], together[0])
 
 
 @pytest.fixture
 def _only_new_objects_are_tracked() -> None:
-    """The collector does not look at what is there already: of a process that has compiled much, millions of objects."""
+    """Exclude existing objects from garbage collection: after compilations there are millions."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.mark.usefixtures("_only_new_objects_are_tracked")
-def test_a_batch_leaves_nothing_behind(kind: str) -> None:
+def test_batches_leak_no_tensors(kind: str) -> None:
     """As many tensors are alive after the fourth batch as after the first."""
     prior = build(kind, LAYOUTS["top and bottom"])
 
     def alive() -> int:
         gc.collect()
-        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+        return sum(issubclass(type(tracked), torch.Tensor) for tracked in gc.get_objects())
 
     counts = []
     for batch in range(4):
@@ -197,53 +197,53 @@ def test_a_batch_leaves_nothing_behind(kind: str) -> None:
 
 @layouts
 def test_kept_codes_stay_and_the_others_follow_from_them(kind: str, layout: SequenceLayout) -> None:
-    """Completion, greedily: each drawn code is the likeliest given those before it, kept or drawn, by the full pass."""
+    """Greedy completion: each drawn code is the most probable after the codes before it, by the full pass."""
     prior = build(kind, layout).double()
-    given, labels = random_codes(layout, 4), torch.tensor([0, 1, 4, 5])
-    kept = layout.grids_of(torch.arange(layout.length)[None] % 3 != 1)
-    found = prior.sample(labels, uniforms(0, torch.arange(4), layout.length), StepwiseSampling(temperature=0), Keep(given, kept))
-    likeliest = torch.stack([row.argmax(-1) for row in rows_of(prior, found, labels)], 1)
-    mask = layout.flat(kept)[0]
+    codes, labels = random_codes(layout, 4), torch.tensor([0, 1, 4, 5])
+    masks = layout.grids_of(torch.arange(layout.length)[None] % 3 != 1)
+    completed = prior.sample(labels, uniforms(0, torch.arange(4), layout.length), StepwiseSampling(temperature=0), Keep(codes, masks))
+    most_probable = torch.stack([row.argmax(-1) for row in position_logits(prior, completed, labels)], 1)
+    mask = layout.flat(masks)[0]
     assert 0 < int(mask.sum()) < layout.length - 1
-    assert torch.equal(layout.flat(found)[:, mask], layout.flat(given)[:, mask])
-    assert torch.equal(layout.flat(found)[:, ~mask], likeliest[:, ~mask])
+    assert torch.equal(layout.flat(completed)[:, mask], layout.flat(codes)[:, mask])
+    assert torch.equal(layout.flat(completed)[:, ~mask], most_probable[:, ~mask])
 
 
 @layouts
-def test_everything_together_is_what_full_passes_give(kind: str, layout: SequenceLayout) -> None:
+def test_all_options_together_equal_full_passes(kind: str, layout: SequenceLayout) -> None:
     """Guidance on a schedule, temperature, top-k, top-p, min-p and kept codes, position by position without a cache."""
     prior = build(kind, layout).double()
     settings = {"guidance": 2.5, "guidance_schedule": "cosine", "temperature": 0.8, "top_k": 4, "top_p": 0.9, "min_p": 0.05}
     config = StepwiseSampling(**settings)  # type: ignore[arg-type]
-    given, labels, none = random_codes(layout, 4), torch.tensor([0, 1, 2, 4]), torch.full((4,), 5)
-    kept = layout.grids_of(torch.arange(layout.length)[None] % 4 == 1)
+    codes, labels, none = random_codes(layout, 4), torch.tensor([0, 1, 2, 4]), torch.full((4,), 5)
+    masks = layout.grids_of(torch.arange(layout.length)[None] % 4 == 1)
     uniform = uniforms(3, torch.arange(4), layout.length)
-    found = layout.flat(prior.sample(labels, uniform, config, Keep(given, kept)))
-    sequences = layout.flat(given)
+    completed = layout.flat(prior.sample(labels, uniform, config, Keep(codes, masks)))
+    sequences = layout.flat(codes)
     for position, scale in enumerate(guidance_scales(config, layout.length)):
-        if not layout.flat(kept)[0, position]:
-            codes = layout.grids_of(sequences)
-            logits = guided(rows_of(prior, codes, labels)[position], rows_of(prior, codes, none)[position], scale)
+        if not layout.flat(masks)[0, position]:
+            grids = layout.grids_of(sequences)
+            logits = guided(position_logits(prior, grids, labels)[position], position_logits(prior, grids, none)[position], scale)
             sequences[:, position] = draw(warp(logits, config), uniform[:, position])
-        assert torch.equal(found[:, position], sequences[:, position])
+        assert torch.equal(completed[:, position], sequences[:, position])
 
 
-def test_what_is_not_finite_is_not_drawn_from(kind: str) -> None:
+def test_non_finite_logits_are_refused(kind: str) -> None:
     prior = build(kind, LAYOUTS["one level"])
     with pytest.raises(UserError, match="finite"):
         prior.sample(torch.tensor([0]), uniforms(0, torch.arange(1), 12), StepwiseSampling(guidance=1e308))
 
 
-def test_everything_kept_is_given_back(kind: str) -> None:
+def test_keeping_every_code_returns_the_codes(kind: str) -> None:
     layout = LAYOUTS["top and bottom"]
-    given = random_codes(layout, 3)
-    kept = tuple(torch.ones(grid, dtype=torch.bool) for grid in layout.grids)
-    found = build(kind, layout).sample(None, uniforms(0, torch.arange(3), layout.length), StepwiseSampling(), Keep(given, kept))
-    assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+    codes = random_codes(layout, 3)
+    masks = tuple(torch.ones(grid, dtype=torch.bool) for grid in layout.grids)
+    completed = build(kind, layout).sample(None, uniforms(0, torch.arange(3), layout.length), StepwiseSampling(), Keep(codes, masks))
+    assert all(torch.equal(a, b) for a, b in zip(completed, codes, strict=True))
 
 
-def test_all_its_weights_learn(kind: str) -> None:
-    """With labels hidden for some, every parameter gets a gradient; DDP would wait for one that does not."""
+def test_every_parameter_gets_a_gradient(kind: str) -> None:
+    """With labels dropped for some images; DDP would wait for a parameter without a gradient."""
     for layout in LAYOUTS.values():
         prior = build(kind, layout).train()
         prior(random_codes(layout, 6), torch.arange(6)).backward()
@@ -251,13 +251,13 @@ def test_all_its_weights_learn(kind: str) -> None:
 
 
 @layouts
-def test_variants_move_the_logits_and_the_image_itself_needs_no_telling(kind: str, layout: SequenceLayout) -> None:
-    """Non-leaking augmentation: variant 0 is what sampling and likelihoods assume, and training keeps it so."""
+def test_variants_change_the_logits_and_variant_0_is_the_default(kind: str, layout: SequenceLayout) -> None:
+    """Non-leaking augmentation: sampling and likelihoods assume variant 0, whose embedding stays zero in training."""
     prior = build(kind, layout, num_variants=3).train()
     codes, labels = random_codes(layout, 4), torch.arange(4)
-    untold, itself, shifted = (prior.logits(codes, labels, told) for told in (None, torch.zeros(4).long(), torch.full((4,), 2)))
-    assert all(torch.equal(a, b) for a, b in zip(untold, itself, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(itself, shifted, strict=True))
+    default, original, shifted = (prior.logits(codes, labels, variants) for variants in (None, torch.zeros(4).long(), torch.full((4,), 2)))
+    assert all(torch.equal(a, b) for a, b in zip(default, original, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(original, shifted, strict=True))
     torch.cat([level.flatten() for level in prior.logits(codes, labels, torch.arange(4) % 3)]).square().sum().backward()
     gradients = [module.weight.grad for module in prior.modules() if isinstance(module, VariantEmbedding)]
     assert gradients

@@ -1,4 +1,4 @@
-"""The transformer's own: embeddings, levels, sizes of the literature."""
+"""Transformer: embeddings, levels, sizes of the literature."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_start_labels_and_tokens_share_no_embedding() -> None:
     assert len(pointers) == 3
 
 
-def test_a_position_knows_its_level_row_and_column() -> None:
+def test_positions_differ_by_level_row_and_column() -> None:
     """With all codes alike, no two positions of a hierarchy have the same embedding, and a coarse code lies amid its finer ones."""
     prior = build("transformer", LAYOUTS["top and bottom"])
     assert isinstance(prior, Transformer)
@@ -31,7 +31,7 @@ def test_a_position_knows_its_level_row_and_column() -> None:
     assert prior.layout.centres()[2:4].tolist() == [[0, 0], [0, 1]]
 
 
-def test_the_mlps_gradient_written_by_hand_is_that_of_small_differences() -> None:
+def test_the_hand_written_gradient_of_the_mlp_equals_finite_differences() -> None:
     torch.manual_seed(0)
     assert torch.autograd.gradcheck(SwiGLU(16).double(), torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True))
 
@@ -44,18 +44,20 @@ def test_presets_have_the_sizes_of_the_literature(preset: str, millions: int) ->
     assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-def test_training_begins_with_codes_of_near_vectors_near_one_another() -> None:
-    """Of each level by its own vectors, at the scale of an initialisation that knows none; without them, nothing of the kind."""
+def test_codes_with_near_vectors_begin_with_near_embeddings() -> None:
+    """Per level, at the scale of the default initialisation, which shows no such correlation."""
     layout = SequenceLayout([(1, 2), (2, 4)], [40, 60])
     plain = TransformerPart(layers=1, width=64, heads=1).build(layout, NoCondition()).state_dict()
     prior = TransformerPart(layers=1, width=64, heads=1).build(layout, NoCondition())
     vectors = [torch.randn(k, 8) * scale for k, scale in zip(layout.num_codes, (0.01, 100), strict=True)]
     prior.initialise_from(vectors)
     for name in ("token.weight", "head.weight"):
-        found = prior.state_dict()[name]
-        assert found.std().item() == pytest.approx(plain[name].std().item(), rel=0.1)
-        for begun, fresh, of_level in zip(*(weight.split(layout.num_codes) for weight in (found, plain[name])), vectors, strict=True):
-            distances = torch.stack([torch.pdist(rows) for rows in (of_level, begun, fresh)])
+        initialised = prior.state_dict()[name]
+        assert initialised.std().item() == pytest.approx(plain[name].std().item(), rel=0.1)
+        for embeddings, default, level_vectors in zip(
+            *(weight.split(layout.num_codes) for weight in (initialised, plain[name])), vectors, strict=True
+        ):
+            distances = torch.stack([torch.pdist(rows) for rows in (level_vectors, embeddings, default)])
             _, with_vectors, without = torch.corrcoef(distances)[0].tolist()
             assert with_vectors > 0.7
             assert abs(without) < 0.2
