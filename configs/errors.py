@@ -65,10 +65,10 @@ def listed(names: Iterable[object], most: int = _MOST_LISTED) -> str:
     return ", ".join(short[:most]) + more or "none"
 
 
-def require(holds: bool, key: str, expected: str, found: object) -> None:
+def require(holds: bool, key: str, expected: str, value: object) -> None:
     """Errors: ValueError that names the recipe's key, unless `holds`."""
     if not holds:
-        raise ValueError(f"{key}: expected {expected}, found {found}")
+        raise ValueError(f"{key}: expected {expected}, found {value}")
 
 
 def require_text(key: str, value: object) -> None:

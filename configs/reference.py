@@ -81,7 +81,7 @@ def _settings_by_kind(name: str, column: str, kinds: Mapping[str, type]) -> Iter
         for field in dataclasses.fields(section):
             rows.setdefault((f"`{name}.{field.name}`", *_cells(section, field)), []).append(f"`{kind}`")
     columns = ("setting", column, "values", "default", "meaning")
-    yield from _table(columns, ([setting, ", ".join(found), *cells] for (setting, *cells), found in rows.items()))
+    yield from _table(columns, ([setting, ", ".join(row_kinds), *cells] for (setting, *cells), row_kinds in rows.items()))
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

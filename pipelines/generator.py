@@ -308,9 +308,9 @@ class Generator:
 
         Returns: uint8 (N, H, W, C), complete on the main process alone.
         """
-        sampler, config, kept = self._sampler, self._sampling(settings), Keep(codes, kept_codes(self.tokenizer, keep))
+        sampler, config, known = self._sampler, self._sampling(settings), Keep(codes, kept_codes(self.tokenizer, keep))
         check_guidance(config, condition, self.header)
-        return draw_images(self._accelerator, self.tokenizer, sampler, condition, len(codes[0]), seed, config, kept, progress)[1]
+        return draw_images(self._accelerator, self.tokenizer, sampler, condition, len(codes[0]), seed, config, known, progress)[1]
 
     # --- likelihoods
 

@@ -57,8 +57,8 @@ export function uniforms(seed, number, length) {
 export function warp(logits, { temperature, top_k: topK, top_p: topP, min_p: minP }) {
   const count = logits.length;
   if (temperature === 0) {
-    const likeliest = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
-    return Float64Array.from({ length: count }, (_, code) => (code === likeliest ? 1 : 0));
+    const best = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
+    return Float64Array.from({ length: count }, (_, code) => (code === best ? 1 : 0));
   }
   let warped = logits.map((logit) => logit / temperature);
   if (topK > 0 && topK < count) {
