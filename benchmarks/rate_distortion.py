@@ -31,7 +31,7 @@ from configs.cli import TRAIN_PRIOR, load_recipe
 from configs.errors import UserError, run_entry
 from configs.run_dir import RunDir
 from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
-from pipelines.codec.coder import batch_images, encode
+from pipelines.codec.coder import code_batch_size, encode
 from pipelines.conditioning import image_condition
 from pipelines.encoding import encode_and_decode
 from pipelines.inputs.images import Images, chosen_images
@@ -77,7 +77,7 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> tuple[list[Poin
     prior = stepwise(loaded, "compress", header.config.kind)
     labels = image_condition(header, None, images)
     codes, decoded = encode_and_decode(tokenizer, images.pixels, _BATCH)
-    coded = encode(prior.double(), codes, labels, batch_images(prior.layout, _BATCH), progress=True).coded
+    coded = encode(prior.double(), codes, labels, code_batch_size(prior.layout, _BATCH), progress=True).coded
     height, width, channels = images.pixels.shape[1:]
     source = run_fingerprint(fingerprint(run.tokenizer), fingerprint(path))
     content = CodeFile(source, path.parent.name, (height, width, channels), coded, labels, None)

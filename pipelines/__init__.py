@@ -1,4 +1,4 @@
-"""What people came for, over both stages: `Generator`, and scripts, imported by nobody but tests."""
+"""Pipelines over both stages: `Generator`, and scripts that only tests import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Generator"]
 
 
 def __getattr__(name: str) -> Any:
-    # Not before it is asked for: scripts that only start others would wait for torch.
+    # Imported on first use: scripts that only start others need no torch.
     if name == "Generator":
         from pipelines.generator import Generator
 

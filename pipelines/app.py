@@ -4,7 +4,7 @@
     python pipelines/app.py --run hf:USER/NAME --port 8080
 
 Needs the extra `app` (pip install -e '.[app]'). Prints the address to open, on this machine alone (127.0.0.1); with `--host 0.0.0.0`
-anyone who reaches this machine may use it. The same seed gives the same pictures as pipelines/sample.py. Ctrl-C ends it.
+anyone who can connect to this machine may use it. The same seed gives the same pictures as pipelines/sample.py. Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
         device = start(recipe.compute).device
-        generator = Generator.of_run(run, recipe.data, command_sampling(recipe, device), options.prior, device)
+        generator = Generator.from_run(run, recipe.data, command_sampling(recipe, device), options.prior, device)
         run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
-        # Pillow warns above this and refuses twice as many.
+        # Pillow warns above this limit and refuses above twice the limit.
         Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
         with served(generator, options.host, options.port) as address:
             print(f"{generator}", f"open {address} (Ctrl-C ends it)", sep="\n", flush=True)
@@ -100,13 +100,13 @@ def _prepare_gradio(host: str, folder: str) -> None:
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
-    parser.add_argument("--port", type=int | None, help="port to listen at (default: the first free one from 7860)")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines")
+    parser.add_argument("--port", type=int | None, help="port to listen on (default: the first free one from 7860)")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
 
 
 def _check_free(host: str, port: int | None) -> None:
-    """Check the address. Errors: UserError for one that this machine does not have or that is in use."""
+    """Check the address. Errors: UserError if this machine does not have it or it is in use."""
     try:
         with socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass

@@ -6,9 +6,10 @@
     python pipelines/compress.py --lossless
 
 Lossy by default: pipelines/decompress.py gives the tokenizer's reconstruction of each image, at the recipe's size. --lossless also codes
-the pixels under p(x | z), which takes a tokenizer whose objective is a likelihood; an image that is smaller as PNG is stored as PNG.
-Without --images, the validation split; without --output, a new folder compressed/NNN in the run. Reading the file takes this run's
-tokenizer and prior. It is decoded once before it is written. Labels that the prior knows are stored and save bits.
+the pixels under p(x | z), which needs a tokenizer whose objective is a likelihood; an image that is smaller as PNG is stored as PNG.
+Without --images, the validation split is compressed; without --output, the file is written to a new folder compressed/NNN in the run.
+Decompression needs this run's tokenizer and prior. The file is verified by decoding before it is written. Labels that the prior knows are
+stored and save bits.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ def main(argv: list[str] | None = None) -> None:
 def _options(parser: Any) -> None:
     image_options(parser)
     parser.add_argument("--lossless", action="store_true", help="also code the pixels, so that all are restored exactly")
-    parser.add_argument("--output", type=str, help="the file to write; must not exist (default: compressed/NNN in the run)")
+    parser.add_argument("--output", type=str, help="file to write; must not exist (default: compressed/NNN in the run)")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
     label_option(parser, "all images", "their own, where known")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at once, while encoding and decoding")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per batch of encoding and decoding")
 
 
 def _free(path: Path) -> Path:
@@ -90,7 +91,7 @@ def _free(path: Path) -> Path:
 def check_exact(images: Images, data: Data) -> None:
     """Check that no image was scaled, converted or composed over a background when it was read. Errors: UserError if one was.
 
-    Images of a split are compressed as the run has them.
+    Images of a split need no check: they are compressed at the recipe's size.
     """
     modes = ("1", "L") if data.channels == 1 else ("1", "L", "P", "RGB")
     for path in images.names if images.below is not None else ():
@@ -110,20 +111,18 @@ def report(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded
     print(f"payload: {8 * sizes.payload / images:.1f} bits an image, {ratio}; without the tokenizer and prior")
     prior_bytes = encoding.bits / 8
     above = f", the payload {sizes.payload / prior_bytes - 1:.2%} above" if prior_bytes else ""
-    print(f"the prior's own -log2 p: {prior_bytes:.1f} bytes{above}; logits kept {encoding.clearance:.1g} clear of rounding boundaries")
+    print(f"-log2 p under the prior: {prior_bytes:.1f} bytes{above}; logits at least {encoding.clearance:.1g} from rounding boundaries")
 
 
 def report_lossless(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded: EncodedImages) -> None:
-    """Print a lossless file's size, the size of its parts, and the bound of the images that are coded."""
+    """Print a lossless file's size, the size of its parts, and the bound on the bits of the coded images."""
     images, raw, total, coded = len(pixels), pixels.numel(), sum(sizes), len(encoded.bound)
     print(f"wrote {images} images to {command.run.show(output)}, lossless: {total} bytes, {raw / total:.2f} : 1 of raw pixels")
     print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, codes {sizes.payload}, pixels {sizes.pixels}")
     print(f"{8 * total / raw:.4f} bits a dimension, {total / images:.1f} bytes an image; {images - coded} of them stored as PNG")
     if coded:
         bound_bits = float(encoded.bound.sum())
-        print(
-            f"the bound of the {coded} coded ones: {bound_bits / 8:.1f} bytes, {bound_bits * images / (raw * coded):.4f} bits a dimension"
-        )
+        print(f"bound for the {coded} coded images: {bound_bits / 8:.1f} bytes, {bound_bits * images / (raw * coded):.4f} bits a dimension")
 
 
 if __name__ == "__main__":

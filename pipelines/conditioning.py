@@ -1,4 +1,4 @@
-"""The condition of images in a pipeline: what a user requests with `--label`, or what the images have themselves."""
+"""The condition of images in a pipeline: from `--label`, or from the images' own labels."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.prior_file import PriorHeader
 
 
-def label_option(parser: Any, which: str, default: str) -> None:
-    """Add `--label`, or `--condition`, for `which` images."""
-    text = f"condition of {which}: a class by name or number, or what another kind of condition takes (default: {default})"
+def label_option(parser: Any, images: str, default: str) -> None:
+    """Add the option `--label`, or `--condition`. `images`, `default`: words for the help."""
+    text = f"condition of {images}: a class by name or number, or the text of another kind of condition (default: {default})"
     parser.add_argument("--label", "--condition", type=str, help=text)
 
 
 def requested_condition(
     header: PriorHeader | None, label: Label | Sequence[Label] | None, count: int, default: Tensor | None = None
 ) -> Tensor | None:
-    """Rows (N, ...) of a prior's condition: those that a user requests, one for all images or one each, or else the default.
+    """Return rows (N, ...) of a prior's condition from the user's label, one for all images or one per image, or else the default.
 
     Args:
-        header: the prior's; None: the uniform prior, which has no condition.
-        label: in the form that `Condition.parse` takes.
+        header: header of the prior; None: the uniform prior, which has no condition.
+        label: texts for `Condition.parse`; None: not requested.
         count: number of images.
-        default: rows to use where nothing is requested; None: no condition.
-    Errors: UserError for a label that there is not, another number of labels than images, or none where the prior needs one.
+        default: rows if no label is requested; None: no condition.
+    Errors: UserError for an unknown label, another number of labels than images, or none where the prior needs one.
     """
     condition = NoCondition() if header is None else header.condition
     if isinstance(label, torch.Tensor | np.ndarray | np.generic):
@@ -51,28 +51,28 @@ def requested_condition(
 
 
 def sample_condition(header: PriorHeader | None, label: Label | Sequence[Label] | None, count: int) -> Tensor | None:
-    """Rows (N, ...) of samples: as requested, or else the classes in turn. Errors: as `requested_condition`."""
+    """Return rows (N, ...) for samples: as requested, or else the classes in turn. Errors: as `requested_condition`."""
     return requested_condition(header, label, count, None if header is None else header.condition.in_turn(count))
 
 
 def image_condition(header: PriorHeader | None, label: str | None, images: Images, lenient: bool = False) -> Tensor | None:
-    """Rows (N, ...) of given images: as requested, or else the images' own; None where there are none.
+    """Return rows (N, ...) for images: as requested, or else from the images' labels or columns; None: no condition.
 
     Args:
         header, label: as in `requested_condition`.
-        images: whose classes are compared with the prior's by name.
-        lenient: if the prior does not know the class of some image, take all without, so that their bits can be compared.
+        images: images whose classes are matched to the prior's by name.
+        lenient: if the prior does not know the class of an image, use no condition for any, so that their bits remain comparable.
     Errors: UserError for a class that the prior does not know, or none, where it needs one.
     """
-    own = None
+    encoded = None
     if label is None and header is not None:
-        own = header.condition.encode(images.split(), slice(None))
-        known = None if own is None else header.condition.known(own)
+        encoded = header.condition.encode(images.split(), slice(None))
+        known = None if encoded is None else header.condition.known(encoded)
         if known is not None and images.labels is not None and not bool(known.all()):
             unknown = images.labels[int(known.int().argmin())]
             if not (lenient and header.supports_unconditional):
                 expected = f"expected images with labels that the prior knows ({header.condition.describe()}), or one for all"
                 raise UserError(f"label: {expected}, found {unknown}")
             say(f"the prior does not know the label {unknown}: all images are taken without labels (--label names one for all)")
-            own = None
-    return requested_condition(header, label, len(images.pixels), own)
+            encoded = None
+    return requested_condition(header, label, len(images.pixels), encoded)

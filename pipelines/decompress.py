@@ -3,8 +3,8 @@
     python pipelines/decompress.py --file photos.vqc
     python pipelines/decompress.py --file photos.vqc --output photos/
 
-Needs the run that compressed it, with the same tokenizer and prior. PNGs have the images' names and folders, or the row numbers of the
-split. Without --output, a new folder decompressed/NNN in the run.
+Needs the run that compressed the file, with the same tokenizer and prior. PNGs are named like the images, in the same folders, or by the
+row numbers of the split. Without --output, they are written to a new folder decompressed/NNN in the run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     parser.add_argument("--file", type=str, help="file that compress.py wrote")
-    parser.add_argument("--output", type=str, help="a folder, new or empty (default: decompressed/NNN in the run)")
+    parser.add_argument("--output", type=str, help="folder to write, new or empty (default: decompressed/NNN in the run)")
 
 
 def read(file: Path) -> bytes:
@@ -87,9 +87,9 @@ def _empty(path: Path) -> Path:
 
 @contextmanager
 def _filled(numbered: Path | None, output: Path | None, names: list[str]) -> Iterator[Path]:
-    """Yield the folder to fill, the run's or the user's.
+    """Yield the folder to fill: the numbered folder of the run or the user's output folder.
 
-    If the block fails, the named images and their folders are deleted from the user's.
+    If the block fails, the named images and their folders are deleted from the output folder.
     """
     if numbered is not None:
         yield numbered

@@ -1,4 +1,4 @@
-"""What all that draws from a prior shares: guidance that is possible, kept codes, drawing and decoding in batches."""
+"""Drawing from a prior: the check of guidance, the mask of kept codes, drawing and decoding in batches."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from training.progress import progress_bar
 
 
 def check_guidance(config: Sampling, condition: Tensor | None, header: PriorHeader | None) -> None:
-    """Says so where guidance has no effect. Errors: UserError for guidance by a prior that has not learned p(codes)."""
+    """Print a line if guidance has no effect. Errors: UserError for guidance with a prior that was trained without condition dropout."""
     if header is None or config.guidance == 1:
         return
     if condition is None:
-        say("guidance has no effect: there are no labels to insist on")
+        say("guidance has no effect without labels")
     elif not header.supports_unconditional:
         raise UserError(f"guidance: expected 1 for a prior trained with stage2.condition_dropout 0, found {config.guidance}")
 
 
-def kept_codes(tokenizer: VQVAE, kept: Tensor) -> Codes:
-    """Masks (h, w) a level, of the pixels (H, W) that are kept: of each grid, those codes that span no other pixel."""
-    height, width = kept.shape
-    return tuple(kept.view(h, height // h, w, width // w).all(3).all(1) for h, w in tokenizer.grids)
+def kept_codes(tokenizer: VQVAE, mask: Tensor) -> Codes:
+    """Convert a mask (H, W) of kept pixels to masks (h, w) per level of kept codes, whose patches lie within the mask."""
+    height, width = mask.shape
+    return tuple(mask.view(h, height // h, w, width // w).all(3).all(1) for h, w in tokenizer.grids)
 
 
 @torch.no_grad()
@@ -52,15 +52,15 @@ def draw_images(
 ) -> tuple[Codes, Tensor]:
     """Draw and decode `count` samples.
 
-    Batch j, of fixed sample numbers and always of full size, goes to rank j mod P of the `accelerator`, so the result does not depend on
-    the number of processes.
+    Batch j, of fixed sample numbers and always of full size, is drawn on rank j mod P of the `accelerator`, so the result does not depend
+    on the number of processes.
 
     Args:
-        accelerator: None: this process draws alone.
+        accelerator: Accelerator of the ranks; None: this process alone.
         condition: (N, ...) rows of the prior's condition; None: no condition.
-        keep: of all samples.
+        keep: codes to keep, of all samples.
         progress: show a bar.
-        folder: where pictures lie in a temporary file; None: in memory.
+        folder: folder of a temporary file for the pictures; None: in memory.
     Returns: codes, int64 (N, h, w) per level, and uint8 pictures (N, H, W, C), on the CPU, complete on the main process alone.
     """
     prior = sampler.prior
@@ -69,22 +69,22 @@ def draw_images(
     device, main = next(tokenizer.parameters()).device, rank == 0
     size = min(config.batch_size, count)
     channels, height, width = tokenizer.image_shape
-    whole = count if main else 0
-    sequences = torch.empty(whole, layout.length, dtype=torch.int64)
-    pictures = allocate_pixels((whole, height, width, channels), folder)
+    num_rows = count if main else 0
+    sequences = torch.empty(num_rows, layout.length, dtype=torch.int64)
+    pictures = allocate_pixels((num_rows, height, width, channels), folder)
     with progress_bar(count, "sample", "img", shown=main and progress) as bar:
         for first in range(0, count, processes * size):
-            # Numbers from `count` on are drawn, as the first sample again, and thrown away.
+            # The last batch is filled up with repetitions of the first sample, which are discarded.
             numbers = torch.arange(first + rank * size, first + (rank + 1) * size)
             numbers = numbers.where(numbers < count, 0)
             noise = uniforms(seed, numbers, prior.num_noise)
             batch_keep = None if keep is None else keep._replace(codes=tuple(level[numbers] for level in keep.codes))
             batch_condition = None if condition is None else condition[numbers].to(device)
             codes = tuple(level.to(device) for level in sampler(batch_condition, noise, config, batch_keep))
-            found = (layout.flat(codes), to_uint8(tokenizer.decode(codes)))
-            found = found if accelerator is None else accelerator.gather(found)
+            drawn = (layout.flat(codes), to_uint8(tokenizer.decode(codes)))
+            drawn = drawn if accelerator is None else accelerator.gather(drawn)
             if main:
                 rows = slice(first, min(count, first + processes * size))
-                sequences[rows], pictures[rows] = (part[: rows.stop - rows.start].cpu() for part in found)
+                sequences[rows], pictures[rows] = (tensor[: rows.stop - rows.start].cpu() for tensor in drawn)
                 bar.update(rows.stop - rows.start)
     return layout.grids_of(sequences), pictures

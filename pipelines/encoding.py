@@ -65,7 +65,7 @@ def encode(tokenizer: VQVAE, pixels: Pixels, batch_size: int, progress: bool = F
 def encode_and_decode(
     tokenizer: VQVAE, pixels: Pixels, batch_size: int, progress: bool = False, folder: Path | None = None
 ) -> tuple[Codes, Tensor]:
-    """Compute codes and reconstructions, uint8 (N, H, W, C), of images; `folder` as in `allocate_pixels`, the rest as in `encode`."""
+    """Compute codes and reconstructions, uint8 (N, H, W, C), of images. `folder`: as in `allocate_pixels`; the others: as in `encode`."""
     reconstructions = allocate_pixels(pixels.shape, folder)
     return encode(tokenizer, pixels, batch_size, progress, reconstructions), reconstructions
 

@@ -1,4 +1,4 @@
-"""Evaluate a run: reconstructions, samples against real images, codes, memorised training images.
+"""Evaluate a run: reconstructions, samples compared with real images, codes, memorisation of training images.
 
     python pipelines/evaluate.py
     python pipelines/evaluate.py --features inception --n 50000
@@ -8,8 +8,8 @@
 
 Draws --n samples with the run's sampling settings, labels taking turns, or reads images made elsewhere (--samples). Reconstructs the
 held-out --split. Compares the samples and, for scale, the held-out images with the --reference: a split, or a reference batch of
-ADM's evaluation (npz), against which it computes FID, sFID, inception score, precision and recall. All images are rounded to 8 bits
-first. Writes a new folder evaluations/NNN with evaluation.json, evaluation.md and pictures.
+ADM's evaluation (npz), for FID, sFID, inception score, precision and recall. All images are rounded to 8 bits first. Writes a new
+folder evaluations/NNN with evaluation.json, evaluation.md and pictures.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start(command.recipe.compute, oom_hint=SMALLER_BATCHES)
     tokenizer = load_tokenizer(run, accelerator.device)
     with run.numbered("evaluations", accelerator.is_main_process) as folder:
-        # Check what may be missing before anything slow starts.
+        # Check all inputs that may be missing before anything slow starts.
         data = command.recipe.data
         batch = None
         if folder is not None and batch_path is not None:
@@ -116,14 +116,14 @@ def _options(parser: Any) -> None:
 
 
 def reference_file(reference: str) -> Path | None:
-    """Path of the file that --reference names; None if it names a split or no file."""
+    """Return the path of the file that --reference names; None if it names a split or no file."""
     path = Path(reference).expanduser()
     is_split = reference in (TRAIN, VALIDATION, TEST)
     return path if not is_split and (path.suffix == ".npz" or path.is_file()) else None
 
 
 def load_splits(command: Command, progress: bool) -> ImageSource:
-    """Load the splits that are compared. Errors: UserError for a split that the data does not have."""
+    """Load the splits to compare. Errors: UserError for a split that the data does not have."""
     options = command.options
     named = {"split": options.split} | ({} if reference_file(options.reference) else {"reference": options.reference})
 
@@ -200,8 +200,8 @@ def load_samples(command: Command, path: str, label_names: list[str] | None, fol
 
 
 def training_networks(config: Stage1) -> set[str]:
-    """Names of the networks whose features a loss term of the tokenizer used, LPIPS' trunk as `lpips alex`; also in the runs that it was
-    initialised from, as far back as they still exist.
+    """Return the names of the feature networks in the tokenizer's loss terms, LPIPS' trunk as `lpips alex`, and those of the runs that it
+    was initialised from, as far as these still exist.
     """
     names: set[str] = set()
     visited: set[str] = set()
@@ -209,7 +209,7 @@ def training_networks(config: Stage1) -> set[str]:
         parts = (config.perceptual, config.adversarial)
         names |= {str(part.network) for part in parts if hasattr(part, "network")}
         names |= {f"{part.kind} {part.trunk}" for part in parts if hasattr(part, "trunk")}
-        # A run of that name may have been trained again since, even from one of its own descendants.
+        # A run of that name may have been trained again since, even from one of its descendants: `visited` ends such a cycle.
         if config.init_from is None or config.init_from in visited:
             return names
         visited.add(config.init_from)
@@ -229,8 +229,8 @@ def training_codes(run: RunDir, source: ImageSource) -> CodeStore | None:
 
 
 def code_models(command: Command, device: torch.device) -> tuple[LoadedPrior | None, CodeStore | None]:
-    """Load the two models of the run's codes: the prior that `--prior` names or the one last finished, and the training codes with their
-    frequencies; None for what the run does not have.
+    """Load the two models of the run's codes: the prior that `--prior` names, or the one last finished, and the training codes for their
+    frequencies. None for one that the run does not have.
     """
     run, sha256 = command.run, fingerprint(command.run.tokenizer)
     learned, codes = learned_name(run, command.options.prior), run.codes / TRAIN
@@ -239,7 +239,7 @@ def code_models(command: Command, device: torch.device) -> tuple[LoadedPrior | N
 
 
 def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> dict[str, Any]:
-    """Compute the content of evaluation.json. It may be published: files and folders are named without their paths."""
+    """Compute the content of evaluation.json. It may be published, so files and folders are named without their paths."""
     run, config, split = command.run, command.recipe.evaluation, command.options.split
     network, source, batch = assessor.network, assessor.source, assessor.batch
     reference = command.options.reference if batch is None else batch.path.name
@@ -281,20 +281,25 @@ def evaluate(command: Command, assessor: Assessor, samples: Samples | None) -> d
         if batch is None:
             results["distances"], results["coverage"] = assessor.beside_real(samples, split, reference, classifier)
         results["memorisation"] = assessor.memorisation(samples, split)
-        likelihood_file = run.prior(samples.details["prior"]) / "likelihood.json" if samples.details["prior_sha256"] is not None else None
-        # Only if this very prior drew them: another run may have one of that name.
-        if (
-            likelihood_file is not None
-            and likelihood_file.exists()
-            and contains(samples.details, model_fingerprints(run, samples.details["prior"]))
-        ):
-            likelihood = read_json(likelihood_file)
-            results["likelihood"] = {key: likelihood[key] for key in ("exact", "validation", "unigram", "uniform", "codes_bits_per_dim")}
+        if (likelihood := prior_likelihood(run, samples)) is not None:
+            results["likelihood"] = likelihood
     return results | {"tables": tables(results), "notes": notes(results)}
 
 
+def prior_likelihood(run: RunDir, samples: Samples) -> dict[str, Any] | None:
+    """Read the likelihood of the prior that drew the samples; None if there is no report, or the run does not have this prior."""
+    if samples.details["prior_sha256"] is None:
+        return None
+    path = run.prior(samples.details["prior"]) / "likelihood.json"
+    # The run may have another prior of that name.
+    if not path.exists() or not contains(samples.details, model_fingerprints(run, samples.details["prior"])):
+        return None
+    likelihood = read_json(path)
+    return {key: likelihood[key] for key in ("exact", "validation", "unigram", "uniform", "codes_bits_per_dim")}
+
+
 def described_reference(assessor: Assessor, name: str, samples: Samples | None) -> str:
-    """Description of the reference, a split or a file, for the report."""
+    """Describe the reference, a split or a file, for the report."""
     batch = assessor.batch
     if batch is None and samples is None:
         return f"none, since nothing is compared with {name}"

@@ -1,13 +1,13 @@
-"""Export a run to ONNX: encoder, decoder, one step of the prior, and a sampler in numpy that needs no torch.
+"""Export a run to ONNX: encoder, decoder, one step of the prior, and a sampler in numpy without torch.
 
     python pipelines/export_onnx.py --output DIR
     python pipelines/export_onnx.py --output DIR --precision float64
     python DIR/sample.py --n 64
 
 Needs the extra `onnx` (pip install -e '.[onnx]'); the exported folder needs only onnxruntime and numpy. Graphs take any batch size. A
-transformer's step takes and returns its keys and values; other priors take the codes so far instead. At the end both samplers draw and
-their differences are printed. In float32 the prior takes half the memory; in float64, which onnxruntime supports for transformers only,
-samples have the same codes as those of pipelines/sample.py on a CPU.
+transformer's step takes and returns its keys and values; other priors take the codes so far instead. Finally, samples of both samplers are
+compared, and their differences printed. In float32 the prior takes half the memory; in float64, which onnxruntime supports for
+transformers only, samples have the same codes as those of pipelines/sample.py on a CPU.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ def main(argv: list[str] | None = None) -> None:
         difference = drift(exact_generator(generator), folder)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     run.record(program(), command.arguments, {"output": str(output), "prior": name, "precision": options.precision})
-    why = " (a draw within float32's rounding of another code changes those after it)" if difference.changed_codes else ""
-    differing = f"of {difference.codes:,} codes drawn, {difference.changed_codes} differ from torch's in float64{why}"
-    pixels = f"no pixel of the same codes by more than {difference.max_difference}"
+    reason = " (a draw within float32's rounding of another code changes those after it)" if difference.changed_codes else ""
+    differing = f"of {difference.codes:,} codes drawn, {difference.changed_codes} differ from torch's in float64{reason}"
+    pixels = f"pixels of the same codes by at most {difference.max_difference}"
     print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}; {differing}, {pixels}")
     print(f"next: python {shlex.quote(RunDir.show(output / 'sample.py'))} --n 64")
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--output", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--output", required=True, help="folder to write; must not exist")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--precision", type=str, default="float32", help="precision of the prior: float32 or float64")
 

@@ -1,11 +1,11 @@
-"""Export a run as a web page that samples in the browser: static files for any host, without requests to others.
+"""Export a run as a web page that samples in the browser: static files for any host, which make no requests to other hosts.
 
     python pipelines/export_web.py --output DIR
     python pipelines/export_web.py --output DIR --bits 8
     python -m http.server --directory DIR
 
-The page draws by label, number, seed, temperature and guidance, with the same uniforms as pipelines/sample.py, and redraws painted parts of
-its own images or of a file. Needs the extra `onnx` (pip install -e '.[onnx]') and npm, which downloads onnxruntime's web build. Weights are
+The page takes label, number, seed, temperature and guidance, draws with the same uniforms as pipelines/sample.py, and redraws painted parts
+of its samples or of a file. Needs the extra `onnx` (pip install -e '.[onnx]') and npm, which downloads onnxruntime's web build. Weights are
 rounded to half floats (--bits 16) or to bytes with a scale per output (--bits 8). The loss from rounding is printed and shown on the page:
 additional bits per code, samples that differ, differences of pixels.
 """
@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} of {loss['bits']:.2f} bits a code; from the same seed "
         f"{loss['pictures_that_differ']} of {loss['pictures']} pictures differ from torch's in float64, {loss['codes_that_differ']:,} of "
-        f"{loss['codes']:,} codes; of codes of opened pictures {loss['encoded_differ']:.1%} differ; of the same codes no pixel by more "
-        f"than {loss['pixels_differ_at_most']} of 255, on average by {loss['pixels_differ_on_average']:.3f}"
+        f"{loss['codes']:,} codes; of codes of opened pictures {loss['encoded_differ']:.1%} differ; pixels of the same codes differ by at "
+        f"most {loss['pixels_differ_at_most']} of 255, on average by {loss['pixels_differ_on_average']:.3f}"
     )
     print(f"next: python -m http.server --directory {shlex.quote(RunDir.show(output))}  # then open http://127.0.0.1:8000")
 
 
 def _options(parser: Any) -> None:
-    parser.add_argument("--output", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--output", required=True, help="folder to write; must not exist")
     parser.add_argument("--prior", type=str, help="name of a prior of the run (default: the last finished)")
     parser.add_argument("--bits", type=int, default=16, help="bits per weight in the files: 16 or 8")
 
@@ -81,7 +81,7 @@ def write_page(generator: Generator, folder: Path, bits: int) -> dict[str, Any]:
     loaded = [*_GRAPHS, "vendor/onnxruntime-web/ort.wasm"]
     details = {
         "run": generator.run.path.resolve().name,
-        "command": f"two-stage-{COMMANDS['pipelines/sample.py']}",  # not as it is typed here, with this machine's paths
+        "command": f"two-stage-{COMMANDS['pipelines/sample.py']}",  # the installed command, without this machine's paths
         "prior": generator.prior_name,
         "bits": bits,
         "background": generator.data.background,

@@ -1,4 +1,4 @@
-"""A trained run as an object: images out of nothing, codes, parts of images and bytes.
+"""A trained run as a Python object: samples, codes, completions, likelihoods, compressed files.
 
 from pipelines import Generator
 
@@ -50,10 +50,10 @@ from training.weights_file import fingerprint
 
 
 class Drawn(NamedTuple):
-    """Samples, and what they were drawn from."""
+    """Samples with their codes and condition."""
 
     codes: Codes
-    """int64 (N, h, w) a level."""
+    """int64 (N, h, w) per level."""
     pixels: Tensor
     """uint8 (N, H, W, C)."""
     condition: Tensor | None
@@ -61,7 +61,7 @@ class Drawn(NamedTuple):
 
 
 class Compressed(NamedTuple):
-    """Images in bytes, and what is known of them beside."""
+    """Compressed images, with the sizes of the parts and the encoder's figures."""
 
     data: bytes
     sizes: Sizes
@@ -71,9 +71,9 @@ class Compressed(NamedTuple):
 class Generator:
     """A trained tokenizer, and a prior over its codes if there is one.
 
-    Images go in as Pillow's, as uint8 (H, W, C) or (N, H, W, C), or as files; all but tensors of the right size are scaled and cropped as
-    training's were. They come out as Pillow's, or, with `output="tensor"`, as uint8 (N, H, W, C). Codes are int64 (N, h, w) a level,
-    coarse to fine. What cannot be is a `UserError`, which is a ValueError.
+    Input images are Pillow images, uint8 (H, W, C) or (N, H, W, C), or files; all but arrays of the right size are scaled and cropped as in
+    training. Output images are Pillow images or, with `output="tensor"`, uint8 (N, H, W, C). Codes are int64 (N, h, w) per level, coarse to
+    fine. Invalid arguments raise `UserError`, a ValueError.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Generator:
         sampling: Sampling,
         accelerator: Accelerator | None = None,
     ) -> None:
-        """See `from_pretrained`, which makes one of a run."""
+        """Use `from_pretrained` to load one from a run."""
         self.run, self.tokenizer, self.prior, self.header, self.prior_name = run, tokenizer, prior, header, prior_name
         self.data, self.sampling, self._accelerator = data, sampling, accelerator
         self.device = next(tokenizer.parameters()).device
-        # Of what was loaded, whatever takes its place on the disk meanwhile.
+        # Computed now, since the files may be replaced later.
         self.tokenizer_sha256 = fingerprint(run.tokenizer)
         self._prior_sha256 = None if header is None else fingerprint(run.prior(str(prior_name)) / "prior.safetensors")
 
@@ -103,25 +103,25 @@ class Generator:
         device: torch.device | str | None = None,
         precision: Literal["float64", "float32", "bfloat16"] | None = None,
     ) -> Generator:
-        """The generator of a run.
+        """Load the generator of a run.
 
         Args:
-            source: a run's name, its folder (as text with a `/` in it, or as a path), or `hf:USER/NAME` of the Hub.
-            prior: name of the prior; None: the one last finished, if any; `uniform`: every code equally likely.
-            device: where to compute; None: on an accelerator, if there is one.
-            precision: of the prior while sampling; None: the recipe's, or else float64 on a CPU, and on a GPU bfloat16 where supported,
-                otherwise float32. (The recipe's section `compute` is for commands alone.)
-        Errors: UserError for what is no run, or has not finished its first stage, or not that prior.
+            source: a run's name, its folder (as text with a `/` in it, or as a path), or `hf:USER/NAME` on the Hub.
+            prior: name of the prior; None: the one last finished, if any; `uniform`: all codes equally likely.
+            device: device to compute on; None: an accelerator, if there is one.
+            precision: precision of the prior while sampling; None: the recipe's, or else float64 on a CPU, and on a GPU bfloat16 where
+                supported, otherwise float32. (The recipe's section `compute` applies to commands only.)
+        Errors: UserError if there is no such run, or it has not finished its first stage or that prior.
         """
         run = RunDir(source.expanduser()) if isinstance(source, Path) else run_of(source)
         if not run.exists():
             raise UserError(f"{run}: expected a run, found none")
         recipe = load_recipe(run.recipe)
         sampling = recipe.sampling if precision is None else dataclasses.replace(recipe.sampling, precision=precision)
-        return cls.of_run(run, recipe.data, sampling, prior, device)
+        return cls.from_run(run, recipe.data, sampling, prior, device)
 
     @classmethod
-    def of_run(
+    def from_run(
         cls,
         run: RunDir,
         data: Data,
@@ -130,7 +130,7 @@ class Generator:
         device: torch.device | str | None = None,
         accelerator: Accelerator | None = None,
     ) -> Generator:
-        """As `from_pretrained`, under sections of a recipe; samples are shared out over the processes of an `accelerator`."""
+        """Load the generator of a run with these sections of the recipe; samples are distributed over the ranks of an `accelerator`."""
         if accelerator is not None:
             device = accelerator.device
         elif device is None:
@@ -164,7 +164,7 @@ class Generator:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What files beside pictures say of them: the prior's name and sha256, and all settings of the drawing."""
+        """Origin of samples, for the JSON beside them: the prior's name and sha256, and all sampling settings."""
         return {"prior": self.prior_name, "prior_sha256": self._prior_sha256, "sampling": dataclasses.asdict(self.sampling)}
 
     @property
@@ -177,7 +177,7 @@ class Generator:
         """Names of the classes that the prior is conditioned on; empty if it is not."""
         return list(self.header.condition.class_names) if self.header is not None else []
 
-    # --- out of nothing
+    # --- samples
 
     @overload
     def sample(
@@ -202,16 +202,16 @@ class Generator:
         output: Literal["pil", "tensor"] = "pil",
         **settings: Any,
     ) -> list[Image.Image] | Tensor:
-        """Draw images: sample i of a seed always has the same codes, however many are drawn; decoded beside others, by one level at most
-        another value at single pixels.
+        """Draw images. Sample i of a seed has the same codes for any `n`; single pixels may differ by one of 256 levels, because decoding
+        depends on the batch.
 
         Args:
-            n: how many.
-            label: of all of them, or of each; None: the classes take turns.
-            seed: of the draws.
+            n: number of images.
+            label: label of all images, or one per image; None: the classes take turns.
+            seed: seed of the draws.
             output: `pil` or `tensor`.
-            settings: in place of the recipe's, `temperature`, `guidance`, `guidance_schedule`, `batch_size` and those of the prior's kind,
-                such as `top_k`, `top_p`, `min_p`.
+            settings: settings that replace the recipe's: `temperature`, `guidance`, `guidance_schedule`, `batch_size` and those of the
+                prior's kind, such as `top_k`, `top_p`, `min_p`.
         """
         return pictures_out(self.draw(n, label, seed, **settings).pixels, output)
 
@@ -237,10 +237,10 @@ class Generator:
         drawn = draw_images(self._accelerator, self.tokenizer, sampler, condition, n, seed, config, progress=progress, folder=folder)
         return Drawn(*drawn, condition)
 
-    # --- out of images, and back
+    # --- codes
 
     def encode(self, images: Pictures) -> Codes:
-        """The codes of images, on the CPU."""
+        """Encode images to codes, on the CPU."""
         return encode(self.tokenizer, self.pixels(images), self.sampling.batch_size)
 
     @overload
@@ -248,11 +248,11 @@ class Generator:
     @overload
     def decode(self, codes: Codes, *, output: Literal["tensor"]) -> Tensor: ...
     def decode(self, codes: Codes, *, output: Literal["pil", "tensor"] = "pil") -> list[Image.Image] | Tensor:
-        """The images of codes. Errors: UserError for codes of other grids, or such as there are not."""
+        """Decode codes to images. Errors: UserError for codes of other grids or outside the codebook."""
         self._check(codes)
         return pictures_out(decode(self.tokenizer, codes, self.sampling.batch_size), output)
 
-    # --- out of parts of images
+    # --- completions
 
     @overload
     def complete(
@@ -286,13 +286,13 @@ class Generator:
         output: Literal["pil", "tensor"] = "pil",
         **settings: Any,
     ) -> list[Image.Image] | Tensor:
-        """Draw parts of images anew; what is kept of them stays, as the tokenizer has it.
+        """Draw parts of images again. The kept parts are those of the tokenizer's reconstruction.
 
         Args:
-            images: those to complete; of one of them n continuations are those of n copies of it.
-            keep: which pixels (H, W) to keep, as a mask or a picture that is white there; of each grid, codes are kept that span no others.
+            images: images to complete; for n continuations of an image, pass n copies.
+            keep: mask (H, W) of the pixels to keep, or a picture that is white there; in each grid, codes are kept whose patch lies within.
             label: as in `sample`; None: no class.
-            seed: of the draws.
+            seed: seed of the draws.
             output: `pil` or `tensor`.
             settings: as in `sample`.
         """
@@ -304,32 +304,35 @@ class Generator:
     def continuations(
         self, codes: Codes, keep: Tensor, condition: Tensor | None, seed: int, *, progress: bool = False, **settings: Any
     ) -> Tensor:
-        """`complete` for codes, a mask (H, W), and rows of the prior's condition: uint8 (N, H, W, C), whole on the main process alone."""
+        """Draw as `complete` does, from codes, a mask (H, W) and rows of the prior's condition.
+
+        Returns: uint8 (N, H, W, C), complete on the main process alone.
+        """
         sampler, config, kept = self._sampler, self._sampling(settings), Keep(codes, kept_codes(self.tokenizer, keep))
         check_guidance(config, condition, self.header)
         return draw_images(self._accelerator, self.tokenizer, sampler, condition, len(codes[0]), seed, config, kept, progress)[1]
 
-    # --- what images are worth
+    # --- likelihoods
 
     def log_prob(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> Tensor:
-        """log p of the codes of each image under the prior, in nats, (N,), float64."""
+        """Compute log p of each image's codes under the prior, in nats, (N,), float64."""
         return -math.log(2) * torch.cat([level.flatten(1) for level in self.surprisals(images, label)], 1).sum(1)
 
     def surprisals(self, images: Pictures | Codes, label: Label | Sequence[Label] | None = None) -> tuple[Tensor, ...]:
-        """-log2 p of each code given those before it, in bits: float64 (N, h, w) a level."""
+        """Compute -log2 p of each code given those before it, in bits: float64 (N, h, w) per level."""
         prior, codes = self.exact_prior("surprisals"), images if _is_codes(images) else self.encode(images)
         self._check(codes)
         return prior.layout.grids_of(surprisals(prior, codes, requested_condition(self.header, label, len(codes[0])), "bits"))
 
-    # --- bytes
+    # --- compression
 
     def compress(self, images: Pictures, label: Label | Sequence[Label] | None = None, lossless: bool = False) -> bytes:
-        """Images in the bytes of a .vqc file: their codes under the prior, of which come back the tokenizer's reconstructions.
+        """Compress images to the bytes of a .vqc file, which decompress to the tokenizer's reconstructions.
 
         Args:
-            images: those to compress.
+            images: images to compress.
             label: as in `complete`; known classes save bits.
-            lossless: every pixel comes back; takes a tokenizer whose objective is a likelihood.
+            lossless: also code the pixels, so that all are restored exactly; needs a tokenizer whose objective is a likelihood.
         """
         pixels = self.pixels(images)
         return self.compressed(pixels, requested_condition(self.header, label, len(pixels)), lossless=lossless).data
@@ -343,14 +346,14 @@ class Generator:
         lossless: bool = False,
         progress: bool = False,
     ) -> Compressed:
-        """`compress` for uint8 (N, H, W, C), rows of the prior's condition, and names as `CodeFile` has them. The bytes are decoded once.
+        """Compress uint8 (N, H, W, C), rows of the prior's condition, and names as in `CodeFile`; then verify the bytes by decoding them.
 
-        Errors: UserError if they do not give what was encoded, and for a condition of another kind than classes.
+        Errors: UserError if they decode to anything else, and for a condition of another kind than classes.
         """
         prior = self.exact_prior("compress")
         if condition is not None and not self.label_names:
-            found = prior.condition.kind
-            raise UserError(f"label: expected none, or a prior conditioned on classes, since files hold no others, found {found}")
+            kind = prior.condition.kind
+            raise UserError(f"label: expected none, or a prior conditioned on classes, since files hold no others, found {kind}")
         if lossless:
             self.tokenizer.likelihood().check(pixels)
         encoded = encode_images(self.tokenizer, prior, pixels, condition, names, self._made_by, batch_size, lossless, progress)
@@ -360,7 +363,7 @@ class Generator:
 
     @property
     def _made_by(self) -> tuple[bytes, str]:
-        """Fingerprint of the tokenizer and prior that were loaded, whatever lies on the disk by now, and the prior's name."""
+        """Fingerprint of the loaded tokenizer and prior, and the prior's name."""
         return run_fingerprint(self.tokenizer_sha256, str(self._prior_sha256)), str(self.prior_name)
 
     @overload
@@ -368,7 +371,7 @@ class Generator:
     @overload
     def decompress(self, data: bytes, *, output: Literal["tensor"]) -> Tensor: ...
     def decompress(self, data: bytes, *, output: Literal["pil", "tensor"] = "pil") -> list[Image.Image] | Tensor:
-        """The images of what `compress` gave. Errors: UserError for bytes of another run or prior, or that are no such file."""
+        """Decompress the bytes that `compress` returned. Errors: UserError for bytes of another run or prior, or of another format."""
         content = unpack(data, "data")
         codes, exact = self.decompressed(content, "data")
         if exact is not None:
@@ -376,9 +379,9 @@ class Generator:
         return self.decode(codes, output="tensor") if output == "tensor" else self.decode(codes)
 
     def decompressed(self, content: CodeFile, where: str, progress: bool = False) -> tuple[Codes, Tensor | None]:
-        """Codes of a file's content, of those images that have any, and of a lossless one all pixels, uint8 (N, H, W, C).
+        """Decode a file's content: the codes of the images that have codes and, for a lossless file, all pixels, uint8 (N, H, W, C).
 
-        `where`: of what messages speak.
+        `where`: name of the file in messages.
         """
         prior = self.exact_prior("decompress")
         check_made_by(content, self._made_by, str(self.run), where)
@@ -391,14 +394,14 @@ class Generator:
         pixels = decode_pixels(float64_copy(self.tokenizer), codes, content.lossless.pixels, progress=progress)
         return codes, insert_stored(pixels, content.lossless.stored)
 
-    # --- what goes in, and what comes out
+    # --- inputs, settings and priors
 
     def pixels(self, images: Pictures) -> Tensor:
-        """Images as uint8 (N, H, W, C) of the run's size. Errors: UserError for what is no image."""
+        """Convert images to uint8 (N, H, W, C) of the run's size. Errors: UserError for anything that is no image."""
         return pixels_in(images, self.data)
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
-        """The recipe's settings with others in their place."""
+        """Return the recipe's settings, some of them replaced. Errors: UserError for an unknown or invalid one."""
         known = {field.name for field in dataclasses.fields(self.sampling)} - {"precision"}
         if unknown := sorted(settings.keys() - known):
             raise UserError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}, found no such setting")
@@ -421,11 +424,11 @@ class Generator:
         return self.prior
 
     def stepwise_prior(self, purpose: str) -> StepwisePrior:
-        """Return the prior, which has to draw codes in turn. Errors: UserError, naming the purpose, for another or none."""
+        """Return the prior if it draws codes one after another. Errors: UserError, naming the purpose, for another kind or none."""
         return stepwise(self._need_prior(), purpose, UNIFORM if self.header is None else self.header.config.kind)
 
     def exact_prior(self, purpose: str) -> StepwisePrior:
-        """Return `stepwise_prior` in float64, whatever it draws in."""
+        """Return `stepwise_prior` in float64, whatever the sampling precision."""
         prior = self.stepwise_prior(purpose)
         return prior if next(prior.parameters()).dtype == torch.float64 else self._float64_prior
 
@@ -435,18 +438,19 @@ class Generator:
         return float64_copy(self.prior)
 
     def _check(self, codes: Codes) -> None:
+        """Errors: UserError for codes of other grids, dtypes or codebook sizes."""
         expected = [(len(codes[0]), *grid) for grid in self.tokenizer.grids] if len(codes) else []
-        found = [tuple(level.shape) for level in codes]
-        if not codes or found != expected:
-            raise UserError(f"codes: expected (N, h, w) a level, of {self.tokenizer.grids}, found {found}")
+        shapes = [tuple(level.shape) for level in codes]
+        if not codes or shapes != expected:
+            raise UserError(f"codes: expected (N, h, w) a level, of {self.tokenizer.grids}, found {shapes}")
         for level, (grid, number) in enumerate(zip(codes, self.tokenizer.quantizer.num_codes, strict=True), 1):
             if grid.dtype != torch.int64 or (grid.numel() and not 0 <= int(grid.min()) <= int(grid.max()) < number):
                 raise UserError(f"codes: expected int64 from 0 to {number - 1} at level {level}, found others")
 
 
-def _is_codes(given: Pictures | Codes) -> TypeGuard[Codes]:
-    """Codes are a tuple of whole numbers, wider than pixels."""
-    return isinstance(given, tuple) and all(isinstance(level, Tensor) and level.dtype == torch.int64 for level in given)
+def _is_codes(images: Pictures | Codes) -> TypeGuard[Codes]:
+    """Return whether the argument is codes: a tuple of int64 tensors."""
+    return isinstance(images, tuple) and all(isinstance(level, Tensor) and level.dtype == torch.int64 for level in images)
 
 
 def load_generator(command: Command, accelerator: Accelerator, prior: str | None) -> Generator:
@@ -457,7 +461,7 @@ def load_generator(command: Command, accelerator: Accelerator, prior: str | None
     if prior != UNIFORM:
         prior = finished_prior(command.run, prior, command.next(TRAIN_PRIOR)).parent.name
     sampling = command_sampling(command.recipe, accelerator.device)
-    return Generator.of_run(command.run, command.recipe.data, sampling, prior, accelerator=accelerator)
+    return Generator.from_run(command.run, command.recipe.data, sampling, prior, accelerator=accelerator)
 
 
 def command_sampling(recipe: Recipe, device: torch.device) -> Sampling:

@@ -16,8 +16,8 @@ _ROUNDING_ONLY = ("batch_size", "precision")
 
 
 def model_fingerprints(run: RunDir, prior: str | None) -> dict[str, Any]:
-    """Name and sha256 of the run's current prior and tokenizer, under the keys of the outputs' JSON; the sha256 of the uniform prior, which
-    has no file, is None.
+    """Return name and sha256 of the run's current prior and tokenizer, with the keys of the outputs' JSON. The sha256 of the uniform prior,
+    which has no file, is None.
     """
     file = None if prior is None else run.prior(prior) / "prior.safetensors"
     sha256 = fingerprint(file) if file is not None and file.exists() else None
@@ -30,7 +30,7 @@ def significant(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def contains(actual: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether a dictionary has all expected entries."""
+    """Return whether a dictionary has all expected entries."""
     return all(key in actual and actual[key] == value for key, value in expected.items())
 
 
@@ -41,7 +41,7 @@ def outputs(run: RunDir, kind: str, file: str) -> list[Path]:
 
 
 def base_name(path: str) -> str:
-    """Name of a file or folder without its path, so that it may be published."""
+    """Return the name of a file or folder without its path, so that it may be published."""
     return Path(os.path.expanduser(path)).resolve().name
 
 
@@ -54,7 +54,7 @@ def describe_weights(path: str | None) -> str | None:
 
 
 def publishable_recipe(recipe: Recipe) -> Recipe:
-    """Remove from a recipe what belongs to one machine: paths and settings of reading and computing."""
+    """Remove the settings of one machine from a recipe: paths, and settings of reading and computing."""
     # A name that `datasets` opens may be a local folder.
     name = recipe.data.name if recipe.data.name is None or not _is_local(recipe.data.name) else base_name(recipe.data.name)
     data = dataclasses.replace(recipe.data, name=name, path=None, cache=None, workers=None)
@@ -70,7 +70,7 @@ def publishable_recipe(recipe: Recipe) -> Recipe:
 
 
 def publishable_argument(argument: str) -> str:
-    """Shorten a local path in a word of a command to `./NAME`, that of a script to its path in the repository."""
+    """Shorten a local path in an argument of a command to `./NAME`, or a script's path to its path in the repository."""
     option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
     script = next((script for script in COMMANDS if value.endswith(f"/{script}")), None)
     return f"{option}{equals}{script or (f'./{base_name(value)}' if _is_local(value) else value)}"

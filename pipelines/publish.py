@@ -5,8 +5,8 @@
     python pipelines/publish.py --prior transformer pixelcnn --to USER/NAME --private
 
 Writes tokenizer, chosen priors, recipe (without paths of this machine), likelihoods, the last evaluation, samples, and a model card
-with all figures and their sources. USER/NAME is a repository of the Hub, created if it does not exist; a folder starts with `.`, `/` or
-`~`, or has no `/` at all. Any command takes either: `--run ./bundle`, `--run hf:USER/NAME`.
+with all figures and their sources. USER/NAME is a repository of the Hub, created if it does not exist; a folder's path starts with `.`,
+`/` or `~`, or has no `/` at all. Every command accepts both: `--run ./bundle`, `--run hf:USER/NAME`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _options(parser: Any) -> None:
 
 
 def hub_repository(to: str) -> str | None:
-    """Return USER/NAME if the option names a repository of the Hub; None for a folder. Errors: UserError if it could be both."""
+    """Return USER/NAME if the option names a repository of the Hub; None for a folder. Errors: UserError for an ambiguous name."""
     name = to.removeprefix(PREFIX)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         if to.startswith(PREFIX):

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _options(parser: Any) -> None:
     image_options(parser)
-    parser.add_argument("--n", type=int | None, help="how many of them, spread evenly (default: all)")
+    parser.add_argument("--n", type=int | None, help="number of images, evenly spaced (default: all)")
     parser.add_argument("--prior", type=str, help=f"prior for the bits (default: the last finished, if any), or `{UNIFORM}`")
     label_option(parser, "all images", "their own, if they have any")
 
@@ -115,7 +115,7 @@ def quality(pictures: Tensor, originals: Tensor, progress: bool = False) -> dict
 
 
 def pairs(originals: Tensor, pictures: Tensor, rows: list[dict[str, Any]]) -> list[tuple[str, list[Panel]]]:
-    """Panels of the worst and the best images, none twice, each with its reconstruction; both uint8 (N, H, W, C), worst first."""
+    """Build the panels of the worst and the best images, none twice, with their reconstructions; both uint8 (N, H, W, C), worst first."""
     count = len(rows)
     chosen = {
         "worst: original, reconstruction": range(min(_SHOWN, (count + 1) // 2)),

@@ -3,8 +3,8 @@
     python pipelines/report.py
     python pipelines/report.py --run fashion_mnist
 
-Writes report.html into the run, replacing an older one. The file needs no other files and no network: it can be mailed, and read on a
-phone. For parts that the run does not have yet it names the command that makes them.
+Writes report.html into the run, replacing an earlier one. The file needs no other files and no network: it can be mailed, and read on a
+phone. For results that the run does not have yet, it names the command that computes them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""All of it by one command: train, extract, train, sample, evaluate, report.
+"""Run the complete chain: train the tokenizer, extract codes, train the prior, sample, evaluate, report.
 
     python pipelines/run.py --config configs/digits.yaml
     python pipelines/run.py --config configs/imagefolder.yaml --data.path FOLDER --run mine
     python pipelines/run.py --config configs/imagefolder_cpu.yaml --data.path FOLDER --run mine --minutes 20
     python pipelines/run.py --run mine
 
-Each step is a separate command, printed as one would type it. The same command again skips finished steps and resumes an interrupted
-one: Ctrl-C saves. Dotted options go to stage 1, which fixes the run's recipe for all steps; in a run that has started, those that can
-no longer change are refused. Those that still may (compute, evaluation, where images are, accumulation, intervals) go to every step
-that takes them.
+Each step is a separate command, which is printed before it starts. Ctrl-C saves; the same command again skips finished steps and resumes
+an interrupted one. Dotted options are passed to stage 1, which fixes the run's recipe for all steps; in a run that has started, options
+that can no longer change are refused. Those that may still change (compute, evaluation, paths of images, accumulation, intervals) are
+passed to every step that takes them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _SAMPLES = 64
 _LATER = ("extraction", "stage2", "sampling")
 # Shares of a budget of minutes. The rest is for extraction, samples, evaluation and report.
 _SHARES = {"stage1": 0.4, "stage2": 0.45}
-# Windows has the first two alone, and no Ctrl-Z.
+# Windows only has the first two, and no Ctrl-Z.
 _SIGNALS = available_signals("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 _SLEEP = available_signals("SIGTSTP")
 _INTERRUPTED = (*(128 + number for number in _SIGNALS), STOPPED_IN_TIME)
@@ -62,28 +62,28 @@ class Launch:
     devices: int
     """Devices available on this machine, or processes that Accelerate is configured for."""
     processes: int
-    """The largest number of processes that divide a step's batch evenly."""
+    """Largest number of processes that divides a step's batch evenly."""
     batch_size: int
     configured: bool
     """Whether `devices` comes from `accelerate config`."""
 
     @classmethod
-    def of(cls, section: Stage1 | Stage2) -> Launch:
-        """Choose the launch of a stage on this machine."""
+    def choose(cls, section: Stage1 | Stage2) -> Launch:
+        """Choose the number of processes for a stage on this machine."""
         configured = Path(default_config_file).is_file()
         settings = load_config_from_file(default_config_file) if configured else None
         devices = max(1, torch.accelerator.device_count() if settings is None else settings.num_processes)
-        # On several machines the number counts all of them, and each must be launched with the same.
+        # On several machines the setting counts the processes of all, and must be the same on each.
         one_machine = settings is None or settings.num_machines in (None, 1)
         processes = most_processes(section.batch_size, section.accumulation, devices) if one_machine else devices
         return cls(devices, processes, section.batch_size, configured)
 
     def options(self) -> list[str]:
-        """Options of `accelerate launch`; without a configuration all of them, since it prints a line for each default that it chooses."""
+        """Return the options of `accelerate launch`; without a configuration all, since it prints a line per default that it chooses."""
         if self.configured:
             return [] if self.processes == self.devices else [f"--num_processes={self.processes}"]
-        several = ["--multi_gpu"] if self.processes > 1 else []
-        return [*several, f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        multi_gpu = ["--multi_gpu"] if self.processes > 1 else []
+        return [*multi_gpu, f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
     def warning(self) -> str | None:
         """Return a warning if some devices stay idle."""
@@ -94,7 +94,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the chain, and the output that makes it unnecessary."""
+    """One command of the chain, and the check for an output that makes it unnecessary."""
 
     name: str
     script: str
@@ -103,17 +103,17 @@ class Step:
     launched: Launch | None = None
     """Processes that Accelerate launches; None: one process without Accelerate."""
     existing: Callable[[], Path | None] = lambda: None
-    """Finds an earlier output that equals what the command would make now. Training and extraction are always run, since their scripts
-    find this out themselves."""
+    """Returns an earlier output that equals the output of this command. Training and extraction always run, since their scripts check
+    this themselves."""
 
     def typed(self) -> str:
-        """The command as a user would type it in the working directory."""
+        """Return the command as a user would type it in the working directory."""
         return f"{typed(self.script, self.launched is not None)} {shlex.join(self.arguments)}"
 
-    def started(self) -> list[str]:
-        """The command line that starts the step in this environment."""
+    def command_line(self) -> list[str]:
+        """Return the arguments that start the step in this environment."""
         program = [] if self.launched is None else ["-m", "accelerate.commands.launch", *self.launched.options()]
-        # The script of the same checkout, so that all steps look for runs in one place.
+        # Take the script of the same checkout, so that all steps use the same folder of runs.
         return [sys.executable, *program, str((checkout() or REPOSITORY) / self.script), *self.arguments]
 
 
@@ -132,20 +132,20 @@ def main(argv: list[str] | None = None) -> None:
         if step.launched is not None and (warning := step.launched.warning()) is not None:
             print(f"{step.name}: {warning}", flush=True)
         step_start = time.monotonic()
-        code = run_to_its_end(step.started(), command.run)
+        code = run_to_its_end(step.command_line(), command.run)
         if code != 0:
-            what = f"error: {step.name} ended with exit code {code}, for the reason above; what is finished will be skipped"
+            message = f"error: {step.name} ended with exit code {code}, for the reason above; finished steps will be skipped"
             if code in _INTERRUPTED:
-                what = f"{step.name} was interrupted; go on with the same command"
-            print(what, file=sys.stderr, flush=True)
+                message = f"{step.name} was interrupted; go on with the same command"
+            print(message, file=sys.stderr, flush=True)
             sys.exit(code)
         print(f"{step.name}: {(time.monotonic() - step_start) / 60:.1f} minutes", flush=True)
     print(f"\n{command.run}: all is done, in {(time.monotonic() - start) / 60:.1f} minutes")
 
 
 def _options(parser: Any) -> None:
-    rest = f"--stage1.minutes gets {_SHARES['stage1']:.0%} of them, --stage2.minutes {_SHARES['stage2']:.0%}"
-    parser.add_argument("--minutes", help=f"time budget of the whole chain: {rest}, the other steps have the rest")
+    shares = f"--stage1.minutes gets {_SHARES['stage1']:.0%} of them, --stage2.minutes {_SHARES['stage2']:.0%}"
+    parser.add_argument("--minutes", help=f"time budget of the whole chain: {shares}, the other steps get the rest")
 
 
 def with_budgets(argv: Sequence[str]) -> list[str]:
@@ -169,7 +169,7 @@ def with_budgets(argv: Sequence[str]) -> list[str]:
 
 
 def check_options(command: Command) -> None:
-    """Refuse options without effect. Errors: UserError for a setting that a finished tokenizer fixes, or a whole section."""
+    """Refuse options without effect. Errors: UserError for a setting that a finished tokenizer fixes, or for a section as one option."""
     run = command.run
     may_change = keys_that_may_change(command.recipe, ("data", "evaluation", "compute", *_LATER))
     for name in (option_key(argument) for argument in command.arguments if argument.startswith("--")):
@@ -189,35 +189,32 @@ def check_options(command: Command) -> None:
 
 
 def steps(command: Command) -> list[Step]:
-    """Build the chain. `existing` of a step looks at the run when it is called, since earlier steps change the run."""
+    """Build the chain. A step's `existing` reads the run when it is called, since earlier steps change the run."""
     run = command.run
     run_option = ["--run", run.path.name if run.path.parent == runs_folder() else str(run)]
-    named = command.options.config or command.options.run
-    default = run_option if run.exists() else ["--config", RunDir.show(DEFAULT_RECIPE)]
-    begun = run.started(run.stage1)
-    # In a run whose recipe is fixed, settings that a later step may still change go to that step only.
-    may_change = keys_that_may_change(command.recipe, _LATER) if begun else []
-    later = [option for option in joined_options(command.arguments) if option_key(option) in may_change]
-    arguments = [option for option in joined_options(command.arguments) if option not in later] if later else command.arguments
-    begins = [*([] if named else default), *arguments]
+    started = run.started(run.stage1)
+    stage1, later = split_options(command, run_option, started)
     # Stage 1 accepts these although the run's recipe differs, so every step needs them on its command line.
     compute = section_options(command, "compute")
     images = [option for option in section_options(command, "data") if option_key(option).removeprefix("data.") in LOCAL_KEYS]
     data = ["--accept_changed_data"] if command.options.accept_changed_data else []
     extraction, stage2, sampling = ([option for option in later if option.startswith(f"--{section}.")] for section in _LATER)
-    sampling_options = [f"--{option.removeprefix('--sampling.')}" for option in sampling]
     evaluation = [f"--{name.removeprefix('--evaluation.')}" for name in section_options(command, "evaluation")]
-    recipe = load_recipe(run.recipe) if begun else command.recipe
+    recipe = load_recipe(run.recipe) if started else command.recipe
     prior = recipe.prior.kind  # even if another prior of the run was finished later
-    sample_options = ["--n", str(_SAMPLES), "--prior"]
 
     def launch(stage: str, path: Path) -> Launch:
-        section = getattr(load_recipe(path) if begun and path.exists() else recipe, stage)
+        section = getattr(load_recipe(path) if started and path.exists() else recipe, stage)
         typed = any(option_key(option) == f"{stage}.accumulation" for option in section_options(command, stage))
-        return Launch.of(dataclasses.replace(section, accumulation=getattr(command.recipe, stage).accumulation) if typed else section)
+        return Launch.choose(dataclasses.replace(section, accumulation=getattr(command.recipe, stage).accumulation) if typed else section)
+
+    def samples(name: str, prior: str) -> Step:
+        options = [f"--{option.removeprefix('--sampling.')}" for option in sampling]
+        arguments = [*run_option, "--n", str(_SAMPLES), "--prior", prior, *options, *compute]
+        return Step(name, "pipelines/sample.py", arguments, existing=lambda: current_samples(run, prior))
 
     return [
-        Step("stage 1", "stage1_vqvae/train.py", [*begins, "--resume"], launch("stage1", run.recipe)),
+        Step("stage 1", "stage1_vqvae/train.py", [*stage1, "--resume"], launch("stage1", run.recipe)),
         Step("extraction", "stage2_prior/extract_codes.py", [*run_option, *extraction, *compute, *images, *data]),
         Step(
             "stage 2",
@@ -225,19 +222,8 @@ def steps(command: Command) -> list[Step]:
             [*run_option, *stage2, *compute, *data, "--resume"],
             launch("stage2", run.prior(prior) / "recipe.yaml"),
         ),
-        Step(
-            "samples",
-            "pipelines/sample.py",
-            [*run_option, *sample_options, prior, *sampling_options, *compute],
-            existing=lambda: current_samples(run, prior),
-        ),
-        # For comparison, samples without a learned prior.
-        Step(
-            "uniform samples",
-            "pipelines/sample.py",
-            [*run_option, *sample_options, UNIFORM, *sampling_options, *compute],
-            existing=lambda: current_samples(run, UNIFORM),
-        ),
+        samples("samples", prior),
+        samples("uniform samples", UNIFORM),  # for comparison, without a learned prior
         Step(
             "evaluation",
             "pipelines/evaluate.py",
@@ -246,6 +232,19 @@ def steps(command: Command) -> list[Step]:
         ),
         Step("report", "pipelines/report.py", run_option),
     ]
+
+
+def split_options(command: Command, run_option: list[str], started: bool) -> tuple[list[str], list[str]]:
+    """Split the typed options into those of stage 1 and those of later steps.
+
+    In a run that has started, its recipe is fixed, and settings that a later step may still change are for that step only.
+    """
+    named = command.options.config or command.options.run
+    default = run_option if command.run.exists() else ["--config", RunDir.show(DEFAULT_RECIPE)]
+    may_change = keys_that_may_change(command.recipe, _LATER) if started else []
+    later = [option for option in joined_options(command.arguments) if option_key(option) in may_change]
+    arguments = [option for option in joined_options(command.arguments) if option not in later] if later else command.arguments
+    return [*([] if named else default), *arguments], later
 
 
 def joined_options(arguments: Sequence[str]) -> list[str]:
@@ -260,12 +259,12 @@ def joined_options(arguments: Sequence[str]) -> list[str]:
 
 
 def option_key(option: str) -> str:
-    """Key of an option --key=value."""
+    """Return the key of an option --key=value."""
     return option.partition("=")[0].removeprefix("--")
 
 
 def section_options(command: Command, section: str) -> list[str]:
-    """The typed options of a section, each as --section.key=value."""
+    """Return the typed options of a section, each as --section.key=value."""
     return [option for option in joined_options(command.arguments) if option.startswith(f"--{section}.")]
 
 
@@ -307,17 +306,17 @@ def current_evaluation(run: RunDir, prior: str, settings: dict[str, Any]) -> Pat
 
 
 def run_to_its_end(arguments: list[str], run: RunDir) -> int:
-    """Run a command, its output where ours goes, and return its exit code.
+    """Run a command with this process's output streams, and return its exit code.
 
     It runs in its own process group, to which Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are forwarded as SIGINT, so that they also reach the
     training processes, for which Accelerate's launcher does not wait. These finish their step and save; the exit code is then 128 + the
-    signal's number. Ctrl-Z stops all of them, fg and bg continue them. Windows has no process groups: a console's Ctrl-C reaches all its
-    processes anyway.
+    signal's number. Ctrl-Z stops all of them, fg and bg continue them. Windows has no process groups, but a console's Ctrl-C reaches all
+    of its processes.
     """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
-    def pass_on(number: int, _: FrameType | None = None) -> None:
+    def forward(number: int, _: FrameType | None = None) -> None:
         received.append(number)
         if child is not None and hasattr(os, "killpg"):
             with suppress(ProcessLookupError):
@@ -336,14 +335,14 @@ def run_to_its_end(arguments: list[str], run: RunDir) -> int:
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
-    previous_handlers = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    previous_handlers = {number: signal.signal(number, forward) for number in _SIGNALS}
     previous_handlers |= {number: signal.signal(number, sleep) for number in _SLEEP}
     try:
-        # A group in the terminal's background may write, but would be stopped for reading.
+        # A background process group may write to the terminal, but is stopped when it reads.
         group: dict[str, Any] = {"process_group": 0} if hasattr(os, "killpg") else {}
         child = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, **group)
         if received:
-            pass_on(received[0])
+            forward(received[0])
         code = child.wait()
         if received:
             wait_for_the_lock(run)

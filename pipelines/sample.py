@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     generator = load_generator(command, accelerator, options.prior)
     header, tokenizer = generator.header, generator.tokenizer
 
-    # Create the folder first, so that one that cannot be written is an error before the draws.
+    # Create the folder first, so that an unwritable one is an error before the draws.
     with run.numbered("samples", accelerator.is_main_process) as folder:
         codes, pictures, condition = generator.draw(options.n, options.label, options.seed, progress=True, folder=folder)
         if folder is not None:
@@ -91,7 +91,7 @@ def write(
     details: dict[str, Any],
     npz: bool,
 ) -> None:
-    """Write a call's samples into their folder; `names`: of the classes, if there are any."""
+    """Write samples into their folder. `names`: names of the classes, if there are any."""
     # Classes take turns: with a column per class, each column shows one.
     columns = len(names) if names and len(names) <= 16 else square_columns(min(len(pictures), _SHOWN))
     save_png(folder / "grid.png", image_grid(pictures[:_SHOWN], min(columns, len(pictures))), grid_scale(pictures.shape[1]))

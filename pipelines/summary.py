@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def tokenizer_rows(run: RunDir) -> list[tuple[str, str]]:
-    """Rows of stage 1's result on the validation split."""
+    """Build the rows of stage 1's result on the validation split."""
     report = read_json(run.stage1 / "report.json")
     metrics, bits = report["validation"], report["bits_per_image"]
     return [
@@ -58,7 +58,7 @@ def codes_row(folder: Path) -> str:
 
 
 def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
-    """Rows of stage 2's result on the validation split, with the unigram and uniform references."""
+    """Build the rows of stage 2's result on the validation split, with the unigram and uniform references."""
     if not (run.prior(name) / "likelihood.json").exists():
         return [(f"bits a token: prior {name}", f"not known; {typed('stage2_prior/report.py')} --prior {name} --run {run}")]
     report, likelihood = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
@@ -73,8 +73,8 @@ def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
 
 
 def bound_rows(run: RunDir) -> list[tuple[str, str]]:
-    """Rows of the bound on bits per dimension from the newest evaluation of this tokenizer with the prior last finished; without one, the
-    bounds that take no prior.
+    """Build the rows of the bound on bits per dimension, from the newest evaluation of this tokenizer with the prior last finished; without
+    one, of the bounds that need no prior.
     """
     current, without_prior = model_fingerprints(run, run.last_prior()), list[tuple[str, str]]()
     for path in reversed(outputs(run, "evaluations", "evaluation.json")):

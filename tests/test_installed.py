@@ -122,7 +122,7 @@ def test_installed_commands_sample_from_a_copied_run(environment: Path, run_copy
 
 
 def test_the_chain_starts_the_installed_scripts(environment: Path, tmp_path: Path) -> None:
-    line = "from two_stage.pipelines.run import Step; print(Step('report', 'pipelines/report.py', []).started()[1])"
+    line = "from two_stage.pipelines.run import Step; print(Step('report', 'pipelines/report.py', []).command_line()[1])"
     done = run(environment, tmp_path, "python", "-c", line)
     (site,) = environment.parent.glob("lib/python*/site-packages")
     assert done.stdout.strip() == str(site / "two_stage/pipelines/report.py"), done.stderr

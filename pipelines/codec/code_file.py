@@ -4,7 +4,7 @@ All numbers are little-endian. Sections follow one another without gaps, with th
 
 | bytes | content |
 | --- | --- |
-| 8 | magic: 89 "VQC" 0D 0A 1A 0A, which a transfer as text breaks, like PNG's |
+| 8 | magic: 89 "VQC" 0D 0A 1A 0A, which reveals a transfer as text, like PNG's |
 | 2 | version of this layout, 1 |
 | 16 | fingerprint of the run: the first 16 bytes of the sha256 of the sha256s of tokenizer and prior |
 | 3 x 2 | height, width, channels of the images |
@@ -19,9 +19,9 @@ All numbers are little-endian. Sections follow one another without gaps, with th
 | | pixels; empty: the file is lossy, and all images have codes |
 | 4 | CRC-32 of everything before it |
 
-A reader checks every count against the file's length: 2 bytes of offsets stand for at most 256 images, deflated sections inflate to at
-most 4 bytes per label and 4,096 per name, and a PNG's size is checked before its pixels are decoded. So a file of n bytes announces at most
-128 n images, and memory grows with decoded images, not with announced ones (coder.py).
+A reader checks every count against the file's length: a batch of at most 256 images takes 2 bytes of offsets, deflated sections inflate to
+at most 4 bytes per label and 4,096 per name, and a PNG's size is checked before its pixels are decoded. So the header of a file of n bytes
+declares at most 128 n images, and memory grows with decoded images, not with declared ones (coder.py).
 
 Pixels of a lossless file:
 
@@ -88,7 +88,7 @@ class CodeFile(NamedTuple):
     labels: Tensor | None
     """(N,) int64, in the prior's numbering; None: no label."""
     names: list[str] | None
-    """Paths of the images below the folder they were in, with `/` and without ending, from `unique_names`; None: they had none."""
+    """Paths of the images below their folder, with `/` and without ending, from `unique_names`; None: unnamed images."""
     lossless: Lossless | None = None
     """Coded pixels; None: the file is lossy."""
 
@@ -111,7 +111,7 @@ class Sizes(NamedTuple):
 
 
 def check_made_by(content: CodeFile, made_by: tuple[bytes, str], run: str, where: str) -> None:
-    """Check a file's fingerprint. Errors: UserError if another tokenizer or prior than those of `run` made the file."""
+    """Check a file's fingerprint. Errors: UserError if the file is not from the tokenizer and prior of `run`."""
     fingerprint, prior = made_by
     if content.fingerprint != fingerprint:
         expected = f"expected the fingerprint of run {run} with its prior {prior}, {fingerprint.hex()[:12]}"
@@ -124,7 +124,7 @@ def run_fingerprint(tokenizer_sha256: str, prior_sha256: str) -> bytes:
 
 
 def pack(content: CodeFile) -> tuple[bytes, Sizes]:
-    """Write a file's content to bytes. Returns them and the size of each part."""
+    """Serialise a file's content. Returns the bytes and the size of each part."""
     coded = content.coded
     labels = b"" if content.labels is None else _deflated_labels(content.labels)
     names = b"" if content.names is None else zlib.compress("\0".join(content.names).encode("utf-8", "surrogateescape"), 9)
@@ -154,13 +154,13 @@ def _unpacked_pixels(section: bytes) -> Lossless:
     end = begin + length
     pngs = end + count * _STORED.size
     if pngs > len(section) or length % 4 or not batch:
-        raise ValueError(f"{len(section)} bytes of pixels, {pngs} or more announced")
+        raise ValueError(f"{len(section)} bytes of pixels, {pngs} or more declared")
     offset_values, stored = np.frombuffer(section, "<u2", offsets, _PIXELS.size).tolist(), {}
     for number, size in _STORED.iter_unpack(section[end:pngs]):
         stored[number] = _PNG + section[pngs : pngs + size]
         pngs += size
     if pngs != len(section) or len(stored) != count:
-        raise ValueError(f"{len(section)} bytes of pixels, {pngs} announced")
+        raise ValueError(f"{len(section)} bytes of pixels, {pngs} declared")
     return Lossless(CodedPixels(section[begin:end], batch, offset_values, crc), stored)
 
 
@@ -221,26 +221,26 @@ def unpack(data: bytes, where: str) -> CodeFile:
 def _parsed(body: bytes) -> CodeFile:
     fingerprint, height, width, channels, images, batch, codes_crc, *lengths = _HEADER.unpack_from(body, _BEGINNING.size)
     if not 0 < batch <= MOST_IMAGES:
-        raise ValueError(f"batches of {batch} images, where 1 to {MOST_IMAGES} can be")
+        raise ValueError(f"batches of {batch} images, outside 1 to {MOST_IMAGES}")
     num_batches = -(-images // batch)
     end, sections = _BEGINNING.size + _HEADER.size, []
     for length in (2 * num_batches, *lengths):
         sections.append(body[end : end + length])
         end += length
     if end != len(body):
-        raise ValueError(f"{end} bytes announced, {len(body)} there")
+        raise ValueError(f"{end} bytes declared, {len(body)} in the file")
     offsets, prior, labels, names, payload, pixels = sections
     if b"/" in prior or prior in (b".", b".."):
-        raise ValueError("a prior's name that leads elsewhere")
+        raise ValueError("a prior's name that is a path")
     if len(payload) % 4:
-        raise ValueError(f"a payload of {len(payload)} bytes, not of words of 4")
+        raise ValueError(f"a payload of {len(payload)} bytes, not a multiple of 4")
     coded = Coded(payload, images, batch, np.frombuffer(offsets, "<u2").tolist(), codes_crc)
     lossless = _unpacked_pixels(pixels) if pixels else None
     count = images + (0 if lossless is None else len(lossless.stored))
     if lossless is not None:
         expected = num_offsets(images, lossless.pixels.batch, (height, width, channels))
         if len(lossless.pixels.offsets) != expected or any(number >= count for number in lossless.stored):
-            raise ValueError(f"pixels of other images than {count}")
+            raise ValueError(f"pixels that do not fit {count} images")
         for png in lossless.stored.values():
             _check_png(png, (height, width, channels))
     return CodeFile(
@@ -257,7 +257,7 @@ def _parsed(body: bytes) -> CodeFile:
 def _inflated(deflated: bytes, most: int) -> bytes:
     """Inflate a section to at most `most` bytes. Errors: ValueError for more, or an incomplete stream."""
     inflater = zlib.decompressobj()
-    raw = inflater.decompress(deflated, most + 1)  # 0 would stand for any number
+    raw = inflater.decompress(deflated, most + 1)  # a limit of 0 would mean none
     if len(raw) > most or not inflater.eof or inflater.unused_data:
         raise ValueError(f"{len(deflated)} deflated bytes that are not at most {most}")
     return raw
@@ -272,13 +272,13 @@ def _inflated_labels(deflated: bytes, images: int) -> Tensor:
 
 
 def _is_below(name: str) -> bool:
-    """Whether a name, parts joined by `/`, is a path inside its folder on this system."""
+    """Return whether a name, parts joined by `/`, is a path inside its folder on this system."""
     return all(part not in ("", ".", "..") and PurePath(part).parts == (part,) and not PurePath(part).drive for part in name.split("/"))
 
 
 def _checked_names(joined: str, images: int) -> list[str]:
     names = joined.split("\0") if images else []
-    # Names become files: none may lead out of the folder or overwrite another.
+    # Names become files: they must stay inside the folder and be unique.
     if len(names) != images or names != unique_names(names) or not all(_is_below(name) for name in names):
         raise ValueError(f"names that cannot be those of {images} files")
     return names

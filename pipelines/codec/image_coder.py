@@ -9,7 +9,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from pipelines.codec.code_file import CodeFile, Lossless, insert_stored, unpack
-from pipelines.codec.coder import Encoding, batch_images, decode, encode
+from pipelines.codec.coder import Encoding, code_batch_size, decode, encode
 from pipelines.codec.pixels import decode_pixels, encode_pixels, pixel_batch_size
 from pipelines.encoding import encode_and_decode
 from pipelines.scoring.bound import pixel_bits
@@ -68,30 +68,30 @@ def encode_images(
         bound, codes, labels = bound[coded], tuple(level[coded] for level in codes), None if labels is None else labels[coded]
         coded_pixels, _ = encode_pixels(exact, codes, pixels[coded], pixel_batch_size(exact, batch), progress)
         pixel_part = Lossless(coded_pixels, stored)
-    encoding = encode(prior, codes, labels, batch_images(prior.layout, batch), progress)
+    encoding = encode(prior, codes, labels, code_batch_size(prior.layout, batch), progress)
     height, width, channels = pixels.shape[1:]
     content = CodeFile(*made_by, (height, width, channels), encoding.coded, labels, names, pixel_part)
     return EncodedImages(content, codes, encoding, reconstructions, bound)
 
 
 def smaller_as_png(pixels: Tensor, bits: Tensor) -> dict[int, bytes]:
-    """PNGs of the images, uint8 (N, H, W, C), that are smaller as optimised PNG than these bits (N,), by number."""
+    """Return the PNGs, by number, of the images, uint8 (N, H, W, C), whose optimised PNG takes at most these bits (N,)."""
     pngs = [png(picture, optimize=True) for picture in pixels]
     return {number: data for number, (data, cost) in enumerate(zip(pngs, bits.tolist(), strict=True)) if 8 * len(data) <= cost}
 
 
 def verify(data: bytes, encoded: EncodedImages, tokenizer: VQVAE, prior: StepwisePrior, pixels: Tensor, progress: bool = False) -> None:
-    """Decode a new file's bytes in smaller batches than they were encoded in, so that the arithmetic differs, and compare.
+    """Decode a new file's bytes in smaller batches than in encoding, so that the arithmetic differs, and compare the results.
 
     `pixels`: the images, uint8 (N, H, W, C), which a lossless file must restore. Errors: UserError if anything differs.
     """
     parsed, content = unpack(data, "the new file"), encoded.content
-    again = decode(prior, parsed.coded, parsed.labels, at_once=-(-parsed.coded.batch // 2), progress=progress)
-    same = all(torch.equal(*level) for level in zip(again, encoded.codes, strict=True))
+    decoded_codes = decode(prior, parsed.coded, parsed.labels, at_once=-(-parsed.coded.batch // 2), progress=progress)
+    codes_same = all(torch.equal(*level) for level in zip(decoded_codes, encoded.codes, strict=True))
     labels_same = (parsed.labels is None) == (content.labels is None)
     if parsed.labels is not None and content.labels is not None:
         labels_same = torch.equal(parsed.labels, content.labels)
-    if not (same and labels_same and parsed._replace(labels=None) == content._replace(labels=None)):
+    if not (codes_same and labels_same and parsed._replace(labels=None) == content._replace(labels=None)):
         raise UserError("expected the new file to decode to what was encoded, found something else; nothing was written")
     if parsed.lossless is not None:
         exact = float64_copy(tokenizer)

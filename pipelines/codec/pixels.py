@@ -1,8 +1,8 @@
 """Entropy coding of pixels under p(x | z), for lossless files. Knows tokenizers, not files or runs.
 
 As in coder.py, a decoder must reproduce the encoder's numbers bit for bit, and the encoder makes sure that it can. Here the numbers are
-probabilities of a pixel's values in float64: each is rounded down to a multiple of 2^-20 after an offset was added, which some thousand
-pixels share and which keeps all of them away from rounding boundaries. One multiple more for each value, so that none is impossible, costs
+probabilities of a pixel's values in float64: each is rounded down to a multiple of 2^-20 after adding an offset, which some thousand pixels
+share and which keeps all of them away from rounding boundaries. Adding one more multiple to each value, so that none is impossible, costs
 less than 256 parts of 2^20: 0.0004 bits per channel of a pixel.
 
 The stream goes batch by batch, and in a batch turn by turn of the likelihood (objectives/contract.py): channel by channel or, where pixels
@@ -59,9 +59,10 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
 
     Args:
         tokenizer: in eval mode and float64, its objective a likelihood.
-        codes: int64 (N, h, w) a level.
+        codes: int64 (N, h, w) per level.
         pixels: uint8 (N, H, W, C).
-        batch: images a batch.
+        batch: images per batch.
+        progress: show a bar.
     Errors: UserError if their probabilities cannot be coded.
     """
     coder, family, offsets, clearance = stream.queue.RangeEncoder(), stream.model.Categorical(perfect=False), [], math.inf
@@ -73,7 +74,7 @@ def encode_pixels(tokenizer: VQVAE, codes: Codes, pixels: Tensor, batch: int, pr
             for scaled, symbols in _stretches(turns):
                 offset, distance = clearest([scaled]) if bool(scaled.isfinite().all()) else (0, math.nan)
                 if not distance / _STEPS >= MARGIN:
-                    expected = f"expected probabilities of which a rounding keeps {MARGIN:g} clear"
+                    expected = f"expected probabilities at least {MARGIN:g} from rounding boundaries"
                     raise UserError(f"the tokenizer: {expected}, found {distance / _STEPS:g}")
                 coder.encode(symbols.numpy().astype(np.int32), family, _weights(scaled, offset))
                 offsets.append(offset)
@@ -126,7 +127,7 @@ class _Values:
             piece, scaled = scaled[: self._left], scaled[self._left :]
             try:
                 parts.append(torch.from_numpy(self._decoder.decode(family, _weights(piece, self._offset))))
-            except AssertionError:  # constriction's word for bytes that no encoder can have made of these weights
+            except AssertionError:  # raised by constriction for bytes that no encoder can have made from these weights
                 raise decoding_error("pixels") from None
             self._left -= len(piece)
         return torch.cat(parts).long()
@@ -148,16 +149,16 @@ def pixel_batch_size(tokenizer: VQVAE, requested: int) -> int:
 
 
 def num_offsets(images: int, batch: int, image_shape: tuple[int, int, int]) -> int:
-    """Number of offsets of images (height, width, channels) in batches of this size."""
+    """Compute the number of offsets of images (height, width, channels) in batches of this size."""
     full, rest = divmod(images, batch)
     return sum(times * -(-size * math.prod(image_shape) // _SHARING) for times, size in ((full, batch), (1, rest)))
 
 
 def _turns(tokenizer: VQVAE, codes: Codes, part: slice, values: Tensor, at_once: int, bar: Any) -> Iterator[tuple[Index, Tensor]]:
-    """Yield probabilities (N, V) as `PixelLikelihood.sequential_probabilities`, for `at_once` images per pass of the network.
+    """Yield probabilities (N, V) like `PixelLikelihood.sequential_probabilities`, for `at_once` images per pass of the network.
 
     Args:
-        values: on the tokenizer's device.
+        values: values of the pixels on the tokenizer's device, read turn by turn.
         bar: progress bar over images, which each turn advances by its share.
     """
     assert not tokenizer.training

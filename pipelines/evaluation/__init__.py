@@ -1,1 +1,1 @@
-"""Figures of evaluate.py: distances, references, tables."""
+"""Metrics of evaluate.py: distances, references, tables."""

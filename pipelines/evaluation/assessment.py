@@ -1,4 +1,4 @@
-"""Figures of an evaluation: reconstructions, codes, samples against real images, memorised training images."""
+"""Metrics of an evaluation: reconstructions, codes, samples compared with real images, memorised training images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from training.precision import ieee_float32
 
 # Number of images, drawn at random, whose nearest training images are searched: splits may be sorted by label.
 _LOOKED_UP = 1000
-# In their picture: nearest samples, first samples, and training images of each.
+# In the picture of neighbours: nearest samples, first samples, and training images per sample.
 _NEAREST, _FIRST, _NEIGHBOURS = 4, 10, 3
 _HASHED_AT_ONCE = 1024
 _CODES_AT_ONCE = 2**16  # images per block of code comparisons
@@ -63,11 +63,11 @@ class Samples(NamedTuple):
     pixels: Tensor
     """uint8 (N, H, W, C)."""
     codes: Codes | None
-    """Codes that they were decoded from, (N, h, w) per level; None: made elsewhere."""
+    """Codes that they were decoded from, (N, h, w) per level; None: unknown."""
     labels: list[str] | None
-    """Label of each, all of them labels of the run."""
+    """Label per sample; all are classes of the run's data."""
     details: dict[str, Any]
-    """Their origin: `source` in words; `prior`, `prior_sha256`, `sampling`, `tokenizer_sha256`, null where made elsewhere."""
+    """Origin: `source` in words; `prior`, `prior_sha256`, `sampling`, `tokenizer_sha256`, null if unknown."""
 
 
 class ExtractedFeatures(NamedTuple):
@@ -79,7 +79,7 @@ class ExtractedFeatures(NamedTuple):
 
 
 class Assessor:
-    """Computes a run's figures; each set of images passes the networks once."""
+    """Computes a run's metrics; each set of images passes the networks once."""
 
     def __init__(
         self,
@@ -95,11 +95,15 @@ class Assessor:
     ) -> None:
         """
         Args:
-            data: the recipe's section that `source` was loaded by.
+            tokenizer: the run's tokenizer, in eval mode.
+            network: feature network.
+            source: the run's images.
+            data: section of the recipe that `source` was loaded with.
+            config: settings of the evaluation.
             batch: reference batch, which needs a network with sFID's features; None: the reference is a split.
-            training: this tokenizer's codes of the training images; None: they are encoded and cached.
+            training: the tokenizer's codes of the training images; None: they are encoded and cached.
             tokenizer_sha256: key of that cache.
-            folder: where reconstructions lie in a temporary file; None: in memory.
+            folder: folder of a temporary file for the reconstructions; None: in memory.
         """
         self.tokenizer, self.network, self.source, self.data, self.config = tokenizer, network, source, data, config
         self.batch, self._training, self._tokenizer_sha256, self._folder = batch, training, tokenizer_sha256, folder
@@ -110,11 +114,11 @@ class Assessor:
         self._encoded: Tensor | None = None
 
     def features(self, name: str, pixels: Pixels | None = None) -> Features:
-        """Features of a split by its name, or of other `pixels` under another name."""
+        """Compute the features of a split by its name, or of `pixels` under another name."""
         return self.extracted(name, pixels).features
 
     def extracted(self, name: str, pixels: Pixels | None = None) -> ExtractedFeatures:
-        """Features as `features` gives them, with the moments of sFID's features if there is a reference batch."""
+        """Compute the features of `features` and, if there is a reference batch, the moments of sFID's features."""
         if name not in self._extracted:
             pixels = self.source.splits[name].pixels if pixels is None else pixels
             moments = Moments(self.network.device)
@@ -124,7 +128,7 @@ class Assessor:
         return self._extracted[name]
 
     def coded(self, split: str) -> tuple[Tensor, Tensor]:
-        """Code sequences (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
+        """Compute code sequences (N, T) and reconstructions, uint8 (N, H, W, C), of a split."""
         if split not in self._coded:
             pixels = self.source.splits[split].pixels
             codes, pictures = encode_and_decode(self.tokenizer, pixels, self.config.batch_size, True, self._folder)
@@ -132,13 +136,13 @@ class Assessor:
         return self._coded[split]
 
     def reference(self, split: str) -> ReferenceFeatures:
-        """Features of a split as reference, computed once for all evaluations, since it may have millions of images."""
+        """Load the features of a reference split, computed once for all evaluations, since it may have millions of images."""
         if split not in self._references:
             self._references[split] = reference_features(self.network, self.source, split, self.data, self.config.batch_size)
         return self._references[split]
 
     def training_sequences(self, rows: Tensor) -> Tensor:
-        """Codes (B, T) of training images by row."""
+        """Return the codes (B, T) of training images by row."""
         return self._encoded_training()[rows].long() if self._training is None else self.layout.flat(self._training.codes(rows))
 
     def _training_blocks(self) -> Iterator[Tensor]:
@@ -152,32 +156,32 @@ class Assessor:
                 yield torch.from_numpy(np.concatenate([level[part].astype(np.int32) for level in levels], 1))
 
     def _encoded_training(self) -> Tensor:
-        """Codes (N, T) of all training images of a run without extracted codes, from the cache or encoded."""
+        """Return the codes (N, T) of all training images of a run without extracted codes, from the cache or by encoding."""
         if self._encoded is None:
             most = max(self.layout.num_codes)
             dtype = torch.uint8 if most <= 2**8 else torch.int16 if most <= 2**15 else torch.int32
             identity = pixels_identity(self.data, self.source, TRAIN) | {"kept": "codes", "tokenizer": self._tokenizer_sha256}
 
-            def find() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            def compute() -> tuple[dict[str, Tensor], dict[str, Any]]:
                 codes = encode(self.tokenizer, self.source.splits[TRAIN].pixels, self.config.batch_size, progress=True)
                 return {"codes": self.layout.flat(tuple(level.to(dtype) for level in codes))}, {}
 
-            self._encoded = cached_tensors(cache_folder(self.data), identity, find)[0]["codes"]
+            self._encoded = cached_tensors(cache_folder(self.data), identity, compute)[0]["codes"]
         return self._encoded
 
     def sequences(self, samples: Samples) -> Tensor:
-        """Codes (N, T) that samples were decoded from, or else are encoded to."""
+        """Return the codes (N, T) that samples were decoded from or, if unknown, those that they encode to."""
         if samples.codes is not None:
             return self.layout.flat(samples.codes)
         return self.layout.flat(encode(self.tokenizer, samples.pixels, self.config.batch_size, progress=True))
 
-    def some(self, count: int, size: int, purpose: str) -> Tensor:
+    def random_rows(self, count: int, size: int, purpose: str) -> Tensor:
         """Draw ascending rows of `size` of `count` images (at most all), the same in every evaluation with this seed."""
         return random_rows(count, size, self.config.seed, purpose)
 
     def reconstruction(self, split: str) -> dict[str, Any]:
-        """Means over a split's images with 95 % intervals, on 8-bit pixels scaled to [0, 1]; null where a figure is undefined or its
-        network is missing. `frechet`: between the split and its reconstructions (rFD).
+        """Compute metrics of a split's reconstructions: means with 95 % intervals, on 8-bit pixels scaled to [0, 1]; null for an undefined
+        metric, or one whose network is missing. `frechet`: distance between the split and its reconstructions (rFD).
         """
         originals, pictures = self.source.splits[split].pixels, self.coded(split)[1]
         parts = device_batches(float64_device(self.network.device), self.config.batch_size, pictures, originals)
@@ -192,12 +196,12 @@ class Assessor:
             name: None if values is None else dict(zip(("mean", "low", "high"), mean_with_interval(values, self.config.seed), strict=True))
             for name, values in values_by_metric.items()
         }
-        made, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
-        return figures | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(made)}
+        decoded, real = self.features("reconstructions", pictures).vectors, self.features(split).vectors
+        return figures | {"psnr_of_mean_mse": psnr(float(errors.mean())), "frechet": Reference(real, self.network.device).frechet(decoded)}
 
     def bound(self, split: str, prior: LoadedPrior | None, training: CodeStore | None) -> dict[str, Any]:
-        """Bound on bits per dimension of a split's images for each p(z) of `image_bits`, pixels alone first, with 95 % intervals; `learned`
-        is the prior's, `unigram` that of the training codes.
+        """Compute the bound on bits per dimension of a split's images per p(z) of `image_bits`, with 95 % intervals; `learned` is the
+        prior's p(z), `unigram` that of the training codes.
         """
         images, codes = self.source.splits[split], self.layout.grids_of(self.coded(split)[0])
         self.tokenizer.likelihood().check(images.pixels)
@@ -206,11 +210,11 @@ class Assessor:
             assert images.labels is not None
             assert images.label_names is not None
             unknown = images.label_names[int(images.labels[~known][0])]
-            say(f"the prior does not know the label {unknown}: no bound, given the class")
+            say(f"the prior does not know the label {unknown}: no bound given the class")
             condition = None
         counts = None if training is None else training.counts()
-        learned, alone = (None, True) if prior is None else (prior.prior, prior.header.supports_unconditional)
-        bits = image_bits(self.tokenizer, codes, images.pixels, counts, learned, condition, alone, progress=True)
+        learned, unconditional = (None, True) if prior is None else (prior.prior, prior.header.supports_unconditional)
+        bits = image_bits(self.tokenizer, codes, images.pixels, counts, learned, condition, unconditional, progress=True)
         dimensions = math.prod(images.pixels.shape[1:])
         return {
             "n": len(images.pixels),
@@ -223,13 +227,13 @@ class Assessor:
         }
 
     def codes(self, split: str) -> dict[str, float]:
-        """Usage and perplexity of the codebooks over a split."""
+        """Compute usage and perplexity of the codebooks over a split."""
         sequences = self.coded(split)[0].split(self.layout.lengths, 1)
         counts = [level.flatten().bincount(minlength=k) for level, k in zip(sequences, self.layout.num_codes, strict=True)]
         return {"usage": usage(*counts), "perplexity": perplexity(*counts)}
 
     def distances(self, images: Features, reference: Reference) -> dict[str, Any]:
-        """Distances of a set of images from the reference; null where there are too few images."""
+        """Compute the distances of a set of images from the reference; null where there are too few images."""
         seed = self.config.seed
         parts = reference.frechet_of_parts(images.vectors, seed)
         return {
@@ -243,10 +247,10 @@ class Assessor:
     def beside_real(
         self, samples: Samples, split: str, reference: str, classifier: Classifier | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Compare samples, held-out images and their reconstructions, which bound what samples can reach, with the reference split.
+        """Compare samples, held-out images and their reconstructions, which bound the results of samples, with the reference split.
 
-        Returns their `distances`, also of subsets of equal size, since Fréchet distances depend on it, with the share of images that the
-        classifier puts in their class; and `coverage`: precision, recall, density and coverage at one size of all sets.
+        Returns `distances`, also for subsets of equal size, since Fréchet distances depend on it, with the share of images that the
+        classifier assigns to their class; and `coverage`: precision, recall, density and coverage with the same number of images per set.
         """
         sets = {"samples": self.features("samples", samples.pixels), f"{split}, real": self.features(split)}
         sets[f"{split}, reconstructed"] = self.features("reconstructions", self.coded(split)[1])
@@ -265,13 +269,13 @@ class Assessor:
         for name, images in sets.items():
             if len(images.vectors) > fewest:
                 # At random, since labels take turns or are sorted.
-                rows = self.some(len(images.vectors), fewest, "equal numbers")
+                rows = self.random_rows(len(images.vectors), fewest, "equal numbers")
                 result[f"{name}, {fewest} of them"] = Features(*(tensor[rows] for tensor in images))
         return result
 
     def beside_batch(self, samples: Samples | None, split: str, classifier: Classifier | None) -> dict[str, Any]:
-        """Compute ADM's metrics of samples, if any, held-out images and their reconstructions against the reference batch, and the share of
-        each set that the classifier puts in its class.
+        """Compute ADM's metrics of samples, if any, held-out images and their reconstructions against the reference batch, and per set the
+        share of images that the classifier assigns to their class.
         """
         assert self.batch is not None
         reference: tuple[Features | None, Moments | None] = (
@@ -289,7 +293,7 @@ class Assessor:
         return figures
 
     def _add_classes(self, figures: dict[str, Any], samples: Samples, split: str, classifier: Classifier) -> None:
-        """Add `in_their_class` to each set's figures: the share of images that the classifier puts in their class."""
+        """Add `in_their_class` to each set's figures: the share of images that the classifier assigns to their class."""
         real = self.source.splits[split]
         real_labels = None if real.labels is None else [classifier.label_names[label] for label in real.labels.tolist()]
         labelled = {"samples": (samples.pixels, samples.labels), f"{split}, real": (real.pixels, real_labels)}
@@ -301,18 +305,18 @@ class Assessor:
                 figures[name]["in_their_class"] = sum(matches) / len(labels)
 
     def memorisation(self, samples: Samples, split: str) -> dict[str, Any]:
-        """Distances of samples from their nearest training images, by features and by codes, compared with those of unseen real images and
-        of reconstructed training images, which a prior would give that has memorised them.
+        """Compute the distances of samples from their nearest training images, by features and by codes, and for comparison those of unseen
+        real images, and of reconstructed training images, which a prior that memorised them would draw.
 
-        Up to 1,000 images of each set, drawn at random.
+        Takes up to 1,000 images per set, drawn at random.
         """
         sets = {"samples": (self.features("samples", samples.pixels).vectors, self.sequences(samples))}
         sets["held_out"] = (self.features(split).vectors, self.coded(split)[0])
         training = self.reference(TRAIN)
-        copied = self.training_sequences(training.rows[self.some(len(training.rows), _LOOKED_UP, "copies")])
+        copied = self.training_sequences(training.rows[self.random_rows(len(training.rows), _LOOKED_UP, "copies")])
         copy_pixels = decode(self.tokenizer, self.layout.grids_of(copied), self.config.batch_size)
         sets["copies"] = (self.features("copies of training images", copy_pixels).vectors, copied)
-        rows = {name: self.some(len(vectors), _LOOKED_UP, "neighbours") for name, (vectors, _) in sets.items()}
+        rows = {name: self.random_rows(len(vectors), _LOOKED_UP, "neighbours") for name, (vectors, _) in sets.items()}
         # All sets in one pass over the training codes.
         sequences = torch.cat([codes[rows[name]] for name, (_, codes) in sets.items()])
         shares = nearest_codes(sequences, self._training_blocks(), 1, self.network.device).distances
@@ -331,11 +335,11 @@ class Assessor:
         return figures | searched | {"ratio_of_median_distances": ratios["samples"], "ratio_of_copies": ratios["copies"]}
 
     def neighbours(self, samples: Samples) -> Tensor:
-        """Picture with one row per sample: the sample and its nearest training images by features and by codes. First the samples
-        nearest to a training image, where a copy would show, then the first few; out of 1,000 drawn at random.
+        """Arrange a picture with one row per sample: the sample and its nearest training images by features and by codes. First come the
+        samples nearest to a training image, where a copy would show, then the first few samples; of 1,000 drawn at random.
         """
         training = self.source.splits[TRAIN].pixels
-        rows = self.some(len(samples.pixels), _LOOKED_UP, "neighbours")
+        rows = self.random_rows(len(samples.pixels), _LOOKED_UP, "neighbours")
         vectors, sequences = self.features("samples", samples.pixels).vectors[rows], self.sequences(samples)[rows]
         references = self.reference(TRAIN)
         k = min(_NEIGHBOURS, len(references.rows))
@@ -375,7 +379,7 @@ def local_lpips() -> LPIPS | None:
 
 
 def perceptual_distances(pictures: Tensor, originals: Pixels, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """LPIPS of each image (Zhang et al. 2018), (N,); None below 32 pixels a side or without cached weights."""
+    """Compute LPIPS of each image (Zhang et al. 2018), (N,); None below 32 pixels a side or without cached weights."""
     network = local_lpips() if min(pictures.shape[1:3]) >= LEAST_PIXELS else None
     if network is None:
         return None

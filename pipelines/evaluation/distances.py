@@ -69,12 +69,12 @@ class Moments:
         self._count = total
 
     def gaussian(self) -> Gaussian | None:
-        """Gaussian with this mean and covariance (over N - 1); None for fewer than two vectors."""
+        """Return the Gaussian with this mean and covariance (over N - 1); None for fewer than two vectors."""
         return None if self._count < 2 else Gaussian(self._mean, self._scatter / (self._count - 1))
 
     @classmethod
     def of(cls, vectors: Tensor, device: torch.device) -> Moments:
-        """Moments of vectors (N, D)."""
+        """Compute the moments of vectors (N, D)."""
         moments = cls(device)
         for block in vectors.split(_BLOCK):
             moments.add(block)
@@ -94,7 +94,7 @@ class Gaussian:
         return vectors * values.clamp(min=0).sqrt()
 
     def frechet(self, other: Gaussian) -> float:
-        """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, equation 6; Dowson and Landau 1982).
+        """Compute |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, equation 6; Dowson and Landau 1982).
 
         S1 S2 has the eigenvalues of the symmetric matrix R^T S2 R, where S1 = R R^T; R is computed once per Gaussian.
         """
@@ -112,27 +112,27 @@ class Reference:
 
     def __init__(self, vectors: Tensor, device: torch.device | str = "cpu", gaussian: Gaussian | None = None) -> None:
         """`gaussian`: Gaussian of a larger set that `vectors` were drawn from; None: computed from `vectors`."""
-        self.vectors, self.device, self._whole = vectors, torch.device(device), gaussian
+        self.vectors, self.device, self._given_gaussian = vectors, torch.device(device), gaussian
 
     @cached_property
     def _gaussian(self) -> Gaussian | None:
-        return self._whole or Moments.of(self.vectors, self.device).gaussian()
+        return self._given_gaussian or Moments.of(self.vectors, self.device).gaussian()
 
     @cached_property
     def _radii(self) -> Tensor:
-        """(N, k): each vector's distances to its nearest others."""
+        """Distances of each vector to its nearest others, (N, k)."""
         return _radii(self.vectors, max(_PRECISION_K, _DENSITY_K), self.device)
 
     def frechet(self, images: Tensor) -> float | None:
-        """Between Gaussians with the sets' means and covariances (Heusel et al. 2017, equation 6)."""
+        """Compute the Fréchet distance between Gaussians with the sets' means and covariances (Heusel et al. 2017, equation 6)."""
         gaussian = Moments.of(images, self.device).gaussian()
         return None if self._gaussian is None or gaussian is None else self._gaussian.frechet(gaussian)
 
     def frechet_of_parts(self, images: Tensor, seed: int) -> Spread | None:
-        """`frechet` of disjoint random parts of the images, each to the whole reference.
+        """Compute `frechet` of disjoint random parts of the images, each to the complete reference.
 
-        Resampling with repetition would shrink the covariances and so bias the distance upward; parts are merely small,
-        which biases it upward too, but by the same in each: their spread says how sure a distance is, not their mean.
+        Bootstrap resampling would shrink the covariances and so bias the distance upward. Small parts bias it upward too, but all by the
+        same amount: their spread measures the uncertainty of the distance, their mean does not estimate it.
         """
         # Random, since labels take turns and every fifth image would have few labels.
         order = torch.randperm(len(images), generator=generator(seed, "parts"))
@@ -141,7 +141,7 @@ class Reference:
         return Spread(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) == PARTS else None
 
     def kernel(self, images: Tensor, seed: int) -> Spread | None:
-        """The squared maximum mean discrepancy under a cubic kernel (Binkowski et al. 2018), over random subsets."""
+        """Compute the squared maximum mean discrepancy under a cubic kernel (Binkowski et al. 2018), over random subsets."""
         from torch_fidelity.metric_kid import kernel_mmd
 
         size = min(_SUBSET_SIZE, len(images), len(self.vectors))
@@ -149,14 +149,14 @@ class Reference:
             return None
         draws, distances = np.random.RandomState(seed), []
         for _ in range(_SUBSETS):
-            # Converted to float64 per subset, which saves twice the memory of all vectors.
+            # Convert to float64 per subset: converting all vectors would take twice their memory.
             pair = [vectors[draws.choice(len(vectors), size, replace=False)] for vectors in (images, self.vectors)]
             distances.append(kernel_mmd(*(subset.double().numpy() for subset in pair)))
         return Spread(float(np.mean(distances)), float(np.std(distances)))
 
     def precision_recall(self, images: Tensor) -> tuple[float, float] | None:
-        """Precision, the share of images that lie in a ball around some vector of the reference, and recall, the reverse; a ball reaches
-        to its centre's third neighbour (Kynkaanniemi et al. 2019).
+        """Compute precision, the share of images in a ball around any vector of the reference, and recall, the reverse. A ball's radius
+        is the distance to its centre's third neighbour (Kynkaanniemi et al. 2019).
         """
         if min(len(images), len(self.vectors)) <= _PRECISION_K:
             return None
@@ -165,8 +165,8 @@ class Reference:
         return float((precision > 0).double().mean()), float((recall > 0).double().mean())
 
     def density_coverage(self, images: Tensor) -> tuple[float, float] | None:
-        """How many of the reference's balls an image lies in, over k; the share of balls with an image in them (Naeem et al. 2020,
-        equations 4 and 5), k = 5.
+        """Compute density, the number of the reference's balls around an image, divided by k = 5, and coverage, the share of balls with an
+        image inside (Naeem et al. 2020, equations 4 and 5).
         """
         if len(self.vectors) <= _DENSITY_K:
             return None
@@ -177,8 +177,8 @@ class Reference:
 
 
 def neighbourhoods(sets: dict[str, Tensor], reference: Tensor, seed: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Precision, recall, density and coverage of sets of vectors, at one size `n` of all sets and the reference, on which they depend: the
-    smallest size, at most 10,000. Null where these are too few.
+    """Compute precision, recall, density and coverage of sets of vectors. They depend on the number of vectors, so all sets and the
+    reference are reduced to the smallest size, at most 10,000: `n`. Null where these are too few.
     """
     count = min(_NEIGHBOURHOODS, *(len(vectors) for vectors in (*sets.values(), reference)))
     real, figures = Reference(reference[random_rows(len(reference), count, seed, "neighbourhoods of the reference")], device), {}
@@ -196,7 +196,7 @@ def random_rows(count: int, size: int, seed: int, purpose: str) -> Tensor:
 
 
 def inception_score(logits: Tensor, seed: int) -> Spread:
-    """Inception score of logits (N, classes) over splits (Salimans et al. 2016): exp of the mean label divergence."""
+    """Compute the inception score of logits (N, classes) over splits (Salimans et al. 2016): exp of the mean label divergence."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
     score = isc_features_to_metric(logits, splits=min(_SPLITS, len(logits)), rng_seed=seed)
@@ -204,7 +204,7 @@ def inception_score(logits: Tensor, seed: int) -> Spread:
 
 
 def adm_inception_score(logits: Tensor, part: int = 5000) -> float:
-    """ADM's inception score of logits (N, classes): the mean over consecutive parts of `part` images, the last one smaller."""
+    """Compute ADM's inception score of logits (N, classes): the mean over consecutive parts of `part` images, the last one smaller."""
     scores = []
     for block in logits.split(part):
         log_probabilities = block.double().log_softmax(1)
@@ -217,9 +217,9 @@ def adm_inception_score(logits: Tensor, part: int = 5000) -> float:
 
 
 def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | str = "cpu") -> Neighbours:
-    """The k nearest of the reference to each query, by Euclidean distance."""
+    """Find the k nearest vectors of the reference to each query, by Euclidean distance."""
     rows = torch.cat([block.topk(k, largest=False).indices.cpu() for block in _blocks(queries, reference, device)])
-    # The search uses matrix products, whose rounding is large relative to small distances: compute those of the results again.
+    # The search uses matrix products, whose rounding errors are large for small distances: compute the resulting distances again.
     pairs = zip(queries.split(_BLOCK), rows.split(_BLOCK), strict=True)
     distances = torch.cat([torch.stack([(query - reference[row]).norm(dim=-1) for row in chosen.T], 1) for query, chosen in pairs])
     distances, order = distances.sort(dim=1, stable=True)
@@ -227,7 +227,7 @@ def nearest(queries: Tensor, reference: Tensor, k: int, device: torch.device | s
 
 
 def nearest_codes(queries: Tensor, reference: Iterable[Tensor], k: int, device: torch.device | str = "cpu") -> Neighbours:
-    """The k nearest codes to each query (N, T) by the share of positions that differ; the reference comes in blocks (M, T)."""
+    """Find the k nearest code sequences to each query (N, T) by the share of differing positions; the reference comes in blocks (M, T)."""
     best: list[tuple[Tensor, Tensor]] = []
     first = 0
     for codes in reference:
@@ -245,7 +245,7 @@ def nearest_codes(queries: Tensor, reference: Iterable[Tensor], k: int, device: 
 
 
 def mean_with_interval(values: Tensor, seed: int, resamples: int = 1000) -> tuple[float, float, float]:
-    """Mean of (N,) and the 95 % interval of bootstrap means (Efron 1979)."""
+    """Compute the mean of (N,) and the 95 % interval of bootstrap means (Efron 1979)."""
     draws = np.random.default_rng(seed)
     array = values.double().numpy()
     means = [array[draws.integers(len(array), size=len(array))].mean() for _ in range(resamples)]
@@ -254,19 +254,19 @@ def mean_with_interval(values: Tensor, seed: int, resamples: int = 1000) -> tupl
 
 
 def _within(points: Tensor, centres: Tensor, radii: Tensor, device: torch.device | str) -> Tensor:
-    """Number of balls around each point, (N,)."""
+    """Count the balls around each point, (N,)."""
     return torch.cat([(block <= radii.to(block)).sum(1).cpu() for block in _blocks(points, centres, device)])
 
 
 def _radii(vectors: Tensor, k: int, device: torch.device | str) -> Tensor:
-    """Each vector's distances to its k nearest others, (N, k)."""
+    """Compute each vector's distances to its k nearest others, (N, k)."""
     # The nearest is the vector itself or a duplicate.
     return nearest(vectors, vectors, min(k + 1, len(vectors)), device).distances[:, 1:]
 
 
 def _blocks(points: Tensor, others: Tensor, device: torch.device | str) -> Iterator[Tensor]:
     """Yield distances (block, M) of blocks of points to all others, on the device."""
-    # Centred, which minimises rounding.
+    # Centre the vectors, which minimises rounding.
     centre, device = others.mean(0), torch.device(device)
     moved = (others - centre).to(device)
     size = max(1, min(_BLOCK, _DISTANCES // max(1, len(others))))

@@ -23,23 +23,23 @@ _LOCAL_HEADER, _LENGTHS = 30, slice(26, 30)
 
 
 def names_in(path: Path, option: str) -> set[str]:
-    """Names of the arrays in an npz file; `option` names the file in messages. Errors: UserError if it is no npz file."""
+    """List the arrays in an npz file. `option`: option that names the file, for messages. Errors: UserError if it is no npz file."""
     try:
         with ZipFile(path) as content:
             return {name.removesuffix(".npy") for name in content.namelist()}
-    except Exception as error:  # of many kinds: the file system's, zip's
+    except Exception as error:  # many kinds: of the file system, of zipfile
         raise UserError(f"{option} {path}: expected an npz file, found: {error}") from None
 
 
 def array_in(path: Path, name: str, option: str) -> np.ndarray:
-    """Map one array of an npz file, copy-on-write; `option` names the file in messages.
+    """Map one array of an npz file, copy-on-write. `option`: as in `names_in`.
 
     The array is read through once to verify its checksum.
     Errors: UserError if the file is damaged or no npz file, or if the array is missing or one of pickled objects, never unpickled.
     """
     try:
         return _mapped(path, name)
-    except Exception as error:  # of many kinds: the file system's, zip's, zlib's, numpy's
+    except Exception as error:  # many kinds: of the file system, zipfile, zlib, numpy
         reason = f"no {name}.npy in it" if isinstance(error, KeyError) else error
         raise UserError(f"{option} {path}: expected an npz file with {name}, found: {reason}") from None
 
@@ -71,7 +71,7 @@ def _mapped(path: Path, name: str) -> np.ndarray:
 
 
 def _npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, Fortran order, dtype."""
+    """Read the shape, Fortran order and dtype."""
     version = np.lib.format.read_magic(member)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(member)
@@ -81,7 +81,7 @@ def _npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def _data_offset(path: Path, info: ZipInfo) -> int:
-    """Offset of a member's data in a zip file."""
+    """Compute the offset of a member's data in a zip file."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         name, extra = struct.unpack("<HH", file.read(_LOCAL_HEADER)[_LENGTHS])

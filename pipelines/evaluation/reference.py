@@ -38,7 +38,7 @@ class ReferenceFeatures(NamedTuple):
 
 
 def pixels_identity(data: Data, source: ImageSource, split: str) -> dict[str, Any]:
-    """Everything that determines a split's pixels, as a cache key."""
+    """Return everything that determines a split's pixels, as a cache key."""
     keys = {key: value for key, value in as_dict(data).items() if key not in LOCAL_KEYS}
     return {"data": keys, "split": split, "rows": len(source.splits[split]), "files": source.fingerprints, "skipped": source.skipped}
 
@@ -60,14 +60,14 @@ def reference_features(network: FeatureNetwork, source: ImageSource, split: str,
 
 
 @torch.no_grad()
-def one_pass(network: FeatureNetwork, pixels: Pixels, what: str, batch_size: int, most: int = ROWS) -> ReferenceFeatures:
+def one_pass(network: FeatureNetwork, pixels: Pixels, name: str, batch_size: int, most: int = ROWS) -> ReferenceFeatures:
     """Compute features of images, uint8 (N, H, W, C), reading each once.
 
-    Takes the memory of `most` vectors and a covariance. `what`: name of the images for the progress bar.
+    Takes the memory of `most` vectors and a covariance. `name`: name of the images for the progress bar.
     """
     rows = torch.randperm(len(pixels), generator=generator(0, "reference features"))[:most].sort().values
     read, moments, vectors_of_rows = _Hashed(pixels), Moments(network.device), list[Tensor]()
-    with progress_bar(len(pixels), f"features of {what}", "img") as bar, ieee_float32(network.device):
+    with progress_bar(len(pixels), f"features of {name}", "img") as bar, ieee_float32(network.device):
         for part, (batch,) in device_batches(network.device, batch_size, read):
             vectors = network.forward(batch).vectors
             moments.add(vectors)

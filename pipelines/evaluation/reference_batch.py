@@ -39,7 +39,7 @@ class ReferenceBatch(NamedTuple):
     """Hash of the statistics; None: there are none."""
 
     def contents(self) -> str:
-        """Summary of the contents, for the report."""
+        """Summarise the contents, for the report."""
         contents = [] if self.images is None else [f"{len(self.images)} images"]
         if self.sha256 is not None:
             names = STATISTICS if self.spatial is not None else STATISTICS[:2]
@@ -47,7 +47,7 @@ class ReferenceBatch(NamedTuple):
         return " and ".join(contents)
 
     def missing(self) -> list[str]:
-        """One note per figure that this file cannot give."""
+        """Return one note per metric that needs more than this file contains."""
         lines = []
         if self.images is None:
             lines.append(f"Precision and recall: not computed; they take the reference's images ({IMAGES}), and {self.path.name} has none.")
@@ -62,8 +62,8 @@ def load_reference_batch(path: Path, image_shape: tuple[int, int, int], widths: 
 
     Args:
         path: the file.
-        image_shape: (H, W, C) of the run's images, required of the batch's too.
-        widths: of the pooled and of the spatial features.
+        image_shape: (H, W, C) of the run's images, and required of the batch.
+        widths: widths of the pooled and of the spatial features.
     Errors: UserError if the file is no npz, has images or statistics of another shape or type, or a mean without its covariance.
     """
     names = names_in(path, OPTION)
@@ -111,13 +111,16 @@ def _gaussian(path: Path, mean: str, covariance: str, width: int, digest: Any) -
 class BatchComparison:
     """Metrics of image sets against a reference batch, as ADM's evaluation defines them.
 
-    A metric is None if there are too few images, or if the file lacks what it needs.
+    A metric is None if there are too few images, or if the file lacks the images or statistics for it.
     """
 
     def __init__(self, batch: ReferenceBatch, features: Features | None, moments: Moments | None, device: torch.device) -> None:
-        """`features` and spatial `moments` of the batch's images; None: it has none.
-
-        Statistics in the file take precedence over those of its images, which may be a small part of the data set.
+        """
+        Args:
+            batch: the reference batch. Its statistics take precedence over those of its images, which may be a subset of the data set.
+            features: features of the batch's images; None: it has no images.
+            moments: moments of their spatial features.
+            device: device of the computations.
         """
         self._device = device
         pooled, spatial = batch.pooled, batch.spatial
@@ -127,7 +130,7 @@ class BatchComparison:
         self._reference = None if features is None else Reference(features.vectors, device)
 
     def figures(self, images: Features, moments: Moments | None) -> dict[str, Any]:
-        """All metrics of one image set, from its features and its spatial moments, if these are known."""
+        """Compute all metrics of one image set from its features and, if known, the moments of its spatial features."""
         pooled = Moments.of(images.vectors, self._device).gaussian()
         precision, recall = (None if self._reference is None else self._reference.precision_recall(images.vectors)) or (None, None)
         return {

@@ -90,7 +90,7 @@ def _bound(results: dict[str, Any]) -> dict[str, Any]:
 
 def _distances(results: dict[str, Any]) -> dict[str, Any]:
     scored = any(values["class_score"] is not None for values in results["distances"].values())
-    columns = ["images", "N", results["distance"], f"its {PARTS} parts", f"{results['kernel_distance']} x 1000"]
+    columns = ["images", "N", results["distance"], f"of {PARTS} parts", f"{results['kernel_distance']} x 1000"]
     columns += [*([results["class_score"]] if scored else []), "in their class"]
     rows = []
     for name, values in results["distances"].items():
@@ -140,48 +140,49 @@ def _memorisation(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """Remarks that a reader of the figures needs."""
-    lines = ["All images were rounded to 8 bits before anything was computed."]
+    """Return notes on how to read the metrics."""
+    lines = ["All metrics are of images rounded to 8 bits."]
     if results["reconstruction"]["lpips"] is None:
         lines.append("LPIPS: not computed; its network's weights are not in torch's cache, or images are below 32 pixels a side.")
     elif "lpips alex" in results["trained_by"]:
-        lines.append("LPIPS: the tokenizer was trained to lower this very distance.")
+        lines.append("LPIPS: the tokenizer was trained to minimise this distance.")
     if "bound" in results:
         lines.append(
-            "Bits a dimension are an upper bound of -log2 p(x): -log2 p(x|z) - log2 p(z), with the one z that the encoder chooses. What is "
-            "given the class is p(x | class), and no likelihood of images alone."
+            "Bits a dimension are an upper bound of -log2 p(x): -log2 p(x|z) - log2 p(z), with the one z that the encoder chooses. Given "
+            "the class, they bound -log2 p(x | class), which does not compare with unconditional likelihoods."
         )
     if "distances" in results:
         lines.append(
             "Fréchet distances fall with the number of images N: compare rows of equal N only. The parts are disjoint; their spread "
-            "says how sure the distance is, their mean is that of a smaller N."
+            "measures the uncertainty of the distance, their mean is that of a smaller N."
         )
-        lines.append(
-            "Precision, recall, density and coverage rise and fall with the number of images: they compare with figures of the same N."
-        )
+        lines.append("Precision, recall, density and coverage depend on the number of images: compare results of equal N only.")
         if results.get("instead_of") is not None:
             lines.append(f"{results['instead_of']}.")
     if "beside_batch" in results:
         lines.append(
-            "FID and sFID are usually published for 50,000 samples, equally many per class; with fewer they are higher. The inception "
+            "FID and sFID are usually published for 50,000 samples, equally many per class; fewer samples give higher ones. The inception "
             "score is the mean over consecutive parts of 5,000 images. Precision and recall: balls to the third neighbour (Kynkaanniemi et "
             "al. 2019) among all of these images, and among all images of the file: recall rises with N, compare rows of equal N only."
         )
         lines += results["batch_missing"]
     if "distances" in results or "beside_batch" in results:
         if results["distance"] != FID:
-            lines.append(f"{results['distance']} is not FID and compares with figures of the same features alone.")
+            lines.append(f"{results['distance']} is not FID: compare it only with distances of the same features.")
         if results["features"] in results["trained_by"]:
-            made_here = results["features"] in (CLASSIFIER, ROTATION)
-            by = "a network made in the same way, if with other weights" if made_here else "this very network"
-            lines.append(f"The tokenizer was trained by the features of {by}: distances flatter it. Compare by others too (--features).")
+            trained_here = results["features"] in (CLASSIFIER, ROTATION)
+            network = "a network trained in the same way, with other weights" if trained_here else "the same network"
+            lines.append(
+                f"The tokenizer was trained with features of {network}, which biases the distances in its favour. Compare other features "
+                "too (--features)."
+            )
     if "memorisation" not in results:
         lines.append("Samples: not evaluated; the run has no finished prior.")
     if "memorisation" in results and results["memorisation"]["ratio_of_median_distances"] is not None:
         ratio, copies_ratio = (results["memorisation"][name] for name in ("ratio_of_median_distances", "ratio_of_copies"))
         lines.append(
-            f"Samples lie {ratio:.2f} times as far from their nearest training image as unseen real images do; those of a prior "
-            f"that knows training images by heart would lie {copies_ratio:.2f} times as far."
+            f"Samples are {ratio:.2f} times as far from their nearest training image as unseen real images are; those of a prior "
+            f"that memorised the training images would be {copies_ratio:.2f} times as far."
         )
     return lines
 

@@ -1,1 +1,1 @@
-"""Export of a run to ONNX graphs, and samplers that need no torch."""
+"""Export of a run to ONNX graphs, and samplers without torch."""

@@ -1,4 +1,4 @@
-"""The folder of an exported run: graphs, model.json, and how far its samples are from the run's."""
+"""The folder of an exported run: graphs, model.json, and comparisons with the run's own samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.generator import Generator
 
 COMPARED = 10_000
-"""Fewest codes drawn for a comparison."""
+"""Smallest number of codes drawn for a comparison."""
 
 
 def need_packages() -> None:
@@ -23,7 +23,7 @@ def need_packages() -> None:
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401, which torch needs for it
+        import onnxscript  # noqa: F401, torch's exporter needs it
     except ModuleNotFoundError as error:
         raise UserError(f"expected the package {error.name}, found none; pip install -e '.[onnx]'") from None
 
@@ -31,7 +31,7 @@ def need_packages() -> None:
 def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     """Write encoder.onnx, decoder.onnx and prior.onnx of a generator with a prior, on the CPU.
 
-    Returns the content of model.json, of which the sampler reads everything but the fingerprints.
+    Returns the content of model.json; the sampler reads all of it except the fingerprints.
     """
     prior, header = generator.stepwise_prior("export"), generator.header
     assert header is not None
@@ -55,7 +55,7 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
 
 
 def _num_samples(exact: Generator) -> int:
-    """Number of samples for a comparison, at least two, so that the mean has a standard error."""
+    """Compute the number of samples for a comparison, at least two, so that the mean has a standard error."""
     return max(2, -(-COMPARED // sum(h * w for h, w in exact.tokenizer.grids)))
 
 
@@ -65,10 +65,10 @@ class Drift(NamedTuple):
     codes: int
     """Number of codes drawn."""
     changed_codes: int
-    """Those that differ from torch's; a draw that differs changes those after it."""
+    """Number of codes that differ from torch's; one different draw changes the codes after it."""
     images: int
     changed_images: int
-    """Images with a code that differs from torch's."""
+    """Number of images with a code that differs from torch's."""
     max_difference: int
     """Largest difference between pixels decoded from the same codes, of 255."""
     mean_difference: float
@@ -76,14 +76,14 @@ class Drift(NamedTuple):
 
 
 def exact_generator(generator: Generator) -> Generator:
-    """Load the same run and prior for draws in float64."""
+    """Load the same run and prior for sampling in float64."""
     exact = Generator.from_pretrained(generator.run.path, prior=generator.prior_name, device="cpu", precision="float64")
     exact.sampling = dataclasses.replace(exact.sampling, guidance=_guidance(exact))
     return exact
 
 
 def _guidance(generator: Generator) -> float:
-    """The recipe's guidance, or 1 for a prior that was trained without condition dropout."""
+    """Return the recipe's guidance, or 1 for a prior that was trained without condition dropout."""
     return generator.sampling.guidance if generator.header is not None and generator.header.supports_unconditional else 1.0
 
 
@@ -101,7 +101,7 @@ def drift(exact: Generator, folder: Path) -> Drift:
 
 
 def encoder_disagreement(exact: Generator, folder: Path) -> float:
-    """Share of codes in which a folder's encoder differs from torch's, over at least 10,000 codes of drawn images."""
+    """Compute the share of codes in which a folder's encoder differs from torch's, over at least 10,000 codes of drawn images."""
     import onnxruntime
 
     images = exact.sample(_num_samples(exact), output="tensor")
@@ -113,7 +113,7 @@ def encoder_disagreement(exact: Generator, folder: Path) -> float:
 
 
 class Excess(NamedTuple):
-    """Bits per code by which the folder's prior exceeds the exact one, for codes drawn from the exact one."""
+    """Additional bits per code under the folder's prior, for codes drawn from the exact prior."""
 
     bits: float
     """Bits per code under the exact prior."""
@@ -124,10 +124,10 @@ class Excess(NamedTuple):
 
 
 def excess_bits(exact: Generator, folder: Path) -> Excess:
-    """Estimate the Kullback-Leibler divergence per code of the folder's prior from the exact one, which takes no data.
+    """Estimate the Kullback-Leibler divergence per code of the folder's prior from the exact one, without data.
 
-    It is the mean of log2 p_exact - log2 p_folder over at least 10,000 codes, drawn from the exact prior unwarped and unguided, with labels
-    taking turns.
+    It is the mean of log2 p_exact - log2 p_folder over at least 10,000 codes drawn from the exact prior, at temperature 1, without filters
+    and guidance, with labels taking turns.
     """
     from pipelines.exporting.sampler import Sampler
 

@@ -1,11 +1,11 @@
-"""A run as ONNX graphs of any batch size: encoder, decoder, and one step of the prior.
+"""Export of a run to ONNX graphs of any batch size: encoder, decoder, and one step of the prior.
 
-encoder.onnx   images, float32 (B, C, H, W) in [-1, 1], to codes: int64 (B, h, w) a level
-decoder.onnx   codes to images
-prior.onnx     of a transformer: tokens (B,) int64, codes counted through all levels, at position 0 any; labels (B,) int64;
-               position (1,) int64; keys and values (B, layers, heads, T, head width), at first zeros. To logits (B, all levels' codes),
-               keys and values for the next position.
-               Of any other prior: codes (B, T) int64 so far, which are its cache, the rest any; labels; position. To logits.
+encoder.onnx   from images, float32 (B, C, H, W) in [-1, 1], to codes, int64 (B, h, w) per level
+decoder.onnx   from codes to images
+prior.onnx     of a transformer: from tokens (B,) int64 (code + offset of its level; ignored at position 0), labels (B,) int64, position
+               (1,) int64, keys and values (B, layers, heads, T, head width), initially zeros; to logits (B, codes of all levels), and keys
+               and values for the next position.
+               Of other priors: from codes (B, T) int64, of which those from the position on are ignored, labels and position; to logits.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from stage2_prior.priors.attention import KeyValueCache
 from stage2_prior.priors.stepwise import StepwisePrior
 from stage2_prior.priors.transformer import Transformer, TransformerCache
 
-# Batches that graphs are traced with: of 1 a batch's axis would be taken for a fixed one.
+# Batch size of the traced inputs: with 1, the exporter would take the batch axis for a constant.
 _TRACED = 2
 
 
 class Method(nn.Module):
-    """A method of a module, as the module that graphs are traced of."""
+    """A method of a module, wrapped as a module for tracing."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
         self.module, self.name = module, name
 
-    def forward(self, given: Any) -> Any:
-        """What the method makes of what it is given."""
-        return getattr(self.module, self.name)(given)
+    def forward(self, argument: Any) -> Any:
+        """Call the method."""
+        return getattr(self.module, self.name)(argument)
 
 
 class CachedStep(nn.Module):
-    """One step of a transformer over all levels, its cache among what goes in and comes out."""
+    """One step of a transformer over all levels, with its cache as inputs and outputs."""
 
     def __init__(self, prior: Transformer) -> None:
         super().__init__()
@@ -51,33 +51,33 @@ class CachedStep(nn.Module):
     positions: Tensor
 
     def forward(self, tokens: Tensor, labels: Tensor, position: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See the module's docstring."""
+        """Compute the outputs of prior.onnx of a transformer (see the module's docstring)."""
         prior, layers = self.prior, []
-        for of_layer in zip(keys.unbind(1), values.unbind(1), strict=True):
-            cache = KeyValueCache.__new__(KeyValueCache)
-            cache.keys, cache.values = (tensor.clone() for tensor in of_layer)
-            layers.append(cache)
-        whole = TransformerCache(layers, self.positions, None)
-        x = prior.embed_step(torch.where(position == 0, prior.start, prior.token(tokens)), labels, whole, position)
-        logits = F.linear(prior.norm(prior.features(x, whole, position)), prior.head.weight)
-        return logits, torch.stack([cache.keys for cache in layers], 1), torch.stack([cache.values for cache in layers], 1)
+        for layer_keys, layer_values in zip(keys.unbind(1), values.unbind(1), strict=True):
+            layer_cache = KeyValueCache.__new__(KeyValueCache)
+            layer_cache.keys, layer_cache.values = layer_keys.clone(), layer_values.clone()
+            layers.append(layer_cache)
+        cache = TransformerCache(layers, self.positions, None)
+        x = prior.embed_step(torch.where(position == 0, prior.start, prior.token(tokens)), labels, cache, position)
+        logits = F.linear(prior.norm(prior.features(x, cache, position)), prior.head.weight)
+        return logits, torch.stack([layer.keys for layer in layers], 1), torch.stack([layer.values for layer in layers], 1)
 
 
-class WholeStep(nn.Module):
-    """The logits of one position by a prior that computes those of all: whatever the prior, the codes so far are its cache."""
+class UncachedStep(nn.Module):
+    """One step of any prior without a cache: it computes the logits of all positions from the codes so far and selects one."""
 
     def __init__(self, prior: StepwisePrior) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, codes: Tensor, labels: Tensor, position: Tensor) -> Tensor:
-        """See the module's docstring; of the levels that the position is not of, the logits are those of some other position."""
-        found, start = [], 0
+        """Compute the output of prior.onnx of other priors. Logits of levels that do not contain the position are of another position."""
+        level_logits, start = [], 0
         for logits in self.prior.logits(self.prior.layout.grids_of(codes), labels):
             index = (position - start).clamp(0, logits.shape[1] - 1)
-            found.append(logits.index_select(1, index)[:, 0])
+            level_logits.append(logits.index_select(1, index)[:, 0])
             start += logits.shape[1]
-        return torch.cat(found, -1)
+        return torch.cat(level_logits, -1)
 
 
 def export_tokenizer(tokenizer: VQVAE, folder: Path) -> None:
@@ -97,18 +97,18 @@ def export_prior(prior: StepwisePrior, folder: Path) -> list[int] | None:
     if isinstance(prior, Transformer):
         shape = [len(prior.blocks), *prior.blocks[0].attention.new_cache(1, prior.layout.length).keys.shape[1:]]
         cache = torch.zeros(_TRACED, *shape, dtype=prior.start.dtype)
-        given = (torch.zeros(_TRACED, dtype=torch.int64), labels, position, cache, cache.clone())
+        arguments = (torch.zeros(_TRACED, dtype=torch.int64), labels, position, cache, cache.clone())
         names = ["tokens", "labels", "position", "keys", "values"]
-        _export(CachedStep(prior), given, names, ["logits", "next_keys", "next_values"], folder / "prior.onnx")
+        _export(CachedStep(prior), arguments, names, ["logits", "next_keys", "next_values"], folder / "prior.onnx")
         return shape
     codes = torch.zeros(_TRACED, prior.layout.length, dtype=torch.int64)
-    _export(WholeStep(prior), (codes, labels, position), ["codes", "labels", "position"], ["logits"], folder / "prior.onnx")
+    _export(UncachedStep(prior), (codes, labels, position), ["codes", "labels", "position"], ["logits"], folder / "prior.onnx")
     return None
 
 
 @torch.no_grad()
-def _export(module: nn.Module, given: tuple[Any, ...], inputs: Sequence[str], outputs: Sequence[str], path: Path) -> None:
-    # torch 2.9 cannot show that 1 works as well, which it does.
+def _export(module: nn.Module, arguments: tuple[Any, ...], inputs: Sequence[str], outputs: Sequence[str], path: Path) -> None:
+    # A batch of 1 works too, but torch 2.9 cannot prove it.
     batch = torch.export.Dim("batch", min=_TRACED)
 
     def dynamic(argument: Any) -> Any:
@@ -117,13 +117,13 @@ def _export(module: nn.Module, given: tuple[Any, ...], inputs: Sequence[str], ou
         return {0: batch} if len(argument) == _TRACED else None
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names of axes, of the exporter's own calls
+        warnings.simplefilter("ignore")  # about names of axes, and about calls inside the exporter
         program = torch.onnx.export(
             module.eval(),
-            given,
+            arguments,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=tuple(map(dynamic, given)),
+            dynamic_shapes=tuple(map(dynamic, arguments)),
             dynamo=True,
             verbose=False,
         )
@@ -133,9 +133,9 @@ def _export(module: nn.Module, given: tuple[Any, ...], inputs: Sequence[str], ou
 
 
 def _strip(model: Any) -> None:
-    """Remove what the exporter notes of each node: where in which file of this machine it was traced."""
+    """Remove the metadata of each node: the file and line on this machine where it was traced."""
     for graph in (model.graph, *model.functions.values()):
         nodes = list(graph.all_nodes())
-        for noted in (model, graph, *graph.inputs, *nodes, *(value for node in nodes for value in node.outputs)):
-            noted.metadata_props.clear()
-            noted.doc_string = None
+        for item in (model, graph, *graph.inputs, *nodes, *(value for node in nodes for value in node.outputs)):
+            item.metadata_props.clear()
+            item.doc_string = None

@@ -1,10 +1,11 @@
-"""Draw images from a run that was exported to ONNX: numpy and onnxruntime, no torch.
+"""Sample images from a run that was exported to ONNX, with numpy and onnxruntime, without torch.
 
     python sample.py --n 64
     python sample.py --n 8 --label 7 --seed 1 --guidance 1.5 --output pictures
 
-Reads model.json, prior.onnx and decoder.onnx in its folder. Sample i of a seed has the same codes in any batch, those of the run itself
-(with the prior in float64; in float32 rounding may change one). They are decoded in float32: a pixel may differ by one of 256 levels.
+Reads model.json, prior.onnx and decoder.onnx in its folder. Sample i of a seed has the same codes in any batch, equal to those of the run
+itself (with the prior in float64; in float32, rounding may change one). They are decoded in float32: a pixel may differ by one of 256
+levels.
 
     from sample import Sampler
 
@@ -31,7 +32,7 @@ Array = np.ndarray
 
 
 def uniforms(seed: int, number: int, length: int) -> Array:
-    """Draw the uniforms (T,) of a sample, equal to torch's with the seed derived from the seed and the sample's number."""
+    """Draw the uniforms (T,) of a sample, equal to those of a torch generator seeded from the seed and the sample's number."""
     digest = hashlib.blake2b(repr((seed, "sample", number)).encode(), digest_size=8).digest()
     derived = int.from_bytes(digest, "little") >> 1
     raw = np.random.RandomState(derived & 0xFFFFFFFF).randint(0, 2**32, 2 * length, np.uint64)  # MT19937, seeded as torch does
@@ -39,7 +40,7 @@ def uniforms(seed: int, number: int, length: int) -> Array:
 
 
 def warp(logits: Array, settings: dict[str, Any]) -> Array:
-    """Probabilities (B, K), float64, of logits (B, K): temperature, top_k, top_p, min_p."""
+    """Compute probabilities (B, K), float64, from logits (B, K) with temperature, top_k, top_p and min_p."""
     logits = logits.astype(np.float64)
     if settings["temperature"] == 0:
         return np.eye(logits.shape[1])[logits.argmax(1)]
@@ -61,7 +62,7 @@ def warp(logits: Array, settings: dict[str, Any]) -> Array:
 
 
 def draw(probabilities: Array, uniform: Array) -> Array:
-    """Draw codes (B,): where the cumulative distribution of (B, K) first exceeds the uniform (B,)."""
+    """Draw codes (B,) from probabilities (B, K): the first code whose cumulative probability exceeds the uniform (B,)."""
     cumulative = probabilities.cumsum(1)
     return np.minimum((cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1), probabilities.shape[1] - 1)
 
@@ -78,23 +79,23 @@ class Sampler:
         self.offsets = np.cumsum([0, *self.model["num_codes"]])
 
     def labels_of(self, label: str | int | Sequence[str | int] | None, n: int) -> Array:
-        """The label of each sample, (N,): as one for all or one each; of None the classes take turns."""
+        """Return the label of each sample, (N,), from one label for all or one per sample; None: the classes take turns."""
         names = self.model["label_names"]
         if not names:
             if label is not None:
                 raise ValueError(f"label {label}: expected none, since this prior has no labels")
             return np.zeros(n, np.int64)
-        each = [label] * n if isinstance(label, str | int) else [k % len(names) for k in range(n)] if label is None else list(label)
-        composed = [unicodedata.normalize("NFC", one) if isinstance(one, str) else one for one in each]  # as the model's names are
-        found = [names.index(one) if one in names else int(one) if str(one).isdecimal() else -1 for one in composed]
-        if len(found) != n or not all(0 <= one < len(names) for one in found):
+        labels = [label] * n if isinstance(label, str | int) else [k % len(names) for k in range(n)] if label is None else list(label)
+        composed = [unicodedata.normalize("NFC", text) if isinstance(text, str) else text for text in labels]  # like the model's names
+        numbers = [names.index(text) if text in names else int(text) if str(text).isdecimal() else -1 for text in composed]
+        if len(numbers) != n or not all(0 <= number < len(names) for number in numbers):
             raise ValueError(f"label: expected names ({', '.join(names[:10])}) or numbers below {len(names)}, found {label}")
-        return np.array(found, np.int64)
+        return np.array(numbers, np.int64)
 
     def sample(self, n: int, label: Any = None, seed: int = 0, **settings: Any) -> tuple[list[Array], Array]:
-        """Codes, int64 (N, h, w) a level, and images, uint8 (N, H, W, C); `settings` in place of the model's."""
+        """Draw samples: codes, int64 (N, h, w) per level, and images, uint8 (N, H, W, C). `settings` replace the model's."""
         settings, labels = self._checked({**self.model["sampling"], **settings}), self.labels_of(label, n)
-        seed = operator.index(seed)  # seeds are hashed by their text
+        seed = operator.index(seed)  # an int, since its text is hashed
         parts = [self._batch(range(start, min(n, start + 64)), labels, seed, settings) for start in range(0, n, 64)]
         sequences = np.concatenate(parts)
         splits = np.split(sequences, np.cumsum([h * w for h, w in self.model["grids"]])[:-1], 1)
@@ -117,55 +118,55 @@ class Sampler:
         return settings
 
     def decode(self, codes: list[Array]) -> Array:
-        """The images of codes, uint8 (N, H, W, C)."""
-        given = {f"level{number}": level for number, level in enumerate(codes)}
-        found = [
-            self.decoder.run(None, {name: level[start : start + 64] for name, level in given.items()})[0]
+        """Decode codes to images, uint8 (N, H, W, C)."""
+        inputs = {f"level{number}": level for number, level in enumerate(codes)}
+        batches = [
+            self.decoder.run(None, {name: level[start : start + 64] for name, level in inputs.items()})[0]
             for start in range(0, len(codes[0]), 64)
         ]
-        images = np.concatenate(found).transpose(0, 2, 3, 1)
+        images = np.concatenate(batches).transpose(0, 2, 3, 1)
         return np.round((images.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
 
     def _batch(self, numbers: range, labels: Array, seed: int, settings: dict[str, Any]) -> Array:
-        """Codes (B, T) of the samples of those numbers."""
+        """Draw the codes (B, T) of the samples with these numbers."""
         length, batch = len(self.levels), len(numbers)
         uniform = np.stack([uniforms(seed, number, length) for number in numbers])
-        given = labels[numbers.start : numbers.stop]
+        rows = labels[numbers.start : numbers.stop]
         guides = bool(self.model["label_names"]) and settings["guidance"] != 1
         if guides:
-            given = np.concatenate([given, np.full(batch, len(self.model["label_names"]))])
-        codes = np.zeros((len(given), length), np.int64)
-        for position, logits in enumerate(self.logits(given, codes)):
+            rows = np.concatenate([rows, np.full(batch, len(self.model["label_names"]))])
+        codes = np.zeros((len(rows), length), np.int64)
+        for position, logits in enumerate(self.logits(rows, codes)):
             if guides:
-                scale = self._scale(settings, position, length)
+                scale = self._guidance_scale(settings, position, length)
                 logits = logits[batch:] + scale * (logits[:batch] - logits[batch:])
             drawn = draw(warp(logits, settings), uniform[:, position])
             codes[:, position] = np.tile(drawn, 2) if guides else drawn
         return codes[:batch]
 
     def logits(self, labels: Array, codes: Array) -> Iterator[Array]:
-        """Of each position in turn its logits (B, K), for labels (B,) and the codes (B, T) before it, which may be written meanwhile."""
+        """Yield the logits (B, K) of each position, given labels (B,) and the codes (B, T) before it, which the caller fills in."""
         shape, dtype = self.model["cache"], self.model["dtype"]
         cache = [np.zeros((len(labels), *shape), dtype)] * 2 if shape else []
         tokens = np.zeros(len(labels), np.int64)
         for position, level in enumerate(self.levels):
-            here = {"labels": labels, "position": np.array([position])}
+            inputs = {"labels": labels, "position": np.array([position])}
             if shape:
-                found, *cache = self.prior.run(None, {**here, "tokens": tokens, "keys": cache[0], "values": cache[1]})
+                logits, *cache = self.prior.run(None, {**inputs, "tokens": tokens, "keys": cache[0], "values": cache[1]})
             else:
-                (found,) = self.prior.run(None, {**here, "codes": codes})
-            yield found[:, self.offsets[level] : self.offsets[level + 1]]
+                (logits,) = self.prior.run(None, {**inputs, "codes": codes})
+            yield logits[:, self.offsets[level] : self.offsets[level + 1]]
             tokens = codes[:, position] + self.offsets[level]
 
     @staticmethod
-    def _scale(settings: dict[str, Any], position: int, length: int) -> float:
-        way = position / max(1, length - 1)
-        way = {"constant": 1.0, "linear": way, "cosine": (1 - math.cos(math.pi * way)) / 2}[settings["guidance_schedule"]]
-        return float(1 + way * (settings["guidance"] - 1))
+    def _guidance_scale(settings: dict[str, Any], position: int, length: int) -> float:
+        share = position / max(1, length - 1)
+        share = {"constant": 1.0, "linear": share, "cosine": (1 - math.cos(math.pi * share)) / 2}[settings["guidance_schedule"]]
+        return float(1 + share * (settings["guidance"] - 1))
 
 
 def main() -> None:
-    """The command line: PNGs, and a grid of all."""
+    """Run the command line: write PNGs and a grid of all images."""
     from PIL import Image
 
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a console may lack characters of the folder's name
@@ -174,8 +175,8 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     for name in ("temperature", "top_p", "min_p", "guidance"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
-    parser.add_argument("--label", help="of all images, by name or number (default: they take turns)")
-    parser.add_argument("--output", type=lambda text: Path(text).expanduser(), default=Path("samples"), help="folder")
+    parser.add_argument("--label", help="label of all images, by name or number (default: labels take turns)")
+    parser.add_argument("--output", type=lambda text: Path(text).expanduser(), default=Path("samples"), help="folder to write")
     options = vars(parser.parse_args())
     n, seed, label, output = (options.pop(name) for name in ("n", "seed", "label", "output"))
     settings = {name: value for name, value in options.items() if value is not None}

@@ -51,7 +51,7 @@ PACKAGES = (
 
 
 def vendor(folder: Path) -> None:
-    """Write the files of all packages into a new folder, a folder each, with their licences.
+    """Write the files of all packages into a new folder, one folder per package, with their licences.
 
     Errors: UserError without npm, without network, or for a package that differs from the pinned one.
     """
@@ -80,7 +80,7 @@ def vendor(folder: Path) -> None:
 def _download(npm: str, package: Package, folder: Path) -> Path:
     """Download a package's tarball into a folder. Errors: UserError with npm's message."""
     requested = f"{package.name}@{package.version}"
-    # npm's cache works without a network; without either, one retry keeps the failure quick.
+    # npm's cache works without a network; if that fails too, a single retry makes it fail quickly.
     command = [npm, "pack", requested, "--prefer-offline", "--fetch-retries", "1", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder, check=False)
     tarballs = list(folder.glob("*.tgz"))

@@ -1,6 +1,6 @@
 """Rounding of a graph's weights: half floats, or bytes with a scale per output.
 
-The graph casts them back to float32 when onnxruntime folds constants at load: computation stays float32 and as fast.
+The graph casts them back to float32 when onnxruntime folds constants at load: computation stays in float32, at the same speed.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def rounded(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
         else:
             integers, scale = quantized(values, axis)
             initializers += [numpy_helper.from_array(integers, f"{name}.rounded"), numpy_helper.from_array(scale, f"{name}.scale")]
-            nodes.append(helper.make_node("Cast", [f"{name}.rounded"], [f"{name}.whole"], to=TensorProto.FLOAT))
-            nodes.append(helper.make_node("Mul", [f"{name}.whole", f"{name}.scale"], [name]))
+            nodes.append(helper.make_node("Cast", [f"{name}.rounded"], [f"{name}.integer"], to=TensorProto.FLOAT))
+            nodes.append(helper.make_node("Mul", [f"{name}.integer", f"{name}.scale"], [name]))
     nodes += graph.node
     for field, content in ((graph.initializer, initializers), (graph.node, nodes)):
         content = list(content)
@@ -79,9 +79,9 @@ def quantized(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def _output_axis(graph: onnx.GraphProto, name: str) -> int | None:
     """Find the axis of a weight's outputs; None if it is unknown."""
     for node in graph.node:
-        for place, input_name in enumerate(node.input):
+        for index, input_name in enumerate(node.input):
             if input_name == name:
-                if node.op_type == "Gemm" and place == 1:
+                if node.op_type == "Gemm" and index == 1:
                     return 0 if any(attribute.name == "transB" and attribute.i for attribute in node.attribute) else 1
-                return _OUTPUTS.get((node.op_type, place))
+                return _OUTPUTS.get((node.op_type, index))
     return None

@@ -1,4 +1,4 @@
-"""The images a pipeline works on: files and folders that the user names, or a split of the run's data."""
+"""The input images of a pipeline: files and folders that the user names, or a split of the run's data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from stage1_vqvae.data.record import Record, check_unchanged
 from stage1_vqvae.data.sources import load_images, load_spread
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSplit
 
-# Bytes of a name, so that a number and an ending have room in the 255 that file systems take.
+# Bytes of a name: file systems allow 255, including a number and an ending.
 _LONGEST = 230
 
 
 class Images(NamedTuple):
-    """Images, where each is from, and what its source says of it."""
+    """Images with their names, labels and columns."""
 
     pixels: Tensor
     """uint8 (N, H, W, C)."""
@@ -32,12 +32,12 @@ class Images(NamedTuple):
     labels: list[str] | None
     """Name of each image's class."""
     below: list[str] | None = None
-    """The path of each below the folder that the user named, with `/` and without ending; None: of a split."""
+    """Path of each image below the folder that the user named, with `/` and without ending; None: images of a split."""
     columns: Mapping[str, Sequence[Any]] = MappingProxyType({})
     """Columns of the data set, (N,) each."""
 
     def split(self) -> ImageSplit:
-        """Return the images as a split, from which a condition is encoded."""
+        """Return the images as a split, for encoding a condition."""
         if self.labels is None:
             return ImageSplit(self.pixels, None, None, self.columns)
         names = list(dict.fromkeys(self.labels))
@@ -45,7 +45,7 @@ class Images(NamedTuple):
 
 
 def image_options(parser: Any) -> None:
-    """The options by which a user names images."""
+    """Add the options that select images."""
     parser.add_argument("--images", type=str, nargs="+", help="image files and folders (default: a split of the run's data)")
     parser.add_argument("--split", type=str, help=f"the split: {TRAIN}, {VALIDATION} or {TEST} (default: {VALIDATION})")
 
@@ -53,10 +53,16 @@ def image_options(parser: Any) -> None:
 def chosen_images(
     options: Any, data: Data, progress: bool, run: RunDir | None = None, count: int | None = None, columns: Sequence[str] = ()
 ) -> Images:
-    """Load the images that `image_options` name, or `count` of them spread evenly, and then no others are decoded.
+    """Load the images that the options of `image_options` select.
 
-    `columns`: of the data set, to load beside the images.
-    Errors: UserError for what is missing or cannot be read, and for other data than the run's.
+    Args:
+        options: parsed options.
+        data: the recipe's section.
+        progress: show a bar.
+        run: run whose record of data is checked; None: no check.
+        count: number of images to decode, evenly spaced; None: all.
+        columns: columns of the data set to load besides images and labels.
+    Errors: UserError for missing or unreadable images, and for other data than the run's.
     """
     split_name = options.split or VALIDATION
     if options.images is not None:
@@ -72,7 +78,7 @@ def chosen_images(
             check_unchanged(run.data, record, str(run), options.accept_changed_data)
 
     if count is None:
-        # The validation images may have to be drawn from the training split: only who loads both knows what is left of it.
+        # Validation images may be drawn from the training split, so its rows depend on them.
         source = load_images(data, [TRAIN, VALIDATION] if split_name == TRAIN else [split_name], progress, check=check, columns=columns)
     else:
         source, numbers = load_spread(data, split_name, count, progress, check, columns)
@@ -87,18 +93,19 @@ def chosen_images(
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Names of PNG files, with or without folders before them (`a/b/c`), numbered where they would meet, also where case is all
-    that tells them apart, or where a folder bears a file's name; where none do, as they are.
+    """Make names of PNG files unique, with or without folders (`a/b/c`), by appending numbers.
+
+    Names that differ only in case, and names of folders, count as duplicates. Unique names stay unchanged.
     """
-    parts = [[os.fsdecode(os.fsencode(part)[:_LONGEST]) for part in whole.split("/")] for whole in names]
-    taken = {"/".join(found[:depth]).casefold() for found in parts for depth in range(1, len(found))}  # the folders
-    met: dict[str, int] = {}
+    paths = [[os.fsdecode(os.fsencode(part)[:_LONGEST]) for part in name.split("/")] for name in names]
+    taken = {"/".join(path[:depth]).casefold() for path in paths for depth in range(1, len(path))}  # the folders
+    counts: dict[str, int] = {}
     result = []
-    for found in parts:
-        name = candidate = "/".join(found)
+    for path in paths:
+        name = candidate = "/".join(path)
         while f"{candidate}.png".casefold() in taken:
-            met[name] = met.get(name, 1) + 1
-            candidate = f"{name}-{met[name]}"
+            counts[name] = counts.get(name, 1) + 1
+            candidate = f"{name}-{counts[name]}"
         taken.add(f"{candidate}.png".casefold())
         result.append(candidate)
     return result

@@ -17,9 +17,9 @@ from stage1_vqvae.data.decoding import decode_image, image_to_pixels, read_image
 from stage1_vqvae.pictures import to_pil
 
 Picture = Image.Image | np.ndarray | Tensor | str | Path
-"""An image: Pillow's, uint8 (H, W, C), or a file."""
+"""An image: a Pillow image, uint8 (H, W, C), or a file."""
 Pictures = Picture | Sequence[Picture]
-"""One, several, or uint8 (N, H, W, C)."""
+"""One image, several, or uint8 (N, H, W, C)."""
 Mask = Image.Image | np.ndarray | Tensor | Path
 """Mask of the pixels (H, W) to keep: true, or white and opaque."""
 Output = Literal["pil", "tensor"]
@@ -44,7 +44,9 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
         return torch.from_numpy(decode_image(None, str(Path(image).expanduser()), data))
     if isinstance(image, Image.Image):
         return torch.from_numpy(image_to_pixels(image, data))
-    array = image.cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))  # a copy: of any strides, and to be written to
+    array = (
+        image.cpu() if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    )  # a copy, since strides may be negative and the array read-only
     array = array[..., None] if array.dim() == 2 else array
     if array.dtype != torch.uint8 or array.dim() != 3 or array.shape[2] not in (1, 3):
         raise UserError(f"images: expected uint8 (H, W, C) of 1 or 3 channels, found {array.dtype} {tuple(array.shape)}")
@@ -53,7 +55,7 @@ def _pixels_of(image: Picture, data: Data) -> Tensor:
 
 
 def mask_in(mask: Mask, data: Data, name: str = "mask") -> Tensor:
-    """Convert a mask to booleans (H, W). `name`: the mask's in messages.
+    """Convert a mask to booleans (H, W). `name`: name of the mask in messages.
 
     Errors: UserError for a mask of another size than the recipe's, or a file that cannot be read.
     """
@@ -63,7 +65,7 @@ def mask_in(mask: Mask, data: Data, name: str = "mask") -> Tensor:
         except UserError as error:
             raise UserError(f"{name} {error}") from None
     if isinstance(mask, Image.Image):
-        mask = kept_by(mask, name)
+        mask = picture_mask(mask, name)
     pixels = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     if tuple(pixels.shape) != (data.height, data.width):
         raise UserError(f"{name}: expected {data.width} x {data.height} pixels, found {' x '.join(map(str, reversed(pixels.shape)))}")
@@ -76,18 +78,18 @@ def mask_in(mask: Mask, data: Data, name: str = "mask") -> Tensor:
     return pixels >= 128
 
 
-def kept_by(mask: Image.Image, what: str) -> Tensor:
+def picture_mask(mask: Image.Image, name: str) -> Tensor:
     """Compute the mask (H, W) of a picture: its white opaque pixels; in a coloured picture with transparent parts, all opaque ones.
 
     Args:
         mask: the picture, in any mode.
-        what: its name in messages.
-    Errors: UserError for black on a transparent ground, where either may be meant, and for pixels of unknown range.
+        name: name of the mask in messages.
+    Errors: UserError for black on a transparent background, which is ambiguous, and for pixels of unknown range.
     """
     try:
         grey = torch.from_numpy(np.array(to_eight_bits(mask, "L")))
     except ValueError:
-        raise UserError(f"{what}: expected a black and white picture of 8 or 16 bits, found one of mode {mask.mode}") from None
+        raise UserError(f"{name}: expected a black and white picture of 8 or 16 bits, found one of mode {mask.mode}") from None
     if not mask.has_transparency_data or mask.mode.startswith("I"):
         return grey >= 128
     opaque = torch.from_numpy(np.array(to_rgba(mask).getchannel("A"))) >= 128
@@ -95,11 +97,11 @@ def kept_by(mask: Image.Image, what: str) -> Tensor:
         return grey >= 128
     shades = grey[opaque]
     if len(shades) and float(((shades < 64) | (shades >= 192)).float().mean()) < _BLACK_AND_WHITE:
-        say(f"{what}: a picture with transparent parts: those are drawn again, the others kept")
+        say(f"{name}: a picture with transparent parts: those are drawn again, the others kept")
         return opaque
     if len(shades) and not bool((shades >= 128).any()):
-        expected = "expected white where images are kept, and black or nothing where they are drawn again"
-        raise UserError(f"{what}: {expected}; found black and transparent parts alone")
+        expected = "expected white where images are kept, and black or transparent pixels where they are drawn again"
+        raise UserError(f"{name}: {expected}; found only black and transparent parts")
     return opaque & (grey >= 128)
 
 
@@ -110,7 +112,7 @@ def pictures_out(pixels: Tensor, output: Literal["tensor"]) -> Tensor: ...
 @overload
 def pictures_out(pixels: Tensor, output: Output) -> list[Image.Image] | Tensor: ...
 def pictures_out(pixels: Tensor, output: Output) -> list[Image.Image] | Tensor:
-    """Return uint8 (N, H, W, C) unchanged or as Pillow's images. Errors: UserError for another output."""
+    """Return uint8 (N, H, W, C) unchanged or as Pillow images. Errors: UserError for another output."""
     if output not in ("pil", "tensor"):
         raise UserError(f"output: expected pil or tensor, found {output}")
     return pixels if output == "tensor" else [to_pil(picture) for picture in pixels]

@@ -1,4 +1,4 @@
-"""The tab of the codebook, code by code."""
+"""The tab that shows the codebook, code by code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.playground.fields import Fields, bind
 from pipelines.playground.maps import patch_at, patch_sheet
 from stage1_vqvae.pictures import to_pil
 
-# Codes per page: each is decoded as a whole picture, so fewer of large ones.
+# Codes per page: each takes decoding a complete picture, so large pictures get fewer.
 _MOST, _LEAST, _PIXELS = 256, 16, 2**20
 _NEAREST = 11
 
@@ -28,9 +28,9 @@ def codebook_tab(fields: Fields) -> None:
         level = gr.Radio([(f"{number + 1}", number) for number in range(len(sizes))], value=0, label="Level", visible=len(sizes) > 1)
         page = gr.Slider(1, max(pages, 2), 1, step=1, label=f"Page, {size} codes each", visible=pages > 1)
     button = gr.Button("Show", variant="primary")
-    gr.Markdown("What each code decodes to among plain ones, by number: click one.")
+    gr.Markdown("Each code, decoded among plain codes, in the order of their numbers. Click one.")
     sheet = gr.Image(alt_text="codebook", show_label=False, format="png", buttons=[])
-    gallery = fields.gallery("It, and the codes nearest to it", columns=6)
+    gallery = fields.gallery("The selected code and its nearest codes", columns=6)
 
     def numbers(level: int, page: int) -> range:
         page = min(page, -(-sizes[level] // size))  # another level's codebook may be smaller

@@ -1,4 +1,4 @@
-"""The tab of a picture's codes: their bits, and the picture after one is replaced."""
+"""The tab that shows a picture's codes and their bits, and replaces single codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import gradio as gr
 from torch import Tensor
 
 from configs.errors import UserError
-from pipelines.playground.edits import Candidate, Place, candidates, exchanged, likeliest_codes, nearest_codes
+from pipelines.playground.edits import Candidate, Place, candidates, most_likely_codes, nearest_codes, replaced
 from pipelines.playground.fields import Fields, bind
 from pipelines.playground.maps import code_at, code_map
 from stage1_vqvae.pictures import to_pil
@@ -23,16 +23,16 @@ class EditState(NamedTuple):
     """State of a picture whose codes are replaced one by one."""
 
     original: Codes
-    """(1, h, w) a level."""
+    """(1, h, w) per level."""
     codes: Codes
     earlier: tuple[Codes, ...] = ()
     """The codes before each change, oldest first."""
     place: Place | None = None
     """Position of the selected code."""
     nearest: tuple[int, ...] = ()
-    """Alternatives offered for it: the nearest codes."""
-    likeliest: tuple[int, ...] = ()
-    """Alternatives offered for it: the likeliest codes."""
+    """Alternatives to the selected code: the nearest codes."""
+    most_likely: tuple[int, ...] = ()
+    """Alternatives to the selected code: the most likely codes."""
 
 
 class CodesTab:
@@ -52,14 +52,14 @@ class CodesTab:
                     undo, over = gr.Button("Undo", size="sm", min_width=100), gr.Button("Start over", size="sm", min_width=100)
             with gr.Column(scale=2, min_width=320):
                 in_turn = isinstance(self._generator.prior, StepwisePrior)
-                bright = ", the brighter the more bits they cost" if in_turn else ""
-                gr.Markdown(f"Its codes{bright}: click one.")
+                bright = "; brighter codes cost more bits" if in_turn else ""
+                gr.Markdown(f"The picture's codes{bright}. Click one.")
                 code_image = gr.Image(alt_text="codes", show_label=False, format="png", buttons=[])
                 status = gr.Markdown()
-                nearest = fields.gallery("Exchange it for one of the codes nearest to it")
-                likeliest = fields.gallery("Or for one of those likeliest after the codes before it", visible=in_turn)
+                nearest = fields.gallery("Replace it by one of its nearest codes")
+                most_likely = fields.gallery("Replace it by one of the most likely codes, given those before it", visible=in_turn)
         state = gr.State(None)
-        inputs, outputs = [state, label, level], [state, rebuilt, code_image, status, nearest, likeliest]
+        inputs, outputs = [state, label, level], [state, rebuilt, code_image, status, nearest, most_likely]
 
         def click(state: EditState | None, label: int | None, level: int, event: gr.SelectData) -> Any:
             x, y = event.index
@@ -69,8 +69,8 @@ class CodesTab:
         def take_nearest(state: EditState | None, label: int | None, level: int, event: gr.SelectData) -> Any:
             return self._take(_require_picture(state), label, level, _require_picture(state).nearest, event.index)
 
-        def take_likeliest(state: EditState | None, label: int | None, level: int, event: gr.SelectData) -> Any:
-            return self._take(_require_picture(state), label, level, _require_picture(state).likeliest, event.index)
+        def take_most_likely(state: EditState | None, label: int | None, level: int, event: gr.SelectData) -> Any:
+            return self._take(_require_picture(state), label, level, _require_picture(state).most_likely, event.index)
 
         self.picture.on_input(self._look, [self.picture.image, label, level], outputs)
         fields.draw_into([self.picture], draw)
@@ -79,7 +79,7 @@ class CodesTab:
         for event, action in (
             (code_image.select, click),
             (nearest.select, take_nearest),
-            (likeliest.select, take_likeliest),
+            (most_likely.select, take_most_likely),
             (undo.click, self._undo),
             (over.click, self._start_over),
         ):
@@ -95,13 +95,13 @@ class CodesTab:
 
     def _take(self, state: EditState, label: int | None, level: int, offered: Sequence[int], number: int) -> Any:
         assert state.place is not None
-        changed = exchanged(state.codes, state.place, offered[number])
+        changed = replaced(state.codes, state.place, offered[number])
         return self._show(state._replace(codes=changed, earlier=(*state.earlier, state.codes)), label, level)
 
     def _undo(self, state: EditState | None, label: int | None, level: int) -> Any:
         state = _require_picture(state)
         if not state.earlier:
-            raise UserError("undo: expected a code that was exchanged, found none")
+            raise UserError("undo: expected a code that was replaced, found none")
         return self._show(state._replace(codes=state.earlier[-1], earlier=state.earlier[:-1]), label, level)
 
     def _start_over(self, state: EditState | None, label: int | None, level: int) -> Any:
@@ -122,8 +122,8 @@ class CodesTab:
         near, likely = [], []
         if place is not None:
             near = nearest_codes(generator.tokenizer, level, place.of(codes), _OFFERED)
-            likely = likeliest_codes(generator, codes, label_or_none, place, _OFFERED) if in_turn else []
-            state = state._replace(nearest=tuple(near), likeliest=tuple(likely))
+            likely = most_likely_codes(generator, codes, label_or_none, place, _OFFERED) if in_turn else []
+            state = state._replace(nearest=tuple(near), most_likely=tuple(likely))
         mark = None if place is None else (place.row, place.column)
         level_bits = None if bits is None else bits[level][0]
         code_picture = code_map(picture, codes[level][0], level_bits, generator.tokenizer.quantizer.num_codes[level], mark)
@@ -141,9 +141,9 @@ def _require_picture(state: EditState | None) -> EditState:
 
 def _status_line(state: EditState, bits: tuple[Tensor, ...] | None) -> str:
     """Describe the picture and the selected code in one line."""
-    parts = [] if bits is None else [f"All its codes cost **{sum(float(level.sum()) for level in bits):.1f} bits**."]
+    parts = [] if bits is None else [f"All codes cost **{sum(float(level.sum()) for level in bits):.1f} bits**."]
     if state.earlier:
-        parts.append(f"Exchanged: {len(state.earlier)}.")
+        parts.append(f"Replaced: {len(state.earlier)}.")
     if state.place is not None:
         level, row, column = state.place
         cost = "" if bits is None else f", {bits[level][0, row, column]:.1f} bits"

@@ -1,4 +1,4 @@
-"""The tab of samples."""
+"""The tab that draws samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from configs.run_dir import typed
 from pipelines.playground.fields import Fields, PictureInput, bind
 
 MOST = 64
-"""Largest number of pictures per draw, since anyone who may open the page may draw."""
+"""Largest number of pictures per draw, since everyone with access to the page can draw."""
 
 
 def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
@@ -25,7 +25,7 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
             settings = fields.settings()
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=2, min_width=320):
-            gallery, chosen = fields.gallery("Drawn: choose one to go on with it"), gr.State(None)
+            gallery, chosen = fields.gallery("Samples: select one to use it in another tab"), gr.State(None)
             line = gr.Textbox(label="The same on the command line", interactive=False, buttons=["copy"])
 
     def draw(chosen_label: int | None, n: int, *values: float | None) -> tuple[Any, str, None]:
@@ -34,7 +34,7 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
         options: dict[str, Any] = {"run": generator.run, "prior": generator.prior_name, "n": n, "seed": seed}
         if fields.label(chosen_label) is not None:
             name = generator.label_names[int(fields.label(chosen_label) or 0)]
-            options["label"] = chosen_label if name == "null" else name  # which the command line reads as none
+            options["label"] = chosen_label if name == "null" else name  # the command line reads `null` as none
         options |= {key: value for key, value in settings.items() if value != getattr(generator.sampling, key)}
         words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
         # Clear the selection.
@@ -48,13 +48,13 @@ def draw_tab(fields: Fields) -> tuple[gr.Gallery, gr.State]:
     return gallery, chosen
 
 
-def going_on(gallery: gr.Gallery, chosen: gr.State, text: str, place: PictureInput, tabs: gr.Tabs, tab: str) -> None:
+def send_button(gallery: gr.Gallery, chosen: gr.State, text: str, place: PictureInput, tabs: gr.Tabs, tab: str) -> None:
     """Create a button that puts the selected picture into another tab and opens it."""
     button = gr.Button(text, size="sm", min_width=120)
 
     def send(pictures: list[tuple[str, str | None]] | None, number: int | None) -> tuple[str, Any]:
         if not pictures or number is None or number >= len(pictures):
-            raise UserError("picture: expected one of those drawn to be chosen, found none")
+            raise UserError("picture: expected a selected sample, found none")
         # Pass the file itself: gradio would write a copy over it while a browser reads it.
         return pictures[number][0], gr.Tabs(selected=tab)
 

@@ -1,4 +1,4 @@
-"""Edits of codes: replaced, interpolated, decoded one by one."""
+"""Edits of codes: replacing and interpolating them, and decoding them one by one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
     """Bits of all codes of the image."""
 
 
-def exchanged(codes: Codes, place: Place, code: int) -> Codes:
+def replaced(codes: Codes, place: Place, code: int) -> Codes:
     """Replace one code of an image, (1, h, w) per level."""
     changed = tuple(level.clone() for level in codes)
     changed[place.level][0, place.row, place.column] = code
@@ -63,9 +63,9 @@ def nearest_codes(tokenizer: VQVAE, level: int, code: int, count: int) -> list[i
 
 
 @torch.no_grad()
-def likeliest_codes(generator: Generator, codes: Codes, label: Label | None, place: Place, count: int) -> list[int]:
-    """List the likeliest codes at a position of an image (1, h, w) per level under the prior, given those before it, likeliest first."""
-    prior, condition = generator.exact_prior("likeliest codes"), requested_condition(generator.header, label, 1)
+def most_likely_codes(generator: Generator, codes: Codes, label: Label | None, place: Place, count: int) -> list[int]:
+    """List the most likely codes at a position of an image, (1, h, w) per level, given those before it, in descending order."""
+    prior, condition = generator.exact_prior("most likely codes"), requested_condition(generator.header, label, 1)
     condition = None if condition is None else condition.to(prior.device)
     logits = prior.logits(tuple(level.to(prior.device) for level in codes), condition)[place.level]
     logits_here = logits[0, place.row * codes[place.level].shape[2] + place.column]
@@ -76,7 +76,7 @@ def candidates(generator: Generator, codes: Codes, label: Label | None, place: P
     """Compute the image of codes (1, h, w) per level, and its bits, with each alternative at a position."""
     if not alternatives:
         return []
-    changed = tuple(torch.cat(level) for level in zip(*(exchanged(codes, place, code) for code in alternatives), strict=True))
+    changed = tuple(torch.cat(level) for level in zip(*(replaced(codes, place, code) for code in alternatives), strict=True))
     pictures = generator.decode(changed, output="tensor")
     if not isinstance(generator.prior, StepwisePrior):
         return [Candidate(code, picture, None, None) for code, picture in zip(alternatives, pictures, strict=True)]
@@ -89,15 +89,15 @@ def candidates(generator: Generator, codes: Codes, label: Label | None, place: P
 
 @torch.no_grad()
 def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
-    """Interpolate from one image's codes to another's, (1, h, w) per level both: codes (count, h, w) per level, with both as ends.
+    """Interpolate between the codes of two images, (1, h, w) per level: codes (count, h, w) per level, including both ends.
 
-    Where they differ, each step takes the codes nearest to the linear interpolation of their vectors; of several levels of a grid, first
-    the nearest of the first level, then that of the second level to the residual, and so on.
+    Where they differ, each step takes the codes nearest to the linear interpolation of their vectors: with several levels of a grid, the
+    nearest code of the first level, then the code of the second level nearest to the residual, and so on.
     """
     share = torch.linspace(0, 1, count)[:, None, None, None]
     levels_codes, level = [], 0
     for quantizer in tokenizer.quantizers:
-        # The vectors that levels add up, with every projection undone.
+        # Vectors of the levels, which add up, in the space before projections.
         codebooks = [vectors.cpu() for vectors in quantizer.code_vectors()]
         levels = range(level, level + len(codebooks))
         start, end = (
@@ -118,9 +118,9 @@ def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
 
 
 def code_patches(generator: Generator, level: int, numbers: list[int]) -> Tensor:
-    """Decode codes of a level one by one, each in the centre of plain ones, and crop its patch: uint8 (N, h', w', C).
+    """Decode codes of a level one by one, each in the centre of plain codes, and crop its patch: uint8 (N, h', w', C).
 
-    A plain code is the one whose vector is shortest.
+    The plain code of a level is the one with the shortest vector.
     """
     tokenizer = generator.tokenizer
     rows, columns = tokenizer.grids[level]

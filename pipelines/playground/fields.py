@@ -44,7 +44,7 @@ def bind(event: Callable[..., Any], action: Callable[..., Any], inputs: list[Any
             raise gr.Error(str(error), print_exception=False) from None
         except Exception as error:
             # Not a user's mistake but explained, such as exhausted memory.
-            explanation = next((found for explain in EXPLANATIONS if (found := explain(error)) is not None), None)
+            explanation = next((line for explain in EXPLANATIONS if (line := explain(error)) is not None), None)
             if explanation is None:
                 raise
             raise gr.Error(explanation[0], print_exception=False) from None
@@ -58,19 +58,19 @@ class PictureInput:
 
     def __init__(self, label: str, classes: list[str]) -> None:
         self.image = gr.Image(label=label, format="png", sources=["upload", "clipboard"], height=280, buttons=[], elem_classes=classes)
-        # Take the uploaded file itself: gradio would decode it and report any broken one as just an error.
+        # Take the uploaded file itself: gradio would decode it, and report a broken one only as "Error".
         self.image.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
         self._follows: tuple[Callable[..., Any], list[Any], list[Any]] | None = None
 
     def on_input(self, action: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
         """Connect a handler to every upload and removal of a picture."""
-        # Not `change`, which fires twice for a picture that another handler puts in.
+        # Not `change`, which fires twice for a picture from another handler.
         for event in (self.image.upload, self.image.clear):
             bind(event, action, inputs, outputs)
         self._follows = (action, inputs, outputs)
 
     def fill_from(self, event: Any) -> None:
-        """Call that handler also after an event that puts in a picture."""
+        """Also call that handler after an event that fills in a picture."""
         if self._follows is not None:
             bind(event.success, *self._follows)
 
@@ -98,7 +98,7 @@ class Fields:
         name = Path(path).name
         try:
             content = Path(path).read_bytes()
-            # Pillow decodes some other formats with external programs, which must not receive strangers' files.
+            # Pillow decodes some other formats with external programs, which must not receive untrusted files.
             Image.open(io.BytesIO(content), formats=_FORMATS).close()
         except FileNotFoundError:
             raise UserError(f"{name}: expected a picture, found that it was deleted; upload it again") from None
@@ -169,7 +169,7 @@ class Fields:
         """Convert the chosen value to a label; None for no label."""
         return None if chosen is None or chosen == _NO_LABEL else chosen
 
-    # --- how samples are drawn
+    # --- sampling settings
 
     def settings(self) -> list[Any]:
         """Create fields for seed, temperature, top-p and guidance with the recipe's values; `seed_and_settings` reads them."""
@@ -177,8 +177,8 @@ class Fields:
         # A prior trained without label dropout takes no guidance, whatever the recipe says.
         temperature, top_p, guidance = sampling.temperature, getattr(sampling, "top_p", 1.0), sampling.guidance if self.guides else 1.0
         about = (
-            "below 1 safer, above 1 more varied",
-            "draw from the likeliest codes of this total probability",
+            "below 1: less varied, above 1: more varied",
+            "draw from the most likely codes of this total probability",
             "weight of the label; 1 = off",
         )
         return [

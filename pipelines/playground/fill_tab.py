@@ -17,10 +17,10 @@ from pipelines.playground.maps import enlarged
 
 _MOST = 16  # pictures per draw
 SIDE, BRUSH = 320, 26
-"""Smallest longer side of the canvas in pixels; radius of the brush."""
+"""Minimum of the canvas's longer side in pixels; radius of the brush."""
 _PAINT = "#ff3b30"
 _LARGEST = 4096  # pixels a side of the paint
-_MOST_WAITING = 32  # paintings that were sent and not yet read
+_MOST_WAITING = 32  # uploaded paintings that have not been read
 
 
 def fill_tab(fields: Fields) -> PictureInput:
@@ -35,7 +35,7 @@ def fill_tab(fields: Fields) -> PictureInput:
             settings = fields.settings()
         with gr.Column(scale=2, min_width=320):
             editor = gr.ImageEditor(
-                label="Paint over what to redraw",
+                label="Paint over the part to redraw",
                 type="pil",
                 format="png",
                 sources=(),
@@ -45,7 +45,7 @@ def fill_tab(fields: Fields) -> PictureInput:
                 canvas_size=(SIDE, SIDE),
                 buttons=[],
             )
-            _bound(editor)
+            _restrict_uploads(editor)
             button = gr.Button("Fill", variant="primary")
             gallery = fields.gallery("Filled", preview=True)
 
@@ -67,8 +67,8 @@ def fill_tab(fields: Fields) -> PictureInput:
     return picture
 
 
-def _bound(editor: gr.ImageEditor) -> None:
-    """Accept only the first layer of a browser's painting, up to a size: gradio accepts and decodes anything."""
+def _restrict_uploads(editor: gr.ImageEditor) -> None:
+    """Accept only the first layer of a browser's painting, up to a size, because gradio accepts and decodes anything."""
     accept = editor.accept_blobs
 
     def accept_blobs(data: Any) -> Any:
@@ -97,7 +97,7 @@ def _bound(editor: gr.ImageEditor) -> None:
 
 
 def painted(layer: Image.Image, height: int, width: int) -> Tensor:
-    """Mask (H, W) of an image's pixels with any paint on them, from a layer of any size."""
+    """Compute the mask (H, W) of an image's painted pixels from a layer of any size."""
     mask = torch.zeros(height, width, dtype=torch.bool)
     opaque = np.asarray(layer.getchannel("A")) > 0
     rows, columns = opaque.nonzero()

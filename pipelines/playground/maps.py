@@ -1,4 +1,4 @@
-"""Pictures to click on: an image's codes in their cells, and the codebook as patches."""
+"""Clickable pictures: an image's codes in their cells, and the codebook as patches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.scoring.heat_maps import overlaid
 from stage1_vqvae.pictures import image_grid, to_pil
 
-# Map of codes, in pixels: its smallest longer side, and the smallest cell into which its code is written.
+# Map of codes, in pixels: minimum of its longer side, and the smallest cell that shows its code.
 _SIDE, _WRITTEN = 448, 26
 _LINE, _CHOSEN = (90, 90, 90), (0, 220, 130)
 # Sheet of patches: patches per row, and the smallest size of each in pixels.
@@ -56,7 +56,7 @@ def code_map(picture: Tensor, codes: Tensor, bits: Tensor | None, num_codes: int
 
 
 def code_at(x: float, y: float, image_shape: tuple[int, int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """Row and column of the code at a pixel of a `code_map`."""
+    """Return row and column of the code at a pixel of a `code_map`."""
     height, width, _ = image_shape
     scale = -(-_SIDE // max(height, width))
     row, column = int(y * grid[0] / (height * scale)), int(x * grid[1] / (width * scale))
@@ -70,7 +70,7 @@ def patch_sheet(patches: Tensor) -> Image.Image:
 
 
 def patch_at(x: float, y: float, count: int, image_shape: tuple[int, int, int], grid: tuple[int, int]) -> int:
-    """Number of the patch, one cell of the grid, at a pixel of a `patch_sheet` of `count` patches."""
+    """Return the number of the patch, one cell of the grid, at a pixel of a `patch_sheet` of `count` patches."""
     sides = image_shape[0] // grid[0], image_shape[1] // grid[1]
     scale = _patch_scale(*sides)
     row, column = (int(max(0, at / scale - _GAP / 2)) // (side + _GAP) for at, side in zip((y, x), sides, strict=True))

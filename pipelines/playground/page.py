@@ -7,7 +7,7 @@ import gradio as gr
 from pipelines.generator import Generator
 from pipelines.playground.codebook_tab import codebook_tab
 from pipelines.playground.codes_tab import CodesTab
-from pipelines.playground.draw_tab import draw_tab, going_on
+from pipelines.playground.draw_tab import draw_tab, send_button
 from pipelines.playground.fields import Fields
 from pipelines.playground.fill_tab import fill_tab
 from pipelines.playground.walk_tab import walk_tab
@@ -26,15 +26,15 @@ CSS = """
 
 
 def build_page(generator: Generator) -> gr.Blocks:
-    """Build the page of a run; without a prior it has no tabs that draw, and no bits."""
+    """Build the page of a run; without a prior, it has no tabs that draw and shows no bits."""
     tokenizer, draws = generator.tokenizer, generator.prior is not None
     grids = " + ".join(f"{height} x {width}" for height, width in tokenizer.grids)
     sizes = " or ".join(f"{number:,}" for number in dict.fromkeys(tokenizer.quantizer.num_codes))
-    what = f"A picture is a grid of {grids} codes, each one of {sizes}."
-    without = "" if draws else " This run has no finished prior: it can take pictures apart, but draw none."
+    description = f"A picture has {grids} codes, each one of {sizes}."
+    without = "" if draws else " This run has no finished prior: it can encode pictures, but not draw any."
     # Uploads are deleted after a day.
     with gr.Blocks(title=generator.run.path.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        gr.Markdown(f"# {generator.run.path.name}\n{what}{without}")
+        gr.Markdown(f"# {generator.run.path.name}\n{description}{without}")
         fields = Fields(generator)
         with gr.Tabs() as tabs:
             if draws:
@@ -52,8 +52,8 @@ def build_page(generator: Generator) -> gr.Blocks:
                 codebook_tab(fields)
         if draws:
             with further:
-                going_on(*draw_outputs, "Its codes", codes_input, tabs, "codes")
-                going_on(*draw_outputs, "Fill a part of it", fill_input, tabs, "fill")
-                going_on(*draw_outputs, "Walk from it", first, tabs, "walk")
-                going_on(*draw_outputs, "Walk to it", last, tabs, "walk")
+                send_button(*draw_outputs, "Show its codes", codes_input, tabs, "codes")
+                send_button(*draw_outputs, "Fill a part of it", fill_input, tabs, "fill")
+                send_button(*draw_outputs, "Walk from it", first, tabs, "walk")
+                send_button(*draw_outputs, "Walk to it", last, tabs, "walk")
     return blocks

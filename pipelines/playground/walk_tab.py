@@ -1,4 +1,4 @@
-"""The tab that interpolates between two pictures through codes."""
+"""The tab that interpolates between the codes of two pictures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def walk_tab(fields: Fields) -> tuple[PictureInput, PictureInput]:
     with gr.Row():
         first, last = fields.picture("From"), fields.picture("To")
     fields.draw_into([first, last], fields.draw_button("Draw two"))
-    number = gr.Slider(3, _MOST, 12, step=1, label="Pictures, with both ends")
+    number = gr.Slider(3, _MOST, 12, step=1, label="Pictures, including both ends")
     button = gr.Button("Walk", variant="primary")
-    gallery = fields.gallery("The path: at each step the codes nearest to a mixture of both", columns=6, preview=True)
+    gallery = fields.gallery("Interpolation: at each step the codes nearest to a mixture of both", columns=6, preview=True)
 
     def go(start: str | None, end: str | None, n: int) -> list[tuple[Image.Image, str]]:
         start_codes, end_codes = (generator.encode(fields.pixels(path)) for path in (start, end))

@@ -1,15 +1,15 @@
 """A bundle: the files of a run that others need, without paths of the machine that trained it.
 
     README.md                    the model card
-    config.json                  tokenizer and priors as their files' headers have them
+    config.json                  headers of the tokenizer's and the priors' files
     recipe.yaml                  the recipe without this machine's paths
     tokenizer.safetensors
     stage1/report.json
     priors/NAME/                 prior.safetensors, likelihood.json, .md, .png, report.json
     evaluations/000/             evaluation.json, .md of the last evaluation of these files
-    samples.png                  some 64 samples of the first prior
+    samples.png                  about 64 samples of the first prior
 
-It is a run: every command works that needs no checkpoints; those that read images need the data set.
+A bundle is a run: all commands work on it except those that need checkpoints; those that read images need the data set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stage1_vqvae.pictures import grid_scale, image_grid, save_png
 from stage2_prior.priors.prior_file import finished_prior, read_prior_header
 from training.weights_file import read_header
 
-_OF_PRIORS = ("likelihood.json", "likelihood.md", "likelihood.png", "report.json")
+_PRIOR_FILES = ("likelihood.json", "likelihood.md", "likelihood.png", "report.json")
 
 
 def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, licence: str, device: str | None = None) -> None:
@@ -47,9 +47,9 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     bundle = RunDir(folder)
     write_yaml(bundle.recipe, recipe_dict(recipe))
     shutil.copyfile(run.tokenizer, bundle.tokenizer)
-    _copied(run.stage1, bundle.stage1, ("report.json",))
+    _copy_existing(run.stage1, bundle.stage1, ("report.json",))
     for prior in priors:
-        _copied(run.prior(prior), bundle.prior(prior), ("prior.safetensors", *_OF_PRIORS))
+        _copy_existing(run.prior(prior), bundle.prior(prior), ("prior.safetensors", *_PRIOR_FILES))
     evaluation = _evaluation(run, priors[0] if priors else None)
     if evaluation is not None:
         target = folder / "evaluations" / "000"
@@ -70,7 +70,7 @@ def write_bundle(run: RunDir, priors: Sequence[str], folder: Path, name: str, li
     write_text(folder / "README.md", card(bundle, name, licence, recipe))
 
 
-def _copied(source: Path, target: Path, names: Sequence[str]) -> None:
+def _copy_existing(source: Path, target: Path, names: Sequence[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).exists():
@@ -80,7 +80,7 @@ def _copied(source: Path, target: Path, names: Sequence[str]) -> None:
 def _evaluation(run: RunDir, prior: str | None) -> Path | None:
     """Find the last evaluation of the run's tokenizer with samples drawn from this prior; without a prior, one without samples.
 
-    Evaluations of images handed in with --samples are not published: those may be somebody's own.
+    Evaluations of images from --samples are not published, since those may be private.
     """
     expected = (
         model_fingerprints(run, prior) if prior is not None else {"tokenizer_sha256": model_fingerprints(run, None)["tokenizer_sha256"]}

@@ -30,7 +30,7 @@ def card(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> str:
 
 
 def sample_grid(labels: list[str]) -> tuple[int, int]:
-    """Columns of the grid of samples, one per class if there are few, and the number of samples."""
+    """Return the columns of the grid of samples, one per class if there are few, and the number of samples."""
     columns = len(labels) if 2 <= len(labels) <= 16 else 8
     return columns, _SAMPLES // columns * columns
 
@@ -66,11 +66,11 @@ def _content(bundle: RunDir, name: str, licence: str, recipe: Recipe) -> dict[st
         "kind": prior["config"]["kind"] if prior is not None else None,
         "parameters": f"{report['parameters'] / 1e6:.1f}" if report is not None else None,
         "first_label": repr(labels[0]) if labels else None,
-        "data": f"Data set `{recipe.data.name}`." if recipe.data.name else "Images of its author's own.",
+        "data": f"Data set `{recipe.data.name}`." if recipe.data.name else "The author's own images.",
         "labels": escaped(", ".join(labels[:_MOST_LABELS]))
         + (f" and {len(labels) - _MOST_LABELS} more" if len(labels) > _MOST_LABELS else ""),
         "licence": licence,
-        "figures": "\n".join(markdown_table(["what", "figure", "how it was obtained"], figures)),
+        "figures": "\n".join(markdown_table(["metric", "value", "measured on"], figures)),
         # Headings move one level down.
         "evaluation": re.sub(r"(?m)^#", "##", evaluation.read_text(encoding="utf-8")) if evaluation.exists() else None,
     }
@@ -81,10 +81,10 @@ def _tokenizer_facts(bundle: RunDir) -> list[tuple[str, str, str]]:
     if not path.exists():
         return []
     report = read_json(path)
-    found, how = report["validation"], f"validation images, after {report['steps']} steps of stage 1"
-    rows = [("MSE of reconstructions", f"{found['mse']:.5f}", f"{how}; pixels in [0, 1], rounded to 8 bits")]
-    rows.append(("PSNR of the mean MSE", f"{found['psnr']:.2f} dB", how))
-    rows.append(("codebook usage, perplexity", f"{found['usage']:.1%}, {found['perplexity']:.1f}", f"codes chosen for {how}"))
+    metrics, method = report["validation"], f"validation images, after {report['steps']} steps of stage 1"
+    rows = [("MSE of reconstructions", f"{metrics['mse']:.5f}", f"{method}; pixels in [0, 1], rounded to 8 bits")]
+    rows.append(("PSNR of the mean MSE", f"{metrics['psnr']:.2f} dB", method))
+    rows.append(("codebook usage, perplexity", f"{metrics['usage']:.1%}, {metrics['perplexity']:.1f}", f"codes of {method}"))
     return rows
 
 
@@ -92,10 +92,10 @@ def _prior_facts(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
     path = bundle.prior(name) / "likelihood.json"
     if not path.exists():
         return []
-    found = read_json(path)
-    at_most = "" if found["exact"] else "at most "
-    how = f"mean over the codes of {found['images']['validation']} validation images"
-    rows = [(f"bits a token, prior {name}", f"{at_most}{found['validation']:.3f}", f"{how}, labels given" if found["labels"] else how)]
-    rows.append(("the same, unigram; uniform", f"{found['unigram']:.3f}; {found['uniform']:.3f}", "training frequencies; log2 K"))
-    rows.append((f"bits an image, prior {name}", f"{at_most}{found['bits_per_image']['prior']:.0f}", "its codes alone"))
+    report = read_json(path)
+    at_most = "" if report["exact"] else "at most "
+    method = f"mean over the codes of {report['images']['validation']} validation images{', labels given' if report['labels'] else ''}"
+    rows = [(f"bits a token, prior {name}", f"{at_most}{report['validation']:.3f}", method)]
+    rows.append(("the same, unigram; uniform", f"{report['unigram']:.3f}; {report['uniform']:.3f}", "training frequencies; log2 K"))
+    rows.append((f"bits an image, prior {name}", f"{at_most}{report['bits_per_image']['prior']:.0f}", "codes only"))
     return rows

@@ -25,7 +25,7 @@ _MEASURE_PRIOR = typed("stage2_prior/report.py")
 
 _STAGE1_CURVES = {"loss": "loss", "psnr": "PSNR, dB", "usage": "codebook usage", "perplexity": "codebook perplexity"}
 _STAGE2_CURVES = {"bits_per_token": "bits a token"}
-# Images of a prior's samples at most, and of a class.
+# Largest number of shown samples per prior, and per class.
 _MOST_TILES, _MOST_OF_A_CLASS = 100, 10
 _MOST_CLASSES = 50
 _MOST_LABELS_NAMED = 20
@@ -48,15 +48,15 @@ class Table(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A part that the run does not have, and the command that makes it."""
+    """A result that the run does not have yet, and the command that computes it."""
 
-    what: str
+    message: str
     command: str
 
     @classmethod
-    def of(cls, what: str, command: str) -> Missing:
+    def publishable(cls, message: str, command: str) -> Missing:
         """Build it with the command as typed in a checkout, without this machine's paths."""
-        return cls(what, shlex.join(map(publishable_argument, shlex.split(command))))
+        return cls(message, shlex.join(map(publishable_argument, shlex.split(command))))
 
 
 class Picture(NamedTuple):
@@ -72,7 +72,7 @@ class LabelBits(NamedTuple):
     label: str
     bits: float
     percent: float
-    """Bits in percent of the class with most bits."""
+    """Bits as a percentage of those of the class with most bits."""
 
 
 class PriorReport(NamedTuple):
@@ -91,7 +91,7 @@ class PriorReport(NamedTuple):
 
 
 class ClassOfSamples(NamedTuple):
-    """Samples of one label; all samples if there are no labels."""
+    """Samples of one class; all samples if there are no classes."""
 
     label: str | None
     tiles: list[str]
@@ -141,13 +141,13 @@ def report_content(command: Command) -> dict[str, Any]:
         "recipe": Table(["key", "value", "default"], changed_keys(recipe)),
         "recipe_text": yaml.safe_dump(recipe_dict(recipe), sort_keys=False),
         "data": data_table(run, recipe, source),
-        "codes": codes_table(run) or Missing.of("The codes have not been extracted.", command.next(EXTRACT_CODES)),
+        "codes": codes_table(run) or Missing.publishable("The codes have not been extracted.", command.next(EXTRACT_CODES)),
         "curves": charts(read_metrics(run.stage1 / "metrics.jsonl"), _STAGE1_CURVES, {}),
         "stage1": stage1_text(run),
         "reconstructions": newest_reconstructions(run),
         "grids": picture(
             run.stage1 / "grids.png",
-            "Validation images; what the coarsest grid of codes holds, the finer at their mean; then with them.",
+            "Validation images; decoded from the coarsest grid of codes alone, with the finer ones at their mean; decoded from all grids.",
         ),
         "codebook": codebook_table(run),
         "codebook_picture": picture(run.stage1 / "codebook.png", "How often each code is used, and the codes on their two principal axes."),
@@ -156,16 +156,16 @@ def report_content(command: Command) -> dict[str, Any]:
         "no_prior": missing_prior(command),
         "colour_scale": colour_scale(),
         "samples": newest_samples(run),
-        "no_samples": Missing.of("No samples have been drawn.", command.next(SAMPLE)),
+        "no_samples": Missing.publishable("No samples have been drawn.", command.next(SAMPLE)),
         "evaluations": evaluations[::-1],
-        "no_evaluation": Missing.of("The run has not been evaluated.", command.next(EVALUATE)),
+        "no_evaluation": Missing.publishable("The run has not been evaluated.", command.next(EVALUATE)),
         "environment": environment(read_metrics(run.history)),
         "commands": commands(read_metrics(run.history)),
     }
 
 
 def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequence[Evaluation]) -> list[KeyFigure]:
-    """Numbers at the top: those of the newest prior and evaluation."""
+    """Build the numbers at the top, from the newest prior and evaluation."""
     report = read_json(run.stage1 / "report.json")
     metrics, bits = report["validation"], report["bits_per_image"]
     figures = [
@@ -185,14 +185,14 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
     smallest = bits.get("prior", bits["indices"])
     named = f"as indices {bits['indices']:,.0f}, raw {bits['raw']:,}" if "prior" in bits else f"as indices; raw {bits['raw']:,}"
     figures.append(KeyFigure("Bits an image", f"{smallest:,.0f}", named))
-    # Not for images made elsewhere, the uniform prior, or an earlier model.
+    # Only for samples of a learned prior of the current models.
     distances = [metrics.distance for metrics in evaluations if metrics.distance is not None and metrics.learned and not metrics.remarks]
     figures += distances[-1:]
     return figures
 
 
 def changed_keys(recipe: Recipe) -> list[list[str]]:
-    """Key, value and default of every setting that differs from its default; a part's defaults are those of its kind."""
+    """List key, value and default of every setting that differs from its default; a part's defaults are those of its kind."""
     values, defaults = flattened(recipe_dict(recipe)), flattened(recipe_dict(Recipe()))
     for family in FAMILIES:
         kind = values[f"{family}.kind"]
@@ -208,7 +208,7 @@ def image_size(recipe: Recipe) -> str:
 
 
 def data_table(run: RunDir, recipe: Recipe, source: str) -> Table:
-    """Table of the images' source, size, splits and labels."""
+    """Build the table of the images' source, size, splits and labels."""
     rows = [["source", source], ["images", image_size(recipe)]]
     for manifest in manifests(run):
         variants = f" x {manifest.variants} variants ({manifest.augmentation})" if manifest.variants > 1 else ""
@@ -231,7 +231,7 @@ def manifests(run: RunDir) -> list[Manifest]:
 
 
 def codes_table(run: RunDir) -> Table | None:
-    """Table of grid and number of codes per level; None before extraction."""
+    """Build the table of grid and number of codes per level; None before extraction."""
     if not manifests(run):
         return None
     manifest = manifests(run)[0]
@@ -248,7 +248,7 @@ def charts(records: Sequence[dict[str, Any]], names: dict[str, str], references:
 
 
 def stage1_text(run: RunDir) -> str:
-    """Describe how long stage 1 took."""
+    """Describe the duration of stage 1."""
     report = read_json(run.stage1 / "report.json")
     return f"{report['steps']:,} steps in {report['minutes']:.1f} minutes"
 
@@ -269,7 +269,7 @@ def picture(path: Path, caption: str) -> Picture | None:
 
 
 def codebook_table(run: RunDir) -> Table | None:
-    """Table of the codebook's health, one row per level, as doctor.py reports it."""
+    """Build the table of the codebook's health that doctor.py prints, one row per level."""
     if not run.codebook_health.exists():
         return None
     rows = []
@@ -281,10 +281,10 @@ def codebook_table(run: RunDir) -> Table | None:
 
 
 def missing_prior(command: Command) -> Missing:
-    """Name the command that makes a first prior to show."""
+    """Name the command that gives the report its first prior."""
     for name in unmeasured_priors(command.run):
-        return Missing.of(f"Prior {name} has no likelihood report.", command.next(f"{_MEASURE_PRIOR} --prior {name}"))
-    return Missing.of("No prior has been trained.", command.next(TRAIN_PRIOR))
+        return Missing.publishable(f"Prior {name} has no likelihood report.", command.next(f"{_MEASURE_PRIOR} --prior {name}"))
+    return Missing.publishable("No prior has been trained.", command.next(TRAIN_PRIOR))
 
 
 def unmeasured_priors(run: RunDir) -> list[str]:
@@ -293,7 +293,7 @@ def unmeasured_priors(run: RunDir) -> list[str]:
 
 
 def prior_reports(run: RunDir) -> list[PriorReport]:
-    """Sections of the priors with a likelihood report, the one last finished first."""
+    """Build the sections of the priors with a likelihood report, the one last finished first."""
     names = [name for name in run.finished_priors() if (run.prior(name) / "likelihood.json").exists()]
     return [prior_report(run, name) for name in sorted(names, key=lambda name: name != run.last_prior())]
 
@@ -322,7 +322,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
     grids = measured["positions"]
     flat = [bits for grid in grids for row in grid for bits in row]
     # A prior that is certain of every code has zero bits for all classes.
-    dearest = max(measured["labels"].values(), default=0.0) or 1.0
+    highest = max(measured["labels"].values(), default=0.0) or 1.0
     turned = measured["validation_turned_at_step"]
     references = {key: measured[key] for key in ("unigram", "uniform")}
     return PriorReport(
@@ -333,7 +333,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
         heat_maps=[heat_map(grid, min(flat), max(flat)) for grid in grids],
         low=min(flat),
         high=max(flat),
-        labels=[LabelBits(label, bits, 100 * bits / dearest) for label, bits in measured["labels"].items()],
+        labels=[LabelBits(label, bits, 100 * bits / highest) for label, bits in measured["labels"].items()],
         remarks=[]
         if turned is None
         else [f"Validation turned after step {turned:,}: from then on the prior memorised its training images."],
@@ -341,7 +341,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
 
 
 def newest_samples(run: RunDir) -> list[Samples]:
-    """Sections of the newest samples of each prior: the prior last finished first, the uniform prior last."""
+    """Build the sections of the newest samples of each prior: the prior last finished first, the uniform prior last."""
     newest: dict[str, Path] = {}
     for path in outputs(run, "samples", "samples.json"):
         newest[read_json(path)["prior"]] = path.parent
@@ -363,31 +363,31 @@ def samples(run: RunDir, folder: Path) -> Samples:
         per_label = max(1, min(_MOST_OF_A_CLASS, _MOST_TILES // len(labels_shown)))
         if len(labels_shown) < len(labels_drawn):
             remarks.append(f"Shown are {len(labels_shown)} of {len(labels_drawn)} labels.")
-        # By the number in its name, since some pictures may have been deleted.
+        # Rows come from the names of the files, since some may have been deleted.
         paths_by_label = {label: [path for path in files if labels[int(path.stem)] == label][:per_label] for label in labels_shown}
         classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in paths_by_label.items()]
     neutral = neutral_sampling()
     warped = [f"{key.replace('_', ' ')} {value}" for key, value in significant(details["sampling"]).items() if value != neutral.get(key)]
-    drawn_as = "every code equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the prior as it is"
+    drawn_as = "all codes equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the unmodified prior"
     description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"
     columns = max(len(group.tiles) for group in classes)
     return Samples(folder.name, details["prior"], description, classes, columns, remarks)
 
 
 def neutral_sampling() -> dict[str, Any]:
-    """Return the default of every setting of drawing, of all kinds of prior."""
+    """Return the default of every sampling setting of all kinds of prior."""
     parts = (cast(type[PriorPart], part_class("prior", kind)) for kind in FAMILIES["prior"])
     return {name: value for part in parts for name, value in vars(part.SAMPLING()).items()}
 
 
 def staleness_warnings(run: RunDir, details: dict[str, Any]) -> list[str]:
     """Return a warning if an output was made with an earlier tokenizer or prior."""
-    # An evaluation's bound may use another prior than its samples; images made elsewhere have none.
+    # An evaluation's bound may use another prior than its samples; images from elsewhere have no prior.
     for part in (details, details.get("bound") or {}):
         current = model_fingerprints(run, part.get("prior"))
         for key, model in (("tokenizer_sha256", "tokenizer"), ("prior_sha256", "prior")):
             if part.get(key) is not None and part[key] != current[key]:
-                return [f"Made with an earlier {model}: the run would give something else now."]
+                return [f"Made with an earlier {model}: the run's current models would give other results."]
     return []
 
 
@@ -406,7 +406,7 @@ def evaluation(run: RunDir, folder: Path) -> Evaluation:
 
 
 def environment(history: Sequence[dict[str, Any]]) -> Table:
-    """Table of the commands' environment; several values where commands differ."""
+    """Build the table of the commands' environment; several values where commands differ."""
     flat = [
         {
             "commit": entry["commit"] or "unknown",
@@ -422,7 +422,7 @@ def environment(history: Sequence[dict[str, Any]]) -> Table:
 
 
 def commands(history: Sequence[dict[str, Any]]) -> Table:
-    """Table of the run's commands, oldest first."""
+    """Build the table of the run's commands, oldest first."""
     rows = [
         [
             entry["time"].replace("T", " ").removesuffix("+00:00"),

@@ -1,4 +1,4 @@
-"""Pictures inside an HTML file: embedded images, curves and heat maps as numbers that a template draws as SVG."""
+"""Pictures for an HTML file: embedded images, and coordinates of curves and heat maps that a template renders as SVG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
-# Embedding adds a third, and a phone has to hold all images decoded.
+# Embedding adds a third, and a phone must hold all decoded images in memory.
 _MOST_BYTES = 2_000_000
 _REDUCED_SIDE = 1600
 _TILE_SIDE = 128
@@ -173,6 +173,6 @@ def heat_map(grid: Sequence[Sequence[float]], low: float, high: float) -> HeatMa
 
 
 def colour_scale() -> str:
-    """The heat maps' colours from low to high, as the stops of a CSS gradient."""
+    """Return the heat maps' colours from low to high, as stops of a CSS gradient."""
     colours = matplotlib.colormaps[_COLOURS]
     return ", ".join(to_hex(colours(step / 8)) for step in range(9))

@@ -1,7 +1,7 @@
-"""What images cost in bits: their codes under a prior, and their pixels given the codes.
+"""Bits of images: of their codes under a prior, and of their pixels given the codes.
 
 -log p(x) <= -log p(x | z) - log p(z), with the one z that the encoder chooses. Its posterior is a point, without entropy, so
-these two terms are the whole evidence bound (van den Oord et al. 2017, section 3.2): other z may share the image's probability.
+these two terms are the complete evidence bound (van den Oord et al. 2017, section 3.2). It is not tight: other z may also give the image.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from training.progress import progress_bar
 
 @torch.no_grad()
 def pixel_bits(tokenizer: VQVAE, codes: Codes, pixels: Pixels, progress: bool = False) -> Tensor:
-    """-log2 p(x | z) of each image, (N,), float64 on the CPU.
+    """Compute -log2 p(x | z) of each image, (N,), float64 on the CPU.
 
     Args:
         tokenizer: in eval mode, its objective a likelihood.
-        codes: int64 (N, h, w) a level.
+        codes: int64 (N, h, w) per level.
         pixels: uint8 (N, H, W, C).
+        progress: show a bar.
     """
     assert not tokenizer.training
     device = next(tokenizer.parameters()).device
@@ -53,30 +54,31 @@ def image_bits(
     supports_unconditional: bool = True,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """The bits of each image by what is known of its codes, (N,), in float64: `pixels`, the share of -log2 p(x | z) alone, and the whole
-    under p(z) `uniform`, `unigram`, `learned`, and `learned, given the class`, where there is such a p(z).
+    """Compute the bits of each image, (N,), float64, per p(z): `uniform`, `unigram`, `learned` and `learned, given the class`, as far as
+    available; and under `pixels` the part -log2 p(x | z) alone.
 
     Args:
         tokenizer: in eval mode, its objective a likelihood.
-        codes: int64 (N, h, w) a level, of images `pixels`, uint8 (N, H, W, C).
-        counts: how often each code occurs in training, (K,) a level; each counts once more. None: not known.
+        codes: int64 (N, h, w) per level, of the images.
+        pixels: the images, uint8 (N, H, W, C).
+        counts: occurrences of each code in training, (K,) per level, to which 1 is added; None: unknown.
         prior: in eval mode; None: not trained.
         condition: (N, ...) rows of the prior's condition, or None.
         supports_unconditional: whether the prior has learned p(z) without a condition.
         progress: show bars.
     """
     exact = float64_copy(tokenizer)
-    of_pixels = pixel_bits(exact, codes, pixels, progress)
-    found = {"pixels": of_pixels, "uniform": of_pixels + index_bits(tokenizer.grids, tokenizer.quantizer.num_codes)}
+    given_codes = pixel_bits(exact, codes, pixels, progress)
+    bits = {"pixels": given_codes, "uniform": given_codes + index_bits(tokenizer.grids, tokenizer.quantizer.num_codes)}
     if counts is not None:
-        found["unigram"] = of_pixels.clone()
+        bits["unigram"] = given_codes.clone()
         for level, count in zip(codes, counts, strict=True):
             smoothed = torch.from_numpy(count).double() + 1
-            found["unigram"] -= (smoothed / smoothed.sum()).log2()[level].flatten(1).sum(1)
+            bits["unigram"] -= (smoothed / smoothed.sum()).log2()[level].flatten(1).sum(1)
     if prior is not None:
         prior = float64_copy(prior)
         if supports_unconditional:
-            found["learned"] = of_pixels + surprisals(prior, codes, None, "bits of codes", progress).sum(1)
+            bits["learned"] = given_codes + surprisals(prior, codes, None, "bits of codes", progress).sum(1)
         if condition is not None:
-            found["learned, given the class"] = of_pixels + surprisals(prior, codes, condition, "bits of codes", progress).sum(1)
-    return found
+            bits["learned, given the class"] = given_codes + surprisals(prior, codes, condition, "bits of codes", progress).sum(1)
+    return bits

@@ -17,7 +17,7 @@ _OPACITY = 0.6
 def heat_maps(bits: Tensor, layout: SequenceLayout) -> Tensor:
     """Sum bits per position (N, T) to bits per cell of the finest grid, (N, h, w), with the same total.
 
-    A coarser level's bits are spread evenly over the cells under its own.
+    The bits of a coarser level's code are divided evenly among the cells that it spans.
     """
     high, wide = (max(sides) for sides in zip(*layout.grids, strict=True))
     heat = bits.new_zeros(len(bits), high, wide)
@@ -29,7 +29,7 @@ def heat_maps(bits: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 def colour_scale(layout: SequenceLayout) -> ScalarMappable:
-    """Colours for bits per cell of the finest grid, equal in every call: up to twice the bits under the uniform prior, which few exceed."""
+    """Return the colour scale of bits per cell of the finest grid, up to twice the bits under the uniform prior, which few exceed."""
     uniform = [torch.full((1, length), cost) for length, cost in zip(layout.lengths, uniform_bits(layout.num_codes), strict=True)]
     return ScalarMappable(Normalize(0, 2 * float(heat_maps(torch.cat(uniform, 1), layout).max())), "inferno")
 

@@ -19,7 +19,7 @@ from stage1_vqvae.plots import save_figure
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """Name one PNG per image: its stem, numbered where several share it."""
+    """Return one PNG's name per image: its stem, with a number if several images share it."""
     return [f"{name}.png" for name in unique_names([Path(name).stem for name in names])]
 
 

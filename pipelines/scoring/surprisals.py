@@ -13,19 +13,19 @@ from stage2_prior.priors.contract import Prior
 from training.progress import progress_bar
 
 BATCH_SIZE = 64
-"""Images at once through the models; it changes no figure but by rounding."""
+"""Images per batch; changes results only by rounding."""
 
 
 @torch.no_grad()
 def surprisals(prior: Prior, codes: Codes, labels: Tensor | None, description: str, progress: bool = False) -> Tensor:
-    """Return -log2 p of each code under the prior, or a bound if it is not `exact`: bits (N, T), float64 on the CPU.
+    """Compute -log2 p of each code under the prior, or a bound if it is not `exact`: bits (N, T), float64 on the CPU.
 
     Args:
         prior: in eval mode.
-        codes: int64 (N, h, w) a level.
+        codes: int64 (N, h, w) per level.
         labels: (N,), or None for no label.
-        description: for the bar.
-        progress: show it.
+        description: text of the progress bar.
+        progress: show a bar.
     """
     assert not prior.training
     count = len(codes[0])

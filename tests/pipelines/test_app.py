@@ -29,7 +29,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from configs.run_dir import REPOSITORY
 from pipelines import Generator
 from pipelines.app import main, served
-from pipelines.playground.edits import Place, exchanged, likeliest_codes, nearest_codes, walk
+from pipelines.playground.edits import Place, most_likely_codes, nearest_codes, replaced, walk
 from pipelines.playground.fill_tab import BRUSH, SIDE
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
@@ -196,9 +196,9 @@ def test_draw_equals_the_command_line_and_sends_pictures_to_other_tabs(visited: 
     for number, drawn in enumerate(expected):
         assert np.array_equal(np.asarray(Image.open(folder / f"images/{number:05d}.png")), np.asarray(drawn))
 
-    button(panel, "Its codes").click()
-    warned(visited.page, "expected one of those drawn to be chosen")
-    for name, target in (("Its codes", "Codes"), ("Fill a part of it", "Fill"), ("Walk from it", "Walk"), ("Walk to it", "Walk")):
+    button(panel, "Show its codes").click()
+    warned(visited.page, "expected a selected sample")
+    for name, target in (("Show its codes", "Codes"), ("Fill a part of it", "Fill"), ("Walk from it", "Walk"), ("Walk to it", "Walk")):
         panel = tab(visited, "Draw")
         gallery(panel).nth(1).click()
         button(panel, name).click()
@@ -224,26 +224,26 @@ def test_codes_are_shown_and_replaced(visited: Visit, generator: Generator, pict
         panel.get_by_text(f"{text} {place.of(codes)}").wait_for,
     )
     near = nearest_codes(generator.tokenizer, 0, place.of(codes), 8)
-    likely = likeliest_codes(generator, codes, None, place, 8)
+    likely = most_likely_codes(generator, codes, None, place, 8)
     captions = [panel.locator(".grid-container").nth(number).locator(".caption-label").all_inner_texts() for number in (0, 1)]
     assert [[int(caption.split(":")[0]) for caption in texts] for texts in captions] == [near, likely]
     visited.screenshot("codes")
 
-    changed = exchanged(codes, place, near[2])
+    changed = replaced(codes, place, near[2])
     assert captions[0][2].endswith(f"all {float(generator.surprisals(changed)[0].sum()):.0f}")
     visited.timed("exchange it", gallery(panel, 0).nth(2).click, panel.get_by_text(f"{text} {near[2]}").wait_for)
     assert shows(rebuilt, generator.decode(changed)[0])
-    second = likeliest_codes(generator, changed, None, place, 8)[1]
+    second = most_likely_codes(generator, changed, None, place, 8)[1]
     gallery(panel, 1).nth(1).click()
     expect(panel.get_by_text(f"{text} {second}")).to_be_visible()
-    expect(panel.get_by_text("Exchanged: 2.")).to_be_visible()
-    visited.timed("undo", button(panel, "Undo").click, panel.get_by_text("Exchanged: 1.").wait_for)
+    expect(panel.get_by_text("Replaced: 2.")).to_be_visible()
+    visited.timed("undo", button(panel, "Undo").click, panel.get_by_text("Replaced: 1.").wait_for)
     assert shows(rebuilt, generator.decode(changed)[0])
     button(panel, "Start over").click()
-    expect(panel.get_by_text("Exchanged")).to_have_count(0)
+    expect(panel.get_by_text("Replaced")).to_have_count(0)
     assert shows(rebuilt, generator.decode(codes)[0])
     button(panel, "Undo").click()
-    warned(visited.page, "expected a code that was exchanged")
+    warned(visited.page, "expected a code that was replaced")
 
     choose(visited, panel, generator.label_names[0])
     expect(panel.get_by_text(f"{float(generator.surprisals(codes, 0)[0].sum()):.1f} bits")).to_be_visible()
@@ -302,7 +302,7 @@ def test_walks_equal_those_of_the_python_functions(visited: Visit, generator: Ge
     expect(panel.locator("img")).to_have_count(2)
     put(panel, picture, 1)
     assert shows(panel.locator("img").nth(1), Image.open(picture))
-    labelled(panel, "Pictures, with both ends").locator('input[type="number"]').fill("9")
+    labelled(panel, "Pictures, including both ends").locator('input[type="number"]').fill("9")
     visited.timed("walk 9", button(panel, "Walk").click, lambda: gallery(panel).nth(8).wait_for())
     visited.screenshot("walk")
     drawn = panel.locator("img").first
@@ -347,14 +347,14 @@ def test_invalid_or_too_large_pictures_get_a_message(browser: Browser, address: 
         panel = tab(app, "Codes")
         for path, message in cases:
             put(panel, picture)
-            expect(panel.get_by_text("All its codes cost")).to_be_visible()
+            expect(panel.get_by_text("All codes cost")).to_be_visible()
             put(panel, path)
             warned(app.page, message)
             if path != large:  # which was not even uploaded
-                expect(panel.get_by_text("All its codes cost")).to_have_count(0)
+                expect(panel.get_by_text("All codes cost")).to_have_count(0)
             app.errors.clear()  # the console reports refused files too
             put(panel, picture)
-            expect(panel.get_by_text("All its codes cost")).to_be_visible()
+            expect(panel.get_by_text("All codes cost")).to_be_visible()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -379,7 +379,7 @@ def test_sampling_settings_of_the_recipe_are_used_beyond_the_ranges_of_the_field
             expect(panel.locator(".thumbnail-item.selected")).to_have_count(0)
             panel = tab(app, "Codes")
             button(panel, "Draw one").click()
-            expect(panel.get_by_text("All its codes cost")).to_be_visible()
+            expect(panel.get_by_text("All codes cost")).to_be_visible()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -404,7 +404,7 @@ def test_without_a_prior_codes_can_still_be_edited(browser: Browser, tiny_recipe
         expect(panel.get_by_text("Row 4, column 6: code")).to_be_visible()
         expect(gallery(panel)).to_have_count(8)
         gallery(panel).nth(0).click()
-        expect(panel.get_by_text("Exchanged: 1.")).to_be_visible()
+        expect(panel.get_by_text("Replaced: 1.")).to_be_visible()
         panel = tab(app, "Codebook")
         panel.get_by_role("radio", name="2").click()
         panel.get_by_alt_text("codebook").wait_for()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from configs.run_dir import RunDir
-from pipelines.complete import kept_rows, main, masked_pictures, rows_of_pixels
+from pipelines.complete import kept_rows, main, masked_pictures, row_mask
 from pipelines.drawing import kept_codes
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.splits import VALIDATION
@@ -98,7 +98,7 @@ def test_finer_levels_and_pixels_are_kept_under_kept_rows(run_copy: Path) -> Non
     class Two:
         grids = [(2, 3), (4, 6)]  # noqa: RUF012
 
-    below = rows_of_pixels([False, True], 8, 12)
+    below = row_mask([False, True], 8, 12)
     coarse, fine = kept_codes(Two(), below)  # type: ignore[arg-type]
     assert coarse.tolist() == [[False] * 3, [True] * 3]
     assert fine.tolist() == [[False] * 6] * 2 + [[True] * 6] * 2

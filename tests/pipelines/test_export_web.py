@@ -245,7 +245,7 @@ def test_painted_parts_are_drawn_again_and_the_rest_is_kept(browser: Browser, ad
         visited.timed(
             "open a file",
             lambda: page.locator("[name=file]").set_input_files(tmp_path / "own.png"),
-            lambda: wait_for_line(page, "redraw", "as the model sees it"),
+            lambda: wait_for_line(page, "redraw", "as reconstructed by the model"),
         )
         page.locator("[name=half]").click()
         fill(page, seed=4)
@@ -281,7 +281,7 @@ def test_files_are_scaled_and_cropped_at_the_centre(browser: Browser, address: s
             content = io.BytesIO()
             Image.fromarray(picture).save(content, "PNG")
             page.locator("[name=file]").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": content.getvalue()})
-            wait_for_line(page, "redraw", "a.png, as the model sees it")
+            wait_for_line(page, "redraw", "a.png, as reconstructed by the model")
             with page.expect_download() as download:
                 page.locator("[name=save]").click()
             assert share_equal(np.array(Image.open(download.value.path()).convert("RGB"))[None], white) == 1
@@ -381,9 +381,9 @@ def test_the_page_reports_the_cost_of_rounding(browser: Browser, address: str, s
         text = page.locator("dl").inner_text()
         figures = loss["8"]
         measured = figures["excess_bits"] > 2 * figures["excess_bits_error"]
-        assert ("bits a code more" if measured else "no more bits than can be measured") in text
-        assert f"Of {figures['pictures']} pictures {figures['pictures_that_differ']} are not those" in text
-        assert f"none by more than {loss['8']['pixels_differ_at_most']} of 255" in text
+        assert ("additional bits per code" if measured else "no measurable additional bits") in text
+        assert f"{figures['pictures_that_differ']} of {figures['pictures']} pictures differ from those" in text
+        assert f"by at most {loss['8']['pixels_differ_at_most']} of 255" in text
 
 
 def test_neither_the_page_nor_its_worker_can_reach_another_host(browser: Browser, address: str) -> None:

@@ -174,7 +174,7 @@ def test_the_payload_has_the_length_of_the_likelihood(exact: VQVAE, validation: 
 def test_probabilities_that_cannot_be_coded_are_refused(exact: VQVAE, validation: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = load_codes(exact, validation)
     monkeypatch.setattr(codec, "MARGIN", 1e-6)
-    with pytest.raises(UserError, match="expected probabilities of which a rounding keeps"):
+    with pytest.raises(UserError, match="expected probabilities at least"):
         encode_pixels(exact, codes, validation, 64)
     monkeypatch.undo()
     monkeypatch.setattr(

@@ -52,7 +52,7 @@ def test_each_step_is_an_ordinary_command() -> None:
         "python pipelines/evaluate.py --run nowhere --prior transformer",
         "python pipelines/report.py --run nowhere",
     ]
-    command = steps(chain("--run", "nowhere"))[0].started()
+    command = steps(chain("--run", "nowhere"))[0].command_line()
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     assert Path(next(word for word in command if word.endswith("train.py"))).is_file()
 
@@ -79,15 +79,15 @@ def test_training_uses_the_most_gpus_that_divide_the_batch(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1 if configured else devices)
     if configured:
         settings.write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_processes": devices}))
-    launch = Launch.of(Stage2(batch_size=128))
+    launch = Launch.choose(Stage2(batch_size=128))
     assert parse_launch(launch, monkeypatch).num_processes == processes
     if devices == processes:
         assert launch.warning() is None
     else:
         assert launch.warning() == f"{processes} of {devices} processes, the most that divide the batch of 128 images evenly"
     # The batch is also divided into micro-steps; one process is always possible.
-    assert Launch.of(Stage2(batch_size=12, accumulation=2)).processes == {1: 1, 2: 2, 3: 3, 4: 3, 5: 3}.get(devices, 6)
-    assert Launch.of(Stage2(batch_size=1)).processes == 1
+    assert Launch.choose(Stage2(batch_size=12, accumulation=2)).processes == {1: 1, 2: 2, 3: 3, 4: 3, 5: 3}.get(devices, 6)
+    assert Launch.choose(Stage2(batch_size=1)).processes == 1
 
 
 def test_the_number_of_processes_of_several_machines_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def test_the_number_of_processes_of_several_machines_is_unchanged(tmp_path: Path
     settings.write_text(
         yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_processes": 12, "num_machines": 2})
     )
-    launch = Launch.of(Stage2(batch_size=128))
+    launch = Launch.choose(Stage2(batch_size=128))
     assert (launch.processes, launch.options()) == (12, [])
 
 
@@ -221,7 +221,7 @@ def test_an_existing_evaluation_is_reused_only_if_nothing_has_changed(run_copy: 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (3, "error: extraction ended with exit code 3, for the reason above; what is finished will be skipped"),
+        (3, "error: extraction ended with exit code 3, for the reason above; finished steps will be skipped"),
         (130, "extraction was interrupted; go on with the same command"),
     ],
 )

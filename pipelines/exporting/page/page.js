@@ -1,4 +1,4 @@
-/** The page: fields, pictures and paint; worker.js computes. */
+/** The page: fields, pictures and paint; worker.js does the computation. */
 import { batchSize, keptCodes } from "./sampler.js";
 
 const MOST = 64;
@@ -10,25 +10,25 @@ const file = document.querySelector("[name=file]");
 
 let model = null;
 let loaded = false;
-/** The picture whose parts are redrawn: `{codes, pixels, label}`. */
+/** Selected picture, whose parts are redrawn: `{codes, pixels, label}`. */
 let chosen = null;
-/** Mask of its painted pixels, (H * W). */
+/** Mask of the selected picture's painted pixels, (H * W). */
 let painted = null;
 
-/** The elements of a section that gets pictures from the worker. */
+/** Return the elements of a section that shows pictures from the worker. */
 function part(id) {
   const section = document.getElementById(id);
-  const [form, progress, line, pictures] = ["form", "progress", ".line", ".pictures"].map((what) => section.querySelector(what));
+  const [form, progress, line, pictures] = ["form", "progress", ".line", ".pictures"].map((selector) => section.querySelector(selector));
   return { section, form, progress, line, pictures };
 }
 
 // ---- the worker
 
-// A worker inherits the page's Content-Security-Policy if it is made of a blob, not if it is a file.
+// A worker inherits the page's Content-Security-Policy if it is created from a blob, but not from a file.
 const script = `import ${JSON.stringify(new URL("worker.js", import.meta.url).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })), { type: "module" });
 const waiting = new Map();
-let asked = 0;
+let lastId = 0;
 let failure = null;
 
 worker.addEventListener("message", ({ data }) => {
@@ -48,11 +48,12 @@ worker.addEventListener("error", (event) => {
   waiting.clear();
 });
 
-function ask(action, content, progress, part) {
+/** Send a request to the worker. Returns a promise of its result. */
+function request(action, content, progress, part) {
   return new Promise((resolve, reject) => {
     if (failure) return reject(failure);
-    waiting.set(++asked, { resolve, reject, progress, part });
-    worker.postMessage({ id: asked, action, ...content });
+    waiting.set(++lastId, { resolve, reject, progress, part });
+    worker.postMessage({ id: lastId, action, ...content });
   });
 }
 
@@ -61,7 +62,7 @@ async function work(where, action, content, part = () => {}) {
   const focused = document.activeElement;
   busy(where, true, action === "sample" || action === "complete");
   try {
-    return await ask(action, content, (share) => (where.progress.value = share), part);
+    return await request(action, content, (share) => (where.progress.value = share), part);
   } finally {
     busy(where, false);
     if (document.activeElement === document.body) focused.focus({ preventScroll: true }); // a disabled button loses the focus
@@ -97,20 +98,21 @@ function numberIn(form, name, { whole = false, least = -Infinity, most = Infinit
 /** Read the settings that both sections share. */
 function drawingIn() {
   const settings = { temperature: numberIn(draw.form, "temperature", { least: 0 }) };
-  if (knows("guidance")) settings.guidance = numberIn(draw.form, "guidance");
+  if (supports("guidance")) settings.guidance = numberIn(draw.form, "guidance");
   return { seed: numberIn(draw.form, "seed", { whole: true }), settings };
 }
 
-function knows(what) {
+/** Return whether the model supports a feature: "labels" or "guidance". */
+function supports(feature) {
   const labels = Boolean(model.label_names?.length);
-  return what === "labels" ? labels : labels && model.supports_unconditional;
+  return feature === "labels" ? labels : labels && model.supports_unconditional;
 }
 
-/** Labels of `count` pictures from the field. */
+/** Read the labels of `count` pictures from the field. */
 function labelsIn(form, count) {
   const { value } = form.elements.label;
   const numbers = Array.from({ length: count }, (_, number) => number);
-  if (!knows("labels") || value === "none") return numbers.map(() => null);
+  if (!supports("labels") || value === "none") return numbers.map(() => null);
   return numbers.map((number) => (value === "turns" ? number % model.label_names.length : Number(value)));
 }
 
@@ -129,23 +131,23 @@ function imageData(pixels) {
 
 /** Create a canvas of the run's size with an image on it. */
 function drawnOn(pixels) {
-  const made = document.createElement("canvas");
-  [made.height, made.width] = model.image_shape;
-  made.getContext("2d").putImageData(imageData(pixels), 0, 0);
-  return made;
+  const result = document.createElement("canvas");
+  [result.height, result.width] = model.image_shape;
+  result.getContext("2d").putImageData(imageData(pixels), 0, 0);
+  return result;
 }
 
 /** Create placeholders for `count` pictures, which become buttons. */
 function places(where, count) {
   const [height, width] = model.image_shape;
-  const made = Array.from({ length: count }, () => {
+  const placeholders = Array.from({ length: count }, () => {
     const place = document.createElement("div");
     place.className = "waiting";
     place.style.aspectRatio = `${width} / ${height}`;
     return place;
   });
-  where.pictures.replaceChildren(...made);
-  return made;
+  where.pictures.replaceChildren(...placeholders);
+  return placeholders;
 }
 
 /** Create a button with a picture `{codes, pixels, label}` that selects it. */
@@ -172,8 +174,8 @@ function pictureButton(picture, number) {
 
 /** Draw pictures into a section. Returns the first one, and its button. */
 async function pictures(where, action, content, labels) {
-  const begun = performance.now();
-  const waitingFor = places(where, labels.length);
+  const start = performance.now();
+  const placeholders = places(where, labels.length);
   say(where, "Drawing …");
   let first = null;
   try {
@@ -182,14 +184,14 @@ async function pictures(where, action, content, labels) {
         const number = part.first + row;
         const picture = { codes: part.codes[row], pixels, label: labels[number] };
         const button = pictureButton(picture, number);
-        waitingFor[number].replaceWith(button);
+        placeholders[number].replaceWith(button);
         first ??= [picture, button];
       });
     });
-    const seconds = ((performance.now() - begun) / 1000).toFixed(1);
+    const seconds = ((performance.now() - start) / 1000).toFixed(1);
     say(where, `${labels.length} picture${labels.length === 1 ? "" : "s"} in ${seconds} seconds.`);
   } finally {
-    for (const place of waitingFor) place.remove();
+    for (const place of placeholders) place.remove();
   }
   return first;
 }
@@ -205,11 +207,11 @@ async function drawPictures() {
   if (chosen === null) choose(...first);
 }
 
-/** Show the command that draws the same with the run itself. */
+/** Return the command that draws the same samples from the run. */
 function commandLine(count, { seed, settings }) {
   const quoted = (text) => (/^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
   const options = { run: model.run, prior: model.prior, n: count, seed, ...settings };
-  if (knows("labels") && draw.form.elements.label.value !== "turns") options.label = model.label_names[draw.form.elements.label.value];
+  if (supports("labels") && draw.form.elements.label.value !== "turns") options.label = model.label_names[draw.form.elements.label.value];
   const typed = Object.entries(options).map(([name, value]) => ` --${name}=${quoted(String(value))}`);
   return `${model.command}${typed.join("")}`;
 }
@@ -220,7 +222,7 @@ function choose(picture, button) {
   chosen = picture;
   for (const other of document.querySelectorAll("[aria-pressed=true]")) other.setAttribute("aria-pressed", "false");
   button?.setAttribute("aria-pressed", "true");
-  if (knows("labels")) redraw.form.elements.label.value = picture.label ?? (knows("guidance") ? "none" : 0);
+  if (supports("labels")) redraw.form.elements.label.value = picture.label ?? (supports("guidance") ? "none" : 0);
   clear();
 }
 
@@ -291,11 +293,11 @@ async function redrawPart() {
   if (!loaded) await load();
   const count = numberIn(redraw.form, "number", { whole: true, least: 1, most: MOST });
   const drawing = drawingIn();
-  if (!chosen || !painted.includes(1)) throw new Error("Paint: expected some, found none: paint over what shall be different.");
+  if (!chosen || !painted.includes(1)) throw new Error("Paint: expected some, found none: paint over the part to change.");
   await pictures(redraw, "complete", { ...drawing, codes: chosen.codes, painted }, labelsIn(redraw.form, count));
 }
 
-/** Read a file as an image (H * W * C) of the run's size: its crop (stage1_vqvae/data/crops.py) scaled to that. */
+/** Read a file as an image (H * W * C), cropped (stage1_vqvae/data/crops.py) and scaled to the run's size. */
 async function pixelsOf(opened) {
   const [height, width, channels] = model.image_shape;
   let source;
@@ -308,7 +310,7 @@ async function pixelsOf(opened) {
   const scale = Math.min(source.width / width, source.height / height) * Math.sqrt(area);
   const [cropWidth, cropHeight] = [width * scale, height * scale];
   let crop = [(source.width - cropWidth) * across, (source.height - cropHeight) * down, cropWidth, cropHeight];
-  // Browsers alias when they shrink by more than two, so halve repeatedly.
+  // Browsers alias when they scale down by more than two, so halve repeatedly.
   let halvings = Math.max(0, Math.floor(Math.log2(scale)));
   for (; ; halvings--) {
     const smaller = document.createElement("canvas");
@@ -340,7 +342,7 @@ async function openFile() {
   say(redraw, "Opening …");
   const { codes, image } = await work(redraw, "encode", { pixels });
   choose({ codes, pixels: image, label: null });
-  say(redraw, `${opened.name}, as the model sees it: paint over what shall be different.`);
+  say(redraw, `${opened.name}, as reconstructed by the model: paint over the part to change.`);
 }
 
 // ---- facts about the run, and buttons
@@ -352,22 +354,22 @@ function describe() {
   const codes = grids.map(([rows, columns]) => `${rows} × ${columns}`).join(", then ");
   const percent = (share) => `${(100 * share).toFixed(1)}%`;
   const { excess_bits: excess, excess_bits_error: error } = loss;
-  const more = excess > 2 * error ? `${excess.toPrecision(2)} ± ${error.toPrecision(1)} bits a code more` : `no more bits than can be measured (${(2 * error).toPrecision(1)} a code)`;
-  const said = {
-    "How it draws":
-      `A picture of ${width} × ${height} pixels${channels === 1 ? ", in grey," : ""} is made of ${codes} codes. A prior draws them one after another, each given those before it; ` +
-      "a decoder turns them into pixels.",
-    "Temperature": "Below 1 likelier pictures, and less variety; above 1 bolder ones; at 0 always the likeliest code.",
-    ...(knows("guidance") && { "Guidance": "How much to insist on the label: at 1 as much as was learned, above 1 more, at 0 not at all." }),
-    "Size": `${megabytes} MB, weights in ${model.bits} bits; computed in float32, by onnxruntime-web.`,
-    "Likelihood": `For codes that the run's own prior draws, which it gives ${loss.bits.toFixed(2)} bits each, this page's rounded one takes ${more} (drawn by their label, at temperature 1 and without guidance).`,
-    "Other pictures": `Of ${loss.pictures} pictures ${loss.pictures_that_differ} are not those that the run itself draws from the same seed (${percent(loss.codes_that_differ / loss.codes)} of their codes): a draw that falls within the rounding changes those after it. They are other pictures, as likely as is said above.`,
-    "Other codes": `Of pictures that were drawn, and then opened, ${percent(loss.encoded_differ)} of the codes are not those that the run itself finds.`,
-    "Other pixels": `Of the same codes, none by more than ${loss.pixels_differ_at_most} of 255; on average by ${loss.pixels_differ_on_average.toFixed(3)}.`,
+  const more = excess > 2 * error ? `${excess.toPrecision(2)} ± ${error.toPrecision(1)} additional bits per code` : `no measurable additional bits (below ${(2 * error).toPrecision(1)} per code)`;
+  const facts = {
+    "Sampling":
+      `A picture of ${width} × ${height} pixels${channels === 1 ? ", in grey," : ""} has ${codes} codes. A prior draws them one after another, each given those before it; ` +
+      "a decoder converts them to pixels.",
+    "Temperature": "Below 1: less varied pictures; above 1: more varied ones; 0: always the most likely code.",
+    ...(supports("guidance") && { "Guidance": "Weight of the label: 1 is the prior itself, above 1 pictures follow the label more closely, 0 ignores it." }),
+    "Size": `${megabytes} MB, weights in ${model.bits} bits; computed in float32 by onnxruntime-web.`,
+    "Likelihood": `Codes drawn from the run's prior cost ${loss.bits.toFixed(2)} bits each under it; under this page's rounded prior: ${more} (labels given, temperature 1, no guidance).`,
+    "Different pictures": `${loss.pictures_that_differ} of ${loss.pictures} pictures differ from those that the run draws from the same seed (${percent(loss.codes_that_differ / loss.codes)} of their codes): a draw within the rounding error changes the codes after it. The likelihood above holds for them too.`,
+    "Different codes": `For sampled pictures that were opened again, ${percent(loss.encoded_differ)} of the codes differ from those of the run's encoder.`,
+    "Different pixels": `Pixels of the same codes differ by at most ${loss.pixels_differ_at_most} of 255; on average by ${loss.pixels_differ_on_average.toFixed(3)}.`,
     "Prior": `${model.prior} of run ${model.run}, sha256 ${model.prior_sha256.slice(0, 16)}…`,
   };
   document.querySelector("dl").replaceChildren(
-    ...Object.entries(said).flatMap(([term, text]) => {
+    ...Object.entries(facts).flatMap(([term, text]) => {
       const [title, content] = [document.createElement("dt"), document.createElement("dd")];
       title.textContent = term;
       content.textContent = text;
@@ -394,9 +396,9 @@ function prepare() {
   const options = (extra) => [...extra, ...names.map((name, number) => [name, number])].map(([text, value]) => new Option(text, value));
   draw.form.elements.label.replaceChildren(...options([["each in turn", "turns"]]));
   redraw.form.elements.label.replaceChildren(...options(model.supports_unconditional ? [["none", "none"]] : []));
-  for (const element of document.querySelectorAll("[data-needs]")) element.hidden = !knows(element.dataset.needs);
-  for (const element of document.querySelectorAll("[data-lacks]")) element.hidden = knows(element.dataset.lacks);
-  draw.form.elements.number.value = batchSize(model); // as many as one batch
+  for (const element of document.querySelectorAll("[data-needs]")) element.hidden = !supports(element.dataset.needs);
+  for (const element of document.querySelectorAll("[data-lacks]")) element.hidden = supports(element.dataset.lacks);
+  draw.form.elements.number.value = batchSize(model); // one batch
   for (const name of ["temperature", "guidance"]) draw.form.elements[name].value = model.sampling[name];
   const [height, width] = model.image_shape;
   const scale = Math.max(1, Math.round(720 / width));

@@ -1,21 +1,21 @@
 /**
- * Drawing codes and images by a run's graphs, as sampler.py does: the same uniforms, warps and draws, in float64.
- * No page, and no onnxruntime either: sessions and the class of tensors are given.
+ * Sampling of codes and images with a run's graphs, like sampler.py: the same uniforms, filters and draws, in float64.
+ * Independent of the page and of onnxruntime: the caller passes sessions and the class of tensors.
  */
 import { blake2b } from "./vendor/noble-hashes/blake2.js";
 
 /**
- * Samples that are drawn at once, and bytes that their keys and values may take, which go in and come out of each step.
- * A sample is the same whatever is drawn with it, but for the rounding of float32.
+ * Largest batch, and largest number of bytes of its keys and values, which every step takes and returns.
+ * A sample does not depend on its batch, except for float32's rounding.
  */
 const BATCH = 16;
 const CACHE_BYTES = 64e6;
 
 /**
- * MT19937 (Matsumoto & Nishimura 1998), seeded by one word.
- * @param {number} seed - of 32 bits
- * @param {number} count - of words
- * @returns {Uint32Array} its first words
+ * Run MT19937 (Matsumoto & Nishimura 1998), seeded with one word.
+ * @param {number} seed - 32 bits
+ * @param {number} count - number of words
+ * @returns {Uint32Array} the first words
  */
 export function mersenneTwister(seed, count) {
   const state = new Uint32Array(624);
@@ -34,10 +34,10 @@ export function mersenneTwister(seed, count) {
 }
 
 /**
- * The uniforms of a sample, in [0, 1): torch's, of a generator whose seed is derived from the seed and the sample's number.
- * @param {number} seed - whole
- * @param {number} number - of the sample, from 0 on
- * @param {number} length - codes of a sample
+ * Draw the uniforms of a sample, in [0, 1), equal to those of a torch generator seeded from the seed and the sample's number.
+ * @param {number} seed - an integer
+ * @param {number} number - number of the sample, from 0 on
+ * @param {number} length - number of codes per sample
  * @returns {Float64Array} (length,)
  */
 export function uniforms(seed, number, length) {
@@ -49,7 +49,7 @@ export function uniforms(seed, number, length) {
 }
 
 /**
- * Probabilities of logits under temperature, top_k, top_p and min_p.
+ * Compute probabilities from logits with temperature, top_k, top_p and min_p.
  * @param {Float64Array} logits - (K,)
  * @param {Object} settings - a recipe's `sampling`
  * @returns {Float64Array} (K,)
@@ -72,7 +72,7 @@ export function warp(logits, { temperature, top_k: topK, top_p: topP, min_p: min
     let before = 0;
     for (const code of order) {
       const probability = probabilities[code];
-      // Less the sum's rounding, which is not to bring in another code where p is just reached.
+      // The tolerance keeps rounding of the sum from adding a code where p is just reached.
       if (!(before < topP - 1e-12)) probabilities[code] = 0;
       before += probability;
     }
@@ -89,7 +89,7 @@ function normalized(values) {
 }
 
 /**
- * The code at which the cumulative distribution first exceeds a uniform.
+ * Draw a code: the first one whose cumulative probability exceeds a uniform.
  * @param {Float64Array} probabilities - (K,)
  * @param {number} uniform - in [0, 1)
  * @returns {number}
@@ -97,8 +97,8 @@ function normalized(values) {
 export function draw(probabilities, uniform) {
   let sum = 0;
   const cumulative = probabilities.map((probability) => (sum += probability));
-  const found = cumulative.findIndex((reached) => reached > uniform * sum);
-  return found < 0 ? probabilities.length - 1 : found;
+  const code = cumulative.findIndex((total) => total > uniform * sum);
+  return code < 0 ? probabilities.length - 1 : code;
 }
 
 /**
@@ -121,7 +121,7 @@ export function keptCodes(model, painted) {
 }
 
 /**
- * How many samples are drawn at once.
+ * Compute the number of samples per batch.
  * @param {Object} model - model.json
  * @returns {number}
  */
@@ -130,12 +130,12 @@ export function batchSize({ cache }) {
   return Math.max(1, Math.min(BATCH, Math.floor(CACHE_BYTES / bytes)));
 }
 
-/** What was exported: draws, completes, encodes and decodes. Codes are sequences (T,) through all levels, coarse to fine. */
+/** Sampler of an exported run; it also completes, encodes and decodes. Codes are sequences (T,) through all levels, coarse to fine. */
 export class Sampler {
   /**
    * @param {Object} model - model.json
-   * @param {Object} sessions - `prior`, `decoder` and, for `encode`, `encoder`, of onnxruntime
-   * @param {Function} Tensor - onnxruntime's
+   * @param {Object} sessions - onnxruntime's sessions `prior`, `decoder` and, for `encode`, `encoder`
+   * @param {Function} Tensor - onnxruntime's class
    */
   constructor(model, sessions, Tensor) {
     this.model = model;
@@ -148,33 +148,33 @@ export class Sampler {
   }
 
   /**
-   * Draw codes: sample i of a seed is the same, however many are drawn.
-   * @param {Object} asked
-   * @param {(number|null)[]} asked.labels - of each sample, in the model's numbering; null: none
-   * @param {number} asked.seed
-   * @param {Object} asked.settings - in place of the model's
-   * @param {Int32Array} [asked.given] - codes (T,) to take over where
-   * @param {boolean[]} [asked.kept] - (T,) is true: the others are drawn, each given those before it
-   * @param {function(number): Promise<void>} [step] - called after each position, with the share that is done
-   * @param {function(Int32Array[], number): Promise<void>} [part] - called with the codes of each batch, and the number of its first
-   * @returns {Promise<Int32Array[]>} codes, (T,) a sample
+   * Draw codes; sample i of a seed is the same for any number of samples.
+   * @param {Object} request
+   * @param {(number|null)[]} request.labels - label per sample, in the model's numbering; null: none
+   * @param {number} request.seed
+   * @param {Object} request.settings - settings that replace the model's
+   * @param {Int32Array} [request.known] - codes (T,) to keep at the positions that `kept` marks
+   * @param {boolean[]} [request.kept] - mask (T,); the other codes are drawn, each given those before it
+   * @param {function(number): Promise<void>} [step] - called after each position with the share that is done
+   * @param {function(Int32Array[], number): Promise<void>} [part] - called with the codes of each batch and the number of its first sample
+   * @returns {Promise<Int32Array[]>} codes, (T,) per sample
    * @throws {Error} if a probability is not finite
    */
-  async sample({ labels, seed, settings, given, kept }, step = async () => {}, part = async () => {}) {
+  async sample({ labels, seed, settings, known, kept }, step = async () => {}, part = async () => {}) {
     const drawn = [];
     const batch = batchSize(this.model);
     for (let first = 0; first < labels.length; first += batch) {
       const rows = labels.slice(first, first + batch);
-      const found = await this.#batch(rows, first, seed, { ...this.model.sampling, ...settings }, given, kept, (share) =>
+      const codes = await this.#batch(rows, first, seed, { ...this.model.sampling, ...settings }, known, kept, (share) =>
         step((first + share * rows.length) / labels.length),
       );
-      await part(found, first);
-      drawn.push(...found);
+      await part(codes, first);
+      drawn.push(...codes);
     }
     return drawn;
   }
 
-  async #batch(labels, first, seed, settings, given, kept, step) {
+  async #batch(labels, first, seed, settings, known, kept, step) {
     const batch = labels.length;
     const length = this.levels.length;
     const uniform = labels.map((_, row) => uniforms(seed, first + row, length));
@@ -183,7 +183,7 @@ export class Sampler {
     // Conditional and unconditional sequences run in one batch and share every code.
     const rows = guides ? [...labels, ...labels.map(() => null)] : labels;
     const numbers = rows.map((label) => label ?? names.length);
-    const codes = rows.map(() => (given ? Int32Array.from(given) : new Int32Array(length)));
+    const codes = rows.map(() => (known ? Int32Array.from(known) : new Int32Array(length)));
     const last = kept ? kept.lastIndexOf(false) : length - 1;
     let cache = null;
     for (let position = 0; position <= last; position++) {
@@ -193,19 +193,19 @@ export class Sampler {
       cache = next;
       if (!kept?.[position]) {
         const count = this.model.num_codes[level];
-        const of = (row) => {
+        const logitsOf = (row) => {
           const start = row * this.offsets.at(-1) + this.offsets[level];
           return Float64Array.from(logits.subarray(start, start + count));
         };
         const scale = guides ? guidanceScale(settings, position, length) : 1;
         for (let row = 0; row < batch; row++) {
-          let own = of(row);
+          let rowLogits = logitsOf(row);
           if (guides) {
-            const without = of(batch + row);
-            // In float32, as the graph's: so numpy guides.
-            own = own.map((logit, code) => Math.fround(without[code] + Math.fround(Math.fround(scale) * Math.fround(logit - without[code]))));
+            const unconditional = logitsOf(batch + row);
+            // In float32, like sampler.py on the graph's logits.
+            rowLogits = rowLogits.map((logit, code) => Math.fround(unconditional[code] + Math.fround(Math.fround(scale) * Math.fround(logit - unconditional[code]))));
           }
-          const probabilities = warp(own, settings);
+          const probabilities = warp(rowLogits, settings);
           if (!Number.isFinite(probabilities[0])) throw new Error("Temperature, guidance: expected finite probabilities, found some that are not.");
           codes[row][position] = draw(probabilities, uniform[row][position]);
           if (guides) codes[batch + row][position] = codes[row][position];
@@ -216,38 +216,38 @@ export class Sampler {
     return codes.slice(0, batch);
   }
 
-  /** Logits (B * all levels' codes) of a position, and the keys and values for the next, if the prior has any. */
+  /** Compute the logits (B * codes of all levels) of a position, and the keys and values for the next, if the prior has any. */
   async #logits(labels, codes, position, cache) {
     const batch = labels.length;
-    const given = { labels: this.#whole(labels, [batch]), position: this.#whole([position], [1]) };
+    const inputs = { labels: this.#integers(labels, [batch]), position: this.#integers([position], [1]) };
     const shape = this.model.cache;
     if (!shape) {
       const flat = codes.flatMap((row) => Array.from(row));
-      const { logits } = await this.sessions.prior.run({ ...given, codes: this.#whole(flat, [batch, this.levels.length]) });
+      const { logits } = await this.sessions.prior.run({ ...inputs, codes: this.#integers(flat, [batch, this.levels.length]) });
       return [logits.data, null];
     }
     const empty = () => new this.Tensor("float32", new Float32Array(batch * shape.reduce((a, b) => a * b)), [batch, ...shape]);
     const { keys, values } = cache ?? { keys: empty(), values: empty() };
     const tokens = codes.map((row) => (position ? row[position - 1] + this.offsets[this.levels[position - 1]] : 0));
-    const found = await this.sessions.prior.run({ ...given, tokens: this.#whole(tokens, [batch]), keys, values });
-    return [found.logits.data, { keys: found.next_keys, values: found.next_values }];
+    const outputs = await this.sessions.prior.run({ ...inputs, tokens: this.#integers(tokens, [batch]), keys, values });
+    return [outputs.logits.data, { keys: outputs.next_keys, values: outputs.next_values }];
   }
 
   /**
-   * The images of codes.
-   * @param {Int32Array[]} codes - (T,) each
-   * @returns {Promise<Uint8ClampedArray[]>} (H * W * C) each
+   * Decode codes to images.
+   * @param {Int32Array[]} codes - (T,) per image
+   * @returns {Promise<Uint8ClampedArray[]>} (H * W * C) per image
    */
   async decode(codes) {
     const batch = codes.length;
-    const given = {};
+    const inputs = {};
     let start = 0;
     this.model.grids.forEach((grid, level) => {
       const flat = codes.flatMap((row) => Array.from(row.subarray(start, start + this.sizes[level])));
-      given[`level${level}`] = this.#whole(flat, [batch, ...grid]);
+      inputs[`level${level}`] = this.#integers(flat, [batch, ...grid]);
       start += this.sizes[level];
     });
-    const { images } = await this.sessions.decoder.run(given);
+    const { images } = await this.sessions.decoder.run(inputs);
     const [height, width, channels] = this.model.image_shape;
     const area = height * width;
     return codes.map((_, row) => {
@@ -255,7 +255,7 @@ export class Sampler {
       for (let channel = 0; channel < channels; channel++) {
         for (let i = 0; i < area; i++) {
           const value = Math.min(1, Math.max(-1, images.data[(row * channels + channel) * area + i]));
-          // Rounded to the nearest by the array, of two the even one.
+          // The array rounds to the nearest integer, ties to even.
           pixels[i * channels + channel] = Math.fround(Math.fround(value + 1) * 127.5);
         }
       }
@@ -264,7 +264,7 @@ export class Sampler {
   }
 
   /**
-   * The codes of an image.
+   * Encode an image to codes.
    * @param {Uint8ClampedArray} pixels - (H * W * C)
    * @returns {Promise<Int32Array>} (T,)
    */
@@ -274,17 +274,17 @@ export class Sampler {
     pixels.forEach((value, i) => {
       image[(i % channels) * height * width + Math.floor(i / channels)] = value / 127.5 - 1;
     });
-    const found = await this.sessions.encoder.run({ images: new this.Tensor("float32", image, [1, channels, height, width]) });
-    return Int32Array.from(this.sizes.flatMap((_, level) => Array.from(found[`level${level}`].data, Number)));
+    const outputs = await this.sessions.encoder.run({ images: new this.Tensor("float32", image, [1, channels, height, width]) });
+    return Int32Array.from(this.sizes.flatMap((_, level) => Array.from(outputs[`level${level}`].data, Number)));
   }
 
-  #whole(numbers, shape) {
+  #integers(numbers, shape) {
     return new this.Tensor("int64", BigInt64Array.from(numbers, BigInt), shape);
   }
 }
 
 function guidanceScale({ guidance, guidance_schedule: schedule }, position, length) {
   const share = position / Math.max(1, length - 1);
-  const way = { constant: 1, linear: share, cosine: (1 - Math.cos(Math.PI * share)) / 2 }[schedule];
-  return 1 + way * (guidance - 1);
+  const weight = { constant: 1, linear: share, cosine: (1 - Math.cos(Math.PI * share)) / 2 }[schedule];
+  return 1 + weight * (guidance - 1);
 }

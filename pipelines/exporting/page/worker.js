@@ -1,6 +1,6 @@
 /**
- * What computes, beside the page, so that it stays responsive. Asked by messages `{id, action, ...}`, answers `{id, result}` or
- * `{id, error}`, and before that any number of `{id, progress}` and `{id, part}`. `{action: "stop"}` ends what is being drawn.
+ * Worker that runs the models, so that the page stays responsive. It answers a request `{id, action, ...}` with `{id, result}` or
+ * `{id, error}`, after any number of `{id, progress}` and `{id, part}`. `{action: "stop"}` stops the current sampling.
  */
 import * as ort from "./vendor/onnxruntime-web/ort.js";
 import { Sampler, keptCodes } from "./sampler.js";
@@ -10,36 +10,36 @@ let sampler = null;
 let stopped = false;
 
 const actions = {
-  /** Load all that drawing needs; progress: the share of its bytes that are here. */
+  /** Load the files for sampling; progress: share of the bytes loaded. */
   async load({ model }, { progress }) {
     const names = ["vendor/onnxruntime-web/ort.wasm", "prior.onnx", "decoder.onnx"];
     const all = names.reduce((sum, name) => sum + model.bytes[name], 0);
-    let here = 0;
+    let loaded = 0;
     const [wasm, prior, decoder] = await Promise.all(
       names.map((name) =>
         fetched(name, (bytes) => {
-          here += bytes;
-          progress(Math.min(1, here / all));
+          loaded += bytes;
+          progress(Math.min(1, loaded / all));
         }),
       ),
     );
     ort.env.wasm.wasmBinary = wasm;
-    // Several threads would need headers of the host, which most do not send.
+    // Several threads would need HTTP headers that most hosts do not send.
     ort.env.wasm.numThreads = 1;
     sampler = new Sampler(model, { prior: await session(prior), decoder: await session(decoder) }, ort.Tensor);
   },
 
-  /** Samples: parts {first, codes, images} as they come. */
+  /** Draw samples; sends parts {first, codes, images} batch by batch. */
   async sample({ labels, seed, settings }, { progress, part }) {
     await drawn({ labels, seed, settings }, progress, part);
   },
 
   /** Draw continuations of codes (T,) of an image whose pixels `painted` (H * W) are redrawn; sends parts as `sample` does. */
   async complete({ codes, painted, labels, seed, settings }, { progress, part }) {
-    await drawn({ labels, seed, settings, given: codes, kept: keptCodes(sampler.model, painted) }, progress, part);
+    await drawn({ labels, seed, settings, known: codes, kept: keptCodes(sampler.model, painted) }, progress, part);
   },
 
-  /** The codes of an image (H * W * C), and the image that they decode to. */
+  /** Encode an image (H * W * C). Returns its codes and the image decoded from them. */
   async encode({ pixels }) {
     sampler.sessions.encoder ??= await session(await fetched("encoder.onnx", () => {}));
     const codes = await sampler.encode(pixels);
@@ -47,10 +47,10 @@ const actions = {
   },
 };
 
-async function drawn(asked, progress, part) {
+async function drawn(request, progress, part) {
   stopped = false;
   await sampler.sample(
-    asked,
+    request,
     async (share) => {
       progress(share);
       await messages();
@@ -60,15 +60,15 @@ async function drawn(asked, progress, part) {
   );
 }
 
-async function fetched(name, more) {
-  const answer = await fetch(at(name), { cache: "no-cache" }); // what was replaced on the host is replaced here
+async function fetched(name, onBytes) {
+  const answer = await fetch(at(name), { cache: "no-cache" }); // so that replaced files are fetched again
   if (!answer.ok) throw new Error(`${name}: expected a file, found none (${answer.status}).`);
   const parts = [];
   for (const reader = answer.body.getReader(); ; ) {
     const { done, value } = await reader.read();
     if (done) return await new Blob(parts).arrayBuffer();
     parts.push(value);
-    more(value.length);
+    onBytes(value.length);
   }
 }
 
@@ -76,7 +76,7 @@ function session(bytes) {
   return ort.InferenceSession.create(new Uint8Array(bytes), { executionProviders: ["wasm"] });
 }
 
-// A turn of the event loop, in which a message to stop is heard; timers would wait four milliseconds each.
+// Wait for one turn of the event loop, in which a message to stop is received; a timer would take four milliseconds.
 const { port1, port2 } = new MessageChannel();
 function messages() {
   return new Promise((resolve) => {
@@ -85,13 +85,13 @@ function messages() {
   });
 }
 
-addEventListener("message", async ({ data: { id, action, ...asked } }) => {
+addEventListener("message", async ({ data: { id, action, ...content } }) => {
   if (action === "stop") {
     stopped = true;
     return;
   }
   try {
-    const result = await actions[action](asked, {
+    const result = await actions[action](content, {
       progress: (progress) => postMessage({ id, progress }),
       part: (part) => postMessage({ id, part }),
     });

@@ -14,7 +14,7 @@ from constriction import stream
 from configs.errors import UserError
 from configs.parts import part_from
 from configs.schema import Tokenizer
-from pipelines.codec.coder import MARGIN, batch_images, clear_offset, decode, encode, weights
+from pipelines.codec.coder import MARGIN, clear_offset, code_batch_size, decode, encode, weights
 from pipelines.codec.pixels import decode_pixels, encode_pixels
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes
@@ -221,7 +221,7 @@ def test_the_payload_is_the_priors_likelihood_within_a_percent_and_four_bytes(ki
             drawn.append(torch.multinomial(logits.softmax(1), 1)[:, 0])
         codes = prior.layout.grids_of(torch.stack(drawn, 1))
         prior_bits = float(prior.nats(codes, labels).sum()) / math.log(2)
-    encoding = encode(prior, codes, labels, batch_images(prior.layout, 64))
+    encoding = encode(prior, codes, labels, code_batch_size(prior.layout, 64))
     assert encoding.bits == pytest.approx(prior_bits, rel=1e-9)
     assert len(encoding.coded.payload) <= 1.01 * prior_bits / 8 + 4
     assert len(encoding.coded.payload) >= 0.999 * prior_bits / 8 - 4  # fewer bytes would point to an error
@@ -246,7 +246,7 @@ def test_decoding_with_another_distribution_is_detected() -> None:
 
 def test_batches_are_limited_by_memory() -> None:
     large = SequenceLayout([(64, 64)], [65_536])
-    assert batch_images(large, 64) == 1
-    assert batch_images(LAYOUTS["one level"], 64) == 64
+    assert code_batch_size(large, 64) == 1
+    assert code_batch_size(LAYOUTS["one level"], 64) == 64
     middle = SequenceLayout([(32, 32)], [1024])
-    assert batch_images(middle, 64) == 16
+    assert code_batch_size(middle, 64) == 16

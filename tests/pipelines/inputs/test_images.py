@@ -22,7 +22,7 @@ from configs.run_dir import RunDir
 from pipelines.conditioning import image_condition, sample_condition
 from pipelines.encoding import encode_and_decode
 from pipelines.inputs.images import Images, chosen_images
-from pipelines.inputs.pictures import kept_by
+from pipelines.inputs.pictures import picture_mask
 from stage1_vqvae.data import encoded, files
 from stage1_vqvae.data.files import load_files
 from stage1_vqvae.data.pixels import to_model, to_uint8
@@ -278,16 +278,16 @@ def to_rgba(grey: np.ndarray, alpha: np.ndarray, mode: str) -> Image.Image:
 def test_transparent_parts_of_a_mask_are_drawn_again(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     left = torch.from_numpy(LEFT >= 128)
     for grey, alpha in ((LEFT, WHITE), (WHITE, LEFT), (LEFT, LEFT)):
-        assert torch.equal(kept_by(to_rgba(grey, alpha, mode), "--mask"), left)
+        assert torch.equal(picture_mask(to_rgba(grey, alpha, mode), "--mask"), left)
     assert not capsys.readouterr().out
-    assert torch.equal(kept_by(to_rgba(np.full_like(LEFT, 100), LEFT, mode), "--mask"), left)
+    assert torch.equal(picture_mask(to_rgba(np.full_like(LEFT, 100), LEFT, mode), "--mask"), left)
     assert "--mask: a picture with transparent parts: those are drawn again, the others kept" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"--mask: expected white where .*; found black and transparent parts alone"):
-        kept_by(to_rgba(BLACK, LEFT, mode), "--mask")
+    with pytest.raises(UserError, match=r"--mask: expected white where .*; found only black and transparent parts"):
+        picture_mask(to_rgba(BLACK, LEFT, mode), "--mask")
 
 
 def test_masks_may_be_of_any_depth() -> None:
     for mask in (Image.fromarray(LEFT), Image.fromarray(LEFT).convert("1"), Image.fromarray(LEFT.astype(np.uint16) * 257)):
-        assert torch.equal(kept_by(mask, "--mask"), torch.from_numpy(LEFT >= 128))
+        assert torch.equal(picture_mask(mask, "--mask"), torch.from_numpy(LEFT >= 128))
     with pytest.raises(UserError, match="--mask: expected a black and white picture of 8 or 16 bits, found one of mode F"):
-        kept_by(Image.fromarray(LEFT.astype(np.float32)), "--mask")
+        picture_mask(Image.fromarray(LEFT.astype(np.float32)), "--mask")

@@ -11,7 +11,7 @@ import torch
 from configs.parts import part_from
 from configs.schema import Tokenizer
 from pipelines import Generator
-from pipelines.playground.edits import Place, candidates, code_patches, exchanged, likeliest_codes, nearest_codes, walk
+from pipelines.playground.edits import Place, candidates, code_patches, most_likely_codes, nearest_codes, replaced, walk
 from pipelines.playground.maps import code_at, code_map, patch_at, patch_sheet
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.train import main as train_tokenizer
@@ -35,7 +35,7 @@ def test_candidates_are_the_image_with_one_code_replaced(generator: Generator) -
     codes, place = generator.draw(1, "down", seed=2).codes, Place(1, 3, 4)
     results = candidates(generator, codes, "down", place, [5, 0, 11])
     for candidate, code in zip(results, [5, 0, 11], strict=True):
-        changed = exchanged(codes, place, code)
+        changed = replaced(codes, place, code)
         assert candidate.code == place.of(changed) == code
         assert sum(int((one != other).sum()) for one, other in zip(changed, codes, strict=True)) <= 1
         assert torch.equal(candidate.picture, generator.decode(changed, output="tensor")[0])
@@ -48,7 +48,7 @@ def test_candidates_are_the_image_with_one_code_replaced(generator: Generator) -
 def test_the_most_probable_codes_cost_the_fewest_bits(generator: Generator, place: Place) -> None:
     codes = generator.draw(1, "across", seed=1).codes
     bits = {each.code: each.bits for each in candidates(generator, codes, "across", place, list(range(16)))}
-    assert likeliest_codes(generator, codes, "across", place, 6) == sorted(bits, key=lambda code: bits[code] or 0.0)[:6]
+    assert most_likely_codes(generator, codes, "across", place, 6) == sorted(bits, key=lambda code: bits[code] or 0.0)[:6]
 
 
 def test_nearest_codes_are_nearest_in_their_vectors(generator: Generator) -> None:
