@@ -29,8 +29,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 Script = Callable[..., subprocess.CompletedProcess[str]]
 Pretended = Callable[..., subprocess.CompletedProcess[str]]
 
-# Files that take a minute or more. They start first, so that no worker ends up running one alone.
-LONGEST = (
+# Files that start first: one that forks, which a process that has run autograd's threads cannot; and those that take a minute or more, so
+# that no worker ends up running one alone.
+FIRST = (
+    "test_faults.py",
     "test_ranks.py",
     "test_pretended_gpu.py",
     "test_two_processes.py",
@@ -115,7 +117,7 @@ def check_names_no_place(*roots: Path) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 def pytest_collection_finish() -> None:

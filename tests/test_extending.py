@@ -159,14 +159,14 @@ def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
 
     generator = Generator.from_pretrained(run.path)
     images = [folder / file for file in files]
-    own, other = ([f"{red} {blue}" for red, blue in rows] for rows in (numbers, numbers[::-1]))
-    assert generator.log_prob(images, own).mean() > generator.log_prob(images, other).mean()
+    matching, swapped = ([f"{red} {blue}" for red, blue in rows] for rows in (numbers, numbers[::-1]))
+    assert generator.log_prob(images, matching).mean() > generator.log_prob(images, swapped).mean()
     sample([*here, "--n", "3", "--condition", "-1 0.5", "--guidance", "1.5"])
     assert read_json(run.path / "samples/000/samples.json")["labels"] == [[-1.0, 0.5]] * 3
     assert "label: expected 2 numbers (red, blue), found 1" in one_line_error(sample, *here, "--label", "1")
     complete([*here, "--n", "2", "--prefix-rows", "1"])
     anomalies(here)
-    compress(here)  # without the condition, of which files have no place
+    compress(here)  # without the condition, for which the file format has no field
     assert "conditioned on classes" in one_line_error(compress, *here, "--condition", "0 0")
     monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     evaluate([*here, "--features", "classifier", "--n", "8"])

@@ -24,6 +24,7 @@ from triton.runtime import interpreter
 
 from stage1_vqvae.attention import rotations
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.classes import Classes
 from stage2_prior.draw import StepwiseSampling, draw, guided, uniforms, warp
 from stage2_prior.draw_kernel import draw_code
 from stage2_prior.priors import attention
@@ -34,9 +35,9 @@ from stage2_prior.priors.step_kernels import attend, gate
 from stage2_prior.priors.stepwise import FixedBatch, StepwisePrior
 from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
 from stage2_prior.sampler import _DRAW, Sampler
-from tests.stage2_prior.priors.prior_kinds import classes
 from training.kernels import Kernel
 
+_CLASSES = Classes(names=["0", "1", "2"])
 # Dispatched operators that launch nothing: views and allocations.
 _NO_LAUNCH = {"view", "t", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "expand", "split_with_sizes"} | {
     *("empty", "new_empty", "_unsafe_view", "permute", "split", "as_strided", "unbind", "view_as_complex", "view_as_real", "promote_types")
@@ -180,7 +181,7 @@ def check_draw() -> None:
 def small_prior(layout: SequenceLayout, conditioned: bool = False) -> StepwisePrior:
     torch.manual_seed(0)
     part = TransformerPart(layers=1, width=24, heads=2)
-    prior = build_level(part, layout, 1, classes(3)) if conditioned else part.build(layout, classes(3))
+    prior = build_level(part, layout, 1, _CLASSES) if conditioned else part.build(layout, _CLASSES)
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return prior.eval().requires_grad_(False)
@@ -259,7 +260,7 @@ def main() -> None:
     for check in (check_attention, check_gate, check_draw, check_samples, check_steps_below_a_level):
         check()
     # LlamaGen-B's number of layers; width and codebook size do not change the number of launches.
-    prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), classes(3)).eval().requires_grad_(False)
+    prior = TransformerPart(layers=12, width=16, heads=1).build(SequenceLayout([(1, 4)], [64]), _CLASSES).eval().requires_grad_(False)
     for parameter in prior.parameters():
         parameter.data = parameter.data.half()
     guidance = StepwiseSampling(guidance=1.5, temperature=0.9)

@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import Sampling
 from pipelines.drawing import draw_images
 from pipelines.encoding import allocate_pixels, encode_and_decode
+from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.draw import StepwiseSampling
+from stage2_prior.priors.uniform import UniformPrior
+from stage2_prior.sampler import Sampler
 
 
 class Constant(torch.nn.Module):
@@ -48,8 +51,9 @@ def mapped_file(tensor: Tensor) -> str:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it asks Linux")
 def test_samples_and_reconstructions_are_in_files_that_are_deleted(tmp_path: Path) -> None:
     tokenizer: Any = Constant()
-    in_memory = draw_images(None, tokenizer, None, None, 20, 0, Sampling(batch_size=8))
-    codes, pictures = draw_images(None, tokenizer, None, None, 20, 0, Sampling(batch_size=8), folder=tmp_path)
+    sampler, config = Sampler(UniformPrior(SequenceLayout([(1, 1)], [256]))), StepwiseSampling(batch_size=8)
+    in_memory = draw_images(None, tokenizer, sampler, None, 20, 0, config)
+    codes, pictures = draw_images(None, tokenizer, sampler, None, 20, 0, config, folder=tmp_path)
     again, reconstructions = encode_and_decode(tokenizer, pictures, 8, folder=tmp_path)
     assert all(mapped_file(pixels).startswith(f"{tmp_path}/") for pixels in (pictures, reconstructions))
     assert not mapped_file(in_memory[1]).startswith("/")

@@ -75,7 +75,7 @@ def independent_bits(run: Path, pixels: torch.Tensor, with_class: bool) -> dict[
     counts = store.counts()[0] + 1.0
     prior, _ = load_prior(run / "priors/transformer/prior.safetensors", fingerprint(run / "tokenizer.safetensors"))
     labels = CodeStore(run / "codes" / VALIDATION).condition if with_class else None
-    logits = prior.double()(codes, labels)[0]
+    logits = prior.double().logits(codes, labels)[0]
     chosen = logits.log_softmax(-1).gather(-1, codes[0].flatten(1)[..., None])[..., 0]
     return {
         "uniform": (pixel_bits + 6 * 4).numpy(),
