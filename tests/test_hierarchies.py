@@ -108,7 +108,7 @@ def test_reports_add_up_the_bits_of_both_grids(run: Path, capsys: pytest.Capture
     report(["--run", str(run)])
     with Image.open(run / "stage1" / "grids.png") as picture:
         assert picture.height > 3 * 8  # the originals, one grid, both grids
-    assert "what the coarsest grid of codes holds" in (run / "report.html").read_text()
+    assert "decoded from the coarsest grid of codes alone" in (run / "report.html").read_text()
     summary(["--run", str(run)])
     assert "2x3 of 16 + 4x6 of 16" in capsys.readouterr().out
     likelihood = read_json(run / "priors" / "transformer" / "likelihood.json")

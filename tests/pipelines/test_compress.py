@@ -91,7 +91,7 @@ def test_a_split_is_coded_with_its_labels_at_the_priors_bits(run_copy: Path, bat
     codes = store.codes(torch.arange(len(store)))
     prior_bytes = float(prior.double().nats(codes, store.condition).sum() / np.log(2) / 8)
     assert len(content.coded.payload) <= 1.01 * prior_bytes + 4
-    assert float(re.search(r"-log2 p: ([\d.]+) bytes", printed)[1]) == pytest.approx(prior_bytes, abs=0.06)  # type: ignore[index]
+    assert float(re.search(r"-log2 p under the prior: ([\d.]+) bytes", printed)[1]) == pytest.approx(prior_bytes, abs=0.06)  # type: ignore[index]
     header, labels, names, payload = map(int, re.search(r"header (\d+), labels (\d+), names (\d+), payload (\d+)", printed).groups())  # type: ignore[union-attr]
     assert (header + labels + names + payload, names, payload) == (len(data), 0, len(content.coded.payload))
 
