@@ -345,9 +345,9 @@ def test_invalid_or_too_large_pictures_get_a_message(browser: Browser, address: 
     cases = ((text, "text.png: expected a picture (PNG,"), (bomb, "bomb.png: expected a picture (PNG,"), (large, "maximum"))
     with visit(browser, address, "app-refused") as app:
         panel = tab(app, "Codes")
-        for path, message in cases:
-            put(panel, picture)
-            expect(panel.get_by_text("All codes cost")).to_be_visible()
+        put(panel, picture)
+        expect(panel.get_by_text("All codes cost")).to_be_visible()
+        for path, message in cases:  # none is uploaded while another is on its way
             put(panel, path)
             warned(app.page, message)
             if path != large:  # which was not even uploaded
