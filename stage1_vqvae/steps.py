@@ -115,10 +115,10 @@ def take_step(accelerator: Accelerator, state: TokenizerState, loader: Loader, c
             extra = image_losses(terms, output.reconstruction, images, output.losses, tokenizer.decoder, step, autocast)
             loss = torch.stack(list(output.losses.values())).sum() + extra.surrogate(output.reconstruction)
             accelerator.backward(loss / config.accumulation)
-        found = backward_own_losses(terms, images, output.reconstruction, step, config.accumulation, autocast)
+        term_statistics = backward_own_losses(terms, images, output.reconstruction, step, config.accumulation, autocast)
         if restart is not None:
-            found |= restart.candidates(output.latents, loader.share(micro_step).start, len(images))
-        statistics = sum_by_name([statistics, found, _statistics(output, extra, images)])
+            term_statistics |= restart.candidates(output.latents, loader.share(micro_step).start, len(images))
+        statistics = sum_by_name([statistics, term_statistics, _statistics(output, extra, images)])
     norm = clip_(accelerator, model, config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What stage 2 logs and shows while it trains."""
+"""Log lines, progress bar and warnings of a stage 2 training."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ class PriorRecorder(Recorder):
             self._bar.clear()
             say(
                 f"warning: validation rises while training falls since step {turned} ({self._best.bits:.3f} bits a token there, "
-                f"{validation_bits:.3f} now): the prior learns its images by heart; the weights of step {self._best.step} are kept"
+                f"{validation_bits:.3f} now): the prior memorises its training images; the weights of step {self._best.step} are kept"
             )
         self.restart_clock()

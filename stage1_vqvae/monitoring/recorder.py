@@ -1,4 +1,4 @@
-"""What stage 1 logs, shows and draws while it trains."""
+"""Log lines, progress bar and pictures of a stage 1 training."""
 
 from __future__ import annotations
 

@@ -149,10 +149,10 @@ def backward_own_losses(
     statistics: dict[str, Tensor] = {}
     for term in terms:
         with autocast():
-            loss, found = term.own_loss(images, reconstruction, step)
+            loss, term_statistics = term.own_loss(images, reconstruction, step)
         if loss is not None:
             (loss / accumulation).backward()
-        statistics |= found
+        statistics |= term_statistics
     return statistics
 
 

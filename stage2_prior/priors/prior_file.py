@@ -33,7 +33,7 @@ class PriorHeader:
     grids: list[tuple[int, int]]
     num_codes: list[int]
     condition: Condition
-    """What it is conditioned on, such as the classes and their names."""
+    """Condition of the prior, completed from its data set: for classes, with their names."""
     supports_unconditional: bool
     """Whether it has learned p(codes) too, which guidance needs: trained with condition dropout, or without a condition."""
     tokenizer_sha256: str

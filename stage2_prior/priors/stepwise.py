@@ -44,11 +44,11 @@ class FixedBatch:
     sequences: Tensor
     """(B, T) int64 codes; only those before the current position are read."""
     condition: Tensor
-    """(R,) int64 class labels. R = B, or 2 B under guidance, where rows r and B + r share their codes."""
+    """Condition rows (R, ...). R = B, or 2 B under guidance, where rows r and B + r share their codes."""
     position: Tensor
     """(1,) int64: current position, counted over all levels."""
     first: int = 0
-    """Offset of these sequences in the full sequence (a prior of one level sees only its own)."""
+    """Offset of these sequences in the full sequence (the prior of a single level has only that level)."""
 
     def local_position(self) -> Tensor:
         """(1,) position within `sequences`."""

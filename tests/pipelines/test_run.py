@@ -166,7 +166,7 @@ def test_options_that_may_change_are_passed_only_to_their_step(finished_run: Pat
 
 
 def test_a_started_run_keeps_its_kind_of_prior(run_copy: Path, tiny_recipe: Path) -> None:
-    """Whatever the recipe file says: stage 1 resumes with the run's recipe."""
+    """Stage 1 resumes with the run's recipe even if the recipe file has changed."""
     assert command_lines("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior transformer")
     shutil.rmtree(run_copy / "stage1")
     assert command_lines("--config", tiny_recipe, "--run", run_copy, "--prior.kind", "pixelcnn")[3].endswith("--prior pixelcnn")

@@ -22,7 +22,7 @@ def generator(exported: Path) -> Generator:
 
 @pytest.fixture(scope="module")
 def exact(generator: Generator) -> Generator:
-    """The same run with noise on its prior's weights, compared to which the graphs are of a worse prior."""
+    """A run whose prior has noise added to its weights."""
     noisy = exact_generator(generator)
     assert noisy.prior is not None
     torch.manual_seed(0)

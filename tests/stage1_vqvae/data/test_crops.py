@@ -86,7 +86,7 @@ def test_random_crops_cover_their_range_and_stay_inside() -> None:
 
 @pytest.mark.parametrize("side", [64, 256, 300, 1024])
 def test_the_first_crop_does_not_depend_on_the_others(side: int) -> None:
-    """Whatever reduction the JPEG decoder uses."""
+    """At every reduction of the JPEG decoder."""
     picture = Image.effect_noise((side // 4, side // 4), 60).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     content, data = encoded(picture, "JPEG", quality=90), Data(height=64, width=64)
     assert np.array_equal(decode_crops(content, None, data, FIVE_CROPS)[0], decode_image(content, None, data))
