@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import io
 import os
 import sys
@@ -121,6 +123,7 @@ def run_entry(main: Callable[[], None]) -> None:
     """Run a script's `main`; user errors and unusable paths end it with one line and exit code 2."""
     escape_unprintable()
     set_cache_folder()
+    atexit.register(gc.freeze)  # otherwise the interpreter's last collection walks through PyTorch for a second
     try:
         main()
     except UserError as error:

@@ -78,12 +78,15 @@ class Launch:
         processes = most_processes(section.batch_size, section.accumulation, devices) if one_machine else devices
         return cls(devices, processes, section.batch_size, configured)
 
-    def options(self) -> list[str]:
-        """Return the options of `accelerate launch`; without a configuration all, since it prints a line per default that it chooses."""
+    def program(self) -> list[str]:
+        """Return `accelerate launch` as arguments of Python, with its options; nothing where it would only start one process."""
         if self.configured:
-            return [] if self.processes == self.devices else [f"--num_processes={self.processes}"]
-        multi_gpu = ["--multi_gpu"] if self.processes > 1 else []
-        return [*multi_gpu, f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+            options = [] if self.processes == self.devices else [f"--num_processes={self.processes}"]
+        elif self.processes == 1:
+            return []  # saves its start, which takes seconds
+        else:  # all options, since it prints a line per default that it chooses
+            options = ["--multi_gpu", f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        return ["-m", "accelerate.commands.launch", *options]
 
     def warning(self) -> str | None:
         """Return a warning if some devices stay idle."""
@@ -112,7 +115,7 @@ class Step:
 
     def command_line(self) -> list[str]:
         """Return the arguments that start the step in this environment."""
-        program = [] if self.launched is None else ["-m", "accelerate.commands.launch", *self.launched.options()]
+        program = [] if self.launched is None else self.launched.program()
         # Take the script of the same checkout, so that all steps use the same folder of runs.
         return [sys.executable, *program, str((checkout() or REPOSITORY) / self.script), *self.arguments]
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from training.optimizer import adamw
-from training.sharding import local_tensor
+from training.sharding import is_sharded, local_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Momentum, and the learning rate as a multiple of AdamW's: Muon's updates have unit singular values, and so much smaller entries than
 # AdamW's, which are of order 1.
@@ -74,7 +76,7 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonalise(self, weights: Tensor, like: Tensor, rows: int) -> Tensor:
         """Orthogonalise stacked weights (N, R, c), each a column of `rows`-high matrices; `like` is one of the parameters."""
-        if isinstance(like, DTensor):
+        if is_sharded(like):
             return _orthogonalise_sharded(weights, like, rows, self._products)
         orthogonalise = _orthogonalise_replicated if self._replicated else _orthogonalise_stacked
         return orthogonalise(weights, rows, self._products)

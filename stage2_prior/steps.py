@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from configs.schema import Compute, Stage2
 from stage2_prior.codes.loader import CodeLoader
@@ -20,7 +18,7 @@ from training.optimizer import OptimizerState, adamw, clip_, fused_on
 from training.processes import asked_to_shard
 from training.randomness import seed_layers
 from training.schedule import scheduled_rate, set_learning_rate
-from training.sharding import shard_, without_weights
+from training.sharding import is_sharded, shard_, without_weights
 from training.state import TrainState
 
 
@@ -50,7 +48,7 @@ class BestWeights:
 def _copied_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copy a model's weights: to the CPU, but sharded ones, which are small, on their devices."""
     weights = {name: weight.detach() for name, weight in model.state_dict().items()}
-    return {name: weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True) for name, weight in weights.items()}
+    return {name: weight.clone() if is_sharded(weight) else weight.to("cpu", copy=True) for name, weight in weights.items()}
 
 
 class PriorState(TrainState):
@@ -65,6 +63,8 @@ class PriorState(TrainState):
         self.sharded = asked_to_shard(accelerator, compute)
         averaged = without_weights(prior) if self.sharded else None
         if averaged is not None:
+            from torch.distributed.fsdp import register_fsdp_forward_method  # see training/sharding.py
+
             shard_(accelerator, prior, prior.fsdp_modules())
             shard_(accelerator, averaged, averaged.fsdp_modules(), trained=False)
             register_fsdp_forward_method(averaged, "nats")  # which gathers weights as a forward pass does

@@ -12,17 +12,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configs.errors import UserError
 from configs.run_dir import read_summed_json, sync, write_summed_json
 from training.checkpoint_file import DamagedCheckpoint, check_kind
 from training.weights_file import fingerprint
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import CheckpointException
 
 _LIST = "checkpoint.json"
 _TIMEOUT = timedelta(hours=2)
@@ -67,9 +68,11 @@ def write_shards(path: Path, state: dict[str, Any], group: dist.ProcessGroup) ->
 
 def _written(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, str]:
     """Write every rank's shards. Returns: the sha256 of every file by name. Errors: OSError, on all ranks."""
+    import torch.distributed.checkpoint as dcp  # takes a second
+
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
-    except CheckpointException as failed:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
+    except dcp.CheckpointException as failed:
         raise _first(failed) from None
     found: list[Any] = [None] * dist.get_world_size()
     # File names contain the rank, counted from 1.
@@ -106,6 +109,8 @@ def read_shards(path: Path, stage: str, into: dict[str, Any]) -> dict[str, Any]:
 
     All ranks must call it. Errors: UserError for another stage's checkpoint, or for tensors that `into` lacks.
     """
+    import torch.distributed.checkpoint as dcp  # takes a second
+
     content, tensors = _list(path, stage), dict(_tensors(into))
     wanted = {name: tensors.get(name) for name in _names_of_tensors(content)}
     if missing := [name for name, tensor in wanted.items() if tensor is None]:
@@ -114,8 +119,8 @@ def read_shards(path: Path, stage: str, into: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be with one process
         try:
-            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
-        except CheckpointException as failed:
+            dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
+        except dcp.CheckpointException as failed:
             raise _first(failed) from None
     del content["sha256"]
     return _with_tensors(content, wanted)

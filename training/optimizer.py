@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from training.sharding import sharded_like
+from training.sharding import is_sharded, sharded_like
 
 _WITH_KERNELS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 _FUSED_ON = ("cuda", "xpu", "mps")
@@ -46,7 +45,7 @@ def clip_(accelerator: Accelerator, model: nn.Module, clip_norm: float) -> Tenso
     Returns: their norm () before, not finite if one of them is not; but then 0 in fp16, whose scaler skips such steps.
     """
     norm: Any = accelerator.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
-    total = (norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)).detach()
+    total = (norm.full_tensor() if is_sharded(norm) else torch.as_tensor(norm, device=accelerator.device)).detach()
     return total if accelerator.scaler is None else total.nan_to_num(0.0, 0.0)
 
 

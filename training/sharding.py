@@ -7,17 +7,19 @@ Accelerate's own sharding is not used: it takes no processes on a CPU, where all
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.errors import UserError
+
+# Torch's modules of shards take a second to import, so functions that shard import them, and no other command does.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,6 +37,9 @@ def shard_(accelerator: Accelerator, model: nn.Module, units: Sequence[nn.Module
         trained: whether it is trained; weights in no unit then stay gathered from the forward pass to the backward pass.
     Errors: UserError for fp16, whose gradient scaler does not support shards.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     if accelerator.mixed_precision == "fp16":
         raise UserError("compute.mixed_precision: expected no or bf16 with compute.sharded, found fp16")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -63,16 +68,22 @@ def without_weights(model: Model) -> Model:
     return copy.deepcopy(model, memo)
 
 
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a shard of a larger one; without importing DTensor, since there are none before somebody has."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a tensor, sharing its memory; an unsharded tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gathered(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gather tensors, one after another, to the CPU of the main process; the other ranks, which must call it too, get none."""
     unsharded = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if is_sharded(tensor) else tensor
         if accelerator.is_main_process:
             unsharded[name] = full.detach().cpu()
     return unsharded
@@ -82,7 +93,9 @@ def sharded_like(state: Any, into: Any) -> Any:
     """Shard those tensors of a state whose counterparts in `into`, a state of the same structure, are sharded."""
     if isinstance(state, Mapping) and isinstance(into, Mapping):
         return {key: sharded_like(value, into.get(key)) for key, value in state.items()}
-    if isinstance(state, Tensor) and isinstance(into, DTensor) and not isinstance(state, DTensor):
+    if isinstance(state, Tensor) and is_sharded(into) and not is_sharded(state):
+        from torch.distributed.tensor import distribute_tensor
+
         # Every rank has the whole tensor, so nothing has to be sent.
         part = distribute_tensor(state.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
         return part.clone()  # otherwise torch 2.9 keeps the whole tensor, of which this is a view
