@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from configs.errors import run_entry
-from training.processes import wait_for_gloo
+from training import processes
 
 NEXT = "NEXT"
 
@@ -33,6 +33,8 @@ def commands(words: list[str]) -> list[list[str]]:
 @contextmanager
 def staying_joined() -> Iterator[None]:
     """Keep the process group from command to command and destroy it at the end: a group that is left when a process exits may abort it."""
+    wait_for_gloo = processes.wait_for_gloo
+    processes.wait_for_gloo = lambda: None
     Accelerator.end_training = Accelerator.wait_for_everyone  # type: ignore[method-assign]
     yield
     if dist.is_initialized():

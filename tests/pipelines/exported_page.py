@@ -141,7 +141,7 @@ def other_prior() -> StepwisePrior:
     """Build a PixelCNN over the codes of `other_tokenizer`, with six labels."""
     tokenizer = other_tokenizer()
     layout = SequenceLayout(tokenizer.grids, tokenizer.quantizer.num_codes)
-    return build("pixelcnn", layout, num_classes=6).requires_grad_(False)
+    return build("pixelcnn", layout, num_classes=6, layers=1).requires_grad_(False)
 
 
 def export_other(folder: Path) -> None:
