@@ -19,11 +19,11 @@ demo: install
 	$(BIN)/python pipelines/run.py --config configs/digits.yaml
 	$(BIN)/python pipelines/summary.py --config configs/digits.yaml
 
-# Workers share the cores: a thread each, and none that waits by spinning. One more than cores, since tests of pages and processes wait a
-# quarter of their time. Files in conftest.py's order: the longest first.
+# Workers share the cores: a worker per core, a thread each, and none that waits by spinning. Files in conftest.py's order: the longest
+# first.
 test: install lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
-		--numprocesses $$($(BIN)/python -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+		--numprocesses $$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() or 1))')
 
 # Fifty steps by one process and two; kills, damage, full disks: what was tried and what survived, as a table. FAULTS=1000 SEED=1 tries others.
 faults: install

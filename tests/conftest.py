@@ -43,6 +43,11 @@ FIRST = (
     "test_resume.py",
     "test_evaluate.py",
     "test_extending.py",
+    "test_watch.py",
+    "test_installed.py",
+    "test_priors.py",
+    "test_coder.py",
+    "test_hierarchies.py",
 )
 
 # Non-square, so that height and width cannot be swapped unnoticed: 8x12 pixels, 2x3 codes.
