@@ -2,10 +2,14 @@
 
     python benchmarks/priors.py
     python benchmarks/priors.py --rounds 7
+    python benchmarks/priors.py --llamagen FOLDER     (a checkout of github.com/FoundationVision/LlamaGen: its sampler beside ours, alone)
 
 64 images of 8x8 codes, K = 512, no guidance, float32, medians of alternated rounds, random weights. The chain is the transformer's
 matrix products in order, (64, C) by each matrix and the head, 64 times, as `linear(x, weight)`. One full pass per position, timed once, is
 the cost of sampling without a cache.
+
+Beside LlamaGen: networks of its B (12 layers x 768, 16 x 16 codes of 16,384, 1,000 classes), 8 images, guidance 2, top-k 2,000; its sampler
+is `autoregressive/models/generate.py`, uncompiled as its `sample_c2i.py` runs it.
 """
 
 from __future__ import annotations
@@ -13,8 +17,11 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -157,13 +164,42 @@ def training(rounds: int) -> None:
         print(f"| {name} | {parameters:.2f} M | {speed:.0f} | {seconds_by_model['nn.TransformerEncoder'] / seconds:.2f} |")
 
 
+def beside_llamagen(folder: Path, rounds: int, images: int = 8) -> None:
+    """Print the table of LlamaGen's sampler and ours on networks of the same sizes."""
+    sys.path.insert(0, str(folder))
+    from autoregressive.models.generate import generate
+    from autoregressive.models.gpt import GPT_models
+
+    # A no-op on a CPU, which newer versions of torch no longer have.
+    if not hasattr(torch.backends.cuda, "sdp_kernel"):
+        torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # type: ignore[attr-defined]
+    layout, labels = SequenceLayout([(16, 16)], [16_384]), torch.arange(images)
+    theirs = GPT_models["GPT-B"](vocab_size=16_384, block_size=layout.length, num_classes=1000).eval()
+    nn.init.normal_(theirs.output.weight, std=0.02)  # it begins as zeros
+    ours = TransformerPart(preset="B").build(layout, Classes(names=[*map(str, range(1000))])).eval()
+    uniform, settings = uniforms(0, labels, layout.length), StepwiseSampling(guidance=2.0, top_k=2000)
+    contestants: dict[str, Callable[[], object]] = {
+        "LlamaGen": lambda: generate(theirs, labels, layout.length, cfg_scale=settings.guidance, top_k=settings.top_k),
+        "ours": lambda: ours.sample(labels, uniform, settings),
+    }
+    seconds = medians(contestants, rounds)
+    print("| sampler | s | codes/s | ratio |\n| --- | --- | --- | --- |")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.1f} | {images * layout.length / value:.0f} | {value / seconds['ours']:.2f} |")
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, whose sampler alone is then compared")
+    options = parser.parse_args()
+    rounds = options.rounds
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads\n")
+    if options.llamagen is not None:
+        beside_llamagen(options.llamagen, rounds)
+        return
     memory()
     sampling(rounds)
     training(rounds)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pipelines import __getattr__  # imports Generator on first use
 
 if TYPE_CHECKING:
     from pipelines.generator import Generator
 
-__all__ = ["Generator"]
-
-
-def __getattr__(name: str) -> Any:
-    # Not before it is asked for: commands that only start others would wait for torch.
-    if name == "Generator":
-        from pipelines.generator import Generator
-
-        return Generator
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Generator", "__getattr__"]

@@ -9,6 +9,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -153,6 +154,18 @@ def test_losses_of_discriminator_and_tokenizer(loss: Literal["hinge", "non_satur
         )
     assert torch.allclose(adversary.discriminator_loss(images, fakes)[0], discriminator_loss)
     assert torch.allclose(adversary.tokenizer_loss(fakes), tokenizer_loss)
+
+
+def test_the_discriminators_rate_is_a_share_of_the_tokenizers() -> None:
+    """Adam's first step moves each weight by the rate."""
+    adversary = Adversary(patch(lr_share=0.25), Linear(3, 4, 4))
+    weight = adversary.discriminator.weight.detach().clone()  # type: ignore[operator]
+    images, fakes = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss, statistics = adversary.discriminator_loss(images, fakes)
+    loss.backward()
+    zero = torch.zeros((), dtype=torch.float64)
+    adversary.step(Accelerator(cpu=True), 0.01, {**statistics, "adversary/others": zero, "adversary/own": zero}, 1)
+    assert torch.allclose((adversary.discriminator.weight - weight).abs(), torch.full_like(weight, 0.25 * 0.01), rtol=1e-3)
 
 
 def test_r1_and_lecam_penalties() -> None:
