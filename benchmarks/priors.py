@@ -8,7 +8,7 @@
 matrix products in order, (64, C) by each matrix and the head, 64 times, as `linear(x, weight)`. One full pass per position, timed once, is
 the cost of sampling without a cache.
 
-Beside LlamaGen: networks of its B (12 layers x 768, 16 x 16 codes of 16,384, 1,000 classes), 8 images, guidance 2, top-k 2,000; its sampler
+Beside LlamaGen: networks of its B (12 layers x 768, 16 x 16 codes of 16,384, 1,000 classes), 2 images, guidance 2, top-k 2,000; its sampler
 is `autoregressive/models/generate.py`, uncompiled as its `sample_c2i.py` runs it.
 """
 
@@ -164,7 +164,7 @@ def training(rounds: int) -> None:
         print(f"| {name} | {parameters:.2f} M | {speed:.0f} | {seconds_by_model['nn.TransformerEncoder'] / seconds:.2f} |")
 
 
-def beside_llamagen(folder: Path, rounds: int, images: int = 8) -> None:
+def beside_llamagen(folder: Path, rounds: int, images: int = 2) -> None:
     """Print the table of LlamaGen's sampler and ours on networks of the same sizes."""
     sys.path.insert(0, str(folder))
     from autoregressive.models.generate import generate
