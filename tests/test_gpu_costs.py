@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from benchmarks.gpu.check import main as check
 from benchmarks.gpu.counting import Card, Counting, Dataless
-from benchmarks.gpu.steps import perceptual_term
+from benchmarks.gpu.steps import perceptual_term, prior_step, tokenizer_step
+from configs.cli import load_recipe
 from configs.errors import UserError
 from stage1_vqvae.objectives.perceptual import LPIPSPart
 from tests.conftest import Pretended
@@ -83,3 +86,11 @@ def test_the_check_runs_on_a_pretended_gpu(pretended: Pretended) -> None:
         "sampling 2 x 32, guided",
     ):
         assert re.search(rf"^\| {re.escape(line)}", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_the_timed_steps_run_twice(tiny_recipe: Path) -> None:
+    accelerator, recipe = Accelerator(cpu=True), load_recipe(tiny_recipe)
+    for step in (tokenizer_step(accelerator, recipe), prior_step(accelerator, recipe, 2)):
+        step.take()
+        step.take()
+        assert step.parameters > 0
