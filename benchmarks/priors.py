@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -170,9 +169,6 @@ def beside_llamagen(folder: Path, rounds: int, images: int = 2) -> None:
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import GPT_models
 
-    # A no-op on a CPU, which newer versions of torch no longer have.
-    if not hasattr(torch.backends.cuda, "sdp_kernel"):
-        torch.backends.cuda.sdp_kernel = lambda **_: nullcontext()  # type: ignore[attr-defined]
     layout, labels = SequenceLayout([(16, 16)], [16_384]), torch.arange(images)
     theirs = GPT_models["GPT-B"](vocab_size=16_384, block_size=layout.length, num_classes=1000).eval()
     nn.init.normal_(theirs.output.weight, std=0.02)  # it begins as zeros

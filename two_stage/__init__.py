@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines import __getattr__  # imports Generator on first use
+from pipelines import __getattr__ as __getattr__  # imports Generator on first use
 
 if TYPE_CHECKING:
     from pipelines.generator import Generator
 
-__all__ = ["Generator", "__getattr__"]
+__all__ = ["Generator"]
