@@ -107,6 +107,8 @@ def test_the_number_of_processes_of_several_machines_is_unchanged(tmp_path: Path
 
 
 def test_the_default_run_is_that_of_the_default_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("configs.run_dir", "pipelines.run"):
+        monkeypatch.setattr(f"{module}.runs_folder", lambda: tmp_path)  # without the run of `make demo`
     first, second, *_ = command_lines()
     assert first == "accelerate launch stage1_vqvae/train.py --config configs/digits.yaml --resume"
     assert second.endswith("extract_codes.py --run digits")
