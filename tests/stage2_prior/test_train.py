@@ -142,6 +142,29 @@ def test_a_stopped_and_resumed_training_ends_bit_for_bit_the_same(
     assert (stopped / "prior.safetensors").read_bytes() == (uninterrupted / "prior.safetensors").read_bytes()
 
 
+def test_gains_learning_rates_of_embeddings_and_averages_by_share_are_trained_resumed_and_drawn_from(run_copy: Path) -> None:
+    settings = [
+        "--run",
+        str(run_copy),
+        "--prior.head_gain",
+        "true",
+        "--stage2.embedding_lr",
+        "2e-3",
+        "--stage2.weight_average_share",
+        "0.5",
+    ]
+    main([*settings, "--name", "whole"])
+    with pytest.raises(SystemExit):
+        main([*settings, "--name", "stopped", "--stop_after", "1e-9"])
+    main([*settings, "--name", "stopped", "--resume"])
+    whole, stopped = (run_copy / "priors" / name / "prior.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    gains = [gain for name, gain in load_prior(whole, fingerprint(run_copy / "tokenizer.safetensors"))[0].named_parameters() if name.endswith("attention.gain")]
+    assert len(gains) == 2
+    assert all((gain != 1).all() for gain in gains)
+    sample(["--run", str(run_copy), "--prior", "whole", "--n", "2"])
+
+
 def test_a_prior_killed_before_its_first_checkpoint_keeps_its_recipe(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It resumes with the options that the out-of-memory message advises."""
     command = ["--run", str(run_copy), "--name", "small"]
@@ -312,6 +335,9 @@ def test_sizes_come_from_the_command_line_then_the_preset_then_the_recipe(run_co
         (["--prior.preset", "XL"], ["prior.preset", "XL"]),
         (["--prior.width", "20"], ["prior.width", "multiple of 4 x 2", "20"]),
         (["--stage2.weight_average", "1"], ["stage2.weight_average", "decay < 1", "1"]),
+        (["--stage2.weight_average_share", "1.5"], ["stage2.weight_average_share", "0 to 1", "1.5"]),
+        (["--stage2.embedding_lr", "0"], ["stage2.embedding_lr", "above 0", "0"]),
+        (["--stage2.embedding_lr", "1e-3", "--stage2.optimizer", "adamw"], ["stage2.embedding_lr", "null with optimizer adamw", "0.001"]),
     ],
 )
 def test_invalid_settings_of_priors_get_one_line(
