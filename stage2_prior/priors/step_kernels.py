@@ -182,9 +182,7 @@ def embed(
     return embedded
 
 
-def attend(
-    projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, position: Tensor, gains: Tensor | None = None
-) -> Tensor:
+def attend(projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, position: Tensor, gains: Tensor | None = None) -> Tensor:
     """Attend from a position (1,): projected (R, 3 C) to (R, C); writes its key and value to the caches (R, heads, T, d).
 
     `gains`: (heads,) factors of the heads' logits; None: 1.

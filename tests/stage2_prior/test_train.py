@@ -159,7 +159,11 @@ def test_gains_learning_rates_of_embeddings_and_averages_by_share_are_trained_re
     main([*settings, "--name", "stopped", "--resume"])
     whole, stopped = (run_copy / "priors" / name / "prior.safetensors" for name in ("whole", "stopped"))
     assert whole.read_bytes() == stopped.read_bytes()
-    gains = [gain for name, gain in load_prior(whole, fingerprint(run_copy / "tokenizer.safetensors"))[0].named_parameters() if name.endswith("attention.gain")]
+    gains = [
+        gain
+        for name, gain in load_prior(whole, fingerprint(run_copy / "tokenizer.safetensors"))[0].named_parameters()
+        if name.endswith("attention.gain")
+    ]
     assert len(gains) == 2
     assert all((gain != 1).all() for gain in gains)
     sample(["--run", str(run_copy), "--prior", "whole", "--n", "2"])
