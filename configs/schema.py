@@ -430,6 +430,8 @@ class Recipe:
             require(fits, f"stage1.{name}", f"none with the objective {self.tokenizer.objective.kind}, which is a likelihood", chosen)
         fits = type(self.sampling) is self.prior.SAMPLING
         require(fits, "sampling", f"settings for a prior of kind {self.prior.kind}", type(self.sampling).__name__)
+        fits = not getattr(self.prior, "guidance_free", False) or self.stage2.condition_dropout > 0
+        require(fits, "stage2.condition_dropout", "above 0 with prior.guidance_free", self.stage2.condition_dropout)
         step = max(self.tokenizer.network.downsamplings)
         for name in ("height", "width"):
             pixels = getattr(self.data, name)

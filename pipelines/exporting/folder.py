@@ -38,6 +38,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     assert header is not None
     if header.condition.kind != "none" and not header.condition.class_names:
         raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")
+    if prior.guidance_free is not None:
+        raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
     sampling = {name: getattr(generator.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
