@@ -35,7 +35,7 @@ def bare() -> float:
     torch.manual_seed(0)
     model = VQVAE(recipe.tokenizer, recipe.data.height, recipe.data.width, recipe.data.channels)
     optimizer = adamw(model, recipe.stage1.lr, recipe.stage1.weight_decay, beta2=0.99)
-    average = WeightAverage(model, recipe.stage1.weight_average, shared=("quantizer",))
+    average = WeightAverage(model, recipe.stage1.average_decay, shared=("quantizer",))
     images = torch.randn(recipe.stage1.batch_size, recipe.data.channels, recipe.data.height, recipe.data.width)
     times = []
     for _ in range(_STEPS):

@@ -169,6 +169,12 @@ class _Loop:
     """AdamW's decay of matrices and kernels (not of biases, gains, embeddings)."""
     clip_norm: float = 1.0
     """Largest gradient norm; 0 = no clipping."""
+    weight_average: float = 0.999
+    """Decay per step of the moving average of the weights (in stage 1 not of codebooks), which validation and all later commands use; 0 =
+    the last step's weights."""
+    weight_average_share: float = 0.0
+    """Horizon of that average as a share of `steps`, the same for short and long trainings: the decay per step is 1 - 1 / (share x steps);
+    0 = `weight_average`."""
     log_interval: int = 50
     """Steps between lines of metrics.jsonl."""
     validation_interval: int = 1000
@@ -188,8 +194,16 @@ class _Loop:
             require(0 <= getattr(self, name) < float("inf"), f"{section}.{name}", "at least 0, and finite", getattr(self, name))
         require(self.lr > 0, f"{section}.lr", "above 0", self.lr)
         require(0 <= self.final_lr_share <= 1, f"{section}.final_lr_share", "0 to 1", self.final_lr_share)
+        require(0 <= self.weight_average < 1, f"{section}.weight_average", "0 <= decay < 1", self.weight_average)
+        require(0 <= self.weight_average_share <= 1, f"{section}.weight_average_share", "0 to 1", self.weight_average_share)
         micro_batch = self.batch_size % self.accumulation
         require(micro_batch == 0, f"{section}.batch_size", f"a multiple of accumulation {self.accumulation}", self.batch_size)
+
+    @property
+    def average_decay(self) -> float:
+        """Decay per step of the moving average of the weights."""
+        horizon = self.weight_average_share * self.steps
+        return max(0.0, 1 - 1 / horizon) if horizon > 0 else self.weight_average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +211,6 @@ class Stage1(_Loop):
     """Training of the tokenizer."""
 
     MAY_CHANGE = (*_Loop.MAY_CHANGE, "init_from")  # the run may have moved
-    weight_average: float = 0.999
-    """Decay per step of the moving average of the encoder's and decoder's weights, which validation and extraction use; 0 = the
-    last step's weights."""
     restart_interval: int = 10
     """Steps between restarts of dead codes; none in the last tenth of the steps, so that the decoder knows every code."""
     augmentation: Augmentation = "none"
@@ -217,7 +228,6 @@ class Stage1(_Loop):
         super().__post_init__()
         fixed = self.trained == "all" or self.init_from is not None
         require(fixed, "stage1.trained", "all without a run to begin from (stage1.init_from)", self.trained)
-        require(0 <= self.weight_average < 1, "stage1.weight_average", "0 <= decay < 1", self.weight_average)
         require(self.restart_interval >= 1, "stage1.restart_interval", "at least 1", self.restart_interval)
 
 
@@ -265,8 +275,14 @@ class Sampling:
     """Divisor of the logits; below 1: less varied, above 1: more varied; 0: the most likely code."""
     guidance: float = 1.0
     """Classifier-free guidance s: logits(no label) + s (logits(label) - logits(no label)); 1 = off, any real number."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Guidance while an image is drawn: s throughout, or rising from 1 at the first position to s at the last."""
+    guidance_schedule: Literal["constant", "linear", "cosine", "power_cosine"] = "constant"
+    """Guidance while an image is drawn: s throughout, or rising from 1 at the first position to s at the last; with `power_cosine` late
+    if `guidance_power` is above 1."""
+    guidance_power: float = 2.75
+    """Exponent of `power_cosine`: at a share t of the positions, guidance is 1 + (s - 1) (1 - cos(pi t^power)) / 2. The default is that of
+    RAR-B (Yu et al. 2024), which takes less for larger priors."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """First and last guided position, as shares of the positions; outside, guidance is 1 (Kynkäänniemi et al. 2024)."""
     batch_size: int = 64
     """Samples per batch; on a CPU, it does not change them."""
     precision: Literal["float64", "float32", "bfloat16"] | None = None
@@ -277,9 +293,13 @@ class Sampling:
     def __post_init__(self) -> None:
         require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
         require(abs(self.guidance) < float("inf"), "guidance", "a finite number", self.guidance)
+        require(0 < self.guidance_power < float("inf"), "guidance_power", "above 0, and finite", self.guidance_power)
+        interval = list(self.guidance_interval)
+        fits = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
+        require(fits, "guidance_interval", "two shares from 0 to 1, the first at most the second", interval)
         require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         for name, known in (
-            ("guidance_schedule", ("constant", "linear", "cosine")),
+            ("guidance_schedule", ("constant", "linear", "cosine", "power_cosine")),
             ("precision", ("float64", "float32", "bfloat16", None)),
         ):
             require(getattr(self, name) in known, name, f"one of {', '.join(map(str, known))}", getattr(self, name))
@@ -310,22 +330,24 @@ class PriorPart(Part):
 class Stage2(_Loop):
     """Training of the prior."""
 
-    MAY_CHANGE = (*_Loop.MAY_CHANGE, "gradient_checkpointing")
+    MAY_CHANGE = (*_Loop.MAY_CHANGE, "embedding_lr", "gradient_checkpointing")
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the updates of the hidden matrices: far fewer steps, each a sixth slower in a small transformer (Jordan et
     al. 2024); other weights use AdamW. Its matrix products are in bf16 if the training is, and distributed over the processes."""
+    embedding_lr: float | None = None
+    """Peak learning rate, with `muon`, of embeddings and the map to logits, which AdamW trains and `lr` may not suit; null = `lr`."""
     weight_decay: float = 0.05
     """Decay of matrices (not of gains and embeddings)."""
     condition_dropout: float = 0.1
     """Share of conditions replaced by the null in training, so that the prior also learns p(codes), which guidance needs; 0 = none."""
-    weight_average: float = 0.999
-    """Decay per step of the moving average of the weights, which validation and sampling use; 0 = the last step's weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third slower."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.weight_average < 1, "stage2.weight_average", "0 <= decay < 1", self.weight_average)
+        rate, adamw = self.embedding_lr, self.optimizer == "adamw"
+        require(rate is None or not adamw, "stage2.embedding_lr", "null with optimizer adamw, which has one learning rate", rate)
+        require(rate is None or 0 < rate < float("inf"), "stage2.embedding_lr", "above 0, and finite, or null", rate)
         require(0 <= self.condition_dropout < 1, "stage2.condition_dropout", "0 <= share < 1", self.condition_dropout)
 
 
@@ -408,6 +430,8 @@ class Recipe:
             require(fits, f"stage1.{name}", f"none with the objective {self.tokenizer.objective.kind}, which is a likelihood", chosen)
         fits = type(self.sampling) is self.prior.SAMPLING
         require(fits, "sampling", f"settings for a prior of kind {self.prior.kind}", type(self.sampling).__name__)
+        fits = not getattr(self.prior, "guidance_free", False) or self.stage2.condition_dropout > 0
+        require(fits, "stage2.condition_dropout", "above 0 with prior.guidance_free", self.stage2.condition_dropout)
         step = max(self.tokenizer.network.downsamplings)
         for name in ("height", "width"):
             pixels = getattr(self.data, name)

@@ -29,6 +29,15 @@ def check_guidance(config: Sampling, condition: Tensor | None, header: PriorHead
         say("guidance has no effect without labels")
     elif not header.supports_unconditional:
         raise UserError(f"guidance: expected 1 for a prior trained with stage2.condition_dropout 0, found {config.guidance}")
+    elif getattr(header.config, "guidance_free", False):
+        if config.guidance < 1:
+            raise UserError(f"guidance: expected at least 1 for a prior trained with prior.guidance_free, found {config.guidance}")
+        found = config.guidance_schedule, list(config.guidance_interval)
+        if found != ("constant", [0, 1]):
+            names = "guidance_schedule, guidance_interval"
+            raise UserError(
+                f"{names}: expected constant, [0, 1] for a prior trained with prior.guidance_free, found {found[0]}, {found[1]}"
+            )
 
 
 def kept_codes(tokenizer: VQVAE, mask: Tensor) -> Codes:

@@ -210,8 +210,8 @@ class Generator:
             label: label of all images, or one per image; None: the classes take turns.
             seed: seed of the draws.
             output: `pil` or `tensor`.
-            settings: settings that replace the recipe's: `temperature`, `guidance`, `guidance_schedule`, `batch_size` and those of the
-                prior's kind, such as `top_k`, `top_p`, `min_p`.
+            settings: settings that replace the recipe's: `temperature`, `guidance`, `guidance_schedule`, `guidance_power`,
+                `guidance_interval`, `batch_size` and those of the prior's kind, such as `top_k`, `top_p`, `min_p`.
         """
         return pictures_out(self.draw(n, label, seed, **settings).pixels, output)
 

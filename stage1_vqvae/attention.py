@@ -36,9 +36,11 @@ class Norm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention, causal by default."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, gain: bool = False) -> None:
+        """`gain`: learn a factor of each head's logits, initially 1; without it no logit exceeds the root of the head's width."""
         super().__init__()
         self.heads, self.head_width = heads, width // heads
+        self.gain = nn.Parameter(torch.ones(heads)) if gain else None
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -58,8 +60,10 @@ class Attention(nn.Module):
         return query, key, parts[:, :, 2].to(query).transpose(1, 2)
 
     def _rotated(self, query_key: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise and rotate queries and keys (B, T, 2, heads, d); (B, heads, T, d) each."""
+        """Normalise, scale by the gain and rotate queries and keys (B, T, 2, heads, d); (B, heads, T, d) each."""
         normed = F.layer_norm(full_precision(query_key), (self.head_width,))
+        if self.gain is not None:
+            normed = normed * torch.stack([self.gain, torch.ones_like(self.gain)])[..., None]  # of queries alone: keys are cached
         # With 16-bit weights (sampling) attention runs in 16 bits; in training weights are float32 and autocast decides.
         query, key = rotate(normed, rotation[:, None, None]).to(self.out.weight.dtype).unbind(2)
         return query.transpose(1, 2), key.transpose(1, 2)

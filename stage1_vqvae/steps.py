@@ -44,8 +44,8 @@ class TokenizerState(TrainState):
         """The tokenizer as all ranks train it together."""
         self.optimizer: Any = accelerator.prepare(optimizer)
         self.average: WeightAverage[VQVAE] | None = None
-        if config.weight_average > 0:
-            self.average = self.register("average", WeightAverage(tokenizer, config.weight_average, shared=codebook_names(tokenizer)))
+        if config.average_decay > 0:
+            self.average = self.register("average", WeightAverage(tokenizer, config.average_decay, shared=codebook_names(tokenizer)))
         for term in terms:
             if entries := term.stateful():
                 self.register(term.name, entries)

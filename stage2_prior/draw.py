@@ -53,16 +53,27 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) ->
 
 
 def guidance_scales(settings: Sampling, length: int) -> list[float]:
-    """Guidance scale of each of `length` positions (or rounds): settings.guidance, or rising to it from 1.
+    """Guidance scale of each of `length` positions (or rounds): 1 + w (settings.guidance - 1), of weights w as in `guidance_weights`."""
+    return [1 + weight * (settings.guidance - 1) for weight in guidance_weights(settings, length)]
 
-    A rising scale (Chang et al. 2023, "Muse", section 2.7) leaves the first codes, which decide the rest, their variety.
+
+def guidance_weights(settings: Sampling, length: int) -> list[float]:
+    """Weight, 0 to 1, of guidance at each of `length` positions (or rounds): by schedule, and 0 outside the interval.
+
+    A rising weight (Chang et al. 2023, "Muse", section 2.7) leaves the first codes, which decide the rest, their variety. `power_cosine`
+    is RAR's (Yu et al. 2024, "Randomized Autoregressive Visual Generation"), here reaching 1 at the last position. The interval is that of
+    Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval", of positions in place of noise levels.
     """
-    progress = [position / max(1, length - 1) for position in range(length)]
+    shares = [position / max(1, length - 1) for position in range(length)]
     if settings.guidance_schedule == "constant":
-        return [settings.guidance] * length
-    if settings.guidance_schedule == "cosine":
-        progress = [(1 - math.cos(math.pi * share)) / 2 for share in progress]
-    return [1 + share * (settings.guidance - 1) for share in progress]
+        weights = [1.0] * length
+    elif settings.guidance_schedule == "linear":
+        weights = shares
+    else:
+        power = settings.guidance_power if settings.guidance_schedule == "power_cosine" else 1.0
+        weights = [(1 - math.cos(math.pi * share**power)) / 2 for share in shares]
+    first, last = settings.guidance_interval
+    return [weight if first <= share <= last else 0.0 for share, weight in zip(shares, weights, strict=True)]
 
 
 def warp(logits: Tensor, settings: StepwiseSampling) -> Tensor:

@@ -167,17 +167,26 @@ def muon(
     fused: bool | None = None,
     products: torch.dtype | None = None,
     replicated: bool = False,
+    embedding_lr: float | None = None,
 ) -> Muon:
     """Muon for the linear maps of a model's layers, AdamW as in `adamw` for all else: embeddings, gains, and its `head`, the map to
-    logits, which Muon's authors leave to AdamW. `products`, `replicated`: see `Muon`.
+    logits, which Muon's authors leave to AdamW. `products`, `replicated`: see `Muon`. `embedding_lr`: learning rate of embeddings and
+    head; None: `lr`.
     """
     stacked: dict[int, list[Tensor]] = {}
+    embeddings: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "head" not in name.split("."):
+        if isinstance(module, nn.Embedding) or "head" in name.split("."):
+            embeddings.update(map(id, module.parameters(recurse=False)))
+        elif isinstance(module, nn.Linear):
             # Of three maps in one, each is a matrix of its own.
             stacked.setdefault(3 if name.endswith("qkv") else 1, []).append(module.weight)
     hidden = {id(weight) for weights in stacked.values() for weight in weights}
-    others = adamw(model, lr, weight_decay, beta2).param_groups
-    groups = [{**group, "params": [weight for weight in group["params"] if id(weight) not in hidden]} for group in others]
+    groups: list[dict[str, Any]] = []
+    for group in adamw(model, lr, weight_decay, beta2).param_groups:
+        others = [weight for weight in group["params"] if id(weight) not in hidden]
+        for of_embeddings, rate in ((False, lr), (True, lr if embedding_lr is None else embedding_lr)):
+            params = [weight for weight in others if (id(weight) in embeddings) == of_embeddings]
+            groups.append({**group, "params": params, "lr": rate, "lr_multiple": rate / lr})
     groups += [{"params": weights, "weight_decay": weight_decay, "matrices": count} for count, weights in stacked.items()]
     return Muon(groups, lr=lr, betas=(0.9, beta2), fused=fused, products=products, replicated=replicated)

@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.errors import say
 from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
-from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales, is_guided
+from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales
 from stage2_prior.priors.contract import Keep, Prior
 from stage2_prior.priors.cuda_graphs import CaptureError, Graphs
 from stage2_prior.priors.stepwise import FixedBatch, StepwisePrior, drawn_positions
@@ -86,7 +86,7 @@ class Sampler:
         """Reuse the graphs of the last batch if its settings match, otherwise build new ones."""
         assert isinstance(self.prior, StepwisePrior)
         assert isinstance(settings, StepwiseSampling)
-        guided = is_guided(condition, settings)
+        guided = self.prior.needs_two_rows(condition, settings)
         key = batch, guided, settings.temperature, settings.top_k, settings.top_p, settings.min_p
         if self._steps is None or key != self._key:
             self._steps = None  # free their memory before new ones are allocated
@@ -119,7 +119,7 @@ class _GraphedSteps:
         """Draw one batch of this size; see `Prior.sample`. Only guidance may differ from the settings it was built for."""
         assert not self._prior.training
         layout, batch = self._prior.layout, len(self._sequences)
-        self._condition.copy_(self._prior.sampling_condition(condition, batch, self._guided))
+        self._condition.copy_(self._prior.sampling_condition(condition, batch, self._guided, settings.guidance))
         self._noise.copy_(noise)
         self._scales.copy_(torch.tensor(guidance_scales(settings, layout.length), dtype=torch.float64))
         self._to_draw.fill_(1)

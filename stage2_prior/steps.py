@@ -74,13 +74,14 @@ class PriorState(TrainState):
         fused = fused_on(accelerator.device)
         if config.optimizer == "muon":
             replicated = accelerator.num_processes > 1 and not self.sharded
-            optimizer: Any = muon(prior, config.lr, config.weight_decay, 0.95, fused, products_on(accelerator), replicated=replicated)
+            products = products_on(accelerator)
+            optimizer: Any = muon(prior, config.lr, config.weight_decay, 0.95, fused, products, replicated, config.embedding_lr)
         else:
             optimizer = adamw(prior, config.lr, config.weight_decay, 0.95, fused)
         self.prior = self.register("model", prior)
         self.register("optimizer", OptimizerState(prior, optimizer))
         # Copied before the prior is prepared: a prepared copy would run under autocast, which likelihoods must not.
-        self.average = self.register("average", WeightAverage(prior, config.weight_average, shared=(), copied=averaged))
+        self.average = self.register("average", WeightAverage(prior, config.average_decay, shared=(), copied=averaged))
         self.best = self.register("best", BestWeights(self.average.model))
         self.model: Any = prior if self.sharded else accelerator.prepare(prior)
         """The prior as all ranks train it together."""

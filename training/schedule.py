@@ -25,9 +25,9 @@ def scheduled_rate(config: Stage1 | Stage2, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times its `lr_multiple` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_multiple", 1.0)
 
 
 class Due(NamedTuple):

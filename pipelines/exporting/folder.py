@@ -13,6 +13,7 @@ import numpy as np
 from configs.errors import UserError
 from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.generator import Generator
+from stage2_prior.draw import guidance_weights
 
 COMPARED = 10_000
 """Smallest number of codes drawn for a comparison."""
@@ -37,9 +38,11 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     assert header is not None
     if header.condition.kind != "none" and not header.condition.class_names:
         raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")
+    if prior.guidance_free is not None:
+        raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
-    sampling = {**dataclasses.asdict(generator.sampling), "guidance": _guidance(generator)}
+    sampling = {name: getattr(generator.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     return {
         "image_shape": generator.image_shape,
         "grids": header.grids,
@@ -48,7 +51,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         "supports_unconditional": header.supports_unconditional,
         "cache": cache,
         "dtype": generator.sampling.precision,
-        "sampling": {key: value for key, value in sampling.items() if key not in ("batch_size", "precision")},
+        "sampling": {**sampling, "guidance": _guidance(generator)},
+        "guidance_weights": guidance_weights(generator.sampling, prior.layout.length),
         "tokenizer_sha256": generator.tokenizer_sha256,
         "prior_sha256": generator.origin["prior_sha256"],
     }

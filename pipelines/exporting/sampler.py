@@ -110,7 +110,6 @@ class Sampler:
             "top_p": 0 < settings["top_p"] <= 1,
             "min_p": 0 <= settings["min_p"] <= 1,
             "guidance": abs(settings["guidance"]) < math.inf and (settings["guidance"] == 1 or self.model["supports_unconditional"]),
-            "guidance_schedule": settings["guidance_schedule"] in ("constant", "linear", "cosine"),
         }
         for name, value in settings.items():
             if not holds.get(name, False):
@@ -138,7 +137,7 @@ class Sampler:
         codes = np.zeros((len(rows), length), np.int64)
         for position, logits in enumerate(self.logits(rows, codes)):
             if guides:
-                scale = self._guidance_scale(settings, position, length)
+                scale = 1 + self.model["guidance_weights"][position] * (settings["guidance"] - 1)
                 logits = logits[batch:] + scale * (logits[:batch] - logits[batch:])
             drawn = draw(warp(logits, settings), uniform[:, position])
             codes[:, position] = np.tile(drawn, 2) if guides else drawn
@@ -157,12 +156,6 @@ class Sampler:
                 (logits,) = self.prior.run(None, {**inputs, "codes": codes})
             yield logits[:, self.offsets[level] : self.offsets[level + 1]]
             tokens = codes[:, position] + self.offsets[level]
-
-    @staticmethod
-    def _guidance_scale(settings: dict[str, Any], position: int, length: int) -> float:
-        share = position / max(1, length - 1)
-        share = {"constant": 1.0, "linear": share, "cosine": (1 - math.cos(math.pi * share)) / 2}[settings["guidance_schedule"]]
-        return float(1 + share * (settings["guidance"] - 1))
 
 
 def main() -> None:

@@ -179,7 +179,7 @@ class Fields:
         about = (
             "below 1: less varied, above 1: more varied",
             "draw from the most likely codes of this total probability",
-            "weight of the label; 1 = off",
+            "weight of the label; 1 = off; along the recipe's schedule",
         )
         return [
             gr.Number(0, label="Seed", precision=0),

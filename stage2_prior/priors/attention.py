@@ -56,7 +56,7 @@ class CachedAttention(Attention):
         projected, keys, values = product(self.qkv, normed), cache.keys, cache.values
         kernel_types = keys.dtype == projected.dtype != torch.float64 and rotations.dtype == torch.float32
         if isinstance(position, Tensor) and kernel_types and _ATTEND.usable(keys.device):
-            attended = _ATTEND(projected, rotations, keys, values, position)
+            attended = _ATTEND(projected, rotations, keys, values, position, self.gain)
             if attended is not None:
                 return add_product_(x, attended, self.out)
         query, key, value = self._separated(projected[:, None], select(rotations, position)[None])

@@ -17,6 +17,8 @@ from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.guidance_free import GuidanceFree
+from stage2_prior.draw import is_guided
 
 
 class Sizes(NamedTuple):
@@ -82,17 +84,23 @@ class Prior(nn.Module, ABC):
     """Uniform random numbers per sample that the training loss takes."""
     num_noise: int
     """Uniform random numbers per sample that `sample` takes."""
+    guidance_free: GuidanceFree | None
+    """What joins the guidance to rows of the condition, in a prior that is told it; None: guidance takes a second row per sample."""
 
-    def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None) -> None:
+    def __init__(
+        self, layout: SequenceLayout, condition: Condition | GuidanceFree, num_variants: int = 1, given: SequenceLayout | None = None
+    ) -> None:
         """Args:
         layout: the levels that it models.
-        condition: what it is conditioned on; embedded by `condition.embedding`, the null included.
+        condition: what it is conditioned on, alone or with its guidance; embedded by `condition.embedding`, the null included.
         num_variants: variants of each image in the training codes, the image itself included.
         given: the levels above, for a model of p(levels | levels above).
         """
         super().__init__()
-        self.layout, self.condition, self.num_variants, self.given = layout, condition, num_variants, given
-        self.checkpointing, self.num_draws, self.num_noise = False, 0, layout.length
+        self.guidance_free = condition if isinstance(condition, GuidanceFree) else None
+        self.condition = condition.condition if isinstance(condition, GuidanceFree) else condition
+        self.layout, self.num_variants, self.given = layout, num_variants, given
+        self.checkpointing, self.num_draws, self.num_noise = False, int(self.guidance_free is not None), layout.length
 
     @property
     def levels(self) -> slice:
@@ -147,14 +155,29 @@ class Prior(nn.Module, ABC):
         return next(self.parameters()).device
 
     def null_condition(self, batch: int) -> Tensor:
-        """Return the condition (B, ...) of samples that have none."""
-        return self.condition.null(batch, self.device)
+        """Return the condition (B, ...) of samples that have none, as embeddings take it."""
+        return self.with_guidance(self.condition.null(batch, self.device))
 
     def condition_or_null(self, condition: Tensor | None, batch: int) -> Tensor:
-        """Return the condition (B, ...), or the null condition for None."""
-        return self.null_condition(batch) if condition is None else condition
+        """Return the condition (B, ...), or the null condition for None, as embeddings take it."""
+        return self.null_condition(batch) if condition is None else self.with_guidance(condition)
 
-    def sampling_condition(self, condition: Tensor | None, batch: int, guided: bool) -> Tensor:
-        """Return the condition of all rows of a sampling batch: (B, ...), or (2 B, ...) under guidance, the second half null."""
-        condition = self.condition_or_null(condition, batch).to(self.device)
+    def with_guidance(self, condition: Tensor, guidance: float = 1.0) -> Tensor:
+        """Add the guidance to rows (B, ...) if the prior is told it; rows that have one keep theirs."""
+        if self.guidance_free is None or condition.shape[1:] != self.condition.shape:
+            return condition
+        return self.guidance_free.with_beta(condition, torch.full((len(condition),), 1 / guidance, device=condition.device))
+
+    def needs_two_rows(self, condition: Tensor | None, settings: Sampling) -> bool:
+        """Return whether each sample of a batch needs a second, unconditional row, for guidance."""
+        return self.guidance_free is None and is_guided(condition, settings)
+
+    def sampling_condition(self, condition: Tensor | None, batch: int, guided: bool, guidance: float = 1.0) -> Tensor:
+        """Return the condition of all rows of a sampling batch: (B, ...), or (2 B, ...) under guidance by two rows, the second half null.
+
+        `guidance`: scale for priors that are told it.
+        """
+        if condition is not None:
+            condition = self.with_guidance(condition.to(self.device), guidance)
+        condition = self.condition_or_null(condition, batch)
         return torch.cat([condition, self.null_condition(batch)]) if guided else condition

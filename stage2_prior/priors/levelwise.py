@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class LevelwisePart(StepwisePart):
     @override
     def resolved(self) -> LevelwisePart:
         parts = [prior_from(level).resolved() for level in self.levels]
-        return LevelwisePart(dropout=self.dropout, levels=[as_dict(part) for part in parts])
+        return replace(self, levels=[as_dict(part) for part in parts])
 
     @override
     def build(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1) -> Levelwise:
@@ -45,6 +45,8 @@ def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition
     """
     own = SequenceLayout([layout.grids[level]], [layout.num_codes[level]])
     require(isinstance(config, StepwisePart), "prior.kind", "one that draws codes in turn, for a prior per level", config.kind)
+    alone = not getattr(config, "guidance_free", False)
+    require(alone, "prior.guidance_free", "false for a level, or true for a levelwise prior of all levels, trained together", True)
     if level == 0:
         return config.build(own, condition, num_variants)
     require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.errors import UserError, listed
+from configs.errors import UserError, listed, require
 from configs.parts import as_dict
 from configs.prior_name import UNIFORM
 from configs.run_dir import RunDir
@@ -18,8 +18,10 @@ from configs.schema import PriorPart, condition_from, prior_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.guidance_free import GuidanceFree
 from stage2_prior.priors.contract import Prior
 from stage2_prior.priors.levelwise import build_level
+from stage2_prior.priors.stepwise import StepwisePart
 from training.weights_file import built_from, fingerprint, load_weights, read_header, save_weights
 
 _FORMAT = 1
@@ -78,6 +80,9 @@ def build_prior(config: PriorPart, condition: Condition, manifest: Manifest, lev
 
 
 def _built(config: PriorPart, layout: SequenceLayout, level: int | None, condition: Condition, num_variants: int) -> Prior:
+    if level is None and isinstance(config, StepwisePart) and config.guidance_free:
+        require(condition.kind != "none", "prior.guidance_free", "false without a condition", True)
+        return config.build(layout, GuidanceFree(condition), num_variants)
     if level is None:
         return config.build(layout, condition, num_variants)
     return build_level(config, layout, level, condition, num_variants)

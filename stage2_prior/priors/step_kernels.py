@@ -69,10 +69,12 @@ def _attend(
     keys,  # (R, heads, T, d)
     values,  # (R, heads, T, d)
     position,  # (1,)
+    gains,  # (heads,); unused unless GAINED
     attended,  # (R, heads, d)
     length,
     scale,
     width: tl.constexpr,
+    GAINED: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -84,6 +86,8 @@ def _attend(
     sine = tl.load(rotations + current * width + 2 * pairs + 1, mask=inside, other=0.0)
     start = projected + (row * 3 * heads + head) * width
     query = _rotated_head(start, cosine, sine, pairs, inside, width) * scale
+    if GAINED:
+        query *= tl.load(gains + head).to(tl.float32)
     # Attend to the key as it is rounded in the cache.
     key = _rotated_head(start + heads * width, cosine, sine, pairs, inside, width).to(keys.dtype.element_ty)
     value = tl.load(start + 2 * heads * width + channels, mask=filled, other=0.0)
@@ -178,16 +182,20 @@ def embed(
     return embedded
 
 
-def attend(projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Attend from a position (1,): projected (R, 3 C) to (R, C); writes its key and value to the caches (R, heads, T, d)."""
+def attend(projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, position: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Attend from a position (1,): projected (R, 3 C) to (R, C); writes its key and value to the caches (R, heads, T, d).
+
+    `gains`: (heads,) factors of the heads' logits; None: 1.
+    """
     rows, heads, length, width = keys.shape
     attended = projected.new_empty(rows, heads * width)
     half = triton.next_power_of_2(width // 2)
     block = 32 if half <= 32 else 16
     with torch.cuda.device_of(keys):
         _attend[(rows, heads)](
-            *(projected, rotations, keys, values, position, attended, length, width**-0.5),
+            *(projected, rotations, keys, values, position, attended if gains is None else gains, attended, length, width**-0.5),
             width=width,
+            GAINED=gains is not None,
             HALF=half,
             BLOCK=block,
             # 16 key elements per thread.

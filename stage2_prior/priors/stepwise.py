@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.schema import PriorPart, Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
-from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales, is_guided
+from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales, guided
 from stage2_prior.priors.contract import Keep, Prior
 from training.devices import float64_device
 from training.precision import full_precision, ieee_float32
@@ -35,6 +35,9 @@ class StepwisePart(PriorPart):
     """Fields of a prior that draws codes in turn."""
 
     SAMPLING = StepwiseSampling
+    guidance_free: bool = False
+    """Guidance-free training (Chen et al. 2025): the prior is told the guidance with which it is sampled, and then takes one row per sample
+    in place of two; training takes a second forward pass. Needs a condition, and stage2.condition_dropout above 0."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,24 @@ class StepwisePrior(Prior):
 
     @override
     def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
-        return torch.cat(code_losses(self.logits(codes, condition, variants), codes[self.levels]), 1).mean()
+        logits = self.logits(codes, condition, variants) if self.guidance_free is None else self._mixed(codes, condition, variants, draws)
+        return torch.cat(code_losses(logits, codes[self.levels]), 1).mean()
+
+    def _mixed(self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None) -> Logits:
+        """Logits of guidance-free training: those at a random beta, times beta, plus 1 - beta times the unconditional ones.
+
+        Rows whose condition is dropped train the unconditional logits, at beta = 1.
+        """
+        assert self.guidance_free is not None
+        assert condition is not None
+        assert draws is not None
+        # Above 0: beta is the reciprocal of a guidance.
+        beta = torch.where(self.guidance_free.is_null(condition), 1, 1 - draws[:, -1])
+        logits = self.logits(codes, self.guidance_free.with_beta(condition, beta), variants)
+        with torch.no_grad():  # second, since autocast would reuse weights that were cast without gradient
+            unconditional = self.logits(codes, None, variants)
+        scale = beta[:, None, None]
+        return tuple(guided(full_precision(ours), full_precision(null), scale) for ours, null in zip(logits, unconditional, strict=True))
 
     @override
     def nats(self, codes: Codes, condition: Tensor | None) -> Tensor:
@@ -140,11 +160,11 @@ class StepwisePrior(Prior):
         """See the contract; a kept code conditions the codes drawn after it. Eager: `Sampler` in sampler.py replays CUDA graphs."""
         assert not self.training
         assert isinstance(settings, StepwiseSampling)
-        layout, batch, guided = self.layout, len(noise), is_guided(condition, settings)
+        layout, batch, two_rows = self.layout, len(noise), self.needs_two_rows(condition, settings)
         noise = noise.to(float64_device(self.device))
         # Conditional and unconditional sequences run in one batch and share every code.
-        copies = 2 if guided else 1
-        condition = self.sampling_condition(condition, batch, guided)
+        copies = 2 if two_rows else 1
+        condition = self.sampling_condition(condition, batch, two_rows, settings.guidance)
         scales = guidance_scales(settings, layout.length)
         kept = None if keep is None else layout.flat(keep.codes)
         sequences = torch.empty(batch, layout.length, dtype=torch.int64, device=self.device) if kept is None else kept.to(self.device)
@@ -156,7 +176,7 @@ class StepwisePrior(Prior):
                 self.prefill(sequences.repeat(copies, 1), reached, position, condition, cache)
             before = sequences[:, position - 1].repeat(copies) if position else None
             logits = full_precision(self.step(before, condition, cache))
-            scale = scales[position] if guided else None
+            scale = scales[position] if two_rows else None
             sequences[:, position], rows_finite = draw_position(logits, noise[:, position], settings, scale)
             # Read on the host once, at the end, so that a GPU is never waited for.
             finite &= rows_finite.all()

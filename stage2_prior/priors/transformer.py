@@ -72,6 +72,9 @@ class TransformerPart(SizedByPreset, StepwisePart):
     """Channels of a position; 0 = the preset's."""
     heads: int = 0
     """Attention heads; 0 = the preset's. Width / heads must be a multiple of 4, for the rotary positions of two axes."""
+    head_gain: bool = False
+    """Learn a gain of each head's attention logits, which normalised queries and keys bound by the root of width / heads (Henry et al.
+    2020)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +88,7 @@ class TransformerPart(SizedByPreset, StepwisePart):
     def build(
         self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None
     ) -> Transformer:
-        return Transformer(layout, condition, num_variants, self.sizes(), self.dropout, given)
+        return Transformer(layout, condition, num_variants, self.sizes(), self.dropout, given, self.head_gain)
 
 
 @dataclass
@@ -112,6 +115,7 @@ class Transformer(StepwisePrior):
         sizes: Sizes,
         dropout: float,
         given: SequenceLayout | None = None,
+        head_gain: bool = False,
     ) -> None:
         """`layout`, `condition`, `num_variants` and `given` as in the contract; with `given`, a single level is modelled."""
         super().__init__(layout, condition, num_variants, given)
@@ -123,7 +127,7 @@ class Transformer(StepwisePrior):
         heights, widths = zip(*layout.grids, strict=True)
         self.level, self.row, self.column = (nn.Embedding(n, width) for n in (len(layout.grids), max(heights), max(widths)))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))  # type: ignore[assignment]
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, head_gain) for _ in range(layers))  # type: ignore[assignment]
         self.norm = Norm(width)
         self.head = nn.Linear(width, layout.vocabulary, bias=False)
         self.above = None if given is None else UpperLevels(given.num_codes, width, heads, layout.grids[0])
@@ -303,10 +307,10 @@ class TransformerSteps(FixedSteps):
 class Block(nn.Module):
     """Attention, then MLP, each on the normalised input and added to it."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, head_gain: bool = False) -> None:
         super().__init__()
         self.attention_norm = Norm(width)
-        self.attention = CachedAttention(width, heads)
+        self.attention = CachedAttention(width, heads, head_gain)
         self.mlp_norm = Norm(width)
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)

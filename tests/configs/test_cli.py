@@ -230,7 +230,7 @@ MAY_CHANGE = {
     "extraction": "batch_size",
     "prior": "",
     "stage2": "steps lr clip_norm accumulation log_interval validation_interval checkpoint_interval keep_checkpoints "
-    "gradient_checkpointing",
+    "embedding_lr gradient_checkpointing",
     "sampling": "batch_size",
     "evaluation": "features weights n seed batch_size",
     "compute": "threads mixed_precision compile sharded hang_timeout_minutes tracker",
@@ -239,13 +239,14 @@ FIXED = {
     "data": "name config revision image_column label_column train_split validation_split test_split height width channels background white "
     "validation_share seed transform.* on_error most_skipped",
     "tokenizer": "code_dim quantizer.* network.* objective.*",
-    "stage1": "seed minutes batch_size warmup_steps final_lr_share weight_decay weight_average restart_interval augmentation trained "
-    "perceptual.* adversarial.*",
+    "stage1": "seed minutes batch_size warmup_steps final_lr_share weight_decay weight_average weight_average_share restart_interval "
+    "augmentation trained perceptual.* adversarial.*",
     "condition": "*",
     "extraction": "augmentation shard_rows",
     "prior": "*",
-    "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer condition_dropout weight_average",
-    "sampling": "temperature top_k top_p min_p guidance guidance_schedule precision",
+    "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer condition_dropout weight_average "
+    "weight_average_share",
+    "sampling": "temperature top_k top_p min_p guidance guidance_schedule guidance_power guidance_interval precision",
     "evaluation": "",
     "compute": "",
 }

@@ -106,11 +106,16 @@ def kernels_on_the_cpu(usable: bool = True) -> Iterator[None]:
 
 
 def check_attention() -> None:
-    """Odd head widths and batches at the first, some and the last position; unfilled slots hold NaN, which must not be read."""
+    """Odd head widths and batches at the first, some and the last position; unfilled slots hold NaN, which must not be read.
+
+    Several heads have gains.
+    """
     for (rows, heads, width, length), dtype in itertools.product(
         [(3, 1, 8, 5), (1, 1, 64, 41), (1, 3, 12, 18), (1, 1, 96, 18)], [torch.float32, torch.bfloat16]
     ):
-        attention = CachedAttention(heads * width, heads).to(dtype)
+        attention = CachedAttention(heads * width, heads, gain=heads > 1).to(dtype)
+        if attention.gain is not None:
+            nn.init.normal_(attention.gain)
         angles = rotations(torch.rand(length, 2) * 9, width).float()
         cache, exact = attention.new_cache(rows, length), copy.deepcopy(attention).double()
         reference = exact.new_cache(rows, length)
@@ -127,7 +132,7 @@ def check_attention() -> None:
                     ours[:, :, position] = theirs[:, :, position]
                 continue
             with reads_of(cache.keys, cache.values) as read:
-                result = attend(projected, angles, cache.keys, cache.values, torch.tensor([position]))
+                result = attend(projected, angles, cache.keys, cache.values, torch.tensor([position]), attention.gain)
             tolerance = 1e-5 if dtype == torch.float32 else 0.03
             assert torch.allclose(result.double(), expected, atol=tolerance, rtol=tolerance), (rows, heads, width, position, dtype)
             for ours, theirs in ((cache.keys, reference.keys), (cache.values, reference.values)):

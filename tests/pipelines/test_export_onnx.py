@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 
-from configs.run_dir import read_json
+from configs.run_dir import read_json, read_yaml, write_yaml
 from pipelines import Generator
 from pipelines.export_onnx import main
 from pipelines.exporting import sampler as exported
@@ -32,6 +32,9 @@ from tests.stage2_prior.priors.prior_kinds import random_codes
 def graphs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Generator]:
     """Graphs of a transformer in float64, and the generator; the tokenizer's graphs were traced before."""
     run = shutil.copytree(exported / "run", tmp_path_factory.mktemp("exported") / "run")
+    recipe = read_yaml(run / "recipe.yaml")
+    recipe["sampling"] |= {"guidance_schedule": "power_cosine", "guidance_power": 0.8, "guidance_interval": [0.2, 0.8]}
+    write_yaml(run / "recipe.yaml", recipe)
     folder = run.parent / "onnx"
 
     def take(_: object, into: Path) -> None:
@@ -95,7 +98,7 @@ def test_float64_is_refused_for_other_priors_than_transformers(run_copy: Path, o
 
 def test_without_torch_the_same_codes_are_drawn_for_the_same_seed(graphs: tuple[Path, Generator], tmp_path: Path) -> None:
     folder, generator = graphs
-    settings = {"guidance": 2.0, "guidance_schedule": "cosine", "temperature": 0.9, "top_p": 0.9}
+    settings = {"guidance": 2.0, "temperature": 0.9, "top_p": 0.9}
     expected = generator.draw(70, seed=3, **settings)
     codes, images = exported.Sampler(folder).sample(70, seed=np.int64(3), **settings)
     assert np.array_equal(codes[0], expected.codes[0].numpy())
@@ -136,7 +139,7 @@ def test_model_json_names_labels_and_prior_and_settings_are_checked(graphs: tupl
         exported.Sampler(folder).sample(1, "left")
     with pytest.raises(ValueError, match="label: expected"):
         exported.Sampler(folder).sample(1, [0, 1])
-    for settings in ({"temperature": -1}, {"top_p": 0}, {"heat": 1}, {"guidance": math.nan}, {"guidance_schedule": "square"}):
+    for settings in ({"temperature": -1}, {"top_p": 0}, {"heat": 1}, {"guidance": math.nan}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected"):
             exported.Sampler(folder).sample(1, **settings)
     unsure = exported.Sampler(folder)

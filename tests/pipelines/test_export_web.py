@@ -95,7 +95,8 @@ def site(fetched: Path, exported: Path, exported_other: Path, tmp_path_factory: 
     check_names_no_place(folder)
     (folder / "favicon.ico").touch()  # for pages without an icon
     model = read_json(folder / "8" / "model.json")
-    model["sampling"].update(guidance=1.5, guidance_schedule="cosine")  # as other recipes may say
+    model["sampling"]["guidance"] = 1.5  # as other recipes may say
+    model["guidance_weights"] = np.linspace(0, 1, len(model["guidance_weights"])).tolist()
     write_json(folder / "8" / "model.json", model)
     put_other(exported_other, Path(shutil.copytree(folder / "16", folder / "other")))
     return folder

@@ -57,7 +57,10 @@ def test_a_second_call_writes_into_a_new_folder(run_copy: Path) -> None:
     assert (first / "grid.png").read_bytes() == content
 
 
-@pytest.mark.parametrize("arguments", [[], ["--guidance", "2.5", "--top-p", "0.9"], ["--prior", "uniform"]])
+_DELAYED = ["--guidance", "9", "--guidance-schedule", "power_cosine", "--guidance-power", "2", "--guidance-interval", "[0.3,1]"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--guidance", "2.5", "--top-p", "0.9"], _DELAYED, ["--prior", "uniform"]])
 def test_codes_are_equal_at_any_batch_size(run_copy: Path, arguments: list[str]) -> None:
     folders = [sampled(run_copy, "--n", 64, "--npz", "--batch-size", size, *arguments) for size in (64, 1, 7)]
     codes = [load_file(folder / "codes.safetensors")["level0"] for folder in folders]
@@ -134,6 +137,10 @@ def test_the_uniform_prior_needs_no_trained_one(run_copy: Path) -> None:
         (["--top-k", "-1"], ["top_k", "at least 0"]),
         (["--min-p", "1.5"], ["min_p", "0 to 1"]),
         (["--guidance", "nan"], ["guidance", "nan"]),
+        (["--guidance-power", "0"], ["guidance_power", "above 0", "0"]),
+        (["--guidance-interval", "[0.8,0.2]"], ["guidance_interval", "two shares from 0 to 1", "[0.8, 0.2]"]),
+        (["--guidance-interval", "[0.5]"], ["guidance_interval", "two shares from 0 to 1", "[0.5]"]),
+        (["--guidance-interval", "0.5"], ["guidance", "0.5"]),
         (["--n", "many"], ["n: expected", "int", "many"]),
         (["--stage2.lr", "1"], ["--stage2.lr"]),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 
 from stage1_vqvae.attention import Attention, RotaryTable, rotate, rotations
@@ -37,14 +38,31 @@ def test_rotary_table_is_exact_in_float64_and_rounded_once() -> None:
     assert torch.equal(table.float().table, exact.float())
 
 
-def test_training_and_cached_decoding_use_the_same_projections() -> None:
+@pytest.mark.parametrize("gain", [False, True])
+def test_training_and_cached_decoding_use_the_same_projections(gain: bool) -> None:
     """Values and gradients of `forward` equal attention with one fused projection, as in cached decoding."""
     torch.manual_seed(0)
-    attention = Attention(16, 2).double()
+    attention = Attention(16, 2, gain).double()
+    if attention.gain is not None:
+        torch.nn.init.normal_(attention.gain)
     table = rotations(torch.rand(3, 2, dtype=torch.float64), 8)
     x = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
     query, key, value = attention._separated(attention.qkv(x), table)
     weights = (query @ key.transpose(2, 3) / 8**0.5).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf).softmax(-1)
     results = [attention(x, table), attention.out((weights @ value).transpose(1, 2).flatten(2))]
     torch.testing.assert_close(*results)
-    torch.testing.assert_close(*(torch.autograd.grad(result.sin().sum(), (x, attention.qkv.weight)) for result in results))
+    torch.testing.assert_close(*(torch.autograd.grad(result.sin().sum(), (x, *attention.parameters())) for result in results))
+
+
+def test_a_gain_multiplies_each_heads_logits_and_changes_nothing_at_one() -> None:
+    torch.manual_seed(0)
+    plain, gained = Attention(16, 2), Attention(16, 2, gain=True)
+    gained.load_state_dict(plain.state_dict(), strict=False)
+    table, x = rotations(torch.rand(5, 2), 8).float(), torch.randn(3, 5, 16)
+    assert torch.equal(gained(x, table), plain(x, table))
+    gained.gain = torch.nn.Parameter(torch.tensor([0.5, 40.0]))
+    (query, key, _), (gained_query, gained_key, _) = (attention._separated(attention.qkv(x), table) for attention in (plain, gained))
+    factors = torch.tensor([0.5, 40.0])[:, None, None]
+    torch.testing.assert_close(gained_query @ gained_key.mT, factors * (query @ key.mT), rtol=1e-4, atol=1e-4)
+    bound = 8**0.5
+    assert (query @ key.mT).abs().max() / bound <= bound < (gained_query @ gained_key.mT).abs().max() / bound

@@ -142,10 +142,12 @@ def test_the_averaged_weights_are_saved(finished_run: Path, tiny_recipe: Path, t
     written = load_file(finished_run / "tokenizer.safetensors")
     assert all(torch.equal(written[name], value) for name, value in state["average"]["model"].items())
     assert not torch.equal(written["encoder.0.weight"], state["model"]["encoder.0.weight"])
-    main(["--config", str(tiny_recipe), "--run", str(tmp_path / "run"), "--stage1.steps", "4", "--stage1.weight_average", "0"])
-    state = torch.load(tmp_path / "run/stage1/checkpoints/step-000000004.pt", weights_only=True)
-    written = load_file(tmp_path / "run/tokenizer.safetensors")
-    assert all(torch.equal(written[name], value) for name, value in state["model"].items())
+    for number, none in enumerate((["--stage1.weight_average", "0"], ["--stage1.weight_average_share", "0.25"])):  # a horizon of one step
+        run = tmp_path / str(number)
+        main(["--config", str(tiny_recipe), "--run", str(run), "--stage1.steps", "4", *none])
+        state = torch.load(run / "stage1/checkpoints/step-000000004.pt", weights_only=True)
+        written = load_file(run / "tokenizer.safetensors")
+        assert all(torch.equal(written[name], value) for name, value in state["model"].items())
 
 
 def test_a_collapse_is_reported_in_training_and_by_the_doctor(

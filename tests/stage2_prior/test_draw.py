@@ -69,7 +69,8 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "schedule"), [(-1.5, "constant"), (0.0, "constant"), (0.5, "constant"), (3.0, "linear"), (3.0, "cosine")]
+    ("scale", "schedule"),
+    [(-1.5, "constant"), (0.0, "constant"), (0.5, "constant"), (3.0, "linear"), (3.0, "cosine"), (9.0, "power_cosine")],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_guided_sampling_equals_two_full_passes_per_position(scale: float, schedule: str, kind: str) -> None:
@@ -81,7 +82,8 @@ def test_guided_sampling_equals_two_full_passes_per_position(scale: float, sched
     (grid,) = prior.sample(labels, uniforms(0, torch.arange(3), 6), config)
     sequences = torch.zeros(3, 6, dtype=torch.int64)
     for position in range(6):
-        progress = {"constant": 1.0, "linear": position / 5, "cosine": 0.5 - 0.5 * math.cos(math.pi * position / 5)}[schedule]
+        cosine, delayed = (0.5 - 0.5 * math.cos(math.pi * (position / 5) ** power) for power in (1, 2.75))
+        progress = {"constant": 1.0, "linear": position / 5, "cosine": cosine, "power_cosine": delayed}[schedule]
         scale_here = 1 + progress * (scale - 1)
         conditional, unconditional = (prior.logits(layout.grids_of(sequences), condition)[0][:, position] for condition in (labels, none))
         sequences[:, position] = (unconditional + scale_here * (conditional - unconditional)).argmax(-1)
@@ -89,12 +91,36 @@ def test_guided_sampling_equals_two_full_passes_per_position(scale: float, sched
 
 
 def test_guidance_schedules_rise_from_one_to_the_full_scale() -> None:
-    for schedule in ("linear", "cosine"):
-        scales = guidance_scales(StepwiseSampling(guidance=4.0, guidance_schedule=schedule), 9)  # type: ignore[arg-type]
+    for schedule in ("linear", "cosine", "power_cosine"):
+        settings = StepwiseSampling(guidance=4.0, guidance_schedule=schedule, guidance_power=1.0)  # type: ignore[arg-type]
+        scales = guidance_scales(settings, 9)
         assert (scales[0], scales[4], scales[8]) == (1, pytest.approx(2.5), pytest.approx(4))
         assert scales == sorted(scales)
     assert guidance_scales(StepwiseSampling(guidance=4.0), 3) == [4.0] * 3
     assert guidance_scales(StepwiseSampling(guidance=4.0, guidance_schedule="linear"), 1) == [1.0]
+
+
+def test_a_higher_power_delays_guidance() -> None:
+    """The scale is half-way at the share t of the positions with t^power = 1/2."""
+    for power, share in ((0.5, 0.25), (2.0, 0.5**0.5)):
+        settings = StepwiseSampling(guidance=3.0, guidance_schedule="power_cosine", guidance_power=power)
+        scales = guidance_scales(settings, 1001)
+        assert scales == sorted(scales)
+        assert (scales[0], scales[-1]) == (1, 3)
+        assert sum(scale < 2 for scale in scales) == pytest.approx(1000 * share, abs=1)
+
+
+def test_outside_the_interval_guidance_is_one() -> None:
+    for schedule in ("constant", "linear", "cosine", "power_cosine"):
+        everywhere = StepwiseSampling(guidance=4.0, guidance_schedule=schedule)  # type: ignore[arg-type]
+        for interval, inside in (
+            ([0.0, 1.0], range(11)),
+            ([0.25, 0.5], range(3, 6)),
+            ([0.5, 0.5], range(5, 6)),
+            ([0.99, 1.0], range(10, 11)),
+        ):
+            scales = guidance_scales(dataclasses.replace(everywhere, guidance_interval=interval), 11)
+            assert scales == [scale if position in inside else 1 for position, scale in enumerate(guidance_scales(everywhere, 11))]
 
 
 def test_guidance_formula_at_its_fixed_points() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stage2_prior import muon as muon_module
 from stage2_prior.muon import muon, orthogonalised
 from training.optimizer import OptimizerState, adamw
+from training.schedule import set_learning_rate
 
 
 class Net(nn.Module):
@@ -73,6 +74,24 @@ def test_matrices_step_as_by_torchs_muon_and_other_weights_as_by_adamw() -> None
         moved, expected = weight - start.state_dict()[name], theirs.state_dict()[name] - start.state_dict()[name]
         tolerance = 0.03 if name in ("qkv.weight", "out.weight") else 0.0
         assert float((moved - expected).norm()) <= tolerance * float(expected.norm()), name
+
+
+def test_embeddings_and_head_step_with_a_learning_rate_of_their_own() -> None:
+    """Also where the rate follows a schedule: AdamW's first step is as long as its rate."""
+    net, plain = Net(), Net()
+    for rate in (1e-3, 4e-4):
+        before = [copy.deepcopy(model.state_dict()) for model in (net, plain)]
+        optimizers = muon(net, 1e-3, 0.0, beta2=0.95, embedding_lr=5e-3), muon(plain, 1e-3, 0.0, beta2=0.95)
+        for model, optimizer in zip((net, plain), optimizers, strict=True):
+            set_learning_rate(optimizer, rate)
+            take_steps(model, optimizer, 1)
+        for name, weight in net.state_dict().items():
+            moved, without = weight - before[0][name], plain.state_dict()[name] - before[1][name]
+            if name in ("token.weight", "head.weight", "head.bias"):
+                assert moved.abs().max().item() == pytest.approx(5 * rate, rel=1e-3)
+                assert without.abs().max().item() == pytest.approx(rate, rel=1e-3)
+            elif rate == 1e-3:  # from the same weights
+                assert torch.equal(moved, without)
 
 
 def test_muon_resumes_bit_for_bit() -> None:

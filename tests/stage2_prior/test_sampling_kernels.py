@@ -33,17 +33,21 @@ def test_kernels_agree_with_pytorch_and_a_code_takes_few_launches() -> None:
 
 
 # Argument types and constants for LlamaGen-B at batch 256 with guidance, and for other head widths.
-_ATTEND = {"projected": "*{}", "rotations": "*fp32", "keys": "*{}", "values": "*{}", "position": "*i64", "attended": "*{}"}
+_ATTEND = {"projected": "*{}", "rotations": "*fp32", "keys": "*{}", "values": "*{}", "position": "*i64", "gains": "*{}", "attended": "*{}"}
 _LENGTHS = {"length": "i32", "scale": "fp32"}
 _CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
     **{
         f"attend {width} {dtype}": (
             "step_kernels._attend",
             {name: kind.format(dtype) for name, kind in _ATTEND.items()} | _LENGTHS,
-            {"width": width, "HALF": half, "BLOCK": block},
+            {"width": width, "GAINED": gained, "HALF": half, "BLOCK": block},
             warps,
         )
-        for width, half, block, warps, dtype in ((64, 32, 32, 4, "bf16"), (64, 32, 32, 4, "fp32"), (128, 64, 16, 4, "bf16"))
+        for width, half, block, warps, dtype, gained in (
+            (64, 32, 32, 4, "bf16", True),
+            (64, 32, 32, 4, "fp32", False),
+            (128, 64, 16, 4, "bf16", False),
+        )
     },
     "gate": (
         "step_kernels._gate",

@@ -21,6 +21,7 @@ from configs.prior_name import PriorName
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
 from pipelines.anomalies import validation_bits
+from pipelines.export_onnx import main as export_onnx
 from pipelines.sample import main as sample
 from stage2_prior.codes.record import codes_record
 from stage2_prior.codes.store import CodeStore, write_manifest, write_shard
@@ -140,6 +141,62 @@ def test_a_stopped_and_resumed_training_ends_bit_for_bit_the_same(
     assert "going on after step 1" in capsys.readouterr().out
     uninterrupted, stopped = (run_copy / "priors" / name for name in ("whole", "stopped"))
     assert (stopped / "prior.safetensors").read_bytes() == (uninterrupted / "prior.safetensors").read_bytes()
+
+
+def test_gains_learning_rates_of_embeddings_and_averages_by_share_are_trained_resumed_and_drawn_from(run_copy: Path) -> None:
+    settings = [
+        "--run",
+        str(run_copy),
+        "--prior.head_gain",
+        "true",
+        "--stage2.embedding_lr",
+        "2e-3",
+        "--stage2.weight_average_share",
+        "0.5",
+    ]
+    main([*settings, "--name", "whole"])
+    with pytest.raises(SystemExit):
+        main([*settings, "--name", "stopped", "--stop_after", "1e-9"])
+    main([*settings, "--name", "stopped", "--resume"])
+    whole, stopped = (run_copy / "priors" / name / "prior.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    gains = [
+        gain
+        for name, gain in load_prior(whole, fingerprint(run_copy / "tokenizer.safetensors"))[0].named_parameters()
+        if name.endswith("attention.gain")
+    ]
+    assert len(gains) == 2
+    assert all((gain != 1).all() for gain in gains)
+    sample(["--run", str(run_copy), "--prior", "whole", "--n", "2"])
+
+
+def test_a_guidance_free_prior_is_trained_resumed_and_drawn_from(run_copy: Path, one_line_error: Callable[..., str]) -> None:
+    run = ["--run", str(run_copy)]
+    settings = [*run, "--prior.guidance_free", "true"]
+    main([*settings, "--name", "whole"])
+    with pytest.raises(SystemExit):
+        main([*settings, "--name", "stopped", "--stop_after", "1e-9"])
+    main([*settings, "--name", "stopped", "--resume"])
+    whole, stopped = (run_copy / "priors" / name / "prior.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    check_likelihood(run_copy, "whole")
+    sample([*run, "--prior", "whole", "--n", "2", "--guidance", "2"])
+    for command, arguments, text in (
+        (sample, ["--guidance", "0.5"], "guidance: expected at least 1 for a prior trained with prior.guidance_free, found 0.5"),
+        (
+            sample,
+            ["--guidance", "2", "--guidance-schedule", "linear"],
+            "expected constant, [0, 1] for a prior trained with prior.guidance_free",
+        ),
+        (export_onnx, ["--output", str(run_copy / "onnx")], "prior.guidance_free: expected a prior trained without it to export"),
+    ):
+        assert text in one_line_error(command, *run, "--prior", "whole", *arguments)
+    for arguments, text in (
+        (["--stage2.condition_dropout", "0"], "stage2.condition_dropout: expected above 0 with prior.guidance_free, found 0"),
+        (["--condition.kind", "none"], "prior.guidance_free: expected false without a condition"),
+        (["--level", "1"], "prior.guidance_free: expected false for a level"),
+    ):
+        assert text in one_line_error(main, *settings, "--name", "new", *arguments)
 
 
 def test_a_prior_killed_before_its_first_checkpoint_keeps_its_recipe(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +369,9 @@ def test_sizes_come_from_the_command_line_then_the_preset_then_the_recipe(run_co
         (["--prior.preset", "XL"], ["prior.preset", "XL"]),
         (["--prior.width", "20"], ["prior.width", "multiple of 4 x 2", "20"]),
         (["--stage2.weight_average", "1"], ["stage2.weight_average", "decay < 1", "1"]),
+        (["--stage2.weight_average_share", "1.5"], ["stage2.weight_average_share", "0 to 1", "1.5"]),
+        (["--stage2.embedding_lr", "0"], ["stage2.embedding_lr", "above 0", "0"]),
+        (["--stage2.embedding_lr", "1e-3", "--stage2.optimizer", "adamw"], ["stage2.embedding_lr", "null with optimizer adamw", "0.001"]),
     ],
 )
 def test_invalid_settings_of_priors_get_one_line(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
+from configs.schema import Stage1, Stage2
 from training.averaging import WeightAverage
 
 
@@ -29,6 +33,16 @@ def test_parameters_are_averaged_and_shared_modules_are_not() -> None:
     assert average.model.shared is live.shared
     assert live.shared.weight.requires_grad
     assert not average.model.averaged.weight.requires_grad
+
+
+def test_a_share_of_the_steps_averages_the_same_share_of_any_training() -> None:
+    """The weight of the last tenth of the steps is the same, 1 - exp(-0.1 / share)."""
+    for section in (Stage1, Stage2):
+        for steps in (2_000, 1_000_000):
+            decay = section(steps=steps, weight_average_share=0.05).average_decay
+            assert 1 - decay ** (steps / 10) == pytest.approx(1 - math.exp(-2), rel=0.01)
+        assert section(steps=10, weight_average_share=0.1).average_decay == 0  # a horizon of one step
+        assert section(steps=10, weight_average=0.7).average_decay == 0.7
 
 
 def test_the_average_resumes_from_its_state() -> None:

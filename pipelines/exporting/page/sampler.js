@@ -197,7 +197,7 @@ export class Sampler {
           const start = row * this.offsets.at(-1) + this.offsets[level];
           return Float64Array.from(logits.subarray(start, start + count));
         };
-        const scale = guides ? guidanceScale(settings, position, length) : 1;
+        const scale = 1 + this.model.guidance_weights[position] * (settings.guidance - 1);
         for (let row = 0; row < batch; row++) {
           let rowLogits = logitsOf(row);
           if (guides) {
@@ -281,10 +281,4 @@ export class Sampler {
   #integers(numbers, shape) {
     return new this.Tensor("int64", BigInt64Array.from(numbers, BigInt), shape);
   }
-}
-
-function guidanceScale({ guidance, guidance_schedule: schedule }, position, length) {
-  const share = position / Math.max(1, length - 1);
-  const weight = { constant: 1, linear: share, cosine: (1 - Math.cos(Math.PI * share)) / 2 }[schedule];
-  return 1 + weight * (guidance - 1);
 }

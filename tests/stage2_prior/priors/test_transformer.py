@@ -8,8 +8,9 @@ import torch
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.prior_file import build_prior
+from stage2_prior.priors.stepwise import FixedBatch
 from stage2_prior.priors.transformer import SwiGLU, Transformer, TransformerPart
-from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, classes, manifest
+from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, classes, manifest, random_codes
 
 
 def test_start_labels_and_tokens_share_no_embedding() -> None:
@@ -42,6 +43,35 @@ def test_presets_have_the_sizes_of_the_literature(preset: str, millions: int) ->
     with torch.device("meta"):
         prior = build_prior(TransformerPart(preset=preset), classes(1000), manifest(SequenceLayout([(16, 16)], [16_384])))  # type: ignore[arg-type]
     assert sum(parameter.numel() for parameter in prior.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@torch.no_grad()
+def test_a_head_gain_acts_alike_in_full_passes_steps_static_steps_and_prefill() -> None:
+    layout = LAYOUTS["top and bottom"]
+    prior, plain = (build("transformer", layout, head_gain=gain).double() for gain in (True, False))
+    codes, labels = random_codes(layout, 3), torch.arange(3)
+    gains = {name: gain for name, gain in prior.named_parameters() if name.endswith("gain")}
+    assert {name: gain.shape for name, gain in gains.items()} == {f"blocks.{layer}.attention.gain": (4,) for layer in range(3)}
+    expected = [logits for level in prior.logits(codes, labels) for logits in level.unbind(1)]
+    batch = FixedBatch(layout.flat(codes), labels, torch.zeros(1, dtype=torch.int64))
+    steps, cache, sequences = prior.fixed_steps(batch), prior.new_cache(3), layout.flat(codes)
+    assert steps is not None
+    for position, logits in enumerate(expected):
+        steps.prepare(position)
+        batch.position.fill_(position)
+        prefilled = prior.new_cache(3)
+        if position > 0:
+            prior.prefill(sequences, 0, position, labels, prefilled)
+        before = sequences[:, position - 1] if position else None
+        for found in (prior.step(before, labels, cache), prior.step(before, labels, prefilled), steps.logits(steps.phase(position))):
+            torch.testing.assert_close(found, logits)
+    plain.load_state_dict({name: weight for name, weight in prior.state_dict().items() if name not in gains})
+    for gained, without in zip(prior.logits(codes, labels), plain.logits(codes, labels), strict=True):
+        assert not torch.allclose(gained, without, atol=1e-3)
+    for gain in gains.values():
+        gain.fill_(1)
+    for gained, without in zip(prior.logits(codes, labels), plain.logits(codes, labels), strict=True):
+        assert torch.equal(gained, without)
 
 
 def test_codes_with_near_vectors_begin_with_near_embeddings() -> None:
