@@ -85,7 +85,7 @@ class Launch:
         elif self.processes == 1:
             return []  # saves its start, which takes seconds
         else:  # all options, since it prints a line per default that it chooses
-            options = ["--multi_gpu", f"--num_processes={self.processes}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+            options = f"--multi_gpu --num_processes={self.processes} --num_machines=1 --mixed_precision=no --dynamo_backend=no".split()
         return ["-m", "accelerate.commands.launch", *options]
 
     def warning(self) -> str | None:

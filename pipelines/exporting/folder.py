@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import UserError
+from configs.parts import as_class
 from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.generator import Generator
+from stage2_prior.draw import StepwiseSampling
 
 COMPARED = 10_000
 """Smallest number of codes drawn for a comparison."""
@@ -39,7 +41,7 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
-    sampling = {**dataclasses.asdict(generator.sampling), "guidance": _guidance(generator)}
+    sampling = dataclasses.asdict(_sampling(generator))
     return {
         "image_shape": generator.image_shape,
         "grids": header.grids,
@@ -78,13 +80,15 @@ class Drift(NamedTuple):
 def exact_generator(generator: Generator) -> Generator:
     """Load the same run and prior for sampling in float64."""
     exact = Generator.from_pretrained(generator.run.path, prior=generator.prior_name, device="cpu", precision="float64")
-    exact.sampling = dataclasses.replace(exact.sampling, guidance=_guidance(exact))
+    exact.sampling = _sampling(exact)
     return exact
 
 
-def _guidance(generator: Generator) -> float:
-    """Return the recipe's guidance, or 1 for a prior that was trained without condition dropout."""
-    return generator.sampling.guidance if generator.header is not None and generator.header.supports_unconditional else 1.0
+def _sampling(generator: Generator) -> StepwiseSampling:
+    """Return the recipe's settings as exports draw: one code after another, and without guidance from a prior without condition dropout."""
+    settings = as_class(generator.sampling, StepwiseSampling)
+    guided = generator.header is not None and generator.header.supports_unconditional
+    return settings if guided else dataclasses.replace(settings, guidance=1.0)
 
 
 def drift(exact: Generator, folder: Path) -> Drift:

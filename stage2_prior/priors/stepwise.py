@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from configs.errors import UserError
+from configs.errors import UserError, require
 from configs.schema import PriorPart, Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Condition
 from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales, is_guided
 from stage2_prior.priors.contract import Keep, Prior
 from training.devices import float64_device
@@ -35,6 +36,14 @@ class StepwisePart(PriorPart):
     """Fields of a prior that draws codes in turn."""
 
     SAMPLING = StepwiseSampling
+    corruption: float = 0.0
+    """Corrupted context, against memorisation: in training, random codes replace a share of those that positions look back at, but none of
+    the levels above that a prior of a single level is given. Each image's share is uniform between 0 and a limit, which falls from
+    `corruption` to 0 over the first three quarters of the steps; 1: as in reAR (He et al. 2025); 0 = off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.corruption <= 1, "prior.corruption", "0 to 1", self.corruption)
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,19 @@ class StepwisePrior(Prior):
 
     exact = True
 
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        condition: Condition,
+        num_variants: int = 1,
+        given: SequenceLayout | None = None,
+        corruption: float = 0.0,
+    ) -> None:
+        """`corruption`: as in `StepwisePart`; the rest as in the contract."""
+        super().__init__(layout, condition, num_variants, given)
+        self.corruption = corruption
+        self.num_draws = 1 + 2 * layout.length if corruption else 0
+
     @abstractmethod
     def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
         """Logits of every position of its own levels given the codes before it; arguments as in `forward`."""
@@ -121,13 +143,50 @@ class StepwisePrior(Prior):
         for position in range(start, stop):
             self.step(sequences[:, position - 1] if position else None, condition, cache)
 
+    def draws_in_raster_order(self, settings: Sampling, keep: Keep | None) -> bool:
+        """Whether `sample` goes through the positions in raster order, one by one, as `fixed_steps` do."""
+        return True
+
     def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
         """Static-shape steps for CUDA graphs; None if this kind has only `step`."""
         return None
 
     @override
-    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
-        return torch.cat(code_losses(self.logits(codes, condition, variants), codes[self.levels]), 1).mean()
+    def forward(
+        self,
+        codes: Codes,
+        condition: Tensor | None,
+        variants: Tensor | None = None,
+        draws: Tensor | None = None,
+        progress: Tensor | None = None,
+    ) -> Tensor:
+        logits = self.training_logits(codes, condition, variants, draws, progress)
+        return torch.cat(code_losses(logits, codes[self.levels]), 1).mean()
+
+    def training_logits(
+        self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
+    ) -> Logits:
+        """Logits of every position in training, given the codes before it as `corrupted` leaves them; arguments as in `forward`."""
+        return self.logits(self.corrupted(codes, draws, progress), condition, variants)
+
+    def corrupted(self, codes: Codes, draws: Tensor | None, progress: Tensor | None) -> Codes:
+        """Replace a share of the codes of its own levels by uniformly random ones, by the first of the `draws`.
+
+        The share is from U(0, corruption max(0, 1 - 4 t / 3)) at progress t (He et al. 2025, reAR, arXiv 2510.04450), for each image.
+        """
+        if not self.corruption:
+            return codes
+        assert draws is not None
+        assert progress is not None
+        sequences, length = self.layout.flat(codes[self.levels]), self.layout.length
+        share, uniform, replacement = draws[:, : 1 + 2 * length].split([1, length, length], 1)
+        sizes = torch.cat(
+            [torch.full((n,), k, device=draws.device) for n, k in zip(self.layout.lengths, self.layout.num_codes, strict=True)]
+        )
+        # In float32 a product may round up to the size itself.
+        random_codes = (replacement * sizes).long().minimum(sizes - 1)
+        replaced = uniform < share * self.corruption * (1 - 4 / 3 * progress).clamp(min=0)
+        return codes[: self.levels.start] + self.layout.grids_of(torch.where(replaced, random_codes, sequences))
 
     @override
     def nats(self, codes: Codes, condition: Tensor | None) -> Tensor:

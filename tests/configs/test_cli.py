@@ -245,7 +245,7 @@ FIXED = {
     "extraction": "augmentation shard_rows",
     "prior": "*",
     "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer condition_dropout weight_average",
-    "sampling": "temperature top_k top_p min_p guidance guidance_schedule precision",
+    "sampling": "temperature top_k top_p min_p guidance guidance_schedule precision rounds",
     "evaluation": "",
     "compute": "",
 }

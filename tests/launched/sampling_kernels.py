@@ -111,7 +111,8 @@ def check_attention() -> None:
         [(3, 1, 8, 5), (1, 1, 64, 41), (1, 3, 12, 18), (1, 1, 96, 18)], [torch.float32, torch.bfloat16]
     ):
         attention = CachedAttention(heads * width, heads).to(dtype)
-        angles = rotations(torch.rand(length, 2) * 9, width).float()
+        # Queries and keys have their own where there are several heads.
+        angles = rotations(torch.rand(*((length, 2, 2) if heads > 1 else (length, 2))) * 9, width).float()
         cache, exact = attention.new_cache(rows, length), copy.deepcopy(attention).double()
         reference = exact.new_cache(rows, length)
         # Reduces the layer to attention alone.

@@ -40,10 +40,12 @@ _CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
         f"attend {width} {dtype}": (
             "step_kernels._attend",
             {name: kind.format(dtype) for name, kind in _ATTEND.items()} | _LENGTHS,
-            {"width": width, "HALF": half, "BLOCK": block},
+            {"width": width, "TABLES": tables, "HALF": half, "BLOCK": block},
             warps,
         )
-        for width, half, block, warps, dtype in ((64, 32, 32, 4, "bf16"), (64, 32, 32, 4, "fp32"), (128, 64, 16, 4, "bf16"))
+        for width, tables, half, block, warps, dtype in (
+            *((64, 1, 32, 32, 4, "bf16"), (64, 1, 32, 32, 4, "fp32"), (128, 2, 64, 16, 4, "bf16")),
+        )
     },
     "gate": (
         "step_kernels._gate",
