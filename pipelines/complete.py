@@ -6,7 +6,8 @@
 
 The images are evenly spaced over a split, with their labels, or over the files and folders of --images. Rows are rows of the coarsest grid
 of codes, from the top. A mask is a picture of the images' size: white pixels are kept, black or transparent ones drawn again; in each grid,
-codes are kept whose patch is completely white. A code is drawn given the codes before it: kept codes after it do not influence the draw.
+codes are kept whose patch is completely white. A code is drawn given the codes before it: kept codes after it do not influence the draw,
+unless the prior was trained with `prior.order any`; then each is given all kept codes of its level.
 Writes a new folder completions/NNN into the run: completions.png with one row per image (image, reconstruction, kept part, continuations),
 one PNG per continuation, completions.json.
 """
@@ -82,7 +83,9 @@ def main(argv: list[str] | None = None) -> None:
             }
             write_json(folder / "completions.json", details)
     if folder is not None:
-        print(f"wrote {len(pictures)} continuations of {count} images; look at {run.show(folder / 'completions.png')}")
+        known = "all kept ones" if generator.prior is not None and generator.prior.completes_any_mask else "those before it"
+        given = "" if generator.header is None else f", each code given {known}"
+        print(f"wrote {len(pictures)} continuations of {count} images{given}; look at {run.show(folder / 'completions.png')}")
     finish(accelerator)
 
 

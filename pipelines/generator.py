@@ -291,6 +291,7 @@ class Generator:
         Args:
             images: images to complete; for n continuations of an image, pass n copies.
             keep: mask (H, W) of the pixels to keep, or a picture that is white there; in each grid, codes are kept whose patch lies within.
+                Each code is drawn given those before it, and by a prior of `prior.order any` given all kept codes of its level.
             label: as in `sample`; None: no class.
             seed: seed of the draws.
             output: `pil` or `tensor`.

@@ -60,12 +60,16 @@ class Attention(nn.Module):
         return query, key, parts[:, :, 2].to(query).transpose(1, 2)
 
     def _rotated(self, query_key: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise, scale by the gain and rotate queries and keys (B, T, 2, heads, d); (B, heads, T, d) each."""
+        """Normalise, scale by the gain and rotate queries and keys (B, T, 2, heads, d); (B, heads, T, d) each.
+
+        `rotation`: (T, d / 2, 2), or of queries and keys apart, (T, 2, d / 2, 2) or (B, T, 2, d / 2, 2).
+        """
         normed = F.layer_norm(full_precision(query_key), (self.head_width,))
         if self.gain is not None:
             normed = normed * torch.stack([self.gain, torch.ones_like(self.gain)])[..., None]  # of queries alone: keys are cached
         # With 16-bit weights (sampling) attention runs in 16 bits; in training weights are float32 and autocast decides.
-        query, key = rotate(normed, rotation[:, None, None]).to(self.out.weight.dtype).unbind(2)
+        rotation = rotation[:, None, None] if rotation.ndim == 3 else rotation.unsqueeze(-3)
+        query, key = rotate(normed, rotation).to(self.out.weight.dtype).unbind(2)
         return query.transpose(1, 2), key.transpose(1, 2)
 
 
@@ -73,15 +77,15 @@ def rotations(coordinates: Tensor, head_width: int) -> Tensor:
     """Compute cosines and sines of the rotary angles: the first half of them for the row, the second for the column.
 
     Args:
-        coordinates: (T, 2), row and column of each position.
+        coordinates: (..., 2), row and column of each position.
         head_width: channels per attention head.
-    Returns: float64 (T, head_width / 2, 2), on the coordinates' device if that has float64. In float32 the last bit would depend on the
+    Returns: float64 (..., head_width / 2, 2), on the coordinates' device if that has float64. In float32 the last bit would depend on the
         machine's math library, so it is rounded only where the table is used.
     """
     coordinates, quarter = as_float64(coordinates), head_width // 4
     numbers = torch.arange(quarter, dtype=torch.float64, device=coordinates.device)
     frequencies = _ROTARY_BASE ** (-numbers / quarter)
-    angles = (coordinates[..., None] * frequencies).flatten(1)
+    angles = (coordinates[..., None] * frequencies).flatten(-2)
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 

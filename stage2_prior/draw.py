@@ -76,6 +76,17 @@ def guidance_weights(settings: Sampling, length: int) -> list[float]:
     return [weight if first <= share <= last else 0.0 for share, weight in zip(shares, weights, strict=True)]
 
 
+def round_stops(count: int, rounds: int) -> list[int]:
+    """Divide `count` codes into rounds, each of which has at least one; their number known before the first round and after each.
+
+    After a share x of the rounds, 1 - cos(pi x / 2) of the codes are known (Chang et al. 2022, MaskGIT, section 3.2).
+    """
+    rounds = min(rounds, count)
+    # Less the rounding of a cosine, which is not to add another code.
+    known = [math.ceil(count * (1 - math.cos(math.pi * number / rounds / 2)) - 1e-9) for number in range(1, rounds + 1)]
+    return [0, *map(max, known, range(1, rounds + 1))]
+
+
 def warp(logits: Tensor, settings: StepwiseSampling) -> Tensor:
     """Probabilities (B, K), float64, of logits (B, K) after temperature and the limits on what may be drawn.
 

@@ -75,12 +75,16 @@ class Sampler:
         with ieee_float32(self.prior.device):
             with self._lock:
                 try:
-                    if self._graphs:
+                    if self._replays(settings, keep):
                         return self._steps_for(condition, len(noise), settings).draw(condition, noise, settings, keep)
                 except CaptureError as error:
                     self._graphs, self._steps = False, None
                     say(f"warning: sampling without CUDA graphs ({error})")
             return self.prior.sample(condition, noise, settings, keep)
+
+    def _replays(self, settings: Sampling, keep: Keep | None) -> bool:
+        """Whether this batch is drawn by graphs, each of which draws one position."""
+        return self._graphs and isinstance(self.prior, StepwisePrior) and self.prior.draws_in_raster_order(settings, keep)
 
     def _steps_for(self, condition: Tensor | None, batch: int, settings: Sampling) -> _GraphedSteps:
         """Reuse the graphs of the last batch if its settings match, otherwise build new ones."""
@@ -120,7 +124,7 @@ class _GraphedSteps:
         assert not self._prior.training
         layout, batch = self._prior.layout, len(self._sequences)
         self._condition.copy_(self._prior.sampling_condition(condition, batch, self._guided, settings.guidance))
-        self._noise.copy_(noise)
+        self._noise.copy_(noise[:, : layout.length])
         self._scales.copy_(torch.tensor(guidance_scales(settings, layout.length), dtype=torch.float64))
         self._to_draw.fill_(1)
         self._sequences.zero_()

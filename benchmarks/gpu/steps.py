@@ -122,7 +122,8 @@ def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> St
     size = config.batch_size // config.accumulation
     codes = tuple(torch.randint(k, (size, *grid), device=device) for k, grid in zip(layout.num_codes, layout.grids, strict=True))
     labels = torch.randint(num_classes, (size,), device=device) if num_classes else None
-    batch = CodeBatch(codes, labels, torch.randint(variants, (size,), device=device), None)
+    draws = torch.rand(size, prior.num_draws, device=device) if prior.num_draws else None
+    batch = CodeBatch(codes, labels, torch.randint(variants, (size,), device=device), draws, torch.tensor(0.5, device=device))
     loader: Any = SimpleNamespace(batch=lambda step, micro_step: batch)
 
     def take() -> None:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import UserError
+from configs.parts import as_class
 from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.generator import Generator
-from stage2_prior.draw import guidance_weights
+from stage2_prior.draw import StepwiseSampling, guidance_weights
 
 COMPARED = 10_000
 """Smallest number of codes drawn for a comparison."""
@@ -42,7 +43,7 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
-    sampling = {name: getattr(generator.sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    sampling = _sampling(generator)
     return {
         "image_shape": generator.image_shape,
         "grids": header.grids,
@@ -51,8 +52,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         "supports_unconditional": header.supports_unconditional,
         "cache": cache,
         "dtype": generator.sampling.precision,
-        "sampling": {**sampling, "guidance": _guidance(generator)},
-        "guidance_weights": guidance_weights(generator.sampling, prior.layout.length),
+        "sampling": {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p", "guidance")},
+        "guidance_weights": guidance_weights(sampling, prior.layout.length),
         "tokenizer_sha256": generator.tokenizer_sha256,
         "prior_sha256": generator.origin["prior_sha256"],
     }
@@ -82,13 +83,15 @@ class Drift(NamedTuple):
 def exact_generator(generator: Generator) -> Generator:
     """Load the same run and prior for sampling in float64."""
     exact = Generator.from_pretrained(generator.run.path, prior=generator.prior_name, device="cpu", precision="float64")
-    exact.sampling = dataclasses.replace(exact.sampling, guidance=_guidance(exact))
+    exact.sampling = _sampling(exact)
     return exact
 
 
-def _guidance(generator: Generator) -> float:
-    """Return the recipe's guidance, or 1 for a prior that was trained without condition dropout."""
-    return generator.sampling.guidance if generator.header is not None and generator.header.supports_unconditional else 1.0
+def _sampling(generator: Generator) -> StepwiseSampling:
+    """Return the recipe's settings as exports draw: one code after another, and without guidance from a prior without condition dropout."""
+    settings = as_class(generator.sampling, StepwiseSampling)
+    guided = generator.header is not None and generator.header.supports_unconditional
+    return settings if guided else dataclasses.replace(settings, guidance=1.0)
 
 
 def drift(exact: Generator, folder: Path) -> Drift:

@@ -28,6 +28,8 @@ class CodeBatch(NamedTuple):
     """(b,) int64: augmentation variant of each row."""
     draws: Tensor | None
     """(b, num_draws) float32 in [0, 1) for the prior's loss; None if it takes none."""
+    progress: Tensor
+    """() float32: share of the training's steps before this one."""
 
 
 class CodeLoader:
@@ -65,18 +67,20 @@ class CodeLoader:
 
     def batch(self, step: int, micro_step: int) -> CodeBatch:
         """Return the batch of a micro-step on this rank's device. Errors: UserError for a code outside the codebook."""
-        variants, *tensors = self._reader.at(step, micro_step)
+        variants, progress, *tensors = self._reader.at(step, micro_step)
         draws = tensors.pop() if self._num_draws else None
         condition = None if self._rows is None else tensors.pop()
-        return CodeBatch(tuple(tensors), condition, variants, draws)
+        return CodeBatch(tuple(tensors), condition, variants, draws, progress)
 
     def _read(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Read a micro-step: variants (b,), codes (b, h, w) per level, condition (b, ...) and draws (b, num_draws), if there are any."""
+        """Read a micro-step: variants (b,), progress (), codes (b, h, w) per level, and, if there are any, condition (b, ...) and draws
+        (b, num_draws).
+        """
         (step, micro_step), config = key, self._config
         rows = self._order.batch(step)
         share = share_of_step(config.batch_size, config.accumulation, micro_step, self._processes, self._rank)
         variants = torch.randint(self._training.manifest.variants, rows.shape, generator=generator(config.seed, "variants", step))[share]
-        tensors = [variants, *self._training.codes(rows[share], variants)]
+        tensors = [variants, torch.tensor(step / config.steps), *self._training.codes(rows[share], variants)]
         if self._rows is not None:
             hidden = torch.rand(rows.shape, generator=generator(config.seed, "label dropout", step)) < config.condition_dropout
             tensors.append(self._condition.drop(self._rows[rows[share]], hidden[share]))

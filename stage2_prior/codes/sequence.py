@@ -56,6 +56,11 @@ class SequenceLayout:
         """Return the offset that converts the code at the previous position to its token."""
         return self.offsets[self.level_of(position - 1)]
 
+    def order_by(self, keys: Tensor) -> Tensor:
+        """Sort the positions of each level by keys (B, T): int64 (B, T), the positions in their order; levels stay coarse to fine."""
+        parts = enumerate(keys.split(self.lengths, 1))
+        return torch.cat([part.argsort(dim=1, stable=True) + self.first_position(level) for level, part in parts], 1)
+
     def coordinates(self) -> Tensor:
         """Compute the level, row and column of each position, (T, 3)."""
         parts = []

@@ -50,7 +50,7 @@ class CachedAttention(Attention):
 
         Args:
             normed: (B, C), the layer's input.
-            rotations: (T, d / 2, 2) of all positions.
+            rotations: (T, d / 2, 2) of all positions, or (T, 2, d / 2, 2) of queries and keys apart.
             position: an int reads the cache up to it; a tensor (1,) makes shapes the same at every position, for CUDA graphs.
         """
         projected, keys, values = product(self.qkv, normed), cache.keys, cache.values
@@ -71,17 +71,22 @@ class CachedAttention(Attention):
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return add_product_(x, attended.flatten(1), self.out)
 
-    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int) -> Tensor:
+    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int, branches: int = 0) -> Tensor:
         """Apply the whole layer to some rows' positions from `start` on, (B, n, C) to the same shape; caches their keys and values.
 
-        `rotation`: (n, d / 2, 2) of these positions.
+        Args:
+            rotation: of these positions, in any shape that `Attention` takes.
+            branches: the last so many positions do not see one another.
         """
         query, key, value = self._separated(self.qkv(x), rotation)
         count, stop = x.shape[1], start + x.shape[1]
         keys, values = cache.keys[rows, :, :stop], cache.values[rows, :, :stop]
         keys[:, :, start:], values[:, :, start:] = key, value
-        mask = None if start == 0 else torch.ones(count, stop, dtype=torch.bool, device=x.device).tril(start)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=start == 0)
+        causal, mask = start == 0 and branches == 0, None
+        if not causal:
+            mask = torch.ones(count, stop, dtype=torch.bool, device=x.device).tril(start)
+            mask[count - branches :, stop - branches :] = torch.eye(branches, dtype=torch.bool, device=x.device)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
 
 

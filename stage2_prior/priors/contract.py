@@ -77,6 +77,8 @@ class Prior(nn.Module, ABC):
 
     exact: ClassVar[bool]
     """Whether `nats` is the exact negative log-likelihood; otherwise it is an upper bound."""
+    completes_any_mask: bool = False
+    """Whether `sample` draws each code given all kept codes of its level, wherever they lie, instead of only those before it."""
 
     checkpointing: bool
     """Whether training recomputes each layer's activations in the backward pass (Chen et al. 2016)."""
@@ -109,7 +111,14 @@ class Prior(nn.Module, ABC):
         return slice(first, first + len(self.layout.grids))
 
     @abstractmethod
-    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        codes: Codes,
+        condition: Tensor | None,
+        variants: Tensor | None = None,
+        draws: Tensor | None = None,
+        progress: Tensor | None = None,
+    ) -> Tensor:
         """Return the training loss (): mean nats per code, or a bound on it, which a training step minimises.
 
         It is `forward` because training calls the prepared module, so that DDP, FSDP, autocast and torch.compile apply.
@@ -119,6 +128,7 @@ class Prior(nn.Module, ABC):
             condition: (B, ...) rows of the prior's condition; None: the null throughout.
             variants: (B,) int64, the augmented variant of each row; None: the images themselves.
             draws: (B, num_draws) float32 in [0, 1), a function of (seed, step, sample); None if it takes none.
+            progress: () float32, share of the training's steps before this one, for a loss that changes with it; None if it takes no draws.
         """
 
     @abstractmethod

@@ -26,6 +26,10 @@ class LevelwisePart(StepwisePart):
     levels: list[dict[str, Any]] = field(default_factory=list)
     """Each level's prior, coarse to fine, in the form of `prior`: {kind: pixelcnn, layers: 20}."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.corruption == 0, "prior.corruption", "0 beside prior.levels, each of which has its own", self.corruption)
+
     @override
     def resolved(self) -> LevelwisePart:
         parts = [prior_from(level).resolved() for level in self.levels]
@@ -48,9 +52,12 @@ def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition
     alone = not getattr(config, "guidance_free", False)
     require(alone, "prior.guidance_free", "false for a level, or true for a levelwise prior of all levels, trained together", True)
     if level == 0:
-        return config.build(own, condition, num_variants)
-    require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)
-    return config.build(own, condition, num_variants, SequenceLayout(layout.grids[:level], layout.num_codes[:level]))
+        prior = config.build(own, condition, num_variants)
+    else:
+        require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)
+        prior = config.build(own, condition, num_variants, SequenceLayout(layout.grids[:level], layout.num_codes[:level]))
+    require(not prior.completes_any_mask, "prior.order", "raster or annealed for a prior of a single level", "any")
+    return prior
 
 
 @dataclass
@@ -71,6 +78,7 @@ class Levelwise(StepwisePrior):
         """`parts`: the prior of each level given those above, coarse to fine; the rest as in the contract."""
         super().__init__(layout, condition, num_variants)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
+        self.num_draws += sum(part.num_logits_draws for part in parts)
 
     parts: Sequence[StepwisePrior]
 
@@ -90,6 +98,17 @@ class Levelwise(StepwisePrior):
     @override
     def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
         return tuple(part.logits(codes[: level + 1], condition, variants)[0] for level, part in enumerate(self.parts))
+
+    @override
+    def training_logits(
+        self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
+    ) -> Logits:
+        logits, first = [], 0
+        for level, part in enumerate(self.parts):
+            part_draws = None if draws is None else draws[:, first : first + part.num_logits_draws]
+            logits.append(part.training_logits(codes[: level + 1], condition, variants, part_draws, progress)[0])
+            first += part.num_logits_draws
+        return tuple(logits)
 
     @override
     def new_cache(self, batch: int, above: Codes = ()) -> LevelwiseCache:

@@ -88,7 +88,7 @@ class PixelCNN(StepwisePrior):
         given: SequenceLayout | None = None,
     ) -> None:
         """`config` has its sizes in it (`resolved`); the rest as in the contract."""
-        super().__init__(layout, condition, num_variants, given)
+        super().__init__(layout, condition, num_variants, given, config.corruption)
         self.config = config
         num_codes = [*(given.num_codes if given is not None else []), *layout.num_codes]
         self.networks = nn.ModuleList(  # type: ignore[assignment]

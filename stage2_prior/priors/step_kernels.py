@@ -65,7 +65,7 @@ def _rotated_head(start, cosine, sine, pairs, inside, width: tl.constexpr):
 @triton.jit
 def _attend(
     projected,  # (R, 3, heads, d)
-    rotations,  # (T, d / 2, 2)
+    rotations,  # (T, TABLES, d / 2, 2): of queries, and of keys if they have their own
     keys,  # (R, heads, T, d)
     values,  # (R, heads, T, d)
     position,  # (1,)
@@ -75,6 +75,7 @@ def _attend(
     scale,
     width: tl.constexpr,
     GAINED: tl.constexpr,
+    TABLES: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -82,12 +83,14 @@ def _attend(
     current = tl.load(position).to(tl.int32)
     pairs, channels, slots = tl.arange(0, HALF), tl.arange(0, 2 * HALF), tl.arange(0, BLOCK)
     inside, filled = pairs < width // 2, channels < width
-    cosine = tl.load(rotations + current * width + 2 * pairs, mask=inside, other=0.0)
-    sine = tl.load(rotations + current * width + 2 * pairs + 1, mask=inside, other=0.0)
+    angles = rotations + current * TABLES * width + 2 * pairs
+    cosine, sine = tl.load(angles, mask=inside, other=0.0), tl.load(angles + 1, mask=inside, other=0.0)
     start = projected + (row * 3 * heads + head) * width
     query = _rotated_head(start, cosine, sine, pairs, inside, width) * scale
     if GAINED:
         query *= tl.load(gains + head).to(tl.float32)
+    if TABLES == 2:
+        cosine, sine = tl.load(angles + width, mask=inside, other=0.0), tl.load(angles + width + 1, mask=inside, other=0.0)
     # Attend to the key as it is rounded in the cache.
     key = _rotated_head(start + heads * width, cosine, sine, pairs, inside, width).to(keys.dtype.element_ty)
     value = tl.load(start + 2 * heads * width + channels, mask=filled, other=0.0)
@@ -185,7 +188,8 @@ def embed(
 def attend(projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, position: Tensor, gains: Tensor | None = None) -> Tensor:
     """Attend from a position (1,): projected (R, 3 C) to (R, C); writes its key and value to the caches (R, heads, T, d).
 
-    `gains`: (heads,) factors of the heads' logits; None: 1.
+    `rotations`: float32 (T, d / 2, 2), or (T, 2, d / 2, 2) of queries and keys apart. `gains`: (heads,) factors of the heads' logits;
+    None: 1.
     """
     rows, heads, length, width = keys.shape
     attended = projected.new_empty(rows, heads * width)
@@ -196,6 +200,7 @@ def attend(projected: Tensor, rotations: Tensor, keys: Tensor, values: Tensor, p
             *(projected, rotations, keys, values, position, attended if gains is None else gains, attended, length, width**-0.5),
             width=width,
             GAINED=gains is not None,
+            TABLES=rotations.ndim - 2,
             HALF=half,
             BLOCK=block,
             # 16 key elements per thread.

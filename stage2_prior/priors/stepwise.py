@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from configs.errors import UserError
+from configs.errors import UserError, require
 from configs.schema import PriorPart, Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.guidance_free import GuidanceFree
 from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales, guided
 from stage2_prior.priors.contract import Keep, Prior
 from training.devices import float64_device
@@ -38,6 +40,14 @@ class StepwisePart(PriorPart):
     guidance_free: bool = False
     """Guidance-free training (Chen et al. 2025): the prior is told the guidance with which it is sampled, and then takes one row per sample
     in place of two; training takes a second forward pass. Needs a condition, and stage2.condition_dropout above 0."""
+    corruption: float = 0.0
+    """Corrupted context, against memorisation: in training, random codes replace a share of those that positions look back at, but none of
+    the levels above that a prior of a single level is given. Each image's share is uniform between 0 and a limit, which falls from
+    `corruption` to 0 over the first three quarters of the steps; 1: as in reAR (He et al. 2025); 0 = off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.corruption <= 1, "prior.corruption", "0 to 1", self.corruption)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,20 @@ class StepwisePrior(Prior):
 
     exact = True
 
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        condition: Condition | GuidanceFree,
+        num_variants: int = 1,
+        given: SequenceLayout | None = None,
+        corruption: float = 0.0,
+    ) -> None:
+        """`corruption`: as in `StepwisePart`; the rest as in the contract."""
+        super().__init__(layout, condition, num_variants, given)
+        self.corruption = corruption
+        if corruption:
+            self.num_draws += 1 + 2 * layout.length
+
     @abstractmethod
     def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
         """Logits of every position of its own levels given the codes before it; arguments as in `forward`."""
@@ -124,30 +148,77 @@ class StepwisePrior(Prior):
         for position in range(start, stop):
             self.step(sequences[:, position - 1] if position else None, condition, cache)
 
+    def draws_in_raster_order(self, settings: Sampling, keep: Keep | None) -> bool:
+        """Whether `sample` goes through the positions in raster order, one by one, as `fixed_steps` do."""
+        return True
+
     def fixed_steps(self, batch: FixedBatch) -> FixedSteps | None:
         """Static-shape steps for CUDA graphs; None if this kind has only `step`."""
         return None
 
     @override
-    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
-        logits = self.logits(codes, condition, variants) if self.guidance_free is None else self._mixed(codes, condition, variants, draws)
-        return torch.cat(code_losses(logits, codes[self.levels]), 1).mean()
+    def forward(
+        self,
+        codes: Codes,
+        condition: Tensor | None,
+        variants: Tensor | None = None,
+        draws: Tensor | None = None,
+        progress: Tensor | None = None,
+    ) -> Tensor:
+        logits = self._guidance_free_logits if self.guidance_free is not None else self.training_logits
+        return torch.cat(code_losses(logits(codes, condition, variants, draws, progress), codes[self.levels]), 1).mean()
 
-    def _mixed(self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None) -> Logits:
+    def _guidance_free_logits(
+        self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
+    ) -> Logits:
         """Logits of guidance-free training: those at a random beta, times beta, plus 1 - beta times the unconditional ones.
 
-        Rows whose condition is dropped train the unconditional logits, at beta = 1.
+        Rows whose condition is dropped train the unconditional logits, at beta = 1. Both passes look back at the same codes.
         """
         assert self.guidance_free is not None
         assert condition is not None
         assert draws is not None
         # Above 0: beta is the reciprocal of a guidance.
-        beta = torch.where(self.guidance_free.is_null(condition), 1, 1 - draws[:, -1])
-        logits = self.logits(codes, self.guidance_free.with_beta(condition, beta), variants)
+        beta = torch.where(self.guidance_free.is_null(condition), 1, 1 - draws[:, 0])
+        draws = draws[:, 1:]
+        logits = self.training_logits(codes, self.guidance_free.with_beta(condition, beta), variants, draws, progress)
         with torch.no_grad():  # second, since autocast would reuse weights that were cast without gradient
-            unconditional = self.logits(codes, None, variants)
+            unconditional = self.training_logits(codes, None, variants, draws, progress)
         scale = beta[:, None, None]
         return tuple(guided(full_precision(ours), full_precision(null), scale) for ours, null in zip(logits, unconditional, strict=True))
+
+    def training_logits(
+        self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
+    ) -> Logits:
+        """Logits of every position in training, given the codes before it as `corrupted` leaves them; arguments as in `forward`.
+
+        `draws`: (B, num_logits_draws).
+        """
+        return self.logits(self.corrupted(codes, draws, progress), condition, variants)
+
+    @property
+    def num_logits_draws(self) -> int:
+        """Uniform random numbers per sample that `training_logits` takes."""
+        return self.num_draws - int(self.guidance_free is not None)
+
+    def corrupted(self, codes: Codes, draws: Tensor | None, progress: Tensor | None) -> Codes:
+        """Replace a share of the codes of its own levels by uniformly random ones, by the first of the `draws`.
+
+        The share is from U(0, corruption max(0, 1 - 4 t / 3)) at progress t (He et al. 2025, reAR, arXiv 2510.04450), for each image.
+        """
+        if not self.corruption:
+            return codes
+        assert draws is not None
+        assert progress is not None
+        sequences, length = self.layout.flat(codes[self.levels]), self.layout.length
+        share, uniform, replacement = draws[:, : 1 + 2 * length].split([1, length, length], 1)
+        sizes = torch.cat(
+            [torch.full((n,), k, device=draws.device) for n, k in zip(self.layout.lengths, self.layout.num_codes, strict=True)]
+        )
+        # In float32 a product may round up to the size itself.
+        random_codes = (replacement * sizes).long().minimum(sizes - 1)
+        replaced = uniform < share * self.corruption * (1 - 4 / 3 * progress).clamp(min=0)
+        return codes[: self.levels.start] + self.layout.grids_of(torch.where(replaced, random_codes, sequences))
 
     @override
     def nats(self, codes: Codes, condition: Tensor | None) -> Tensor:

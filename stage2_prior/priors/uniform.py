@@ -29,7 +29,14 @@ class UniformPrior(Prior):
         return self.sizes.device
 
     @override
-    def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        codes: Codes,
+        condition: Tensor | None,
+        variants: Tensor | None = None,
+        draws: Tensor | None = None,
+        progress: Tensor | None = None,
+    ) -> Tensor:
         return self.nats(codes, condition).mean()
 
     @override

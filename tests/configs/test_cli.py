@@ -246,7 +246,7 @@ FIXED = {
     "prior": "*",
     "stage2": "seed minutes batch_size warmup_steps final_lr_share weight_decay optimizer condition_dropout weight_average "
     "weight_average_share",
-    "sampling": "temperature top_k top_p min_p guidance guidance_schedule guidance_power guidance_interval precision",
+    "sampling": "temperature top_k top_p min_p guidance guidance_schedule guidance_power guidance_interval precision rounds",
     "evaluation": "",
     "compute": "",
 }

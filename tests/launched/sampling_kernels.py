@@ -116,7 +116,8 @@ def check_attention() -> None:
         attention = CachedAttention(heads * width, heads, gain=heads > 1).to(dtype)
         if attention.gain is not None:
             nn.init.normal_(attention.gain)
-        angles = rotations(torch.rand(length, 2) * 9, width).float()
+        # Queries and keys have their own where there are several heads.
+        angles = rotations(torch.rand(*((length, 2, 2) if heads > 1 else (length, 2))) * 9, width).float()
         cache, exact = attention.new_cache(rows, length), copy.deepcopy(attention).double()
         reference = exact.new_cache(rows, length)
         # Reduces the layer to attention alone.

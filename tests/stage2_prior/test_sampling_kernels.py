@@ -40,13 +40,13 @@ _CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
         f"attend {width} {dtype}": (
             "step_kernels._attend",
             {name: kind.format(dtype) for name, kind in _ATTEND.items()} | _LENGTHS,
-            {"width": width, "GAINED": gained, "HALF": half, "BLOCK": block},
+            {"width": width, "GAINED": gained, "TABLES": tables, "HALF": half, "BLOCK": block},
             warps,
         )
-        for width, half, block, warps, dtype, gained in (
-            (64, 32, 32, 4, "bf16", True),
-            (64, 32, 32, 4, "fp32", False),
-            (128, 64, 16, 4, "bf16", False),
+        for width, half, block, warps, dtype, gained, tables in (
+            (64, 32, 32, 4, "bf16", True, 1),
+            (64, 32, 32, 4, "fp32", False, 1),
+            (128, 64, 16, 4, "bf16", False, 2),
         )
     },
     "gate": (

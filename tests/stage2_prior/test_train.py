@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from configs.cli import load_recipe
 from configs.errors import UserError
@@ -21,6 +22,8 @@ from configs.prior_name import PriorName
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
 from pipelines.anomalies import validation_bits
+from pipelines.complete import main as complete
+from pipelines.compress import main as compress
 from pipelines.export_onnx import main as export_onnx
 from pipelines.sample import main as sample
 from stage2_prior.codes.record import codes_record
@@ -197,6 +200,32 @@ def test_a_guidance_free_prior_is_trained_resumed_and_drawn_from(run_copy: Path,
         (["--level", "1"], "prior.guidance_free: expected false for a level"),
     ):
         assert text in one_line_error(main, *settings, "--name", "new", *arguments)
+
+
+def test_a_prior_of_any_order_resumes_draws_in_rounds_and_completes_any_mask(
+    run_copy: Path, capsys: pytest.CaptureFixture[str], one_line_error: Callable[..., str]
+) -> None:
+    """With a corrupted context, both by draws of each step."""
+    run = ["--run", str(run_copy)]
+    settings = [*run, "--prior.order", "any", "--prior.corruption", "0.8", "--stage2.accumulation", "2"]
+    main([*settings, "--name", "whole"])
+    with pytest.raises(SystemExit):
+        main([*settings, "--name", "stopped", "--stop_after", "1e-9"])
+    main([*run, "--name", "stopped", "--resume"])
+    uninterrupted, stopped = (run_copy / "priors" / name for name in ("whole", "stopped"))
+    assert (stopped / "prior.safetensors").read_bytes() == (uninterrupted / "prior.safetensors").read_bytes()
+    drawn = []
+    for number, options in enumerate([["--rounds", "3"], ["--rounds", "3", "--batch-size", "2"], []]):
+        sample([*run, "--n", "5", "--guidance", "1.5", *options])
+        drawn.append(load_file(run_copy / f"samples/{number:03d}/codes.safetensors")["level0"])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    complete([*run, "--n", "2", "--continuations", "2", "--keep-rows", "1"])
+    assert "4 continuations of 2 images, each code given all kept ones; look at" in capsys.readouterr().out
+    compress(run)  # decodes what it has written
+    assert "prior trained with prior.order raster, found 3" in one_line_error(sample, *run, "--prior", "transformer", "--rounds", "3")
+    complete([*run, "--n", "2", "--continuations", "2", "--prior", "transformer"])
+    assert "each code given those before it; look at" in capsys.readouterr().out
 
 
 def test_a_prior_killed_before_its_first_checkpoint_keeps_its_recipe(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> CodeStore:
 
 def loader(store: CodeStore, rank: int = 0, processes: int = 1, ahead: bool | None = None, condition: Condition = CONDITION) -> CodeLoader:
     accelerator: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-    return CodeLoader(store, condition, CONFIG, accelerator, ahead=ahead)
+    return CodeLoader(store, condition, CONFIG, accelerator, num_draws=3, ahead=ahead)
 
 
 def steps(code_loader: CodeLoader, first: int = 0) -> list[CodeBatch]:
@@ -57,7 +57,7 @@ def steps(code_loader: CodeLoader, first: int = 0) -> list[CodeBatch]:
 
 
 def equal(one: CodeBatch, other: CodeBatch) -> bool:
-    pairs = zip((*one.codes, one.condition, one.variants), (*other.codes, other.condition, other.variants), strict=True)
+    pairs = zip((*one.codes, *one[1:]), (*other.codes, *other[1:]), strict=True)
     return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
@@ -86,6 +86,13 @@ def test_batches_are_the_same_with_any_number_of_threads_and_ranks(store: CodeSt
     for batch, *parts in zip(expected, *halves, strict=True):
         assert torch.equal(batch.codes[1], torch.cat([part.codes[1] for part in parts]))
         assert torch.equal(batch.variants, torch.cat([part.variants for part in parts]))
+        assert batch.draws is not None
+        assert torch.equal(batch.draws, torch.cat([part.draws for part in parts if part.draws is not None]))
+
+
+def test_progress_is_the_share_of_the_steps_before_this_one(store: CodeStore) -> None:
+    progress = [batch.progress.item() for batch in steps(loader(store))]
+    assert progress == pytest.approx([step / CONFIG.steps for step in range(6) for _ in range(2)])
 
 
 @pytest.mark.parametrize("ahead", [True, False])
