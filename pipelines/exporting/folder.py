@@ -37,6 +37,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     assert header is not None
     if header.condition.kind != "none" and not header.condition.class_names:
         raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")
+    if prior.draw_layout is not prior.layout:
+        raise UserError("prior: expected one with prior.head table to export, found one with digits")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
     sampling = {**dataclasses.asdict(generator.sampling), "guidance": _guidance(generator)}

@@ -3,6 +3,7 @@
 Training asks for the logits of all positions at once (`logits`); sampling and coding ask for one position after another (`step`), and
 a cache holds what the earlier positions left; known codes enter it at once (`prefill`). All give the same logits, and so do
 `FixedSteps`, the same steps with static shapes for CUDA graphs. Loss, sampler and likelihood follow from these, here, for all kinds.
+A prior may draw a code digit by digit: `draw_layout` then has a position for each digit, and sequences, steps and noise are of digits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from training.devices import float64_device
 from training.precision import full_precision, ieee_float32
 
 Logits = tuple[Tensor, ...]
-"""(B, h w, K) per level: positions in raster order, over that level's own codes."""
+"""(B, h w, K) per level, or per level and digit: positions in raster order, over that level's own codes, or that digit's values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class FixedBatch:
     """Preallocated input tensors of a sampling batch, overwritten in place so that a CUDA graph can read them."""
 
     sequences: Tensor
-    """(B, T) int64 codes; only those before the current position are read."""
+    """(B, T) int64 codes or digits, of the prior's `draw_layout`; only those before the current position are read."""
     condition: Tensor
     """Condition rows (R, ...). R = B, or 2 B under guidance, where rows r and B + r share their codes."""
     position: Tensor
@@ -94,9 +97,18 @@ class StepwisePrior(Prior):
 
     exact = True
 
+    @property
+    def draw_layout(self) -> SequenceLayout:
+        """Layout of the sequence in which codes, or their digits, are drawn."""
+        return self.layout
+
     @abstractmethod
     def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
-        """Logits of every position of its own levels given the codes before it; arguments as in `forward`."""
+        """Logits of every position of its own levels given the codes (and digits) before it; arguments as in `forward`."""
+
+    def code_logits(self, codes: Codes, condition: Tensor | None, level: int, index: int) -> Tensor:
+        """Logits (B, K) over the codes at one position of a level of its own, given the codes before it."""
+        return self.logits(codes, condition)[level][:, index]
 
     @abstractmethod
     def new_cache(self, batch: int, above: Codes = ()) -> Any:
@@ -104,18 +116,18 @@ class StepwisePrior(Prior):
 
     @abstractmethod
     def step(self, code: Tensor | None, condition: Tensor | None, cache: Any) -> Tensor:
-        """Logits (B, K) of the next position over its level's codes; advances the cache by one position.
+        """Logits (B, K) of the next position of `draw_layout` over its values; advances the cache by one position.
 
-        `code`: (B,) at the position before; None at the first.
+        `code`: (B,) at the position before, or its digit; None at the first.
         """
 
     def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: Any) -> None:
         """Feed positions of known codes into the cache, which is then as after a step through each; by default, just that.
 
         Args:
-            sequences: (B, T) int64; the codes before `stop` are read.
-            start: the cache's position.
-            stop: a later position, from which `step` goes on.
+            sequences: (B, T) int64, of `draw_layout`; those before `stop` are read.
+            start: the cache's position, the first of a code.
+            stop: a later position, the first of a code, from which `step` goes on.
             condition, cache: as in `step`.
         """
         for position in range(start, stop):
@@ -127,12 +139,17 @@ class StepwisePrior(Prior):
 
     @override
     def forward(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
-        return torch.cat(code_losses(self.logits(codes, condition, variants), codes[self.levels]), 1).mean()
+        return self._code_nats(codes, condition, variants).mean()
 
     @override
     def nats(self, codes: Codes, condition: Tensor | None) -> Tensor:
         with ieee_float32(codes[0].device):
-            return torch.cat(code_losses(self.logits(codes, condition), codes[self.levels]), 1)
+            return self._code_nats(codes, condition)
+
+    def _code_nats(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood (B, T) of each code, in nats: the sum over its digits."""
+        losses = iter(code_losses(self.logits(codes, condition, variants), self.draw_layout.split(codes[self.levels])))
+        return torch.cat([reduce(torch.add, islice(losses, len(sizes))) for sizes in self.draw_layout.draw_sizes], 1)
 
     @override
     @torch.no_grad()
@@ -140,7 +157,7 @@ class StepwisePrior(Prior):
         """See the contract; a kept code conditions the codes drawn after it. Eager: `Sampler` in sampler.py replays CUDA graphs."""
         assert not self.training
         assert isinstance(settings, StepwiseSampling)
-        layout, batch, guided = self.layout, len(noise), is_guided(condition, settings)
+        layout, batch, guided = self.draw_layout, len(noise), is_guided(condition, settings)
         noise = noise.to(float64_device(self.device))
         # Conditional and unconditional sequences run in one batch and share every code.
         copies = 2 if guided else 1
@@ -167,7 +184,7 @@ class StepwisePrior(Prior):
 
 def drawn_positions(layout: SequenceLayout, keep: Keep | None) -> list[int]:
     """Positions to draw, ascending: all that are not kept."""
-    return list(range(layout.length)) if keep is None else (~layout.flat(keep.masks)[0]).nonzero()[:, 0].tolist()
+    return list(range(layout.length)) if keep is None else (~layout.flat_mask(keep.masks)).nonzero()[:, 0].tolist()
 
 
 def code_losses(logits: Logits, codes: Codes) -> list[Tensor]:

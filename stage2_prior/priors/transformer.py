@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from configs.errors import require
 from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
@@ -28,8 +29,8 @@ from stage2_prior.priors.upper_levels import UpperLevels
 from training.batching import batches
 from training.kernels import Kernel
 
-# Standard deviation of initial embeddings and matrices (GPT-2).
-_INITIAL_STD = 0.02
+INITIAL_STD = 0.02
+"""Standard deviation of initial embeddings and matrices (GPT-2)."""
 # Share of that variance that comes from the codes' vectors, where they are known.
 _SHARE_OF_VECTORS = 0.7
 # Positions per prefill pass, over all rows: in float64 some 100 MB of activations at 1,024 channels.
@@ -72,10 +73,17 @@ class TransformerPart(SizedByPreset, StepwisePart):
     """Channels of a position; 0 = the preset's."""
     heads: int = 0
     """Attention heads; 0 = the preset's. Width / heads must be a multiple of 4, for the rotary positions of two axes."""
+    head: Literal["table", "digits"] = "table"
+    """Output layer: a row per code; or `digits`, for codes that are digits (of the quantizers fsq and lfq), which a small network gives one
+    after another, at a cost that grows with log K instead of K."""
+    digit_classes: int = 64
+    """With head digits: neighbouring digits are drawn as one, as long as that has at most so many values."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sizes()
+        require(self.head in ("table", "digits"), "prior.head", "table or digits", self.head)
+        require(self.digit_classes >= 2, "prior.digit_classes", "at least 2", self.digit_classes)
 
     @override
     def resolved(self) -> TransformerPart:
@@ -85,7 +93,15 @@ class TransformerPart(SizedByPreset, StepwisePart):
     def build(
         self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None
     ) -> Transformer:
-        return Transformer(layout, condition, num_variants, self.sizes(), self.dropout, given)
+        if self.head == "table":
+            return Transformer(layout, condition, num_variants, self.sizes(), self.dropout, given)
+        from stage2_prior.priors.digit_transformer import DigitTransformer  # a subclass of Transformer
+
+        digits = layout.grouped(self.digit_classes)
+        several = f"table for codes that are not more than one digit of {self.digit_classes} values (prior.digit_classes)"
+        require(any(len(sizes) > 1 for sizes in digits.digits), "prior.head", several, f"digits for {layout.digits}")
+        above = None if given is None else given.grouped(self.digit_classes)
+        return DigitTransformer(digits, condition, num_variants, self.sizes(), self.dropout, above)
 
 
 @dataclass
@@ -116,7 +132,7 @@ class Transformer(StepwisePrior):
         """`layout`, `condition`, `num_variants` and `given` as in the contract; with `given`, a single level is modelled."""
         super().__init__(layout, condition, num_variants, given)
         layers, width, heads = sizes
-        self.token = nn.Embedding(layout.vocabulary, width)
+        self.token = self.token_embedding(layout, width)
         self.label = condition.embedding(width)
         self.variant = VariantEmbedding(num_variants, width) if num_variants > 1 else None
         self.start = nn.Parameter(torch.empty(width))
@@ -125,8 +141,11 @@ class Transformer(StepwisePrior):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))  # type: ignore[assignment]
         self.norm = Norm(width)
-        self.head = nn.Linear(width, layout.vocabulary, bias=False)
-        self.above = None if given is None else UpperLevels(given.num_codes, width, heads, layout.grids[0])
+        self.add_head(width)
+        self.above = None
+        if given is not None:
+            above = [self.token_embedding(given.levels(slice(level, level + 1)), width) for level in range(len(given.grids))]
+            self.above = UpperLevels(above, width, heads, layout.grids[0])
         # Position t holds the code of position t-1 but is turned as position t, the one it predicts.
         self.rotary = RotaryTable(layout.centres(), width // heads)
         self.register_buffer("coordinates", torch.cat([layout.coordinates()[:, :1], layout.centres().round().long()], 1), persistent=False)
@@ -134,6 +153,15 @@ class Transformer(StepwisePrior):
 
     coordinates: Tensor
     blocks: Sequence[Block]
+    head: nn.Linear
+
+    def token_embedding(self, layout: SequenceLayout, width: int) -> nn.Embedding:
+        """Build the embedding of the tokens of a layout."""
+        return nn.Embedding(layout.vocabulary, width)
+
+    def add_head(self, width: int) -> None:
+        """Add the output layer."""
+        self.head = nn.Linear(width, self.layout.vocabulary, bias=False)
 
     @property
     def rotations(self) -> Tensor:
@@ -143,12 +171,12 @@ class Transformer(StepwisePrior):
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, VariantEmbedding):
-                nn.init.normal_(module.weight, std=_INITIAL_STD)
-        nn.init.normal_(self.start, std=_INITIAL_STD)
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+        nn.init.normal_(self.start, std=INITIAL_STD)
         # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
         for block in self.blocks:
             for projection in (block.attention.out, block.mlp.out):
-                nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
+                nn.init.normal_(projection.weight, std=INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
 
     @override
     @torch.no_grad()
@@ -159,9 +187,7 @@ class Transformer(StepwisePrior):
         """
         for weight in (self.token.weight, self.head.weight):
             for rows, level_vectors in zip(weight.split(self.layout.num_codes), vectors, strict=True):
-                mapped = level_vectors @ torch.randn(level_vectors.shape[1], rows.shape[1])
-                mapped *= _INITIAL_STD / mapped.std().clamp(min=1e-12)
-                rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
+                add_vectors_(rows, level_vectors)
 
     @override
     def fsdp_modules(self) -> list[nn.Module]:
@@ -178,6 +204,11 @@ class Transformer(StepwisePrior):
 
     @override
     def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
+        features = self.all_features(codes, condition, variants).split(self.layout.lengths, 1)
+        return tuple(self.head_logits(part, level) for level, part in enumerate(features))
+
+    def all_features(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Tensor:
+        """Features (B, T, C) of the last layer at all positions; arguments as in `logits`."""
         tokens = self.layout.to_tokens(codes[self.levels])
         batch = tokens.shape[0]  # len would fix the batch of an exported graph
         start = self.start.expand(batch, 1, -1)
@@ -192,7 +223,7 @@ class Transformer(StepwisePrior):
                 x = checkpoint(block, x, self.rotations, use_reentrant=False)
             else:
                 x = block(x, self.rotations)
-        return tuple(self.head_logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
+        return x
 
     def head_logits(self, x: Tensor, level: int) -> Tensor:
         """(..., C) at positions of one level to logits (..., K) over its codes."""
@@ -208,10 +239,13 @@ class Transformer(StepwisePrior):
     def step(self, code: Tensor | None, condition: Tensor | None, cache: TransformerCache) -> Tensor:
         position = cache.position
         cache.position += 1
+        return self.head_logits(self.step_features(code, condition, cache, position), self.layout.level_of(position))
+
+    def step_features(self, code: Tensor | None, condition: Tensor | None, cache: TransformerCache, position: int) -> Tensor:
+        """Features (B, C) of the last layer at a position, given the code (B,) before it."""
         batch = len(cache.layers[0].keys)
         token = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(position))
-        x = self.embed_step(token, self.condition_or_null(condition, batch), cache, position)
-        return self.head_logits(self.features(x, cache, position), self.layout.level_of(position))
+        return self.features(self.embed_step(token, self.condition_or_null(condition, batch), cache, position), cache, position)
 
     def embed_step(self, token: Tensor, condition: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
         """Sum (B, C) of the embeddings at a position: the previous token's (B, C), condition's (B,), position's and upper levels'."""
@@ -298,6 +332,13 @@ class TransformerSteps(FixedSteps):
         tokens = batch.sequences.index_select(1, before)[:, 0] + self._offsets.index_select(0, before)
         token = torch.where(position == 0, prior.start, prior.token(batch.shared(tokens)))
         return prior.embed_step(token, batch.condition, cache, position)
+
+
+def add_vectors_(rows: Tensor, vectors: Tensor) -> None:
+    """Replace a share of rows (K, C) of the initial scale by a random projection of vectors (K, D), of the same scale."""
+    mapped = vectors @ torch.randn(vectors.shape[1], rows.shape[1])
+    mapped *= INITIAL_STD / mapped.std().clamp(min=1e-12)
+    rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
 
 
 class Block(nn.Module):
