@@ -2,10 +2,11 @@
 
     python benchmarks/priors.py
     python benchmarks/priors.py --rounds 7
+    python benchmarks/priors.py --heads --rounds 3
 
 64 images of 8x8 codes, K = 512, no guidance, float32, medians of alternated rounds, random weights. The chain is the transformer's
 matrix products in order, (64, C) by each matrix and the head, 64 times, as `linear(x, weight)`. One full pass per position, timed once, is
-the cost of sampling without a cache.
+the cost of sampling without a cache. --heads compares the transformer's heads alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,13 +159,37 @@ def training(rounds: int) -> None:
         print(f"| {name} | {parameters:.2f} M | {speed:.0f} | {seconds_by_model['nn.TransformerEncoder'] / seconds:.2f} |")
 
 
+def heads(rounds: int) -> None:
+    """Print the table of weights and times of a transformer that draws digits, as ratios to one that draws codes whole."""
+    print("| K | weights | digits / table | training step | sampling |\n| --- | --- | --- | --- | --- |")
+    for bits in (10, 14):
+        layout = SequenceLayout([_GRID], [2**bits], [(2,) * bits])
+        sizes: dict[str, Any] = {"layers": 4, "width": 256, "heads": 4, "dropout": 0.0}
+        priors = {head: TransformerPart(**sizes, head=head).build(layout, NoCondition()) for head in ("table", "digits")}  # type: ignore[arg-type]
+        codes, uniform = (torch.randint(2**bits, (8, *_GRID)),), uniforms(0, torch.arange(8), priors["digits"].num_noise)
+        contestants: dict[str, Callable[[], object]] = {}
+        for head, prior in priors.items():
+            optimizer = adamw(prior, 1e-3, 0.05, beta2=0.95)
+            contestants[f"train {head}"] = lambda p=prior, c=codes, o=optimizer: training_steps(p, lambda: p(c, None), o)
+            contestants[f"sample {head}"] = lambda p=prior, u=uniform: p.eval().sample(None, u, StepwiseSampling())
+        seconds = medians(contestants, rounds)
+        table, digits = (sum(parameter.numel() for parameter in prior.parameters()) / 1e6 for prior in priors.values())
+        ratios = [f"{seconds[f'{work} digits'] / seconds[f'{work} table']:.2f}" for work in ("train", "sample")]
+        print(f"| 2^{bits} | {table:.1f} M, {digits:.1f} M | {digits / table:.2f} | {' | '.join(ratios)} |", flush=True)
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--heads", action="store_true")
+    options = parser.parse_args()
+    rounds = options.rounds
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads\n")
+    if options.heads:
+        heads(rounds)
+        return
     memory()
     sampling(rounds)
     training(rounds)

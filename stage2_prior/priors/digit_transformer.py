@@ -231,7 +231,7 @@ class DigitSteps(TransformerSteps):
         self._hidden = [head.up.weight.new_zeros(len(batch.condition), head.up.out_features) for head in prior.digits]
         places = [layout.code_and_digit(position) for position in range(layout.length)]
         self._codes = torch.tensor([code for code, _ in places], device=prior.device)
-        # Of each position: by what the digits before it, the nearest last, are multiplied in the code before its own.
+        # Row t: by what each of the positions before t, the nearest last, is multiplied in the code before that of t.
         most = max(map(len, layout.digits))
         strides = torch.zeros(layout.length, most, dtype=torch.int64)
         for position, (code, _) in enumerate(places):

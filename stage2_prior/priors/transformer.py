@@ -98,8 +98,8 @@ class TransformerPart(SizedByPreset, StepwisePart):
         from stage2_prior.priors.digit_transformer import DigitTransformer  # a subclass of Transformer
 
         digits = layout.grouped(self.digit_classes)
-        several = f"table for codes that are not more than one digit of {self.digit_classes} values (prior.digit_classes)"
-        require(any(len(sizes) > 1 for sizes in digits.digits), "prior.head", several, f"digits for {layout.digits}")
+        several = f"table, or codes of more than one digit of up to {self.digit_classes} values (prior.digit_classes)"
+        require(any(len(sizes) > 1 for sizes in digits.digits), "prior.head", several, f"digits, for codes of {layout.digits}")
         above = None if given is None else given.grouped(self.digit_classes)
         return DigitTransformer(digits, condition, num_variants, self.sizes(), self.dropout, above)
 
