@@ -2,11 +2,12 @@
 
     python benchmarks/priors.py
     python benchmarks/priors.py --rounds 7
+    python benchmarks/priors.py --heads --rounds 3
     python benchmarks/priors.py --llamagen FOLDER     (a checkout of github.com/FoundationVision/LlamaGen: its sampler beside ours, alone)
 
 64 images of 8x8 codes, K = 512, no guidance, float32, medians of alternated rounds, random weights. The chain is the transformer's
 matrix products in order, (64, C) by each matrix and the head, 64 times, as `linear(x, weight)`. One full pass per position, timed once, is
-the cost of sampling without a cache.
+the cost of sampling without a cache. --heads compares the transformer's heads alone.
 
 Beside LlamaGen: networks of its B (12 layers x 768, 16 x 16 codes of 16,384, 1,000 classes), 2 images, guidance 2, top-k 2,000; its sampler
 is `autoregressive/models/generate.py`, uncompiled as its `sample_c2i.py` runs it.
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,17 +186,39 @@ def beside_llamagen(folder: Path, rounds: int, images: int = 2) -> None:
         print(f"| {name} | {value:.1f} | {images * layout.length / value:.0f} | {value / seconds['ours']:.2f} |")
 
 
+def heads(rounds: int) -> None:
+    """Print the table of weights and times of a transformer that draws digits, as ratios to one that draws codes whole."""
+    print("| K | weights | digits / table | training step | sampling |\n| --- | --- | --- | --- | --- |")
+    for bits in (10, 14):
+        layout = SequenceLayout([_GRID], [2**bits], [(2,) * bits])
+        sizes: dict[str, Any] = {"layers": 4, "width": 256, "heads": 4, "dropout": 0.0}
+        priors = {head: TransformerPart(**sizes, head=head).build(layout, NoCondition()) for head in ("table", "digits")}  # type: ignore[arg-type]
+        codes, uniform = (torch.randint(2**bits, (8, *_GRID)),), uniforms(0, torch.arange(8), priors["digits"].num_noise)
+        contestants: dict[str, Callable[[], object]] = {}
+        for head, prior in priors.items():
+            optimizer = adamw(prior, 1e-3, 0.05, beta2=0.95)
+            contestants[f"train {head}"] = lambda p=prior, c=codes, o=optimizer: training_steps(p, lambda: p(c, None), o)
+            contestants[f"sample {head}"] = lambda p=prior, u=uniform: p.eval().sample(None, u, StepwiseSampling())
+        seconds = medians(contestants, rounds)
+        table, digits = (sum(parameter.numel() for parameter in prior.parameters()) / 1e6 for prior in priors.values())
+        ratios = [f"{seconds[f'{work} digits'] / seconds[f'{work} table']:.2f}" for work in ("train", "sample")]
+        print(f"| 2^{bits} | {table:.1f} M, {digits:.1f} M | {digits / table:.2f} | {' | '.join(ratios)} |", flush=True)
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--llamagen", type=Path, help="a checkout of LlamaGen, whose sampler alone is then compared")
+    parser.add_argument("--heads", action="store_true")
     options = parser.parse_args()
     rounds = options.rounds
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads\n")
     if options.llamagen is not None:
         beside_llamagen(options.llamagen, rounds)
+    elif options.heads:
+        heads(rounds)
         return
     memory()
     sampling(rounds)

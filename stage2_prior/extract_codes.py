@@ -187,6 +187,7 @@ def build_manifest(name: str, source: ImageSource, condition: Condition, tokeniz
         rows=len(split),
         grids=tokenizer.grids,
         num_codes=list(tokenizer.quantizer.num_codes),
+        digits=[list(sizes) for sizes in tokenizer.quantizer.digits],
         condition=NoCondition() if condition.encode(split, slice(0, 1)) is None else condition,
         augmentation=augmentation,
         variants=len(VARIANTS[augmentation]),

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
                     rows=0,
                     grids=tokenizer.grids,
                     num_codes=list(tokenizer.quantizer.num_codes),
+                    digits=[list(sizes) for sizes in tokenizer.quantizer.digits],
                     condition=Classes(names=names) if names is not None and name in labels else NoCondition(),
                     augmentation="none",
                     variants=1,

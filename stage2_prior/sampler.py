@@ -103,7 +103,7 @@ class _GraphedSteps:
 
     def __init__(self, prior: StepwisePrior, batch: int, guided: bool, settings: StepwiseSampling) -> None:
         """Errors: CaptureError for a prior without static-shape steps."""
-        device, length = prior.device, prior.layout.length
+        device, length = prior.device, prior.draw_layout.length
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -122,14 +122,14 @@ class _GraphedSteps:
     def draw(self, condition: Tensor | None, noise: Tensor, settings: Sampling, keep: Keep | None) -> Codes:
         """Draw one batch of this size; see `Prior.sample`. Only guidance may differ from the settings it was built for."""
         assert not self._prior.training
-        layout, batch = self._prior.layout, len(self._sequences)
+        layout, batch = self._prior.draw_layout, len(self._sequences)
         self._condition.copy_(self._prior.sampling_condition(condition, batch, self._guided, settings.guidance))
         self._noise.copy_(noise[:, : layout.length])
         self._scales.copy_(torch.tensor(guidance_scales(settings, layout.length), dtype=torch.float64))
         self._to_draw.fill_(1)
         self._sequences.zero_()
         if keep is not None:
-            self._to_draw.copy_(~layout.flat(keep.masks)[0])
+            self._to_draw.copy_(~layout.flat_mask(keep.masks))
             self._sequences.copy_(layout.flat(keep.codes))
         self._failed.zero_()
         drawn = drawn_positions(layout, keep)

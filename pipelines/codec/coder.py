@@ -80,9 +80,8 @@ class Encoding(NamedTuple):
 
 
 def code_batch_size(layout: SequenceLayout, requested: int) -> int:
-    """Choose the images per batch: the requested number, or fewer if memory and offsets demand it."""
-    logits = sum(length * k for length, k in zip(layout.lengths, layout.num_codes, strict=True))
-    return max(1, min(requested, MOST_IMAGES, _LOGITS_AT_ONCE // logits))
+    """Choose the images per batch of a prior with this `draw_layout`: the requested number, or fewer if memory and offsets demand it."""
+    return max(1, min(requested, MOST_IMAGES, _LOGITS_AT_ONCE // sum(layout.sizes)))
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def encode(prior: StepwisePrior, codes: Codes, labels: Tensor | None, batch: int
         progress: show a bar.
     Errors: UserError if the prior's logits cannot be coded.
     """
-    sequences = prior.layout.flat(codes).cpu()
+    sequences = prior.draw_layout.flat(codes).cpu()
     coder, family, offsets = stream.queue.RangeEncoder(), stream.model.Categorical(perfect=False), []
     nats, clearance = 0.0, math.inf
     with progress_bar(len(sequences), "encode", "img", shown=progress) as bar:
@@ -133,11 +132,10 @@ def decode(prior: StepwisePrior, coded: Coded, labels: Tensor | None, at_once: i
         progress: show a bar.
     Errors: UserError if they are not those that were encoded.
     """
-    layout = prior.layout
+    layout = prior.draw_layout
     most = code_batch_size(layout, MOST_IMAGES)
     if coded.batch > most:
         raise UserError(f"decoding: expected batches of at most {most} images of this prior's codes, found {coded.batch}")
-    sizes = [layout.num_codes[layout.level_of(position)] for position in range(layout.length)]
     decoder, family = (
         stream.queue.RangeDecoder(np.frombuffer(coded.payload, "<u4").astype(np.uint32)),
         stream.model.Categorical(perfect=False),
@@ -147,7 +145,7 @@ def decode(prior: StepwisePrior, coded: Coded, labels: Tensor | None, at_once: i
         for part, offset in zip(batches(coded.images, coded.batch), coded.offsets, strict=True):
             rows = torch.zeros(part.stop - part.start, layout.length, dtype=torch.int64)
             step = _step_function(prior, None if labels is None else labels[part], len(rows), at_once or len(rows))
-            for position, k in enumerate(sizes):
+            for position, k in enumerate(layout.sizes):
                 logits = step(rows[:, position - 1] if position else None)
                 if k > 1:
                     try:

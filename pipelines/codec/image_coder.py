@@ -68,7 +68,7 @@ def encode_images(
         bound, codes, labels = bound[coded], tuple(level[coded] for level in codes), None if labels is None else labels[coded]
         coded_pixels, _ = encode_pixels(exact, codes, pixels[coded], pixel_batch_size(exact, batch), progress)
         pixel_part = Lossless(coded_pixels, stored)
-    encoding = encode(prior, codes, labels, code_batch_size(prior.layout, batch), progress)
+    encoding = encode(prior, codes, labels, code_batch_size(prior.draw_layout, batch), progress)
     height, width, channels = pixels.shape[1:]
     content = CodeFile(*made_by, (height, width, channels), encoding.coded, labels, names, pixel_part)
     return EncodedImages(content, codes, encoding, reconstructions, bound)

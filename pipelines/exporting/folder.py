@@ -41,6 +41,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")
     if prior.guidance_free is not None:
         raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
+    if prior.draw_layout is not prior.layout:
+        raise UserError("prior: expected one with prior.head table to export, found one with digits")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
     sampling = _sampling(generator)

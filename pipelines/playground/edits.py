@@ -67,8 +67,8 @@ def most_likely_codes(generator: Generator, codes: Codes, label: Label | None, p
     """List the most likely codes at a position of an image, (1, h, w) per level, given those before it, in descending order."""
     prior, condition = generator.exact_prior("most likely codes"), requested_condition(generator.header, label, 1)
     condition = None if condition is None else condition.to(prior.device)
-    logits = prior.logits(tuple(level.to(prior.device) for level in codes), condition)[place.level]
-    logits_here = logits[0, place.row * codes[place.level].shape[2] + place.column]
+    index = place.row * codes[place.level].shape[2] + place.column
+    logits_here = prior.code_logits(tuple(level.to(prior.device) for level in codes), condition, place.level, index)[0]
     return logits_here.topk(min(count, len(logits_here))).indices.tolist()
 
 

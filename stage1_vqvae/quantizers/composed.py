@@ -115,6 +115,11 @@ class ProjectedQuantizer(Quantizer):
         self.dim, self.num_codes = dim, inner.num_codes
         self.down, self.inner, self.up = nn.Linear(dim, inner.dim), inner, nn.Linear(inner.dim, dim)
 
+    @property
+    @override
+    def digits(self) -> tuple[tuple[int, ...], ...]:
+        return self.inner.digits
+
     @override
     def quantize(self, rows: Tensor) -> Quantized:
         quantized = self.inner.quantize(self.down(rows))

@@ -49,6 +49,11 @@ class Levels(nn.Module, ABC):
     num_codes: tuple[int, ...]
     """Number of codes K per level."""
 
+    @property
+    def digits(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the digits of a code, per level, least significant first: code = d1 + s1 d2 + s1 s2 d3 ...; by default one, the code."""
+        return tuple((k,) for k in self.num_codes)
+
     @abstractmethod
     def code_vectors(self) -> tuple[Tensor, ...]:
         """Compute (K, D) per level: what each code adds to the latents, other levels being equal, minus the mean over codes."""

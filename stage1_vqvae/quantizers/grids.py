@@ -22,6 +22,11 @@ class GridQuantizers(Levels):
 
     parts: Sequence[Quantizer]
 
+    @property
+    @override
+    def digits(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(sizes for part in self.parts for sizes in part.digits)
+
     @staticmethod
     def merge(grids: Sequence[Quantized]) -> tuple[Codes, dict[str, Tensor], Statistics, tuple[Tensor, ...]]:
         """Merge codes, losses, statistics and latents of all grids; losses are summed."""

@@ -106,6 +106,11 @@ class FiniteScalarQuantizer(Quantizer):
         strides = torch.tensor([math.prod(levels[:number]) for number in range(len(levels))])
         self.register_buffer("strides", strides, persistent=False)
 
+    @property
+    @override
+    def digits(self) -> tuple[tuple[int, ...], ...]:
+        return (tuple(self.sizes.tolist()),)
+
     @override
     def quantize(self, rows: Tensor) -> Quantized:
         squashed = self._squashed(rows)
@@ -145,6 +150,11 @@ class LookupFreeQuantizer(Quantizer):
         self.register_buffer("powers", 2 ** torch.arange(self.dim), persistent=False)
         every_code = torch.arange(num_codes)
         self.register_buffer("signs", self._bits(every_code).float() * 2 - 1, persistent=False)
+
+    @property
+    @override
+    def digits(self) -> tuple[tuple[int, ...], ...]:
+        return ((2,) * self.dim,)
 
     def quantize(self, rows: Tensor) -> Quantized:
         """See the contract. Losses: `commitment` and `entropy`."""

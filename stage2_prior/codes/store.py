@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Manifest:
     """(h, w) per level, coarse to fine."""
     num_codes: list[int]
     """K, the number of codes, per level."""
+    digits: list[list[int]] = field(default_factory=list)
+    """Sizes of the digits of a code, per level, least significant first; empty: unknown, in stores of versions before this field."""
     condition: Condition
     """Condition that is stored with the codes, such as the classes and their names."""
     augmentation: Augmentation
@@ -259,7 +262,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     content = read_summed_json(path)
     fields = {field.name for field in dataclasses.fields(Manifest)}
-    if set(content) != fields or content["format"] != _FORMAT or not _well_formed(content):
+    if set(content) | {"digits"} != fields or content["format"] != _FORMAT or not _well_formed(content):
         raise UserError(f"{path}: expected a manifest of format {_FORMAT}, found something else; {_EXTRACT_AGAIN}, with --overwrite")
     content["grids"] = [tuple(grid) for grid in content["grids"]]
     content["image_shape"] = tuple(content["image_shape"])
@@ -274,16 +277,19 @@ def read_manifest(folder: Path) -> Manifest:
 def _well_formed(content: dict[str, Any]) -> bool:
     """Return whether a manifest's sizes are consistent positive integers; checked before anything is allocated by them."""
     try:
+        digits = content.get("digits", [])
         sides = [side for h, w in content["grids"] for side in (h, w)]
         sizes = [
             *sides,
             *content["num_codes"],
+            *(size for level in digits for size in level),
             *content["image_shape"],
             content["variants"],
             content["rows_per_shard"],
             content["rows"] + 1,
         ]
         lengths_fit = len(content["grids"]) == len(content["num_codes"]) > 0 and len(content["image_shape"]) == 3
+        digits_fit = not digits or [math.prod(level) for level in digits] == content["num_codes"]
     except (TypeError, ValueError):
         return False
-    return lengths_fit and all(type(size) is int and 0 < size < 2**48 for size in sizes)
+    return lengths_fit and digits_fit and all(type(size) is int and 0 < size < 2**48 for size in sizes)

@@ -14,7 +14,7 @@ from configs.errors import require
 from configs.parts import as_dict
 from configs.schema import PriorPart, prior_from
 from stage1_vqvae.quantizers.contract import Codes
-from stage2_prior.codes.sequence import SequenceLayout
+from stage2_prior.codes.sequence import DigitLayout, SequenceLayout
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.priors.stepwise import FixedBatch, FixedSteps, Logits, StepwisePart, StepwisePrior
 
@@ -47,7 +47,7 @@ def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition
 
     Errors: ValueError for a kind that cannot be given levels, or does not draw codes in turn.
     """
-    own = SequenceLayout([layout.grids[level]], [layout.num_codes[level]])
+    own = layout.levels(slice(level, level + 1))
     require(isinstance(config, StepwisePart), "prior.kind", "one that draws codes in turn, for a prior per level", config.kind)
     alone = not getattr(config, "guidance_free", False)
     require(alone, "prior.guidance_free", "false for a level, or true for a levelwise prior of all levels, trained together", True)
@@ -55,7 +55,7 @@ def build_level(config: PriorPart, layout: SequenceLayout, level: int, condition
         prior = config.build(own, condition, num_variants)
     else:
         require(config.MAY_BE_GIVEN_LEVELS, "prior.kind", "one that may be given the levels above", config.kind)
-        prior = config.build(own, condition, num_variants, SequenceLayout(layout.grids[:level], layout.num_codes[:level]))
+        prior = config.build(own, condition, num_variants, layout.levels(slice(level)))
     require(not prior.completes_any_mask, "prior.order", "raster or annealed for a prior of a single level", "any")
     return prior
 
@@ -65,7 +65,7 @@ class LevelwiseCache:
     """Sampling state: the codes so far and the cache of the current level."""
 
     codes: Tensor
-    """(B, T) int64."""
+    """(B, T) int64, of `draw_layout`."""
     level_cache: Any = None
     position: int = 0
     """Next position."""
@@ -79,8 +79,16 @@ class Levelwise(StepwisePrior):
         super().__init__(layout, condition, num_variants)
         self.parts = nn.ModuleList(parts)  # type: ignore[assignment]
         self.num_draws += sum(part.num_logits_draws for part in parts)
+        digits = [part.draw_layout.draw_sizes[0] for part in parts]
+        self._draw_layout = DigitLayout(layout.grids, layout.num_codes, digits) if any(len(sizes) > 1 for sizes in digits) else layout
+        self.num_noise = self._draw_layout.length
 
     parts: Sequence[StepwisePrior]
+
+    @property
+    @override
+    def draw_layout(self) -> SequenceLayout:
+        return self._draw_layout
 
     @override
     def initialise_from(self, vectors: Sequence[Tensor]) -> None:
@@ -97,31 +105,37 @@ class Levelwise(StepwisePrior):
 
     @override
     def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
-        return tuple(part.logits(codes[: level + 1], condition, variants)[0] for level, part in enumerate(self.parts))
+        levels = (part.logits(codes[: level + 1], condition, variants) for level, part in enumerate(self.parts))
+        return tuple(logits for level in levels for logits in level)
+
+    @override
+    def code_logits(self, codes: Codes, condition: Tensor | None, level: int, index: int) -> Tensor:
+        return self.parts[level].code_logits(codes[: level + 1], condition, 0, index)
 
     @override
     def training_logits(
         self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
     ) -> Logits:
-        logits, first = [], 0
+        logits: list[Tensor] = []
+        first = 0
         for level, part in enumerate(self.parts):
             part_draws = None if draws is None else draws[:, first : first + part.num_logits_draws]
-            logits.append(part.training_logits(codes[: level + 1], condition, variants, part_draws, progress)[0])
+            logits += part.training_logits(codes[: level + 1], condition, variants, part_draws, progress)
             first += part.num_logits_draws
         return tuple(logits)
 
     @override
     def new_cache(self, batch: int, above: Codes = ()) -> LevelwiseCache:
-        return LevelwiseCache(torch.zeros(batch, self.layout.length, dtype=torch.int64, device=self.device))
+        return LevelwiseCache(torch.zeros(batch, self.draw_layout.length, dtype=torch.int64, device=self.device))
 
     @override
     def step(self, code: Tensor | None, condition: Tensor | None, cache: LevelwiseCache) -> Tensor:
         if code is not None:
             cache.codes[:, cache.position - 1] = code
-        level, index = self.layout.level_and_index(cache.position)
+        level, index = self.draw_layout.level_and_index(cache.position)
         part = self.parts[level]
         if index == 0:
-            cache.level_cache, code = part.new_cache(len(cache.codes), self.layout.grids_of(cache.codes)[:level]), None
+            cache.level_cache, code = part.new_cache(len(cache.codes), self.draw_layout.grids_of(cache.codes)[:level]), None
         cache.position += 1
         return part.step(code, condition, cache.level_cache)
 
@@ -129,24 +143,24 @@ class Levelwise(StepwisePrior):
     def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: LevelwiseCache) -> None:
         cache.codes.copy_(sequences)
         cache.position = stop
-        level, index = self.layout.level_and_index(stop)
+        level, index = self.draw_layout.level_and_index(stop)
         if index == 0:  # its prior gets all levels above at its first step
             return
-        first = self.layout.first_position(level)
+        first = self.draw_layout.first_position(level)
         if start <= first:
-            cache.level_cache = self.parts[level].new_cache(len(sequences), self.layout.grids_of(sequences)[:level])
-        own = sequences[:, first : first + self.layout.lengths[level]]
+            cache.level_cache = self.parts[level].new_cache(len(sequences), self.draw_layout.grids_of(sequences)[:level])
+        own = sequences[:, first : first + self.draw_layout.lengths[level]]
         self.parts[level].prefill(own, max(0, start - first), index, condition, cache.level_cache)
 
     @override
     def fixed_steps(self, batch: FixedBatch) -> LevelwiseSteps | None:
         parts = []
-        for level, (part, length) in enumerate(zip(self.parts, self.layout.lengths, strict=True)):
-            first = self.layout.first_position(level)
+        for level, (part, length) in enumerate(zip(self.parts, self.draw_layout.lengths, strict=True)):
+            first = self.draw_layout.first_position(level)
             sequences = batch.sequences[:, first : first + length]
             parts.append(part.fixed_steps(FixedBatch(sequences, batch.condition, batch.position, batch.first + first)))
         steps = [part for part in parts if part is not None]
-        return LevelwiseSteps(self.layout, batch, steps) if len(steps) == len(parts) else None
+        return LevelwiseSteps(self.draw_layout, batch, steps) if len(steps) == len(parts) else None
 
 
 class LevelwiseSteps(FixedSteps):

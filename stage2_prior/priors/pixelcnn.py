@@ -155,7 +155,7 @@ class LevelNetwork(nn.Module):
         self.label = condition.embedding(width)
         self.variant = VariantEmbedding(num_variants, width) if num_variants > 1 else None
         self.positions = nn.Parameter(torch.zeros(2, *grid, width))
-        self.above = UpperLevels(above, width, config.heads, grid) if above else None
+        self.above = UpperLevels([nn.Embedding(k, width) for k in above], width, config.heads, grid) if above else None
         self.layers = nn.ModuleList(self._layer(config, number) for number in range(config.layers))  # type: ignore[assignment]
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, own))
         coordinates = SequenceLayout([grid], [own]).centres()

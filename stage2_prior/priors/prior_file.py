@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,8 @@ class PriorHeader:
     supports_unconditional: bool
     """Whether it has learned p(codes) too, which guidance needs: trained with condition dropout, or without a condition."""
     tokenizer_sha256: str
+    digits: list[list[int]] = field(default_factory=list)
+    """Sizes of the digits of a code, per level, as in the codes' manifest."""
     num_variants: int = 1
     """Variants of the images whose codes it was trained on; see contract.py."""
     level: int | None = None
@@ -64,6 +66,7 @@ class PriorHeader:
             config=config.resolved(),
             grids=manifest.grids,
             num_codes=manifest.num_codes,
+            digits=manifest.digits,
             condition=condition,
             supports_unconditional=supports_unconditional,
             tokenizer_sha256=manifest.tokenizer_sha256,
@@ -76,7 +79,7 @@ class PriorHeader:
 
 def build_prior(config: PriorPart, condition: Condition, manifest: Manifest, level: int | None = None) -> Prior:
     """Build a prior with fresh weights for codes of this manifest, or for one level of them given those above."""
-    return _built(config, SequenceLayout(manifest.grids, manifest.num_codes), level, condition, manifest.variants)
+    return _built(config, SequenceLayout(manifest.grids, manifest.num_codes, manifest.digits), level, condition, manifest.variants)
 
 
 def _built(config: PriorPart, layout: SequenceLayout, level: int | None, condition: Condition, num_variants: int) -> Prior:
@@ -160,12 +163,12 @@ def load_prior(path: Path, tokenizer_sha256: str, device: torch.device | str = "
     weights, content = load_weights(path, "prior")
     _check_format(path, content)
     with built_from(path, "prior"):
-        fields: dict[str, Any] = {field.name: content[field.name] for field in dataclasses.fields(PriorHeader) if field.name in content}
+        fields: dict[str, Any] = {each.name: content[each.name] for each in dataclasses.fields(PriorHeader) if each.name in content}
         parts = {"config": prior_from(content["config"]), "condition": condition_from(content["condition"])}
         header = PriorHeader(**{**fields, **parts, "grids": [tuple(grid) for grid in content["grids"]]})
     check_tokenizer(RunDir.show(path), header.tokenizer_sha256, tokenizer_sha256)
     with built_from(path, "prior"):
-        layout = SequenceLayout(header.grids, header.num_codes)
+        layout = SequenceLayout(header.grids, header.num_codes, header.digits)
         prior = _built(header.config, layout, header.level, header.condition, header.num_variants)
         prior.load_state_dict(weights)
     return prior.to(device).eval().requires_grad_(False), header

@@ -3,6 +3,7 @@
 Training asks for the logits of all positions at once (`logits`); sampling and coding ask for one position after another (`step`), and
 a cache holds what the earlier positions left; known codes enter it at once (`prefill`). All give the same logits, and so do
 `FixedSteps`, the same steps with static shapes for CUDA graphs. Loss, sampler and likelihood follow from these, here, for all kinds.
+A prior may draw a code digit by digit: `draw_layout` then has a position for each digit, and sequences, steps and noise are of digits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from training.devices import float64_device
 from training.precision import full_precision, ieee_float32
 
 Logits = tuple[Tensor, ...]
-"""(B, h w, K) per level: positions in raster order, over that level's own codes."""
+"""(B, h w, K) per level, or per level and digit: positions in raster order, over that level's own codes, or that digit's values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class FixedBatch:
     """Preallocated input tensors of a sampling batch, overwritten in place so that a CUDA graph can read them."""
 
     sequences: Tensor
-    """(B, T) int64 codes; only those before the current position are read."""
+    """(B, T) int64 codes or digits, of the prior's `draw_layout`; only those before the current position are read."""
     condition: Tensor
     """Condition rows (R, ...). R = B, or 2 B under guidance, where rows r and B + r share their codes."""
     position: Tensor
@@ -121,9 +124,18 @@ class StepwisePrior(Prior):
         if corruption:
             self.num_draws += 1 + 2 * layout.length
 
+    @property
+    def draw_layout(self) -> SequenceLayout:
+        """Layout of the sequence in which codes, or their digits, are drawn."""
+        return self.layout
+
     @abstractmethod
     def logits(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None) -> Logits:
-        """Logits of every position of its own levels given the codes before it; arguments as in `forward`."""
+        """Logits of every position of its own levels given the codes (and digits) before it; arguments as in `forward`."""
+
+    def code_logits(self, codes: Codes, condition: Tensor | None, level: int, index: int) -> Tensor:
+        """Logits (B, K) over the codes at one position of a level of its own, given the codes before it."""
+        return self.logits(codes, condition)[level][:, index]
 
     @abstractmethod
     def new_cache(self, batch: int, above: Codes = ()) -> Any:
@@ -131,18 +143,18 @@ class StepwisePrior(Prior):
 
     @abstractmethod
     def step(self, code: Tensor | None, condition: Tensor | None, cache: Any) -> Tensor:
-        """Logits (B, K) of the next position over its level's codes; advances the cache by one position.
+        """Logits (B, K) of the next position of `draw_layout` over its values; advances the cache by one position.
 
-        `code`: (B,) at the position before; None at the first.
+        `code`: (B,) at the position before, or its digit; None at the first.
         """
 
     def prefill(self, sequences: Tensor, start: int, stop: int, condition: Tensor | None, cache: Any) -> None:
         """Feed positions of known codes into the cache, which is then as after a step through each; by default, just that.
 
         Args:
-            sequences: (B, T) int64; the codes before `stop` are read.
-            start: the cache's position.
-            stop: a later position, from which `step` goes on.
+            sequences: (B, T) int64, of `draw_layout`; those before `stop` are read.
+            start: the cache's position, the first of a code.
+            stop: a later position, the first of a code, from which `step` goes on.
             condition, cache: as in `step`.
         """
         for position in range(start, stop):
@@ -166,7 +178,7 @@ class StepwisePrior(Prior):
         progress: Tensor | None = None,
     ) -> Tensor:
         logits = self._guidance_free_logits if self.guidance_free is not None else self.training_logits
-        return torch.cat(code_losses(logits(codes, condition, variants, draws, progress), codes[self.levels]), 1).mean()
+        return self._code_nats(logits(codes, condition, variants, draws, progress), codes).mean()
 
     def _guidance_free_logits(
         self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
@@ -223,7 +235,12 @@ class StepwisePrior(Prior):
     @override
     def nats(self, codes: Codes, condition: Tensor | None) -> Tensor:
         with ieee_float32(codes[0].device):
-            return torch.cat(code_losses(self.logits(codes, condition), codes[self.levels]), 1)
+            return self._code_nats(self.logits(codes, condition), codes)
+
+    def _code_nats(self, logits: Logits, codes: Codes) -> Tensor:
+        """Negative log-likelihood (B, T) of each code under these logits, in nats: the sum over its digits."""
+        losses = iter(code_losses(logits, self.draw_layout.split(codes[self.levels])))
+        return torch.cat([reduce(torch.add, islice(losses, len(sizes))) for sizes in self.draw_layout.draw_sizes], 1)
 
     @override
     @torch.no_grad()
@@ -231,7 +248,7 @@ class StepwisePrior(Prior):
         """See the contract; a kept code conditions the codes drawn after it. Eager: `Sampler` in sampler.py replays CUDA graphs."""
         assert not self.training
         assert isinstance(settings, StepwiseSampling)
-        layout, batch, two_rows = self.layout, len(noise), self.needs_two_rows(condition, settings)
+        layout, batch, two_rows = self.draw_layout, len(noise), self.needs_two_rows(condition, settings)
         noise = noise.to(float64_device(self.device))
         # Conditional and unconditional sequences run in one batch and share every code.
         copies = 2 if two_rows else 1
@@ -258,7 +275,7 @@ class StepwisePrior(Prior):
 
 def drawn_positions(layout: SequenceLayout, keep: Keep | None) -> list[int]:
     """Positions to draw, ascending: all that are not kept."""
-    return list(range(layout.length)) if keep is None else (~layout.flat(keep.masks)[0]).nonzero()[:, 0].tolist()
+    return list(range(layout.length)) if keep is None else (~layout.flat_mask(keep.masks)).nonzero()[:, 0].tolist()
 
 
 def code_losses(logits: Logits, codes: Codes) -> list[Tensor]:

@@ -37,8 +37,8 @@ from training.devices import float64_device
 from training.kernels import Kernel
 from training.precision import full_precision
 
-# Standard deviation of initial embeddings and matrices (GPT-2).
-_INITIAL_STD = 0.02
+INITIAL_STD = 0.02
+"""Standard deviation of initial embeddings and matrices (GPT-2)."""
 # Share of that variance that comes from the codes' vectors, where they are known.
 _SHARE_OF_VECTORS = 0.7
 # Progress at which the share of rows in random order begins to fall from 1, and at which it is 0 (RAR, Yu et al. 2024: epochs 200 and 300
@@ -105,12 +105,20 @@ class TransformerPart(SizedByPreset, StepwisePart):
     """Order of a level's codes in training. `annealed`: random, and from the middle of the steps on more and more often raster, until only
     that is left after three quarters (RAR, Yu et al. 2024). `any`: random to the end, so that a completion sees all kept codes, wherever
     they are, and `sampling.rounds` draws many codes at once. Likelihoods are in raster order with all three."""
+    head: Literal["table", "digits"] = "table"
+    """Output layer: a row per code; or `digits`, for codes that are digits (of the quantizers fsq and lfq), which a small network gives one
+    after another, at a cost that grows with log K instead of K."""
+    digit_classes: int = 64
+    """With head digits: neighbouring digits are drawn as one, as long as that has at most so many values."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sizes()
         orders = ("raster", "annealed", "any")
         require(self.order in orders, "prior.order", f"one of {', '.join(orders)}", self.order)
+        require(self.head in ("table", "digits"), "prior.head", "table or digits", self.head)
+        require(self.digit_classes >= 2, "prior.digit_classes", "at least 2", self.digit_classes)
+        require(self.head == "table" or self.order != "any", "prior.order", "raster or annealed with prior.head digits", self.order)
 
     @override
     def resolved(self) -> TransformerPart:
@@ -120,8 +128,16 @@ class TransformerPart(SizedByPreset, StepwisePart):
     def build(
         self, layout: SequenceLayout, condition: Condition, num_variants: int = 1, given: SequenceLayout | None = None
     ) -> Transformer:
-        order = self.order, self.corruption
-        return Transformer(layout, condition, num_variants, self.sizes(), self.dropout, given, self.head_gain, *order)
+        sizes, options = self.sizes(), (self.head_gain, self.order, self.corruption)
+        if self.head == "table":
+            return Transformer(layout, condition, num_variants, sizes, self.dropout, given, *options)
+        from stage2_prior.priors.digit_transformer import DigitTransformer  # a subclass of Transformer
+
+        digits = layout.grouped(self.digit_classes)
+        several = f"table, or codes of more than one digit of up to {self.digit_classes} values (prior.digit_classes)"
+        require(any(len(level) > 1 for level in digits.digits), "prior.head", several, f"digits, for codes of {layout.digits}")
+        above = None if given is None else given.grouped(self.digit_classes)
+        return DigitTransformer(digits, condition, num_variants, sizes, self.dropout, above, *options)
 
 
 @dataclass
@@ -162,7 +178,7 @@ class Transformer(StepwisePrior):
             self.num_draws += 1 + layout.length
         if order == "any":
             self.num_noise += layout.length  # for an order of each sample
-        self.token = nn.Embedding(layout.vocabulary, width)
+        self.token = self.token_embedding(layout, width)
         self.label = condition.embedding(width)
         self.variant = VariantEmbedding(num_variants, width) if num_variants > 1 else None
         self.start = nn.Parameter(torch.empty(width))
@@ -173,8 +189,11 @@ class Transformer(StepwisePrior):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, head_gain) for _ in range(layers))  # type: ignore[assignment]
         self.norm = Norm(width)
-        self.head = nn.Linear(width, layout.vocabulary, bias=False)
-        self.above = None if given is None else UpperLevels(given.num_codes, width, heads, layout.grids[0])
+        self.add_head(width)
+        self.above = None
+        if given is not None:
+            above = [self.token_embedding(given.levels(slice(level, level + 1)), width) for level in range(len(given.grids))]
+            self.above = UpperLevels(above, width, heads, layout.grids[0])
         # In raster order alone, position t holds the code of position t-1 but is turned as position t, the one it predicts.
         self.rotary = RotaryTable(layout.centres(), width // heads)
         if self.source is not None:
@@ -189,6 +208,15 @@ class Transformer(StepwisePrior):
     token_offsets: Tensor
     """(T,) int64: token minus code at each position."""
     blocks: Sequence[Block]
+    head: nn.Linear
+
+    def token_embedding(self, layout: SequenceLayout, width: int) -> nn.Embedding:
+        """Build the embedding of the tokens of a layout."""
+        return nn.Embedding(layout.vocabulary, width)
+
+    def add_head(self, width: int) -> None:
+        """Add the output layer."""
+        self.head = nn.Linear(width, self.layout.vocabulary, bias=False)
 
     @property
     def rotations(self) -> Tensor:
@@ -198,12 +226,12 @@ class Transformer(StepwisePrior):
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, VariantEmbedding):
-                nn.init.normal_(module.weight, std=_INITIAL_STD)
-        nn.init.normal_(self.start, std=_INITIAL_STD)
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+        nn.init.normal_(self.start, std=INITIAL_STD)
         # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
         for block in self.blocks:
             for projection in (block.attention.out, block.mlp.out):
-                nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
+                nn.init.normal_(projection.weight, std=INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
 
     @override
     @torch.no_grad()
@@ -214,9 +242,7 @@ class Transformer(StepwisePrior):
         """
         for weight in (self.token.weight, self.head.weight):
             for rows, level_vectors in zip(weight.split(self.layout.num_codes), vectors, strict=True):
-                mapped = level_vectors @ torch.randn(level_vectors.shape[1], rows.shape[1])
-                mapped *= _INITIAL_STD / mapped.std().clamp(min=1e-12)
-                rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
+                add_vectors_(rows, level_vectors)
 
     @override
     def fsdp_modules(self) -> list[nn.Module]:
@@ -248,7 +274,7 @@ class Transformer(StepwisePrior):
         self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
     ) -> Logits:
         order = None if self.source is None else self._training_order(draws, progress)
-        return self.logits(self.corrupted(codes, draws, progress), condition, variants, order)
+        return self.logits_of(self.all_features(self.corrupted(codes, draws, progress), condition, variants, order), codes)
 
     def _training_order(self, draws: Tensor | None, progress: Tensor | None) -> Tensor:
         """Order (B, T) of each row in training, by the last of the `draws`: random, or raster in a share that grows with progress."""
@@ -265,6 +291,14 @@ class Transformer(StepwisePrior):
         """See the contract. `order`: int64 (B, T), positions in the order in which each row goes through them, level after level, by which
         "before" is meant; None: raster order.
         """
+        return self.logits_of(self.all_features(codes, condition, variants, order), codes)
+
+    def logits_of(self, features: Tensor, codes: Codes) -> Logits:
+        """Logits from the features (B, T, C) of all positions; the codes matter where a code is several draws."""
+        return tuple(self.head_logits(part, level) for level, part in enumerate(features.split(self.layout.lengths, 1)))
+
+    def all_features(self, codes: Codes, condition: Tensor | None, variants: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+        """Features (B, T, C) of the last layer at all positions, in raster order; arguments as in `logits`."""
         tokens = self.layout.to_tokens(codes[self.levels])
         batch = tokens.shape[0]  # len would fix the batch of an exported graph
         above = self._upper_level_features(codes[: self.levels.start])
@@ -281,9 +315,7 @@ class Transformer(StepwisePrior):
         x = self.dropout(x + embedded[:, None] if above is None else x + embedded[:, None] + above)
         for block in self.blocks:
             x = checkpoint(block, x, rotations, use_reentrant=False) if self.checkpointing and self.training else block(x, rotations)
-        if order is not None:
-            x = x.gather(1, order.argsort(1)[..., None].expand_as(x))
-        return tuple(self.head_logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
+        return x if order is None else x.gather(1, order.argsort(1)[..., None].expand_as(x))
 
     def _slots(self, tokens: Tensor, order: Tensor, first: int, known: int, stop: int) -> tuple[Tensor, Tensor]:
         """Input (B, n, C), without condition, and rotations (B, n, 2, d / 2, 2) of the slots from `first` to `stop`.
@@ -317,10 +349,13 @@ class Transformer(StepwisePrior):
     def step(self, code: Tensor | None, condition: Tensor | None, cache: TransformerCache) -> Tensor:
         position = cache.position
         cache.position += 1
+        return self.head_logits(self.step_features(code, condition, cache, position), self.layout.level_of(position))
+
+    def step_features(self, code: Tensor | None, condition: Tensor | None, cache: TransformerCache, position: int) -> Tensor:
+        """Features (B, C) of the last layer at a position, given the code (B,) before it."""
         batch = len(cache.layers[0].keys)
         token = self.start.expand(batch, -1) if code is None else self.token(code + self.layout.offset_before(position))
-        x = self.embed_step(token, self.condition_or_null(condition, batch), cache, position)
-        return self.head_logits(self.features(x, cache, position), self.layout.level_of(position))
+        return self.features(self.embed_step(token, self.condition_or_null(condition, batch), cache, position), cache, position)
 
     def embed_step(self, token: Tensor, condition: Tensor, cache: TransformerCache, position: int | Tensor) -> Tensor:
         """Sum (B, C) of the embeddings at a position: the previous token's (B, C), condition's (B,), position's and upper levels'."""
@@ -481,6 +516,13 @@ class TransformerSteps(FixedSteps):
         tokens = batch.sequences.index_select(1, before)[:, 0] + prior.token_offsets.index_select(0, before)
         token = torch.where(position == 0, prior.start, prior.token(batch.shared(tokens)))
         return prior.embed_step(token, batch.condition, cache, position)
+
+
+def add_vectors_(rows: Tensor, vectors: Tensor) -> None:
+    """Replace a share of rows (K, C) of the initial scale by a random projection of vectors (K, D), of the same scale."""
+    mapped = vectors @ torch.randn(vectors.shape[1], rows.shape[1])
+    mapped *= INITIAL_STD / mapped.std().clamp(min=1e-12)
+    rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
 
 
 class Block(nn.Module):

@@ -18,10 +18,11 @@ class UpperLevels(nn.Module):
     all of them by attention, since no causal stack can carry what lies further on to a position before it.
     """
 
-    def __init__(self, num_codes: Sequence[int], width: int, heads: int, grid: tuple[int, int]) -> None:
+    def __init__(self, tokens: Sequence[nn.Module], width: int, heads: int, grid: tuple[int, int]) -> None:
+        """`tokens`: the embedding of the codes of each level above, of `width` channels."""
         super().__init__()
         self.grid = grid
-        self.tokens = nn.ModuleList(nn.Embedding(k, width) for k in num_codes)
+        self.tokens = nn.ModuleList(tokens)
         self.layers = nn.Sequential(*(ResidualBlock(width, width) for _ in range(2)))
         self.attention = GridAttention(width, heads)
 

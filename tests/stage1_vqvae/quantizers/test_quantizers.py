@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -296,6 +297,24 @@ def test_training_lowers_the_error_and_keeps_codes_in_use(kind: str) -> None:
     if kind == "residual_shared":  # its deeper levels use few codes of the shared codebook
         used = [torch.stack(used).any(0)]
     assert all(int(level.sum()) >= 4 for level in used)
+
+
+def test_a_digit_of_a_code_decides_its_channel(kind: str) -> None:
+    """Digits multiply to K in each level; of FSQ and LFQ, a channel of the code's vector is a rising function of its digit alone."""
+    quantizer = build(kind)
+    assert [math.prod(sizes) for sizes in quantizer.digits] == list(quantizer.num_codes)
+    if kind not in ("fsq", "lfq"):
+        assert all(len(sizes) == 1 for sizes in quantizer.digits)
+        return
+    assert isinstance(quantizer, ProjectedQuantizer)
+    (sizes,), codes = quantizer.digits, torch.arange(quantizer.num_codes[0])
+    vectors = quantizer.inner.lookup_rows((codes,))
+    assert vectors.shape[1] == len(sizes)
+    for number, size in enumerate(sizes):
+        digits = codes // math.prod(sizes[:number]) % size
+        (values, counts) = zip(*(vectors[digits == digit, number].unique(return_counts=True) for digit in range(size)), strict=True)
+        assert all(len(count) == 1 for count in counts)
+        assert sorted(values) == list(values)
 
 
 def test_weights_and_buffers_survive_saving(kind: str) -> None:

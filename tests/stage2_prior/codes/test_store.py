@@ -175,6 +175,19 @@ def test_false_sizes_in_a_manifest_are_refused(name: str, value: object, tmp_pat
         CodeStore(folder)
 
 
+def test_digits_are_stored_and_older_stores_have_none(tmp_path: Path) -> None:
+    digits = [[k] for k in MANIFEST.num_codes]
+    folder = written(tmp_path / "train", levels(), torch.zeros(ROWS), dataclasses.replace(MANIFEST, digits=digits))
+    content = read_summed_json(folder / "manifest.json")
+    assert CodeStore(folder).manifest.digits == digits
+    write_summed_json(folder / "manifest.json", {**content, "digits": [[k + 1] for k in MANIFEST.num_codes]})
+    with pytest.raises(UserError, match="manifest"):
+        CodeStore(folder)
+    del content["digits"]
+    write_summed_json(folder / "manifest.json", content)
+    assert CodeStore(folder).manifest.digits == []
+
+
 def test_codes_that_changed_since_they_were_written_are_refused(tmp_path: Path) -> None:
     """By the file's checksum; codes beyond the codebook are refused on reading at the latest."""
     folder = written(tmp_path / "train", levels(), torch.zeros(ROWS))

@@ -22,6 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "pixelcnn, attention": {"kind": "pixelcnn", "attention_interval": 2},
     "pixelcnn, kernel of 5": {"kind": "pixelcnn", "kernel_size": 5},
 }
+# A transformer that draws digits: for layouts with digits, of at most 4 values at once.
+DIGITS: dict[str, Any] = {"kind": "transformer", "head": "digits", "digit_classes": 4}
 LAYOUTS = {
     "one level": SequenceLayout([(3, 4)], [9]),
     "one row": SequenceLayout([(1, 5)], [6]),
@@ -40,11 +42,12 @@ def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants:
     """Build a prior in eval mode, its weights large enough for differences to show; `levelwise` alternates transformers and PixelCNNs."""
     torch.manual_seed(0)
     sizes = {"layers": 3, "width": 32, "heads": 4, "dropout": 0.0}
-    if kind == "levelwise":
-        alternating = [{**sizes, **list(KINDS.values())[level % 2], **settings} for level in range(len(layout.grids))]
-        config = part_from("prior", {"kind": kind, "levels": alternating})
+    if kind.startswith("levelwise"):
+        chosen = [DIGITS] if kind.endswith("digits") else list(KINDS.values())
+        alternating = [{**sizes, **chosen[level % 2 % len(chosen)], **settings} for level in range(len(layout.grids))]
+        config = part_from("prior", {"kind": "levelwise", "levels": alternating})
     else:
-        config = part_from("prior", {**sizes, **KINDS[kind], **settings})
+        config = part_from("prior", {**sizes, **{**KINDS, "digits": DIGITS}[kind], **settings})
     prior = config.build(layout, classes(num_classes), num_variants)
     for part in getattr(prior, "parts", [prior]):
         for parameter in part.parameters():
