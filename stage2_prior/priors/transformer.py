@@ -130,7 +130,7 @@ class Transformer(StepwisePrior):
         # Position t holds the code of position t-1 but is turned as position t, the one it predicts.
         self.rotary = RotaryTable(layout.centres(), width // heads)
         self.register_buffer("coordinates", torch.cat([layout.coordinates()[:, :1], layout.centres().round().long()], 1), persistent=False)
-        self._initialise()
+        initialise_(self, self.blocks, self.start)
 
     coordinates: Tensor
     blocks: Sequence[Block]
@@ -140,28 +140,9 @@ class Transformer(StepwisePrior):
         """(T, d / 2, 2): rotary positions; see attention.py."""
         return self.rotary.table
 
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, VariantEmbedding):
-                nn.init.normal_(module.weight, std=_INITIAL_STD)
-        nn.init.normal_(self.start, std=_INITIAL_STD)
-        # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
-        for block in self.blocks:
-            for projection in (block.attention.out, block.mlp.out):
-                nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
-
     @override
-    @torch.no_grad()
     def initialise_from(self, vectors: Sequence[Tensor]) -> None:
-        """Give codes of near vectors near embeddings and near rows of the output matrix, so that they share what is learned.
-
-        Both become a random projection of the vectors plus their own initial values, at the initial scale.
-        """
-        for weight in (self.token.weight, self.head.weight):
-            for rows, level_vectors in zip(weight.split(self.layout.num_codes), vectors, strict=True):
-                mapped = level_vectors @ torch.randn(level_vectors.shape[1], rows.shape[1])
-                mapped *= _INITIAL_STD / mapped.std().clamp(min=1e-12)
-                rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
+        initialise_codes_((self.token.weight, self.head.weight), self.layout.num_codes, vectors)
 
     @override
     def fsdp_modules(self) -> list[nn.Module]:
@@ -300,6 +281,31 @@ class TransformerSteps(FixedSteps):
         return prior.embed_step(token, batch.condition, cache, position)
 
 
+def initialise_(network: nn.Module, blocks: Sequence[Block], vector: Tensor) -> None:
+    """Initialise all linear maps and embeddings of a transformer, and one vector of its own, from N(0, 0.02^2)."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, VariantEmbedding):
+            nn.init.normal_(module.weight, std=_INITIAL_STD)
+    nn.init.normal_(vector, std=_INITIAL_STD)
+    # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
+    for block in blocks:
+        for projection in (block.attention.out, block.mlp.out):
+            nn.init.normal_(projection.weight, std=_INITIAL_STD / (2 * len(blocks)) ** 0.5)
+
+
+@torch.no_grad()
+def initialise_codes_(weights: Sequence[Tensor], num_codes: Sequence[int], vectors: Sequence[Tensor]) -> None:
+    """Give codes of near vectors near rows in each weight (codes of all levels, C), so that they share what is learned.
+
+    Rows become a random projection of the vectors, (K, D) per level, plus their own initial values, at the initial scale.
+    """
+    for weight in weights:
+        for rows, level_vectors in zip(weight.split(num_codes), vectors, strict=True):
+            mapped = level_vectors @ torch.randn(level_vectors.shape[1], rows.shape[1])
+            mapped *= _INITIAL_STD / mapped.std().clamp(min=1e-12)
+            rows.mul_((1 - _SHARE_OF_VECTORS) ** 0.5).add_(mapped, alpha=_SHARE_OF_VECTORS**0.5)
+
+
 class Block(nn.Module):
     """Attention, then MLP, each on the normalised input and added to it."""
 
@@ -311,10 +317,21 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor, cache: KeyValueCache | None = None, rows: slice = slice(None), start: int = 0) -> Tensor:
-        """(B, T, C) to the same shape; causal. With a cache: T positions from `start` on, appended to its `rows`."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: KeyValueCache | None = None,
+        rows: slice = slice(None),
+        start: int = 0,
+        causal: bool = True,
+    ) -> Tensor:
+        """(B, T, C) to the same shape. With a cache: T positions from `start` on, appended to its `rows`, always causal."""
         normed = self.attention_norm(x)
-        attended = self.attention(normed, rotation) if cache is None else self.attention.prefill(normed, rotation, cache, rows, start)
+        if cache is None:
+            attended = self.attention(normed, rotation, causal)
+        else:
+            attended = self.attention.prefill(normed, rotation, cache, rows, start)
         x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
