@@ -61,6 +61,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     "prior": {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",
         "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",
+        "masked": "stage2_prior.priors.masked:MaskedPart",
         "levelwise": "stage2_prior.priors.levelwise:LevelwisePart",
     },
 }

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     need_packages()
     name = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
     generator = Generator.from_pretrained(run.path, prior=name, device="cpu", precision="float32")
+    generator.stepwise_prior("export")  # before npm downloads anything
     with new_folder(output) as folder:
         loss = write_page(generator, folder, options.bits)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6

@@ -18,18 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs.cli import load_recipe
-from configs.parts import FAMILIES
+from configs.parts import FAMILIES, part_from
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from pipelines.anomalies import main as anomalies
 from pipelines.complete import main as complete
 from pipelines.compress import main as compress
 from pipelines.evaluate import main as evaluate
 from pipelines.generator import Generator
-from pipelines.reconstruct import main as reconstruct
 from pipelines.report import main as report
 from pipelines.sample import main as sample
 from stage1_vqvae.train import main as train_tokenizer
+from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import read_manifest
+from stage2_prior.conditions.none import NoCondition
 from stage2_prior.extract_codes import main as extract_codes
 from stage2_prior.train import main as train_prior
 from training.metrics_log import read_metrics
@@ -37,7 +38,7 @@ from training.metrics_log import read_metrics
 # The first line of each block: path of its file, family, line of the table.
 _HEAD = re.compile(r'# (?P<path>[\w/]+)\.py; .*under "(?P<family>[\w.]+)": "(?P<kind>\w+)": "(?P<address>[\w.:]+)"')
 BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "extending.md").read_text(), re.DOTALL)
-MASKED = BLOCKS[-1]
+MIXTURE = BLOCKS[-1]
 (NUMBERS,) = [block for block in BLOCKS if "conditions/numbers" in block.partition("\n")[0]]
 
 
@@ -70,7 +71,7 @@ def register(block: str, most_lines: int, folder: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in BLOCKS if block not in (MASKED, NUMBERS)], ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1]
+    "block", [block for block in BLOCKS if block not in (MIXTURE, NUMBERS)], ids=lambda block: block.split(".py")[0].rsplit("/", 1)[1]
 )
 def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head = register(block, 30, tmp_path, monkeypatch)
@@ -107,34 +108,27 @@ def test_a_new_part_is_one_file_and_one_line(block: str, tiny_recipe: Path, tmp_
 def test_a_prior_without_an_order_works_where_none_is_needed(
     run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_line_error: Callable[..., str]
 ) -> None:
-    """It trains, reports its likelihood as a bound, samples with its own settings and is evaluated; commands that need a prior that draws
-    codes in turn refuse it.
-    """
-    register(MASKED, 80, tmp_path, monkeypatch)
-    monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
+    """Its likelihoods sum to 1; it trains, samples and completes. Commands that need a prior that draws codes in turn refuse it."""
+    register(MIXTURE, 60, tmp_path, monkeypatch)
+    prior = part_from("prior", {"kind": "mixture"}).build(SequenceLayout([(1, 3)], [4]), NoCondition(), 1).double()
+    nats = prior.nats((torch.cartesian_prod(*[torch.arange(4)] * 3)[:, None],), None)
+    assert (-nats.sum(1)).exp().sum().item() == pytest.approx(1, abs=1e-10)
     run_option = ["--run", str(run_copy)]
-    train_prior([*run_option, "--prior.kind", "masked", "--stage2.steps", "60", "--stage2.lr", "0.01"])
-    likelihood = read_json(run_copy / "priors/masked/likelihood.json")
-    assert likelihood["exact"] is False
-    assert likelihood["validation"] < likelihood["uniform"]
-    assert "at most" in (run_copy / "priors/masked/likelihood.md").read_text()
+    train_prior([*run_option, "--prior.kind", "mixture", "--stage2.steps", "40", "--stage2.lr", "0.1"])
+    likelihood = read_json(run_copy / "priors/mixture/likelihood.json")
+    assert likelihood["exact"] is True
+    assert likelihood["validation"] < likelihood["unigram"]
     drawn = []
-    for number, options in enumerate([["--rounds", "3"], ["--rounds", "3", "--batch-size", "2"], ["--seed", "1"]]):
+    for number, options in enumerate([[], ["--batch-size", "2"], ["--seed", "1"]]):
         sample([*run_option, "--n", "5", "--guidance", "1.5", *options])
         drawn.append(load_file(run_copy / f"samples/{number:03d}/codes.safetensors")["level0"])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    assert read_json(run_copy / "samples/000/samples.json")["sampling"]["rounds"] == 3
     complete([*run_option, "--n", "2", "--continuations", "2", "--prefix-rows", "1"])
-    evaluate([*run_option, "--features", "classifier", "--n", "8"])
-    assert "at most" in (run_copy / "evaluations/000/evaluation.md").read_text()
-    report(run_option)
-    assert "rounds 3" in (run_copy / "report.html").read_text()
-    reconstruct(run_option)
     sample([*run_option, "--n", "2", "--prior", "transformer", "--top-k", "3"])
     assert "top_k" in one_line_error(sample, *run_option, "--top-k", "3")
     for command, main in (("compress", compress), ("anomalies", anomalies)):
-        assert f"{command}: expected a prior that draws codes in turn, found masked" in one_line_error(main, *run_option)
+        assert f"{command}: expected a prior that draws codes in turn, found mixture" in one_line_error(main, *run_option)
 
 
 def test_a_condition_by_a_vector_goes_from_a_column_to_samples(

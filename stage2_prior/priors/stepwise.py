@@ -227,8 +227,7 @@ class StepwisePrior(Prior):
         sizes = torch.cat(
             [torch.full((n,), k, device=draws.device) for n, k in zip(self.layout.lengths, self.layout.num_codes, strict=True)]
         )
-        # In float32 a product may round up to the size itself.
-        random_codes = (replacement * sizes).long().minimum(sizes - 1)
+        random_codes = (replacement * sizes).long()
         replaced = uniform < share * self.corruption * (1 - 4 / 3 * progress).clamp(min=0)
         return codes[: self.levels.start] + self.layout.grids_of(torch.where(replaced, random_codes, sequences))
 

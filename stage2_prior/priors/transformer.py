@@ -224,25 +224,11 @@ class Transformer(StepwisePrior):
         return self.rotary.table if self.source is None else self.slot_rotary.table
 
     def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, VariantEmbedding):
-                nn.init.normal_(module.weight, std=INITIAL_STD)
-        nn.init.normal_(self.start, std=INITIAL_STD)
-        # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
-        for block in self.blocks:
-            for projection in (block.attention.out, block.mlp.out):
-                nn.init.normal_(projection.weight, std=INITIAL_STD / (2 * len(self.blocks)) ** 0.5)
+        initialise_(self, self.blocks, self.start)
 
     @override
-    @torch.no_grad()
     def initialise_from(self, vectors: Sequence[Tensor]) -> None:
-        """Give codes of near vectors near embeddings and near rows of the output matrix, so that they share what is learned.
-
-        Both become a random projection of the vectors plus their own initial values, at the initial scale.
-        """
-        for weight in (self.token.weight, self.head.weight):
-            for rows, level_vectors in zip(weight.split(self.layout.num_codes), vectors, strict=True):
-                add_vectors_(rows, level_vectors)
+        initialise_codes_((self.token.weight, self.head.weight), self.layout.num_codes, vectors)
 
     @override
     def fsdp_modules(self) -> list[nn.Module]:
@@ -518,6 +504,26 @@ class TransformerSteps(FixedSteps):
         return prior.embed_step(token, batch.condition, cache, position)
 
 
+def initialise_(network: nn.Module, blocks: Sequence[Block], vector: Tensor) -> None:
+    """Initialise all linear maps and embeddings of a transformer, and one vector of its own, from N(0, 0.02^2)."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, VariantEmbedding):
+            nn.init.normal_(module.weight, std=INITIAL_STD)
+    nn.init.normal_(vector, std=INITIAL_STD)
+    # Each block begins as nearly the identity (GPT-2's rule: the residual sum keeps its scale at any depth).
+    for block in blocks:
+        for projection in (block.attention.out, block.mlp.out):
+            nn.init.normal_(projection.weight, std=INITIAL_STD / (2 * len(blocks)) ** 0.5)
+
+
+@torch.no_grad()
+def initialise_codes_(weights: Sequence[Tensor], num_codes: Sequence[int], vectors: Sequence[Tensor]) -> None:
+    """Give codes of near vectors near rows in each weight (codes of all levels, C), so that they share what is learned."""
+    for weight in weights:
+        for rows, level_vectors in zip(weight.split(num_codes), vectors, strict=True):
+            add_vectors_(rows, level_vectors)
+
+
 def add_vectors_(rows: Tensor, vectors: Tensor) -> None:
     """Replace a share of rows (K, C) of the initial scale by a random projection of vectors (K, D), of the same scale."""
     mapped = vectors @ torch.randn(vectors.shape[1], rows.shape[1])
@@ -544,13 +550,14 @@ class Block(nn.Module):
         rows: slice = slice(None),
         start: int = 0,
         branches: int = 0,
+        causal: bool = True,
     ) -> Tensor:
-        """(B, T, C) to the same shape; causal. With a cache: T positions from `start` on, appended to its `rows`; `branches` as in
-        `CachedAttention.prefill`.
+        """(B, T, C) to the same shape. With a cache: T positions from `start` on, appended to its `rows`, always causal but for the last
+        `branches`, as in `CachedAttention.prefill`.
         """
         normed = self.attention_norm(x)
         if cache is None:
-            attended = self.attention(normed, rotation)
+            attended = self.attention(normed, rotation, causal)
         else:
             attended = self.attention.prefill(normed, rotation, cache, rows, start, branches)
         x = x + self.dropout(attended)
