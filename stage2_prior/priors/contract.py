@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from configs.errors import require
-from configs.schema import Sampling
+from configs.schema import PriorPart, Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
@@ -48,6 +49,15 @@ class SizedByPreset:
         sizes = Sizes(self.layers or preset.layers, self.width or preset.width, self.heads or preset.heads)
         require(sizes.width % (4 * sizes.heads) == 0, "prior.width", f"a multiple of 4 x {sizes.heads} heads", sizes.width)
         return sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedPart(PriorPart):
+    """Fields of a prior that can be told its guidance."""
+
+    guidance_free: bool = False
+    """Guidance-free training (Chen et al. 2025): the prior is told the guidance with which it is sampled, and then takes one row per sample
+    in place of two; training takes a second forward pass. Needs a condition, and stage2.condition_dropout above 0."""
 
 
 class VariantEmbedding(nn.Embedding):

@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import PriorPart, Sampling
+from configs.schema import Sampling
 from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.draw import StepwiseSampling, check_finite, draw, guidance_scales, guided, round_stops, uniforms, warp
-from stage2_prior.priors.contract import Keep, Prior, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.contract import GuidedPart, Keep, Prior, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.stepwise import code_losses
 from stage2_prior.priors.transformer import Block, TransformerPart, initialise_, initialise_codes_
 from training.batching import batches
@@ -59,7 +59,7 @@ class MaskedSampling(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedPart(SizedByPreset, PriorPart):
+class MaskedPart(SizedByPreset, GuidedPart):
     """A transformer that predicts masked codes from all others, and draws many at a time. Dropout is of embedded codes, attention and
     MLP.
     """
@@ -106,8 +106,8 @@ class Masked(Prior):
         """`layout`, `condition` and `num_variants` as in the contract."""
         super().__init__(layout, condition, num_variants)
         layers, width, heads = sizes
-        # Of a training row: its level, its number of masked codes, a random order of all positions.
-        self.num_draws = 2 + layout.length
+        # Of a training row, besides: its level, its number of masked codes, a random order of all positions.
+        self.num_draws += 2 + layout.length
         # A seed of the numbers of all rounds, as many as the settings ask for.
         self.num_noise = 1
         self.token, self.mask = nn.Embedding(layout.vocabulary, width), nn.Parameter(torch.empty(width))
@@ -177,14 +177,22 @@ class Masked(Prior):
         masked codes are, in expectation, a bound on the nats per code of all its codes.
         """
         assert draws is not None
-        predicted, masked = self.random_masks(draws)
-        x = self.features(codes, masked, condition, variants)
-        logits = tuple(self.head_logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
+        predicted, masked = self.random_masks(draws[:, -2 - self.layout.length :])
+
+        def logits_given(rows: Tensor | None) -> tuple[Tensor, ...]:
+            x = self.features(codes, masked, rows, variants)
+            return tuple(self.head_logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
+
+        if self.guidance_free is None:
+            logits = logits_given(condition)
+        else:
+            assert condition is not None
+            logits = self.guidance_free.training_logits(logits_given, condition, draws[:, 0])
         nats = torch.cat(code_losses(logits, codes), 1) * predicted
         return (nats.sum(1) / predicted.sum(1)).mean()
 
     def random_masks(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the codes (B, T) that a training step predicts, and all that are masked, from the step's draws."""
+        """Return the codes (B, T) that a training step predicts, and all that are masked, from draws (B, 2 + T)."""
         of_position = self.coordinates[:, 0]
         level = of_position[(draws[:, 0] * self.layout.length).long()]
         count = 1 + (draws[:, 1] * self.lengths[level]).long()
@@ -201,7 +209,7 @@ class Masked(Prior):
         assert not self.training
         assert isinstance(settings, MaskedSampling)
         layout, batch, both = self.layout, len(noise), self.needs_two_rows(condition, settings)
-        condition = self.sampling_condition(condition, batch, both)
+        condition = self.sampling_condition(condition, batch, both, settings.guidance)
         device, copies = float64_device(self.device), 2 if both else 1
         sequences = torch.zeros(batch, layout.length, dtype=torch.int64, device=device)
         to_draw = torch.ones(layout.length, dtype=torch.bool)

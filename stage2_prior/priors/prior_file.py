@@ -19,9 +19,8 @@ from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.conditions.guidance_free import GuidanceFree
-from stage2_prior.priors.contract import Prior
+from stage2_prior.priors.contract import GuidedPart, Prior
 from stage2_prior.priors.levelwise import build_level
-from stage2_prior.priors.stepwise import StepwisePart
 from training.weights_file import built_from, fingerprint, load_weights, read_header, save_weights
 
 _FORMAT = 1
@@ -83,7 +82,7 @@ def build_prior(config: PriorPart, condition: Condition, manifest: Manifest, lev
 
 
 def _built(config: PriorPart, layout: SequenceLayout, level: int | None, condition: Condition, num_variants: int) -> Prior:
-    if level is None and isinstance(config, StepwisePart) and config.guidance_free:
+    if level is None and isinstance(config, GuidedPart) and config.guidance_free:
         require(condition.kind != "none", "prior.guidance_free", "false without a condition", True)
         return config.build(layout, GuidanceFree(condition), num_variants)
     if level is None:

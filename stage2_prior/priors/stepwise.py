@@ -21,13 +21,13 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from configs.errors import UserError, require
-from configs.schema import PriorPart, Sampling
+from configs.schema import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.conditions.guidance_free import GuidanceFree
-from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales, guided
-from stage2_prior.priors.contract import Keep, Prior
+from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales
+from stage2_prior.priors.contract import GuidedPart, Keep, Prior
 from training.devices import float64_device
 from training.precision import full_precision, ieee_float32
 
@@ -36,13 +36,10 @@ Logits = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepwisePart(PriorPart):
+class StepwisePart(GuidedPart):
     """Fields of a prior that draws codes in turn."""
 
     SAMPLING = StepwiseSampling
-    guidance_free: bool = False
-    """Guidance-free training (Chen et al. 2025): the prior is told the guidance with which it is sampled, and then takes one row per sample
-    in place of two; training takes a second forward pass. Needs a condition, and stage2.condition_dropout above 0."""
     corruption: float = 0.0
     """Corrupted context, against memorisation: in training, random codes replace a share of those that positions look back at, but none of
     the levels above that a prior of a single level is given. Each image's share is uniform between 0 and a limit, which falls from
@@ -177,27 +174,16 @@ class StepwisePrior(Prior):
         draws: Tensor | None = None,
         progress: Tensor | None = None,
     ) -> Tensor:
-        logits = self._guidance_free_logits if self.guidance_free is not None else self.training_logits
-        return self._code_nats(logits(codes, condition, variants, draws, progress), codes).mean()
-
-    def _guidance_free_logits(
-        self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None
-    ) -> Logits:
-        """Logits of guidance-free training: those at a random beta, times beta, plus 1 - beta times the unconditional ones.
-
-        Rows whose condition is dropped train the unconditional logits, at beta = 1. Both passes look back at the same codes.
-        """
-        assert self.guidance_free is not None
-        assert condition is not None
-        assert draws is not None
-        # Above 0: beta is the reciprocal of a guidance.
-        beta = torch.where(self.guidance_free.is_null(condition), 1, 1 - draws[:, 0])
-        draws = draws[:, 1:]
-        logits = self.training_logits(codes, self.guidance_free.with_beta(condition, beta), variants, draws, progress)
-        with torch.no_grad():  # second, since autocast would reuse weights that were cast without gradient
-            unconditional = self.training_logits(codes, None, variants, draws, progress)
-        scale = beta[:, None, None]
-        return tuple(guided(full_precision(ours), full_precision(null), scale) for ours, null in zip(logits, unconditional, strict=True))
+        if self.guidance_free is None:
+            logits = self.training_logits(codes, condition, variants, draws, progress)
+        else:  # both passes look back at the same codes
+            assert condition is not None
+            assert draws is not None
+            beta, rest = draws[:, 0], draws[:, 1:]
+            logits = self.guidance_free.training_logits(
+                lambda rows: self.training_logits(codes, rows, variants, rest, progress), condition, beta
+            )
+        return self._code_nats(logits, codes).mean()
 
     def training_logits(
         self, codes: Codes, condition: Tensor | None, variants: Tensor | None, draws: Tensor | None, progress: Tensor | None

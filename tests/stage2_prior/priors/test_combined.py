@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from configs.parts import part_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.draw import uniforms
+from stage2_prior.priors.contract import Prior
 from stage2_prior.priors.digit_transformer import DigitTransformer
+from stage2_prior.priors.masked import Masked, MaskedSampling
 from stage2_prior.priors.prior_file import build_prior
 from stage2_prior.priors.transformer import Transformer, TransformerSampling
 from tests.stage2_prior.priors.prior_kinds import build, classes, manifest, random_codes
@@ -19,11 +21,10 @@ from tests.stage2_prior.priors.prior_kinds import build, classes, manifest, rand
 LAYOUT = SequenceLayout([(1, 3), (2, 3)], [4, 5])
 
 
-def guidance_free(**fields: Any) -> Transformer:
+def guidance_free(kind: str = "transformer", **fields: Any) -> Prior:
     torch.manual_seed(0)
     sizes = {"layers": 2, "width": 16, "heads": 2, "dropout": 0.0}
-    prior = build_prior(part_from("prior", {"kind": "transformer", "guidance_free": True, **sizes, **fields}), classes(3), manifest(LAYOUT))
-    assert isinstance(prior, Transformer)
+    prior = build_prior(part_from("prior", {"kind": kind, "guidance_free": True, **sizes, **fields}), classes(3), manifest(LAYOUT))
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return prior.double().eval()
@@ -52,6 +53,7 @@ def test_digits_are_predicted_given_the_clean_digits_of_their_own_code_and_a_cor
 def test_both_passes_of_guidance_free_training_look_back_at_the_same_codes_in_the_same_order() -> None:
     prior, codes, labels, progress = guidance_free(order="any", corruption=1.0), random_codes(LAYOUT, 4), torch.arange(4), torch.tensor(0.2)
     draws = torch.rand(4, prior.num_draws)
+    assert isinstance(prior, Transformer)
     assert prior.num_draws == 1 + (1 + 2 * LAYOUT.length) + (1 + LAYOUT.length)
     beta = 1 - draws[:, 0].double()
     beta[3] = 1  # label 3 is the null
@@ -96,3 +98,30 @@ def test_a_levelwise_guidance_free_prior_gives_each_level_the_draws_of_its_conte
 def test_a_prior_of_digits_has_no_random_order_to_the_end() -> None:
     with pytest.raises(ValueError, match=r"prior\.order: expected raster or annealed with prior\.head digits, found any"):
         part_from("prior", {"kind": "transformer", "head": "digits", "order": "any"})
+
+
+def test_a_masked_prior_is_told_its_guidance() -> None:
+    """Its loss is that of logits mixed by hand; a guided sample is that of rows with beta."""
+    prior = guidance_free("masked")
+    assert isinstance(prior, Masked)
+    codes, labels, draws = random_codes(LAYOUT, 4), torch.arange(4), torch.rand(4, prior.num_draws)
+    beta = 1 - draws[:, 0].double()
+    beta[3] = 1  # label 3 is the null
+    predicted, masked = prior.random_masks(draws[:, 1:])
+    assert prior.guidance_free is not None
+    given = prior.features(codes, masked, prior.guidance_free.with_beta(labels, beta))
+    null = prior.features(codes, masked, None)
+    nats = torch.zeros(4, LAYOUT.length, dtype=torch.float64)
+    for row, position in predicted.nonzero().tolist():
+        level, index = LAYOUT.level_and_index(position)
+        ours, other = (prior.head_logits(features[row, position], level) for features in (given, null))
+        mixed = beta[row] * ours + (1 - beta[row]) * other
+        nats[row, position] = -mixed.log_softmax(0)[codes[level][row].flatten()[index]]
+    expected = (nats.sum(1) / predicted.sum(1)).mean()
+    # beta is float32 in the prior.
+    torch.testing.assert_close(prior(codes, labels, None, draws), expected, rtol=1e-6, atol=0)
+    noise = uniforms(0, torch.arange(4), prior.num_noise)
+    rows = prior.guidance_free.with_beta(labels, torch.full((4,), 1 / 2.5))
+    sample = LAYOUT.flat(prior.sample(labels, noise, MaskedSampling(guidance=2.5)))
+    assert torch.equal(sample, LAYOUT.flat(prior.sample(rows, noise, MaskedSampling())))
+    assert not torch.equal(sample, LAYOUT.flat(prior.sample(labels, noise, MaskedSampling())))
