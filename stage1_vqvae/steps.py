@@ -17,7 +17,7 @@ from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.model import VQVAE, TokenizerOutput, load_tokenizer
 from stage1_vqvae.objectives.adversarial import Adversary
-from stage1_vqvae.objectives.image_terms import ImageLosses, LossTerm, PerceptualTerm, backward_own_losses, image_losses
+from stage1_vqvae.objectives.image_terms import Autocast, ImageLosses, ImageTerms, LossTerm, PerceptualTerm
 from stage1_vqvae.quantizers.codebook import codebook_names
 from stage1_vqvae.quantizers.contract import sum_by_name
 from stage1_vqvae.quantizers.initialisation import kmeans_vectors, place_by_kmeans_
@@ -49,11 +49,22 @@ class TokenizerState(TrainState):
         for term in terms:
             if entries := term.stateful():
                 self.register(term.name, entries)
+        # The terms' own losses have no gradient scaler, so fp16 is not for them.
+        self._autocast: Autocast = nullcontext if accelerator.mixed_precision == "fp16" else accelerator.autocast
 
     @property
     def result(self) -> VQVAE:
         """The tokenizer that is validated and written: the averaged one, where there is an average."""
         return self.tokenizer if self.average is None else self.average.model
+
+    def terms_of_step(self, step: int, steps: int) -> ImageTerms:
+        """Return the loss terms on images that take part in this step of `steps`."""
+        return ImageTerms([term for term in self.terms if term.begin_(step, steps)], step, self._autocast)
+
+    def update_average_(self) -> None:
+        """Update the weight average, if there is one, after an optimizer step."""
+        if self.average is not None:
+            self.average.update_()
 
 
 def build_state(accelerator: Accelerator, run: RunDir, recipe: Recipe, images: ImageSource) -> TokenizerState:
@@ -100,10 +111,8 @@ def take_step(accelerator: Accelerator, state: TokenizerState, loader: Loader, c
     codes `restarted`, and the `gradient_norm` before clipping.
     """
     tokenizer, model, optimizer, rate = state.tokenizer, state.model, state.optimizer, scheduled_rate(config, step)
-    terms = [term for term in state.terms if term.begin_(step, config.steps)]
-    restart = Restart(tokenizer.quantizer, config.seed, step, config.batch_size) if restarts_after(step, config) else None
-    # The terms' own losses have no gradient scaler, so fp16 is not for them.
-    autocast = nullcontext if accelerator.mixed_precision == "fp16" else accelerator.autocast
+    terms = state.terms_of_step(step, config.steps)
+    restart = Restart(tokenizer.quantizer, config.seed, step, config.batch_size, due=restarts_after(step, config))
     statistics: dict[str, Tensor] = {}
     set_learning_rate(optimizer, rate)
     for micro_step in range(config.accumulation):
@@ -112,24 +121,21 @@ def take_step(accelerator: Accelerator, state: TokenizerState, loader: Loader, c
         seed_layers(config.seed, step, micro_step, accelerator.process_index)
         with nullcontext() if micro_step + 1 == config.accumulation else accelerator.no_sync(model):
             output = model(images, *uniforms)
-            extra = image_losses(terms, output.reconstruction, images, output.losses, tokenizer.decoder, step, autocast)
+            extra = terms.losses(output.reconstruction, images, output.losses, tokenizer.decoder)
             loss = torch.stack(list(output.losses.values())).sum() + extra.surrogate(output.reconstruction)
             accelerator.backward(loss / config.accumulation)
-        term_statistics = backward_own_losses(terms, images, output.reconstruction, step, config.accumulation, autocast)
-        if restart is not None:
-            term_statistics |= restart.candidates(output.latents, loader.share(micro_step).start, len(images))
-        statistics = sum_by_name([statistics, term_statistics, _statistics(output, extra, images)])
+        own = terms.backward_own_losses(images, output.reconstruction, config.accumulation)
+        candidates = restart.candidates(output.latents, loader.share(micro_step).start, len(images))
+        statistics = sum_by_name([statistics, own, candidates, _statistics(output, extra, images)])
     norm = clip_(accelerator, model, config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     statistics = summed(accelerator, statistics)
     if config.trained == "all":
         tokenizer.quantizer.update_(statistics)
-    restarted = restart.apply_(statistics, optimizer) if restart is not None else 0
-    for term in terms:
-        term.step(accelerator, rate, statistics, accelerator.num_processes * config.accumulation)
-    if state.average is not None:
-        state.average.update_()
+    restarted = restart.apply_(statistics, optimizer)
+    terms.step(accelerator, rate, statistics, accelerator.num_processes * config.accumulation)
+    state.update_average_()
     return {**statistics, "restarted": torch.as_tensor(restarted), "gradient_norm": norm}
 
 

@@ -111,49 +111,51 @@ class ImageLosses(NamedTuple):
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def image_losses(
-    terms: Sequence[LossTerm],
-    reconstruction: Tensor,
-    images: Tensor,
-    losses: Mapping[str, Tensor],
-    decoder: nn.Module,
-    step: int,
-    autocast: Autocast = nullcontext,
-) -> ImageLosses:
-    """Evaluate loss terms on reconstructions (B, C, H, W), each with its gradient at the image, where the term's own graph ends.
+class ImageTerms:
+    """The loss terms on images that take part in one training step."""
 
-    Args:
+    def __init__(self, terms: Sequence[LossTerm], step: int, autocast: Autocast = nullcontext) -> None:
+        """Args:
         terms: in the order in which later ones see the gradients of earlier ones.
-        reconstruction: with the graph that made it.
-        images: the originals.
-        losses: all other loss terms, none of them a function of `reconstruction` itself.
-        decoder: the network that made `reconstruction`.
         step: number of the training step.
         autocast: context of mixed precision.
-    """
-    if not terms:
-        return ImageLosses(None, {}, {})
-    gradient, weighted, statistics = torch.zeros_like(reconstruction), dict[str, Tensor](), dict[str, Tensor]()
-    others = torch.stack(list(losses.values())).sum()
-    for term in terms:
-        with autocast():
-            value = term.value(reconstruction, images, step, OtherTerms(others, gradient, decoder))
-        gradient, weighted[term.name], statistics = gradient + value.gradient, value.loss, statistics | value.statistics
-    return ImageLosses(gradient, weighted, statistics)
+        """
+        self._terms, self._step, self._autocast = terms, step, autocast
 
+    def losses(self, reconstruction: Tensor, images: Tensor, losses: Mapping[str, Tensor], decoder: nn.Module) -> ImageLosses:
+        """Evaluate the terms on reconstructions (B, C, H, W), each with its gradient at the image, where the term's own graph ends.
 
-def backward_own_losses(
-    terms: Sequence[LossTerm], images: Tensor, reconstruction: Tensor, step: int, accumulation: int, autocast: Autocast
-) -> dict[str, Tensor]:
-    """Accumulate the gradients of the terms' own parameters over `accumulation` micro-batches. Returns the terms' statistics."""
-    statistics: dict[str, Tensor] = {}
-    for term in terms:
-        with autocast():
-            loss, term_statistics = term.own_loss(images, reconstruction, step)
-        if loss is not None:
-            (loss / accumulation).backward()
-        statistics |= term_statistics
-    return statistics
+        Args:
+            reconstruction: with the graph that made it.
+            images: the originals.
+            losses: all other loss terms, none of them a function of `reconstruction` itself.
+            decoder: the network that made `reconstruction`.
+        """
+        if not self._terms:
+            return ImageLosses(None, {}, {})
+        gradient, weighted, statistics = torch.zeros_like(reconstruction), dict[str, Tensor](), dict[str, Tensor]()
+        others = torch.stack(list(losses.values())).sum()
+        for term in self._terms:
+            with self._autocast():
+                value = term.value(reconstruction, images, self._step, OtherTerms(others, gradient, decoder))
+            gradient, weighted[term.name], statistics = gradient + value.gradient, value.loss, statistics | value.statistics
+        return ImageLosses(gradient, weighted, statistics)
+
+    def backward_own_losses(self, images: Tensor, reconstruction: Tensor, accumulation: int) -> dict[str, Tensor]:
+        """Accumulate the gradients of the terms' own parameters over `accumulation` micro-batches. Returns the terms' statistics."""
+        statistics: dict[str, Tensor] = {}
+        for term in self._terms:
+            with self._autocast():
+                loss, term_statistics = term.own_loss(images, reconstruction, self._step)
+            if loss is not None:
+                (loss / accumulation).backward()
+            statistics |= term_statistics
+        return statistics
+
+    def step(self, accelerator: Accelerator, rate: float, statistics: Mapping[str, Tensor], micro_batches: int) -> None:
+        """Update each term's own parameters and state: see `LossTerm.step`."""
+        for term in self._terms:
+            term.step(accelerator, rate, statistics, micro_batches)
 
 
 def value_at(image: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ from training.randomness import generator
 class Restart:
     """One step's restart of dead codes: the sum of `candidates` over micro-steps and ranks goes to `apply_`."""
 
-    def __init__(self, quantizer: Levels, seed: int, step: int, batch_size: int) -> None:
-        self._codebooks = {
-            number: codebook for number, codebook in enumerate(quantizer.codebooks()) if codebook.placeable and codebook.restart_below > 0
-        }
+    def __init__(self, quantizer: Levels, seed: int, step: int, batch_size: int, due: bool = True) -> None:
+        """`batch_size`: of the global batch. `due`: whether codes restart at this step."""
+        numbered = enumerate(quantizer.codebooks())
+        self._codebooks = {number: book for number, book in numbered if due and book.placeable and book.restart_below > 0}
         self._seed, self._step, self._batch_size = seed, step, batch_size
 
     @torch.no_grad()

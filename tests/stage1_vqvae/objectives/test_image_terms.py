@@ -22,7 +22,7 @@ from stage1_vqvae.features.networks import feature_network
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.objectives.adversarial import Adversary, last_layer
 from stage1_vqvae.objectives.discriminators import PatchDiscriminator, ProjectedDiscriminator
-from stage1_vqvae.objectives.image_terms import PerceptualTerm, image_losses
+from stage1_vqvae.objectives.image_terms import ImageTerms, PerceptualTerm
 from stage1_vqvae.objectives.perceptual import FeatureDistance, LPIPSPart
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def test_the_bound_limits_the_rise_of_the_squared_error(bound: float) -> None:
     for _ in range(300):
         reconstructions = layer(torch.zeros_like(images)) * 0 + decoded
         losses = {"reconstruction": reconstructions.detach().square().mean() + 0 * layer.weight.sum()}
-        gradient = image_losses([adversary], reconstructions, images, losses, layer, 50).gradient
+        gradient = ImageTerms([adversary], 50).losses(reconstructions, images, losses, layer).gradient
         assert gradient is not None
         decoded = decoded - ((2 * (decoded - images) / images.numel()) + gradient).sum(0, keepdim=True) * 4
     assert 1.01 * least < float((images - decoded).square().mean()) <= least / (1 - bound**2) * (1 + 1e-9)
@@ -257,7 +257,7 @@ def test_image_losses_have_the_gradient_and_adaptive_weight_of_one_backward_pass
 
     output = tokenizer(images)
     terms = [PerceptualTerm(perceptual), adversary]
-    result = image_losses(terms, output.reconstruction, images, output.losses, tokenizer.decoder, step=5)
+    result = ImageTerms(terms, step=5).losses(output.reconstruction, images, output.losses, tokenizer.decoder)
     total = sum(output.losses.values()) + result.surrogate(output.reconstruction)
     gradients = torch.autograd.grad(total, list(tokenizer.decoder.parameters()))
     _, statistics = adversary.discriminator_loss(images, output.reconstruction)
