@@ -3,6 +3,7 @@
     python stage2_prior/import_codes.py --folder codes                       NumPy arrays: codes/train/level0.npy, labels.npy
     python stage2_prior/import_codes.py --from datasets --folder codes       from `save_to_disk`: codes/train, columns level0, label
 
+A condition other than classes is in condition.npy or the column condition; of what kind it is, export_codes.py wrote into manifest.json.
 The codes must come from the run's tokenizer, which is checked if there is a manifest. The folder has one folder per split, at least train
 and validation. Levels are (rows, h, w) or (rows, h * w), with an optional axis of variants after the first.
 """
@@ -21,9 +22,8 @@ from configs.run_dir import program, replace_folder
 from stage1_vqvae.data.record import check_unchanged, split_record
 from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
 from stage1_vqvae.model import load_tokenizer
-from stage2_prior.codes.exchange import FORMS, import_split, read_classes, read_external
+from stage2_prior.codes.exchange import FORMS, import_split, read_condition, read_external
 from stage2_prior.codes.store import Manifest
-from stage2_prior.conditions.classes import Classes
 from stage2_prior.conditions.none import NoCondition
 from training.weights_file import fingerprint
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{run}: it has codes already; add --overwrite to replace them")
     source, tokenizer = Path(options.folder).expanduser(), load_tokenizer(run)
     splits = {name: read_external(source / name, form) for name in (TRAIN, VALIDATION, TEST) if name != TEST or (source / name).exists()}
-    names, labels = read_classes(splits, source)
+    condition, rows = read_condition(splits, source)
     record = {}
     imported = run.codes.with_name("codes.imported")
     with run.lock():
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
                     grids=tokenizer.grids,
                     num_codes=list(tokenizer.quantizer.num_codes),
                     digits=[list(sizes) for sizes in tokenizer.quantizer.digits],
-                    condition=Classes(names=names) if names is not None and name in labels else NoCondition(),
+                    condition=condition if name in rows else NoCondition(),
                     augmentation="none",
                     variants=1,
                     image_shape=tokenizer.image_shape,
@@ -61,8 +61,9 @@ def main(argv: list[str] | None = None) -> None:
                     sha256=[],
                 )
                 (imported / name).mkdir(parents=True)
-                manifest = import_split(external, labels.get(name), imported / name, source / name, template)
-                record[name] = split_record(manifest.rows, labels[name].numpy() if name in labels else None, names)
+                manifest = import_split(external, rows.get(name), imported / name, source / name, template)
+                labels = rows[name].numpy() if condition.class_names and name in rows else None
+                record[name] = split_record(manifest.rows, labels, list(condition.class_names) or None)
                 print(f"{name}: {manifest.rows:,} images" + (f" x {manifest.variants} variants" if manifest.variants > 1 else ""))
         except BaseException:
             shutil.rmtree(imported)

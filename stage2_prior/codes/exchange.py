@@ -4,7 +4,7 @@
     FOLDER/train/labels.npy        (rows,), of classes; condition.npy (rows, ...) of another condition
     FOLDER/train/manifest.json     the store's manifest
 
-A data set has the same content in the columns `level0` .. and `label`.
+A data set has the same content in the columns `level0` .. and `label` or `condition`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from stage1_vqvae.data.names import composed_names, normalised
 from stage1_vqvae.data.splits import TRAIN, VALIDATION
 from stage1_vqvae.data.tables import check_complete
 from stage2_prior.codes.store import MANIFEST, CodeStore, Manifest, read_manifest, smallest_dtype, write_manifest, write_shard
+from stage2_prior.conditions.classes import Classes
+from stage2_prior.conditions.contract import Condition
+from stage2_prior.conditions.none import NoCondition
 from training.progress import progress_bar
 
 FORMS = ("npy", "datasets")
@@ -48,6 +51,8 @@ class ExternalCodes(NamedTuple):
     """(rows,), unchecked."""
     label_names: list[str] | None
     """Names of the classes; None: unknown."""
+    condition: np.ndarray | None
+    """(rows, ...) of a condition other than classes, unchecked."""
     manifest: Manifest | None
     """Manifest of the store that the codes were exported from; None: they come from elsewhere."""
 
@@ -89,9 +94,10 @@ def _export_dataset(store: CodeStore, folder: Path) -> None:
         features[f"level{level}"] = datasets.Array3D((manifest.variants, *grid), str(smallest_dtype(number)))
     names = list(manifest.condition.class_names)
     if store.condition is not None:
-        # Without classes, its rows are vectors of numbers.
-        stored = datasets.Value(str(store.condition.numpy().dtype))
-        features[_condition_name(manifest)] = datasets.ClassLabel(names=names) if names else datasets.List(stored)
+        stored: Any = datasets.ClassLabel(names=names) if names else datasets.Value(str(store.condition.numpy().dtype))
+        for _ in manifest.condition.shape:
+            stored = datasets.List(stored)
+        features[_condition_name(manifest)] = stored
 
     cache = folder / ".cache"
     # Pass the folder instead of the store, because `datasets` hashes all arguments.
@@ -118,15 +124,15 @@ def read_external(folder: Path, form: str) -> ExternalCodes:
         levels: list[Rows] = []
         while (folder / f"level{len(levels)}.npy").exists():
             levels.append(_array(folder / f"level{len(levels)}.npy"))
-        labels = _array(folder / "labels.npy") if (folder / "labels.npy").exists() else None
+        labels, condition = (_array(path) if (path := folder / f"{name}.npy").exists() else None for name in ("labels", "condition"))
         names = None
     else:
-        levels, labels, names = _read_dataset(folder)
+        levels, labels, names, condition = _read_dataset(folder)
     if not levels:
         raise UserError(f"{folder}: expected codes of level 0 ({'level0.npy' if form == 'npy' else 'a column level0'}), found none")
     if manifest is not None:
         names = list(manifest.condition.class_names) or None
-    return ExternalCodes(levels, labels, names, manifest)
+    return ExternalCodes(levels, labels, names, condition, manifest)
 
 
 def _array(path: Path) -> np.ndarray:
@@ -147,7 +153,7 @@ class _Column:
         return np.asarray(self._rows[rows][self._column])
 
 
-def _read_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] | None]:
+def _read_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str] | None, np.ndarray | None]:
     import datasets
 
     try:
@@ -159,22 +165,21 @@ def _read_dataset(folder: Path) -> tuple[list[Rows], np.ndarray | None, list[str
     levels: list[Rows] = []
     while f"level{len(levels)}" in rows.column_names:
         levels.append(_Column(rows, f"level{len(levels)}"))
-    if "label" not in rows.column_names:
-        return levels, None, None
-    return levels, np.asarray(rows["label"][:]), getattr(rows.features["label"], "names", None)
+    labels, condition = (np.asarray(rows[name][:]) if name in rows.column_names else None for name in ("label", "condition"))
+    return levels, labels, None if labels is None else getattr(rows.features["label"], "names", None), condition
 
 
-def import_split(external: ExternalCodes, labels: Tensor | None, folder: Path, where: Path, template: Manifest) -> Manifest:
+def import_split(external: ExternalCodes, condition: Tensor | None, folder: Path, where: Path, template: Manifest) -> Manifest:
     """Write a split's codes as a store, shard by shard.
 
     Args:
         external: levels of shape (rows, [variants,] h, w), or with the positions of a grid as one axis in raster order.
-        labels: (rows,) class numbers of the manifest's condition; None: unlabelled.
+        condition: (rows, ...) of the template's condition; None: the split has none.
         folder: existing folder of the store.
         where: source of the codes, for messages.
         template: the manifest, with placeholders for the numbers of images and variants.
     Returns: the manifest.
-    Errors: UserError for codes or labels that do not fit the template.
+    Errors: UserError for codes or a condition that do not fit the template.
     """
     if len(external.levels) != len(template.grids):
         raise UserError(f"{where}: expected codes of {len(template.grids)} levels, the tokenizer's, found {len(external.levels)}")
@@ -190,8 +195,9 @@ def import_split(external: ExternalCodes, labels: Tensor | None, folder: Path, w
     if count > 1 and (external.manifest is None or external.manifest.variants != count):
         raise UserError(f"{where}: expected one variant an image where no {MANIFEST} says what they are, found {count}")
     augmentation = external.manifest.augmentation if external.manifest is not None and count > 1 else "none"
-    if labels is not None and len(labels) != rows:
-        raise UserError(f"{where}: expected {rows} labels, as many as images, found {len(labels)}")
+    if condition is not None and len(condition) != rows:
+        what = "labels" if template.condition.class_names else "rows of the condition"
+        raise UserError(f"{where}: expected {rows} {what}, as many as images, found {len(condition)}")
     manifest = dataclasses.replace(template, rows=rows, variants=count, augmentation=augmentation)
     with progress_bar(rows, f"read {template.split}", "img", within=True) as bar:
         for shard in range(manifest.num_shards):
@@ -200,10 +206,43 @@ def import_split(external: ExternalCodes, labels: Tensor | None, folder: Path, w
                 _checked(array[part.start : part.stop], number, f"codes of level {level}", where).reshape(len(part), count, *grid)
                 for level, (array, grid, number) in enumerate(zip(external.levels, manifest.grids, manifest.num_codes, strict=True))
             ]
-            write_shard(folder, manifest, shard, codes, None if labels is None else labels[part.start : part.stop])
+            write_shard(folder, manifest, shard, codes, None if condition is None else condition[part.start : part.stop])
             bar.update(len(part))
     write_manifest(folder, manifest)
     return manifest
+
+
+def read_condition(splits: Mapping[str, ExternalCodes], where: Path) -> tuple[Condition, dict[str, Tensor]]:
+    """Return the condition of the codes, and its rows (rows, ...) of each split that has one; a test split may have none.
+
+    Classes need only labels. Of another condition a manifest says what its rows mean.
+
+    Errors: UserError as `read_classes`, and for another condition without a manifest, or with rows that do not fit it.
+    """
+    others = {name: split for name, split in splits.items() if split.condition is not None or _has_other_condition(split.manifest)}
+    if not others:
+        names, labels = read_classes(splits, where)
+        return NoCondition() if names is None else Classes(names=names), labels
+    conditions = {}
+    for name, split in others.items():
+        if split.manifest is None or split.condition is None or not _has_other_condition(split.manifest):
+            found = "none" if split.manifest is None else f"condition {split.manifest.condition.kind}"
+            has = "no rows of a condition" if split.condition is None else f"rows of shape {split.condition.shape[1:]}"
+            raise UserError(f"{where / name}: expected rows of a condition and a {MANIFEST} that names its kind, found {has} and {found}")
+        condition = split.manifest.condition
+        dtype, rows = condition.null(0).numpy().dtype, split.condition
+        if rows.shape[1:] != condition.shape or not np.can_cast(rows.dtype, dtype, "same_kind"):
+            expected = f"expected a condition {condition.kind}, rows {list(condition.shape)} of {dtype}"
+            raise UserError(f"{where / name}: {expected}, found {list(rows.shape[1:])} of {rows.dtype}")
+        conditions[name] = condition, torch.from_numpy(rows.astype(dtype))
+    if not {TRAIN, VALIDATION} <= set(conditions) or any(condition != conditions[TRAIN][0] for condition, _ in conditions.values()):
+        found = ", ".join(f"{kind.describe()} of {name}" for name, (kind, _) in conditions.items())
+        raise UserError(f"{where}: expected the same condition of training and validation images, found {found}")
+    return conditions[TRAIN][0], {name: rows for name, (_, rows) in conditions.items()}
+
+
+def _has_other_condition(manifest: Manifest | None) -> bool:
+    return manifest is not None and not isinstance(manifest.condition, NoCondition | Classes)
 
 
 def read_classes(splits: Mapping[str, ExternalCodes], where: Path) -> tuple[list[str] | None, dict[str, Tensor]]:

@@ -74,7 +74,7 @@ def test_arrays_of_other_tools_can_be_imported(shape: str, run_copy: Path, tmp_p
 def test_names_that_differ_only_in_unicode_form_are_one_class() -> None:
     names = {"train": ["caf\u00e9", "t", "cafe\u0301"], "validation": ["cafe\u0301", "t", "cafe\u0301"]}
     classes = read_classes(
-        {name: ExternalCodes([], np.array([2, 0, 1]), split_names, None) for name, split_names in names.items()}, Path("codes")
+        {name: ExternalCodes([], np.array([2, 0, 1]), split_names, None, None) for name, split_names in names.items()}, Path("codes")
     )
     assert classes[0] == ["caf\u00e9", "t"]
     assert [labels.tolist() for labels in classes[1].values()] == [[0, 0, 1]] * 2
