@@ -24,6 +24,7 @@ from PIL import Image
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import program
+from pipelines.conditioning import need_classes
 from pipelines.generator import Generator, command_sampling
 from stage2_prior.priors.prior_file import finished_prior
 from training.processes import start
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"expected the package {error.name}, found none; pip install -e '.[app]'") from None
         device = start(recipe.compute).device
         generator = Generator.from_run(run, recipe.data, command_sampling(recipe, device), options.prior, device)
+        need_classes(generator.header, "app")
         run.record(program(), command.arguments, {"prior": generator.prior_name, "host": options.host})
         # Pillow warns above this limit and refuses above twice the limit.
         Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2

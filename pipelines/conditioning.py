@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.errors import UserError, say
 from pipelines.inputs.images import Images
+from stage2_prior.conditions.classes import Classes
 from stage2_prior.conditions.contract import Label
 from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.prior_file import PriorHeader
@@ -48,6 +49,13 @@ def requested_condition(
     if default is None and header is not None and not header.supports_unconditional:
         raise UserError("label: expected one, for a prior trained with stage2.condition_dropout 0, found none")
     return default
+
+
+def need_classes(header: PriorHeader | None, command: str) -> None:
+    """Errors: UserError for a prior with a condition other than classes, which `command` has no field for."""
+    if header is not None and not isinstance(header.condition, NoCondition | Classes):
+        found = header.condition.describe()
+        raise UserError(f"{command}: expected a prior conditioned on classes, or without a condition, found condition {found}")
 
 
 def sample_condition(header: PriorHeader | None, label: Label | Sequence[Label] | None, count: int) -> Tensor | None:

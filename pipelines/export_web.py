@@ -22,7 +22,15 @@ from typing import Any
 from configs.cli import TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry
 from configs.run_dir import COMMANDS, RunDir, new_folder, program, unused_path, write_json
-from pipelines.exporting.folder import drift, encoder_disagreement, exact_generator, excess_bits, export_graphs, need_packages
+from pipelines.exporting.folder import (
+    drift,
+    encoder_disagreement,
+    exact_generator,
+    excess_bits,
+    export_graphs,
+    exportable_prior,
+    need_packages,
+)
 from pipelines.generator import Generator
 from stage2_prior.priors.prior_file import finished_prior
 
@@ -42,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     need_packages()
     name = finished_prior(run, options.prior, command.next(TRAIN_PRIOR)).parent.name
     generator = Generator.from_pretrained(run.path, prior=name, device="cpu", precision="float32")
-    generator.stepwise_prior("export")  # before npm downloads anything
+    exportable_prior(generator)  # before npm downloads anything
     with new_folder(output) as folder:
         loss = write_page(generator, folder, options.bits)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6

@@ -21,9 +21,12 @@ from configs.cli import load_recipe
 from configs.parts import FAMILIES, part_from
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from pipelines.anomalies import main as anomalies
+from pipelines.app import main as app
 from pipelines.complete import main as complete
 from pipelines.compress import main as compress
 from pipelines.evaluate import main as evaluate
+from pipelines.export_onnx import main as export_onnx
+from pipelines.export_web import main as export_web
 from pipelines.generator import Generator
 from pipelines.report import main as report
 from pipelines.sample import main as sample
@@ -31,7 +34,9 @@ from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import read_manifest
 from stage2_prior.conditions.none import NoCondition
+from stage2_prior.export_codes import main as export_codes
 from stage2_prior.extract_codes import main as extract_codes
+from stage2_prior.import_codes import main as import_codes
 from stage2_prior.train import main as train_prior
 from training.metrics_log import read_metrics
 
@@ -149,6 +154,18 @@ def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
     extract_codes([*here, *kind])
     assert read_manifest(run.codes / "train").condition.kind == "numbers"
     assert "condition: expected Numbers" in one_line_error(train_prior, *here)
+    stored = {path.name: path.read_bytes() for path in (run.codes / "train").iterdir()}
+    for form in ("npy", "datasets"):
+        export_codes([*here, "--to", form, "--output", str(tmp_path / form)])
+        import_codes([*here, "--from", form, "--folder", str(tmp_path / form), "--overwrite"])
+        assert {path.name: path.read_bytes() for path in (run.codes / "train").iterdir()} == stored
+    imported = ("--folder", tmp_path / "npy", "--overwrite")
+    rows = tmp_path / "npy/train/condition.npy"
+    for wrong, line in ((np.zeros((9, 2), np.float32), "found 9"), (np.zeros((9, 3), np.float32), r"rows [2] of float32, found [3]")):
+        np.save(rows, wrong)
+        assert line in one_line_error(import_codes, *here, *imported)
+    rows.unlink()
+    assert "found no rows of a condition and condition numbers" in one_line_error(import_codes, *here, *imported)
     train_prior([*here, *kind, "--stage2.steps", "60"])
 
     generator = Generator.from_pretrained(run.path)
@@ -162,6 +179,10 @@ def test_a_condition_by_a_vector_goes_from_a_column_to_samples(
     anomalies(here)
     compress(here)  # without the condition, for which the file format has no field
     assert "conditioned on classes" in one_line_error(compress, *here, "--condition", "0 0")
+    for number, export in enumerate((export_onnx, export_web)):
+        line = one_line_error(export, *here, "--output", tmp_path / f"exported{number}")
+        assert "export: expected a prior conditioned on classes, or without a condition, found condition numbers" in line
+    assert "app: expected a prior conditioned on classes" in one_line_error(app, *here)
     monkeypatch.setattr("stage1_vqvae.features.classifier._MIN_STEPS", 1)
     evaluate([*here, "--features", "classifier", "--n", "8"])
     report(here)

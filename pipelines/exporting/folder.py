@@ -12,9 +12,11 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.parts import as_class
+from pipelines.conditioning import need_classes
 from pipelines.exporting.graphs import export_prior, export_tokenizer
 from pipelines.generator import Generator
 from stage2_prior.draw import StepwiseSampling, guidance_weights
+from stage2_prior.priors.stepwise import StepwisePrior
 
 COMPARED = 10_000
 """Smallest number of codes drawn for a comparison."""
@@ -30,19 +32,24 @@ def need_packages() -> None:
         raise UserError(f"expected the package {error.name}, found none; pip install -e '.[onnx]'") from None
 
 
+def exportable_prior(generator: Generator) -> StepwisePrior:
+    """Return the generator's prior. Errors: UserError for one that the graphs and their sampler cannot represent."""
+    prior = generator.stepwise_prior("export")
+    need_classes(generator.header, "export")
+    if prior.guidance_free is not None:
+        raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
+    if prior.draw_layout is not prior.layout:
+        raise UserError("prior: expected one with prior.head table to export, found one with digits")
+    return prior
+
+
 def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
     """Write encoder.onnx, decoder.onnx and prior.onnx of a generator with a prior, on the CPU.
 
     Returns the content of model.json; the sampler reads all of it except the fingerprints.
     """
-    prior, header = generator.stepwise_prior("export"), generator.header
+    prior, header = exportable_prior(generator), generator.header
     assert header is not None
-    if header.condition.kind != "none" and not header.condition.class_names:
-        raise UserError(f"prior: expected one of classes, or without a condition, to export, found {header.condition.describe()}")
-    if prior.guidance_free is not None:
-        raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
-    if prior.draw_layout is not prior.layout:
-        raise UserError("prior: expected one with prior.head table to export, found one with digits")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
     sampling = _sampling(generator)
