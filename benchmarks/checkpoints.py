@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.sources import load_images

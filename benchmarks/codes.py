@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from configs.cli import load_recipe
 from configs.parts import as_dict, part_from
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from configs.schema import Compute, Recipe
 from stage1_vqvae.data.cache import cached_images

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY
 from stage1_vqvae.monitoring.health import little_used
 from training.metrics_log import read_metrics

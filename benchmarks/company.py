@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from configs.cli import DEFAULT_RECIPE, load_recipe
+from configs.recipe_file import DEFAULT_RECIPE, load_recipe
 
 _BUSY = "while True: sum(range(10**5))"
 _VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images

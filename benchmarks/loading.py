@@ -29,8 +29,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from configs.cli import load_recipe
 from configs.data import Data
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from configs.schema import Recipe
 from stage1_vqvae.data.loader import Loader

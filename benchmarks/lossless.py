@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, load_recipe
+from configs.cli import TRAIN_PRIOR
 from configs.errors import UserError, run_entry
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from pipelines.codec.code_file import insert_stored, pack, run_fingerprint
 from pipelines.codec.coder import decode

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from training.metrics_log import read_metrics
 

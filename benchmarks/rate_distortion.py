@@ -27,8 +27,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, load_recipe
+from configs.cli import TRAIN_PRIOR
 from configs.errors import UserError, run_entry
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from pipelines.codec.code_file import CodeFile, pack, run_fingerprint
 from pipelines.codec.coder import code_batch_size, encode

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir
 from stage1_vqvae.model import VQVAE
 from training.averaging import WeightAverage

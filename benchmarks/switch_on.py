@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from configs.cli import load_recipe
 from configs.parts import as_dict, part_from
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from configs.schema import Recipe
 from pipelines.evaluation.distances import Reference

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir
 from pipelines.evaluation.distances import Reference
 from stage1_vqvae.data.pixels import to_model, to_uint8

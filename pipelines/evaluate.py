@@ -27,8 +27,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import REPORT, TRAIN_PRIOR, Command, load_recipe, parse
+from configs.cli import REPORT, TRAIN_PRIOR, Command, parse
 from configs.errors import UserError, run_entry, say
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir, program, read_json, write_json, write_text
 from configs.schema import Stage1, condition_from
 from pipelines.encoding import allocate_pixels

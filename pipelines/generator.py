@@ -20,11 +20,12 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from configs.cli import TRAIN_PRIOR, Command, load_recipe
+from configs.cli import TRAIN_PRIOR, Command
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.hub import run_of
 from configs.parts import as_class
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from configs.schema import Recipe, Sampling
 from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, insert_stored, pack, run_fingerprint, unpack

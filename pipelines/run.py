@@ -33,9 +33,10 @@ import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
-from configs.cli import DEFAULT_RECIPE, SECTIONS, Command, flattened, load_recipe, parse, recipe_dict
+from configs.cli import Command, parse
 from configs.data import LOCAL_KEYS
 from configs.errors import UserError, run_entry
+from configs.recipe_file import DEFAULT_RECIPE, SECTIONS, flattened, load_recipe, recipe_dict
 from configs.run_dir import REPOSITORY, RunDir, checkout, read_json, runs_folder, typed
 from configs.schema import Stage1, Stage2, condition_from, keys_that_may_change
 from pipelines.provenance import contains, describe_weights, model_fingerprints, outputs, significant

@@ -27,9 +27,10 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, RECIPES, Command, parse, recipe_dict
+from configs.cli import EXTRACT_CODES, Command, parse
 from configs.data import Data
 from configs.errors import UserError, brief, run_entry, say
+from configs.recipe_file import RECIPES, recipe_dict
 from configs.run_dir import program, read_json, write_json, write_yaml
 from configs.schema import Recipe, Tokenizer
 from stage1_vqvae.data.sources import load_images

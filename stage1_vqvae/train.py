@@ -18,9 +18,10 @@ import time
 import torch
 from accelerate import Accelerator
 
-from configs.cli import EXTRACT_CODES, SECTIONS, TRAIN_TOKENIZER, load_recipe, parse, recipe_dict
+from configs.cli import EXTRACT_CODES, TRAIN_TOKENIZER, parse
 from configs.data import in_file_order
 from configs.errors import UserError, run_entry, say
+from configs.recipe_file import SECTIONS, load_recipe, recipe_dict
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, Stage1, keys_that_may_change
 from stage1_vqvae.data.loader import Loader, crops_vary

@@ -28,9 +28,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.cli import EXTRACT_CODES, SAMPLE, SECTIONS, TRAIN_PRIOR, load_recipe, parse, recipe_dict
+from configs.cli import EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, parse
 from configs.errors import UserError, run_entry, say
 from configs.prior_name import LEVELWISE, PriorName
+from configs.recipe_file import SECTIONS, load_recipe, recipe_dict
 from configs.run_dir import RunDir, program, write_json, write_yaml
 from configs.schema import Recipe, keys_that_may_change
 from stage1_vqvae.data.record import changes, check_unchanged, read_record

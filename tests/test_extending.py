@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs.cli import load_recipe
 from configs.parts import FAMILIES, part_from
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from pipelines.anomalies import main as anomalies
 from pipelines.app import main as app

@@ -13,8 +13,8 @@ from torch import nn
 from benchmarks.gpu.check import main as check
 from benchmarks.gpu.counting import Card, Counting, Dataless
 from benchmarks.gpu.steps import perceptual_term, prior_step, tokenizer_step
-from configs.cli import load_recipe
 from configs.errors import UserError
+from configs.recipe_file import load_recipe
 from stage1_vqvae.objectives.perceptual import LPIPSPart
 from tests.conftest import Pretended
 

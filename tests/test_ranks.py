@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from configs.cli import load_recipe
 from configs.errors import UserError
+from configs.recipe_file import load_recipe
 from stage1_vqvae.train import main as train_tokenizer
 from stage2_prior.extract_codes import main as extract_codes
 from tests.conftest import Script

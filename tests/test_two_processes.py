@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir, read_json
 from pipelines.complete import main as complete
 from pipelines.evaluate import main as evaluate

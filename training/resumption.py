@@ -9,8 +9,8 @@ from typing import Any
 
 from jsonargparse.typing import PositiveFloat
 
-from configs.cli import differences
 from configs.errors import UserError, say
+from configs.recipe_file import differences
 from configs.schema import Recipe
 from training.batching import next_accumulation
 from training.stopping import STOPPED_IN_TIME

@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.gpu.counting import CARDS, Card, Counted, Counting, Dataless
 from benchmarks.gpu.steps import NUM_CLASSES, Step, prior_step, tokenizer_step
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY
 from configs.schema import Compute, DiscriminatorPart, Recipe
 from stage1_vqvae.networks import group_norm, vqgan

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.cli import load_recipe, recipe_dict
+from configs.recipe_file import load_recipe, recipe_dict
 from configs.run_dir import BUNDLE, RunDir, read_json, write_json, write_text, write_yaml
 from pipelines.generator import Generator
 from pipelines.provenance import contains, model_fingerprints, outputs, publishable_recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,37 +10,24 @@ from functools import partial
 from glob import has_magic
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from configs.data import Data
-from configs.errors import UserError, listed, say
+from configs.errors import UserError, listed
 from stage1_vqvae.data.cache import files_fingerprint
+from stage1_vqvae.data.columns import Table, image_column, label_column, number_labels
 from stage1_vqvae.data.encoded import EncodedImage, EncodedImages, EncodedSplit, parse_encoded_image
 from stage1_vqvae.data.listings import Listing
-from stage1_vqvae.data.names import NO_LABELS, check_labels, map_splits, normalised
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, OpenedSource, SourceSplit
+from stage1_vqvae.data.names import check_labels, map_splits
+from stage1_vqvae.data.splits import TRAIN, VALIDATION, OpenedSource, SourceSplit
 from stage1_vqvae.data.streams import Stream
 from training.watch import at_work
 
 # `datasets` is imported inside functions: that takes a second, and most commands read codes or files of images.
 if TYPE_CHECKING:
     import datasets
-
-# Names of columns of labels whose type does not show it, in any case; the last is WebDataset's.
-_LABEL_NAMES = ("label", "labels", "class", "cls")
-# Kind of labels per beginning of a type's name; only labels of one kind can be compared. A column of the type null has no values.
-_LABEL_KINDS = {
-    "int": "numbers",
-    "uint": "numbers",
-    "float": "numbers",
-    "string": "text",
-    "large_string": "text",
-    "bool": "booleans",
-    "null": "",
-}
-_BYTES = ("binary", "large_binary")
 # The last bytes of complete files.
 _ENDS = {".arrow": b"\xff\xff\xff\xff\0\0\0\0", ".parquet": b"PAR1"}
 
@@ -63,29 +49,6 @@ class _Column:
 
     def __getitem__(self, rows: list[int]) -> list[EncodedImage]:
         return [parse_encoded_image(record) for record in self._rows[rows][self._column]]
-
-
-class Table(Protocol):
-    """Split of a data set as rows with columns."""
-
-    @property
-    def features(self) -> Mapping[str, Any]:
-        """Type of each column, as of `datasets`."""
-
-    @property
-    def column_names(self) -> Sequence[str]:
-        """Names of the columns."""
-
-    def __len__(self) -> int: ...
-
-    def values(self, column: str) -> list[Any]:
-        """Return a column of numbers or text."""
-
-    def images(self, column: str) -> EncodedImages:
-        """Return a column of images."""
-
-    def fingerprint(self) -> str:
-        """Return a text that changes whenever the files of the rows change."""
 
 
 class _Mapped:
@@ -173,7 +136,7 @@ def open_files(
 def open_listings(listings: Mapping[str, Listing], data: Data) -> tuple[dict[str, SourceSplit], list[str] | None]:
     """Open tables beside images: all splits and label names. Errors: as `open_hub`."""
     for listing in listings.values():
-        listing.sort_by_path(_image_column(listing, data))
+        listing.sort_by_path(image_column(listing, data))
     return _build_splits(listings, data, set(listings))
 
 
@@ -301,16 +264,16 @@ def _build_splits(source: Mapping[str, Table], data: Data, names: set[str]) -> t
     """
     data_name = str(data.path or data.name)
     first = source[TRAIN] if TRAIN in source else next(iter(source.values()))
-    image_column, label_column = _image_column(first, data), _label_column(first, data)
+    images_in, labels_in = image_column(first, data), label_column(first, data)
     for split, rows in source.items():
-        if image_column not in rows.column_names:
-            raise UserError(f"{data_name}: expected a column {image_column} in {split} too, found {listed(rows.column_names)}")
+        if images_in not in rows.column_names:
+            raise UserError(f"{data_name}: expected a column {images_in} in {split} too, found {listed(rows.column_names)}")
     label_names, numbers = None, dict[str, np.ndarray]()
-    if label_column is not None:
-        labelled = {split: rows for split, rows in source.items() if label_column in rows.column_names}
-        kinds = {split: rows.features[label_column] for split, rows in labelled.items()}
-        values = {split: rows.values(label_column) for split, rows in labelled.items()}
-        label_names, numbers = _number_labels(kinds, values, label_column, data_name)
+    if labels_in is not None:
+        labelled = {split: rows for split, rows in source.items() if labels_in in rows.column_names}
+        kinds = {split: rows.features[labels_in] for split, rows in labelled.items()}
+        values = {split: rows.values(labels_in) for split, rows in labelled.items()}
+        label_names, numbers = number_labels(kinds, values, labels_in, data_name)
     splits: dict[str, SourceSplit] = {}
     for split, rows in source.items():
         if split not in names and not (split == TRAIN and VALIDATION in names and VALIDATION not in source):
@@ -319,8 +282,8 @@ def _build_splits(source: Mapping[str, Table], data: Data, names: set[str]) -> t
             raise UserError(f"{data_name}: expected images in split {split}, found none")
         origin = f"{data.name} {data.config} {data.revision}" if data.path is None else ""
         # For the Hub a name stands in for the files, which depend on whether they are streamed.
-        fingerprint = f"{origin} {image_column} {rows.fingerprint()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
-        images = rows.images(image_column)
+        fingerprint = f"{origin} {images_in} {rows.fingerprint()}" + (f" hub:{data.name}@{data.revision}" if data.path is None else "")
+        images = rows.images(images_in)
         labels = check_labels(numbers.get(split), split, data_name, lambda row, images=images: _row_name(images, row))  # type: ignore[misc]
         splits[split] = EncodedSplit(split, images, labels, fingerprint, partial(_values, rows, data_name, split))
     return splits, label_names
@@ -336,149 +299,3 @@ def _values(rows: Table, data_name: str, split: str, column: str) -> list[Any]:
 def _row_name(images: EncodedImages, row: int) -> str:
     path = images[[row]][0].path
     return f"row {row}" if path is None else f"row {row} ({path})"
-
-
-def _image_column(rows: Table, data: Data) -> str:
-    import datasets
-
-    # In Parquet without Hugging Face's metadata an image is bytes, or a struct of bytes and a path.
-    features = rows.features.items()
-    columns = [
-        name for name, feature in features if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
-    ]
-    columns = columns or [name for name, feature in features if isinstance(feature, datasets.Value) and feature.dtype in _BYTES]
-    if data.image_column is not None:
-        columns = [name for name, feature in features if name == data.image_column and (name in columns or _may_be_bytes(feature))]
-    if len(columns) != 1:
-        expected = f"one column of images (--data.image_column NAME), found {listed(columns)} of {listed(rows.column_names)}"
-        raise UserError(f"{data.path or data.name}: expected {expected}")
-    return columns[0]
-
-
-def _label_column(rows: Table, data: Data) -> str | None:
-    import datasets
-
-    if data.label_column == NO_LABELS:
-        return None
-    if data.label_column is not None:
-        if data.label_column not in rows.column_names:
-            expected = f"a column {data.label_column} (data.label_column), found {listed(rows.column_names)}"
-            raise UserError(f"{data.path or data.name}: expected {expected}")
-        return data.label_column
-    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    called = [name for name in rows.column_names if name.lower() in _LABEL_NAMES]
-    columns = columns or [name for name in called if _label_kind(rows.features[name]) is not None]
-    if len(columns) > 1:
-        expected = f"one column of labels (--data.label_column NAME, or {NO_LABELS})"
-        raise UserError(f"{data.path or data.name}: expected {expected}, found {listed(columns)}")
-    if called and not columns:
-        holds = f"holds no classes, whole numbers or text, but {rows.features[called[0]]}"
-        say(f"{data.path or data.name}: no labels: the column {called[0]} {holds}")
-    return columns[0] if columns else None
-
-
-def _may_be_bytes(feature: Any) -> bool:
-    """Return whether a column that the user names can contain encoded images."""
-    import datasets
-
-    item = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
-    return isinstance(item, datasets.Value) and item.dtype in (("uint8",) if item is not feature else _BYTES)
-
-
-def _label_kind(feature: Any) -> str | None:
-    """Return the kind of a column's labels: numbers, text, booleans; "" for a column without values; None for values of other types."""
-    import datasets
-
-    dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
-    return next((kind for begin, kind in _LABEL_KINDS.items() if dtype.startswith(begin)), None)
-
-
-def _label_name(value: Any) -> str | None:
-    """Return a label as text, None for a missing one. Errors: ValueError for a fraction."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise ValueError
-        value = int(value)
-    return normalised(str(value).strip()) or None
-
-
-def _number_labels(
-    kinds: Mapping[str, Any], values: Mapping[str, Sequence[Any]], column: str, data_name: str
-) -> tuple[list[str] | None, dict[str, np.ndarray]]:
-    """Return the names of labels, and per split the label of each row (N,) as an index of them, -1 for a missing one.
-
-    Names are those of the column's classes, or all numbers and texts that occur, numbers in the order of their value, others of their text.
-
-    Args:
-        kinds: type of the column per split.
-        values: values of the column per split.
-        column: name of the column.
-        data_name: name of the data set in messages.
-    Errors: UserError for a value that is not a label, and for splits whose labels cannot be compared.
-    """
-    import datasets
-
-    first = next(iter(kinds.values()))
-    classes = [getattr(kind, "names", None) for kind in kinds.values()]
-    name_of: dict[Any, str | None] = {None: None, -1: None}
-    if isinstance(first, datasets.ClassLabel):
-        if any(names != first.names for names in classes):
-            raise UserError(f"{data_name}: expected the same classes in all splits, found others")
-        name_of |= {number: _label_name(name) for number, name in enumerate(first.names)}
-        names = [name for name in dict.fromkeys(name_of.values()) if name is not None]
-    else:
-        _check_label_kinds(kinds, column, data_name)
-        name_of = {}
-        for split, split_values in values.items():
-            for value in set(split_values):
-                try:
-                    name_of[value] = _label_name(value)
-                except ValueError:
-                    expected = f"whole numbers or text in {column} (--data.label_column NAME, or {NO_LABELS})"
-                    row = split_values.index(value)
-                    raise UserError(f"{data_name}: expected {expected}, found {value} in row {row} of {split}") from None
-        _set_minus_one(name_of, values, column, data_name)
-        names = _in_order({name for name in name_of.values() if name is not None})
-    number_of = {name: number for number, name in enumerate(names)}
-    numbers = {value: -1 if name is None else number_of[name] for value, name in name_of.items()}
-    result = {}
-    for split, split_values in values.items():
-        try:
-            result[split] = np.fromiter((numbers[value] for value in split_values), np.int64, len(split_values))
-        except KeyError as error:
-            raise UserError(f"{data_name}: expected numbers of {len(names)} classes in {column} of {split}, found {error}") from None
-    if not any((split_numbers >= 0).any() for split_numbers in result.values()):
-        say(f"{data_name}: no labels: the column {column} has none")
-        return None, {}
-    return names, result
-
-
-def _check_label_kinds(kinds: Mapping[str, Any], column: str, data_name: str) -> None:
-    """Errors: UserError for a column that holds no labels, or labels that cannot be compared between splits."""
-    comparable = {split: _label_kind(kind) for split, kind in kinds.items()}
-    for split, kind in comparable.items():
-        if kind is None:
-            expected = "labels that are classes, whole numbers or text (data.label_column)"
-            raise UserError(f"{data_name}: expected {expected}, found {kinds[split]} in {column} of {split}")
-    if len(set(comparable.values()) - {""}) > 1:
-        listing = ", ".join(f"{kind} in {split}" for split, kind in comparable.items() if kind)
-        raise UserError(f"{data_name}: expected labels of one kind in all splits, found in {column} {listing}")
-
-
-def _set_minus_one(name_of: dict[Any, str | None], values: Mapping[str, Sequence[Any]], column: str, data_name: str) -> None:
-    """Decide whether -1 is a class or a missing label where the column lists no classes: missing if only the test split has it."""
-    unlabelled = [value for value, name in name_of.items() if name == "-1"]
-    if not unlabelled:
-        return
-    if not any(value in split_values for value in unlabelled for split, split_values in values.items() if split != TEST):
-        name_of |= dict.fromkeys(unlabelled)
-        say(f"{data_name}: -1 in {column} of {TEST} is taken for a missing label, since no other split has it")
-    elif len(set(name_of.values()) - {None}) > 2:
-        say(f"{data_name}: -1 in {column} is taken for a class like the others; --data.label_column {NO_LABELS} leaves all labels away")
-
-
-def _in_order(names: set[str]) -> list[str]:
-    """Sort names by value if all are whole numbers, or else by text."""
-    return sorted(names, key=int if all(re.fullmatch("0|-?[1-9][0-9]*", name) for name in names) else None)

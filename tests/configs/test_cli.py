@@ -17,10 +17,11 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from configs.cli import SECTIONS, differences, flattened, load_recipe, parse, recipe_dict
+from configs.cli import parse
 from configs.data import LOCAL_KEYS
 from configs.errors import UserError
 from configs.parts import FAMILIES, as_dict, part_class
+from configs.recipe_file import SECTIONS, differences, flattened, load_recipe, recipe_dict
 from configs.run_dir import COMMANDS, REPOSITORY, RunDir
 from configs.schema import Recipe, Stage1, keys_that_may_change
 

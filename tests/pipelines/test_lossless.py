@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.cli import load_recipe
 from configs.errors import UserError
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir, read_json
 from pipelines.codec import pixels as codec
 from pipelines.codec.code_file import pack, unpack

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from pipelines.reconstruct import main, pairs, quality
 from pipelines.scoring.panels import file_names

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json, read_summed_json, write_summed_json
 from pipelines.report import main
 from pipelines.reporting.content import data_table, newest_samples, samples

@@ -22,8 +22,9 @@ import torch
 import yaml
 
 import pipelines.run as run_script
-from configs.cli import SECTIONS, Command, load_recipe, parse, recipe_dict
+from configs.cli import Command, parse
 from configs.errors import UserError
+from configs.recipe_file import SECTIONS, load_recipe, recipe_dict
 from configs.run_dir import REPOSITORY, RunDir, read_json, write_json
 from configs.schema import Stage2
 from pipelines.provenance import describe_weights, model_fingerprints, publishable_argument

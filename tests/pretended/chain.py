@@ -20,8 +20,8 @@ from typing import Any, get_args
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from configs.cli import load_recipe
 from configs.data import Augmentation
+from configs.recipe_file import load_recipe
 from configs.schema import Stage1, Stage2
 from tests.launched.commands import staying_joined
 from tests.launched.plots import leave_blank

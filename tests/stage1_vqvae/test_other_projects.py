@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.cli import load_recipe
 from configs.data import Data
 from configs.errors import UserError
 from configs.parts import part_from
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir
 from configs.schema import Tokenizer
 from pipelines.reconstruct import main as reconstruct

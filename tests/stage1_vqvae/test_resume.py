@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, read_json
 from pipelines.evaluate import main as evaluate
 from pipelines.reconstruct import main as reconstruct

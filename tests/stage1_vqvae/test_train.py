@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs.cli import load_recipe
 from configs.errors import UserError
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir, read_json
 from pipelines.sample import main as sample
 from pipelines.summary import main as summary

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir, read_json
 from stage1_vqvae.data.sources import load_images
 from stage1_vqvae.data.splits import VALIDATION

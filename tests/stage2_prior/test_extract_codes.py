@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from stage1_vqvae.data.pixels import to_model, to_uint8
 from stage1_vqvae.data.sources import load_images

@@ -16,9 +16,9 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from configs.cli import load_recipe
 from configs.errors import UserError
 from configs.prior_name import PriorName
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir, read_json, write_json
 from configs.schema import prior_from
 from pipelines.anomalies import validation_bits

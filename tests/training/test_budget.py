@@ -12,7 +12,7 @@ import pytest
 import yaml
 from accelerate import Accelerator
 
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json
 from configs.schema import Stage1, Stage2
 from stage1_vqvae.train import main as train_tokenizer

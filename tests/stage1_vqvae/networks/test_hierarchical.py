@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.cli import load_recipe
 from configs.parts import part_from
+from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
 from configs.schema import Tokenizer
 from stage1_vqvae.model import VQVAE, load_tokenizer, save_tokenizer
