@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--data", help="a local data set")
-    parser.add_argument("--steps", type=int, default=25, help="of a block")
+    parser.add_argument("--steps", type=int, default=25, help="steps per block")
     parser.add_argument("--blocks", type=int, default=9)
     options = parser.parse_args()
     accelerator, recipe = Accelerator(cpu=not torch.accelerator.is_available()), load_recipe(options.config)
@@ -63,8 +63,8 @@ def main() -> None:
     interval = recipe.stage1.checkpoint_interval
     share = cost / (interval * without / options.steps)
     took, copied = without / options.steps * 1e3, statistics.median(copying) * 1e3
-    print(f"a step {took:.1f} ms; a checkpoint of {size / 1e6:.1f} MB, copied in {copied:.1f} ms")
-    print(f"it costs {cost * 1e3:.0f} ms in all, {share:.3%} of the {interval} steps between two")
+    print(f"step: {took:.1f} ms; checkpoint: {size / 1e6:.1f} MB, copied in {copied:.1f} ms")
+    print(f"a checkpoint costs {cost * 1e3:.0f} ms in total, {share:.3%} of the {interval} steps between two of them")
 
 
 if __name__ == "__main__":

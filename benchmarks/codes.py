@@ -87,7 +87,7 @@ def rates(path: Path, images: int, folder: Path) -> None:
             speeds["bare encoder"].append(len(pixels) / (between - start))
             speeds["extraction"].append(len(pixels) / (time.perf_counter() - between))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"{len(pixels):,} images: " + ", ".join(f"{name} {value:,.0f} images a second" for name, value in medians.items()))
+    print(f"{len(pixels):,} images: " + ", ".join(f"{name} {value:,.0f} images per second" for name, value in medians.items()))
     print(f"ratio {medians['extraction'] / medians['bare encoder']:.3f}")
 
 
@@ -144,7 +144,7 @@ def random_store(rows: int, tokens: int, folder: Path) -> None:
     for shard in range(manifest.num_shards):
         write_shard(folder, manifest, shard, [torch.randint(16_384, (len(manifest.shard_rows(shard)), 1, side, side))], None)
     write_manifest(folder, manifest)
-    print(f"written: {rows / (time.perf_counter() - start):,.0f} rows a second, {manifest.num_shards} files")
+    print(f"written: {rows / (time.perf_counter() - start):,.0f} rows per second, {manifest.num_shards} files")
 
 
 def prior_steps(rows: int, tokens: int, folder: Path) -> None:
@@ -170,7 +170,7 @@ def prior_steps(rows: int, tokens: int, folder: Path) -> None:
                 seconds.setdefault(name, []).append(time.perf_counter() - step_start)
         memory.append(_memory_mib())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(", ".join(f"{name} {median * 1e3:.1f} ms a step" for name, median in medians.items()))
+    print(", ".join(f"{name} {median * 1e3:.1f} ms per step" for name, median in medians.items()))
     print(f"ratio {medians['on disk'] / medians['in memory']:.3f}; {memory[20]:.0f} MiB after 20 steps, {memory[-1]:.0f} after 120")
 
 
@@ -187,7 +187,7 @@ def reading(rows: int, tokens: int, folder: Path) -> None:
             store.codes(rows_drawn)
         seconds = time.perf_counter() - start
         print(
-            f"{name} time through: {draws.numel() / seconds:,.0f} rows a second, {seconds / len(draws) * 1e3:.2f} ms a batch of {_BATCH}; ",
+            f"{name} pass: {draws.numel() / seconds:,.0f} rows per second, {seconds / len(draws) * 1e3:.2f} ms per batch of {_BATCH}; ",
             end="",
         )
         print(f"{_memory_mib() - before:.1f} MiB since before it was opened")
@@ -197,7 +197,7 @@ def reading(rows: int, tokens: int, folder: Path) -> None:
     start = time.perf_counter()
     for rows_drawn in draws:
         torch.from_numpy(in_memory[rows_drawn.numpy()].astype(np.int64))
-    print(f"in memory: {(time.perf_counter() - start) / len(draws) * 1e3:.2f} ms a batch")
+    print(f"in memory: {(time.perf_counter() - start) / len(draws) * 1e3:.2f} ms per batch")
 
 
 def _memory_mib() -> float:

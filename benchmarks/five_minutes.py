@@ -110,8 +110,9 @@ def ours(data: str | None, test: ImageSplit, steps: int, seed: int, overrides: l
 
 
 class PlainVQVAE(nn.Module):
-    """What is found everywhere, the usual way: the averages change within the forward pass, and the smoothed size is kept.
-    Inside, pixels lie in [-1/2, 1/2].
+    """The most copied VQ-VAE: its forward pass updates the moving averages, and it stores the smoothed cluster sizes.
+
+    Encoder and decoder use pixels in [-1/2, 1/2].
     """
 
     def __init__(self) -> None:
@@ -122,7 +123,7 @@ class PlainVQVAE(nn.Module):
         self.register_buffer("total", torch.randn(_K, _D))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction, codes, commitment."""
+        """Return reconstructions (B, C, H, W) in [-1, 1], codes (B, h, w) and the commitment loss ()."""
         z = self.encoder(images / 2).movedim(1, -1)
         flat = z.reshape(-1, _D)
         distances = flat.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * flat @ self.codebook.T
@@ -184,7 +185,7 @@ def main() -> None:
         ratio = statistics.median(mine / theirs for mine, theirs in pairs)
         print(f"\nmedians: ours {medians[0]:.5f}, plain {medians[1]:.5f}; median ratio {ratio:.3f}\n", flush=True)
     if options.ablate:
-        print("| taken back | test MSE | usage | perplexity | minutes |\n| --- | --- | --- | --- | --- |", flush=True)
+        print("| undone | test MSE | usage | perplexity | minutes |\n| --- | --- | --- | --- | --- |", flush=True)
         for name, overrides in ABLATIONS.items():
             larger = int(overrides[-1]) // config.batch_size if "--stage1.batch_size" in overrides else 1
             result = ours(options.data, test, config.steps // 4 // larger, 0, overrides)

@@ -22,7 +22,7 @@ from stage2_prior.priors.transformer import Block
 _CODES, _SIDE, _CLASSES, _VARIANTS, _BATCH = 16384, 16, 1000, 10, 256  # those of configs/imagenet256.yaml
 _TOKENS = _SIDE**2
 _MACHINE = 8  # GPUs that one machine has
-# An H100 SXM: dense bf16 operations a second, and bytes a second that it sends to those of its machine (NVIDIA's data sheet: half of what
+# An H100 SXM: dense bf16 operations per second, and bytes per second that it sends within its machine (NVIDIA's data sheet: half of what
 # NVLink carries in both directions). A ring through all GPUs leaves each machine once, by eight ports of 400 Gbit/s together.
 _PEAK, _NVLINK, _PORTS = 989e12, 450e9, 8 * 50e9
 # The share of the peak that large transformers are trained at (nanoGPT, Llama 3: 38 to 43 % of it), an assumption.
@@ -110,8 +110,8 @@ def seconds(prior: ParameterCounts, gpus: int, checkpointing: bool, shards: bool
 def main() -> None:
     """Run the benchmark and print its table."""
     activation = measure_activation()
-    print(f"a layer keeps {activation:.1f} bytes a token and channel (measured)\n")
-    print("| prior | GPUs | how | memory a GPU | sent a step | of operations | of sending | images a second |")
+    print(f"a layer keeps {activation:.1f} bytes per token and channel (measured)\n")
+    print("| prior | GPUs | how | memory per GPU | sent per step | arithmetic s | communication s | images per second |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, size in SIZES.items():
         prior = count_parameters(size)

@@ -1,7 +1,7 @@
 """Image loading of stage 1: waiting time per step, decoding speed, seconds to the first step, memory.
 
     python benchmarks/loading.py make --data CIFAR10 --output FOLDER      JPEGs of --size in class folders, enlarged from CIFAR-10's;
-                                                                          or in so many --tars
+                                                                          or --tars N WebDataset files
     python benchmarks/loading.py steps --config FILE --data PATH          step times: batches in memory, kept decoded, decoded each time;
                                                                           and --stream, of Parquet and .tar files
     python benchmarks/loading.py decode --data FOLDER                     images per second by threads and by requested size
@@ -53,9 +53,9 @@ def main() -> None:
         command.add_argument("--output", type=Path)
         command.add_argument("--files", type=int, default=20_000 if name == "make" else 100_000)
         command.add_argument("--size", type=int, nargs=2, default=(256, 256), help="width and height of the JPEGs")
-        command.add_argument("--tars", type=int, default=0, help="WebDataset files to write; 0 = a file an image")
-        command.add_argument("--stream", action="store_true", help="read files where they are, too")
-        command.add_argument("--steps", type=int, default=20, help="of a block")
+        command.add_argument("--tars", type=int, default=0, help="WebDataset files to write; 0 = one file per image")
+        command.add_argument("--stream", action="store_true", help="also stream the files without a copy")
+        command.add_argument("--steps", type=int, default=20, help="steps per block")
         command.add_argument("--blocks", type=int, default=7)
         command.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -125,7 +125,7 @@ def steps(options: argparse.Namespace) -> None:
                 if block:
                     seconds_per_step[name].append(seconds / options.steps)
                     shares[name].append(loader.waited() / seconds)
-    print("| images | ms a step | ratio | waited for images |\n| --- | --- | --- | --- |")
+    print("| images | ms per step | ratio | waited for images |\n| --- | --- | --- | --- |")
     for name, values in seconds_per_step.items():
         ratio = statistics.median(value / reference for value, reference in zip(values, seconds_per_step[_IN_MEMORY], strict=True))
         print(f"| {name} | {statistics.median(values) * 1e3:.1f} | {ratio:.3f} | {statistics.median(shares[name]):.2%} |")
@@ -190,7 +190,7 @@ def memory(options: argparse.Namespace) -> None:
             reader.join()
         totals.append(sum(taken))
         print(f"{count} processes: {', '.join(f'{mib:.1f}' for mib in taken)} MiB for images")
-    print(f"both together {totals[1] / totals[0]:.3f} of one")
+    print(f"two processes take {totals[1] / totals[0]:.3f} times the memory of one")
 
 
 def _read_all(data: Data, pipe: Connection) -> None:

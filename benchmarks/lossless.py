@@ -76,8 +76,8 @@ def ours(run: RunDir, images: Images, prior_name: str | None) -> list[str]:
     data, sizes = pack(content)
     count, stored = len(pixels), len(pixels) - len(encoded.bound)
     print(
-        f"{run.path.name}: bound of those coded {float(encoded.bound.mean()) / 8:.1f} bytes an image, "
-        f"{float(encoded.bound.sum()) / (count - stored) / pixels[0].numel():.4f} bits a dimension; "
+        f"{run.path.name}: bound of those coded {float(encoded.bound.mean()) / 8:.1f} bytes per image, "
+        f"{float(encoded.bound.sum()) / (count - stored) / pixels[0].numel():.4f} bits per dimension; "
         f"codes {sizes.payload / count:.1f}, pixels {sizes.pixels / count:.1f}, labels {sizes.labels / count:.2f}, header {sizes.header}; "
         f"{stored} stored as PNG"
     )
@@ -123,8 +123,8 @@ def main() -> None:
     """Run the benchmark and print one table per run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="runs whose objective is a likelihood, with a prior; names or paths")
-    parser.add_argument("--images", type=int, default=1000, help="images, spread evenly; all, if there are fewer")
-    parser.add_argument("--split", help="the split they are of (default: validation)")
+    parser.add_argument("--images", type=int, default=1000, help="number of images, evenly spaced; at most all")
+    parser.add_argument("--split", help="split of the images (default: validation)")
     parser.add_argument("--prior", help="name of the prior in each run (default: the last finished)")
     options = parser.parse_args()
     if options.images < 1:
@@ -140,7 +140,7 @@ def main() -> None:
         rows = [ours(run, images, options.prior)]
         for kind in _FORMATS:
             rows += rows_for_format(kind, images.pixels)
-        print("\n| | bytes an image | bits a dimension | encode s | decode s |\n| --- | --- | --- | --- | --- |")
+        print("\n| | bytes per image | bits per dimension | encode s | decode s |\n| --- | --- | --- | --- | --- |")
         print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
 
 

@@ -113,7 +113,7 @@ def sampling(rounds: int) -> None:
     transformer = TransformerPart(**_SIZES).build(_LAYOUT, _CONDITION).eval()
     pixelcnn = PixelCNNPart().build(_LAYOUT, _CONDITION).eval()
     with_attention = PixelCNNPart(attention_interval=5).build(_LAYOUT, _CONDITION).eval()
-    print("| prior | parameters | cached s | chain of its products s | ratio | full pass a position s | ratio | same codes |")
+    print("| prior | parameters | cached s | chain of its products s | ratio | full pass per position s | ratio | same codes |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, prior in (("transformer, 6 x 384", transformer), ("PixelCNN, 15 x 64", pixelcnn), ("the same, attention", with_attention)):
         codes = prior.sample(labels, uniform, StepwiseSampling())

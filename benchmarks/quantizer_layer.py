@@ -27,7 +27,7 @@ _IMAGES = 16
 
 
 def floor(z: Tensor, codebook: Tensor) -> Callable[[], object]:
-    """Lower bound of an exact search by one matrix product: contiguous rows (N, D), nothing learned."""
+    """Return the lower bound of an exact search: matrix product, argmin and gather on contiguous rows (N, D), without learning."""
     rows = z.movedim(1, -1).reshape(-1, z.shape[1]).contiguous()
     distances = torch.empty(len(rows), len(codebook))
 
@@ -39,7 +39,7 @@ def floor(z: Tensor, codebook: Tensor) -> Callable[[], object]:
 
 
 def ours(z: Tensor, codebook: Tensor, **section: object) -> Callable[[], object]:
-    """The layer's part of a training step, on latents (B, D, h, w)."""
+    """Return the layer's part of a training step, on latents (B, D, h, w)."""
     quantizer = part_from("tokenizer.quantizer", {"num_codes": len(codebook), **section}).build(codebook.shape[1]).train()
     gradient = torch.randn_like(z)  # in z's layout, as a decoder gives it
 
@@ -54,7 +54,7 @@ def ours(z: Tensor, codebook: Tensor, **section: object) -> Callable[[], object]
 
 
 def peer(z: Tensor, codebook: Tensor) -> Callable[[], object]:
-    """vector-quantize-pytorch's `VectorQuantize` with moving averages and straight-through gradients."""
+    """Return the same part of vector-quantize-pytorch's `VectorQuantize`, with moving averages and straight-through gradients."""
     from vector_quantize_pytorch import VectorQuantize
 
     quantizer = VectorQuantize(

@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument("--data", help="folder with CIFAR-10 as parquet; without it, the Hub's uoft-cs/cifar10")
-    parser.add_argument("--only", help="a part of the names of those to run")
+    parser.add_argument("--only", help="run only quantizers whose name contains this")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -99,7 +99,7 @@ def main() -> None:
             arguments += ["--data.path", str(ten_thousand(options.data, folder)), "--data.validation_share", "0.1"]
         steps = str(_PRIOR_STEPS[options.source])
         schedule = ["--stage2.steps", steps, "--stage2.validation_interval", steps, "--stage2.checkpoint_interval", steps]
-        print("| quantizer | MSE x 1000 | usage | perplexity | bits an image: indices | unigram | prior | bits/token | ms/step |")
+        print("| quantizer | MSE x 1000 | usage | perplexity | bits per image: indices | unigram | prior | bits/token | ms/step |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for number, (kind, overrides) in enumerate(KINDS.items()):
             if options.only and options.only.lower() not in kind.lower():

@@ -48,7 +48,7 @@ _QUALITIES = (1, 5, 10, 15, 20, 30, 40, 55, 70, 85)
 _SETTINGS: dict[str, dict[str, Any]] = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"speed": 4, "max_threads": 1}}
 _BLOCK = 16
 _BATCH = 64
-# It takes 15 ms an image, and there are 60 points.
+# It takes 15 ms per image, and there are 60 points.
 _SSIM_IMAGES = 200
 
 
@@ -162,7 +162,7 @@ def plot(path: Path, our_points: list[list[Point]], curves: list[list[Point]], p
                 position = (8 * point.size / pixels, value(point))
                 colour, point_label = ("black", "tab:blue", "tab:purple")[number % 3], f"{point.codec}: {point.setting}"
                 axes.plot(*position, marker, color=colour, label=point_label, markersize=9, fillstyle="none")
-        axes.set(xscale="log", xlabel="bits a pixel, weights not counted", ylabel=label)
+        axes.set(xscale="log", xlabel="bits per pixel, weights not counted", ylabel=label)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -175,9 +175,9 @@ def main() -> None:
     """Run the benchmark; print the table and save the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="runs with a tokenizer and a prior; names or paths")
-    parser.add_argument("--images", type=int, default=1000, help="validation images, spread evenly; all, if there are fewer")
+    parser.add_argument("--images", type=int, default=1000, help="number of validation images, evenly spaced; at most all")
     parser.add_argument("--prior", help="name of the prior in each run (default: the last finished)")
-    parser.add_argument("--output", type=Path, default=Path("rate_distortion.png"), help="the picture")
+    parser.add_argument("--output", type=Path, default=Path("rate_distortion.png"), help="file of the plot")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.images < 1:
@@ -211,8 +211,8 @@ def main() -> None:
             choices = [(by_size, "nearest in size"), (by_psnr, "nearest in PSNR")]
             for point, reason in [(by_size, "nearest in size and PSNR")] if by_size == by_psnr else choices:
                 lines.append(row(point._replace(setting=f"{reason}: {point.setting}"), pixels))
-    print(f"{len(images.pixels)} validation images, {8 * images.pixels[0].numel() // pixels} bits a pixel raw\n")
-    print("| codec | setting | bytes an image | bits a pixel | PSNR dB | SSIM |\n| --- | --- | --- | --- | --- | --- |")
+    print(f"{len(images.pixels)} validation images, {8 * images.pixels[0].numel() // pixels} bits per pixel raw\n")
+    print("| codec | setting | bytes per image | bits per pixel | PSNR dB | SSIM |\n| --- | --- | --- | --- | --- | --- |")
     print("\n".join(lines))
     print("\n" + "\n".join(weights))
     plot(options.output, our_points, curves, pixels)

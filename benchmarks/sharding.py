@@ -40,10 +40,10 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=16384)
     parser.add_argument("--side", type=int, default=16)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=2, help="images a process and step")
+    parser.add_argument("--batch", type=int, default=2, help="images per process and step")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--kind", choices=["copies", "shards"], help="run one rank that is measured")
-    parser.add_argument("--folder", type=Path, help="where its codes are")
+    parser.add_argument("--folder", type=Path, help="folder of the rank's codes")
     options = parser.parse_args()
     if options.kind is not None:
         measure(options)
@@ -52,10 +52,10 @@ def main() -> None:
         write_codes(Path(folder), options.codes, options.side)
         results = {kind: run_ranks(options, kind, folder) for kind in ("copies", "shards")}
     print(f"{results['copies']['parameters'] / 1e6:.0f} M parameters, {options.processes} processes, {options.optimizer}")
-    for name, unit in (("built", "MiB to begin with, at most"), ("held", "MiB in a step, at most"), ("sent", "MB sent a step")):
+    for name, unit in (("built", "MiB to begin with, at most"), ("held", "MiB in a step, at most"), ("sent", "MB sent per step")):
         copies, shards = (results[kind][name] for kind in ("copies", "shards"))
-        print(f"{unit}: {copies:,.0f} with a copy each, {shards:,.0f} in shards, ratio {shards / copies:.2f}")
-    print(f"a step: {results['copies']['seconds']:.2f} s, {results['shards']['seconds']:.2f} s")
+        print(f"{unit}: {copies:,.0f} replicated, {shards:,.0f} sharded, ratio {shards / copies:.2f}")
+    print(f"step: {results['copies']['seconds']:.2f} s, {results['shards']['seconds']:.2f} s")
 
 
 def run_ranks(options: argparse.Namespace, kind: str, folder: str) -> dict[str, float]:

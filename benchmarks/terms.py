@@ -41,11 +41,11 @@ def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--data", help="the images, where the recipe does not say")
+    parser.add_argument("--data", help="folder of images, if the recipe names none")
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--features", nargs="+", required=True, help="of which networks distances are")
-    parser.add_argument("--output", type=Path, required=True, help="folder for runs and picture; runs that are there are not trained again")
+    parser.add_argument("--features", nargs="+", required=True, help="networks of the Fréchet distances")
+    parser.add_argument("--output", type=Path, required=True, help="folder for runs and picture; existing runs are not trained again")
     options, more = parser.parse_known_args()
     torch.set_num_threads(options.threads)
     runs = {name: RunDir((options.output / f"run{number}").resolve()) for number, name in enumerate(WAYS)}

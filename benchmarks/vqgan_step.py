@@ -87,7 +87,7 @@ def main() -> None:
             start = time.perf_counter()
             step(model, images)
             times[name] += [time.perf_counter() - start] if number else []
-    print("| network | parameters | seconds a step | ratio | memory MiB |\n| --- | --- | --- | --- | --- |")
+    print("| network | parameters | seconds per step | ratio | memory MiB |\n| --- | --- | --- | --- | --- |")
     seconds = {name: statistics.median(values) for name, values in times.items()}
     for name, median in seconds.items():
         arguments = ["--only", name, "--size", str(options.size), "--batch", str(options.batch)]

@@ -162,7 +162,7 @@ def validation_bits(command: Command, scorer: LoadedPrior, conditional: bool) ->
         rows = rows[:0] if stored is None else torch.nonzero(scorer.header.condition.known(stored))[:, 0]
         condition = None if stored is None else stored[rows]
         if len(rows) < len(store):
-            say(f"compared with {len(rows):,} of {len(store):,} validation images: the others' labels the prior does not know")
+            say(f"compared with {len(rows):,} of {len(store):,} validation images: the prior does not know the labels of the others")
     return surprisals(scorer.prior, store.codes(rows), condition, "bits of validation", progress=True).sum(1) if len(rows) else None
 
 

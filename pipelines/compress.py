@@ -108,7 +108,7 @@ def report(command: Command, output: Path, sizes: Sizes, pixels: Tensor, encoded
     print(f"wrote {images} images to {command.run.show(output)}: {total} bytes, {raw / total:.1f} : 1 of raw pixels, {quality}")
     print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, payload {sizes.payload}")
     ratio = f"{raw / max(1, sizes.payload):.1f} : 1"
-    print(f"payload: {8 * sizes.payload / images:.1f} bits an image, {ratio}; without the tokenizer and prior")
+    print(f"payload: {8 * sizes.payload / images:.1f} bits per image, {ratio}; without the tokenizer and prior")
     prior_bytes = encoding.bits / 8
     above = f", the payload {sizes.payload / prior_bytes - 1:.2%} above" if prior_bytes else ""
     print(f"-log2 p under the prior: {prior_bytes:.1f} bytes{above}; logits at least {encoding.clearance:.1g} from rounding boundaries")
@@ -119,10 +119,11 @@ def report_lossless(command: Command, output: Path, sizes: Sizes, pixels: Tensor
     images, raw, total, coded = len(pixels), pixels.numel(), sum(sizes), len(encoded.bound)
     print(f"wrote {images} images to {command.run.show(output)}, lossless: {total} bytes, {raw / total:.2f} : 1 of raw pixels")
     print(f"bytes: header {sizes.header}, labels {sizes.labels}, names {sizes.names}, codes {sizes.payload}, pixels {sizes.pixels}")
-    print(f"{8 * total / raw:.4f} bits a dimension, {total / images:.1f} bytes an image; {images - coded} of them stored as PNG")
+    print(f"{8 * total / raw:.4f} bits per dimension, {total / images:.1f} bytes per image; {images - coded} of them stored as PNG")
     if coded:
         bound_bits = float(encoded.bound.sum())
-        print(f"bound for the {coded} coded images: {bound_bits / 8:.1f} bytes, {bound_bits * images / (raw * coded):.4f} bits a dimension")
+        per_dimension = bound_bits * images / (raw * coded)
+        print(f"bound for the {coded} coded images: {bound_bits / 8:.1f} bytes, {per_dimension:.4f} bits per dimension")
 
 
 if __name__ == "__main__":

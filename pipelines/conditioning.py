@@ -81,6 +81,6 @@ def image_condition(header: PriorHeader | None, label: str | None, images: Image
             if not (lenient and header.supports_unconditional):
                 expected = f"expected images with labels that the prior knows ({header.condition.describe()}), or one for all"
                 raise UserError(f"label: {expected}, found {unknown}")
-            say(f"the prior does not know the label {unknown}: all images are taken without labels (--label names one for all)")
+            say(f"the prior does not know the label {unknown}: all images are scored without labels (--label sets one for all)")
             encoded = None
     return requested_condition(header, label, len(images.pixels), encoded)

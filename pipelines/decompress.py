@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
                     save_png(folder / f"{name}.png", picture)
                 bar.update(len(pictures))
         run.record(program(), command.arguments, {"file": str(file), "prior": content.prior})
-    print(f"wrote {count} images to {run.show(folder)}" + (", every pixel as it was" if exact is not None else ""))
+    print(f"wrote {count} images to {run.show(folder)}" + (", all pixels exact" if exact is not None else ""))
     finish(accelerator)
 
 

@@ -196,7 +196,7 @@ def load_samples(command: Command, path: str, label_names: list[str] | None, fol
     labels = None if labels is None else [normalised(label) for label in labels]
     unknown = sorted(set(labels or ()) - set(label_names or ()))
     if unknown:
-        say(f"--samples {path}: taken without labels, since the run's data has no class {unknown[0]}")
+        say(f"--samples {path}: evaluated without labels, since the run's data has no class {unknown[0]}")
     return Samples(pixels, codes, None if unknown else labels, details)
 
 

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     run.record(program(), command.arguments, {"output": str(output), "prior": name, "bits": options.bits})
     print(f"wrote {RunDir.show(output)} ({size:.1f} MB): prior {name}, weights of {options.bits} bits")
     print(
-        f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} of {loss['bits']:.2f} bits a code; from the same seed "
+        f"loss: {loss['excess_bits']:.5f} +- {loss['excess_bits_error']:.5f} of {loss['bits']:.2f} bits per code; from the same seed "
         f"{loss['pictures_that_differ']} of {loss['pictures']} pictures differ from torch's in float64, {loss['codes_that_differ']:,} of "
         f"{loss['codes']:,} codes; of codes of opened pictures {loss['encoded_differ']:.1%} differ; pixels of the same codes differ by at "
         f"most {loss['pixels_differ_at_most']} of 255, on average by {loss['pixels_differ_on_average']:.3f}"

@@ -444,7 +444,7 @@ class Generator:
         expected = [(len(codes[0]), *grid) for grid in self.tokenizer.grids] if len(codes) else []
         shapes = [tuple(level.shape) for level in codes]
         if not codes or shapes != expected:
-            raise UserError(f"codes: expected (N, h, w) a level, of {self.tokenizer.grids}, found {shapes}")
+            raise UserError(f"codes: expected (N, h, w) per level, of {self.tokenizer.grids}, found {shapes}")
         for level, (grid, number) in enumerate(zip(codes, self.tokenizer.quantizer.num_codes, strict=True), 1):
             if grid.dtype != torch.int64 or (grid.numel() and not 0 <= int(grid.min()) <= int(grid.max()) < number):
                 raise UserError(f"codes: expected int64 from 0 to {number - 1} at level {level}, found others")

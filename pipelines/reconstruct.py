@@ -6,7 +6,7 @@
 
 Takes the validation split unless --split or --images names others. Writes a new folder reconstructions/NNN into the run:
 reconstructions.png (the worst images with their reconstructions, then the best), images/ (each reconstruction as a PNG) and
-reconstructions.csv with one row per image, worst first: MSE and PSNR of 8-bit pixels, SSIM (empty below 11 pixels a side), bits of its
+reconstructions.csv with one row per image, worst first: MSE and PSNR of 8-bit pixels, SSIM (empty below 11 pixels per side), bits of its
 codes as indices and, if the run has a finished prior, under that prior.
 """
 
@@ -104,7 +104,7 @@ def _reconstruct(command: Command, device: torch.device) -> None:
 
 
 def quality(pictures: Tensor, originals: Tensor, progress: bool = False) -> dict[str, Tensor]:
-    """Compute mse, psnr (dB) and ssim per image, (N,), float64, of uint8 (N, H, W, C). SSIM is NaN below 11 pixels a side."""
+    """Compute mse, psnr (dB) and ssim per image, (N,), float64, of uint8 (N, H, W, C). SSIM is NaN below 11 pixels per side."""
     parts = []
     with progress_bar(len(pictures), "compare", "img", shown=progress) as bar:
         for part in batches(len(pictures), BATCH_SIZE):

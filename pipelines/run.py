@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             print(message, file=sys.stderr, flush=True)
             sys.exit(code)
         print(f"{step.name}: {(time.monotonic() - step_start) / 60:.1f} minutes", flush=True)
-    print(f"\n{command.run}: all is done, in {(time.monotonic() - start) / 60:.1f} minutes")
+    print(f"\n{command.run}: finished in {(time.monotonic() - start) / 60:.1f} minutes")
 
 
 def _options(parser: Any) -> None:
@@ -273,7 +273,7 @@ def section_options(command: Command, section: str) -> list[str]:
 
 
 def evaluation_settings(command: Command) -> dict[str, Any]:
-    """The run's section `evaluation` with the typed options."""
+    """Return the run's section `evaluation` with the typed options."""
     typed = [option_key(option).removeprefix("evaluation.") for option in section_options(command, "evaluation")]
     recipe_settings = dataclasses.asdict(load_recipe(command.run.recipe).evaluation)
     settings = recipe_settings | {key: getattr(command.recipe.evaluation, key) for key in typed}

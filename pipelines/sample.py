@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             write(folder, codes, pictures, condition, generator.label_names, details, options.npz)
     if folder is not None:
         at_most = "" if generator.prior is None or generator.prior.exact else "at most "
-        kind = f"{generator.prior_name} prior, {at_most}{details['bits_per_token']:.3f} bits a token"
+        kind = f"{generator.prior_name} prior, {at_most}{details['bits_per_token']:.3f} bits per token"
         print(f"wrote {options.n} images ({kind}) to {run.show(folder)}; look at {run.show(folder / 'grid.png')}")
         print(f"next: {command.next(SUMMARY)}")
     finish(accelerator)

@@ -44,7 +44,7 @@ def tokenizer_rows(run: RunDir) -> list[tuple[str, str]]:
         ("validation PSNR", f"{metrics['psnr']:.2f} dB"),
         ("codebook usage", f"{metrics['usage']:.1%}"),
         ("codebook perplexity", f"{metrics['perplexity']:.1f}"),
-        ("bits an image: raw / indices", f"{bits['raw']} / {bits['indices']:.0f} ({bits['raw'] / bits['indices']:.1f} : 1)"),
+        ("bits per image: raw / indices", f"{bits['raw']} / {bits['indices']:.0f} ({bits['raw'] / bits['indices']:.1f} : 1)"),
         ("minutes of stage 1", f"{report['minutes']:.1f}"),
     ]
 
@@ -60,14 +60,14 @@ def codes_row(folder: Path) -> str:
 def prior_rows(run: RunDir, name: str) -> list[tuple[str, str]]:
     """Build the rows of stage 2's result on the validation split, with the unigram and uniform references."""
     if not (run.prior(name) / "likelihood.json").exists():
-        return [(f"bits a token: prior {name}", f"not known; {typed('stage2_prior/report.py')} --prior {name} --run {run}")]
+        return [(f"bits per token: prior {name}", f"not known; {typed('stage2_prior/report.py')} --prior {name} --run {run}")]
     report, likelihood = (read_json(run.prior(name) / file) for file in ("report.json", "likelihood.json"))
     bits, at_most = likelihood["bits_per_image"], "" if likelihood["exact"] else "at most "
     return [
-        (f"bits a token: prior {name}", f"{at_most}{likelihood['validation']:.3f}"),
-        ("bits a token: unigram", f"{likelihood['unigram']:.3f}"),
-        ("bits a token: uniform (log2 K)", f"{likelihood['uniform']:.3f}"),
-        ("bits an image under the prior", f"{bits['prior']:.0f} ({compression_ratio(bits['raw'], bits['prior']):.1f} : 1)"),
+        (f"bits per token: prior {name}", f"{at_most}{likelihood['validation']:.3f}"),
+        ("bits per token: unigram", f"{likelihood['unigram']:.3f}"),
+        ("bits per token: uniform (log2 K)", f"{likelihood['uniform']:.3f}"),
+        ("bits per image under the prior", f"{bits['prior']:.0f} ({compression_ratio(bits['raw'], bits['prior']):.1f} : 1)"),
         ("minutes of stage 2", f"{report['minutes']:.1f}"),
     ]
 
@@ -82,7 +82,7 @@ def bound_rows(run: RunDir) -> list[tuple[str, str]]:
         if "bound" not in results or results["tokenizer_sha256"] != current["tokenizer_sha256"]:
             continue
         bits = {name: values["mean"] for name, values in results["bound"]["bits_per_dimension"].items() if name != "pixels"}
-        rows = {name: (f"bits a dimension, {results['split']}: p(z) {name}", f"at most {mean:.4f}") for name, mean in bits.items()}
+        rows = {name: (f"bits per dimension, {results['split']}: p(z) {name}", f"at most {mean:.4f}") for name, mean in bits.items()}
         if all(results["bound"].get(key) == current[key] for key in ("prior", "prior_sha256")):
             return list(rows.values())
         without_prior = without_prior or [row for name, row in rows.items() if not name.startswith("learned")]

@@ -60,5 +60,5 @@ def join_levels(accelerator: Accelerator, run: RunDir, name: PriorName, training
         write_json(target / "report.json", {**totals, "best_step": None})
         write_report(target, target.name, likelihood)
         save_prior(target / "prior.safetensors", weights, header)
-        print(f"all levels: {likelihood['validation']:.3f} bits a token; wrote {run.show(target / 'prior.safetensors')}")
+        print(f"all levels: {likelihood['validation']:.3f} bits per token; wrote {run.show(target / 'prior.safetensors')}")
     return None

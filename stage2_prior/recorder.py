@@ -64,7 +64,7 @@ class PriorRecorder(Recorder):
         if turned is not None:
             self._bar.clear()
             say(
-                f"warning: validation rises while training falls since step {turned} ({self._best.bits:.3f} bits a token there, "
+                f"warning: validation rises while training falls since step {turned} ({self._best.bits:.3f} bits per token there, "
                 f"{validation_bits:.3f} now): the prior memorises its training images; the weights of step {self._best.step} are kept"
             )
         self.restart_clock()

@@ -202,7 +202,7 @@ def train(
     parameters = sum(parameter.numel() for parameter in prior.parameters())
     names = prior.condition.class_names
     condition = f"{len(names)} classes" if names else f"condition {prior.condition.kind}"
-    say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens an image, {condition}")
+    say(f"prior {name}: {parameters / 1e6:.1f} M parameters, {prior.layout.length} tokens per image, {condition}")
     for line in prior.training_warnings():
         say(line)
     loader = CodeLoader(training, prior.condition, config, accelerator, prior.num_draws)
@@ -299,7 +299,7 @@ def write_results(
     save_prior(folder / "prior.safetensors", weights, header)
     at_most = "" if likelihood["exact"] else "at most "
     learned = f"learned prior {at_most}{likelihood['validation']:.3f} (step {report['best_step']})"
-    print(f"validation bits a token: {learned}, unigram {likelihood['unigram']:.3f}, uniform {likelihood['uniform']:.3f}")
+    print(f"validation bits per token: {learned}, unigram {likelihood['unigram']:.3f}, uniform {likelihood['uniform']:.3f}")
     raw, indices, coded = likelihood["bits_per_image"].values()
     ratio = f"ratio {compression_ratio(raw, coded):.1f}"
     print(f"an image: {raw} bits raw, {indices:.0f} as indices, {at_most}{coded:.0f} under the prior; {ratio}")

@@ -255,7 +255,7 @@ def sampling(device: torch.device, sizes: Sizes, card: Card) -> Iterator[Row]:
         # Keys and values of the mean prefix, of both halves of a guided batch.
         cache = rows * shape.layers * 2 * shape.width * 2 * (layout.length + 1) / 2
         floor = 1e3 * (max(weights / card.bandwidth, weights * rows / card.half) + cache / card.bandwidth)
-        speed = f"{taken:.3f} ms a step, {1e3 * batch / taken:,.0f} codes/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        speed = f"{taken:.3f} ms per step, {1e3 * batch / taken:,.0f} codes/s, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         yield Row(f"sampling {shape.layers} x {shape.width}, guided, bfloat16, {batch} at once", speed, f"{floor:.3f} ms at the ceilings")
 
 

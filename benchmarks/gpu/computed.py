@@ -139,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     accelerator = start(Compute(mixed_precision="bf16"))
     accelerator.device_placement = False
-    print("| recipe | stage | parameters | card | `accumulation` | memory a GPU | 1,000 images a GPU | in all |")
+    print("| recipe | stage | parameters | card | `accumulation` | memory per GPU | 1,000 images per GPU | in all |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in options.recipes:
         for stage in (1, 2):

@@ -4,7 +4,7 @@
         step()
     counted.seconds(CARDS["H100 SXM, 80 GB"])
 
-Counted are operators as eager PyTorch launches them: each reads its inputs and writes its outputs once. Not counted: a library's workspace,
+Operators are counted as eager PyTorch launches them: each reads its inputs and writes its outputs once. Not counted: a library's workspace,
 fragmentation, caches on the chip.
 """
 
@@ -34,7 +34,7 @@ class Card:
     memory: float
     """Bytes."""
     bandwidth: float
-    """Bytes a second between memory and chip."""
+    """Bytes per second between memory and chip."""
     half: float
     """FLOP/s of dense bf16 matrix products that accumulate in float32."""
     single: float
@@ -42,7 +42,7 @@ class Card:
 
     @classmethod
     def from_data_sheet(cls, memory: float, bandwidth: float, half: float, single: float) -> Card:
-        """A card by its peaks, of which large operators reach the assumed shares."""
+        """Build a card from the peak rates of its data sheet, times the shares that large operators are assumed to reach."""
         return cls(memory, _BANDWIDTH_REACHED * bandwidth, _PRODUCTS_REACHED * half, _PRODUCTS_REACHED * single)
 
 
@@ -80,22 +80,22 @@ class Counted:
         return sum(size for _, size, _ in self.operators)
 
     def seconds(self, card: Card) -> float:
-        """Computed time of the step on a card: each operator at its roofline, and no faster in all than the host can launch."""
+        """Compute the step's time on a card: the sum of the operators' roofline times, at least the host's time to launch them."""
         rates = {True: card.half, False: card.single}
         busy = sum(max(flops / rates[half], size / card.bandwidth) for flops, size, half in self.operators)
         return max(busy, self.launches * LAUNCH_SECONDS)
 
 
 class Dataless(FakeTensorMode):
-    """Inside it tensors have shapes and dtypes but no data."""
+    """Mode in which tensors have shapes and dtypes but no data."""
 
     def __deepcopy__(self, memo: Any) -> Dataless:
-        """The mode itself: a copied model's tensors belong to the same one."""
+        """Return the mode itself: tensors of a copied model belong to the same one."""
         return self
 
 
 class Counting(TorchDispatchMode):
-    """Counts all operators called inside."""
+    """Mode that counts all operators called in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Counting(TorchDispatchMode):
         self.counted.held -= size
 
 
-# Questions about tensors, and marks for profilers.
+# Queries of a tensor's properties, and profiler marks.
 _NO_OPERATORS = {"prim", "profiler"}
 _FREE = {
     "aten::empty",

@@ -1,6 +1,6 @@
 """A recipe's training steps without its data: the loops' own `take_step`, on random images and codes.
 
-What of a step depends on the images' content is the share of dead codes that restart; steps that restart none are taken.
+Only the number of dead codes that restart depends on the images' content; these steps restart none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stage2_prior.steps import take_step as take_prior_step
 from training.devices import channels_last_on_accelerator
 
 NUM_CLASSES = {"cifar10": 10, "imagenet256": 1000, "imagenet256_vit": 1000}
-"""Number of classes of each labelled recipe; a folder of images is counted without."""
+"""Number of classes of each labelled recipe; the other recipes have none."""
 
 
 class Step:
@@ -46,7 +46,7 @@ class Step:
 
 
 class _RandomLPIPS(nn.Module):
-    """LPIPS with random weights, which take as long as those that were learned."""
+    """LPIPS with random weights, as fast as with trained ones."""
 
     def __init__(self, trunk: str) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class _RandomLPIPS(nn.Module):
         scaling.shift, scaling.scale = scaling.shift.to(device), scaling.scale.to(device)
 
     def forward(self, images: Tensor, originals: Tensor) -> Tensor:
-        """Images and originals (B, 3, H, W) to their distances (B,)."""
+        """Compute the distances (B,) of images from their originals (B, 3, H, W)."""
         return self.distance(*map(channels_last_on_accelerator, (images, originals))).flatten()
 
 
 def perceptual_term(part: PerceptualPart, channels: int) -> nn.Module | None:
-    """The term with random weights; None: the recipe has none. Errors: ValueError for a network that is not known here."""
+    """Build the perceptual term with random weights; None: the recipe has none. Errors: ValueError for an unsupported network."""
     if part.kind == "none":
         return None
     if isinstance(part, LPIPSPart):
@@ -73,22 +73,22 @@ def perceptual_term(part: PerceptualPart, channels: int) -> nn.Module | None:
 
 
 class _RandomImages:
-    """In place of stage 1's loader."""
+    """Random images in place of stage 1's loader."""
 
     def __init__(self, size: int, shape: tuple[int, int, int], device: torch.device) -> None:
         self._images = torch.rand(size, *shape, device=device) * 2 - 1
 
     def images(self, step: int, micro_step: int) -> Tensor:
-        """(B, C, H, W), equal for every micro-step."""
+        """Return the images (B, C, H, W), the same for every micro-step."""
         return self._images
 
     def share(self, micro_step: int) -> slice:
-        """The part of the step's batch that this process has."""
+        """Return the slice of the step's batch that the micro-step takes."""
         return slice(micro_step * len(self._images), (micro_step + 1) * len(self._images))
 
 
 def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool = True) -> Step:
-    """A step of stage 1, of the recipe's batch in its micro-steps; `adversarial`: with the discriminator, if the recipe has one."""
+    """Build a stage 1 step of the recipe's batch size. `adversarial`: with the discriminator, if the recipe has one."""
     data, config, device = recipe.data, recipe.stage1, accelerator.device
     part, terms = config.adversarial, list[LossTerm]()
     with device:
@@ -111,7 +111,7 @@ def tokenizer_step(accelerator: Accelerator, recipe: Recipe, adversarial: bool =
 
 
 def prior_step(accelerator: Accelerator, recipe: Recipe, num_classes: int) -> Step:
-    """A step of stage 2, of the recipe's batch in its micro-steps."""
+    """Build a stage 2 step of the recipe's batch size."""
     data, config, quantizer, device = recipe.data, recipe.stage2, recipe.tokenizer.quantizer, accelerator.device
     steps = recipe.tokenizer.network.downsamplings
     layout = SequenceLayout([(data.height // step, data.width // step) for step in steps], [quantizer.num_codes] * len(steps))

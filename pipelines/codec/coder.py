@@ -1,4 +1,4 @@
-"""Entropy coding of codes: a range coder driven by the prior's probabilities. Knows priors and codes, not files, runs or images.
+"""Entropy coding of codes: a range coder driven by the prior's probabilities. Independent of files, runs and images.
 
 A decoder must reproduce the encoder's probabilities bit for bit, or everything after the first difference is garbage. But the last bits of
 logits depend on the order of additions in a kernel, and so on batch size and threads. Rounding alone does not help, since a logit near a

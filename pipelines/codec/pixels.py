@@ -1,4 +1,4 @@
-"""Entropy coding of pixels under p(x | z), for lossless files. Knows tokenizers, not files or runs.
+"""Entropy coding of pixels under p(x | z), for lossless files. Independent of files and runs.
 
 As in coder.py, a decoder must reproduce the encoder's numbers bit for bit, and the encoder makes sure that it can. Here the numbers are
 probabilities of a pixel's values in float64: each is rounded down to a multiple of 2^-20 after adding an offset, which some thousand pixels

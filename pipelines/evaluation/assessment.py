@@ -379,7 +379,7 @@ def local_lpips() -> LPIPS | None:
 
 
 def perceptual_distances(pictures: Tensor, originals: Pixels, batch_size: int, device: torch.device | str = "cpu") -> Tensor | None:
-    """Compute LPIPS of each image (Zhang et al. 2018), (N,); None below 32 pixels a side or without cached weights."""
+    """Compute LPIPS of each image (Zhang et al. 2018), (N,); None below 32 pixels per side or without cached weights."""
     network = local_lpips() if min(pictures.shape[1:3]) >= LEAST_PIXELS else None
     if network is None:
         return None

@@ -63,10 +63,10 @@ def _reconstruction(results: dict[str, Any]) -> dict[str, Any]:
 def _codes(results: dict[str, Any]) -> dict[str, Any]:
     split = results["split"]
     rows = [[f"usage, {split}", share(results["codes"]["usage"])], [f"perplexity, {split}", number(results["codes"]["perplexity"])]]
-    names = {"validation": "bits a token, prior, validation", "unigram": "bits a token, unigram, validation"}
+    names = {"validation": "bits per token, prior, validation", "unigram": "bits per token, unigram, validation"}
     names |= {
-        "uniform": "bits a token, uniform (log2 K)",
-        "codes_bits_per_dim": "bits a dimension of the codes under the prior, validation",
+        "uniform": "bits per token, uniform (log2 K)",
+        "codes_bits_per_dim": "bits per dimension of the codes under the prior, validation",
     }
     likelihood = results.get("likelihood", {})
     at_most = {"validation", "codes_bits_per_dim"} if likelihood and not likelihood["exact"] else set()
@@ -84,8 +84,8 @@ def _bound(results: dict[str, Any]) -> dict[str, Any]:
         for key, name in names.items()
         if key in bits
     ]
-    title = f"Bound on bits a dimension of the {results['split']} images: pixels given codes {number(pixel_bits)}, and codes under p(z)"
-    return table(title, ["p(z)", "bits a dimension", "95 % of bootstrap means", "of them codes"], rows)
+    title = f"Bound on bits per dimension of the {results['split']} images: pixels given codes {number(pixel_bits)}, and codes under p(z)"
+    return table(title, ["p(z)", "bits per dimension", "95 % of bootstrap means", "of which codes"], rows)
 
 
 def _distances(results: dict[str, Any]) -> dict[str, Any]:
@@ -143,12 +143,12 @@ def notes(results: dict[str, Any]) -> list[str]:
     """Return notes on how to read the metrics."""
     lines = ["All metrics are of images rounded to 8 bits."]
     if results["reconstruction"]["lpips"] is None:
-        lines.append("LPIPS: not computed; its network's weights are not in torch's cache, or images are below 32 pixels a side.")
+        lines.append("LPIPS: not computed; its network's weights are not in torch's cache, or images are below 32 pixels per side.")
     elif "lpips alex" in results["trained_by"]:
         lines.append("LPIPS: the tokenizer was trained to minimise this distance.")
     if "bound" in results:
         lines.append(
-            "Bits a dimension are an upper bound of -log2 p(x): -log2 p(x|z) - log2 p(z), with the one z that the encoder chooses. Given "
+            "Bits per dimension are an upper bound of -log2 p(x): -log2 p(x|z) - log2 p(z), with the one z that the encoder chooses. Given "
             "the class, they bound -log2 p(x | class), which does not compare with unconditional likelihoods."
         )
     if "distances" in results:

@@ -19,7 +19,7 @@ from pipelines.generator import Generator
 from stage1_vqvae.data.decoding import decode_image
 from stage2_prior.conditions.contract import Label
 
-_SMALL = 128  # pixels a side: smaller images are shown pixelated
+_SMALL = 128  # pixels per side: smaller images are shown pixelated
 _NO_LABEL = -1
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 

@@ -19,7 +19,7 @@ _MOST = 16  # pictures per draw
 SIDE, BRUSH = 320, 26
 """Minimum of the canvas's longer side in pixels; radius of the brush."""
 _PAINT = "#ff3b30"
-_LARGEST = 4096  # pixels a side of the paint
+_LARGEST = 4096  # pixels per side of the paint
 _MOST_WAITING = 32  # uploaded paintings that have not been read
 
 
@@ -88,7 +88,8 @@ def _restrict_uploads(editor: gr.ImageEditor) -> None:
         except (OSError, Image.DecompressionBombError) as error:
             raise gr.Error(f"paint: expected a picture, found: {error}", print_exception=False) from None
         if max(image.size) > _LARGEST:
-            raise gr.Error(f"paint: expected at most {_LARGEST} pixels a side, found {image.width} x {image.height}", print_exception=False)
+            found = f"{image.width} x {image.height}"
+            raise gr.Error(f"paint: expected at most {_LARGEST} pixels per side, found {found}", print_exception=False)
         return image.convert("RGBA")
 
     accept_blobs._is_server_fn = True  # type: ignore[attr-defined]  # gradio's mark of functions that a browser may call

@@ -95,7 +95,7 @@ def _prior_facts(bundle: RunDir, name: str) -> list[tuple[str, str, str]]:
     report = read_json(path)
     at_most = "" if report["exact"] else "at most "
     method = f"mean over the codes of {report['images']['validation']} validation images{', labels given' if report['labels'] else ''}"
-    rows = [(f"bits a token, prior {name}", f"{at_most}{report['validation']:.3f}", method)]
+    rows = [(f"bits per token, prior {name}", f"{at_most}{report['validation']:.3f}", method)]
     rows.append(("the same, unigram; uniform", f"{report['unigram']:.3f}; {report['uniform']:.3f}", "training frequencies; log2 K"))
-    rows.append((f"bits an image, prior {name}", f"{at_most}{report['bits_per_image']['prior']:.0f}", "codes only"))
+    rows.append((f"bits per image, prior {name}", f"{at_most}{report['bits_per_image']['prior']:.0f}", "codes only"))
     return rows

@@ -25,7 +25,7 @@ from training.metrics_log import read_metrics
 _MEASURE_PRIOR = typed("stage2_prior/report.py")
 
 _STAGE1_CURVES = {"loss": "loss", "psnr": "PSNR, dB", "usage": "codebook usage", "perplexity": "codebook perplexity"}
-_STAGE2_CURVES = {"bits_per_token": "bits a token"}
+_STAGE2_CURVES = {"bits_per_token": "bits per token"}
 # Largest number of shown samples per prior, and per class.
 _MOST_TILES, _MOST_OF_A_CLASS = 100, 10
 _MOST_CLASSES = 50
@@ -177,7 +177,7 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
         measured = read_json(run.prior(priors[0].name) / "likelihood.json")
         figures.append(
             KeyFigure(
-                "Bits a token",
+                "Bits per token",
                 f"{measured['validation']:.3f}",
                 f"prior {priors[0].name}; unigram {measured['unigram']:.3f}, uniform {measured['uniform']:.3f}",
             )
@@ -185,7 +185,7 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
         bits = measured["bits_per_image"]
     smallest = bits.get("prior", bits["indices"])
     named = f"as indices {bits['indices']:,.0f}, raw {bits['raw']:,}" if "prior" in bits else f"as indices; raw {bits['raw']:,}"
-    figures.append(KeyFigure("Bits an image", f"{smallest:,.0f}", named))
+    figures.append(KeyFigure("Bits per image", f"{smallest:,.0f}", named))
     # Only for samples of a learned prior of the current models.
     distances = [metrics.distance for metrics in evaluations if metrics.distance is not None and metrics.learned and not metrics.remarks]
     figures += distances[-1:]
@@ -329,7 +329,7 @@ def prior_report(run: RunDir, name: str) -> PriorReport:
     return PriorReport(
         name=name,
         description=description,
-        figures=Table(["", "bits a token", "saved by the prior"], rows),
+        figures=Table(["", "bits per token", "saved by the prior"], rows),
         charts=charts(read_metrics(folder / "metrics.jsonl"), _STAGE2_CURVES, references),
         heat_maps=[heat_map(grid, min(flat), max(flat)) for grid in grids],
         low=min(flat),
@@ -370,7 +370,7 @@ def samples(run: RunDir, folder: Path) -> Samples:
     neutral = neutral_sampling()
     warped = [f"{key.replace('_', ' ')} {value}" for key, value in significant(details["sampling"]).items() if value != neutral.get(key)]
     drawn_as = "all codes equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the unmodified prior"
-    description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits a token; {drawn_as}"
+    description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits per token; {drawn_as}"
     columns = max(len(group.tiles) for group in classes)
     return Samples(folder.name, details["prior"], description, classes, columns, remarks)
 

@@ -46,7 +46,7 @@ def embedded(path: Path) -> Embedded:
 
 
 def tile(path: Path) -> str:
-    """Encode a small image as a URI: PNG, at most 128 pixels a side."""
+    """Encode a small image as a URI: PNG, at most 128 pixels per side."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         if max(image.size) > _TILE_SIDE:

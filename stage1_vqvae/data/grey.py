@@ -81,7 +81,7 @@ def open_idx(path: Path) -> tuple[dict[str, SourceSplit], list[str]]:
     for split, stem in _STEMS.items():
         images, labels = _read(path, f"{stem}-images-idx3-ubyte", 3), _read(path, f"{stem}-labels-idx1-ubyte", 1)
         if len(images) != len(labels):
-            raise UserError(f"data.path {path}: expected a label an image in {split}, found {len(images)} images, {len(labels)} labels")
+            raise UserError(f"data.path {path}: expected one label per image in {split}, found {len(images)} images, {len(labels)} labels")
         splits[split] = GreySplit(images, labels, files_fingerprint(sorted(path.glob(f"{stem}-*"))))
         highest = max(highest, int(labels.max()))
     return splits, [str(label) for label in range(highest + 1)]

@@ -61,7 +61,7 @@ class LPIPSPart(_WeightedPart):
     def build(self, folder: Path, source: ImageSource, device: torch.device, seed: int) -> nn.Module:
         height, width = source.splits[next(iter(source.splits))].pixels.shape[1:3]
         if min(height, width) < LEAST_PIXELS:
-            raise UserError(f"stage1.perceptual lpips: expected images of at least {LEAST_PIXELS} pixels a side, found {height}x{width}")
+            raise UserError(f"stage1.perceptual lpips: expected images of at least {LEAST_PIXELS} pixels per side, found {height}x{width}")
         path = downloaded_weights(self.trunk) if self.weights is None else Path(self.weights).expanduser()
         return LPIPSDistance(LPIPS(self.trunk, path).to(device), self.weight)
 

@@ -190,10 +190,10 @@ def import_split(external: ExternalCodes, condition: Tensor | None, folder: Path
     numbered = enumerate(zip(external.levels, template.grids, strict=True))
     variants = {_variants(level.shape, grid, rows, where, number) for number, (level, grid) in numbered}
     if len(variants) > 1:
-        raise UserError(f"{where}: expected as many variants of all levels, found {sorted(variants)}")
+        raise UserError(f"{where}: expected as many variants for all levels, found {sorted(variants)}")
     (count,) = variants
     if count > 1 and (external.manifest is None or external.manifest.variants != count):
-        raise UserError(f"{where}: expected one variant an image where no {MANIFEST} says what they are, found {count}")
+        raise UserError(f"{where}: expected one variant per image where no {MANIFEST} says what they are, found {count}")
     augmentation = external.manifest.augmentation if external.manifest is not None and count > 1 else "none"
     if condition is not None and len(condition) != rows:
         what = "labels" if template.condition.class_names else "rows of the condition"
@@ -258,7 +258,7 @@ def read_classes(splits: Mapping[str, ExternalCodes], where: Path) -> tuple[list
     for name, labels in labelled.items():
         if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1 or labels.size == 0 or int(labels.min()) < 0:
             actual = f"{list(labels.shape)} of {labels.dtype}" + (", some below 0" if labels.dtype.kind == "i" and labels.size else "")
-            raise UserError(f"{where / name}: expected labels that are whole numbers from 0 on, one an image, found {actual}")
+            raise UserError(f"{where / name}: expected labels that are whole numbers from 0 on, one per image, found {actual}")
     named = [[*map(normalised, names)] for name in labelled if (names := splits[name].label_names) is not None]
     if any(names != named[0] for names in named):
         raise UserError(f"{where}: expected the same names of labels of all splits, found {named[0]} and others")

@@ -96,10 +96,10 @@ def markdown(name: str, report: dict[str, Any]) -> str:
         f"# Likelihood of prior {escaped(name)}",
         "",
         *([] if report["exact"] else ["The prior's figures are upper bounds of its bits per token.", ""]),
-        *markdown_table(["bits a token", "", "saved by the prior"], rows),
+        *markdown_table(["bits per token", "", "saved by the prior"], rows),
         "",
         f"An image: {per_image['raw']} bits raw, {per_image['indices']:.0f} as indices, {at_most}{per_image['prior']:.0f} under the prior; "
-        f"the codes are {report['codes_bits_per_dim']:.4f} bits a dimension (codes only, without the pixels given the codes).",
+        f"the codes are {report['codes_bits_per_dim']:.4f} bits per dimension (codes only, without the pixels given the codes).",
         "",
     ]
     turned = report["validation_turned_at_step"]
@@ -113,7 +113,7 @@ def markdown(name: str, report: dict[str, Any]) -> str:
     ]
     lines += markdown_table(["level", "grid", "K", "uniform", "unigram", "prior"], levels)
     if report["labels"]:
-        lines += ["", *markdown_table(["label", "bits a token"], [[label, f"{value:.3f}"] for label, value in report["labels"].items()])]
+        lines += ["", *markdown_table(["label", "bits per token"], [[label, f"{value:.3f}"] for label, value in report["labels"].items()])]
     return "\n".join([*lines, ""])
 
 
@@ -132,7 +132,7 @@ def picture(path: Path, report: dict[str, Any]) -> None:
         axes[-1].barh(range(len(names)), values)
         axes[-1].axvline(report["validation"], linestyle=":", color="grey")
         axes[-1].invert_yaxis()
-        axes[-1].set(title="bits a token, by label", xlabel=f"dotted: all, {report['validation']:.3f}")
+        axes[-1].set(title="bits per token, by label", xlabel=f"dotted: all, {report['validation']:.3f}")
         if len(names) <= 30:
             axes[-1].set_yticks(range(len(names)), names)
     save_figure(path, figure)

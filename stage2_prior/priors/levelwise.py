@@ -37,7 +37,7 @@ class LevelwisePart(StepwisePart):
 
     @override
     def build(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1) -> Levelwise:
-        require(len(self.levels) == len(layout.grids), "prior.levels", f"{len(layout.grids)} priors, one a level", len(self.levels))
+        require(len(self.levels) == len(layout.grids), "prior.levels", f"{len(layout.grids)} priors, one per level", len(self.levels))
         parts = [build_level(prior_from(level), layout, number, condition, num_variants) for number, level in enumerate(self.levels)]
         return Levelwise(layout, condition, num_variants, parts)
 

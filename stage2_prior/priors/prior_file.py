@@ -47,7 +47,7 @@ class PriorHeader:
     steps: int
     """Training steps."""
     bits_per_token: float
-    """Mean bits a token on the validation split."""
+    """Mean bits per token on the validation split."""
 
     @classmethod
     def of(

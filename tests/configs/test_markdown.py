@@ -39,5 +39,5 @@ def test_rendered_cells_show_the_original_text() -> None:
 
 
 def test_plain_text_is_not_escaped() -> None:
-    for text in ("usage, validation", "bits a token, prior x_y", "0.25 ± 0.1 (N = 12)", "8 x 12", "50 %"):
+    for text in ("usage, validation", "bits per token, prior x_y", "0.25 ± 0.1 (N = 12)", "8 x 12", "50 %"):
         assert escaped(text) == text

@@ -101,7 +101,7 @@ def test_the_bound_is_the_sum_of_its_parts(
     assert all(values["low"] <= values["mean"] <= values["high"] for values in bits.values())
     assert bits["uniform"]["mean"] - bits["pixels"]["mean"] == pytest.approx(6 * 4 / 288)
     printed = capsys.readouterr().out
-    assert "Bound on bits a dimension of the validation images" in printed
+    assert "Bound on bits per dimension of the validation images" in printed
     assert "| prior transformer, given the class |" in printed
     summary_main(["--run", str(run)])
     assert f"at most {bits['learned']['mean']:.4f}" in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_a_split_is_restored_from_its_file(run: Path, validation: torch.Tensor, 
     assert "lossless" in capsys.readouterr().out
     file = max((run / "compressed").iterdir()) / "images.vqc"
     decompress_main(["--run", str(run), "--file", str(file)])
-    assert "every pixel as it was" in capsys.readouterr().out
+    assert "all pixels exact" in capsys.readouterr().out
     restored = pixels_in(max((run / "decompressed").iterdir()))
     assert np.array_equal(np.stack([restored[name] for name in sorted(restored)]), validation.numpy())
 

@@ -87,7 +87,7 @@ def test_the_card_has_each_figure_with_its_origin(bundle: Path, evaluated_run: P
     likelihood = json.loads((evaluated_run / "priors/transformer/likelihood.json").read_text())
     report = json.loads((evaluated_run / "stage1/report.json").read_text())["validation"]
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
-    (bits,) = [row for row in rows if row.startswith("| bits a token, prior transformer")]
+    (bits,) = [row for row in rows if row.startswith("| bits per token, prior transformer")]
     assert f"{likelihood['validation']:.3f}" in bits
     assert "12 validation images" in bits
     assert any(f"{report['mse']:.5f}" in row and "60 steps" in row for row in rows)
