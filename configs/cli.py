@@ -22,10 +22,10 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from configs.data import LOCAL_KEYS
 from configs.errors import UserError, fail, require_text
 from configs.hub import run_of
-from configs.parts import FAMILIES, as_class, as_dict, part_class
+from configs.parts import FAMILIES, PriorPart, as_class, as_dict, part_class
 from configs.recipe_file import DEFAULT_RECIPE, RECIPES, build_parser, build_recipe, families_of, flattened, load_recipe, recipe_dict
 from configs.run_dir import RunDir, checkout, runs_folder, typed
-from configs.schema import PriorPart, Recipe, with_prior
+from configs.schema import Recipe, with_prior
 
 TRAIN_TOKENIZER = typed("stage1_vqvae/train.py", launched=True)
 EXTRACT_CODES = typed("stage2_prior/extract_codes.py")

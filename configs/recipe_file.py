@@ -18,9 +18,9 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from configs.data import LOCAL_KEYS, Data
 from configs.errors import UserError, require_text
-from configs.parts import FAMILIES, as_dict, default_kind, part_class
+from configs.parts import FAMILIES, PriorPart, as_dict, default_kind, part_class
 from configs.run_dir import read_yaml
-from configs.schema import PriorPart, Recipe
+from configs.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parent
 DEFAULT_RECIPE = RECIPES / "digits.yaml"

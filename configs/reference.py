@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal
 
-from configs.parts import FAMILIES, default_kind, part_class
+from configs.parts import FAMILIES, PriorPart, default_kind, part_class
 from configs.recipe_file import SECTIONS
 from configs.run_dir import REPOSITORY, write_text
-from configs.schema import PriorPart
 
 PAGE = REPOSITORY / "docs" / "settings.md"
 _HEAD = """# Settings

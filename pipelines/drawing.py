@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError, say
-from configs.schema import Sampling
+from configs.parts import Sampling
 from pipelines.encoding import allocate_pixels
 from stage1_vqvae.data.pixels import to_uint8
 from stage1_vqvae.model import VQVAE

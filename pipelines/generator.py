@@ -24,10 +24,10 @@ from configs.cli import TRAIN_PRIOR, Command
 from configs.data import Data
 from configs.errors import UserError, say
 from configs.hub import run_of
-from configs.parts import as_class
+from configs.parts import Sampling, as_class
 from configs.recipe_file import load_recipe
 from configs.run_dir import RunDir
-from configs.schema import Recipe, Sampling
+from configs.schema import Recipe
 from pipelines.codec.code_file import CodeFile, Sizes, check_made_by, insert_stored, pack, run_fingerprint, unpack
 from pipelines.codec.coder import decode as decode_codes
 from pipelines.codec.image_coder import EncodedImages, encode_images, verify

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.parts import DiscriminatorPart
 from configs.run_dir import RunDir
-from configs.schema import DiscriminatorPart, Recipe, Stage1
+from configs.schema import Recipe, Stage1
 from stage1_vqvae.data.loader import Loader
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.model import VQVAE, TokenizerOutput, load_tokenizer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError, require
-from configs.schema import Sampling
+from configs.parts import Sampling
 from training.devices import as_float64
 from training.randomness import generator
 

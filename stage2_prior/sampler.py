@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import say
-from configs.schema import Sampling
+from configs.parts import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales
 from stage2_prior.priors.contract import Keep, Prior

@@ -15,9 +15,18 @@ import pytest
 
 from configs import spinning
 from configs.data import TransformPart
-from configs.parts import FAMILIES, part_class
+from configs.parts import (
+    FAMILIES,
+    AdversarialPart,
+    ConditionPart,
+    NetworkPart,
+    ObjectivePart,
+    PerceptualPart,
+    PriorPart,
+    QuantizerPart,
+    part_class,
+)
 from configs.run_dir import REPOSITORY
-from configs.schema import AdversarialPart, ConditionPart, NetworkPart, ObjectivePart, PerceptualPart, PriorPart, QuantizerPart
 
 PACKAGES = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["root_packages"]
 SCRIPTS = [

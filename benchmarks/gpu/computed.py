@@ -23,9 +23,10 @@ from torch import nn
 
 from benchmarks.gpu.counting import CARDS, Card, Counted, Counting, Dataless
 from benchmarks.gpu.steps import NUM_CLASSES, Step, prior_step, tokenizer_step
+from configs.parts import DiscriminatorPart
 from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY
-from configs.schema import Compute, DiscriminatorPart, Recipe
+from configs.schema import Compute, Recipe
 from stage1_vqvae.networks import group_norm, vqgan
 from stage2_prior import steps
 from training.processes import start

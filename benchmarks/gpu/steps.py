@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from configs.schema import PerceptualPart, Recipe
+from configs.parts import PerceptualPart
+from configs.schema import Recipe
 from stage1_vqvae.data.variants import VARIANTS
 from stage1_vqvae.features.classifier import CLASSIFIER, Classifier
 from stage1_vqvae.features.networks import Layers

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, cast
 import yaml
 
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command
-from configs.parts import FAMILIES, as_dict, part_class
+from configs.parts import FAMILIES, PriorPart, as_dict, part_class
 from configs.recipe_file import flattened, load_recipe, recipe_dict
 from configs.run_dir import RunDir, natural, read_json, typed
-from configs.schema import PriorPart, Recipe, condition_from, prior_from
+from configs.schema import Recipe, condition_from, prior_from
 from pipelines.provenance import base_name, model_fingerprints, outputs, publishable_argument, publishable_recipe, significant
 from pipelines.reporting.pictures import Chart, Embedded, HeatMap, colour_scale, embedded, heat_map, line_chart, tile
 from stage1_vqvae.data.splits import TRAIN

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import NetworkPart
+from configs.parts import NetworkPart
 
 
 @dataclass(frozen=True, kw_only=True)

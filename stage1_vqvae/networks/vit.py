@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import NetworkPart
+from configs.parts import NetworkPart
 from stage1_vqvae.attention import Attention, Norm, rotations
 from training.precision import full_precision
 

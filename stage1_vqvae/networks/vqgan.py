@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import NetworkPart
+from configs.parts import NetworkPart
 from stage1_vqvae.networks.group_norm import GroupNorm, normed_convolution
 from training.devices import on_accelerator
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
-from configs.schema import AdversarialPart, DiscriminatorPart
+from configs.parts import AdversarialPart, DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.objectives.image_terms import LossTerm, OtherTerms, TermValue, value_at
 from training.devices import widest_float

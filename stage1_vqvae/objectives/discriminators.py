@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from typing_extensions import override
 
 from configs.errors import UserError, require
-from configs.schema import DiscriminatorPart
+from configs.parts import DiscriminatorPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.features.networks import AUTO, Layers, feature_network
 from training.devices import channels_last_on_accelerator

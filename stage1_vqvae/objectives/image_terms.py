@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from typing_extensions import override
 
-from configs.schema import PerceptualPart
+from configs.parts import PerceptualPart
 from stage1_vqvae.data.splits import ImageSource
 from training.randomness import generator
 from training.state import Stateful

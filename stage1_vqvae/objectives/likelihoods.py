@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from configs.errors import UserError, require
-from configs.schema import ObjectivePart
+from configs.parts import ObjectivePart
 from stage1_vqvae.data.splits import Pixels
 from stage1_vqvae.objectives.contract import Objective, PixelLikelihood
 from training.batching import batches

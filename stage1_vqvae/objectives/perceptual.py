@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from configs.errors import UserError, require
-from configs.schema import PerceptualPart
+from configs.parts import PerceptualPart
 from stage1_vqvae.data.splits import ImageSource
 from stage1_vqvae.features.lpips import LEAST_PIXELS, LPIPS, downloaded_weights
 from stage1_vqvae.features.networks import AUTO, FeatureNetwork, feature_network

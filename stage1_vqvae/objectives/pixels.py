@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from configs.schema import ObjectivePart
+from configs.parts import ObjectivePart
 from stage1_vqvae.objectives.contract import Objective
 from training.precision import full_precision
 

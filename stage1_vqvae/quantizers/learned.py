@@ -12,7 +12,7 @@ from typing import Literal
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import QuantizerPart
+from configs.parts import QuantizerPart
 from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, Metric, MovingAverageCodebook
 from stage1_vqvae.quantizers.composed import ProductQuantizer, ProjectedQuantizer, ResidualQuantizer
 from stage1_vqvae.quantizers.contract import Quantizer

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import QuantizerPart
+from configs.parts import QuantizerPart
 from stage1_vqvae.quantizers.codebook import mean_squared_error
 from stage1_vqvae.quantizers.composed import match_width
 from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, count_codes

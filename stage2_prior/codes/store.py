@@ -26,9 +26,9 @@ from torch import Tensor
 
 from configs.data import Augmentation
 from configs.errors import UserError, brief
-from configs.parts import as_dict
+from configs.parts import ConditionPart, as_dict
 from configs.run_dir import read_summed_json, write_bytes, write_summed_json
-from configs.schema import ConditionPart, condition_from
+from configs.schema import condition_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.conditions.none import NoCondition

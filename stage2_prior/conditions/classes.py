@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from configs.errors import UserError, listed
-from configs.schema import ConditionPart
+from configs.parts import ConditionPart
 from stage1_vqvae.data.names import class_numbers
 from stage1_vqvae.data.splits import ImageSource, ImageSplit
 from stage2_prior.conditions.contract import Condition, Label

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ConditionPart
+from configs.parts import ConditionPart
 from stage1_vqvae.data.splits import ImageSource, ImageSplit
 
 Label = str | int

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import require
-from configs.schema import PriorPart, Sampling
+from configs.parts import PriorPart, Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition

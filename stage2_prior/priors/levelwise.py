@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from configs.errors import require
-from configs.parts import as_dict
-from configs.schema import PriorPart, prior_from
+from configs.parts import PriorPart, as_dict
+from configs.schema import prior_from
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import DigitLayout, SequenceLayout
 from stage2_prior.conditions.contract import Condition

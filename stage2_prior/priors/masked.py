@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from configs.errors import require
-from configs.schema import Sampling
+from configs.parts import Sampling
 from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError, listed, require
-from configs.parts import as_dict
+from configs.parts import PriorPart, as_dict
 from configs.prior_name import UNIFORM
 from configs.run_dir import RunDir
-from configs.schema import PriorPart, condition_from, prior_from
+from configs.schema import condition_from, prior_from
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.codes.store import Manifest
 from stage2_prior.conditions.contract import Condition

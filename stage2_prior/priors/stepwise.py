@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from configs.errors import UserError, require
-from configs.schema import Sampling
+from configs.parts import Sampling
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition

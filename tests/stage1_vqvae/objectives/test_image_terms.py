@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.errors import UserError
-from configs.parts import part_from
-from configs.schema import DiscriminatorPart, PerceptualPart, Tokenizer
+from configs.parts import DiscriminatorPart, PerceptualPart, part_from
+from configs.schema import Tokenizer
 from stage1_vqvae.data.splits import TRAIN, ImageSource, ImageSplit
 from stage1_vqvae.features.lpips import LPIPS
 from stage1_vqvae.features.networks import feature_network

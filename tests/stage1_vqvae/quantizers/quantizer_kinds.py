@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from configs.parts import part_from
-from configs.schema import QuantizerPart
+from configs.parts import QuantizerPart, part_from
 from stage1_vqvae.quantizers.contract import Quantizer
 
 D = 8
