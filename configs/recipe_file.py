@@ -177,14 +177,3 @@ def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         result |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return result
-
-
-def differences(recipe: Recipe, other: Recipe, ignored: Sequence[str] = ()) -> list[str]:
-    """Return the keys in which two recipes differ, as `section.key: A, not B`; `ignored`: sections and dotted keys to skip."""
-    ours, theirs = flattened(recipe_dict(recipe)), flattened(recipe_dict(other))
-    lines = []
-    for key, value in ours.items():
-        # Fields that only one of two kinds has are skipped: the line of the kind itself tells it.
-        if key in theirs and value != theirs[key] and key not in ignored and key.partition(".")[0] not in ignored:
-            lines.append(f"{key}: {value}, not {theirs[key]}")
-    return lines

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse.typing import PositiveFloat
 
 from configs.errors import UserError, say
-from configs.recipe_file import differences
+from configs.recipe_file import flattened, recipe_dict
 from configs.schema import Recipe
 from training.batching import next_accumulation
 from training.stopping import STOPPED_IN_TIME
@@ -75,6 +75,17 @@ def nothing_to_do(stage: Stage, recipe: Recipe, resume: bool, may_change: Sequen
     if not stage.has_checkpoint:
         raise UserError(f"{stage.where}: expected a checkpoint to go on from after {done} steps, found none; train {stage.elsewhere}")
     return False
+
+
+def differences(recipe: Recipe, other: Recipe, ignored: Sequence[str] = ()) -> list[str]:
+    """Return the keys in which two recipes differ, as `section.key: A, not B`; `ignored`: sections and dotted keys to skip."""
+    ours, theirs = flattened(recipe_dict(recipe)), flattened(recipe_dict(other))
+    lines = []
+    for key, value in ours.items():
+        # Fields that only one of two kinds has are skipped: the line of the kind itself tells it.
+        if key in theirs and value != theirs[key] and key not in ignored and key.partition(".")[0] not in ignored:
+            lines.append(f"{key}: {value}, not {theirs[key]}")
+    return lines
 
 
 def memory_advice(ways: Sequence[str], elsewhere: str) -> str:

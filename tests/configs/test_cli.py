@@ -21,9 +21,10 @@ from configs.cli import parse
 from configs.data import LOCAL_KEYS
 from configs.errors import UserError
 from configs.parts import FAMILIES, as_dict, part_class
-from configs.recipe_file import SECTIONS, differences, flattened, load_recipe, recipe_dict
+from configs.recipe_file import SECTIONS, flattened, load_recipe, recipe_dict
 from configs.run_dir import COMMANDS, REPOSITORY, RunDir
 from configs.schema import Recipe, Stage1, keys_that_may_change
+from training.resumption import differences
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
