@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "simvq": "stage1_vqvae.quantizers.learned:SimVQPart",
         "fsq": "stage1_vqvae.quantizers.scalar:FSQPart",
         "lfq": "stage1_vqvae.quantizers.scalar:LFQPart",
+        "multiscale": "stage1_vqvae.quantizers.multiscale:MultiscalePart",
     },
     "tokenizer.network": {
         "convolutional": "stage1_vqvae.networks.convolutional:ConvolutionalPart",
