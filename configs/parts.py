@@ -63,6 +63,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",
         "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",
         "masked": "stage2_prior.priors.masked:MaskedPart",
+        "next_scale": "stage2_prior.priors.next_scale:NextScalePart",
         "levelwise": "stage2_prior.priors.levelwise:LevelwisePart",
     },
 }
