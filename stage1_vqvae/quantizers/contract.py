@@ -39,8 +39,8 @@ class Quantized(NamedTuple):
     statistics: Statistics
     """Input of `update_`: each level's counts, and sums where the codebook needs them."""
     latents: tuple[Tensor, ...]
-    """Per entry of `codebooks`, the vectors (N n, d) it had to represent, n for each of the N rows, in the rows' order and without
-    gradient. K-means and restarts set codes to them."""
+    """Per entry of `codebooks`, the vectors (M, d) it had to represent, equally many for each row (in `forward`: each image), in the
+    order of these and without gradient. K-means and restarts set codes to them."""
 
 
 class Levels(nn.Module, ABC):
