@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "simvq": "stage1_vqvae.quantizers.learned:SimVQPart",
         "fsq": "stage1_vqvae.quantizers.scalar:FSQPart",
         "lfq": "stage1_vqvae.quantizers.scalar:LFQPart",
+        "multiscale": "stage1_vqvae.quantizers.multiscale:MultiscalePart",
     },
     "tokenizer.network": {
         "convolutional": "stage1_vqvae.networks.convolutional:ConvolutionalPart",
@@ -62,6 +63,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",
         "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",
         "masked": "stage2_prior.priors.masked:MaskedPart",
+        "next_scale": "stage2_prior.priors.next_scale:NextScalePart",
         "levelwise": "stage2_prior.priors.levelwise:LevelwisePart",
     },
 }

@@ -26,6 +26,13 @@ class QuantizerPart(Part):
     def check(self, dim: int) -> None:
         """Errors: ValueError that names the key, if the fields do not fit latents of `dim` channels."""
 
+    def for_grid(self, height: int, width: int) -> QuantizerPart:
+        """Return the part with those fields filled in that depend on the latents' grid; by default there are none.
+
+        Errors: ValueError that names the key, if the fields do not fit the grid.
+        """
+        return self
+
     @property
     def needs_whole_batch(self) -> bool:
         """Whether its loss depends on the batch of a step as a whole, which rules out gradient accumulation."""
@@ -436,6 +443,8 @@ class Recipe:
         for name in ("height", "width"):
             pixels = getattr(self.data, name)
             require(pixels % step == 0, f"tokenizer.network.downsampling {step}", f"a divisor of data.{name}", pixels)
+        for step in self.tokenizer.network.downsamplings:
+            self.tokenizer.quantizer.for_grid(self.data.height // step, self.data.width // step)
 
 
 def with_prior(recipe: Recipe, prior: PriorPart) -> Recipe:

@@ -43,6 +43,8 @@ def export_graphs(generator: Generator, folder: Path) -> dict[str, Any]:
         raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
     if prior.draw_layout is not prior.layout:
         raise UserError("prior: expected one with prior.head table to export, found one with digits")
+    if not prior.draws_in_raster_order(StepwiseSampling(), None):
+        raise UserError(f"prior: expected one that draws codes one by one to export, found {header.config.kind}, which draws many at once")
     export_tokenizer(generator.tokenizer, folder)
     cache = export_prior(prior, folder)
     sampling = _sampling(generator)
