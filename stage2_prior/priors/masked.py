@@ -181,11 +181,7 @@ class Masked(Prior):
             x = self.features(codes, masked, rows, variants)
             return tuple(self.head_logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
 
-        if self.guidance_free is None:
-            logits = logits_given(condition)
-        else:
-            assert condition is not None
-            logits = self.guidance_free.training_logits(logits_given, condition, draws[:, 0])
+        logits = logits_given(condition) if self.guidance_free is None else self.guidance_free_logits(logits_given, condition, draws[:, 0])
         nats = torch.cat(code_losses(logits, codes), 1) * predicted
         return (nats.sum(1) / predicted.sum(1)).mean()
 
