@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "simvq": "stage1_vqvae.quantizers.learned:SimVQPart",
         "fsq": "stage1_vqvae.quantizers.scalar:FSQPart",
         "lfq": "stage1_vqvae.quantizers.scalar:LFQPart",
+        "multiscale": "stage1_vqvae.quantizers.multiscale:MultiscalePart",
     },
     "tokenizer.network": {
         "convolutional": "stage1_vqvae.networks.convolutional:ConvolutionalPart",
@@ -63,6 +64,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "transformer": "stage2_prior.priors.transformer:TransformerPart",
         "pixelcnn": "stage2_prior.priors.pixelcnn:PixelCNNPart",
         "masked": "stage2_prior.priors.masked:MaskedPart",
+        "next_scale": "stage2_prior.priors.next_scale:NextScalePart",
         "levelwise": "stage2_prior.priors.levelwise:LevelwisePart",
     },
 }
@@ -143,6 +145,13 @@ class QuantizerPart(Part):
 
     def check(self, dim: int) -> None:
         """Errors: ValueError that names the key, if the fields do not fit latents of `dim` channels."""
+
+    def for_grid(self, height: int, width: int) -> QuantizerPart:
+        """Return the part with those fields filled in that depend on the latents' grid; by default there are none.
+
+        Errors: ValueError that names the key, if the fields do not fit the grid.
+        """
+        return self
 
     @property
     def needs_whole_batch(self) -> bool:

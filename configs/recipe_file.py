@@ -172,8 +172,9 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def flattened(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries into one with dotted keys."""
+    """Flatten the dictionaries of sections and parts into one with dotted keys; a field that is a mapping stays one."""
     result: dict[str, Any] = {}
     for key, value in content.items():
-        result |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        result |= flattened(value, f"{name}.") if name in SECTIONS or name in FAMILIES else {name: value}
     return result

@@ -261,6 +261,8 @@ class Recipe:
         for name in ("height", "width"):
             pixels = getattr(self.data, name)
             require(pixels % step == 0, f"tokenizer.network.downsampling {step}", f"a divisor of data.{name}", pixels)
+        for step in self.tokenizer.network.downsamplings:
+            self.tokenizer.quantizer.for_grid(self.data.height // step, self.data.width // step)
 
 
 def with_prior(recipe: Recipe, prior: PriorPart) -> Recipe:

@@ -5,9 +5,10 @@
     python pipelines/complete.py --mask MASK.png --images FOLDER --label 3
 
 The images are evenly spaced over a split, with their labels, or over the files and folders of --images. Rows are rows of the coarsest grid
-of codes, from the top. A mask is a picture of the images' size: white pixels are kept, black or transparent ones drawn again; in each grid,
-codes are kept whose patch is completely white. A code is drawn given the codes before it: kept codes after it do not influence the draw,
-unless the prior is a masked one or was trained with `prior.order any`; then each is given all kept codes of its level.
+of codes (with multiscale codes: of their full grid), from the top. A mask is a picture of the images' size: white pixels are kept, black or
+transparent ones drawn again; in each grid, codes are kept whose patch is completely white. A code is drawn given the codes before it: kept
+codes after it do not influence the draw, unless the prior is a masked one or was trained with `prior.order any`; then each is given all
+kept codes of its level.
 Writes a new folder completions/NNN into the run: completions.png with one row per image (image, reconstruction, kept part, continuations),
 one PNG per continuation, completions.json.
 """
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.mask is not None:
         rows, mask = None, mask_in(Path(options.mask).expanduser(), command.recipe.data, "--mask")
     else:
-        rows = kept_rows(options.prefix_rows, options.keep_rows, tokenizer.grids[0][0])
+        rows = kept_rows(options.prefix_rows, options.keep_rows, tokenizer.latent_grids[0][0])
         mask = row_mask(rows, *size)
     images = chosen_images(options, command.recipe.data, accelerator.is_main_process, command.run, options.n, generator.columns)
     pixels, count = images.pixels, len(images.pixels)
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
                 "n": count,
                 "continuations": options.continuations,
                 "kept_rows": None if rows is None else [row for row, is_kept in enumerate(rows) if is_kept],
-                "rows": tokenizer.grids[0][0],
+                "rows": tokenizer.latent_grids[0][0],
                 "mask": options.mask,
                 "seed": options.seed,
                 **generator.origin,

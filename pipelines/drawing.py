@@ -41,9 +41,17 @@ def check_guidance(config: Sampling, condition: Tensor | None, header: PriorHead
 
 
 def kept_codes(tokenizer: VQVAE, mask: Tensor) -> Codes:
-    """Convert a mask (H, W) of kept pixels to masks (h, w) per level of kept codes, whose patches lie within the mask."""
+    """Convert a mask (H, W) of kept pixels to masks (h, w) per level of kept codes, whose patches lie within the mask.
+
+    A grid whose side does not divide the image's has patches of two sizes; each pixel is in one of them.
+    """
     height, width = mask.shape
-    return tuple(mask.view(h, height // h, w, width // w).all(3).all(1) for h, w in tokenizer.grids)
+    to_draw, masks = (~mask).nonzero(), []
+    for h, w in tokenizer.grids:
+        kept = torch.ones(h, w, dtype=torch.bool)
+        kept[to_draw[:, 0] * h // height, to_draw[:, 1] * w // width] = False
+        masks.append(kept)
+    return tuple(masks)
 
 
 @torch.no_grad()

@@ -44,13 +44,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor, causal: bool = True) -> Tensor:
-        """Attend over the positions of (B, T, C); the shape stays. Causal: each position sees itself and those before it."""
+    def forward(self, x: Tensor, rotation: Tensor, causal: bool | Tensor = True) -> Tensor:
+        """Attend over the positions of (B, T, C); the shape stays.
+
+        `causal`: True: each position sees itself and those before it; False: all of them; or a mask, bool (T, T), true where a position
+        (row) sees another (column).
+        """
         # Two products: in one, the gradients of queries, keys and values would be copied together in the backward pass.
         qk_weight, v_weight = self.qkv.weight.split([2 * x.shape[-1], x.shape[-1]])
         query, key = self._rotated(F.linear(x, qk_weight).unflatten(-1, (2, self.heads, self.head_width)), rotation)
         value = F.linear(x, v_weight).unflatten(-1, (self.heads, self.head_width)).to(query).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        mask = causal if isinstance(causal, Tensor) else None
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal is True)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _separated(self, projected: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

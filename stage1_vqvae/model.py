@@ -48,7 +48,7 @@ class VQVAE(nn.Module):
         self.image_shape = (channels, height, width)
         self.objective: Objective = config.objective.build(self.image_shape)
         self.encoder, self.decoder = config.network.build(channels, config.code_dim, self.objective.output_channels)
-        parts: list[Quantizer] = [config.quantizer.build(config.code_dim) for _ in config.network.downsamplings]
+        parts: list[Quantizer] = [config.quantizer.for_grid(*grid).build(config.code_dim) for grid in self.latent_grids]
         self.quantizer: Levels = parts[0] if len(parts) == 1 else GridQuantizers(parts)
 
     @property
@@ -57,11 +57,16 @@ class VQVAE(nn.Module):
         return self.quantizer.parts if isinstance(self.quantizer, GridQuantizers) else [self.quantizer]  # type: ignore[list-item]
 
     @property
+    def latent_grids(self) -> list[tuple[int, int]]:
+        """Grid (h, w) of the latents of each quantizer, coarse to fine."""
+        _, height, width = self.image_shape
+        return [(height // step, width // step) for step in self.config.network.downsamplings]
+
+    @property
     def grids(self) -> list[tuple[int, int]]:
         """Grid (h, w) per level."""
-        _, height, width = self.image_shape
-        steps = self.config.network.downsamplings
-        return [(height // step, width // step) for step, part in zip(steps, self.quantizers, strict=True) for _ in part.num_codes]
+        pairs = zip(self.quantizers, self.latent_grids, strict=True)
+        return [level for quantizer, grid in pairs for level in quantizer.level_grids(*grid)]
 
     def forward(self, images: Tensor, uniform: Tensor | None = None) -> TokenizerOutput:
         """Reconstruct images (B, C, H, W) in [-1, 1] and compute all losses. Changes no state: see quantizers/contract.py.

@@ -184,9 +184,8 @@ def _place_codebooks_(accelerator: Accelerator, tokenizer: VQVAE, loader: Loader
     def from_main(tensor: Tensor) -> Tensor:
         return summed(accelerator, {"": tensor * accelerator.is_main_process})[""]
 
-    level = 0
     for grid, quantizer in enumerate(tokenizer.quantizers):  # coarse to fine: a grid's latents depend on the codebooks above
-        (height, width), level = tokenizer.grids[level], level + len(quantizer.num_codes)
+        height, width = tokenizer.latent_grids[grid]
         placeable = [codebook for codebook in quantizer.codebooks() if codebook.placeable]
         if not placeable:
             continue

@@ -17,6 +17,9 @@ from configs.parts import Sampling
 from training.devices import as_float64
 from training.randomness import generator
 
+LOGITS_PER_DRAW = 2**24
+"""Logits from which codes are drawn at once, over all rows and positions: 128 MB in float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepwiseSampling(Sampling):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.stage2_prior.priors.prior_kinds import KINDS as PRIOR_KINDS
 from training.metrics_log import read_metrics
 
 # Quantizers that synchronise different state; one of them on two grids, 2 x 3 and 4 x 6 codes; and one with a discriminator.
-COMPOSED = ["residual_shared", "product_residual_projected"]
+COMPOSED = ["residual_shared", "product_residual_projected", "multiscale"]
 RUNS = ["ema", "gradient", "ema_cosine_projected", "gradient_entropy", "simvq", "fsq", "lfq", *COMPOSED, "hierarchy", "adversary"]
 
 
@@ -33,7 +34,10 @@ def settings_for(run: str) -> list[object]:
         fields = ["kind=patch", "layers=1", "channels=4", "penalty=r1", "start=0", "ramp=0"]
         return [*settings_for("ema"), *(f"--stage1.adversarial.{field}" for field in fields)]
     restart = {"restart_below": 0.5} if hasattr(part(run), "restart_below") else {}
-    chosen = [f"--tokenizer.quantizer.{key}={value}" for key, value in {**restart, **KINDS[run]}.items()]
+    fields: dict[str, Any] = {**restart, **KINDS[run]}
+    if run == "multiscale":
+        fields["quantizer"] = {**fields["quantizer"], "restart_below": 0.5}
+    chosen = [f"--tokenizer.quantizer.{key}={value}" for key, value in fields.items()]
     return ["--tokenizer.code_dim", D, *chosen]
 
 

@@ -34,12 +34,15 @@ def need_packages() -> None:
 
 def exportable_prior(generator: Generator) -> StepwisePrior:
     """Return the generator's prior. Errors: UserError for one that the graphs and their sampler cannot represent."""
-    prior = generator.stepwise_prior("export")
-    need_classes(generator.header, "export")
+    prior, header = generator.stepwise_prior("export"), generator.header
+    assert header is not None
+    need_classes(header, "export")
     if prior.guidance_free is not None:
         raise UserError("prior.guidance_free: expected a prior trained without it to export, found one trained with it")
     if prior.draw_layout is not prior.layout:
         raise UserError("prior: expected one with prior.head table to export, found one with digits")
+    if not prior.draws_in_raster_order(StepwiseSampling(), None):
+        raise UserError(f"prior: expected one that draws codes one by one to export, found {header.config.kind}, which draws many at once")
     return prior
 
 

@@ -7,13 +7,13 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from pipelines.conditioning import requested_condition
 from pipelines.generator import Generator
 from stage1_vqvae.model import VQVAE
 from stage1_vqvae.quantizers.contract import Codes, Levels
+from stage1_vqvae.quantizers.multiscale import MultiscaleQuantizer
 from stage1_vqvae.quantizers.search import nearest_codes as nearest_vectors
 from stage2_prior.conditions.contract import Label
 from stage2_prior.priors.stepwise import StepwisePrior
@@ -92,11 +92,17 @@ def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
     """Interpolate between the codes of two images, (1, h, w) per level: codes (count, h, w) per level, including both ends.
 
     Where they differ, each step takes the codes nearest to the linear interpolation of their vectors: with several levels of a grid, the
-    nearest code of the first level, then the code of the second level nearest to the residual, and so on.
+    nearest code of the first level, then the code of the second level nearest to the residual, and so on. Multiscale codes, each of which
+    reaches all pixels, are those of the interpolated sums; an end keeps its own.
     """
     share = torch.linspace(0, 1, count)[:, None, None, None]
     levels_codes, level = [], 0
     for quantizer in tokenizer.quantizers:
+        if isinstance(quantizer, MultiscaleQuantizer):
+            chosen = slice(level, level + len(quantizer.num_codes))
+            levels_codes += _multiscale_walk(quantizer, first[chosen], last[chosen], share)
+            level = chosen.stop
+            continue
         # Vectors of the levels, which add up, in the space before projections.
         codebooks = [vectors.cpu() for vectors in quantizer.code_vectors()]
         levels = range(level, level + len(codebooks))
@@ -117,6 +123,14 @@ def walk(tokenizer: VQVAE, first: Codes, last: Codes, count: int) -> Codes:
     return tuple(levels_codes)
 
 
+def _multiscale_walk(quantizer: MultiscaleQuantizer, first: Codes, last: Codes, share: Tensor) -> list[Tensor]:
+    """`walk` for all levels of one multiscale quantizer; `share` (count, 1, 1, 1) from 0 to 1."""
+    device = next(quantizer.parameters()).device
+    start, end = (quantizer.lookup(tuple(level.to(device) for level in codes)) for codes in (first, last))
+    between = quantizer(torch.lerp(start, end, share[1:-1].to(device))).codes
+    return [torch.cat([level, middle.cpu(), other]) for level, middle, other in zip(first, between, last, strict=True)]
+
+
 def code_patches(generator: Generator, level: int, numbers: list[int]) -> Tensor:
     """Decode codes of a level one by one, each in the centre of plain codes, and crop its patch: uint8 (N, h', w', C).
 
@@ -128,5 +142,6 @@ def code_patches(generator: Generator, level: int, numbers: list[int]) -> Tensor
     grids = [code.repeat(len(numbers), *grid) for code, grid in zip(plain, tokenizer.grids, strict=True)]
     grids[level][:, rows // 2, columns // 2] = torch.tensor(numbers)
     pictures = generator.decode(tuple(grids), output="tensor")
-    cells = rearrange(pictures, "n (r h) (c w) channel -> n r c h w channel", r=rows, c=columns)
-    return cells[:, rows // 2, columns // 2]
+    height, width = pictures.shape[1] // rows, pictures.shape[2] // columns
+    top, left = rows // 2 * pictures.shape[1] // rows, columns // 2 * pictures.shape[2] // columns
+    return pictures[:, top : top + height, left : left + width]

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, sum_by_name, with_prefixes, without_prefix
+from stage1_vqvae.quantizers.contract import Codes, Quantized, RowQuantizer, Statistics, sum_by_name, with_prefixes, without_prefix
 from stage1_vqvae.quantizers.gradients import Estimator
 
 
-class ResidualQuantizer(Quantizer):
+class ResidualQuantizer(RowQuantizer):
     """Each depth quantizes the residual of the depths before; a latent's vector is the sum over depths.
 
     Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization", section 3.1: depths may share one codebook, and
     the commitment losses of all partial sums are added (equation 7). The gradient passes to z once.
     """
 
-    def __init__(self, stages: Sequence[Quantizer], depth: int, estimator: Estimator) -> None:
+    def __init__(self, stages: Sequence[RowQuantizer], depth: int, estimator: Estimator) -> None:
         """`stages`: one quantizer per depth, or a single one shared by all."""
         super().__init__()
         assert len(stages) in (1, depth)
@@ -27,9 +27,9 @@ class ResidualQuantizer(Quantizer):
         self.depth, self.estimator = depth, estimator
         self.dim, self.num_codes = stages[0].dim, tuple(k for level in range(depth) for k in self._stage(level).num_codes)
 
-    def _stage(self, level: int) -> Quantizer:
+    def _stage(self, level: int) -> RowQuantizer:
         stage = self.stages[level if len(self.stages) > 1 else 0]
-        assert isinstance(stage, Quantizer)
+        assert isinstance(stage, RowQuantizer)
         return stage
 
     @override
@@ -62,13 +62,13 @@ class ResidualQuantizer(Quantizer):
             self._stage(level).update_(part)
 
 
-class ProductQuantizer(Quantizer):
+class ProductQuantizer(RowQuantizer):
     """One quantizer per group of channels: K^groups combinations from groups x K codes.
 
     Jegou et al. 2011, "Product Quantization for Nearest Neighbor Search", section II-B. Losses are means over groups.
     """
 
-    def __init__(self, groups: Sequence[Quantizer]) -> None:
+    def __init__(self, groups: Sequence[RowQuantizer]) -> None:
         super().__init__()
         self.groups = nn.ModuleList(groups)
         self._groups = tuple(groups)
@@ -103,14 +103,14 @@ class ProductQuantizer(Quantizer):
             group.update_(without_prefix(statistics, number))
 
 
-class ProjectedQuantizer(Quantizer):
+class ProjectedQuantizer(RowQuantizer):
     """A quantizer between two learned linear maps, to and from its own width.
 
     Yu et al. 2021, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2, "factorized codes": few dimensions for the
     nearest-code search, many for the decoder. FSQ and LFQ, whose width follows from K, usually need it.
     """
 
-    def __init__(self, dim: int, inner: Quantizer) -> None:
+    def __init__(self, dim: int, inner: RowQuantizer) -> None:
         super().__init__()
         self.dim, self.num_codes = dim, inner.num_codes
         self.down, self.inner, self.up = nn.Linear(dim, inner.dim), inner, nn.Linear(inner.dim, dim)
@@ -134,7 +134,7 @@ class ProjectedQuantizer(Quantizer):
         self.inner.update_(statistics)
 
 
-def match_width(dim: int, inner: Quantizer) -> Quantizer:
+def match_width(dim: int, inner: RowQuantizer) -> RowQuantizer:
     """Return the quantizer if it has `dim` channels; otherwise project it to that width."""
     return inner if inner.dim == dim else ProjectedQuantizer(dim, inner)
 

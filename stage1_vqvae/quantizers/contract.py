@@ -3,8 +3,8 @@
 The forward pass changes nothing: it returns the statistics that the codebooks learn from. The training loop sums them over micro-steps
 and ranks and calls `update_` once per step, after the optimizer's step, so codebooks are the same at any world size.
 
-Quantizers compose (residual, product, projected). Inside, all of them work on rows, one vector each; only `forward` and `lookup`
-handle batches, channels and spatial axes.
+Most quantizers take each vector by itself, and compose (residual, product, projected). Inside, these work on rows, one vector each; only
+`forward` and `lookup` handle batches, channels and spatial axes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Quantized(NamedTuple):
     z_q: Tensor
     """The codes' vectors, of z's shape, float32 or wider; the gradient estimator passes gradients to z."""
     codes: Codes
-    """The chosen codes: (B, *spatial) per level in `forward`, (N,) in `quantize`."""
+    """The chosen codes: (B, *spatial) per level in `forward` (of that level's own grid, see `level_grids`), (N,) in `quantize`."""
     losses: dict[str, Tensor]
     """Weighted scalars, which the loop adds to the reconstruction loss."""
     statistics: Statistics
     """Input of `update_`: each level's counts, and sums where the codebook needs them."""
     latents: tuple[Tensor, ...]
-    """Per entry of `codebooks`, the vectors (N n, d) it had to represent, n for each of the N rows, in the rows' order and without
-    gradient. K-means and restarts set codes to them."""
+    """Per entry of `codebooks`, the vectors (M, d) it had to represent, equally many for each row (in `forward`: each image), in the
+    order of these and without gradient. K-means and restarts set codes to them."""
 
 
 class Levels(nn.Module, ABC):
@@ -71,16 +71,34 @@ class Levels(nn.Module, ABC):
 
 
 class Quantizer(Levels):
-    """Base class. The channel axis is quantized: z of (16, 64, 32, 32) is 16,384 vectors of 64 channels."""
+    """Base class of the quantizers of one grid of latents."""
 
     dim: int
     """Channels D of the latents."""
 
+    @abstractmethod
     def forward(self, z: Tensor) -> Quantized:
         """Quantize z (B, D, *spatial), in float32 or wider, whatever autocast says. The batch may be empty.
 
-        Errors: ValueError if D is not the quantizer's.
+        Errors: ValueError if z does not have the quantizer's shape.
         """
+
+    @abstractmethod
+    def lookup(self, codes: Codes) -> Tensor:
+        """Look up the vectors (B, D, *spatial) of codes; equal to `forward`'s z_q for the codes it returned."""
+
+    def level_grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Return the grid (h, w) of each level's codes, for latents of (height, width): by default the latents' own."""
+        return [(height, width) for _ in self.num_codes]
+
+
+class RowQuantizer(Quantizer):
+    """Base class of the quantizers that take each vector by itself. The channel axis is quantized: z of (16, 64, 32, 32) is 16,384
+    vectors of 64 channels.
+    """
+
+    @override
+    def forward(self, z: Tensor) -> Quantized:
         if z.ndim < 2 or z.shape[1] != self.dim:
             raise ValueError(f"z: expected (B, {self.dim}, ...), found {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
@@ -90,8 +108,8 @@ class Quantizer(Levels):
             codes = tuple(level.view(batch, *spatial) for level in rows.codes)
             return rows._replace(z_q=rows.z_q.view(batch, *spatial, self.dim).movedim(-1, 1), codes=codes)
 
+    @override
     def lookup(self, codes: Codes) -> Tensor:
-        """Look up the vectors (B, D, *spatial) of codes; equal to `forward`'s z_q for the codes it returned."""
         with torch.autocast(codes[0].device.type, enabled=False):
             rows = self.lookup_rows(tuple(level.flatten() for level in codes))
             return rows.view(*codes[0].shape, self.dim).movedim(-1, 1)

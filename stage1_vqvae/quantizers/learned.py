@@ -15,7 +15,7 @@ from configs.errors import require
 from configs.parts import QuantizerPart
 from stage1_vqvae.quantizers.codebook import Codebook, GradientCodebook, LinearCodebook, Metric, MovingAverageCodebook
 from stage1_vqvae.quantizers.composed import ProductQuantizer, ProjectedQuantizer, ResidualQuantizer
-from stage1_vqvae.quantizers.contract import Quantizer
+from stage1_vqvae.quantizers.contract import RowQuantizer
 from stage1_vqvae.quantizers.gradients import ESTIMATORS
 from stage1_vqvae.quantizers.vector import VectorQuantizer
 
@@ -73,17 +73,17 @@ class _LearnedPart(QuantizerPart):
         return self.entropy_weight > 0
 
     @override
-    def build(self, dim: int) -> Quantizer:
+    def build(self, dim: int) -> RowQuantizer:
         width = self.codebook_dim or dim
         groups = [self._residual(width // self.groups) for _ in range(self.groups)]
         inner = groups[0] if self.groups == 1 else ProductQuantizer(groups)
         return inner if self.codebook_dim == 0 else ProjectedQuantizer(dim, inner)
 
-    def _residual(self, width: int) -> Quantizer:
+    def _residual(self, width: int) -> RowQuantizer:
         stages = [self._level(width) for _ in range(1 if self.shared_codebook else self.depth)]
         return stages[0] if self.depth == 1 else ResidualQuantizer(stages, self.depth, ESTIMATORS[self.gradient_estimator])
 
-    def _level(self, width: int) -> Quantizer:
+    def _level(self, width: int) -> RowQuantizer:
         return VectorQuantizer(
             self._codebook(width),
             commitment=self.commitment,

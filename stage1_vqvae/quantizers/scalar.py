@@ -17,7 +17,7 @@ from configs.errors import require
 from configs.parts import QuantizerPart
 from stage1_vqvae.quantizers.codebook import mean_squared_error
 from stage1_vqvae.quantizers.composed import match_width
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, count_codes
+from stage1_vqvae.quantizers.contract import Codes, Quantized, RowQuantizer, count_codes
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import straight_through
 
@@ -42,7 +42,7 @@ class FSQPart(QuantizerPart):
         return "lower stage1.lr: the encoder's latents have left the quantizer's range"
 
     @override
-    def build(self, dim: int) -> Quantizer:
+    def build(self, dim: int) -> RowQuantizer:
         return match_width(dim, FiniteScalarQuantizer(self.levels))
 
 
@@ -77,7 +77,7 @@ class LFQPart(QuantizerPart):
         return f"raise tokenizer.quantizer.entropy_weight, for instance to {2 * self.entropy_weight}"
 
     @override
-    def build(self, dim: int) -> Quantizer:
+    def build(self, dim: int) -> RowQuantizer:
         inner = LookupFreeQuantizer(
             self.num_codes,
             commitment=self.commitment,
@@ -87,7 +87,7 @@ class LFQPart(QuantizerPart):
         return match_width(dim, inner)
 
 
-class FiniteScalarQuantizer(Quantizer):
+class FiniteScalarQuantizer(RowQuantizer):
     """FSQ: channel i is squashed and rounded to one of L_i evenly spaced levels; K is the product of the L_i.
 
     Levels run from -1 to 1 for odd L, from -1 to 1 - 2 / L for even L. No losses, and no codebook that could collapse.
@@ -133,7 +133,7 @@ class FiniteScalarQuantizer(Quantizer):
         return (rows + shift).tanh() * reach - offset
 
 
-class LookupFreeQuantizer(Quantizer):
+class LookupFreeQuantizer(RowQuantizer):
     """LFQ: the signs of log2 K channels are the code's bits and its vector.
 
     Yu et al. 2023, "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", section 3.1, equations 3

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from stage1_vqvae.quantizers.codebook import Codebook, mean_squared_error
-from stage1_vqvae.quantizers.contract import Codes, Quantized, Quantizer, Statistics, count_codes
+from stage1_vqvae.quantizers.contract import Codes, Quantized, RowQuantizer, Statistics, count_codes
 from stage1_vqvae.quantizers.entropy import entropy_loss
 from stage1_vqvae.quantizers.gradients import Estimator
 from stage1_vqvae.quantizers.search import nearest_codes
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(RowQuantizer):
     """One codebook of any learning rule, with a metric, a gradient estimator and an optional entropy term.
 
     Van den Oord et al. 2017, "Neural Discrete Representation Learning", section 3 and equation 3. Under the cosine metric the unit

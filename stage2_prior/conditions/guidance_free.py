@@ -8,14 +8,11 @@ beta l + (1 - beta) unconditional, which are the conditional logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from stage2_prior.conditions.contract import Condition
-from stage2_prior.draw import guided
-from training.precision import full_precision
 
 # Cosines of beta that are embedded.
 _FREQUENCIES = 16
@@ -35,25 +32,6 @@ class GuidanceFree:
     def is_null(self, rows: Tensor) -> Tensor:
         """Return a mask (B,) of the condition's rows (B, *shape) that are its null, which may have NaN."""
         return torch.isclose(rows, self.condition.null(len(rows), rows.device), rtol=0, atol=0, equal_nan=True).view(len(rows), -1).all(1)
-
-    def training_logits(
-        self, logits: Callable[[Tensor | None], tuple[Tensor, ...]], condition: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Logits to train: those at a random beta, times beta, plus 1 - beta times the unconditional ones, which get no gradient.
-
-        Rows whose condition is dropped train the unconditional logits, at beta = 1.
-
-        Args:
-            logits: function from rows with beta, or None for the null, to logits (B, n, K) per level.
-            condition: (B, *shape).
-            uniform: (B,) in [0, 1).
-        """
-        beta = torch.where(self.is_null(condition), 1, 1 - uniform)  # above 0: beta is the reciprocal of a guidance
-        conditional = logits(self.with_beta(condition, beta))
-        with torch.no_grad():  # second, since autocast would reuse weights that were cast without gradient
-            unconditional = logits(None)
-        levels = zip(conditional, unconditional, strict=True)
-        return tuple(guided(full_precision(level), full_precision(null), beta[:, None, None]) for level, null in levels)
 
     def embedding(self, width: int) -> nn.Module:
         """Build the module that maps rows with beta to vectors (B, width)."""

@@ -71,23 +71,31 @@ class CachedAttention(Attention):
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return add_product_(x, attended.flatten(1), self.out)
 
-    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int, branches: int = 0) -> Tensor:
+    def prefill(self, x: Tensor, rotation: Tensor, cache: KeyValueCache, rows: slice, start: int, causal: bool | Tensor = True) -> Tensor:
         """Apply the whole layer to some rows' positions from `start` on, (B, n, C) to the same shape; caches their keys and values.
 
         Args:
             rotation: of these positions, in any shape that `Attention` takes.
-            branches: the last so many positions do not see one another.
+            causal: as in `Attention`; a mask is (n, start + n), of all cached positions and these.
         """
         query, key, value = self._separated(self.qkv(x), rotation)
         count, stop = x.shape[1], start + x.shape[1]
         keys, values = cache.keys[rows, :, :stop], cache.values[rows, :, :stop]
         keys[:, :, start:], values[:, :, start:] = key, value
-        causal, mask = start == 0 and branches == 0, None
-        if not causal:
-            mask = torch.ones(count, stop, dtype=torch.bool, device=x.device).tril(start)
-            mask[count - branches :, stop - branches :] = torch.eye(branches, dtype=torch.bool, device=x.device)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
+        if causal is True and start > 0:
+            causal = causal_mask(count, stop, x.device)
+        mask = causal if isinstance(causal, Tensor) else None
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal is True)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+
+def causal_mask(count: int, stop: int, device: torch.device, branches: int = 0) -> Tensor:
+    """Return the mask, bool (count, stop), of the positions that the last `count` of `stop` positions see: themselves and those before
+    them. The last `branches` do not see one another.
+    """
+    mask = torch.ones(count, stop, dtype=torch.bool, device=device).tril(stop - count)
+    mask[count - branches :, stop - branches :] = torch.eye(branches, dtype=torch.bool, device=device)
+    return mask
 
 
 class GridAttention(nn.Module):

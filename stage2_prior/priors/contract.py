@@ -6,7 +6,7 @@ It sees integers only, never images or files. Priors that draw one code after an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,7 +19,8 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.conditions.guidance_free import GuidanceFree
-from stage2_prior.draw import is_guided
+from stage2_prior.draw import guided, is_guided
+from training.precision import full_precision
 
 
 class Sizes(NamedTuple):
@@ -187,6 +188,27 @@ class Prior(nn.Module, ABC):
         if self.guidance_free is None or condition.shape[1:] != self.condition.shape:
             return condition
         return self.guidance_free.with_beta(condition, torch.full((len(condition),), 1 / guidance, device=condition.device))
+
+    def guidance_free_logits(
+        self, logits: Callable[[Tensor | None], tuple[Tensor, ...]], condition: Tensor | None, uniform: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Logits of guidance-free training: those at a random beta, times beta, plus 1 - beta times the unconditional ones.
+
+        Rows whose condition is dropped train the unconditional logits, at beta = 1.
+
+        Args:
+            logits: function from rows with beta, or None for the null, to logits (B, n, K) per level.
+            condition: (B, *shape) rows of the condition.
+            uniform: (B,) in [0, 1).
+        """
+        assert self.guidance_free is not None
+        assert condition is not None
+        beta = torch.where(self.guidance_free.is_null(condition), 1, 1 - uniform)  # above 0: beta is the reciprocal of a guidance
+        conditional = logits(self.guidance_free.with_beta(condition, beta))
+        with torch.no_grad():  # second, since autocast would reuse weights that were cast without gradient
+            unconditional = logits(None)
+        levels = zip(conditional, unconditional, strict=True)
+        return tuple(guided(full_precision(level), full_precision(null), beta[:, None, None]) for level, null in levels)
 
     def needs_two_rows(self, condition: Tensor | None, settings: Sampling) -> bool:
         """Return whether each sample of a batch needs a second, unconditional row, for guidance."""

@@ -24,7 +24,7 @@ from stage1_vqvae.attention import Norm, RotaryTable
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
-from stage2_prior.draw import StepwiseSampling, check_finite, draw, guidance_scales, guided, round_stops, uniforms, warp
+from stage2_prior.draw import LOGITS_PER_DRAW, StepwiseSampling, check_finite, draw, guidance_scales, guided, round_stops, uniforms, warp
 from stage2_prior.priors.contract import GuidedPart, Keep, Prior, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.stepwise import code_losses
 from stage2_prior.priors.transformer import Block, TransformerPart, initialise_, initialise_codes_
@@ -34,8 +34,6 @@ from training.precision import full_precision, ieee_float32
 
 # Orders and rounds of each whose mean is the likelihood's bound: passes of the network per level.
 _BOUND_ORDERS, _BOUND_ROUNDS = 2, 8
-# Logits per draw, over all rows and positions: 128 MB in float64.
-_LOGITS_PER_DRAW = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +181,7 @@ class Masked(Prior):
             x = self.features(codes, masked, rows, variants)
             return tuple(self.head_logits(part, level) for level, part in enumerate(x.split(self.layout.lengths, 1)))
 
-        if self.guidance_free is None:
-            logits = logits_given(condition)
-        else:
-            assert condition is not None
-            logits = self.guidance_free.training_logits(logits_given, condition, draws[:, 0])
+        logits = logits_given(condition) if self.guidance_free is None else self.guidance_free_logits(logits_given, condition, draws[:, 0])
         nats = torch.cat(code_losses(logits, codes), 1) * predicted
         return (nats.sum(1) / predicted.sum(1)).mean()
 
@@ -257,7 +251,7 @@ class Masked(Prior):
         Returns: codes (B, n) int64, log-probabilities (B, n) float64.
         """
         parts, unlimited = [], StepwiseSampling(temperature=settings.temperature)
-        size = _LOGITS_PER_DRAW // (uniform.shape[1] * self.layout.num_codes[level])
+        size = LOGITS_PER_DRAW // (uniform.shape[1] * self.layout.num_codes[level])
         for rows in batches(len(uniform), max(1, size)):
             logits = as_float64(self.head_logits(x[rows], level))
             if scale is not None:

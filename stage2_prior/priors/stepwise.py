@@ -177,12 +177,9 @@ class StepwisePrior(Prior):
         if self.guidance_free is None:
             logits = self.training_logits(codes, condition, variants, draws, progress)
         else:  # both passes look back at the same codes
-            assert condition is not None
             assert draws is not None
             beta, rest = draws[:, 0], draws[:, 1:]
-            logits = self.guidance_free.training_logits(
-                lambda rows: self.training_logits(codes, rows, variants, rest, progress), condition, beta
-            )
+            logits = self.guidance_free_logits(lambda rows: self.training_logits(codes, rows, variants, rest, progress), condition, beta)
         return self._code_nats(logits, codes).mean()
 
     def training_logits(

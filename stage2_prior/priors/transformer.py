@@ -28,7 +28,7 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.draw import StepwiseSampling, check_finite, draw_position, guidance_scales, round_stops
-from stage2_prior.priors.attention import CachedAttention, KeyValueCache, add_product_, product, select
+from stage2_prior.priors.attention import CachedAttention, KeyValueCache, add_product_, causal_mask, product, select
 from stage2_prior.priors.contract import Keep, SizedByPreset, Sizes, VariantEmbedding
 from stage2_prior.priors.stepwise import FixedBatch, FixedSteps, Logits, StepwisePart, StepwisePrior
 from stage2_prior.priors.upper_levels import UpperLevels
@@ -44,8 +44,8 @@ _SHARE_OF_VECTORS = 0.7
 # Progress at which the share of rows in random order begins to fall from 1, and at which it is 0 (RAR, Yu et al. 2024: epochs 200 and 300
 # of 400).
 _ANNEALING = (0.5, 0.75)
-# Positions per prefill pass, over all rows: in float64 some 100 MB of activations at 1,024 channels.
-_PREFILL_POSITIONS = 2**12
+PREFILL_POSITIONS = 2**12
+"""Positions per prefill pass, over all rows: in float64 some 100 MB of activations at 1,024 channels."""
 
 
 def _load_embed() -> Callable[..., Any]:
@@ -359,7 +359,7 @@ class Transformer(StepwisePrior):
         condition = self.condition_or_null(condition, len(sequences))
         held = slice(max(0, start - 1), stop - 1)
         tokens = sequences[:, held] + self.token_offsets[held]
-        for rows in batches(len(sequences), max(1, _PREFILL_POSITIONS // (stop - start))):
+        for rows in batches(len(sequences), max(1, PREFILL_POSITIONS // (stop - start))):
             x = self.token(tokens[rows])
             if start == 0:
                 x = torch.cat([self.start.expand(len(x), 1, -1), x], 1)
@@ -437,11 +437,12 @@ class Transformer(StepwisePrior):
         """
         tokens, logits = sequences + self.token_offsets, []
         level = self.layout.level_of(start)
-        for rows in batches(len(tokens), max(1, _PREFILL_POSITIONS // (stop - filled))):
+        mask = causal_mask(stop - filled, stop, tokens.device, stop - start)
+        for rows in batches(len(tokens), max(1, PREFILL_POSITIONS // (stop - filled))):
             x, rotations = self._slots(tokens[rows], order[rows], filled, start, stop)
             x = x + self.label(condition[rows])[:, None]
             for block, layer in zip(self.blocks, cache.layers, strict=True):
-                x = block(x, rotations, layer, rows, filled, stop - start)
+                x = block(x, rotations, layer, rows, filled, mask)
             logits.append(self.head_logits(x[:, start - filled :], level))
         return torch.cat(logits)
 
@@ -549,17 +550,16 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         rows: slice = slice(None),
         start: int = 0,
-        branches: int = 0,
-        causal: bool = True,
+        causal: bool | Tensor = True,
     ) -> Tensor:
-        """(B, T, C) to the same shape. With a cache: T positions from `start` on, appended to its `rows`, always causal but for the last
-        `branches`, as in `CachedAttention.prefill`.
+        """(B, T, C) to the same shape; `causal` as in `Attention`. With a cache: T positions from `start` on, appended to its `rows`, as in
+        `CachedAttention.prefill`.
         """
         normed = self.attention_norm(x)
         if cache is None:
             attended = self.attention(normed, rotation, causal)
         else:
-            attended = self.attention.prefill(normed, rotation, cache, rows, start, branches)
+            attended = self.attention.prefill(normed, rotation, cache, rows, start, causal)
         x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 

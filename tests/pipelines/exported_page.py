@@ -129,12 +129,12 @@ def unpainted_codes(model: dict[str, Any], painted: np.ndarray) -> np.ndarray:
     return np.concatenate([~painted.reshape(h, height // h, w, width // w).any((1, 3)).ravel() for h, w in model["grids"]])
 
 
-def other_tokenizer(kind: str = "residual_shared") -> VQVAE:
+def other_tokenizer(kind: str = "residual_shared", **fields: object) -> VQVAE:
     """Build a tokenizer of 8 x 12 pixels to 2 x 3 codes, on three levels for `residual_shared`."""
     torch.manual_seed(0)
     small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
     network = part_from("tokenizer.network", small)
-    return VQVAE(Tokenizer(code_dim=D, quantizer=part(kind), network=network), 8, 12, 3).eval().requires_grad_(False)
+    return VQVAE(Tokenizer(code_dim=D, quantizer=part(kind, **fields), network=network), 8, 12, 3).eval().requires_grad_(False)
 
 
 def other_prior() -> StepwisePrior:

@@ -71,7 +71,7 @@ def use_another_library(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["transformer", "pixelcnn, attention", "levelwise"])
+@pytest.mark.parametrize("kind", ["transformer", "pixelcnn, attention", "levelwise", "next_scale"])
 def test_codes_decode_with_another_machines_cosines(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables of positions are computed where a prior is loaded; in float32 they may differ by a rounding."""
     layout = LAYOUTS["top and bottom"]

@@ -101,6 +101,19 @@ def test_a_walk_is_constant_where_both_ends_agree_and_between_them_elsewhere(kin
     assert (reached <= torch.minimum((start - middle).square().sum(0), (end - middle).square().sum(0)) * 1.5 + 1e-5).all()
 
 
+def test_a_walk_of_multiscale_codes_has_the_given_ends_and_the_codes_of_interpolated_latents_between() -> None:
+    torch.manual_seed(0)
+    small = {"hidden_channels": 16, "residual_channels": 8, "residual_blocks": 1}
+    config = Tokenizer(code_dim=D, quantizer=part("multiscale"), network=part_from("tokenizer.network", small))
+    tokenizer = VQVAE(config, 8, 12, 3).eval().requires_grad_(False)
+    first, last = (tokenizer.encode(torch.rand(1, 3, 8, 12) * 2 - 1) for _ in range(2))
+    path = walk(tokenizer, first, last, 5)
+    assert all(torch.equal(torch.cat([start, end]), level[[0, 4]]) for level, start, end in zip(path, first, last, strict=True))
+    (quantizer,) = tokenizer.quantizers
+    middle = quantizer((quantizer.lookup(first) + quantizer.lookup(last)) / 2)
+    assert torch.allclose(quantizer.lookup(path)[2:3], middle.z_q, atol=1e-5)
+
+
 def test_a_patch_has_the_size_of_its_codes_cell(generator: Generator) -> None:
     coarse, fine = (code_patches(generator, level, list(range(16))) for level in (0, 1))
     assert coarse.shape == (16, 4, 4, 3)

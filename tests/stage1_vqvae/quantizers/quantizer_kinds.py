@@ -26,15 +26,15 @@ KINDS: dict[str, dict[str, object]] = {
     "product": {"kind": "ema", "groups": 2},
     "product_cosine": {"kind": "gradient", "groups": 2, "metric": "cosine"},
     "product_residual_projected": {"kind": "ema", "groups": 2, "depth": 2, "codebook_dim": 6},
+    "multiscale": {"kind": "multiscale", "scales": [1, 2, 3], "quantizer": {"kind": "ema", "num_codes": 16, "decay": 0.9}},
 }
 
 
 def part(kind: str, **changes: object) -> QuantizerPart:
     """Return the recipe section of a kind, with K = 16 and decay 0.9 unless the kind sets them."""
     chosen = KINDS[kind]
-    small = (
-        {"num_codes": 16, "decay": 0.9} if chosen["kind"] in ("ema", "gradient") else {"num_codes": 16} if chosen["kind"] != "fsq" else {}
-    )
+    decay = {"decay": 0.9} if chosen["kind"] in ("ema", "gradient") else {}
+    small = {} if chosen["kind"] in ("fsq", "multiscale") else {"num_codes": 16, **decay}
     return part_from("tokenizer.quantizer", {**small, **chosen, **changes})
 
 

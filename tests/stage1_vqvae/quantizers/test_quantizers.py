@@ -27,12 +27,12 @@ def latents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 def test_lookup_of_codes_gives_the_quantized_vectors(kind: str) -> None:
     quantizer = build(kind).eval()
-    for spatial in ((), (5,), (3, 4), (2, 3, 2)):
+    for spatial in ((3, 4),) if kind == "multiscale" else ((), (5,), (3, 4), (2, 3, 2)):
         z = latents(6, D, *spatial)
         output = quantizer(z)
-        assert len(output.codes) == len(quantizer.num_codes)
-        for codes, k in zip(output.codes, quantizer.num_codes, strict=True):
-            assert codes.shape == (6, *spatial)
+        grids = quantizer.level_grids(3, 4) if spatial == (3, 4) else [spatial] * len(quantizer.num_codes)
+        for codes, grid, k in zip(output.codes, grids, quantizer.num_codes, strict=True):
+            assert codes.shape == (6, *grid)
             assert codes.dtype == torch.int64
             assert int(codes.min()) >= 0
             assert int(codes.max()) < k
@@ -41,18 +41,19 @@ def test_lookup_of_codes_gives_the_quantized_vectors(kind: str) -> None:
 
 
 def test_vectors_of_levels_add_up(kind: str) -> None:
-    """The vector of all levels' codes is the sum of the levels' vectors plus a constant."""
+    """The vector of all levels' codes, here on grids of one position, is the sum of the levels' vectors plus a constant."""
     quantizer = build(kind).eval()
     vectors = quantizer.code_vectors()
     assert [tuple(codebook.shape) for codebook in vectors] == [(k, D) for k in quantizer.num_codes]
     assert all(torch.allclose(codebook.mean(0), torch.zeros(D), atol=1e-5) for codebook in vectors)
     codes = [torch.randint(k, (20,)) for k in quantizer.num_codes]
-    rest = quantizer.lookup(tuple(codes)) - sum(codebook[code] for codebook, code in zip(vectors, codes, strict=True))
+    looked_up = quantizer.lookup(tuple(code.view(20, 1, 1) for code in codes)).flatten(1)
+    rest = looked_up - sum(codebook[code] for codebook, code in zip(vectors, codes, strict=True))
     assert torch.allclose(rest, rest[:1].expand_as(rest), atol=1e-4)
 
 
 def test_height_and_width_are_not_swapped(kind: str) -> None:
-    """Positions are quantized independently: transposing latents transposes codes and vectors."""
+    """Transposing latents transposes codes and vectors."""
     quantizer = build(kind).eval()
     z = latents(2, D, 3, 4)
     output, transposed = quantizer(z), quantizer(z.transpose(2, 3))
@@ -88,18 +89,21 @@ def gradient_of_term(quantizer: Quantizer, term: str) -> tuple[Tensor | None, se
 
 def test_each_loss_term_reaches_the_right_parameters(kind: str) -> None:
     """Reconstruction: encoder and projections. Commitment: encoder and what projects to the codebook. Codebook term: the
-    codebook only. Entropy: encoder and codebook (LFQ: the encoder).
+    codebook only. Entropy: encoder and codebook (LFQ: the encoder). Smoothing: the convolutions only.
     """
     quantizer = build(kind)
     parameters = {name for name, _ in quantizer.named_parameters()}
     up, down = {name for name in parameters if name.startswith("up.")}, {name for name in parameters if name.startswith("down.")}
-    codebooks = parameters - up - down
+    smoothers = {name for name in parameters if name.startswith("smoothers.")}
+    codebooks = parameters - up - down - smoothers
     terms = set(quantizer(latents(4, D, 3, 3)).losses)
     expected = {"reconstruction": (True, up | down)}
     if not isinstance(_inner(quantizer), FiniteScalarQuantizer):
         expected["commitment"] = (True, down)
     if codebooks:
         expected["codebook"] = (False, codebooks)
+    if smoothers:
+        expected["smoothing"] = (False, smoothers)
     if "entropy" in terms:
         expected["entropy"] = (True, down | codebooks)
     assert terms == set(expected) - {"reconstruction"}
@@ -205,10 +209,12 @@ def test_latents_are_one_tensor_per_codebook(kind: str) -> None:
     z = latents(4, D, 3, 2)
     output = quantizer(z)
     codebooks = quantizer.codebooks()
-    assert len(output.latents) == len(codebooks)
-    for codebook, rows, first, second in zip(codebooks, output.latents, quantizer(z[:1]).latents, quantizer(z[1:]).latents, strict=True):
-        assert rows.shape[1] == codebook.dim
-        assert len(rows) % 24 == 0
+    positions = [0] * len(codebooks)
+    for level, (height, width) in enumerate(quantizer.level_grids(3, 2) if codebooks else []):
+        positions[quantizer.codebook_of(level)] += height * width
+    parts = zip(output.latents, quantizer(z[:1]).latents, quantizer(z[1:]).latents, strict=True)
+    for codebook, count, (rows, first, second) in zip(codebooks, positions, parts, strict=True):
+        assert rows.shape == (4 * count, codebook.dim)
         assert not rows.requires_grad
         assert torch.allclose(rows, torch.cat([first, second]), atol=1e-6)
 
@@ -276,9 +282,9 @@ def test_training_lowers_the_error_and_keeps_codes_in_use(kind: str) -> None:
     """In the training loop's order, on clustered targets, with a learned encoder and decoder."""
     quantizer = build(kind)
     torch.manual_seed(0)
-    target = (latents(16, D)[torch.randint(16, (256,))] + 0.05 * latents(256, D, seed=3))[:, :, None]
-    encoder = torch.nn.Conv1d(D, D, 1)
-    decoder = torch.nn.Conv1d(D, D, 1)
+    target = (latents(16, D)[torch.randint(16, (256,))] + 0.05 * latents(256, D, seed=3))[:, :, None, None]
+    encoder = torch.nn.Conv2d(D, D, 1)
+    decoder = torch.nn.Conv2d(D, D, 1)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters(), *quantizer.parameters()], lr=1e-2)
     errors = []
     for step in range(80):
@@ -294,7 +300,7 @@ def test_training_lowers_the_error_and_keeps_codes_in_use(kind: str) -> None:
         errors.append(error.item())
     assert errors[-1] < 0.5 * errors[0]
     used = [level > 0 for level in level_counts(quantizer(encoder(target)).statistics)]
-    if kind == "residual_shared":  # its deeper levels use few codes of the shared codebook
+    if kind in ("residual_shared", "multiscale"):  # their deeper levels use few codes of the shared codebook
         used = [torch.stack(used).any(0)]
     assert all(int(level.sum()) >= 4 for level in used)
 
@@ -336,7 +342,7 @@ def test_quantizers_are_composed_as_the_recipe_says(kind: str) -> None:
     rule = {"gradient": GradientCodebook, "simvq": LinearCodebook}.get(kind.split("_")[0], MovingAverageCodebook)
     rule = GradientCodebook if kind in ("residual_gradient", "product_cosine") else rule
     assert all(isinstance(codebook, rule) for codebook in quantizer.codebooks())
-    levels = {"residual": 3, "residual_shared": 3, "product_residual_projected": 4}
+    levels = {"residual": 3, "residual_shared": 3, "multiscale": 3, "product_residual_projected": 4}
     levels |= dict.fromkeys(("residual_gradient", "residual_rotation", "product", "product_cosine"), 2)
     assert len(quantizer.num_codes) == levels.get(kind, 1)
-    assert len(quantizer.codebooks()) == {"fsq": 0, "lfq": 0, "residual_shared": 1}.get(kind, levels.get(kind, 1))
+    assert len(quantizer.codebooks()) == {"fsq": 0, "lfq": 0, "residual_shared": 1, "multiscale": 1}.get(kind, levels.get(kind, 1))

@@ -13,6 +13,7 @@ from stage2_prior.conditions.classes import Classes
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.conditions.none import NoCondition
 from stage2_prior.priors.contract import VariantEmbedding
+from stage2_prior.priors.next_scale import NextScale
 from stage2_prior.priors.stepwise import StepwisePrior
 from stage2_prior.priors.transformer import Transformer
 
@@ -24,6 +25,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # A transformer that draws digits: for layouts with digits, of at most 4 values at once.
 DIGITS: dict[str, Any] = {"kind": "transformer", "head": "digits", "digit_classes": 4}
+# A transformer that draws a level at once: for layouts of several levels.
+NEXT_SCALE: dict[str, Any] = {"kind": "next_scale"}
 LAYOUTS = {
     "one level": SequenceLayout([(3, 4)], [9]),
     "one row": SequenceLayout([(1, 5)], [6]),
@@ -47,11 +50,11 @@ def build(kind: str, layout: SequenceLayout, num_classes: int = 5, num_variants:
         alternating = [{**sizes, **chosen[level % 2 % len(chosen)], **settings} for level in range(len(layout.grids))]
         config = part_from("prior", {"kind": "levelwise", "levels": alternating})
     else:
-        config = part_from("prior", {**sizes, **{**KINDS, "digits": DIGITS}[kind], **settings})
+        config = part_from("prior", {**sizes, **{**KINDS, "digits": DIGITS, "next_scale": NEXT_SCALE}[kind], **settings})
     prior = config.build(layout, classes(num_classes), num_variants)
     for part in getattr(prior, "parts", [prior]):
         for parameter in part.parameters():
-            torch.nn.init.normal_(parameter, std=0.3 if isinstance(part, Transformer) else 0.15)
+            torch.nn.init.normal_(parameter, std=0.3 if isinstance(part, Transformer | NextScale) else 0.15)
     for module in prior.modules():
         if isinstance(module, VariantEmbedding):
             torch.nn.init.zeros_(module.weight[0])

@@ -9,7 +9,7 @@ from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, random_codes
 from tests.stage2_prior.priors.test_masked import build as build_masked
 
 
-@pytest.mark.parametrize("kind", ["transformer", "pixelcnn, attention", "masked"])  # with every kind of layer
+@pytest.mark.parametrize("kind", ["transformer", "pixelcnn, attention", "masked", "next_scale"])  # with every kind of layer
 def test_priors_compile_as_one_graph_with_the_same_gradients(kind: str) -> None:
     """Through torch.compile's tracers, with gradient checkpointing."""
     layout = LAYOUTS["top and bottom"]
