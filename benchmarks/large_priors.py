@@ -17,7 +17,7 @@ from configs.parts import part_from
 from stage1_vqvae.attention import rotations
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.classes import Classes
-from stage2_prior.priors.transformer import Block
+from stage2_prior.priors.blocks import Block
 
 _CODES, _SIDE, _CLASSES, _VARIANTS, _BATCH = 16384, 16, 1000, 10, 256  # those of configs/imagenet256.yaml
 _TOKENS = _SIDE**2

@@ -99,7 +99,7 @@ def train(run: RunDir, folder: Path, way: Way, section: Stage2, seed: int) -> No
         text for key, value in settings.items() for text in (f"--{key}", json.dumps(value) if isinstance(value, list) else str(value))
     ]
     command = [sys.executable, str(REPOSITORY / "stage2_prior/train.py"), "--run", str(folder), "--name", "way", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 

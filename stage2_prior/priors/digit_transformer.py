@@ -22,9 +22,10 @@ from typing_extensions import override
 from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import DigitLayout, SequenceLayout, digits_of
 from stage2_prior.conditions.contract import Condition
+from stage2_prior.priors.blocks import INITIAL_STD, add_vectors_
 from stage2_prior.priors.contract import Sizes
 from stage2_prior.priors.stepwise import FixedBatch, Logits
-from stage2_prior.priors.transformer import INITIAL_STD, Transformer, TransformerCache, TransformerSteps, add_vectors_
+from stage2_prior.priors.transformer import Transformer, TransformerCache, TransformerSteps
 
 
 class DigitEmbedding(nn.Embedding):

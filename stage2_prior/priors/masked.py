@@ -7,10 +7,10 @@ predicted from its others and all coarser levels, while all finer levels are mas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ from stage1_vqvae.quantizers.contract import Codes
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.draw import LOGITS_PER_DRAW, StepwiseSampling, check_finite, draw, guidance_scales, guided, round_stops, uniforms, warp
-from stage2_prior.priors.contract import GuidedPart, Keep, Prior, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.blocks import Block, TransformerFields, initialise_, initialise_codes_
+from stage2_prior.priors.contract import GuidedPart, Keep, Prior, Sizes, VariantEmbedding
 from stage2_prior.priors.stepwise import code_losses
-from stage2_prior.priors.transformer import Block, TransformerPart, initialise_, initialise_codes_
 from training.batching import batches
 from training.devices import as_float64, float64_device
 from training.precision import full_precision, ieee_float32
@@ -57,34 +57,16 @@ class MaskedSampling(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedPart(SizedByPreset, GuidedPart):
+class MaskedPart(TransformerFields, GuidedPart):
     """A transformer that predicts masked codes from all others, and draws many at a time. Dropout is of embedded codes, attention and
     MLP.
     """
 
     SAMPLING = MaskedSampling
-    PRESETS: ClassVar[dict[str, Sizes]] = TransformerPart.PRESETS
-    preset: Literal["S", "B", "L"] = "S"
-    """Sizes from the literature, for what is 0 below (and, on a command line, in place of the recipe's own sizes): 12 layers x
-    384 (6 heads), 12 x 768 (12), 24 x 1024 (16)."""
-    layers: int = 0
-    """Transformer blocks; 0 = the preset's."""
-    width: int = 0
-    """Channels of a position; 0 = the preset's."""
-    heads: int = 0
-    """Attention heads; 0 = the preset's. Width / heads must be a multiple of 4, for the rotary positions of two axes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.sizes()
-
-    @override
-    def resolved(self) -> MaskedPart:
-        return replace(self, **self.sizes()._asdict())
 
     @override
     def build(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1) -> Masked:
-        return Masked(layout, condition, num_variants, self.sizes(), self.dropout)
+        return Masked(layout, condition, num_variants, self.sizes(), self.dropout, self.head_gain)
 
 
 class Round(NamedTuple):
@@ -100,8 +82,10 @@ class Masked(Prior):
 
     exact, completes_any_mask = False, True
 
-    def __init__(self, layout: SequenceLayout, condition: Condition, num_variants: int, sizes: Sizes, dropout: float) -> None:
-        """`layout`, `condition` and `num_variants` as in the contract."""
+    def __init__(
+        self, layout: SequenceLayout, condition: Condition, num_variants: int, sizes: Sizes, dropout: float, head_gain: bool = False
+    ) -> None:
+        """`layout`, `condition` and `num_variants` as in the contract; `head_gain` as in `MaskedPart`."""
         super().__init__(layout, condition, num_variants)
         layers, width, heads = sizes
         # Of a training row, besides: its level, its number of masked codes, a random order of all positions.
@@ -114,7 +98,7 @@ class Masked(Prior):
         heights, widths = zip(*layout.grids, strict=True)
         self.level, self.row, self.column = (nn.Embedding(n, width) for n in (len(layout.grids), max(heights), max(widths)))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))  # type: ignore[assignment]
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, head_gain) for _ in range(layers))  # type: ignore[assignment]
         self.norm = Norm(width)
         self.head = nn.Linear(width, layout.vocabulary, bias=False)
         self.rotary = RotaryTable(layout.centres(), width // heads)

@@ -9,8 +9,7 @@ paper's f-hat, in an embedding of the prior's own. Attention is block-causal: a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,41 +25,20 @@ from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.contract import Condition
 from stage2_prior.draw import LOGITS_PER_DRAW, StepwiseSampling, check_finite, draw_position, guidance_scales
 from stage2_prior.priors.attention import KeyValueCache
-from stage2_prior.priors.contract import Keep, SizedByPreset, Sizes, VariantEmbedding
+from stage2_prior.priors.blocks import Block, TransformerFields, initialise_, initialise_codes_
+from stage2_prior.priors.contract import Keep, Sizes, VariantEmbedding
 from stage2_prior.priors.stepwise import Logits, StepwisePart, StepwisePrior
-from stage2_prior.priors.transformer import PREFILL_POSITIONS, Block, TransformerPart, initialise_, initialise_codes_
+from stage2_prior.priors.transformer import PREFILL_POSITIONS
 from training.batching import batches
 from training.devices import float64_device
 from training.precision import full_precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextScalePart(SizedByPreset, StepwisePart):
+class NextScalePart(TransformerFields, StepwisePart):
     """A transformer that draws a whole level of codes at once, given all coarser levels (Tian et al. 2024, VAR). Dropout is of embedded
     codes, attention and MLP.
     """
-
-    PRESETS: ClassVar[dict[str, Sizes]] = TransformerPart.PRESETS
-    preset: Literal["S", "B", "L"] = "S"
-    """Sizes from the literature, for what is 0 below (and, on a command line, in place of the recipe's own sizes): 12 layers x
-    384 (6 heads), 12 x 768 (12), 24 x 1024 (16)."""
-    layers: int = 0
-    """Transformer blocks; 0 = the preset's."""
-    width: int = 0
-    """Channels of a position; 0 = the preset's."""
-    heads: int = 0
-    """Attention heads; 0 = the preset's. Width / heads must be a multiple of 4, for the rotary positions of two axes."""
-    head_gain: bool = False
-    """Learn a gain of each head's attention logits, which normalised queries and keys bound by the root of width / heads (Henry et al.
-    2020)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.sizes()
-
-    @override
-    def resolved(self) -> NextScalePart:
-        return replace(self, **self.sizes()._asdict())
 
     @override
     def build(self, layout: SequenceLayout, condition: Condition, num_variants: int = 1) -> NextScale:

@@ -29,11 +29,12 @@ from stage2_prior.draw import StepwiseSampling, draw, guided, uniforms, warp
 from stage2_prior.draw_kernel import draw_code
 from stage2_prior.priors import attention
 from stage2_prior.priors.attention import _ATTEND, CachedAttention
+from stage2_prior.priors.blocks import _GATE
 from stage2_prior.priors.contract import Keep
 from stage2_prior.priors.levelwise import build_level
 from stage2_prior.priors.step_kernels import attend, gate
 from stage2_prior.priors.stepwise import FixedBatch, StepwisePrior
-from stage2_prior.priors.transformer import _EMBED, _GATE, Transformer, TransformerPart
+from stage2_prior.priors.transformer import _EMBED, Transformer, TransformerPart
 from stage2_prior.sampler import _DRAW, Sampler
 from training.kernels import Kernel
 

@@ -7,9 +7,10 @@ import torch
 
 from stage2_prior.codes.sequence import SequenceLayout
 from stage2_prior.conditions.none import NoCondition
+from stage2_prior.priors.blocks import SwiGLU
 from stage2_prior.priors.prior_file import build_prior
 from stage2_prior.priors.stepwise import FixedBatch
-from stage2_prior.priors.transformer import SwiGLU, Transformer, TransformerPart
+from stage2_prior.priors.transformer import Transformer, TransformerPart
 from tests.stage2_prior.priors.prior_kinds import LAYOUTS, build, classes, manifest, random_codes
 
 
