@@ -169,14 +169,14 @@ def main() -> None:
     parser.add_argument("--masks", nargs="*", default=[], help="ways whose completions are measured instead")
     options = parser.parse_args()
     run, output = RunDir(options.run.resolve()), options.output.resolve()
-    recipe, ways = load_recipe(run.recipe), yaml.safe_load(options.ways.read_text())
+    recipe, ways = load_recipe(run.recipe), yaml.safe_load(options.ways.read_text(encoding="utf-8"))
     names = options.only or options.masks or list(ways)
     recipes = {name: way_recipe(recipe, ways[name] or {}) for name in names}
     output.mkdir(parents=True, exist_ok=True)
     known = read_json(output / "seconds.json") if (output / "seconds.json").exists() else {}
     if not all(name in known for name in names):
         known |= step_seconds(run, recipes)
-        (output / "seconds.json").write_text(json.dumps(known))
+        (output / "seconds.json").write_text(json.dumps(known), encoding="utf-8")
     jobs = []
     for seed in options.seeds:
         for name in names:
@@ -199,7 +199,7 @@ def main() -> None:
         for number, settings in enumerate((ways[name] or {}).get("sampling", [{}])):
             kept = folder / f"figures{number}.json"
             if not kept.exists():
-                kept.write_text(json.dumps(measured(folder, settings, judge)))
+                kept.write_text(json.dumps(measured(folder, settings, judge)), encoding="utf-8")
             shown = ", ".join(f"{key} {value}" for key, value in settings.items())
             table.append((f"{name}: {shown}" if shown else name, seed, read_json(kept)))
     print_table(table)

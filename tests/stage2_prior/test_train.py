@@ -110,7 +110,7 @@ def test_codes_with_an_added_class_are_scored_by_class_name(
     line = one_line_error(report, *arguments, "--accept-changed-data")
     assert "train: expected codes of a condition that the prior knows (classes across, down), found aside; train another prior" in line
     assert torch.equal(validation_bits(command, scorer, conditional=True), usual[1:])
-    assert "compared with 11 of 12 validation images: the others' labels the prior does not know" in capsys.readouterr().out
+    assert "compared with 11 of 12 validation images: the prior does not know the labels of the others" in capsys.readouterr().out
     line = one_line_error(main, *arguments, "--resume", "--stage2.steps", "12")
     assert re.search(r'expected codes of the condition that its training began with, found .*class "aside" is new', line)
     shutil.copytree(run.prior("transformer"), run.prior("joined/level1"))

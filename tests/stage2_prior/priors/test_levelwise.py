@@ -78,7 +78,7 @@ def test_a_sample_is_the_same_whatever_it_is_batched_with(guidance: float) -> No
 
 def test_the_number_of_priors_must_be_that_of_the_levels() -> None:
     config = part_from("prior", {"kind": KIND, "levels": [{"kind": "pixelcnn"}]})
-    with pytest.raises(ValueError, match="expected 2 priors, one a level, found 1"):
+    with pytest.raises(ValueError, match="expected 2 priors, one per level, found 1"):
         config.build(LAYOUTS["top and bottom"], NoCondition())
 
 
