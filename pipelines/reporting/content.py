@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import yaml
 
 from configs.cli import EVALUATE, EXTRACT_CODES, SAMPLE, TRAIN_PRIOR, Command
-from configs.parts import FAMILIES, PriorPart, as_dict, part_class
+from configs.parts import FAMILIES, as_dict, default_part, part_class
 from configs.recipe_file import flattened, load_recipe, recipe_dict
 from configs.run_dir import RunDir, natural, read_json, typed
 from configs.schema import Recipe, condition_from, prior_from
@@ -173,19 +173,20 @@ def key_figures(run: RunDir, priors: Sequence[PriorReport], evaluations: Sequenc
         KeyFigure("Reconstruction", f"{metrics['psnr']:.2f} dB", f"PSNR on validation; MSE {metrics['mse']:.5f}"),
         KeyFigure("Codebook usage", f"{metrics['usage']:.1%}", f"perplexity {metrics['perplexity']:.1f}"),
     ]
+    bound = ""
     if priors:
-        measured = read_json(run.prior(priors[0].name) / "likelihood.json")
+        measured, bound = read_json(run.prior(priors[0].name) / "likelihood.json"), bound_prefix(run, priors[0].name)
         figures.append(
             KeyFigure(
                 "Bits per token",
-                f"{measured['validation']:.3f}",
+                f"{bound}{measured['validation']:.3f}",
                 f"prior {priors[0].name}; unigram {measured['unigram']:.3f}, uniform {measured['uniform']:.3f}",
             )
         )
         bits = measured["bits_per_image"]
     smallest = bits.get("prior", bits["indices"])
     named = f"as indices {bits['indices']:,.0f}, raw {bits['raw']:,}" if "prior" in bits else f"as indices; raw {bits['raw']:,}"
-    figures.append(KeyFigure("Bits per image", f"{smallest:,.0f}", named))
+    figures.append(KeyFigure("Bits per image", f"{bound}{smallest:,.0f}", named))
     # Only for samples of a learned prior of the current models.
     distances = [metrics.distance for metrics in evaluations if metrics.distance is not None and metrics.learned and not metrics.remarks]
     figures += distances[-1:]
@@ -367,18 +368,26 @@ def samples(run: RunDir, folder: Path) -> Samples:
         # Rows come from the names of the files, since some may have been deleted.
         paths_by_label = {label: [path for path in files if labels[int(path.stem)] == label][:per_label] for label in labels_shown}
         classes = [ClassOfSamples(names[label], [tile(path) for path in paths]) for label, paths in paths_by_label.items()]
-    neutral = neutral_sampling()
+    neutral = neutral_sampling(run, details["prior"])
     warped = [f"{key.replace('_', ' ')} {value}" for key, value in significant(details["sampling"]).items() if value != neutral.get(key)]
     drawn_as = "all codes equally likely" if details["prior"] == UNIFORM else ", ".join(warped) or "from the unmodified prior"
-    description = f"{details['n']:,} samples, seed {details['seed']}, {details['bits_per_token']:.3f} bits per token; {drawn_as}"
+    bits = f"{bound_prefix(run, details['prior'])}{details['bits_per_token']:.3f} bits per token"
+    description = f"{details['n']:,} samples, seed {details['seed']}, {bits}; {drawn_as}"
     columns = max(len(group.tiles) for group in classes)
     return Samples(folder.name, details["prior"], description, classes, columns, remarks)
 
 
-def neutral_sampling() -> dict[str, Any]:
-    """Return the default of every sampling setting of all kinds of prior."""
-    parts = (cast(type[PriorPart], part_class("prior", kind)) for kind in FAMILIES["prior"])
-    return {name: value for part in parts for name, value in vars(part.SAMPLING()).items()}
+def neutral_sampling(run: RunDir, prior: str | None) -> dict[str, Any]:
+    """Return the defaults of the sampling settings of a prior's kind; without the prior's file, of the default kind."""
+    path = run.prior(str(prior)) / "prior.safetensors"
+    part = prior_from(read_prior_header(path)["config"]) if path.exists() else default_part("prior")
+    return vars(part.SAMPLING())
+
+
+def bound_prefix(run: RunDir, prior: str | None) -> str:
+    """Return "at most " before the bits of a prior whose likelihood is a bound."""
+    path = run.prior(str(prior)) / "likelihood.json"
+    return "" if not path.exists() or read_json(path)["exact"] else "at most "
 
 
 def staleness_warnings(run: RunDir, details: dict[str, Any]) -> list[str]:

@@ -19,9 +19,10 @@ from PIL import Image
 from configs.recipe_file import load_recipe
 from configs.run_dir import REPOSITORY, RunDir, read_json, read_summed_json, write_summed_json
 from pipelines.report import main
-from pipelines.reporting.content import data_table, newest_samples, samples
+from pipelines.reporting.content import data_table, key_figures, newest_samples, prior_reports, samples
 from pipelines.reporting.pictures import embedded, heat_map, line_chart, tile
 from pipelines.sample import main as sample
+from stage2_prior.train import main as train_prior
 from tests.stage2_prior.test_train import change_bytes
 from training.weights_file import fingerprint
 
@@ -204,6 +205,22 @@ def test_each_prior_has_its_newest_samples_and_outdated_ones_are_marked(run_copy
     assert "12.35" not in page.text
     change_bytes(run.tokenizer)
     assert reported(run_copy).text.count("Made with an earlier tokenizer") == 3
+
+
+def test_bounds_and_settings_are_those_of_the_priors_own_kind(run_copy: Path) -> None:
+    run = RunDir(run_copy)
+    train_prior(["--run", str(run_copy), "--prior.kind", "masked"])
+    for arguments in ([], ["--rounds", "2"], ["--prior", "transformer"]):
+        sample(["--run", str(run_copy), "--n", "2", *arguments])
+    masked, in_two_rounds, transformer = (samples(run, run_copy / f"samples/00{number}").description for number in range(3))
+    assert "at most" in masked
+    assert masked.endswith("; from the unmodified prior")
+    assert in_two_rounds.endswith("; rounds 2")
+    assert "at most" not in transformer
+    assert transformer.endswith("; from the unmodified prior")
+    figures = {figure.name: figure.value for figure in key_figures(run, prior_reports(run), [])}
+    assert figures["Bits per token"].startswith("at most ")
+    assert figures["Bits per image"].startswith("at most ")
 
 
 def test_labels_and_paths_are_escaped(run_copy: Path) -> None:
