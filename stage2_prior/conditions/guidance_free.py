@@ -1,4 +1,4 @@
-"""The condition of priors that are told how strongly to follow it, so that a guided sample takes one row, not two.
+"""A condition joined with the guidance scale, for guidance-free training: a guided sample then takes one row, not two.
 
 Guidance-free training: Chen et al. 2025, "Visual Generation Without Guidance". With beta = 1 / guidance, the logits of classifier-free
 guidance, l = unconditional + (conditional - unconditional) / beta, are a network's own: it is trained by the likelihood of

@@ -1,4 +1,4 @@
-"""What all transformers of priors are built of: sizes, blocks, initial weights.
+"""Building blocks of transformer priors: fields, blocks, initial weights.
 
 Normalisation before each part (Xiong et al. 2020), SwiGLU (Shazeer 2020), and attention as in attention.py.
 """

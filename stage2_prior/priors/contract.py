@@ -54,7 +54,7 @@ class SizedByPreset:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedPart(PriorPart):
-    """Fields of a prior that can be told its guidance."""
+    """Fields of priors that support guidance-free training."""
 
     guidance_free: bool = False
     """Guidance-free training (Chen et al. 2025): the prior is told the guidance with which it is sampled, and then takes one row per sample
@@ -98,7 +98,7 @@ class Prior(nn.Module, ABC):
     num_noise: int
     """Uniform random numbers per sample that `sample` takes."""
     guidance_free: GuidanceFree | None
-    """What joins the guidance to rows of the condition, in a prior that is told it; None: guidance takes a second row per sample."""
+    """Joins guidance and condition rows after guidance-free training; None: guidance takes a second row per sample."""
 
     def __init__(
         self, layout: SequenceLayout, condition: Condition | GuidanceFree, num_variants: int = 1, given: SequenceLayout | None = None

@@ -1,11 +1,11 @@
 """A decoder-only transformer over the sequence of codes.
 
 Normalisation before each part (Xiong et al. 2020), SwiGLU (Shazeer 2020), and attention as in attention.py. Position 0
-holds a start vector of its own, position t the code of position t-1; what each position has besides is the level, row and column
-that it predicts, and the label. No embedding row is shared between start, label and codes of any level.
+holds a start vector of its own, position t the code of position t-1; each position also embeds the level, row and column that it predicts,
+and the condition. No embedding row is shared between start, condition and codes of any level.
 
 With other orders than raster, slot t holds the code of the order's position t-1 and predicts that of its position t: it has an embedding
-of either position, its query is turned by the position that it predicts, its key by that of the code that it holds.
+of either position, its query is rotated by the position that it predicts, its key by that of the code that it holds.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Transformer(StepwisePrior):
         return self.level(level) + self.row(row) + self.column(column)
 
     def _source_embeddings(self) -> Tensor | None:
-        """The same for the slot that holds its code; None in a prior of raster order alone."""
+        """(T, C) embedding of each position for the slot that holds its code; None for a prior trained in raster order alone."""
         if self.source is None:
             return None
         level, row, column = (embedding(numbers) for embedding, numbers in zip(self.source, self.coordinates.unbind(1), strict=True))
