@@ -292,8 +292,8 @@ class Generator:
         Args:
             images: images to complete; for n continuations of an image, pass n copies.
             keep: mask (H, W) of the pixels to keep, or a picture that is white there; in each grid, codes are kept whose patch lies within.
-                Each code is drawn given those before it; by a masked prior or one of `prior.order any` given all kept codes of its level; by
-                `next_scale` given all codes of coarser levels.
+                Each code is drawn given those before it; by a masked prior or one of `prior.order any`, given all kept codes of its level;
+                by `next_scale`, given all codes of coarser levels.
             label: as in `sample`; None: no class.
             seed: seed of the draws.
             output: `pil` or `tensor`.
